@@ -1,0 +1,53 @@
+# Each target sets everything up by itself: a .venv from the pinned lock file, then its own work.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test test-all check format bench clean
+
+help:
+	@echo "make demo      the miniature, end to end, with a picture"
+	@echo "make test      the tests, on a CPU, without network, in minutes"
+	@echo "make test-all  the slow ones too"
+	@echo "make check     format, lint, types, spelling, tests: what CI runs"
+	@echo "make bench     every benchmark, one JSON line each"
+
+$(READY): requirements.lock pyproject.toml
+	@echo "setting up $(VENV) from requirements.lock (a CPU build of torch)"
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "fewstep needs Python 3.11, 3.12 or 3.13; run: make PYTHON=/path/to/python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@# torch first and alone: what follows then keeps this build. On Linux the default one brings CUDA (gigabytes); set
+	@# PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels, or PIP_FIND_LINKS to a folder with one, to spare them.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/fewstep demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -n 2
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/codespell
+	$(MAKE) test
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)
+	@for file in benchmarks/*.py; do $(BIN)/python $$file | tail -n 1; done
+
+clean:
+	rm -rf $(VENV) checkpoints demo build *.egg-info

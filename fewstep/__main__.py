@@ -1,0 +1,5 @@
+"""python -m fewstep VERB ... is the command fewstep."""
+
+from fewstep.cli import main
+
+raise SystemExit(main())

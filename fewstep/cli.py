@@ -1,0 +1,154 @@
+"""The command `fewstep`: verbs only. Each imports what it needs when it runs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fewstep import __version__
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+_CLICK_ERROR = typer.BadParameter.__mro__[2]  # ClickException: typer has carried its own click since 0.20
+FREE = {"allow_extra_args": True, "ignore_unknown_options": True}  # a.b=c, and the lone dashes of the seeds' commands
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; 0 done, 1 failed at its work, 2 wrong use."""
+    from fewstep.config import ConfigError
+
+    try:
+        app(args=argv, standalone_mode=False)
+    except ConfigError as error:
+        return _fail(str(error), 2)
+    except typer.Exit as done:
+        return done.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        return _fail("aborted", 1)
+    except Exception as error:
+        if isinstance(error, _CLICK_ERROR):
+            error.show()
+            return 2
+        from fewstep.training.errors import TrainingError
+
+        if isinstance(error, (ValueError, TrainingError, OSError)):  # a message for the user; anything else is our bug
+            return _fail(str(error), 1)
+        raise
+    return 0
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"fewstep: {message}", file=sys.stderr)
+    return status
+
+
+@app.callback(invoke_without_command=True)
+def about(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Distil video world models into students of one to four steps, and post-train them."""
+    if version:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.command(context_settings=FREE)
+def train(context: typer.Context) -> None:
+    """Train: fewstep train experiment=NAME a.b=c ..., or fewstep train run.yaml a.b=c. The same command resumes.
+
+    --config FILE.py|FILE.yaml  import your own recipes, methods, networks first; --dryrun  print the configuration, train nothing.
+    """
+    train_command(list(context.args))
+
+
+def train_command(arguments: list[str]) -> None:
+    """What `fewstep train` and `python -m fewstep.train` do."""
+    from fewstep.config import compose, read_command, to_yaml
+
+    command = read_command(arguments)
+    import fewstep.recipes  # noqa: F401  makes every name known
+    from fewstep.config import check
+    from fewstep.training.loop import train as run_training
+    from fewstep.training.run import Run
+
+    run = compose(command, Run)
+    for warning in check(run):
+        print(f"warning: {warning}", file=sys.stderr)
+    if command.dryrun:
+        folder = run.job.folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(run))
+        print(to_yaml(run), end="")
+        print(f"dry run: {folder / 'config.yaml'} is written, nothing was trained", file=sys.stderr)
+        return
+    for stage in run.job.after:
+        _train_stage(stage, run)
+    run_training(run)
+
+
+def _train_stage(name: str, wanted_by: Any) -> None:
+    """Trains the recipe `name` unless its run has finished: the stage that `wanted_by` starts from."""
+    from fewstep.config import build_recipe
+    from fewstep.training.loop import train as run_training
+
+    stage: Any = build_recipe(name)
+    if (stage.job.folder() / "summary.json").is_file():
+        return
+    print(f"{wanted_by.job.name} starts from {name}, which is not there yet: training it first", file=sys.stderr)
+    for earlier in stage.job.after:
+        _train_stage(earlier, stage)
+    run_training(replace(stage, parallel=wanted_by.parallel))
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A run folder, or RUN@ITER:ROLE.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+) -> None:
+    """Write the student of a run (its moving average) as safetensors, with how it is meant to be sampled."""
+    from fewstep.training.export import export as write
+
+    for path in write(run, out):
+        print(path)
+
+
+@app.command(name="ls")
+def list_names(
+    what: Annotated[str, typer.Argument(help="recipes, methods, networks, data, roles, paths, times or previews")] = "recipes",
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output and nothing else.")] = False,
+) -> None:
+    """List what can be named in a configuration."""
+    from fewstep.config import ConfigError, choices, recipes
+
+    import fewstep.recipes  # noqa: F401  makes every name known
+
+    if what == "recipes":
+        rows = {name: found.doc for name, found in recipes().items()}
+    else:
+        found = choices(what if what in ("data", "times") else what.removesuffix("s"))
+        if not found:
+            raise ConfigError(f"ls: there are no '{what}'; one of recipes, methods, networks, data, roles, paths, times, previews")
+        rows = {name: (cls.__doc__ or "").strip().split("\n")[0] for name, cls in found.items()}
+    if as_json:
+        print(json.dumps([{"name": name, "about": about} for name, about in rows.items()]))
+        return
+    width = max(map(len, rows), default=0)
+    for name, text in rows.items():
+        print(f"{name:{width}}  {text}")
+
+
+@app.command()
+def demo() -> None:
+    """The miniature, end to end, with a picture."""
+    from fewstep.demo import demo as show
+
+    show()
+
+
+
+def script() -> None:
+    """The entry point of the installed command."""
+    raise SystemExit(main())

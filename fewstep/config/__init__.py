@@ -1,0 +1,37 @@
+"""Runs as frozen dataclasses: declare, override, suggest, dump. Knows no method and no network; imports no torch.
+
+A setting is a field of a frozen dataclass; its type says how text becomes a value, the comment on its line says what it
+is for. A field that is one of several classes is declared `Annotated[Method, OneOf("method")]`, and the classes enter
+with `@kind("kd", group="method")`. Functions that return one complete run enter with `@recipe("name")`.
+"""
+
+from fewstep.config.command import Command, compose, load_file, read_command
+from fewstep.config.dump import dump, from_yaml, to_yaml
+from fewstep.config.listing import Row, fields_help
+from fewstep.config.problems import ConfigError, check
+from fewstep.config.reader import apply_overrides, parse
+from fewstep.config.recipes import Recipe, build_recipe, recipe, recipes
+from fewstep.config.types import OneOf, choices, kind
+
+__all__ = [
+    "Command",
+    "ConfigError",
+    "OneOf",
+    "Recipe",
+    "Row",
+    "apply_overrides",
+    "build_recipe",
+    "check",
+    "choices",
+    "compose",
+    "dump",
+    "fields_help",
+    "from_yaml",
+    "kind",
+    "load_file",
+    "parse",
+    "read_command",
+    "recipe",
+    "recipes",
+    "to_yaml",
+]

@@ -1,0 +1,68 @@
+"""Every setting of a configuration with its type, value and comment: what a person reads to choose an override."""
+
+import ast
+import inspect
+import io
+import textwrap
+import tokenize
+from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
+from functools import cache
+from typing import Any, NamedTuple, cast
+
+from fewstep.config.dump import dump
+from fewstep.config.problems import join
+from fewstep.config.types import Choice, Either, kind_of, settings_of, shape_of, type_text
+
+
+class Row(NamedTuple):
+    """One setting: dotted key, declared type in the user's words, value as plain data, the comment on its line."""
+
+    key: str
+    type: str
+    value: Any
+    comment: str
+
+
+def fields_help(config: object) -> list[Row]:
+    """One row per setting, in order of declaration; a choice gives its kind, then the settings of that kind."""
+    return list(_rows(config, dump(config), ""))
+
+
+def _rows(config: object, plain: Mapping[str, Any], prefix: str) -> Iterator[Row]:
+    comments = _comments(type(config))
+    for name, setting in settings_of(type(config)).items():
+        value, data = getattr(config, name), plain[name]
+        key, text, comment = join(prefix, name), type_text(setting.declared), comments.get(name, "")
+        if is_dataclass(value):
+            if _has_choice(setting.declared):
+                yield Row(key, text, (kind_of(value) or ("", ""))[1], comment)
+            yield from _rows(value, data, key)
+        elif isinstance(value, tuple) and any(is_dataclass(item) for item in cast("tuple[Any, ...]", value)):
+            for place, item in enumerate(cast("tuple[Any, ...]", value)):
+                yield from _rows(item, data[place], f"{key}.{place}")
+        else:
+            yield Row(key, text, data, comment)
+
+
+def _has_choice(declared: Any) -> bool:
+    shape = shape_of(declared)
+    return isinstance(shape, Choice) or (isinstance(shape, Either) and any(map(_has_choice, shape.members)))
+
+
+@cache
+def _comments(cls: type) -> Mapping[str, str]:
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not is_dataclass(base):
+            continue
+        try:
+            source = textwrap.dedent(inspect.getsource(base))
+            words = list(tokenize.generate_tokens(io.StringIO(source).readline))
+        except (OSError, TypeError, SyntaxError, tokenize.TokenError):  # typed at a prompt, or made without a file
+            continue
+        by_line = {word.start[0]: word.string.lstrip("# ") for word in words if word.type == tokenize.COMMENT}
+        for node in cast(ast.ClassDef, ast.parse(source).body[0]).body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.end_lineno:
+                found[node.target.id] = by_line.get(node.end_lineno, "")
+    return found

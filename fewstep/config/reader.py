@@ -1,0 +1,363 @@
+"""From layers of values to one configuration: a recipe, then files, then the command line.
+
+Each layer is an instance, plain data, or the edits of a command line, and may be partial. A key is decided by the last
+layer that speaks of it; choosing another kind forgets what the layers below said inside it. Reading goes on after a
+problem, so that all of them are told at once.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast
+
+from fewstep.config.leaf import obey_rules, read_leaf
+from fewstep.config.problems import ConfigError, Problem, hint, join, nearest_keys, show
+from fewstep.config.text import Text, read_yaml
+from fewstep.config.types import (
+    Choice,
+    Either,
+    Items,
+    Leaf,
+    OneOf,
+    Record,
+    Table,
+    choices,
+    kind_of,
+    settings_of,
+    shape_of,
+    split,
+    type_text,
+)
+
+T = TypeVar("T")
+Layers = list[Any]  # Any: what users write has no type before it is read
+
+
+def parse(cls: type[T], data: Mapping[str, Any]) -> T:
+    """The instance of a dataclass that nested plain data describe; ConfigError with every problem."""
+    return read_layers(cls, [data])
+
+
+def apply_overrides(config: T, overrides: Sequence[str]) -> T:
+    """A new configuration with `a.b=c` edits applied, kinds before what is inside them; the old one is untouched."""
+    return read_layers(type(config), [config], overrides)
+
+
+def read_layers(cls: type[T], layers: Sequence[Any], overrides: Sequence[str] = ()) -> T:
+    """The instance that the layers, then the overrides, make; ConfigError with every problem."""
+    reader = _Reader()
+    result = reader.record(cls, [*layers, *_opened(reader.edits(overrides))], "")
+    reader.report()
+    return cast(T, result)
+
+
+class _Edit(dict[str, Any]):
+    """What a command line says of one key: `own`, its value, and as items the edits below it.
+
+    Among the parts of a value it has no `own`: it is a change inside a value, and the text beside it came before.
+    """
+
+    own: Text | None = None
+    beside: Text | None = None
+
+
+class _Reader:
+    """Reads one configuration. What its methods return counts only while it has no `problems` and no `unknown`."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self.unknown: list[tuple[str, str, list[str]]] = []  # key, the level that lacks it, what that level has
+        self.known: list[str] = []
+
+    def edits(self, overrides: Sequence[str]) -> _Edit:
+        root = _Edit()
+        for word in overrides:
+            key, equals, text = word.partition("=")
+            if not key or not equals:
+                self.problems.append((key, f"{show(word)} is not KEY=VALUE"))
+                continue
+            node = root
+            for name in key.split("."):
+                node = node.setdefault(name, _Edit())
+            if node.own is not None and node.own != text:
+                self.problems.append((key, f"given twice, as {show(node.own)} and as {show(text)}; keep one"))
+            node.own = Text(text)
+        return root
+
+    def report(self) -> None:
+        """Nothing; ConfigError if there was any problem. Only now is every key known that could be suggested."""
+        for key, level, names in self.unknown:
+            near = nearest_keys(key, level, names, self.known)
+            there = f"{level} has" if level else "there are"
+            advice = f"did you mean {' or '.join(near)}?" if near else f"{there}: {', '.join(names) or 'no settings'}"
+            self.problems.append((key, f"no such setting; {advice}"))
+        if self.problems:
+            raise ConfigError(self.problems)
+
+    def read(self, declared: Any, layers: Layers, key: str) -> Any:
+        self.known.append(key)
+        parts = [part for layer in layers for part in _opened(layer)]
+        before = self.count()
+        match shape_of(declared):
+            case Leaf():
+                return self.leaf(declared, parts, key)
+            case Either() as shape:
+                return self.either(declared, shape, parts, key)
+            case Choice(group):
+                value = self.choice(group, parts, key)
+            case Record(cls):
+                value = self.record(cls, parts, key)
+            case Items() as shape:
+                value = self.items(declared, shape, parts, key)
+            case Table(of):
+                value = self.table(declared, of, parts, key)
+        if self.count() == before:
+            self.attempt(key, obey_rules, split(declared)[1], value)
+        return value
+
+    def count(self) -> int:
+        return len(self.problems) + len(self.unknown)
+
+    def attempt(self, key: str, call: Callable[..., Any], *arguments: Any, **fields: Any) -> Any:
+        try:
+            return call(*arguments, **fields)
+        except ValueError as error:
+            self.problems.append((key, str(error)))
+
+    def leaf(self, declared: Any, parts: Layers, key: str) -> Any:
+        for edit in _edits_of(parts):
+            self.lose(edit, key, [])
+        value = self.value(declared, parts, key)
+        if value is _NOTHING:
+            return None
+        return self.attempt(key, read_leaf, declared, value)
+
+    def record(self, cls: type, parts: Layers, key: str) -> Any:
+        settings = settings_of(cls)
+        layers: dict[str, Layers] = {
+            name: [] if setting.default is None else [setting.default()] for name, setting in settings.items()
+        }
+        before = self.count()
+        for part in parts:
+            if type(part) is cls:
+                given: Mapping[str, Any] = {name: getattr(part, name) for name in settings}
+            else:
+                given = self.mapping(part, key, f"the settings of {cls.__name__} ({', '.join(settings)})")
+            self.clash(part, key)
+            self.lose({name: value for name, value in given.items() if name not in settings}, key, list(settings))
+            for name in settings.keys() & given.keys():
+                layers[name].append(given[name])
+        values: dict[str, Any] = {}
+        for name, setting in settings.items():
+            full = join(key, name)
+            if layers[name]:
+                values[name] = self.read(setting.declared, layers[name], full)
+            else:
+                self.known.append(full)
+                owner = vars(cls).get("kind", cls.__name__)
+                self.problems.append((full, f"needs a value ({type_text(setting.declared)}): {owner} has no default"))
+        # A ValueError of the class itself is a rule in its __post_init__.
+        return self.attempt(key, cls, **values) if self.count() == before else None
+
+    def choice(self, group: str, parts: Layers, key: str) -> Any:
+        known = choices(group)
+        name: str | None = None
+        inside: Layers = []
+        for part in parts:
+            chosen, body = self.chosen(group, part, key)
+            if chosen is not None and chosen != name:
+                name, inside = chosen, []  # another kind: what was said inside the old one is forgotten
+            inside.append(body)
+        if name is None:
+            self.problems.append((key, f"choose a {group} first, with {key}=NAME{hint('', known)}"))
+            return None
+        if name not in known:
+            self.problems.append((key, f"no {group} is named {show(name)}{hint(name, known)}"))
+            return None
+        return self.record(known[name], inside, key)
+
+    def chosen(self, group: str, part: Any, key: str) -> tuple[str | None, Any]:
+        """The kind that a part names, if it names one, and what it says inside that kind."""
+        own = kind_of(part)
+        if own is not None and own[0] == group:
+            return own[1], part
+        if isinstance(part, str) and not _is_mapping_text(part):
+            return str(part), {}
+        given = self.mapping(part, key, type_text(Annotated[Any, OneOf(group)]))
+        names = _opened(given["kind"]) if "kind" in given else []
+        if any(not isinstance(name, str) for name in names):
+            self.problems.append((join(key, "kind"), f"must be a name{hint('', choices(group))}"))
+            return None, {}
+        if isinstance(part, _Edit) and names and part.beside not in (None, names[0]):
+            self.problems.append((key, f"given twice, as {show(part.beside)} and as {show(names[0])}; keep one"))
+        rest = {name: value for name, value in given.items() if name != "kind"}
+        inside = _below(rest, part.beside) if isinstance(part, _Edit) else rest
+        return (str(names[0]) if names else None), inside
+
+    def either(self, declared: Any, shape: Either, parts: Layers, key: str) -> Any:
+        if shape.optional:
+            nones = [index for index, part in enumerate(parts) if _is_none(part, shape.members)]
+            parts = parts[nones[-1] + 1 :] if nones else parts
+            if not parts:
+                return None
+            if nones and isinstance(parts[0], _Edit) and parts[0].beside is not None:
+                self.problems.append((key, f"given as none, and {', '.join(_keys_of(parts[0], key))} too; keep one"))
+                return None
+        if len(shape.members) == 1:
+            return self.read(shape.members[0], parts, key)
+        last = _last_value(parts)
+        fitting: list[tuple[_Reader, Any]] = []
+        for member in sorted(shape.members, key=lambda member: _rank(member, last)):
+            trial = _Reader()
+            value = trial.read(member, parts, key)
+            if trial.count() == 0:
+                fitting.append((trial, value))
+        if not fitting:
+            self.problems.append((key, f"expected {type_text(declared)}, got {show(last)}"))
+            return None
+        # Plain data must come back as they were dumped: the member that keeps type and value goes first.
+        exact = [fit for fit in fitting if type(fit[1]) is type(last) and fit[1] == last]
+        trial, value = (exact or fitting)[0]
+        self.known.extend(trial.known)
+        return value
+
+    def items(self, declared: Any, shape: Items, parts: Layers, key: str) -> Any:
+        value = self.value(declared, parts, key)
+        if value is _NOTHING:
+            return None
+        if isinstance(value, str):
+            before = self.count()
+            value = self.attempt(key, _listed, value)
+            if self.count() != before:
+                return None
+        if not isinstance(value, (list, tuple)):
+            self.problems.append((key, f"expected {type_text(declared)}, got {show(value)}"))
+            return None
+        slots: dict[str, Layers] = {str(place): [item] for place, item in enumerate(cast("list[Any]", value))}
+        if not shape.open and len(slots) != len(shape.types):
+            self.problems.append((key, f"expected {len(shape.types)} values {type_text(declared)}, got {len(slots)}"))
+            return None
+        for edit in _edits_of(parts):
+            self.lose({place: below for place, below in edit.items() if place not in slots}, key, list(slots))
+            for place in slots.keys() & edit.keys():
+                slots[place].append(edit[place])
+        types = shape.types * len(slots) if shape.open else shape.types
+        return tuple(self.read(of, slots[place], join(key, place)) for of, place in zip(types, slots, strict=True))
+
+    def table(self, declared: Any, of: Any, parts: Layers, key: str) -> Any:
+        value = _last_value(parts)
+        rows: dict[str, Layers] = {}
+        if value is not _NOTHING:
+            rows = {str(name): [row] for name, row in self.mapping(value, key, type_text(declared)).items()}
+        for edit in _edits_of(parts):
+            for name, below in edit.items():
+                rows.setdefault(name, []).append(below)
+        return {name: self.read(of, row, join(key, name)) for name, row in rows.items()}
+
+    def value(self, declared: Any, parts: Layers, key: str) -> Any:
+        """The last whole value; _NOTHING and a problem if there are only edits of parts."""
+        value = _last_value(parts)
+        if value is _NOTHING:
+            self.problems.append((key, f"needs a value ({type_text(declared)})"))
+        return value
+
+    def mapping(self, part: Any, key: str, expected: str) -> Mapping[str, Any]:
+        """The part as a mapping with names for keys; {} and a problem if it is none."""
+        if isinstance(part, str) and _is_mapping_text(part):
+            before = self.count()
+            part = self.attempt(key, read_yaml, part)
+            if self.count() != before:
+                return {}
+        if not isinstance(part, Mapping):
+            self.problems.append((key, f"expected {expected}, got {show(part)}"))
+            return {}
+        given = cast("Mapping[Any, Any]", part)
+        for name in given:
+            if not isinstance(name, str):
+                self.problems.append((key, f"expected names, got the key {show(name)}; put it in quotes"))
+        return {name: value for name, value in given.items() if isinstance(name, str)}
+
+    def clash(self, part: Any, key: str) -> None:
+        """Nothing; a problem for each key that one command line gives inside `key={...}` and again by itself."""
+        if isinstance(part, _Edit) and part.beside is not None and _is_mapping_text(part.beside):
+            for name in part.keys() & _Reader().mapping(part.beside, key, "").keys():
+                self.problems.append((join(key, name), f"given twice, inside {key}={{...}} and by itself; keep one"))
+
+    def lose(self, given: Mapping[str, Any], level: str, names: list[str]) -> None:
+        """Nothing; one unknown key for each that is given below a level which has only these names."""
+        for name, value in given.items():
+            keys = list(_keys_of(value, join(level, name))) if isinstance(value, _Edit) else [join(level, name)]
+            self.unknown.extend((key, level, names) for key in keys)
+
+
+class _Nothing:
+    """The value of a key of which only parts are given."""
+
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+_NOTHING = _Nothing()
+
+
+def _opened(layer: Any) -> Layers:
+    if not isinstance(layer, _Edit) or layer.own is None:
+        return [layer]
+    return [layer.own, _below(layer, layer.own)] if layer else [layer.own]
+
+
+def _below(edits: Mapping[str, Any], beside: Text | None) -> _Edit:
+    below = _Edit(edits)
+    below.beside = beside
+    return below
+
+
+def _edits_of(parts: Layers) -> list[_Edit]:
+    return [part for part in parts if isinstance(part, _Edit)]
+
+
+def _last_value(parts: Layers) -> Any:
+    values = [part for part in parts if not isinstance(part, _Edit)]
+    return values[-1] if values else _NOTHING
+
+
+def _keys_of(edit: _Edit, key: str) -> Iterator[str]:
+    if edit.own is not None:
+        yield key
+    for name, below in edit.items():
+        yield from _keys_of(below, f"{key}.{name}")
+
+
+def _is_mapping_text(text: str) -> bool:
+    return text.lstrip().startswith("{")
+
+
+def _listed(text: str) -> Any:
+    """The items of `[a, b]` (YAML: may be nested, may be quoted) or of `a,b` (taken as they are)."""
+    if text.lstrip().startswith("["):
+        return read_yaml(text)
+    words = [type(text)(word.strip()) for word in text.split(",")]
+    return words if words[-1] else words[:-1]
+
+
+def _is_text(member: Any) -> bool:
+    return isinstance(shape_of(member), Leaf) and split(member)[0] not in (bool, int, float)
+
+
+def _is_none(part: Any, members: tuple[Any, ...]) -> bool:
+    # A quoted "none" where text is allowed is that text; everywhere else it can only mean None.
+    if isinstance(part, str) and part.lower() in ("none", "null"):
+        return isinstance(part, Text) or not any(_is_text(member) for member in members)
+    return part is None
+
+
+def _rank(member: Any, value: Any) -> int:
+    """In which order the alternatives are tried on a word without quotes: the pickiest first, text late."""
+    if not isinstance(value, Text):
+        return 0
+    match shape_of(member):
+        case Leaf():
+            return 2 if split(member)[0] in (str, Path) else 0
+        case Items():
+            return 1 if value.lstrip().startswith("[") else 3
+        case _:
+            return 1

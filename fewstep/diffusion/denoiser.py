@@ -1,0 +1,58 @@
+"""The contract: all that mathematics and methods may know of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.batch import Condition
+from fewstep.diffusion.path import Path, spread
+from fewstep.diffusion.prediction import Prediction, coefficients_for
+
+
+class Cache(Protocol):
+    """What a causal network remembers of finished frames; made by `new_cache`, passed by a rollout, dropped by it."""
+
+
+class Denoiser(Protocol):
+    @property
+    def path(self) -> Path: ...
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
+    ) -> Prediction:
+        """The prediction at x_t; `taps` are numbers of blocks whose outputs come back as features."""
+        ...
+
+
+def on_path(denoiser: Denoiser, path: Path) -> Denoiser:
+    """The same network asked on another path: the time is matched by noise-to-signal ratio, the state rescaled.
+
+    Where the network's own path ends before the ratio asked for (EDM stops at sigma 80, a flow goes on to infinity), it is
+    asked at its own t_max and its x0 is taken.
+    """
+    return denoiser if denoiser.path == path else _OnPath(denoiser, path)
+
+
+@dataclass(frozen=True)
+class _OnPath:
+    inner: Denoiser
+    path: Path
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
+    ) -> Prediction:
+        a, s, _, _ = self.path.coefficients(t)
+        inner_t = self.inner.path.time_of(s / a)
+        inner_a, inner_s, _, _ = self.inner.path.coefficients(inner_t)
+        scale = torch.hypot(inner_a, inner_s) / torch.hypot(a, s)
+        answer = self.inner(spread(scale, x_t).to(x_t.dtype) * x_t, inner_t, cond, taps=taps, cache=cache)
+        x0 = answer.x0
+        a, s, da, ds = coefficients_for(self.path, t, x0)
+        # Below ratio 1 the noise is the better known part of x_t, above it the data: divide by the larger one only.
+        eps = torch.where(s < a, answer.eps, (x_t.to(x0.dtype) - a * x0) / torch.where(s < a, 1.0, s))
+        return Prediction(x_t.to(x0.dtype), t, self.path, da * x0 + ds * eps, answer.features)

@@ -1,0 +1,79 @@
+"""Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) in one convention:
+
+    guided = uncond + w (cond - uncond)         w = 1 is off, 0 is unconditional
+
+Cosmos writes cond + g (cond - uncond), so that w = g + 1: a recipe that quotes a Cosmos number says so on the line.
+The negative differs from cond in its text or label only; frames, masks and controls stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fewstep.batch import Condition, join
+from fewstep.diffusion.denoiser import Cache, Denoiser
+from fewstep.diffusion.path import Path, spread
+from fewstep.diffusion.prediction import Prediction
+
+
+def guided(
+    denoiser: Denoiser,
+    negative: Condition | None,
+    w: float,
+    *,
+    interval: tuple[float, float] | None = None,
+    rescale: float = 0.0,
+) -> Denoiser:
+    """A denoiser that answers uncond + w (cond - uncond), both asked as one batch.
+
+    interval: (low, high) in the path's own time; outside of it w is 1 for that row (Kynkaanniemi et al., arXiv:2404.07724).
+    rescale: 0 .. 1, how far the spread of the guided x0 is drawn back to that of cond (Lin et al., arXiv:2305.08891, eq. 15-16).
+    """
+    if w == 1.0:
+        return denoiser
+    if negative is None:
+        raise ValueError(f"guidance w = {w} needs a negative condition, but the batch has none (w = 1 is off)")
+    return _Guided(denoiser, negative, w, interval, rescale)
+
+
+@dataclass(frozen=True)
+class _Guided:
+    inner: Denoiser
+    negative: Condition
+    w: float
+    interval: tuple[float, float] | None
+    rescale: float
+
+    @property
+    def path(self) -> Path:
+        return self.inner.path
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
+    ) -> Prediction:
+        if self.interval is not None and not bool(self._inside(t).any()):
+            return self.inner(x_t, t, cond, taps=taps, cache=cache)  # w is 1 everywhere: the second pass would be thrown away
+        both = self.inner(torch.cat([x_t, x_t]), torch.cat([t, t]), join(cond, self.negative), taps=taps, cache=cache)
+        with_text, without = both.velocity.chunk(2)
+        w = torch.full_like(t, self.w, dtype=torch.float64)
+        if self.interval is not None:
+            w = torch.where(self._inside(t), w, 1.0)
+        velocity = without + spread(w, without).to(without.dtype) * (with_text - without)
+        x = both.x_t.chunk(2)[0]
+        answer = Prediction(x, t, self.path, velocity, tuple(feature.chunk(2)[0] for feature in both.features))
+        return self._rescaled(answer, replace(answer, velocity=with_text)) if self.rescale else answer
+
+    def _inside(self, t: Tensor) -> Tensor:
+        assert self.interval is not None
+        low, high = self.interval
+        return (t >= low) & (t <= high)
+
+    def _rescaled(self, answer: Prediction, with_text: Prediction) -> Prediction:
+        x0, axes = answer.x0, tuple(range(1, answer.x_t.ndim))
+        scale = with_text.x0.std(axes, keepdim=True) / x0.std(axes, keepdim=True)
+        x0 = x0 * (1 - self.rescale + self.rescale * scale)
+        return Prediction.of("x0", x0, answer.x_t, answer.t, self.path, answer.features)

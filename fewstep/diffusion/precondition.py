@@ -1,0 +1,35 @@
+"""Preconditioning: what is put around a raw network so that its input and target have unit variance at every noise level.
+
+Karras et al. 2022, arXiv:2206.00364, table 1 and eq. 7: x0 = c_skip x + c_out F(c_in x, c_noise), on the EDM path.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Preconditioning(NamedTuple):
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+    c_noise: Tensor
+
+
+def edm_preconditioning(sigma: Tensor, sigma_data: float) -> Preconditioning:
+    """The four coefficients at `sigma`, float64. c_noise is ln(sigma)/4, so sigma = 0 must not reach a network."""
+    sigma = sigma.double()
+    total = sigma**2 + sigma_data**2
+    return Preconditioning(
+        c_skip=sigma_data**2 / total,
+        c_out=sigma * sigma_data / total.sqrt(),
+        c_in=1 / total.sqrt(),
+        c_noise=sigma.log() / 4,
+    )
+
+
+def edm_weight(sigma: Tensor, sigma_data: float) -> Tensor:
+    """lambda(sigma) = (sigma^2 + sigma_d^2) / (sigma sigma_d)^2: the x0 error so weighted is the raw network's error."""
+    sigma = sigma.double()
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2

@@ -1,0 +1,218 @@
+"""Samplers of the probability-flow ODE: (denoiser, x, times, cond) -> x0.
+
+x is the state at times[0]; times descend, without the final 0 (times.py). Every sampler asks the network once per time (Heun
+twice, but for the last) and ends with the x0 of its last call: Transfer1's "final clean denoise". So the number of network
+calls is len(times), and no step is wasted on a sliver of noise.
+
+The exponential integrators work in lambda = ln(a / s), half the log signal-to-noise ratio, but only e^-h = (s_t a_s)/(a_t s_s)
+is ever formed, which is 0 at pure noise (a_s = 0): they start at t_max of every path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.batch import Condition
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.path import Path, working_dtype
+from fewstep.diffusion.prediction import Prediction
+from fewstep.diffusion.rollout import few_step as few_step
+
+OnState = Callable[[float, Tensor], None]
+
+
+class TeacherSampler(Protocol):
+    def __call__(
+        self, denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, *, on_state: OnState | None = None
+    ) -> Tensor: ...
+
+
+def _ask(denoiser: Denoiser, x: Tensor, t: Tensor, cond: Condition) -> Prediction:
+    return denoiser(x, t.to(x.device).expand(x.shape[0]), cond)
+
+
+def euler(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, *, on_state: OnState | None = None) -> Tensor:
+    """Order 1, straight steps in the path's own time."""
+    x = x.to(working_dtype(x))
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        _tell(on_state, t, x)
+        x = x + (t_next - t).to(x.dtype).to(x.device) * _ask(denoiser, x, t, cond).velocity
+    _tell(on_state, times[-1], x)
+    return _ask(denoiser, x, times[-1], cond).x0
+
+
+def heun(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, *, on_state: OnState | None = None) -> Tensor:
+    """Order 2, Karras et al. 2022, algorithm 1 without churn: two calls a step, one for the last."""
+    x = x.to(working_dtype(x))
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        _tell(on_state, t, x)
+        step = (t_next - t).to(x.dtype).to(x.device)
+        first = _ask(denoiser, x, t, cond).velocity
+        second = _ask(denoiser, x + step * first, t_next, cond).velocity
+        x = x + step * (first + second) / 2
+    _tell(on_state, times[-1], x)
+    return _ask(denoiser, x, times[-1], cond).x0
+
+
+def dpmpp_2m(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, *, on_state: OnState | None = None) -> Tensor:
+    """Order 2 multistep in x0, Lu et al. 2022, arXiv:2211.01095, algorithm 2; the first step is of order 1."""
+    x = x.to(working_dtype(x))
+    steps = _Exponential(denoiser.path, times, x)
+    last = None
+    for i in range(len(times) - 1):
+        _tell(on_state, times[i], x)
+        x0 = _ask(denoiser, x, times[i], cond).x0
+        guess = x0
+        if last is not None:
+            # 1 / (2 r) with r = h_last / h: 0 when the last step came from pure noise, an infinite h.
+            lean = float(steps.h[i] / steps.h[i - 1]) / 2
+            guess = (1 + lean) * x0 - lean * last
+        x = steps.shrink[i] * x + steps.gain[i] * guess
+        last = x0
+    _tell(on_state, times[-1], x)
+    return _ask(denoiser, x, times[-1], cond).x0
+
+
+def res_2ab(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, *, on_state: OnState | None = None) -> Tensor:
+    """Order 2 multistep, the exponential Adams-Bashforth form of Cosmos 1 ("2ab"), with its final clean denoise.
+
+    x_t = e^-h x_s + h (b1 x0_s + b2 x0_1) in the EDM scaling; phi1(z) = (e^z - 1)/z, phi2(z) = (phi1(z) - 1)/z at z = -h.
+    """
+    x = x.to(working_dtype(x))
+    steps = _Exponential(denoiser.path, times, x)
+    last = None
+    for i in range(len(times) - 1):
+        _tell(on_state, times[i], x)
+        x0 = _ask(denoiser, x, times[i], cond).x0
+        h = steps.h[i]
+        h_phi1 = -torch.expm1(-h)
+        h_b2 = torch.zeros_like(h)
+        if last is not None and bool(torch.isfinite(steps.h[i - 1])):
+            c2 = -steps.h[i - 1] / h
+            phi2 = (h_phi1 / h - 1) / -h
+            h_b2 = h * phi2 / c2
+        h_b1 = h_phi1 - h_b2
+        guess = (h_b1 / h_phi1) * x0 + (h_b2 / h_phi1) * (x0 if last is None else last)
+        x = steps.shrink[i] * x + steps.gain[i] * guess.to(x.dtype)
+        last = x0
+    _tell(on_state, times[-1], x)
+    return _ask(denoiser, x, times[-1], cond).x0
+
+
+def unipc(
+    denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, *, order: int = 2, on_state: OnState | None = None
+) -> Tensor:
+    """Predictor-corrector of order 2 or 3 at one call a step: UniPC with B(h) = e^h - 1 ("bh2"), x0 form.
+
+    Zhao et al. 2023, arXiv:2302.04867, eq. 3 and 9. The corrector re-uses the call made at the new time for the state it refines.
+    """
+    x = x.to(working_dtype(x))
+    steps = _Exponential(denoiser.path, times, x)
+    known: list[tuple[int, Tensor]] = []  # (place in the grid, x0), newest last
+    before = x
+    for i in range(len(times)):
+        x0 = _ask(denoiser, x, times[i], cond).x0
+        if i > 0:  # correct x with what was just learned at its end; the corrected state keeps this x0
+            x = steps.multistep(i - 1, before, known[-order:], end=x0)
+        _tell(on_state, times[i], x)
+        if i == len(times) - 1:
+            return x0
+        known = [*known, (i, x0)][-order:]
+        before = x
+        x = steps.multistep(i, x, known[-order:], end=None)
+    raise AssertionError("times is never empty")
+
+
+class _Exponential:
+    """Per step of a grid: h = lambda_next - lambda, and x_next = shrink x + gain x0 for a constant x0."""
+
+    def __init__(self, path: Path, times: Tensor, like: Tensor):
+        a, s, _, _ = path.coefficients(times.double().cpu())
+        decay = (s[1:] * a[:-1]) / (a[1:] * s[:-1])  # e^-h
+        self.h = -torch.log(decay)  # inf for a step from pure noise
+        self.lam = torch.log(a / s)
+        self.shrink = (s[1:] / s[:-1]).to(like.dtype).to(like.device)
+        self.gain = (a[1:] * (1 - decay)).to(like.dtype).to(like.device)
+
+    def multistep(self, i: int, x: Tensor, known: Sequence[tuple[int, Tensor]], end: Tensor | None) -> Tensor:
+        """The state after step i from earlier x0 (predictor) and, if given, from the x0 at its end (corrector)."""
+        (here, x0), h = known[-1], self.h[i]
+        assert here == i, (here, i)
+        out = self.shrink[i] * x + self.gain[i] * x0
+        if bool(torch.isinf(h)):
+            return out if end is None else self.shrink[i] * x + self.gain[i] * end
+        places = [(float((self.lam[j] - self.lam[i]) / h), value) for j, value in known[:-1]]
+        places = [(r, value) for r, value in reversed(places) if r > float("-inf")]
+        if end is not None:
+            places.append((1.0, end))
+        if not places:
+            return out
+        # D_k = (x0_k - x0) / r_k; the weights solve sum_k r_k^(n-1) rho_k = b_n (UniPC, theorem 3.1, with z = -h).
+        r = torch.tensor([place for place, _ in places], dtype=torch.float64)
+        z, factorial = -h, 1.0
+        b_h = torch.expm1(z)
+        phi, b = b_h / z - 1, []
+        for n in range(1, len(places) + 1):
+            factorial *= n
+            b.append(phi * factorial / b_h)
+            phi = phi / z - 1 / (factorial * (n + 1))
+        system = torch.stack([r**n for n in range(len(places))])
+        if len(places) == 1:
+            rho = torch.tensor([0.5], dtype=torch.float64)  # the paper's simplification at order 2
+        else:
+            rho = torch.linalg.solve(system, torch.stack(b))
+        for weight, (place, value) in zip(rho.tolist(), places, strict=True):
+            out = out + self.gain[i] * (weight / place) * (value - x0)
+        return out
+
+
+def _tell(on_state: OnState | None, t: Tensor, x: Tensor) -> None:
+    if on_state is not None:
+        on_state(float(t), x)
+
+
+# --- trajectories -----------------------------------------------------------------------------------------------------
+
+
+class Trajectory(NamedTuple):
+    x0: Tensor
+    times: Tensor  # (K,), exactly as asked for
+    states: Tensor  # B K ...
+
+
+def trajectory(
+    sampler: TeacherSampler, denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, at: Tensor
+) -> Trajectory:
+    """x0 and the solver's states at exactly the times `at`.
+
+    The times asked for are put on the solver's grid, each in the place of its nearest inner neighbour, so that the number of
+    calls stays; taking the state at the first solver time below a target trains the student at a time its state never had.
+    """
+    grid = with_targets(times, at)
+    kept: dict[float, Tensor] = {}
+    wanted = set(at.double().tolist())
+
+    def keep(t: float, state: Tensor) -> None:
+        if t in wanted:
+            kept[t] = state
+
+    x0 = sampler(denoiser, x, grid, cond, on_state=keep)
+    return Trajectory(x0, at.double(), torch.stack([kept[t] for t in at.double().tolist()], dim=1))
+
+
+def with_targets(times: Tensor, at: Tensor) -> Tensor:
+    """`times` with every time of `at` in it, as many as before where neighbours can give way."""
+    grid, targets = times.double().tolist(), at.double().tolist()
+    if max(targets) > grid[0] or min(targets) <= 0:
+        raise ValueError(f"the times to keep, {targets}, must lie between the first time of the grid, {grid[0]}, and 0")
+    free = [t for t in grid[1:] if t not in targets]  # the start stays, whatever is asked for
+    for target in targets:
+        if target in grid:
+            continue
+        if free:
+            free.remove(min(free, key=lambda t: abs(t - target)))
+    return torch.tensor(sorted({grid[0], *free, *targets}, reverse=True), dtype=torch.float64)

@@ -1,0 +1,108 @@
+"""What a method is: the contract between an algorithm and the loop.
+
+A method is a frozen dataclass whose fields are its hyper-parameters. It says whose turn it is, and yields the loss terms of
+that turn; the loop does the rest: gradients, clipping, steps, EMA, ranks, devices. A method holds no state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.batch import Batch, Condition
+from fewstep.diffusion import Denoiser, Path, Rng, StudentSampler
+
+Reduction = Literal["mean", "half_mean", "sum"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Whose turn it is."""
+
+    name: str
+    trains: tuple[str, ...]  # roles whose weights this turn changes
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Named loss terms, each with its weight; the loop logs each and back-propagates the weighted sum."""
+
+    values: Mapping[str, Tensor]
+    weights: Mapping[str, float]
+    watch: Mapping[str, Tensor]  # logged only
+
+    @classmethod
+    def of(cls, *, watch: Mapping[str, Tensor] | None = None, **terms: Tensor | tuple[Tensor, float]) -> Terms:
+        """Terms.of(kd=loss) or Terms.of(vsd=loss, gan=(loss, 1e-3)): a term alone has weight 1."""
+        pairs = {name: term if isinstance(term, tuple) else (term, 1.0) for name, term in terms.items()}
+        return cls(
+            {name: value for name, (value, _) in pairs.items()},
+            {name: weight for name, (_, weight) in pairs.items()},
+            watch or {},
+        )
+
+    @property
+    def total(self) -> Tensor:
+        return torch.stack([value * self.weights[name] for name, value in self.values.items()]).sum()
+
+
+@dataclass(frozen=True)
+class Nets:
+    """The networks a method may ask, by role; a role the method does not name is None."""
+
+    roles: Mapping[str, Denoiser]
+
+    def __getattr__(self, role: str) -> Denoiser:
+        try:
+            return self.__dict__["roles"][role]
+        except KeyError:
+            raise AttributeError(f"no role '{role}' here; a method names the roles it asks in `roles`") from None
+
+
+class Method(Protocol):
+    roles: ClassVar[tuple[str, ...]]  # of ("student", "teacher", "critic", "head")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of Batch that must be there, checked against the data set before any weight is read."""
+        ...
+
+    def turn(self, step: int) -> Turn: ...
+
+    def losses(self, turn: Turn, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Terms]:
+        """Each Terms is back-propagated before the next is asked for: two big graphs never coexist."""
+        ...
+
+    def sampler(self, path: Path) -> StudentSampler:
+        """How its student is meant to be sampled, for a network on `path`; saved with the weights."""
+        ...
+
+
+def free_mask(cond: Condition, like: Tensor) -> Tensor | None:
+    """1 where a frame is to be generated, 0 where it was given, shaped to multiply `like`; None when nothing was given."""
+    if cond.frame_mask is None:
+        return None
+    return (1 - cond.frame_mask.to(like.dtype))[:, None, :, None, None]
+
+
+def reduced(error: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
+    """One number from the element-wise `error`; given frames neither add to it nor count.
+
+    mean       over all free elements of a sample, then over samples        (Predict2.5)
+    half_mean  half of that                                                 (Transfer1, FastGen)
+    sum        over the free elements of a sample, then mean over samples   (rCM)
+    """
+    axes = tuple(range(1, error.ndim))
+    if mask is None:
+        sums, count = error.sum(axes), float(error[0].numel())
+    else:
+        sums, count = (error * mask).sum(axes), mask.expand_as(error).sum(axes)
+    if reduction == "sum":
+        return sums.mean()
+    # A sample whose frames are all given has nothing to learn from: it counts as 0, and does not divide by 0.
+    means = sums / (count if isinstance(count, float) else count.clamp(min=1))
+    return means.mean() * (0.5 if reduction == "half_mean" else 1.0)

@@ -1,0 +1,83 @@
+"""Finetune: denoising or flow matching on data, no teacher. What makes a teacher, and what post-trains one.
+
+x_t = a x0 + s eps at a random time; the prediction is regressed in one of three spaces, with one of the published weightings.
+Karras et al. 2022 (EDM, arXiv:2206.00364 eq. 8), Lipman et al. 2023 (flow matching, arXiv:2210.02747),
+Hang et al. 2023 (min-SNR, arXiv:2303.09556), Esser et al. 2024 (arXiv:2403.03206).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.batch import Batch, Condition, choose
+from fewstep.config import kind
+from fewstep.diffusion import Path, Prediction, Rng, StudentSampler, on_path, times
+from fewstep.diffusion.path import AnyPath, spread
+from fewstep.methods.contract import Nets, Reduction, Terms, Turn, free_mask, reduced
+
+
+@kind("finetune", group="method")
+@dataclass(frozen=True)
+class Finetune:
+    roles: ClassVar[tuple[str, ...]] = ("student",)
+
+    space: Literal["velocity", "x0", "eps"] = "velocity"  # where the error is measured
+    weighting: Literal["none", "edm", "min_snr"] = "none"  # edm: (s2 + sd2)/(s sd)2 on the x0 error, Predict1's loss
+    sigma_data: float = 1.0  # for the edm weighting; Cosmos 1: 0.5
+    min_snr_gamma: float = 5.0  # for min_snr
+    reduction: Reduction = "mean"
+    times: times.AnyTimes = times.Shifted(shift=1.0)
+    path: AnyPath | None = None  # None: the network's own
+    per_frame_times: bool = False  # one noise level per frame (diffusion forcing) instead of one per sample
+    drop_condition: float = 0.0  # share of samples trained on the negative condition, which makes guidance possible
+    num_sample_steps: int = 35  # of the sampler its result is meant for: this method makes many-step models
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"x0", "negative"} if self.drop_condition else {"x0"})
+
+    def turn(self, step: int) -> Turn:
+        return Turn("student", ("student",))
+
+    def losses(self, turn: Turn, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Terms]:
+        assert batch.x0 is not None
+        x0, cond = batch.x0, self._dropped(batch, rng)
+        student = nets.student if self.path is None else on_path(nets.student, self.path)
+        shape = (x0.shape[2],) if self.per_frame_times else ()
+        t = self.times.draw(rng, student.path, shape)
+        truth = Prediction.exact(x0, rng.normal_like(x0), t, student.path)
+        answer = student(truth.x_t, t, cond)
+        error = (answer.read(self.space) - truth.read(self.space)) ** 2
+        weight = self._weight(student.path, t, error)
+        yield Terms.of(denoising=reduced(error * weight, free_mask(cond, error), self.reduction))
+
+    def sampler(self, path: Path) -> StudentSampler:
+        grid = times.on_flow(self.num_sample_steps, self.path or path)
+        return StudentSampler(tuple(grid.tolist()), self.path or path, renoise="ode")
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if self.weighting != "none" and self.space != "x0":
+            yield "weighting", f"{self.weighting!r} weighs the x0 error, but space is {self.space!r}: set space=x0"
+        if not 0 <= self.drop_condition < 1:
+            yield "drop_condition", f"is a share of samples, 0 up to but not 1, not {self.drop_condition}"
+
+    def _dropped(self, batch: Batch, rng: Rng) -> Condition:
+        if not self.drop_condition:
+            return batch.cond
+        assert batch.negative is not None
+        drop = rng.uniform() < self.drop_condition
+        return choose(drop, batch.negative, batch.cond)
+
+    def _weight(self, path: Path, t: Tensor, like: Tensor) -> Tensor:
+        if self.weighting == "none":
+            return torch.ones((), dtype=like.dtype, device=like.device)
+        a, s, _, _ = path.coefficients(t)
+        snr = (a / s) ** 2
+        # (sigma^2 + sigma_d^2) / (sigma sigma_d)^2 = 1/sigma_d^2 + 1/sigma^2, which is finite at pure noise too.
+        weight = self.sigma_data**-2 + snr if self.weighting == "edm" else snr.clamp(max=self.min_snr_gamma)
+        return spread(weight, like).to(like.dtype)

@@ -1,0 +1,88 @@
+"""KD: regress the student's answer onto the clip the teacher made from the same noise.
+
+    L = || f(x_t, t) - x0_teacher ||^2          Luhman & Luhman 2021, arXiv:2101.02388
+
+One step: x_t is the stored noise at the first time. More steps: x_t is a stored state of the teacher's ODE at one of the
+student's times; which state belongs to which time is looked up in `path_times`, never assumed from its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewstep.batch import Batch
+from fewstep.config import kind
+from fewstep.diffusion import Path, Rng, StudentSampler, on_path
+from fewstep.diffusion.path import AnyPath
+from fewstep.diffusion.rollout import Renoise, start
+from fewstep.methods.contract import Nets, Reduction, Terms, Turn, free_mask, reduced
+
+
+@kind("kd", group="method")
+@dataclass(frozen=True)
+class KD:
+    roles: ClassVar[tuple[str, ...]] = ("student",)
+
+    student_sample_steps: int = 1  # 1, 2 or 4 in the seeds; any number for which the data holds states
+    t_list: tuple[float, ...] = (1.0,)  # the student's times, descending, without the final 0, in the path's time
+    reduction: Reduction = "half_mean"  # Transfer1 and FastGen
+    path: AnyPath | None = None  # None: the network's own; `t_list` and `path_times` are in its time
+    renoise: Renoise = "fresh"  # fresh noise on the answer has the law of x_t; "ode" would leave the curve the states lie on
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"x0", "noise"} if self.student_sample_steps == 1 else {"x0", "path", "path_times"})
+
+    def turn(self, step: int) -> Turn:
+        return Turn("student", ("student",))
+
+    def losses(self, turn: Turn, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Terms]:
+        assert batch.x0 is not None
+        student = nets.student if self.path is None else on_path(nets.student, self.path)
+        if self.student_sample_steps == 1:
+            assert batch.noise is not None
+            t = torch.full((batch.size(),), self.t_list[0], dtype=torch.float64, device=batch.x0.device)
+            x_t = start(student.path, batch.noise, self.t_list[0])
+        else:
+            x_t, t = self._state(batch, rng)
+        error = (student(x_t, t, batch.cond).x0 - batch.x0) ** 2
+        yield Terms.of(kd=reduced(error, free_mask(batch.cond, error), self.reduction))
+
+    def sampler(self, path: Path) -> StudentSampler:
+        return StudentSampler(self.t_list, self.path or path, self.renoise)
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if self.student_sample_steps != len(self.t_list):
+            yield "t_list", (
+                f"has {len(self.t_list)} times for student_sample_steps={self.student_sample_steps}: "
+                "give one time per step, descending, without the final 0"
+            )
+        if list(self.t_list) != sorted(set(self.t_list), reverse=True) or min(self.t_list, default=1.0) <= 0:
+            yield "t_list", f"must descend and stay above 0 (the final 0 is left out), but is {list(self.t_list)}"
+
+    def _state(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
+        """A stored state of each sample at a random one of the student's times, and that time."""
+        assert batch.path is not None and batch.path_times is not None
+        wanted = torch.tensor(self.t_list, dtype=torch.float64, device=batch.path.device)
+        place = aligned(wanted, batch.path_times.double())  # B, steps
+        pick = rng.integers(len(self.t_list)).to(place.device)
+        row = torch.arange(len(pick), device=place.device)
+        return batch.path[row, place[row, pick]], wanted[pick]
+
+
+def aligned(wanted: Tensor, path_times: Tensor, tolerance: float = 1e-4) -> Tensor:
+    """(B, steps) places in `path_times` (B, K) of the times `wanted`; refuses times that no state was stored for."""
+    distance = (path_times[:, None, :] - wanted[None, :, None]).abs()
+    nearest, place = distance.min(-1)
+    if bool((nearest > tolerance * wanted).any()):
+        raise ValueError(
+            f"t_list {[round(t, 6) for t in wanted.tolist()]} does not align with the stored path, whose states are at "
+            f"{[round(t, 6) for t in path_times[0].tolist()]}. Choose method.t_list among these times, or make the pairs anew with "
+            "these times: fewstep pairs ... --times"
+        )
+    return place

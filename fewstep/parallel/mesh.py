@@ -1,0 +1,76 @@
+"""The processes of one run: who am I, on which device, and the mesh of all."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None  # ("replicate", "shard"); None for a process alone
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.mesh is not None:
+            dist.barrier()
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """The mean of `value` over all processes; the same bits on each."""
+        if self.mesh is None:
+            return value
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total / self.size
+
+    def any(self, flag: bool) -> bool:
+        """True on every process if it is true on one: a signal reaches ranks at different times."""
+        if self.mesh is None:
+            return flag
+        seen = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        return bool(seen.item())
+
+
+def join_world(
+    device: Literal["auto", "cpu", "cuda"] = "auto", num_replicas: int | None = None, timeout_s: float = 1800.0
+) -> World:
+    """The world torchrun describes in the environment, or a process alone.
+
+    num_replicas: the mesh is that many replicas, each sharded over size / num_replicas ranks (HSDP); None: 1.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if on_gpu and not torch.cuda.is_available():
+        raise ValueError("parallel.device=cuda, but torch sees no GPU here; set parallel.device=cpu or auto")
+    if on_gpu:
+        torch.cuda.set_device(local)
+    place = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    if size == 1:
+        return World(0, 1, place, None)
+    replicas = num_replicas or 1
+    if size % replicas:
+        raise ValueError(f"parallel.num_replicas={replicas} does not divide the {size} processes of this run")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
+    mesh = init_device_mesh(place.type, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
+    return World(rank, size, place, mesh)
+
+
+def leave_world() -> None:
+    """Ends what join_world began; without it a clean exit prints a warning, and gloo may hang."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

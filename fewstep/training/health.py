@@ -1,0 +1,146 @@
+"""Is the run still healthy? Distribution matching fails quietly: its losses look alike at the start, at the end and in collapse.
+
+Every `every` iterations the student generates for a fixed set of conditions and noises, and is held against its teacher (or,
+without one, against the data). Each monitor is a number with a limit, and a limit that is passed rings an alarm by name:
+
+    collapse    mean distance between two of the student's samples, as a share of the reference's        rings below its limit
+    drift       largest shift of a channel's mean, in the reference's spreads, or |log| of the spreads' ratio   rings above
+    grad_ratio  the student's gradient norm over the median of its recent ones                           rings above
+    critic_lag  the critic's denoising error on student samples over the teacher's                       rings above
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.batch import Batch
+from fewstep.diffusion import Denoiser, Rng, StudentSampler, guided, samplers, times
+from fewstep.diffusion.rollout import start
+
+Action = Literal["warn", "stop", "rollback", "off"]
+SEVERITY: tuple[Action, ...] = ("off", "warn", "stop", "rollback")
+
+
+@dataclass(frozen=True)
+class Alarm:
+    limit: float
+    action: Action = "warn"  # stop: end the run; rollback: return to the last healthy checkpoint, with new noise
+
+
+@dataclass(frozen=True)
+class Health:
+    every: int | None = None  # iterations between two looks; none: never
+    num: int = 64  # samples of a look
+    reference_calls: int = 16  # network calls of the teacher for its samples, made once
+    guidance: float = 1.0  # w of the teacher for them; set it to the method's
+    collapse: Alarm = Alarm(0.5)
+    drift: Alarm = Alarm(0.5)
+    grad_ratio: Alarm = Alarm(20.0)
+    critic_lag: Alarm = Alarm(2.0)
+    max_rollbacks: int = 2  # then the run stops
+
+
+@dataclass(frozen=True)
+class Ring:
+    """An alarm that rang."""
+
+    monitor: str
+    value: float
+    limit: float
+    action: Action
+
+    def __str__(self) -> str:
+        side = "below" if self.monitor == "collapse" else "above"
+        return f"{self.monitor} is {self.value:.3g}, {side} its limit of {self.limit:g} (health.{self.monitor}.action={self.action})"
+
+
+@dataclass
+class Monitor:
+    """The looks of one run: the fixed conditions and noises, the reference samples, and recent gradient norms."""
+
+    config: Health
+    conditions: Batch  # `num` samples of the data, always the same
+    sampler: StudentSampler
+    teacher: Denoiser | None
+    critic: Denoiser | None
+    seed: int
+    _norms: deque[float] = field(default_factory=lambda: deque[float](maxlen=101))
+    _reference: Tensor | None = None
+
+    def saw_gradient(self, norm: float) -> None:
+        self._norms.append(norm)
+
+    @torch.no_grad()
+    def look(self, student: Denoiser) -> dict[str, float]:
+        """The value of every monitor that can be had here."""
+        assert self.conditions.x0 is not None
+        rng = Rng(self.seed, 0, torch.arange(self.conditions.size()), self.conditions.x0.device)
+        noise = rng.normal_like(self.conditions.x0)
+        made = self.sampler(student, noise, self.conditions.cond, rng).float()
+        if self._reference is None:
+            self._reference = self._make_reference(noise)
+        values = compare(made, self._reference)
+        if len(self._norms) > 10:
+            values["grad_ratio"] = self._norms[-1] / max(statistics.median(self._norms), 1e-12)
+        if self.critic is not None and self.teacher is not None:
+            values["critic_lag"] = self._lag(made, rng, self.critic, self.teacher)
+        return values
+
+    def rings(self, values: Mapping[str, float]) -> list[Ring]:
+        """The alarms that these values ring, the gravest last. A value that is no number rings too."""
+        found: list[Ring] = []
+        for name, value in values.items():
+            alarm: Alarm | None = {
+                "collapse": self.config.collapse, "drift": self.config.drift,
+                "grad_ratio": self.config.grad_ratio, "critic_lag": self.config.critic_lag,
+            }.get(name)  # fmt: skip
+            if alarm is None or alarm.action == "off":
+                continue
+            fine = value >= alarm.limit if name == "collapse" else value <= alarm.limit
+            if not fine:
+                found.append(Ring(name, value, alarm.limit, alarm.action))
+        return sorted(found, key=lambda ring: SEVERITY.index(ring.action))
+
+    def _make_reference(self, noise: Tensor) -> Tensor:
+        assert self.conditions.x0 is not None
+        if self.teacher is None:
+            return self.conditions.x0.float()
+        path = self.teacher.path
+        grid = times.on_flow(self.config.reference_calls, path)
+        teacher = guided(self.teacher, self.conditions.negative, self.config.guidance)
+        return samplers.unipc(teacher, start(path, noise, float(grid[0])), grid, self.conditions.cond).float()
+
+    def _lag(self, made: Tensor, rng: Rng, critic: Denoiser, teacher: Denoiser) -> float:
+        errors = {"critic": 0.0, "teacher": 0.0}
+        for fraction in (0.3, 0.5, 0.7, 0.9):
+            noise = rng.normal_like(made)
+            t = teacher.path.time_of(torch.full((len(made),), fraction / (1 - fraction), dtype=torch.float64)).to(made.device)
+            x_t = teacher.path.add_noise(made, noise, t)
+            for name, net in (("critic", critic), ("teacher", teacher)):
+                errors[name] += float(((net(x_t, t, self.conditions.cond).eps - noise) ** 2).mean())
+        return errors["critic"] / max(errors["teacher"], 1e-12)
+
+
+def compare(made: Tensor, reference: Tensor) -> dict[str, float]:
+    """collapse and drift of `made` against `reference`, (B, C, ...) each."""
+    axes = (0, *range(2, made.ndim))
+    mean, spread = made.mean(axes), made.std(axes)
+    wanted_mean, wanted_spread = reference.mean(axes), reference.std(axes).clamp(min=1e-12)
+    shift = ((mean - wanted_mean) / wanted_spread).abs().max()
+    stretch = (spread.clamp(min=1e-12) / wanted_spread).log().abs().max()
+    return {
+        "collapse": float(_pair_distance(made) / _pair_distance(reference).clamp(min=1e-12)),
+        "drift": float(torch.maximum(shift, stretch)),
+    }
+
+
+def _pair_distance(x: Tensor) -> Tensor:
+    flat = x.flatten(1).double()
+    return torch.pdist(flat).mean()

@@ -1,0 +1,74 @@
+"""Previews: what a person looks at while a run goes on, and the numbers that go with the picture.
+
+A preview is a frozen dataclass with `every` and `show(scene) -> numbers`. It is called before the first step, every `every`
+iterations, and at the end; its last numbers go into summary.json, those of the first call as NAME_undistilled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.batch import Condition
+from fewstep.config import OneOf, kind
+from fewstep.data.contract import AnyData
+from fewstep.diffusion import Denoiser, Rng, StudentSampler
+from fewstep.evaluation.energy import energy_distance
+from fewstep.evaluation.plot import scatter
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a preview may look at; the student answers with its moving average."""
+
+    student: Denoiser
+    teacher: Denoiser | None
+    sampler: StudentSampler
+    step: int
+    folder: Path  # previews/ of the run
+    device: torch.device
+    is_main: bool  # all ranks call (a sharded network needs them all), one writes
+
+
+class Preview(Protocol):
+    @property
+    def every(self) -> int | None:
+        """Iterations between two previews; None: only the first and the last."""
+        ...
+
+    def show(self, scene: Scene) -> Mapping[str, float]: ...
+
+
+AnyPreview = Annotated[Preview, OneOf("preview")]
+
+
+@kind("points", group="preview")
+@dataclass(frozen=True)
+class PointsPreview:
+    """Points of the plane: a scatter plot, and the energy distance to held-out data (squared form, unbiased)."""
+
+    reference: AnyData  # held-out samples: give it another seed than the training data's
+    every: int | None = None
+    num: int = 4096
+    seed: int = 1234
+
+    def show(self, scene: Scene) -> Mapping[str, float]:
+        wanted = self.reference.open().batch(torch.arange(self.num)).x0
+        assert wanted is not None
+        rng = Rng(self.seed, 0, torch.arange(self.num), scene.device)
+        noise = rng.normal(wanted.shape[1:])
+        made = scene.sampler(scene.student, noise, Condition(), rng).float().cpu()
+        distance = float(energy_distance(made, wanted))
+        if scene.is_main:
+            self._plot(scene, made, wanted, distance)
+        return {"energy_distance": distance}
+
+    def _plot(self, scene: Scene, made: Tensor, wanted: Tensor, distance: float) -> None:
+        title = f"student, {len(scene.sampler.times)} call(s), step {scene.step}: energy distance {distance:.4f}"
+        svg = scatter([("data", wanted[:, :2]), (title, made[:, :2])])
+        (scene.folder / f"step_{scene.step:09d}.svg").write_text(svg)

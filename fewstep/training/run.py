@@ -1,0 +1,114 @@
+"""One run, declared: every setting, its default, and the checks that cross from one group to another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from fewstep.config import OneOf
+from fewstep.data.contract import AnyData
+from fewstep.methods.contract import Method
+from fewstep.networks.roles import Networks
+from fewstep.networks.weights import output_root
+from fewstep.training.ema import Ema
+from fewstep.training.health import Health
+from fewstep.training.optim import Optim
+from fewstep.training.preview import AnyPreview
+
+AnyMethod = Annotated[Method, OneOf("method")]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where the run lives: OUTPUT_ROOT/PROJECT/GROUP/NAME. The same three names are the same run, and resume it."""
+
+    project: str = "fewstep"
+    group: str = "default"
+    name: str = "run"
+    after: tuple[str, ...] = ()  # recipes whose finished run this one starts from; trained first if they are not there
+
+    def folder(self) -> Path:
+        return output_root() / self.project / self.group / self.name
+
+
+@dataclass(frozen=True)
+class Trainer:
+    max_iter: int = 1000  # iterations; each is one turn of one or more roles
+    batch_size: int = 64  # samples per process and micro-batch
+    grad_accum: int = 1  # micro-batches per iteration; the global batch is batch_size * grad_accum * processes
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"  # of compute; weights, optimiser and EMA are fp32 always
+    log_every: int = 100  # iterations between two lines of metrics.jsonl
+    num_threads: int | None = None  # CPU threads of torch; None: torch's choice. 1 is fastest for the analytic recipes
+    compile: bool = False  # torch.compile on every block
+    checkpointing: bool = False  # recompute blocks in backward instead of keeping their activations
+
+
+@dataclass(frozen=True)
+class Parallel:
+    mode: Literal["ddp", "fsdp"] = "ddp"  # with one process: no difference
+    num_replicas: int | None = None  # fsdp: replicas of the sharded model (HSDP); None: 1, shard over all
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout_s: float = 1800.0  # of a collective: a rank that waits longer says so and ends
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    save_iter: int = 500  # iterations between two checkpoints; the last iteration always writes one
+    keep_last: int = 2  # older ones are removed, but for ..
+    keep_every: int | None = None  # .. those whose iteration is a multiple of this
+    load_path: str | None = None  # weights to start from (a run, RUN@ITER, or a checkpoint folder); not used when resuming
+    async_write: bool = False  # write while training goes on; costs a copy in memory
+
+
+@dataclass(frozen=True)
+class Run:
+    method: AnyMethod
+    networks: Networks
+    data: AnyData
+    job: Job = Job()
+    optim: Optim = Optim()
+    critic_optim: Optim | None = None  # None: as optim
+    ema: Ema = Ema()
+    trainer: Trainer = Trainer()
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+    preview: AnyPreview | None = None
+    health: Health = Health()
+
+    def optim_of(self, role: str) -> Optim:
+        return (self.critic_optim or self.optim) if role != "student" else self.optim
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        trainer, checkpoint = self.trainer, self.checkpoint
+        for name in ("max_iter", "batch_size", "grad_accum", "log_every"):
+            if getattr(trainer, name) < 1:
+                yield f"trainer.{name}", f"must be at least 1, not {getattr(trainer, name)}"
+        missing = sorted(self.method.needs - self.data.fields)
+        if missing:
+            yield "data", (
+                f"method {type(self.method).__name__} needs {', '.join(missing)}, but this data has only "
+                f"{', '.join(sorted(self.data.fields))}. Teacher pairs (noise, path) are made with: fewstep pairs ..."
+            )
+        if "teacher" in self.method.roles and self.networks.teacher is None:
+            yield "networks.teacher", f"is none, but method {type(self.method).__name__} asks a teacher"
+        for key, optim in (("optim", self.optim), ("critic_optim", self.critic_optim)):
+            if optim is not None and optim.warmup_iters > trainer.max_iter:
+                yield f"{key}.warmup_iters", (
+                    f"is {optim.warmup_iters}, longer than the run (trainer.max_iter={trainer.max_iter}): "
+                    "the learning rate would never be reached"
+                )
+        if checkpoint.save_iter < 1:
+            yield "checkpoint.save_iter", f"must be at least 1, not {checkpoint.save_iter}"
+        elif checkpoint.save_iter > trainer.max_iter:
+            yield "warn:checkpoint.save_iter", (
+                f"is {checkpoint.save_iter}, never reached in trainer.max_iter={trainer.max_iter}: only the end is saved"
+            )
+        if trainer.log_every > trainer.max_iter:
+            yield "warn:trainer.log_every", f"is {trainer.log_every}, never reached in {trainer.max_iter} iterations"
+        if checkpoint.keep_last < 1:
+            yield "checkpoint.keep_last", "must be at least 1: a run without a checkpoint cannot resume"
+        if self.critic_optim is not None and "critic" not in self.method.roles:
+            yield "warn:critic_optim", f"has no effect: method {type(self.method).__name__} trains no critic"
