@@ -89,6 +89,11 @@ def _paired(first: Condition, second: Condition, combine: Callable[[Tensor, Tens
         if a is None and b is None:
             return None
         if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if a.shape[1:] != b.shape[1:]:
+                raise ValueError(
+                    f"cond and negative do not match in '{name}': its shapes are {tuple(a.shape)} and {tuple(b.shape)}, "
+                    "and only the number of rows may differ; texts are padded to one length"
+                )
             return combine(a, b)
         if isinstance(a, Mapping) and isinstance(b, Mapping) and a.keys() == b.keys():
             return {key: pair(f"{name}.{key}", a[key], b[key]) for key in a}

@@ -23,7 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     from fewstep.config import ConfigError
 
     try:
-        app(args=argv, standalone_mode=False)
+        status = app(args=argv, standalone_mode=False)
+        if isinstance(status, int) and status:  # typer returns the status of its Exit; 130 is what Ctrl-C becomes there
+            return _fail("aborted", 1) if status == 130 else status
     except ConfigError as error:
         return _fail(str(error), 2)
     except typer.Exit as done:
@@ -131,13 +133,41 @@ def list_names(
         found = choices(what if what in ("data", "times") else what.removesuffix("s"))
         if not found:
             raise ConfigError(f"ls: there are no '{what}'; one of recipes, methods, networks, data, roles, paths, times, previews")
-        rows = {name: (cls.__doc__ or "").strip().split("\n")[0] for name, cls in found.items()}
+        rows = {name: _about(cls) for name, cls in found.items()}
     if as_json:
         print(json.dumps([{"name": name, "about": about} for name, about in rows.items()]))
         return
     width = max(map(len, rows), default=0)
     for name, text in rows.items():
         print(f"{name:{width}}  {text}")
+
+
+def _about(cls: type) -> str:
+    """The first line a class says of itself; of its file, where it has no words of its own."""
+    doc = cls.__doc__ or ""
+    if doc.startswith(f"{cls.__name__}("):  # what dataclass writes when there is no docstring
+        doc = sys.modules[cls.__module__].__doc__ or ""
+    return doc.strip().split("\n")[0]
+
+
+prepare = typer.Typer(no_args_is_help=True, help="Make data sets and what they need; each command goes on where it was killed.")
+app.add_typer(prepare, name="prepare")
+
+
+@prepare.command(name="toyworld")
+def prepare_toyworld(
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    num: Annotated[int, typer.Option(help="Number of clips.")] = 512,
+    seed: Annotated[int, typer.Option(help="Which endless series of clips.")] = 0,
+    size: Annotated[int, typer.Option(help="Pixels along each side.")] = 32,
+    workers: Annotated[int, typer.Option(help="Processes that render; 0 renders in this one.")] = 2,
+) -> None:
+    """Render the toy world: videos, captions, edge, vis, depth, seg and keypoint files, and what is in each clip."""
+    from fewstep.data.toyworld import World
+    from fewstep.prepare.toyworld import write
+
+    made = write(out, num, seed, World(height=size, width=size), workers)
+    print(f"{out}: {num} clips, {made} of them new")
 
 
 @app.command()

@@ -75,6 +75,9 @@ class _Reader:
             if not key or not equals:
                 self.problems.append((key, f"{show(word)} is not KEY=VALUE"))
                 continue
+            if key.count(".") >= 100:  # far deeper than any configuration, not yet too deep for Python's stack
+                self.problems.append((key, "no such setting; keys are at most 100 names deep"))
+                continue
             node = root
             for name in key.split("."):
                 node = node.setdefault(name, _Edit())
@@ -356,8 +359,11 @@ def _rank(member: Any, value: Any) -> int:
         return 0
     match shape_of(member):
         case Leaf():
-            return 2 if split(member)[0] in (str, Path) else 0
+            bare = split(member)[0]
+            if bare is int:  # 1 is an int and 1e3 a float where both are allowed
+                return 2 if {*".eE"} & {*value} else 0
+            return 3 if bare in (str, Path) else 1
         case Items():
-            return 1 if value.lstrip().startswith("[") else 3
+            return 2 if value.lstrip().startswith("[") else 4
         case _:
-            return 1
+            return 2

@@ -84,7 +84,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Table:
-    """A mapping from str."""
+    """A mapping from str. Given as a whole it replaces the old one: else nothing could be removed."""
 
     value: Any
 

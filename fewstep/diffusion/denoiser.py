@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.batch import Condition
-from fewstep.diffusion.path import Path, spread
+from fewstep.diffusion.path import Path, spread, working_dtype
 from fewstep.diffusion.prediction import Prediction, coefficients_for
 
 
@@ -46,6 +46,7 @@ class _OnPath:
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
     ) -> Prediction:
+        x_t = x_t.to(working_dtype(x_t))
         a, s, _, _ = self.path.coefficients(t)
         inner_t = self.inner.path.time_of(s / a)
         inner_a, inner_s, _, _ = self.inner.path.coefficients(inner_t)
@@ -54,5 +55,5 @@ class _OnPath:
         x0 = answer.x0
         a, s, da, ds = coefficients_for(self.path, t, x0)
         # Below ratio 1 the noise is the better known part of x_t, above it the data: divide by the larger one only.
-        eps = torch.where(s < a, answer.eps, (x_t.to(x0.dtype) - a * x0) / torch.where(s < a, 1.0, s))
-        return Prediction(x_t.to(x0.dtype), t, self.path, da * x0 + ds * eps, answer.features)
+        eps = torch.where(s < a, answer.eps, (x_t - a * x0) / torch.where(s < a, 1.0, s))
+        return Prediction(x_t, t, self.path, da * x0 + ds * eps, answer.features)

@@ -31,7 +31,7 @@ def guided(
     """A denoiser that answers uncond + w (cond - uncond), both asked as one batch.
 
     interval: (low, high) in the path's own time; outside of it w is 1 for that row (Kynkaanniemi et al., arXiv:2404.07724).
-    rescale: 0 .. 1, how far the spread of the guided x0 is drawn back to that of cond (Lin et al., arXiv:2305.08891, eq. 15-16).
+    rescale: 0 .. 1, how far the spread of the guided x0 is drawn back to that of cond (Lin et al., arXiv:2305.08891 eq. 15-16).
     """
     if w == 1.0:
         return denoiser

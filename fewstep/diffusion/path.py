@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, ClassVar, Literal, Protocol
+from typing import Annotated, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -60,6 +60,11 @@ def spread(t: Tensor, like: Tensor) -> Tensor:
     )
 
 
+def floats(values: Tensor) -> list[float]:
+    """The entries as Python numbers, from float64."""
+    return cast(list[float], values.double().tolist())  # pyright: ignore[reportUnknownMemberType] torch's stub is vague
+
+
 def working_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any tensor is float64, else float32: half precision is never computed in, only stored."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
@@ -97,7 +102,9 @@ class EDM(_Affine):
 @kind("rectified_flow", group="path")
 @dataclass(frozen=True)
 class RectifiedFlow(_Affine):
-    t_max: ClassVar[float] = 1.0
+    @property
+    def t_max(self) -> float:
+        return 1.0
 
     def coefficients(self, t: Tensor) -> Coefficients:
         t = t.double()
@@ -113,12 +120,15 @@ class RectifiedFlow(_Affine):
 @dataclass(frozen=True)
 class TrigFlow(_Affine):
     sigma_data: float = 1.0  # Predict2.5: its latents have unit spread
-    t_max: ClassVar[float] = math.pi / 2
+
+    @property
+    def t_max(self) -> float:
+        return math.pi / 2
 
     def coefficients(self, t: Tensor) -> Coefficients:
         t = t.double()
-        # cos(pi/2) is 6e-17 in float64; pure noise holds no data at all, so make it 0.
-        cos = torch.where(t == self.t_max, 0.0, torch.cos(t))
+        # Pure noise holds no data at all, but cos(pi/2) is 6e-17, and float32(pi/2), which is above pi/2, has cos -4e-8.
+        cos = torch.where(t >= self.t_max, 0.0, torch.cos(t))
         sin = torch.sin(t)
         return cos / self.sigma_data, sin, -sin / self.sigma_data, cos
 
@@ -140,7 +150,10 @@ class VP(_Affine):
     beta_end: float | None = None  # None: 0.02 for linear, 0.012 for scaled_linear; the cosine table has no betas to choose
     num_steps: int = 1000
     zero_terminal_snr: bool = False  # CogVideoX; Lin et al. 2023, arXiv:2305.08891, algorithm 1
-    t_max: ClassVar[float] = 1.0
+
+    @property
+    def t_max(self) -> float:
+        return 1.0
 
     @property
     def angles(self) -> Tensor:

@@ -1,14 +1,14 @@
 """One answer of a denoiser, read as x0, eps or velocity.
 
-x_t = a x0 + s eps and velocity = a' x0 + s' eps are two equations for two unknowns, so that any one of the three, with x_t, gives
-the others. The determinant a s' - s a' is 1 for RectifiedFlow and EDM, 1/sigma_d for TrigFlow and phi' for VP: never 0.
+x_t = a x0 + s eps and velocity = a' x0 + s' eps are two equations for two unknowns, so that any one of the three, with x_t,
+gives the others. The determinant a s' - s a' is 1 for RectifiedFlow and EDM, 1/sigma_d for TrigFlow and phi' for VP: never 0.
 What is stored is the velocity, because it alone is finite and complete at both ends. At t = 0 an x0 says nothing of eps, and
 at pure noise an eps says nothing of x0: the silent part is then read as 0, the mean of normalised data and of noise.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -28,9 +28,7 @@ class Prediction:
     features: tuple[Tensor, ...] = ()  # what the network's tapped blocks put out
 
     @classmethod
-    def of(
-        cls, kind: Kind, value: Tensor, x_t: Tensor, t: Tensor, path: Path, features: tuple[Tensor, ...] = ()
-    ) -> Prediction:
+    def of(cls, kind: Kind, value: Tensor, x_t: Tensor, t: Tensor, path: Path, features: tuple[Tensor, ...] = ()) -> Prediction:
         """The prediction whose x0, eps or velocity is `value`."""
         dtype = working_dtype(value, x_t)
         x_t, value = x_t.to(dtype), value.to(dtype)
@@ -65,6 +63,15 @@ class Prediction:
     def read(self, kind: Kind) -> Tensor:
         """x0, eps or velocity, by name."""
         return {"x0": lambda: self.x0, "eps": lambda: self.eps, "velocity": lambda: self.velocity}[kind]()
+
+
+def keep_given(answer: Prediction, frames: Tensor | None, frame_mask: Tensor | None) -> Prediction:
+    """The prediction whose x0 is `frames` where `frame_mask` (B, T) is 1, as it was elsewhere."""
+    if frame_mask is None or frames is None:
+        return answer
+    given = Prediction.of("x0", frames.to(answer.velocity), answer.x_t, answer.t, answer.path).velocity
+    is_given = frame_mask.bool()[:, None, :, None, None]
+    return replace(answer, velocity=torch.where(is_given, given, answer.velocity))
 
 
 def coefficients_for(path: Path, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

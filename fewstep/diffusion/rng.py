@@ -17,7 +17,7 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 _MULTIPLY = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_SHARED_ROW = _MASK  # no sample has this number
+_SHARED_ROW = (1 << 48) - 1  # the last number a row can have; 2^32 - 1 would be the favourite seed of many
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -41,7 +41,11 @@ class Rng:
 
     def __init__(self, seed: int, step: int = 0, rows: Sequence[int] | Tensor = (0,), device: torch.device | str = "cpu"):
         self.seed, self.step = seed, step
-        self.rows = torch.as_tensor(rows, dtype=torch.int64, device=device).reshape(-1)
+        numbers = torch.as_tensor(rows, dtype=torch.int64).reshape(-1)
+        outside = numbers[(numbers < 0) | (numbers > _SHARED_ROW)]
+        if len(outside):
+            raise ValueError(f"rows and sample seeds are numbers from 0 to 2^48 - 1, not {int(outside[0])}")
+        self.rows = numbers.to(device)
         self._draws = 0
         self._shared: Rng | None = None
 
@@ -59,6 +63,7 @@ class Rng:
 
     def _words(self, num: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """At least `num` words for each row, as four tensors of shape (rows, blocks)."""
+        assert self._draws < 1 << 16, self._draws  # beyond, a draw would reach into the upper half of the row's number
         device = self.rows.device
         blocks = torch.arange((num + 3) // 4, device=device)[None, :].expand(len(self.rows), -1)
         row = (self.rows[:, None] & _MASK).expand_as(blocks)

@@ -28,8 +28,16 @@ Renoise = Literal["fresh", "same", "ode"]
 
 
 def start(path: Path, noise: Tensor, t: float) -> Tensor:
-    """The state at the first time: s(t) noise, no data in it. On EDM this is 80 eps, on the other paths eps."""
-    _, s, _, _ = path.coefficients(torch.tensor(t, dtype=torch.float64))
+    """The state at the first time: s(t) noise, no data in it. On EDM this is 80 eps, on the other paths eps.
+
+    Refuses times at which the data left out would be seen: 1.0 is pure noise on a flow, and half data on EDM.
+    """
+    a, s, _, _ = path.coefficients(torch.tensor(t, dtype=torch.float64))
+    if t < path.t_max * (1 - 1e-6) and float(s) < 10 * float(a):
+        raise ValueError(
+            f"t = {t:g} is not pure noise on {path}, where noise is only {float(s / a):.3g} times the data: "
+            f"the first time of t_list must be t_max = {path.t_max:g} or near it"
+        )
     return s.to(working_dtype(noise)).to(noise.device) * noise.to(working_dtype(noise))
 
 
@@ -53,6 +61,7 @@ def rollout(
     num_calls = len(grid) if num_calls is None else num_calls
     if not 1 <= num_calls <= len(grid):
         raise ValueError(f"num_calls must be 1 .. {len(grid)}, the length of times, but is {num_calls}")
+    x = x.to(working_dtype(x))
     first, start_scale = x, denoiser.path.coefficients(grid[0])[1].to(x.dtype)
     for i in range(num_calls):
         last = i == num_calls - 1
@@ -86,7 +95,7 @@ def few_step(
 
 @dataclass(frozen=True)
 class StudentSampler:
-    """How a student is meant to be sampled; saved with its weights, because other times or another renoise are another model."""
+    """How a student is meant to be sampled; saved with its weights: other times or another renoise are another model."""
 
     times: tuple[float, ...]  # in the time of `path`
     path: Path

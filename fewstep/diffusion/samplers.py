@@ -11,14 +11,15 @@ is ever formed, which is 0 at pure noise (a_s = 0): they start at t_max of every
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from itertools import pairwise
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from fewstep.batch import Condition
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.path import Path, working_dtype
+from fewstep.diffusion.path import Path, floats, working_dtype
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.rollout import few_step as few_step
 
@@ -38,7 +39,7 @@ def _ask(denoiser: Denoiser, x: Tensor, t: Tensor, cond: Condition) -> Predictio
 def euler(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, *, on_state: OnState | None = None) -> Tensor:
     """Order 1, straight steps in the path's own time."""
     x = x.to(working_dtype(x))
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in pairwise(times):
         _tell(on_state, t, x)
         x = x + (t_next - t).to(x.dtype).to(x.device) * _ask(denoiser, x, t, cond).velocity
     _tell(on_state, times[-1], x)
@@ -48,7 +49,7 @@ def euler(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, *, on_s
 def heun(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, *, on_state: OnState | None = None) -> Tensor:
     """Order 2, Karras et al. 2022, algorithm 1 without churn: two calls a step, one for the last."""
     x = x.to(working_dtype(x))
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in pairwise(times):
         _tell(on_state, t, x)
         step = (t_next - t).to(x.dtype).to(x.device)
         first = _ask(denoiser, x, t, cond).velocity
@@ -108,7 +109,7 @@ def unipc(
 ) -> Tensor:
     """Predictor-corrector of order 2 or 3 at one call a step: UniPC with B(h) = e^h - 1 ("bh2"), x0 form.
 
-    Zhao et al. 2023, arXiv:2302.04867, eq. 3 and 9. The corrector re-uses the call made at the new time for the state it refines.
+    Zhao et al. 2023, arXiv:2302.04867, eq. 3 and 9. The corrector reuses the call made at the step's new time.
     """
     x = x.to(working_dtype(x))
     steps = _Exponential(denoiser.path, times, x)
@@ -155,17 +156,17 @@ class _Exponential:
         r = torch.tensor([place for place, _ in places], dtype=torch.float64)
         z, factorial = -h, 1.0
         b_h = torch.expm1(z)
-        phi, b = b_h / z - 1, []
+        phi, b = b_h / z - 1, list[Tensor]()
         for n in range(1, len(places) + 1):
             factorial *= n
             b.append(phi * factorial / b_h)
             phi = phi / z - 1 / (factorial * (n + 1))
         system = torch.stack([r**n for n in range(len(places))])
         if len(places) == 1:
-            rho = torch.tensor([0.5], dtype=torch.float64)  # the paper's simplification at order 2
+            rho = [0.5]  # the paper's simplification at order 2
         else:
-            rho = torch.linalg.solve(system, torch.stack(b))
-        for weight, (place, value) in zip(rho.tolist(), places, strict=True):
+            rho = floats(cast(Tensor, torch.linalg.solve(system, torch.stack(b))))  # pyright: ignore[reportUnknownMemberType]
+        for weight, (place, value) in zip(rho, places, strict=True):
             out = out + self.gain[i] * (weight / place) * (value - x0)
         return out
 
@@ -194,25 +195,27 @@ def trajectory(
     """
     grid = with_targets(times, at)
     kept: dict[float, Tensor] = {}
-    wanted = set(at.double().tolist())
+    wanted = floats(at)
 
     def keep(t: float, state: Tensor) -> None:
         if t in wanted:
             kept[t] = state
 
     x0 = sampler(denoiser, x, grid, cond, on_state=keep)
-    return Trajectory(x0, at.double(), torch.stack([kept[t] for t in at.double().tolist()], dim=1))
+    return Trajectory(x0, at.double(), torch.stack([kept[t] for t in wanted], dim=1))
 
 
 def with_targets(times: Tensor, at: Tensor) -> Tensor:
-    """`times` with every time of `at` in it, as many as before where neighbours can give way."""
-    grid, targets = times.double().tolist(), at.double().tolist()
+    """`times` with every time of `at` in it, both ends kept, and as many as before where inner neighbours can give way."""
+    grid, targets = floats(times), floats(at)
     if max(targets) > grid[0] or min(targets) <= 0:
         raise ValueError(f"the times to keep, {targets}, must lie between the first time of the grid, {grid[0]}, and 0")
-    free = [t for t in grid[1:] if t not in targets]  # the start stays, whatever is asked for
+    inner = [t for t in grid[1:-1] if t not in targets]
     for target in targets:
-        if target in grid:
-            continue
-        if free:
-            free.remove(min(free, key=lambda t: abs(t - target)))
-    return torch.tensor(sorted({grid[0], *free, *targets}, reverse=True), dtype=torch.float64)
+        if inner and target not in grid:
+            inner.remove(_nearest(inner, target))
+    return torch.tensor(sorted({grid[0], grid[-1], *inner, *targets}, reverse=True), dtype=torch.float64)
+
+
+def _nearest(numbers: Sequence[float], target: float) -> float:
+    return min(numbers, key=lambda number: abs(number - target))

@@ -16,24 +16,24 @@ import torch
 from torch import Tensor
 
 from fewstep.config import OneOf, kind
-from fewstep.diffusion.path import EDM, Path, RectifiedFlow
+from fewstep.diffusion.path import EDM, Path, RectifiedFlow, floats
 from fewstep.diffusion.rng import Rng
 
 # --- grids ------------------------------------------------------------------------------------------------------------
 
 
-def explicit(times: Iterable[float], path: Path | None = None) -> Tensor:
+def explicit(times: Iterable[float] | Tensor, path: Path | None = None) -> Tensor:
     """The times given, checked: descending, positive, and within the path."""
-    grid = torch.as_tensor(list(times), dtype=torch.float64)
-    if grid.ndim != 1 or len(grid) == 0 or bool((grid[1:] >= grid[:-1]).any()) or float(grid[-1]) <= 0:
-        raise ValueError(f"times must be descending and above 0 (the final 0 is left out), but are {grid.tolist()}")
-    if path is not None and float(grid[0]) > path.t_max * (1 + 1e-12):
+    grid = torch.as_tensor(times if isinstance(times, Tensor) else list(times), dtype=torch.float64)
+    if grid.ndim != 1 or len(grid) == 0 or not bool((grid[1:] < grid[:-1]).all()) or not float(grid[-1]) > 0:
+        raise ValueError(f"times must be descending and above 0 (the final 0 is left out), but are {floats(grid)}")
+    if path is not None and float(grid[0]) > path.t_max * (1 + 1e-6):  # float32(pi/2) is above pi/2
         raise ValueError(f"the first time {float(grid[0])} is beyond the path's t_max of {path.t_max}")
     return grid
 
 
 def karras(num: int, sigma_max: float = 80.0, sigma_min: float = 0.002, rho: float = 7.0) -> Tensor:
-    """Karras et al. 2022, eq. 5, in sigma (the time of EDM). Transfer1's "35 steps" are karras(36): 35 steps, a clean denoise."""
+    """Karras et al. 2022, eq. 5, in sigma, the time of EDM. Transfer1's "35 steps" are karras(36): 35, a clean denoise."""
     place = torch.arange(num, dtype=torch.float64) / max(num - 1, 1)
     return (sigma_max ** (1 / rho) + place * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
 
@@ -56,7 +56,12 @@ def even(num: int, t_max: float) -> Tensor:
 
 def converted(times: Tensor, source: Path, target: Path) -> Tensor:
     """The times of `target` with the noise-to-signal ratios that `times` have on `source`; refuses ratios beyond its end."""
-    return explicit(_from(source, times, target).tolist(), target)
+    a, s, _, _ = source.coefficients(times)
+    end_a, end_s, _, _ = target.coefficients(torch.tensor(target.t_max, dtype=torch.float64))
+    ratio, end = float((s / a).max()), float(end_s / end_a)
+    if ratio > end * (1 + 1e-6):
+        raise ValueError(f"a time with noise-to-signal ratio {ratio:.6g} lies beyond the end of {target}, which is {end:.6g}")
+    return explicit(_from(source, times, target), target)
 
 
 def on_flow(num: int, path: Path, shift: float = 1.0) -> Tensor:

@@ -97,12 +97,10 @@ def reduced(error: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
     sum        over the free elements of a sample, then mean over samples   (rCM)
     """
     axes = tuple(range(1, error.ndim))
-    if mask is None:
-        sums, count = error.sum(axes), float(error[0].numel())
-    else:
-        sums, count = (error * mask).sum(axes), mask.expand_as(error).sum(axes)
+    free = torch.ones_like(error) if mask is None else mask.expand_as(error)
+    sums, count = (error * free).sum(axes), free.sum(axes)
     if reduction == "sum":
         return sums.mean()
     # A sample whose frames are all given has nothing to learn from: it counts as 0, and does not divide by 0.
-    means = sums / (count if isinstance(count, float) else count.clamp(min=1))
+    means = sums / count.clamp(min=1)
     return means.mean() * (0.5 if reduction == "half_mean" else 1.0)

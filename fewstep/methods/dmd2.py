@@ -33,11 +33,11 @@ from fewstep.methods.contract import Nets, Reduction, Terms, Turn, free_mask, re
 class DMD2:
     roles: ClassVar[tuple[str, ...]] = ("student", "teacher", "critic")
 
-    t_list: tuple[float, ...] = (1.0, 0.9375, 0.8333333333333334, 0.625)  # the student's times, without the final 0: shifted(4, 5)
+    t_list: tuple[float, ...] = (1.0, 0.9375, 0.8333333333333334, 0.625)  # the student's, without the final 0: shifted(4, 5)
     renoise: Renoise = "fresh"  # "same" for Predict2.5
     path: AnyPath | None = None  # the path of all times here; None: the student's own
     student_update_freq: int = 5  # one student turn, then four critic turns
-    warmup_steps: int = 0  # first turns, all given to `warmup_role`
+    warmup_steps: int = 0  # first turns, all given to `warmup_role`; the student's turns stay 0, freq, 2 freq, ..
     warmup_role: Literal["student", "critic"] = "critic"  # critic: let it meet the student first; student: Predict2.5
     guidance: float = 1.0  # w = 1 is off. Cosmos writes g = w - 1: Transfer1 g 5 is 6.0 here, Predict2.5 g 3 is 4.0
     guidance_interval: tuple[float, float] | None = None  # guide only for times within, in the path's time
@@ -46,7 +46,7 @@ class DMD2:
     critic_space: Kind = "velocity"  # where the critic's error is measured: "eps" Transfer1, "x0" FastGen
     reduction: Reduction = "half_mean"  # of the student's term; "mean" for Predict2.5
     critic_reduction: Reduction = "mean"
-    exit_step: Literal["random", "last"] = "random"  # which of the student's calls is trained; the draw is the same on all ranks
+    exit_step: Literal["random", "last"] = "random"  # which of the student's calls is trained; the same on all ranks
 
     @property
     def needs(self) -> frozenset[str]:
@@ -57,7 +57,7 @@ class DMD2:
         if step < self.warmup_steps:
             role = self.warmup_role
         else:
-            role = "student" if (step - self.warmup_steps) % self.student_update_freq == 0 else "critic"
+            role = "student" if step % self.student_update_freq == 0 else "critic"
         return Turn(role, (role,))
 
     def losses(self, turn: Turn, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Terms]:
@@ -109,9 +109,7 @@ class DMD2:
             yield "warn:student_update_freq", "is 1: the critic is never trained after the warm-up"
 
 
-def vsd(
-    sample: Tensor, critic: Tensor, teacher: Tensor, mask: Tensor | None, reduction: Reduction
-) -> tuple[Tensor, Tensor]:
+def vsd(sample: Tensor, critic: Tensor, teacher: Tensor, mask: Tensor | None, reduction: Reduction) -> tuple[Tensor, Tensor]:
     """The variational score distillation loss of `sample`, and the gradient it stands for.
 
     With reduction "half_mean" d loss / d sample = gradient / N exactly, N the number of elements that count.
@@ -119,7 +117,7 @@ def vsd(
     with torch.no_grad():
         axes = tuple(range(1, sample.ndim))
         free = torch.ones_like(sample) if mask is None else mask.expand_as(sample)
-        # Transfer1 writes sigma / mean|eps - eps_teacher|, which is the same number.
+        # Transfer1 writes w = sigma / mean|eps - eps_teacher| before a difference of scores -eps / sigma: the same gradient.
         spread = ((sample - teacher).abs() * free).sum(axes, keepdim=True) / free.sum(axes, keepdim=True).clamp(min=1)
         gradient = (critic - teacher) * free / spread.clamp(min=1e-5)
         target = sample - gradient

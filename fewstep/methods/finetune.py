@@ -17,7 +17,7 @@ from torch import Tensor
 from fewstep.batch import Batch, Condition, choose
 from fewstep.config import kind
 from fewstep.diffusion import Path, Prediction, Rng, StudentSampler, on_path, times
-from fewstep.diffusion.path import AnyPath, spread
+from fewstep.diffusion.path import AnyPath, floats, spread
 from fewstep.methods.contract import Nets, Reduction, Terms, Turn, free_mask, reduced
 
 
@@ -58,7 +58,7 @@ class Finetune:
 
     def sampler(self, path: Path) -> StudentSampler:
         grid = times.on_flow(self.num_sample_steps, self.path or path)
-        return StudentSampler(tuple(grid.tolist()), self.path or path, renoise="ode")
+        return StudentSampler(tuple(floats(grid)), self.path or path, renoise="ode")
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if self.weighting != "none" and self.space != "x0":

@@ -18,7 +18,7 @@ from torch import Tensor
 from fewstep.batch import Batch
 from fewstep.config import kind
 from fewstep.diffusion import Path, Rng, StudentSampler, on_path
-from fewstep.diffusion.path import AnyPath
+from fewstep.diffusion.path import AnyPath, floats
 from fewstep.diffusion.rollout import Renoise, start
 from fewstep.methods.contract import Nets, Reduction, Terms, Turn, free_mask, reduced
 
@@ -58,9 +58,12 @@ class KD:
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if self.student_sample_steps != len(self.t_list):
-            yield "t_list", (
-                f"has {len(self.t_list)} times for student_sample_steps={self.student_sample_steps}: "
-                "give one time per step, descending, without the final 0"
+            yield (
+                "t_list",
+                (
+                    f"has {len(self.t_list)} times for student_sample_steps={self.student_sample_steps}: "
+                    "give one time per step, descending, without the final 0"
+                ),
             )
         if list(self.t_list) != sorted(set(self.t_list), reverse=True) or min(self.t_list, default=1.0) <= 0:
             yield "t_list", f"must descend and stay above 0 (the final 0 is left out), but is {list(self.t_list)}"
@@ -79,10 +82,12 @@ def aligned(wanted: Tensor, path_times: Tensor, tolerance: float = 1e-4) -> Tens
     """(B, steps) places in `path_times` (B, K) of the times `wanted`; refuses times that no state was stored for."""
     distance = (path_times[:, None, :] - wanted[None, :, None]).abs()
     nearest, place = distance.min(-1)
-    if bool((nearest > tolerance * wanted).any()):
+    wrong = (nearest > tolerance * wanted).any(-1)
+    if bool(wrong.any()):
+        row = int(wrong.int().argmax())
         raise ValueError(
-            f"t_list {[round(t, 6) for t in wanted.tolist()]} does not align with the stored path, whose states are at "
-            f"{[round(t, 6) for t in path_times[0].tolist()]}. Choose method.t_list among these times, or make the pairs anew with "
-            "these times: fewstep pairs ... --times"
+            f"t_list {[round(t, 6) for t in floats(wanted)]} does not align with the stored path, whose states are at "
+            f"{[round(t, 6) for t in floats(path_times[row])]} (row {row} of this batch). Choose "
+            "method.t_list among these times, or make the pairs anew with these (data.path_times)"
         )
     return place

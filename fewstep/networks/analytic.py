@@ -43,8 +43,9 @@ class GaussianMixture:
         num, ones = len(self.means), [1] * (self.means.ndim - 1)
         stds = torch.as_tensor(stds, dtype=torch.float64)
         self.stds = (stds.reshape(-1, *ones) if stds.ndim <= 1 else stds).expand_as(self.means)
-        weights = torch.ones(num) if weights is None else torch.as_tensor(weights)
-        self.weights = weights.double() / weights.double().sum()
+        weights = torch.ones(num) if weights is None else weights
+        weights = torch.as_tensor(weights, dtype=torch.float64)
+        self.weights = weights / weights.sum()
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
         for name, value in (("weights", self.weights), ("labels", self.labels)):
             if value is not None and len(value) != num:
@@ -62,10 +63,8 @@ class GaussianMixture:
         posterior, centred, variance = self._posterior(x, t, cond)
         a, s, da, ds = (c.unsqueeze(1) if c.ndim else c for c in coefficients_for(self.path, t, x))
         means, stds = self.means.to(x), self.stds.to(x)
-        # At t = 0 a component of no width has no variance left; it holds its mean and no noise.
-        gain = torch.where(variance == 0, 0.0, 1 / torch.where(variance == 0, 1.0, variance))
-        x0 = means + a * stds**2 * gain * centred
-        eps = s * gain * centred
+        x0 = means + a * stds**2 * centred / variance
+        eps = s * centred / variance
         velocity = (posterior * (da * x0 + ds * eps)).sum(1)
         return Prediction(x, t, self.path, velocity)
 
@@ -81,7 +80,7 @@ class GaussianMixture:
     def sample(self, rng: Rng, label: Tensor | None = None) -> Tensor:
         """One x0 for every row of `rng`, float32; with `label` (B,), of that class."""
         log_weights = self._log_weights(len(rng.rows), label).exp()
-        place = (rng.uniform()[:, None] > (log_weights / log_weights.sum(1, keepdim=True)).cumsum(1)).sum(1)
+        place = (rng.uniform()[:, None] >= (log_weights / log_weights.sum(1, keepdim=True)).cumsum(1)).sum(1)
         component = place.clamp(max=len(self.means) - 1)
         noise = rng.normal(self.means.shape[1:], torch.float64)
         return (self.means[component] + self.stds[component] * noise).float()
@@ -112,22 +111,24 @@ class GaussianMixture:
         allowed = (label[:, None] == -1) | (label[:, None] == self.labels)
         if not bool(allowed.any(1).all()):
             wrong = sorted(set(label[~allowed.any(1)].tolist()))
-            raise ValueError(f"label {wrong} is no class of this mixture, which has {sorted(set(self.labels.tolist()))}, and -1")
+            known = sorted(set(self.labels.tolist()))
+            raise ValueError(f"label {wrong} is no class of this mixture, which has {known}, and -1")
         return torch.where(allowed, log_weights, float("-inf"))
 
     def _log_joint(self, x: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor, Tensor]:
         """(B, K) log w_k N(x; ..), up to nothing; and (B, K, *shape) x - a m_k and a^2 c_k^2 + s^2."""
         a, s, _, _ = (c.unsqueeze(1) if c.ndim else c for c in coefficients_for(self.path, t, x))
         centred = x.unsqueeze(1) - a * self.means.to(x)
-        variance = a**2 * self.stds.to(x) ** 2 + s**2
-        exponent = torch.where(variance == 0, torch.where(centred == 0, 0.0, float("inf")), centred**2 / variance)
-        width = torch.log(2 * torch.pi * variance.clamp(min=torch.finfo(x.dtype).tiny))
-        log_prob = -0.5 * (exponent + width).flatten(2).sum(2)
+        # A component of no width has no variance left at t = 0. The floor, which float32 holds too, then gives x to the
+        # nearest component, however far rounding has put it; and 0 / floor is the 0 noise it holds.
+        variance = (a**2 * self.stds.to(x) ** 2 + s**2).clamp(min=1e-30)
+        log_prob = -0.5 * (centred**2 / variance + torch.log(2 * torch.pi * variance)).flatten(2).sum(2)
         return self._log_weights(len(x), cond.label).to(x) + log_prob, centred, variance
 
     def _posterior(self, x: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor, Tensor]:
         log_joint, centred, variance = self._log_joint(x, t, cond)
-        return spread(torch.softmax(log_joint, 1).flatten(), centred.flatten(0, 1)).unflatten(0, log_joint.shape), centred, variance
+        posterior = spread(torch.softmax(log_joint, 1).flatten(), centred.flatten(0, 1))
+        return posterior.unflatten(0, log_joint.shape), centred, variance
 
 
 @kind("gaussian_mixture", group="network")
@@ -143,5 +144,3 @@ class MixtureSpec:
 
     def build(self) -> GaussianMixture:
         return GaussianMixture(self.means, self.stds, self.weights, path=self.path, labels=self.labels)
-
-

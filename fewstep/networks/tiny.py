@@ -1,8 +1,8 @@
 """Small networks to be trained: a residual MLP for points (B D) and a video DiT for latents (B C T H W).
 
-Both are asked in TrigFlow's unit: y = x_t / sqrt(a^2 sigma_d^2 + s^2) has unit variance, phi = atan(s / (a sigma_d)), and the raw
-output F stands for the velocity cos(phi) eps - sin(phi) x0 / sigma_d. This is Karras' preconditioning written so that it is
-finite at both ends of every path.
+Both are asked in TrigFlow's unit: y = x_t / sqrt(a^2 sigma_d^2 + s^2) has unit variance, phi = atan(s / (a sigma_d)), and the
+raw output F stands for the velocity cos(phi) eps - sin(phi) x0 / sigma_d. This is Karras' preconditioning written so that it
+is finite at both ends of every path.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fewstep.batch import Condition
 from fewstep.config import kind
 from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import AnyPath, spread, working_dtype
-from fewstep.diffusion.prediction import coefficients_for
+from fewstep.diffusion.prediction import coefficients_for, keep_given
 from fewstep.networks.contract import refuse_cache
 
 
@@ -36,6 +36,9 @@ class Tiny:
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
     ) -> Prediction:
+        wrong = [tap for tap in taps if not 0 <= tap < len(self.blocks)]
+        if wrong:
+            raise ValueError(f"tap {wrong[0]} is no block of this network, whose blocks are 0 .. {len(self.blocks) - 1}")
         x = x_t.to(working_dtype(x_t))
         mask = None if cond.frame_mask is None else cond.frame_mask.to(x)
         a, s, _, _ = self.path.coefficients(t)
@@ -48,16 +51,13 @@ class Tiny:
         y = x / spread(scale, x).to(x.dtype)
         if mask is not None and cond.frames is not None:
             y = torch.lerp(y, cond.frames.to(x) / self.sigma_data, mask[:, None, :, None, None])
-        weight = next(self.module.parameters())
-        raw, features = self.module(y.to(weight.dtype), phi, cond, taps)
+        raw, features = self.module(y, phi, cond, taps)
         raw = raw.to(x.dtype)
         cos, sin = spread(phi.cos(), x).to(x.dtype), spread(phi.sin(), x).to(x.dtype)
         x0 = self.sigma_data * (cos * y - sin * raw)
         eps = sin * y + cos * raw
-        if mask is not None and cond.frames is not None:
-            x0 = torch.lerp(x0, cond.frames.to(x), mask[:, None, :, None, None])
         _, _, da, ds = coefficients_for(self.path, t, x)
-        return Prediction(x, t, self.path, da * x0 + ds * eps, features)
+        return keep_given(Prediction(x, t, self.path, da * x0 + ds * eps, features), cond.frames, cond.frame_mask)
 
     def new_cache(self, like: Tensor) -> Cache:
         return refuse_cache("the tiny network")
@@ -118,6 +118,7 @@ class _Mlp(nn.Module):
         self.leave = nn.Linear(spec.width, spec.channels)
 
     def forward(self, y: Tensor, phi: Tensor, cond: Condition, taps: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        y = y.to(self.enter.weight.dtype)  # in here, where the weights are those of compute; outside they may be sharded fp32
         emb = _with_label(functional.silu(self.time(phi)), self.label, cond, y.shape[0])
         h, features = self.enter(y), {}
         for i, block in enumerate(self.blocks):
@@ -130,7 +131,7 @@ def _with_label(emb: Tensor, table: nn.Embedding | None, cond: Condition, num: i
     if table is None:
         return emb
     label = torch.full((num,), -1) if cond.label is None else cond.label
-    extra = table(label.to(table.weight.device) % table.num_embeddings)  # -1 is the last row
+    extra = table(label.to(table.weight.device) + 1)  # row 0 is "no class"; a label that is none of the classes has no row
     return emb + (extra if emb.ndim == 2 else extra[:, None])
 
 
@@ -178,6 +179,7 @@ class _Dit(nn.Module):
         self.width = spec.width
 
     def forward(self, y: Tensor, phi: Tensor, cond: Condition, taps: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        y = y.to(self.enter.weight.dtype)  # as in _Mlp
         num, _, frames, height, width = y.shape
         mask = torch.zeros(num, frames) if cond.frame_mask is None else cond.frame_mask
         mask = mask.to(y)[:, None, :, None, None].expand(-1, 1, -1, height, width)
@@ -192,7 +194,7 @@ class _Dit(nn.Module):
             if i in taps:
                 features[i] = h.unflatten(1, (frames, height, width)).permute(0, 4, 1, 2, 3)
         out = self.leave(functional.layer_norm(h, h.shape[-1:])).unflatten(1, (frames, height, width))
-        return out.permute(0, 4, 1, 2, 3), tuple(features[i] for i in taps)
+        return out.permute(0, 4, 1, 2, 3).contiguous(), tuple(features[i] for i in taps)
 
 
 def _positions(frames: int, height: int, width: int, channels: int) -> Tensor:

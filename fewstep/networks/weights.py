@@ -10,12 +10,14 @@ Loading is strict: a missing, extra or misshapen tensor is refused by name.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 
 def output_root() -> Path:
@@ -31,7 +33,8 @@ def read(address: str) -> dict[str, Tensor]:
             raise ValueError(f"no weights at '{address}': there is no such file")
         return load_file(address)
     folder, role = locate(address)
-    return read_tensors(folder, role + ".")
+    name, _, part = role.partition(".")
+    return read_tensors(folder, f"{name}.{part or 'weights'}.", f"{name}.buffers.")
 
 
 def locate(address: str) -> tuple[Path, str]:
@@ -58,16 +61,20 @@ def locate(address: str) -> tuple[Path, str]:
     return checkpoints / name, role
 
 
-def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint whose names start with `prefix`, named without it; sharded ones come whole."""
+def read_tensors(folder: Path, prefix: str, *more: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose names start with `prefix`, and those with the prefixes of `more` where there are
+    any, named without them; sharded ones come whole."""
     found = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    wanted = {name: about for name, about in found.items() if name.startswith(prefix) and hasattr(about, "size")}
-    if not wanted:
-        roles = sorted({name.split(".")[0] for name in found})
-        raise ValueError(f"{folder} holds no '{prefix[:-1]}'; it holds {', '.join(roles)}")
+    tensors = {name: about for name, about in found.items() if isinstance(about, TensorStorageMetadata)}
+    wanted = {name: about for name, about in tensors.items() if name.startswith((prefix, *more))}
+    if not any(name.startswith(prefix) for name in wanted):
+        parts = sorted({".".join(name.split(".")[:2]) for name in found if ".optim." not in name})
+        raise ValueError(f"{folder} holds no '{prefix[:-1]}'; it holds {', '.join(parts)}")
     state = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in wanted.items()}
-    dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+        dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    return {next(name.removeprefix(p) for p in (prefix, *more) if name.startswith(p)): t for name, t in state.items()}
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> int:

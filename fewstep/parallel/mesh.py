@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh | None  # ("replicate", "shard"); None for a process alone
+    # All processes once more, over the CPU, for what goes on beside training: a checkpoint written in the background talks
+    # while training talks, and on one group their messages would be taken for each other's.
+    aside: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -35,13 +38,21 @@ class World:
         dist.all_reduce(total)
         return total / self.size
 
-    def any(self, flag: bool) -> bool:
-        """True on every process if it is true on one: a signal reaches ranks at different times."""
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag: is it true on one process? The same answer on all; a signal reaches ranks at different times."""
         if self.mesh is None:
-            return flag
-        seen = torch.tensor(float(flag), device=self.device)
+            return list(flags)
+        seen = torch.tensor([float(flag) for flag in flags], device=self.device)
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        return bool(seen.item())
+        return [bool(flag) for flag in seen.tolist()]
+
+    def gather(self, text: str) -> list[str]:
+        """What each process says, by rank."""
+        said: list[Any] = [None] * self.size  # Any: torch's signature
+        if self.mesh is None:
+            return [text]
+        dist.all_gather_object(said, text)
+        return said
 
 
 def join_world(
@@ -56,6 +67,11 @@ def join_world(
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if on_gpu and not torch.cuda.is_available():
         raise ValueError("parallel.device=cuda, but torch sees no GPU here; set parallel.device=cpu or auto")
+    if on_gpu and local >= torch.cuda.device_count():
+        raise ValueError(
+            f"this is process {local + 1} of its machine, which has {torch.cuda.device_count()} GPU(s): start torchrun with "
+            f"--nproc_per_node={torch.cuda.device_count()}, or set parallel.device=cpu"
+        )
     if on_gpu:
         torch.cuda.set_device(local)
     place = torch.device("cuda", local) if on_gpu else torch.device("cpu")
@@ -67,7 +83,7 @@ def join_world(
     if not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
     mesh = init_device_mesh(place.type, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
-    return World(rank, size, place, mesh)
+    return World(rank, size, place, mesh, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
 
 
 def leave_world() -> None:

@@ -1,4 +1,4 @@
-"""What is done to a network before it is trained, in the one order that works: checkpointing, compile, FSDP2.
+"""What is done to a network before it is used, in the one order that works: checkpointing, compile, FSDP2 or a device.
 
 Checkpointing wraps a block, compile sees the wrapped block, FSDP2 shards what is left. A network file knows none of this.
 """
@@ -20,30 +20,41 @@ from fewstep.parallel.mesh import World
 Mode = Literal["ddp", "fsdp"]
 
 
-def shard(
+def place(
     module: nn.Module,
     blocks: Sequence[nn.Module],
     world: World,
     *,
     mode: Mode,
     compute: torch.dtype,
+    trained: bool,
     checkpointing: bool = False,
     compiled: bool = False,
 ) -> None:
-    """Changes `module` in place for training or frozen use in this world."""
+    """Changes `module` in place: on its device, sharded or whole; frozen weights in `compute`, trained ones in fp32."""
+    module.requires_grad_(trained).train(trained)
+    if not trained:
+        for parameter in module.parameters():  # not module.to(): a rounded buffer (frequencies, tables) is another network
+            parameter.data = parameter.data.to(compute)
     if checkpointing:
         for block in blocks:
             recompute(block)
     if compiled:
         for block in blocks:
             block.compile()
-    if mode == "fsdp" and world.mesh is not None:
-        # cast_forward_inputs would round the time of a frame to bf16: t = 0.999 becomes 1.0, pure noise.
-        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        mesh = world.mesh if world.mesh.shape[0] > 1 else world.mesh["shard"]
-        for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+    if mode == "ddp" or world.mesh is None:
+        module.to(world.device)
+        return
+    # cast_forward_inputs would round the time of a frame to bf16: t = 0.999 becomes 1.0, pure noise.
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = world.mesh if world.mesh.shape[0] > 1 else world.mesh["shard"]
+    for part in (*blocks, module):
+        # By default the outermost weights stay gathered after a forward, until a backward frees them. Ours are written between
+        # (a step, the average) and change requires_grad with the turn, neither of which a gathered copy would see.
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    # FSDP fixes the precision of gradients at the first forward, from the weights that require one then. A critic is first
+    # asked in the student's turn: its gradients would stay bf16 for ever. So it is done here, while all of them do.
+    module._get_fsdp_state()._lazy_init()  # type: ignore[operator, union-attr]  # there is no public way; torch 2.6 .. 2.13
 
 
 def average_gradients(parameters: Iterable[Tensor], world: World, bucket_bytes: int = 64 * 2**20) -> None:
@@ -52,14 +63,18 @@ def average_gradients(parameters: Iterable[Tensor], world: World, bucket_bytes: 
     One call after the last backward of a step, whatever number of forwards, roles and micro-batches went before it; a module
     wrapper would want exactly one forward for each backward. Sharded parameters are averaged by FSDP already.
     """
-    if world.mesh is None:
+    whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    if world.mesh is None or not whole:
         return
+    # What no rank used keeps no gradient, as in a process alone; what one rank used counts as 0 on the others.
+    used = torch.tensor([float(parameter.grad is not None) for parameter in whole], device=whole[0].device)
+    dist.all_reduce(used)
     bucket: list[Tensor] = []
     size = 0
-    for parameter in parameters:
-        if isinstance(parameter, DTensor):
+    for parameter, uses in zip(whole, used.tolist(), strict=True):
+        if not uses:
             continue
-        if parameter.grad is None:  # unused here, perhaps used on another rank: all ranks must call alike
+        if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         bucket.append(parameter.grad)
         size += parameter.grad.numel() * parameter.grad.element_size()

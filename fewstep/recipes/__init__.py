@@ -1,3 +1,4 @@
 """Recipes: functions that return one complete Run, registered by name. Importing this room makes every name known."""
 
+from fewstep.data import folder as folder
 from fewstep.recipes import analytic as analytic

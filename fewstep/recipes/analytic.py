@@ -45,8 +45,8 @@ def analytic_finetune() -> Run:
         data=MixtureSamples(MIXTURE),
         optim=Optim(lr=2e-3, schedule="cosine", warmup_iters=100),
         ema=Ema(beta=0.995),
-        trainer=Trainer(max_iter=3000, batch_size=512, num_threads=1, log_every=250),
-        checkpoint=Checkpoint(save_iter=1500),
+        trainer=Trainer(max_iter=2000, batch_size=512, num_threads=1, log_every=250),
+        checkpoint=Checkpoint(save_iter=1000),
         preview=SCORE,
     )
 
@@ -61,8 +61,8 @@ def analytic_kd() -> Run:
         data=TeacherPairs(MIXTURE, num=65536),
         optim=Optim(lr=2e-3, schedule="cosine", warmup_iters=100),
         ema=Ema(beta=0.995),
-        trainer=Trainer(max_iter=6000, batch_size=512, num_threads=1, log_every=250),
-        checkpoint=Checkpoint(save_iter=3000),
+        trainer=Trainer(max_iter=3000, batch_size=512, num_threads=1, log_every=250),
+        checkpoint=Checkpoint(save_iter=1500),
         preview=SCORE,
     )
 

@@ -4,8 +4,8 @@
     checkpoints/iter_000000500/trainer.json
     checkpoints/latest_checkpoint.txt
 
-Written as iter_N.partial and renamed when complete; the pointer is replaced last. So a kill at any moment costs the new
-checkpoint at most, never the one before.
+Written as iter_N.partial and renamed when complete; the pointer is replaced last; what is removed is renamed first. So a kill
+at any moment costs the new checkpoint at most, never the one before.
 """
 
 from __future__ import annotations
@@ -13,19 +13,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from fewstep.parallel import World
 from fewstep.training.errors import TrainingError
 
 POINTER = "latest_checkpoint.txt"
+# What may come out of DCP. Its own exception is a BaseException, which `except Exception` lets through.
+FAILURES = (Exception, CheckpointException)
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Progress:
     updates: int = 0  # of the student
     rollbacks: int = 0  # each gives the run new noise, or it would fail in the same way again
     healthy: bool = True  # no alarm had rung when this was written
+    wall_s: float = 0.0  # over all sessions of the run, counted to its checkpoints
 
 
 class Checkpoints:
@@ -48,8 +55,21 @@ class Checkpoints:
         self._pending: tuple[Future[Any], Path, Progress] | None = None
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob("*.partial"):  # a process died while it wrote
+            for leftover in folder.glob("*.partial"):  # a process died while it wrote or removed
                 shutil.rmtree(leftover, ignore_errors=True)
+            latest = self.latest()
+            if latest is not None:
+                self._prune(latest)  # with a smaller keep_last this makes room before the next one needs it
+        world.barrier()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        # A run that ends early still completes what it was writing; with other ranks that would mean to wait for them, and
+        # they may be gone.
+        if self.world.mesh is None or kind is None:
+            self.finish()
 
     def latest(self, healthy_only: bool = False) -> Path | None:
         """The newest complete checkpoint."""
@@ -58,7 +78,7 @@ class Checkpoints:
             return good[-1] if good else None
         pointer = self.folder / POINTER
         name = pointer.read_text().strip() if pointer.is_file() else ""
-        if name and (self.folder / name / ".metadata").is_file():
+        if name and self._is_whole(self.folder / name):
             return self.folder / name
         # The pointer is the last thing written: a checkpoint without it may still be whole.
         return self._all()[-1] if self._all() else None
@@ -67,21 +87,27 @@ class Checkpoints:
         """Writes one checkpoint; with `async_write` it returns as soon as the tensors are copied."""
         self.finish()
         partial = self.folder / f"iter_{progress.step:09d}.partial"
-        alone = self.world.mesh is None
+        alone, group = self.world.mesh is None, self.world.aside
         try:
             if self.world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
             self.world.barrier()
-            if self.async_write:
-                future = dcp.async_save(dict(state), checkpoint_id=partial, no_dist=alone)
-                assert isinstance(future, Future)
-                self._pending = (future, partial, progress)
-            else:
-                dcp.save(dict(state), checkpoint_id=partial, no_dist=alone)
-                self._complete(partial, progress)
-        except Exception as error:  # torch wraps what the file system said; whatever it was, the older one is whole
+            with quiet():
+                if self.async_write:
+                    future = dcp.async_save(dict(state), checkpoint_id=partial, process_group=group, no_dist=alone)
+                    assert isinstance(future, Future)
+                    self._pending = (future, partial, progress)
+                else:
+                    dcp.save(dict(state), checkpoint_id=partial, process_group=group, no_dist=alone)
+                    self._complete(partial, progress)
+        except FAILURES as error:  # torch wraps what the file system said; whatever it was, the older one is whole
             raise self._failed(partial, error) from error
+
+    @property
+    def is_writing(self) -> bool:
+        """True while a checkpoint is written in the background."""
+        return self._pending is not None and not self._pending[0].done()
 
     def finish(self) -> None:
         """Waits for a checkpoint that is being written in the background, and completes it."""
@@ -93,71 +119,125 @@ class Checkpoints:
             future.result()
             self.world.barrier()
             self._complete(partial, progress)
-        except Exception as error:
+        except FAILURES as error:
             raise self._failed(partial, error) from error
 
     def load(self, path: Path, state: Mapping[str, Tensor]) -> Progress:
-        """Fills the tensors of `state` in place."""
+        """Fills the tensors of `state` in place; refuses, by name, a checkpoint with other tensors than these."""
         try:
-            dcp.load(dict(state), checkpoint_id=path, no_dist=self.world.mesh is None)
-        except Exception as error:
+            problems = _differences(path, state)
+            if not problems:
+                with quiet():
+                    dcp.load(dict(state), checkpoint_id=path, no_dist=self.world.mesh is None)
+                return read_progress(path)
+        except FAILURES as error:
             raise TrainingError(
-                f"the checkpoint {path} does not fit this configuration, or is damaged: {_first_line(error)}\n"
-                f"Resume with the configuration it was written with ({self.folder.parent / 'config.yaml'}), give the run another "
-                "job.name, or remove the checkpoint to resume from the one before"
+                f"the checkpoint {path} is damaged: {_first_line(error)}. Remove it to resume from the one before"
             ) from error
-        return read_progress(path)
+        shown = "\n".join(problems[:8]) + (f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise TrainingError(
+            f"the checkpoint {path} does not fit this configuration:\n{shown}\n"
+            f"Resume with the configuration it was written with ({self.folder.parent / 'config.yaml'}), or give the run "
+            "another job.name"
+        )
+
+    def return_to(self, path: Path, progress: Progress) -> None:
+        """Makes `path` the newest checkpoint again, from where `progress` goes on; later ones are removed."""
+        if self.world.is_main:
+            replace_text(path / "trainer.json", json.dumps(asdict(progress)))
+            replace_text(self.folder / POINTER, path.name)
+            for later in self._all():
+                if later.name > path.name:
+                    _discard(later)
+        self.world.barrier()
 
     def _complete(self, partial: Path, progress: Progress) -> None:
         if self.world.is_main:
-            with open(partial / "trainer.json", "w") as file:
-                json.dump(asdict(progress), file)
-                file.flush()
-                os.fsync(file.fileno())
+            replace_text(partial / "trainer.json", json.dumps(asdict(progress)))
             final = partial.with_suffix("")
-            if final.exists():  # written before a rollback
-                shutil.rmtree(final)
-            os.replace(partial, final)
+            if final.exists():  # newer than the pointer says: written, but for the pointer, before a kill
+                _discard(final)
+            partial.replace(final)
             replace_text(self.folder / POINTER, final.name)
-            self._prune()
+            self._prune(final)
         self.world.barrier()
 
-    def _prune(self) -> None:
+    def _prune(self, newest: Path) -> None:
+        healthy = self.latest(healthy_only=True)  # what a roll-back needs, however many alarms rang since
         for path in self._all()[: -self.keep_last]:
-            if not (self.keep_every and read_progress(path).step % self.keep_every == 0):
-                shutil.rmtree(path, ignore_errors=True)
+            multiple = self.keep_every and read_progress(path).step % self.keep_every == 0
+            if not multiple and path not in (newest, healthy):
+                _discard(path)
 
     def _all(self) -> list[Path]:
-        found = (path for path in self.folder.glob("iter_*") if path.suffix != ".partial")
-        return sorted(path for path in found if (path / ".metadata").is_file() and (path / "trainer.json").is_file())
+        return sorted(path for path in self.folder.glob("iter_*") if path.suffix != ".partial" and self._is_whole(path))
 
-    def _failed(self, partial: Path, error: Exception) -> TrainingError:
+    def _is_whole(self, path: Path) -> bool:
+        return (path / ".metadata").is_file() and (path / "trainer.json").is_file()
+
+    def _failed(self, partial: Path, error: BaseException) -> TrainingError:
         shutil.rmtree(partial, ignore_errors=True)
         kept, free = self.latest(), shutil.disk_usage(self.folder).free
         return TrainingError(
-            f"could not write the checkpoint {partial.with_suffix('')}: {_first_line(error)} ({free / 2**20:.0f} MiB were free "
-            f"afterwards). The last complete checkpoint is {kept or 'none'}. Free some space and run the same command again: "
+            f"could not write the checkpoint {partial.with_suffix('')}: {_first_line(error)} ({free / 2**20:.0f} MiB are free "
+            f"without it). The last complete checkpoint is {kept or 'none'}. Free some space and run the same command again: "
             "it goes on from there"
         )
 
 
 def read_progress(path: Path) -> Progress:
-    return Progress(**json.loads((path / "trainer.json").read_text()))
+    return replace(Progress(), **json.loads((path / "trainer.json").read_text()))
 
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a small file whole or not at all."""
     beside = path.with_name(path.name + ".new")
-    with open(beside, "w") as file:
+    with beside.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)
+    beside.replace(path)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within, DCP does not say at each call that one process is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+        yield
+
+
+def _discard(path: Path) -> None:
+    """Removes a checkpoint; half removed, it is no checkpoint any more."""
+    doomed = path.with_name(path.name + ".old.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.replace(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _differences(path: Path, state: Mapping[str, Tensor]) -> list[str]:
+    """One line for each tensor that the checkpoint lacks, has too many, or has in another shape."""
+    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    lines = [f"  the checkpoint lacks {name}" for name in state if name not in saved]
+    lines += [f"  this run has no {name}" for name in saved if name not in state]
+    for name, tensor in state.items():
+        size = getattr(saved.get(name), "size", None)
+        if size is not None and size != tensor.shape:
+            lines.append(f"  {name} is {tuple(size)} in the checkpoint, {tuple(tensor.shape)} in this run")
+    return lines
 
 
 def _first_line(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # torch's CheckpointException lists ranks and tracebacks; the last line names what happened.
-    return (lines[-1] if "CheckpointException" in type(error).__name__ and lines else (lines or [type(error).__name__])[0])[:300]
+    """What happened, without the traceback: the root of the chain, and of what DCP gathered from the ranks."""
+    while True:
+        if isinstance(error, CheckpointException) and error.failures:
+            error = next(iter(error.failures.values()))[0]
+        elif error.__cause__ is not None:
+            error = error.__cause__
+        else:
+            break
+    # torch's zip writer answers a full disk with one error and its own clean-up with another: the first one is the news.
+    context = error.__context__
+    while context is not None:
+        error, context = (context if isinstance(context, OSError) else error), context.__context__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -5,5 +5,5 @@ class TrainingError(RuntimeError):
     """Training stopped at its work; everything up to the last checkpoint is kept."""
 
 
-class Interrupted(TrainingError):
+class Interrupted(TrainingError):  # noqa: N818  # it is no error
     """A signal asked the run to end; a checkpoint was written first."""

@@ -16,32 +16,14 @@ def export(address: str, out: Path) -> list[Path]:
     folder, role = locate(address)
     tensors = {name: tensor.contiguous() for name, tensor in read(f"{folder}:{role}").items()}
     run_folder = folder.parent.parent
-    config = run_folder / "config.yaml"
-    about = {"source": str(folder), "role": role, "step": read_progress(folder).step, **sampling(config)}
+    # As the run wrote it: its method and network may live in a file of the user's, which is not needed here.
+    sampling = json.loads((run_folder / "student.json").read_text())
+    about = {"source": str(folder), "role": role, "step": read_progress(folder).step, **sampling}
     out.mkdir(parents=True, exist_ok=True)
     weights = out / "student.safetensors"
     beside = weights.with_suffix(".partial")
     save_file(tensors, beside, metadata={"format": "pt", "fewstep": json.dumps(about)})
     beside.replace(weights)
     replace_text(out / "student.json", json.dumps(about, indent=1) + "\n")
-    replace_text(out / "config.yaml", config.read_text())
+    replace_text(out / "config.yaml", (run_folder / "config.yaml").read_text())
     return [weights, out / "student.json", out / "config.yaml"]
-
-
-def sampling(config: Path) -> dict[str, object]:
-    """The student's schedule as the run's method defines it: other times or another renoise would be another model."""
-    from fewstep.config import dump, from_yaml
-    from fewstep.training.run import Run
-
-    run = from_yaml(Run, config)
-    student = run.networks.student.network or run.networks.teacher
-    path = student.path  # type: ignore[attr-defined]  # every network configuration of ours names its path
-    sampler = run.method.sampler(path)
-    return {
-        "times": list(sampler.times),
-        "num_inference_steps": len(sampler.times),
-        "renoise": sampler.renoise,
-        "path": {"kind": sampler.path.kind, **dump(sampler.path)},  # type: ignore[attr-defined]
-        "guidance": 1.0,
-        "network": dump(student),
-    }

@@ -1,11 +1,11 @@
-"""Is the run still healthy? Distribution matching fails quietly: its losses look alike at the start, at the end and in collapse.
+"""Is the run still healthy? Distribution matching fails quietly: its losses look alike at the start, the end and in collapse.
 
 Every `every` iterations the student generates for a fixed set of conditions and noises, and is held against its teacher (or,
 without one, against the data). Each monitor is a number with a limit, and a limit that is passed rings an alarm by name:
 
     collapse    mean distance between two of the student's samples, as a share of the reference's        rings below its limit
     drift       largest shift of a channel's mean, in the reference's spreads, or |log| of the spreads' ratio   rings above
-    grad_ratio  the student's gradient norm over the median of its recent ones                           rings above
+    grad_ratio  the student's largest gradient norm since the last look over the median of recent ones   rings above
     critic_lag  the critic's denoising error on student samples over the teacher's                       rings above
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fewstep.batch import Batch
-from fewstep.diffusion import Denoiser, Rng, StudentSampler, guided, samplers, times
+from fewstep.diffusion import Denoiser, Rng, StudentSampler, guided, on_path, samplers, times
 from fewstep.diffusion.rollout import start
 
 Action = Literal["warn", "stop", "rollback", "off"]
@@ -46,6 +46,12 @@ class Health:
     critic_lag: Alarm = Alarm(2.0)
     max_rollbacks: int = 2  # then the run stops
 
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if self.every is not None and self.every < 1:
+            yield "every", f"must be at least 1, or none for no looks, not {self.every}"
+        if self.num < 2:
+            yield "num", f"is {self.num}: diversity is a distance between samples, and needs two"
+
 
 @dataclass(frozen=True)
 class Ring:
@@ -58,7 +64,8 @@ class Ring:
 
     def __str__(self) -> str:
         side = "below" if self.monitor == "collapse" else "above"
-        return f"{self.monitor} is {self.value:.3g}, {side} its limit of {self.limit:g} (health.{self.monitor}.action={self.action})"
+        action = f"health.{self.monitor}.action={self.action}"
+        return f"{self.monitor} is {self.value:.3g}, {side} its limit of {self.limit:g} ({action})"
 
 
 @dataclass
@@ -71,26 +78,30 @@ class Monitor:
     teacher: Denoiser | None
     critic: Denoiser | None
     seed: int
+    chunk: int = 64  # samples asked at once
     _norms: deque[float] = field(default_factory=lambda: deque[float](maxlen=101))
+    _highest: float = 0.0  # norm since the last look
     _reference: Tensor | None = None
 
     def saw_gradient(self, norm: float) -> None:
         self._norms.append(norm)
+        self._highest = max(self._highest, norm)
 
     @torch.no_grad()
     def look(self, student: Denoiser) -> dict[str, float]:
         """The value of every monitor that can be had here."""
-        assert self.conditions.x0 is not None
-        rng = Rng(self.seed, 0, torch.arange(self.conditions.size()), self.conditions.x0.device)
-        noise = rng.normal_like(self.conditions.x0)
-        made = self.sampler(student, noise, self.conditions.cond, rng).float()
+        parts = torch.arange(self.conditions.size()).split(self.chunk)
+        made = torch.cat([self._sample(student, rows) for rows in parts])
         if self._reference is None:
-            self._reference = self._make_reference(noise)
+            self._reference = torch.cat([self._make_reference(rows) for rows in parts])
         values = compare(made, self._reference)
         if len(self._norms) > 10:
-            values["grad_ratio"] = self._norms[-1] / max(statistics.median(self._norms), 1e-12)
+            values["grad_ratio"] = self._highest / max(statistics.median(self._norms), 1e-12)
+        self._highest = 0.0
         if self.critic is not None and self.teacher is not None:
-            values["critic_lag"] = self._lag(made, rng, self.critic, self.teacher)
+            lags = [self._errors(made[rows], rows, self.critic, self.teacher) for rows in parts]
+            critic, teacher = (sum(lag[i] for lag in lags) for i in (0, 1))
+            values["critic_lag"] = critic / max(teacher, 1e-12)
         return values
 
     def rings(self, values: Mapping[str, float]) -> list[Ring]:
@@ -108,24 +119,36 @@ class Monitor:
                 found.append(Ring(name, value, alarm.limit, alarm.action))
         return sorted(found, key=lambda ring: SEVERITY.index(ring.action))
 
-    def _make_reference(self, noise: Tensor) -> Tensor:
-        assert self.conditions.x0 is not None
-        if self.teacher is None:
-            return self.conditions.x0.float()
-        path = self.teacher.path
-        grid = times.on_flow(self.config.reference_calls, path)
-        teacher = guided(self.teacher, self.conditions.negative, self.config.guidance)
-        return samplers.unipc(teacher, start(path, noise, float(grid[0])), grid, self.conditions.cond).float()
+    def _rng(self, rows: Tensor, device: torch.device) -> Rng:
+        return Rng(self.seed, 0, rows, device)
 
-    def _lag(self, made: Tensor, rng: Rng, critic: Denoiser, teacher: Denoiser) -> float:
-        errors = {"critic": 0.0, "teacher": 0.0}
+    def _sample(self, student: Denoiser, rows: Tensor) -> Tensor:
+        part = self.conditions.rows(rows)
+        assert part.x0 is not None
+        rng = self._rng(rows, part.x0.device)
+        return self.sampler(student, rng.normal_like(part.x0), part.cond, rng).float()
+
+    def _make_reference(self, rows: Tensor) -> Tensor:
+        part = self.conditions.rows(rows)
+        assert part.x0 is not None
+        if self.teacher is None:
+            return part.x0.float()
+        noise = self._rng(rows, part.x0.device).normal_like(part.x0)  # that of the student's sample
+        grid = times.on_flow(self.config.reference_calls, self.teacher.path)
+        teacher = guided(self.teacher, part.negative, self.config.guidance)
+        return samplers.unipc(teacher, start(self.teacher.path, noise, float(grid[0])), grid, part.cond).float()
+
+    def _errors(self, made: Tensor, rows: Tensor, critic: Denoiser, teacher: Denoiser) -> tuple[float, float]:
+        """Denoising errors of critic and teacher on student samples, summed over these rows and four noise levels."""
+        rng, cond, path = self._rng(rows, made.device), self.conditions.rows(rows).cond, teacher.path
+        errors = [0.0, 0.0]
         for fraction in (0.3, 0.5, 0.7, 0.9):
             noise = rng.normal_like(made)
-            t = teacher.path.time_of(torch.full((len(made),), fraction / (1 - fraction), dtype=torch.float64)).to(made.device)
-            x_t = teacher.path.add_noise(made, noise, t)
-            for name, net in (("critic", critic), ("teacher", teacher)):
-                errors[name] += float(((net(x_t, t, self.conditions.cond).eps - noise) ** 2).mean())
-        return errors["critic"] / max(errors["teacher"], 1e-12)
+            t = path.time_of(torch.full((len(made),), fraction / (1 - fraction), dtype=torch.float64)).to(made.device)
+            x_t = path.add_noise(made, noise, t)
+            for i, net in enumerate((on_path(critic, path), teacher)):
+                errors[i] += float(((net(x_t, t, cond).eps - noise) ** 2).sum())
+        return errors[0], errors[1]
 
 
 def compare(made: Tensor, reference: Tensor) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,23 +13,25 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fewstep.training.checkpoint import replace_text
+
 
 class RunLog:
-    """Only the main process has a folder; on the others every call does nothing."""
+    """Only the main process has a folder; on the others nothing is written.
+
+    `at_start` are the values of step 0, `last` the newest of each name, over all sessions of the run.
+    """
 
     def __init__(self, folder: Path | None, title: str, first: int, last: int, watch: bool = True):
-        self.folder, self.last = folder, last
+        self.folder, self._goal, self._began, self._first = folder, last, time.monotonic(), first
+        self.at_start: dict[str, float] = {}
+        self.last: dict[str, float] = {}
         self.console = Console(stderr=True, highlight=False)
-        self._began, self._first = time.monotonic(), first
         self._bar: Progress | None = None
         if folder is None:
             return
-        self._cut_metrics(first)
-        self._metrics = open(folder / "metrics.jsonl", "a")
-        self._text = open(folder / "log.txt", "a")
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first or None)
+        self._text = (folder / "log.txt").open("a")
+        self._open(folder, first)
         if watch and self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -40,15 +42,28 @@ class RunLog:
             self._bar.start()
 
     def __enter__(self) -> RunLog:
+        self._hook, threading.excepthook = threading.excepthook, self._heard
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        threading.excepthook = self._hook
         if self._bar is not None:
             self._bar.stop()
+        if self.folder is None:
+            return
+        for file in (self._metrics, self._text, self._board):
+            try:
+                file.close()
+            except OSError:  # a full disk; if something went wrong before, that is what must be heard
+                if error is None:
+                    raise
+
+    def rewind(self, step: int) -> None:
+        """Forgets what was logged after `step`: the run goes back there, and will log it again."""
         if self.folder is not None:
             self._metrics.close()
-            self._text.close()
             self._board.close()
+            self._open(self.folder, step)
 
     def say(self, text: str) -> None:
         """One line for people, kept in log.txt."""
@@ -65,32 +80,52 @@ class RunLog:
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, the same values in TensorBoard, and a short line or the bar's text."""
+        self.last |= values
+        if step == 0:
+            self.at_start = dict(values)
         if self.folder is None:
             return
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
-        losses = "  ".join(f"{name.removeprefix('loss/')} {value:.4g}" for name, value in values.items() if name.startswith("loss/"))
+        losses = "  ".join(f"{name[5:]} {value:.4g}" for name, value in values.items() if name.startswith("loss/"))
         if self._bar is not None:
             self._bar.update(self._task, completed=step, about=losses)
-        elif sys.stderr and losses:
+        elif losses:
             done = max(step - self._first, 1)
-            left = (time.monotonic() - self._began) / done * (self.last - step)
-            self.say(f"step {step}/{self.last}  {losses}  ({values.get('samples_per_s', 0):.0f} samples/s, {left:.0f} s left)")
+            left = (time.monotonic() - self._began) / done * (self._goal - step)
+            self.say(f"step {step}/{self._goal}  {losses}  ({values.get('samples_per_s', 0):.0f} samples/s, {left:.0f} s left)")
 
-    def _cut_metrics(self, first: int) -> None:
-        """Drops lines beyond the checkpoint a run resumes from: they will be written again."""
-        assert self.folder is not None
-        path = self.folder / "metrics.jsonl"
-        if not path.is_file():
-            return
-        kept: list[str] = []
-        for line in path.read_text().splitlines():
-            try:
-                record: Any = json.loads(line)
-            except json.JSONDecodeError:  # the process died within the line
-                continue
-            if record["step"] <= first:
-                kept.append(line + "\n")
-        path.write_text("".join(kept))
+    def _heard(self, failed: threading.ExceptHookArgs) -> None:
+        # TensorBoard's thread meets a full disk too. It is told once, by whoever writes next, and not as a traceback.
+        if failed.exc_type is None or not issubclass(failed.exc_type, OSError):
+            self._hook(failed)
+
+    def _open(self, folder: Path, first: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = folder / "metrics.jsonl"
+        kept = _records(path, first)
+        if path.is_file():
+            replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self.at_start, self.last = {}, {}
+        for record in kept:
+            values = {name: value for name, value in record.items() if name != "step"}
+            self.at_start = values if record["step"] == 0 else self.at_start
+            self.last |= values
+        self._metrics = path.open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1 if first else None)
+
+
+def _records(path: Path, first: int) -> list[dict[str, Any]]:
+    """The lines up to the iteration a run goes on from; later ones will be written again, and so will all of a run from 0."""
+    kept: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.is_file() and first else []:
+        try:
+            record: dict[str, Any] = json.loads(line)
+        except json.JSONDecodeError:  # the process died within the line
+            continue
+        if record["step"] <= first:
+            kept.append(record)
+    return kept

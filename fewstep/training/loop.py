@@ -1,192 +1,207 @@
 """The loop: read it from top to bottom. No callbacks; a new ability is a new visible line.
 
-    for each iteration:  whose turn?  ->  micro-batches: losses, backward  ->  clip, check, step, average  ->  look, save
+for each iteration:  whose turn?  ->  micro-batches: losses, backward  ->  check, clip, step, average  ->  look, log, save
 """
 
 from __future__ import annotations
 
+import errno
 import json
-import os
-import platform
-import resource
-import signal
-import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import fewstep
-from fewstep.batch import Batch
-from fewstep.config import to_yaml
+from fewstep.config import check
 from fewstep.data.contract import Dataset
 from fewstep.data.order import samples_at
 from fewstep.diffusion import Rng, StudentSampler
-from fewstep.methods.contract import Nets, Terms, Turn
+from fewstep.methods.contract import Nets, Turn
 from fewstep.networks.contract import Network
 from fewstep.networks.roles import build
 from fewstep.networks.weights import load_into, locate, read
-from fewstep.parallel import World, join_world, leave_world, shard
+from fewstep.parallel import World, join_world, leave_world, place
 from fewstep.training.checkpoint import Checkpoints, Progress, replace_text
 from fewstep.training.errors import Interrupted, TrainingError
-from fewstep.training.health import Monitor
+from fewstep.training.health import Monitor, Ring
 from fewstep.training.log import RunLog
+from fewstep.training.meter import Meter
 from fewstep.training.preview import Scene
 from fewstep.training.role import TrainedRole
 from fewstep.training.run import Run
+from fewstep.training.run_folder import peak_memory_gib, summary, write_papers
+from fewstep.training.signals import Signals
 
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def train(run: Run) -> dict[str, Any]:
     """Trains, or goes on training, the run in its folder, and returns what its summary.json says."""
+    check(run)
     if run.trainer.num_threads:
         torch.set_num_threads(run.trainer.num_threads)
     world = join_world(run.parallel.device, run.parallel.num_replicas, run.parallel.timeout_s)
     try:
         return _train(run, world)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise TrainingError(
+            f"{run.job.folder()}: {error}. The run ended; its last checkpoint is whole. Free some space and run the same "
+            "command again: it goes on from there"
+        ) from error
     finally:
         leave_world()
 
 
 def _train(run: Run, world: World) -> dict[str, Any]:
-    began, folder, method = time.monotonic(), run.job.folder(), run.method
+    began, folder, method, last = time.monotonic(), run.job.folder(), run.method, run.trainer.max_iter
+    global_batch = run.trainer.batch_size * run.trainer.grad_accum * world.size
 
     # --- what is cheap to check comes before what is dear to load
     data = run.data.open()
-    first = data.batch(torch.arange(min(run.trainer.batch_size, len(data))))
-    _check_batch(method, first)
-    if world.is_main:
-        _write_run_files(run, folder)
-    world.barrier()
+    _check_data(run, data)
+    options = run.checkpoint
+    checkpoints = Checkpoints(folder / "checkpoints", world, options.keep_last, options.keep_every, options.async_write)
+    latest = checkpoints.latest()
 
     # --- networks, on their device, sharded; then the trained ones with their weights, optimisers and average
     nets = build(run.networks, method.roles, run.trainer.seed)
+    if latest is None and options.load_path is not None:
+        _load_weights(options.load_path, nets)
     for role, network in nets.items():
         _place(run, network, world, trained=role != "teacher")
+    compute = COMPUTE[run.trainer.precision]
     roles = {
-        name: TrainedRole(name, net, run.optim_of(name), run.ema if name == "student" else None)
+        name: TrainedRole(name, net, run.optim_of(name), run.ema if name == "student" else None, compute)
         for name, net in nets.items()
         if name != "teacher"
     }
     student, asked = roles["student"], Nets(nets)
     sampler = method.sampler(nets["student"].path)
 
-    # --- where to begin: this run's latest checkpoint, other weights, or the beginning
-    options = run.checkpoint
-    checkpoints = Checkpoints(folder / "checkpoints", world, options.keep_last, options.keep_every, options.async_write)
+    # --- where to begin: this run's latest checkpoint, or the beginning
+    progress = Progress() if latest is None else _restore(checkpoints, latest, roles)
+    earlier_s = progress.wall_s
+    if world.is_main:
+        write_papers(run, folder, sampler)
     world.barrier()
-    latest, progress = checkpoints.latest(), Progress()
-    if latest is not None:
-        progress = _restore(checkpoints, latest, roles)
-    elif options.load_path is not None:
-        _load_weights(options.load_path, roles)
-    last = run.trainer.max_iter
-    monitor = _monitor(run, nets, first, sampler, world)
-    stop = _Signals()
+    monitor = _monitor(run, nets, data, sampler, world)
 
     title = f"{run.job.name} on {world.size} x {world.device.type}" if world.size > 1 else run.job.name
-    with RunLog(folder if world.is_main else None, title, progress.step, last) as log, stop:
-        log.say(_greeting(run, folder, data, roles, latest, progress, world))
-        numbers = _preview(run, student, nets, sampler, 0, folder, world) if progress.step == 0 else _kept(folder)
-        if progress.step == 0:
-            _keep(folder, numbers, world)
-        undistilled = {f"{name}_undistilled": value for name, value in numbers.items()}
+    log, stop = RunLog(folder if world.is_main else None, title, progress.step, last), Signals()
+    with log, stop, checkpoints:
+        log.say(_greeting(run, data, roles, latest, progress, world))
+        if progress.step == 0 and run.preview is not None:
+            log.metrics(0, _preview(run, student, nets, sampler, 0, world))
 
-        meter = _Meter()
+        meter = Meter()
         while progress.step < last:
-            step = progress.step
-            turn = method.turn(step)
+            turn = method.turn(progress.step)
             for name, role in roles.items():
                 role.take_turn(name in turn.trains)
 
             # --- gradients, summed over micro-batches
+            meter.begin_iteration()
             for micro in range(run.trainer.grad_accum):
                 rows = _rows(run, world, micro)
                 batch = data.batch(samples_at(progress.samples + rows, len(data), run.trainer.seed)).to(world.device)
-                rng = Rng(run.trainer.seed + (progress.rollbacks << 32), step, rows, world.device)
+                rng = Rng(run.trainer.seed + (progress.rollbacks << 32), progress.step, rows, world.device)
                 for terms in method.losses(turn, asked, batch, rng):
                     (terms.total / run.trainer.grad_accum).backward()
                     for name in turn.trains:
                         roles[name].absorb()
                     meter.saw(terms)
 
-            # --- steps, each role's own, after a look at the numbers
-            for name in turn.trains:
-                role, optim = roles[name], run.optim_of(name)
-                norm = role.clipped_norm(world)
-                _refuse_non_finite(norm, meter, turn, name, step, checkpoints)
-                lr = optim.lr_at(step, last)
-                role.step(lr, progress.updates)
+            # --- a look at all numbers, then each role's own step
+            norms = {name: roles[name].gradient_norm(world) for name in turn.trains}
+            _refuse_non_finite(norms, meter.terms, roles, turn, progress.step, world, checkpoints)
+            for name, norm in norms.items():
+                lr = run.optim_of(name).lr_at(progress.step, last)
+                roles[name].step(lr, norm, progress.updates)
                 meter.saw_step(name, norm, lr)
-                if name == "student" and monitor is not None:
-                    monitor.saw_gradient(float(norm))
+            if monitor is not None and "student" in norms:
+                monitor.saw_gradient(float(norms["student"]))
             progress = replace(
                 progress,
-                step=step + 1,
-                samples=progress.samples + run.trainer.batch_size * run.trainer.grad_accum * world.size,
+                step=progress.step + 1,
+                samples=progress.samples + global_batch,
                 updates=progress.updates + ("student" in turn.trains),
+                wall_s=earlier_s + time.monotonic() - began,
             )
 
-            # --- looks
+            # --- looks, logged as one line before the checkpoint that goes on from here
             step, ended = progress.step, progress.step == last
-            log.advance(step)
+            record, rings = dict[str, float](), list[Ring]()
             if step % run.trainer.log_every == 0 or ended:
-                log.metrics(step, meter.read(world, run))
-            if run.preview is not None and run.preview.every and step % run.preview.every == 0 and not ended:
-                numbers = _preview(run, student, nets, sampler, step, folder, world)
-                log.metrics(step, numbers)
-            if monitor is not None and run.health.every and step % run.health.every == 0:
-                progress = _look(run, monitor, roles, progress, checkpoints, log)
+                record |= meter.read(world, global_batch) | {"memory_gib": peak_memory_gib(world.device)}
+            if run.preview is not None and (ended or _is_due(run.preview.every, step)):
+                record |= _preview(run, student, nets, sampler, step, world)
+            if monitor is not None and _is_due(run.health.every, step):
+                values = _agreed(monitor.look(student.network), world)
+                record |= {f"health/{name}": value for name, value in values.items()}
+                rings = monitor.rings(values)
+                progress = replace(progress, healthy=not rings)
+            if record:
+                log.metrics(step, record)
+            log.advance(step)
+            for ring in rings:
+                log.say(f"ALARM at iteration {step}: {ring}")
+            if rings and rings[-1].action in ("stop", "rollback"):
+                progress = _stop_or_return(run, rings[-1], progress, roles, checkpoints, log)
+                continue
 
             # --- saves
-            interrupted = world.any(stop.requested) if world.size > 1 else stop.requested
-            if progress.step % options.save_iter == 0 or progress.step == last or interrupted:
+            interrupted, writing = world.any(stop.requested, checkpoints.is_writing)
+            if not writing:
+                checkpoints.finish()
+            if step % options.save_iter == 0 or ended or interrupted:
                 checkpoints.save(_state(roles), progress)
-            if interrupted and progress.step < last:
+            if interrupted and not ended:
                 checkpoints.finish()
                 raise Interrupted(
-                    f"{stop.name} received: iteration {progress.step} of {last} is saved in {checkpoints.latest()}. "
+                    f"{stop.name} received: iteration {step} of {last} is saved in {checkpoints.latest()}. "
                     "The same command goes on from there"
                 )
 
         checkpoints.finish()
-        numbers = _preview(run, student, nets, sampler, last, folder, world)
-        log.metrics(last, numbers)
-        summary = _summary(run, folder, meter, numbers | undistilled, time.monotonic() - began, progress, world)
+        told = summary(run, log.at_start, log.last, progress, world)
         if world.is_main:
-            replace_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-        log.say(f"done: {folder}/summary.json" + "".join(f"  {name} {value:.4f}" for name, value in numbers.items()))
-    return summary
+            replace_text(folder / "summary.json", json.dumps(told, indent=1) + "\n")
+        scores = [f"  {name} {log.last[name]:.4f}" for name in log.at_start]
+        log.say(f"done: {folder}/summary.json" + "".join(scores))
+    return told
 
 
 # --- parts of the above, in its order ---------------------------------------------------------------------------------
 
 
-def _check_batch(method: Any, first: Batch) -> None:
-    """Lets a method look at real data before any weight is read. `check` is no part of the contract: few methods need it."""
-    check = getattr(method, "check", None)
-    if check is not None:
-        check(first)
+def _check_data(run: Run, data: Dataset) -> None:
+    """Refuses data whose first batch lacks what it declares, and lets the method look at it before any weight is read."""
+    first = data.batch(torch.arange(min(run.trainer.batch_size, len(data))))
+    lacking = sorted(name for name in run.method.needs if getattr(first, name) is None)
+    if lacking:
+        name = type(run.method).__name__
+        raise ValueError(f"data: method {name} needs {', '.join(lacking)}, which is declared, but not in the first batch")
+    # `check` is no part of the contract: few methods need it.
+    look = getattr(run.method, "check", None)
+    if look is not None:
+        look(first)
 
 
 def _place(run: Run, network: Network, world: World, trained: bool) -> None:
-    module, compute = network.module, COMPUTE[run.trainer.precision]
-    module.requires_grad_(trained).train(trained)
-    module.to(world.device)
-    if not trained or run.parallel.mode == "ddp" or world.mesh is None:
-        module.to(compute) if compute != torch.float32 and any(True for _ in module.parameters()) else None
-    shard(
-        module,
+    place(
+        network.module,
         network.blocks,
         world,
         mode=run.parallel.mode,
-        compute=compute,
+        compute=COMPUTE[run.trainer.precision],
+        trained=trained,
         checkpointing=run.trainer.checkpointing,
         compiled=run.trainer.compile,
     )
@@ -203,10 +218,12 @@ def _state(roles: Mapping[str, TrainedRole]) -> dict[str, Tensor]:
     return {f"{name}.{key}": tensor for name, role in roles.items() for key, tensor in role.state().items()}
 
 
-def _load_weights(address: str, roles: Mapping[str, TrainedRole]) -> None:
+def _load_weights(address: str, nets: Mapping[str, Network]) -> None:
+    """checkpoint.load_path: the weights of every trained role, and nothing else of that run."""
     folder, _ = locate(address)
-    for name, role in roles.items():
-        load_into(role.network.module, read(f"{folder}:{name}"), f"{address} (checkpoint.load_path, {name})")
+    for name, network in nets.items():
+        if name != "teacher":
+            load_into(network.module, read(f"{folder}:{name}"), f"{address} (checkpoint.load_path, {name})")
 
 
 def _rows(run: Run, world: World, micro: int) -> Tensor:
@@ -215,172 +232,83 @@ def _rows(run: Run, world: World, micro: int) -> Tensor:
     return torch.arange(size) + (micro * world.size + world.rank) * size
 
 
-def _refuse_non_finite(norm: Tensor, meter: _Meter, turn: Turn, role: str, step: int, checkpoints: Checkpoints) -> None:
-    if bool(torch.isfinite(norm + 0 * meter.newest)):
+def _refuse_non_finite(
+    norms: Mapping[str, Tensor],
+    terms: Mapping[str, Tensor],
+    roles: Mapping[str, TrainedRole],
+    turn: Turn,
+    step: int,
+    world: World,
+    checkpoints: Checkpoints,
+) -> None:
+    numbers = torch.stack([number.double().to(world.device) for number in (*norms.values(), *terms.values())])
+    if not world.any(not bool(torch.isfinite(numbers).all()))[0]:
         return
+    found = [f"loss term '{name}' is {float(value)}" for name, value in terms.items() if not bool(torch.isfinite(value))]
+    if not found:
+        for name, norm in norms.items():
+            if not bool(torch.isfinite(norm)):  # of all ranks together; the entries are found where they are
+                places = roles[name].non_finite_gradients() or ["another rank"]
+                found.append(f"the gradient of role '{name}' is {float(norm)}, first in {places[0]}")
+    where = " (rank {})" if world.size > 1 else ""
+    said = [text + where.format(rank) for rank, text in enumerate(world.gather("; ".join(found))) if text]
     checkpoints.finish()
-    bad = [name for name, value in meter.newest_terms.items() if not bool(torch.isfinite(value))]
-    what = f"term '{bad[0]}' is {float(meter.newest_terms[bad[0]])}" if bad else f"every term is finite, but its gradient is {norm}"
     raise TrainingError(
-        f"iteration {step}, {turn.name} turn: {what} in the gradient of role '{role}'. No weight was changed by this iteration; "
-        f"the last checkpoint is {checkpoints.latest() or 'none'}. Look at the data of this iteration, or lower optim.lr"
+        f"iteration {step}, {turn.name} turn, training {', '.join(norms)}: {'; '.join(said)}. No weight was "
+        f"changed by this iteration; the last checkpoint is {checkpoints.latest() or 'none'}. Look at the data of this "
+        "iteration, or lower optim.lr"
     )
 
 
-class _Meter:
-    """Sums of what is logged, on the device: reading a number waits for it, so that is done once per log line."""
-
-    def __init__(self) -> None:
-        self.newest = torch.zeros(())
-        self.newest_terms: dict[str, Tensor] = {}
-        self.last: dict[str, float] = {}
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self._began, self._steps = time.monotonic(), 0
-
-    def saw(self, terms: Terms) -> None:
-        self.newest, self.newest_terms = terms.total.detach(), {n: v.detach() for n, v in terms.values.items()}
-        for name, value in (*self.newest_terms.items(), *terms.watch.items()):
-            self._add(f"loss/{name}" if name in self.newest_terms else f"watch/{name}", value.detach())
-
-    def saw_step(self, role: str, norm: Tensor, lr: float) -> None:
-        self._add(f"grad_norm/{role}", norm.detach())
-        self.last[f"lr/{role}"] = lr
-        self._steps += 1
-
-    def _add(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._counts[name] = self._counts.get(name, 0) + 1
-
-    def read(self, world: World, run: Run) -> dict[str, float]:
-        """Means since the last reading, over all ranks; then starts anew."""
-        means = {name: float(world.mean(total / self._counts[name])) for name, total in sorted(self._sums.items())}
-        seconds = time.monotonic() - self._began
-        per_step = run.trainer.batch_size * run.trainer.grad_accum * world.size
-        self.last |= means | {"samples_per_s": self._steps * per_step / seconds, "memory_gib": peak_memory_gib(world.device)}
-        self._sums, self._counts, self._began, self._steps = {}, {}, time.monotonic(), 0
-        return self.last
+def _is_due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
 
 
-def _monitor(run: Run, nets: Mapping[str, Network], first: Batch, sampler: StudentSampler, world: World) -> Monitor | None:
+def _agreed(values: Mapping[str, float], world: World) -> dict[str, float]:
+    """The same numbers on every rank, so that all ranks decide alike."""
+    return dict(zip(values, world.mean(torch.tensor(list(values.values()), device=world.device)).tolist(), strict=True))
+
+
+def _monitor(run: Run, nets: Mapping[str, Network], data: Dataset, sampler: StudentSampler, world: World) -> Monitor | None:
     if not run.health.every:
         return None
-    some = first.rows(slice(0, run.health.num)).to(world.device)
-    return Monitor(run.health, some, sampler, nets.get("teacher"), nets.get("critic"), run.trainer.seed)
-
-
-def _look(
-    run: Run, monitor: Monitor, roles: Mapping[str, TrainedRole], progress: Progress, checkpoints: Checkpoints, log: RunLog
-) -> Progress:
-    """Logs the monitors and does what their alarms ask; the progress to go on from."""
-    values = monitor.look(roles["student"].network)
-    log.metrics(progress.step, {f"health/{name}": value for name, value in values.items()})
-    rings = monitor.rings(values)
-    for ring in rings:
-        log.say(f"ALARM at iteration {progress.step}: {ring}")
-    action = rings[-1].action if rings else "off"
-    if action in ("off", "warn"):
-        return replace(progress, healthy=not rings)
-    checkpoints.finish()
-    healthy = checkpoints.latest(healthy_only=True)
-    if action == "stop" or healthy is None or progress.rollbacks >= run.health.max_rollbacks:
-        why = "" if action == "stop" else f" ({progress.rollbacks} roll-backs so far, healthy checkpoint: {healthy or 'none'})"
-        raise TrainingError(
-            f"stopped at iteration {progress.step}: {rings[-1]}{why}. The last healthy checkpoint is {healthy or 'none'}"
-        )
-    back = _restore(checkpoints, healthy, roles)
-    log.say(f"rolled back to {healthy}; going on with new noise")
-    return replace(back, rollbacks=progress.rollbacks + 1)
+    some = data.batch(torch.arange(min(run.health.num, len(data)))).to(world.device)
+    seed, chunk = run.trainer.seed, run.trainer.batch_size
+    return Monitor(run.health, some, sampler, nets.get("teacher"), nets.get("critic"), seed, chunk)
 
 
 def _preview(
-    run: Run, student: TrainedRole, nets: Mapping[str, Network], sampler: StudentSampler, step: int, folder: Path, world: World
+    run: Run, student: TrainedRole, nets: Mapping[str, Network], sampler: StudentSampler, step: int, world: World
 ) -> dict[str, float]:
-    if run.preview is None:
-        return {}
+    assert run.preview is not None
     with student.averaged(), torch.no_grad():
-        scene = Scene(
-            student.network, nets.get("teacher"), sampler, step, folder / "previews", world.device, world.is_main
-        )
+        folder = run.job.folder() / "previews"
+        scene = Scene(student.network, nets.get("teacher"), sampler, step, folder, world.device, world.is_main)
         return dict(run.preview.show(scene))
 
 
-def _keep(folder: Path, numbers: Mapping[str, float], world: World) -> None:
-    if world.is_main:
-        replace_text(folder / "previews" / "undistilled.json", json.dumps(dict(numbers)))
-
-
-def _kept(folder: Path) -> dict[str, float]:
-    path = folder / "previews" / "undistilled.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-class _Signals:
-    """Within, SIGTERM and SIGINT are remembered instead of obeyed; a second one is obeyed at once."""
-
-    def __init__(self) -> None:
-        self.requested, self.name = False, ""
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._before[number] = signal.signal(number, self._remember)
-            except ValueError:  # not in the main thread (a notebook, a server): then signals are its business
-                return self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.requested, self.name = True, signal.Signals(number).name
-        for own in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(own, self._before.get(own, signal.SIG_DFL))
-
-
-def _write_run_files(run: Run, folder: Path) -> None:
-    (folder / "previews").mkdir(parents=True, exist_ok=True)
-    replace_text(folder / "config.yaml", to_yaml(run))
-    replace_text(folder / "env.json", json.dumps(environment(), indent=1) + "\n")
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, as they stand in env.json and summary.json."""
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    return {
-        "fewstep": fewstep.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "cpu_cores": os.cpu_count(),
-        "gpu": gpu,
-        "command": sys.argv,
-    }
+def _stop_or_return(
+    run: Run, ring: Ring, progress: Progress, roles: Mapping[str, TrainedRole], checkpoints: Checkpoints, log: RunLog
+) -> Progress:
+    """What a grave alarm asks: the end of the run, or the progress of the last healthy checkpoint, restored."""
+    checkpoints.finish()
+    healthy = checkpoints.latest(healthy_only=True)
+    if ring.action == "stop" or healthy is None or progress.rollbacks >= run.health.max_rollbacks:
+        tried = "" if ring.action == "stop" else f" ({progress.rollbacks} roll-backs so far)"
+        raise TrainingError(
+            f"stopped at iteration {progress.step}: {ring}{tried}. The last healthy checkpoint is {healthy or 'none'}"
+        )
+    back = replace(_restore(checkpoints, healthy, roles), rollbacks=progress.rollbacks + 1, wall_s=progress.wall_s)
+    checkpoints.return_to(healthy, back)
+    log.say(f"rolled back to {healthy}; going on with new noise")
+    log.rewind(back.step)
+    return back
 
 
 def _greeting(
-    run: Run, folder: Path, data: Dataset, roles: Mapping[str, TrainedRole], latest: Path | None, progress: Progress, world: World
+    run: Run, data: Dataset, roles: Mapping[str, TrainedRole], latest: Path | None, progress: Progress, world: World
 ) -> str:
     sizes = ", ".join(f"{name} {sum(p.numel() for p in role.weights.values()):,} weights" for name, role in roles.items())
     origin = f"resuming {latest} (iteration {progress.step})" if latest else "from the beginning"
     batch = run.trainer.batch_size * run.trainer.grad_accum * world.size
-    return f"{folder}: {origin}; {sizes}; {len(data):,} samples, {batch} per iteration"
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far: of the GPU, or resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _summary(
-    run: Run, folder: Path, meter: _Meter, numbers: Mapping[str, float], seconds: float, progress: Progress, world: World
-) -> dict[str, Any]:
-    values = {"recipe": run.job.name, "method": run.method.kind, "step": progress.step, "samples": progress.samples}  # type: ignore[attr-defined]
-    values |= {"student_updates": progress.updates, "rollbacks": progress.rollbacks} | meter.last | dict(numbers)
-    values |= {"wall_s": round(seconds, 2), "peak_memory_gib": round(peak_memory_gib(world.device), 3)}
-    versions = {key: value for key, value in environment().items() if key in ("fewstep", "python", "torch")}
-    return values | {"device": str(world.device), "num_processes": world.size, "versions": versions}
+    return f"{run.job.folder()}: {origin}; {sizes}; {len(data):,} samples, {batch} per iteration"

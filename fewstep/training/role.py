@@ -18,20 +18,24 @@ from fewstep.networks.contract import Network
 from fewstep.parallel import World, average_gradients
 from fewstep.training import ema as averaging
 from fewstep.training.ema import Ema
+from fewstep.training.errors import TrainingError
 from fewstep.training.optim import Optim, state_of
 
 
 class TrainedRole:
-    def __init__(self, name: str, network: Network, optim: Optim, average: Ema | None):
+    def __init__(self, name: str, network: Network, optim: Optim, average: Ema | None, compute: torch.dtype = torch.float32):
         self.name, self.network, self.optim = name, network, optim
         module = network.module
         self.live = {n: p for n, p in module.named_parameters() if p.requires_grad}
         if not self.live:
             raise ValueError(f"networks.{name}: not one of its weights is trainable")
-        # One and the same tensor where compute is fp32; an fp32 original of the module's rounded copy otherwise.
-        self.weights: dict[str, Tensor] = {
-            n: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for n, p in self.live.items()
-        }
+        # One and the same tensor where compute is fp32, and where it is FSDP that gathers in `compute`. Otherwise the module
+        # gets the rounded copy, and the original stays here as it was read.
+        self.weights: dict[str, Tensor] = dict(self.live)
+        if compute != torch.float32 and not any(isinstance(p, DTensor) for p in self.live.values()):
+            self.weights = {n: nn.Parameter(p.detach().float()) for n, p in self.live.items()}
+            for live in self.live.values():
+                live.data = live.data.to(compute)
         self.optimizer = optim.build(self.weights.values())
         self.average_config = average if average is not None and average.profile != "none" else None
         self.average = {n: w.detach().clone() for n, w in self.weights.items()} if self.average_config else {}
@@ -50,20 +54,25 @@ class TrainedRole:
                 weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
                 live.grad = None
 
-    def clipped_norm(self, world: World) -> Tensor:
-        """The gradient norm before clipping, over all ranks and shards; the gradients are clipped to `optim.clip`."""
+    def gradient_norm(self, world: World) -> Tensor:
+        """The norm of the mean gradient over all ranks and shards, before clipping."""
         average_gradients(self.weights.values(), world)
         gradients = [w.grad for w in self.weights.values() if w.grad is not None]
+        if not gradients:
+            raise TrainingError(f"no loss term of this turn depends on role '{self.name}', which the turn is said to train")
         norm = nn.utils.get_total_norm(gradients)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        if self.optim.clip is not None:
-            nn.utils.clip_grads_with_norm_(self.weights.values(), self.optim.clip, norm)
-        return norm
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def non_finite_gradients(self) -> list[str]:
+        """The weights whose gradient, as far as this rank holds it, has an entry that is no number."""
+        found = {n: w.grad.to_local() if isinstance(w.grad, DTensor) else w.grad for n, w in self.weights.items()}
+        return [n for n, g in found.items() if g is not None and not bool(torch.isfinite(g).all())]
 
     @torch.no_grad()
-    def step(self, lr: float, updates: int) -> None:
-        """One optimiser step, then the average; `updates` counts the steps of this role before this one."""
+    def step(self, lr: float, norm: Tensor, updates: int) -> None:
+        """Clipping, one optimiser step, then the average; `updates` counts the steps of this role before this one."""
+        if self.optim.clip is not None:
+            nn.utils.clip_grads_with_norm_(self.weights.values(), self.optim.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"].fill_(lr)
         self.optimizer.step()
@@ -73,16 +82,15 @@ class TrainedRole:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within, the network answers with its moving average (with its weights, where there is no average)."""
-        if not self.average:
-            yield
-            return
-        kept = {n: p.detach().clone() for n, p in self.live.items()}
+        """Within, the network answers with its moving average (with its weights, where there is no average), as in use."""
+        kept = {n: p.detach().clone() for n, p in self.live.items()} if self.average else {}
+        self.network.module.eval()
         try:
             self._write(self.average)
             yield
         finally:
             self._write(kept)
+            self.network.module.train()
 
     def state(self) -> dict[str, Tensor]:
         """Everything that must be saved, by name; the very tensors, so that loading fills them in place."""
@@ -103,5 +111,5 @@ class TrainedRole:
 
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
-        for name, live in self.live.items():
-            live.copy_(values[name])
+        for name, value in values.items():
+            self.live[name].copy_(value)

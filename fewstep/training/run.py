@@ -90,7 +90,8 @@ class Run:
         if missing:
             yield "data", (
                 f"method {type(self.method).__name__} needs {', '.join(missing)}, but this data has only "
-                f"{', '.join(sorted(self.data.fields))}. Teacher pairs (noise, path) are made with: fewstep pairs ..."
+                f"{', '.join(sorted(self.data.fields))}. Pairs of noise and answer, and states on the way, come from a teacher: "
+                "data=teacher_pairs"
             )
         if "teacher" in self.method.roles and self.networks.teacher is None:
             yield "networks.teacher", f"is none, but method {type(self.method).__name__} asks a teacher"
@@ -110,5 +111,7 @@ class Run:
             yield "warn:trainer.log_every", f"is {trainer.log_every}, never reached in {trainer.max_iter} iterations"
         if checkpoint.keep_last < 1:
             yield "checkpoint.keep_last", "must be at least 1: a run without a checkpoint cannot resume"
+        if self.parallel.mode == "ddp" and self.parallel.num_replicas is not None:
+            yield "warn:parallel.num_replicas", "has no effect with parallel.mode=ddp, where every process is a replica"
         if self.critic_optim is not None and "critic" not in self.method.roles:
             yield "warn:critic_optim", f"has no effect: method {type(self.method).__name__} trains no critic"

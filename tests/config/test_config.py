@@ -102,6 +102,7 @@ class Run:
     controls: Mapping[str, AnyMethod] = field(default_factory=dict)
     cap: Annotated[float, AllowInfNan()] = math.inf
     counts: Annotated[tuple[int, ...], MinLen(1)] = (1,)
+    mixed: int | float | str | None = None
 
     def problems(self) -> list[tuple[str, str]]:
         wrong = self.optim.warmup_iters > self.trainer.max_iter
@@ -254,14 +255,19 @@ def test_part_of_a_group_merges_over_what_is_there() -> None:
 
 
 def test_five_wrong_keys_are_told_at_once_each_with_what_is_near() -> None:
-    lines = message("trainer.max_iters=3", "trainr.precision=bf16", "checkpoint.lr=1", "method.guidence=2", "max_iter=4")
+    lines = message("trainer.max_iters=3", "trainr.precision=bf16", "checkpoint.lr=1", "method.guidanze=2", "max_iter=4")
     assert lines == [
         "checkpoint.lr: no such setting; did you mean optim.lr or method.lr?",
         "max_iter: no such setting; did you mean trainer.max_iter?",
-        "method.guidence: no such setting; did you mean method.guidance?",
+        "method.guidanze: no such setting; did you mean method.guidance?",
         "trainer.max_iters: no such setting; did you mean trainer.max_iter?",
         "trainr.precision: no such setting; did you mean trainer.precision?",
     ]
+
+
+def test_a_key_of_any_length_is_told() -> None:
+    (line,) = message(".".join(["optim"] * 5000) + "=1")
+    assert line.endswith(": no such setting; keys are at most 100 names deep")
 
 
 def test_wrong_keys_and_wrong_values_are_told_together() -> None:
@@ -359,7 +365,26 @@ METHODS = KDS | st.builds(Dmd2, guidance=finite(), lr=finite(min_value=1e-300))
 OPTIMS = st.builds(
     Optim, lr=finite(), betas=st.tuples(finite(), finite()), clip=st.none() | finite(), warmup_iters=st.integers()
 )
-WORDS = st.text() | st.sampled_from(["none", "null", "true", "no", "1", "1e5", "5e-7", "~", "", "a,b", "[a]", "{a: 1}", ".inf"])
+LOOKALIKES = [
+    "none",
+    "Null",
+    "true",
+    "no",
+    "1",
+    "1.0",
+    "1e5",
+    "5e-7",
+    "~",
+    "",
+    "a,b",
+    "[a]",
+    "{a: 1}",
+    ".inf",
+    "1_0",
+    "- a",
+    "#",
+]
+WORDS = st.text() | st.sampled_from(LOOKALIKES)
 PATHS = st.text(st.characters(exclude_characters="\0"), min_size=1).map(Path)
 RUNS = st.builds(
     Run,
@@ -377,6 +402,7 @@ RUNS = st.builds(
     controls=st.dictionaries(WORDS, METHODS, max_size=2),
     cap=st.floats(allow_nan=False),
     counts=st.lists(st.integers(), min_size=1).map(tuple),
+    mixed=st.none() | st.integers() | finite() | WORDS,
 )
 
 
@@ -389,6 +415,14 @@ def test_what_is_dumped_is_read_back_equal(made: Run) -> None:
     assert from_yaml(Run, text) == made
     assert yaml.safe_load(text) == plain  # another reader understands the file alike
     assert text.isascii()
+
+
+@pytest.mark.parametrize("word", [*LOOKALIKES, 1, 1.0, 10**30, 1e30, -0.0, None])
+def test_what_looks_like_something_else_is_read_back_as_it_was(word: Any) -> None:
+    made = Run(Dmd2(), mixed=word, checkpoint=Checkpoint(load_path=None if word is None else str(word)))
+    for read in (parse(Run, dump(made)), from_yaml(Run, to_yaml(made)), parse(Run, yaml.safe_load(to_yaml(made)))):
+        assert read == made
+        assert (type(read.mixed), repr(read.mixed)) == (type(word), repr(word))
 
 
 @given(OPTIMS, OPTIMS)
@@ -466,7 +500,7 @@ def test_a_run_starts_from_yaml_and_yaml_lies_over_a_recipe(tmp_path: Path) -> N
     made = run("--config", str(file), "method=dmd2", "method.lr=4")
     assert (made.method, made.optim.lr, made.controls) == (Dmd2(lr=4.0), 1e-5, SHARED)
     with pytest.raises(ConfigError, match=r"cannot be read: No such file.*did you mean .*run\.yaml\?"):
-        config.load_file(file.with_name("runn.yaml"))
+        config.load_file(file.with_name("runx.yaml"))
     with pytest.raises(ConfigError, match=r"which run\? Give experiment=NAME or a \.yaml file; there are: "):
         compose(Command(), Run)
 
@@ -540,8 +574,8 @@ def test_words_that_are_no_command_are_told_at_once() -> None:
         "--config=: needs a file: --config FILE.py or --config FILE.yaml",
         "experiment: given twice, as a and as b; keep one",
     ]
-    with pytest.raises(ConfigError, match=r"experiment: no recipe is named 'toi'; did you mean toy\?"):
-        compose(read_command(["experiment=toi"]), Run)
+    with pytest.raises(ConfigError, match=r"experiment: no recipe is named 'toyy'; did you mean toy\?"):
+        compose(read_command(["experiment=toyy"]), Run)
     with pytest.raises(ConfigError, match="experiment: toy makes a Run, not a Optim"):
         compose(read_command(["experiment=toy"]), Optim)
 

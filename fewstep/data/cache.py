@@ -1,0 +1,87 @@
+"""Cache files: named tensors as safetensors, with what they were made from, whole or not there.
+
+    write(path, {"latents": z}, made_from={"codec": "wan2.1", "dtype": "bfloat16"}, facts={"num_frames": 17, "fps": 16})
+    read(path, made_from={"codec": "wan2.1"}).tensors["latents"]       # ValueError if another codec made it
+
+`made_from` names what would make the content wrong if it changed; `facts` are what a reader wants to know of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fewstep.data.atomic import replacing
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a cache file says of itself, and its tensors if they were read."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    made_from: Mapping[str, str]
+    facts: Mapping[str, float]
+    tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+def write(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    made_from: Mapping[str, str] | None = None,
+    facts: Mapping[str, float] | None = None,
+) -> None:
+    """Writes the tensors, in their dtypes; a file of that name is replaced at once, when the new one is complete."""
+    from safetensors.torch import save_file
+
+    told = {"made_from": json.dumps(made_from or {}, sort_keys=True), "facts": json.dumps(facts or {}, sort_keys=True)}
+    with replacing(path) as beside:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata=told)
+
+
+def read(path: str | os.PathLike[str], *, made_from: Mapping[str, str] | None = None) -> Entry:
+    """The file with its tensors; refuses one that is damaged, or made from something else than `made_from` says."""
+    return _read(Path(path), made_from or {}, with_tensors=True)
+
+
+def header(path: str | os.PathLike[str], *, made_from: Mapping[str, str] | None = None) -> Entry:
+    """As `read`, without the tensors: costs a few kB of reading."""
+    return _read(Path(path), made_from or {}, with_tensors=False)
+
+
+def _read(path: Path, made_from: Mapping[str, str], with_tensors: bool) -> Entry:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # Any: safetensors carries no types
+            parts: dict[str, Any] = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+            shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
+            tensors = {name: file.get_tensor(name) for name in parts} if with_tensors else {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or no safetensors file ({error}). Delete it and prepare it again") from None
+    entry = Entry(shapes, _table(path, metadata, "made_from"), _table(path, metadata, "facts"), tensors)
+    wrong = [key for key, value in made_from.items() if entry.made_from.get(key) != value]
+    if wrong:
+        told = ", ".join(f"{key} is {entry.made_from.get(key, 'unknown')!r}, not {made_from[key]!r}" for key in wrong)
+        raise ValueError(f"{path}: made from something else: {told}. Delete it and prepare it again")
+    return entry
+
+
+def _table(path: Path, metadata: Mapping[str, str], name: str) -> dict[str, Any]:  # strings in made_from, numbers in facts
+    try:
+        value = json.loads(metadata.get(name, "{}"))
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: its {name!r} is not a table. Delete it and prepare it again")
+    return value

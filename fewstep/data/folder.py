@@ -1,0 +1,495 @@
+"""A folder of clips, or of pairs made by a teacher, as a data set. Names and formats: docs/formats.md.
+
+    Folder("datasets/robots", num_frames=17, video_size=(704, 1280), text=None)      # windows of clips, as pixels
+    Folder("datasets/kd", x0="latents", pairs=("noise",), control=Edge())            # what KD learns from
+
+Everything that can be told without decoding is checked by `open()`, for all samples at once and by name: partners, frame
+counts, sizes, rates, captions. The first sample is read whole. What needs reading is checked when it is read.
+
+A pair is the whole clip its noise belongs to, never a window of it, and its control is the file the teacher was given, never
+one made anew: an edge of the teacher's own output is not what the output was asked to follow.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.batch import Batch, Condition
+from fewstep.config import kind
+from fewstep.data import cache, layout, parts, video
+from fewstep.data.controls import AnyControl, Pixels, Span
+from fewstep.data.layout import Layout, Part, some
+
+_PROBE_THREADS = 8  # headers are small reads from disk: waiting, not work
+_Answer = TypeVar("_Answer")
+
+
+@kind("folder", group="data")
+@dataclass(frozen=True)
+class Folder:
+    """Clips and their captions, controls and pairs, in the folder layout of the seeds."""
+
+    dataset_dir: str  # holds videos/ (or latents/), or a folder for each sample
+    x0: Literal["pixels", "latents"] = "pixels"  # pixels: B 3 T H W in -1..1; latents: what `fewstep prepare latents` made
+    num_frames: int | None = None  # of a window; none: whole clips, which must then be equally long
+    sequence_interval: int = 1  # every k-th frame of the file
+    start_frame_interval: int = 1  # frames between the starts of two windows
+    video_size: tuple[int, int] | None = None  # height, width to resize to; none: as the files are
+    resize: Literal["stretch", "crop"] = "stretch"  # Predict1 stretches; crop keeps the aspect and cuts the margins
+    skip_short: bool = False  # leave out clips shorter than a window instead of refusing them
+    control: AnyControl | None = None  # edge, vis, depth, seg or keypoint
+    control_from: Literal["files", "video"] = "files"  # video: made from the frames when they are read (edge and vis)
+    text: str | None = "t5_xxl"  # folder of text embeddings; none: no text
+    max_tokens: int = 512  # longer embeddings are cut, shorter ones padded with zeros (T5 of Cosmos 1)
+    negative: str | None = None  # zeros (how Cosmos 1 drops text), or a file with an embedding, relative to dataset_dir
+    pairs: tuple[Literal["noise", "path"], ...] = ()  # what of its teacher's work each sample must have
+    path_times: tuple[float, ...] = ()  # times of the states, for files that do not say; FastGen: 0.999, 0.937, 0.833, 0.624
+    ram_gib: float = 4.0  # samples stay in memory after their first read if all of them fit in this much
+    num_threads: int = 1  # samples read at once
+
+    @property
+    def fields(self) -> frozenset[str]:
+        pairs = {"path", "path_times"} if "path" in self.pairs else set[str]()
+        return frozenset({"x0"} | pairs | ({"noise"} & set(self.pairs)) | ({"negative"} if self.negative else set[str]()))
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        for name in ("sequence_interval", "start_frame_interval", "max_tokens", "num_threads"):
+            if getattr(self, name) < 1:
+                yield name, f"must be at least 1, not {getattr(self, name)}"
+        if self.num_frames is not None and self.num_frames < 1:
+            yield "num_frames", f"must be at least 1, or none for whole clips, not {self.num_frames}"
+        if self.video_size is not None and min(self.video_size) < 1:
+            yield "video_size", f"must be (height, width) in pixels, not {self.video_size}"
+        for name in ("text", "negative"):
+            value = getattr(self, name)
+            if value is not None and (".." in Path(value).parts or Path(value).is_absolute() or not value):
+                yield name, f"must lie within dataset_dir, but is {value!r}"
+        if self.negative and self.text is None:
+            yield "negative", "needs the embeddings it is the negative of: set text, t5_xxl for instance"
+        windows = ("sequence_interval", "start_frame_interval", "video_size", "skip_short")
+        changed = [name for name in windows if getattr(self, name) != getattr(type(self), name)]
+        if self.x0 == "latents":
+            yield from ((f"warn:{name}", "has no effect: latents are of whole clips, at their own size") for name in changed)
+        elif self.pairs:
+            yield from (
+                (name, "must be left alone with pairs: the noise belongs to the whole clip as it is") for name in changed
+            )
+        if self.path_times and "path" not in self.pairs:
+            yield "warn:path_times", "has no effect: set pairs=[path] to read states"
+        if list(self.path_times) != sorted(set(self.path_times), reverse=True):
+            yield (
+                "path_times",
+                f"must descend, as the states lie on the way from noise to the clip, but is {list(self.path_times)}",
+            )
+        if self.control_from == "video":
+            if self.control is None:
+                yield "warn:control_from", "has no effect: set control, edge for instance"
+            elif not callable(self.control):
+                yield "control_from", f"is video, but {self.control.folder} cannot be made from frames: prepare its files"
+            if self.x0 == "latents":
+                yield "control_from", "is video, but latents have no frames to make a control from: encode the control's files"
+            if self.pairs:
+                yield "control_from", "is video, but the control of a pair is the file its teacher was given: set files"
+
+    def open(self) -> FolderData:
+        return FolderData(self)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample: its files by the folder of their part, and which frames of them."""
+
+    stem: str
+    files: Mapping[str, Path]
+    span: Span = field(default_factory=Span)
+    header: video.Header | None = None  # of its video, if that is read
+
+
+class FolderData:
+    """The samples of a `Folder`, checked. `stems` and `captions` have one entry per sample, as `batch` counts them."""
+
+    def __init__(self, spec: Folder):
+        self.spec = spec
+        self.layout = Layout.open(spec.dataset_dir)
+        self.samples = _samples(spec, self.layout)
+        self._negative = self._read_negative()
+        self._first = self._read(self.samples[0])
+        self._memory = _Memory(self._first, len(self.samples), spec.ram_gib)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def stems(self) -> list[str]:
+        """The name of each sample's files; a clip with several windows comes as often."""
+        return [sample.stem for sample in self.samples]
+
+    def captions(self) -> list[str]:
+        """The caption of each sample, from metas/*.txt or */prompt.txt; refuses missing and empty ones."""
+        stems = list(dict.fromkeys(self.stems))
+        problem = self.layout.missing(layout.CAPTIONS, stems)
+        if problem:
+            raise ValueError(f"{self.layout.root}: {problem}")
+        texts, problems = _captions(self.layout, stems)
+        _refuse(self.layout, problems)
+        return [texts[sample.stem] for sample in self.samples]
+
+    def batch(self, index: Tensor) -> Batch:
+        rows = index.tolist()
+        wanted = [row for row in dict.fromkeys(rows) if not self._memory.has(row)]
+        read = dict(
+            zip(wanted, _each(self._checked, [self.samples[row] for row in wanted], self.spec.num_threads), strict=True)
+        )
+        columns = self._memory.stacked(rows, read)
+        cond = Condition(
+            text=_optional(columns.get("text"), torch.Tensor.float),
+            text_mask=columns.get("text_mask"),
+            control={} if self.spec.control is None else {self.spec.control.folder: _floats(columns["control"])},
+            fps=columns.get("fps"),
+        )
+        negative = None
+        if self._negative is not None:
+            text, mask = (part.expand(len(rows), *part.shape).contiguous() for part in self._negative)
+            negative = replace(cond, text=text.float(), text_mask=mask)
+        return Batch(
+            x0=_floats(columns["x0"]),
+            noise=columns.get("noise"),
+            path=columns.get("path"),
+            path_times=columns.get("path_times"),
+            cond=cond,
+            negative=negative,
+            index=index.clone(),
+        )
+
+    # ---- one sample ------------------------------------------------------------------------------------------------
+
+    def _checked(self, sample: Sample) -> dict[str, Tensor]:
+        """A sample of the same shapes as the first one; otherwise they could not be in one batch."""
+        record = self._read(sample)
+        for name, wanted in self._first.items():
+            found = record.get(name)
+            if found is None or found.shape != wanted.shape:
+                told = "is not there" if found is None else f"has shape {tuple(found.shape)}"
+                raise ValueError(
+                    f"{self.layout.root}: '{name}' of {sample.stem} {told}, but {tuple(wanted.shape)} in "
+                    f"{self.samples[0].stem}. Samples of one data set have the same shapes: remove this one or prepare it again"
+                )
+        return record
+
+    def _read(self, sample: Sample) -> dict[str, Tensor]:
+        """The tensors of a sample as they are stored: uint8 T H W 3, or latents C T H W in their own precision."""
+        spec, record = self.spec, dict[str, Tensor]()
+        if spec.x0 == "pixels":
+            assert sample.header is not None, sample
+            size, cut = _fit(sample.header.size, spec)
+            frames = video.read(sample.files["videos"], *_of(sample.span), size=size)
+            record["x0"] = _tensor(frames.frames[cut])
+            record["fps"] = torch.tensor(frames.fps)
+        else:
+            record["x0"] = parts.latents(sample.files["latents"])
+            fps = parts.fact(sample.files["latents"], "fps")
+            record |= {} if fps is None else {"fps": torch.tensor(float(fps))}
+        if spec.control is not None:
+            record["control"] = self._read_control(sample, record["x0"])
+        if spec.text is not None:
+            record["text"], record["text_mask"] = parts.embedding(sample.files[spec.text], spec.max_tokens)
+        like = {"latents" if spec.x0 == "latents" else "frames": record["x0"]}
+        if "noise" in spec.pairs:
+            record["noise"] = parts.noise(sample.files["noise"])
+            parts.refuse_foreign_noise(sample.files["noise"], record["noise"], **like)
+        if "path" in spec.pairs:
+            record["path"], record["path_times"] = parts.states(sample.files["path"], spec.path_times)
+            parts.refuse_foreign_noise(sample.files["path"], record["path"][0], **like)  # the first state is nearly noise
+        return record
+
+    def _read_control(self, sample: Sample, x0: Tensor) -> Tensor:
+        spec = self.spec
+        assert spec.control is not None
+        if spec.x0 == "latents":
+            path = sample.files[f"{spec.control.folder}_latents"]
+            latents = parts.latents(path)
+            if latents.shape[1:] != x0.shape[1:]:
+                raise ValueError(
+                    f"{path}: is {tuple(latents.shape)}, which does not fit its clip {tuple(x0.shape)}. Encode it again"
+                )
+            return latents
+        if spec.control_from == "video":
+            make: Any = spec.control  # Control does not promise __call__; `problems` and `_samples` see to it
+            return _tensor(make(x0.numpy()))
+        assert sample.header is not None, sample
+        size, cut = _fit(sample.header.size, spec)
+        path = sample.files[spec.control.folder]
+        made = spec.control.read(path, sample.span, size)
+        assert made.shape == (sample.span.count, *size, 3), (path, made.shape)
+        return _tensor(made[cut])
+
+    def _read_negative(self) -> tuple[Tensor, Tensor] | None:
+        spec = self.spec
+        if spec.negative is None:
+            return None
+        assert spec.text is not None
+        text, mask = parts.embedding(self.samples[0].files[spec.text], spec.max_tokens)
+        if spec.negative == "zeros":
+            # Every token counts: a network that masks its padding would have nothing left to attend to.
+            return torch.zeros_like(text), torch.ones_like(mask)
+        other, other_mask = parts.embedding(self.layout.root / spec.negative, spec.max_tokens)
+        if other.shape != text.shape:
+            raise ValueError(
+                f"{self.layout.root / spec.negative}: embeds in {other.shape[1]} numbers, but {spec.text}/ in {text.shape[1]}: "
+                "embed it with the same encoder"
+            )
+        return other, other_mask
+
+
+class _Memory:
+    """Samples that were read once, if there is room for all of them; else nothing."""
+
+    def __init__(self, first: Mapping[str, Tensor], num: int, gib: float):
+        needed = num * sum(tensor.nbytes for tensor in first.values())
+        # torch.empty takes no memory until it is written: it grows with what is read.
+        fits = needed <= gib * 2**30
+        self._columns = {n: torch.empty((num, *t.shape), dtype=t.dtype) for n, t in first.items()} if fits else None
+        self._there = torch.zeros(num, dtype=torch.bool)
+
+    def has(self, row: int) -> bool:
+        return bool(self._there[row])
+
+    def stacked(self, rows: Sequence[int], read: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The columns of `rows`, those in `read` among them, which are kept from now on if there is room."""
+        if self._columns is None:
+            names = next(iter(read.values())).keys()
+            return {name: torch.stack([read[row][name] for row in rows]) for name in names}
+        for row, record in read.items():
+            for name, column in self._columns.items():
+                column[row] = record[name]
+            self._there[row] = True
+        index = torch.tensor(rows)
+        return {name: column[index] for name, column in self._columns.items()}
+
+
+# ---- what can be told before reading -------------------------------------------------------------------------------
+
+
+def _samples(spec: Folder, place: Layout) -> tuple[Sample, ...]:
+    """Every sample with its files, or one ValueError with all that is wrong."""
+    problems = [f"data.{key}: {message}" for key, message in spec.problems() if not key.startswith("warn:")]
+    _refuse(place, problems)
+    lead = layout.VIDEOS if spec.x0 == "pixels" else layout.LATENTS
+    needed = _needed(spec)
+    stems = list(place.files(lead))
+    if not stems:
+        hint = "" if spec.x0 == "pixels" else ". Make them with: fewstep prepare latents, or set data.x0=pixels"
+        raise ValueError(f"{place.root}: has no {place.named(lead)}{hint}")
+    for part in needed:
+        problem = place.missing(part, stems)
+        problems += [f"{problem}{_remedy(part, spec)}"] if problem else []
+    if spec.text is not None and place.files(layout.CAPTIONS):  # Transfer1's pairs have embeddings and no captions
+        problem = place.missing(layout.CAPTIONS, stems)
+        problems += [problem] if problem else _captions(place, stems)[1]
+    files = {part.folder: place.files(part) for part in (lead, *needed)}
+    if spec.x0 == "latents":
+        problems += _latent_problems(spec, files["latents"])
+        _refuse(place, problems)
+        return tuple(Sample(stem, {folder: paths[stem] for folder, paths in files.items()}) for stem in stems)
+    headers, unreadable = _headers(files["videos"])
+    problems += unreadable + _size_problems(spec, headers)
+    if spec.control is not None and spec.control.suffix == ".mp4" and spec.control_from == "files":
+        problems += _control_problems(spec.control.folder, files[spec.control.folder], headers)
+    spans, wrong = _spans(spec, headers)
+    problems += wrong
+    _refuse(place, problems)
+    return tuple(
+        Sample(stem, {folder: paths[stem] for folder, paths in files.items()}, span, headers[stem])
+        for stem in stems
+        for span in spans.get(stem, ())
+    )
+
+
+def _needed(spec: Folder) -> list[Part]:
+    """What a sample must have besides its clip."""
+    needed: list[Part] = []
+    if spec.text is not None:
+        needed.append(layout.text(spec.text))
+    if spec.control is not None and spec.x0 == "latents":
+        needed.append(layout.control_latents(spec.control.folder))
+    elif spec.control is not None and spec.control_from == "files":
+        needed.append(layout.control(spec.control.folder, spec.control.suffix))
+    return needed + [{"noise": layout.NOISE, "path": layout.PATH}[name] for name in spec.pairs]
+
+
+def _remedy(part: Part, spec: Folder) -> str:
+    if part in (layout.NOISE, layout.PATH):
+        return ". A teacher makes clips and what they came from together: fewstep pairs"
+    if part.folder == spec.text:
+        return ". Embed the captions: fewstep prepare text, or set data.text=none"
+    if part.folder.endswith("_latents"):
+        return ". Encode them: fewstep prepare latents"
+    return ". Make them with: fewstep prepare controls" + (", or set data.control_from=video" if callable(spec.control) else "")
+
+
+def _refuse(place: Layout, problems: Sequence[str]) -> None:
+    if problems:
+        raise ValueError("\n".join(f"{place.root}: {problem}" for problem in problems))
+
+
+def _captions(place: Layout, stems: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Captions by stem, and what is wrong with any."""
+    files, texts, problems = place.files(layout.CAPTIONS), dict[str, str](), list[str]()
+    for stem in stems:
+        try:
+            texts[stem] = files[stem].read_text(encoding="utf-8").strip()
+        except UnicodeDecodeError:
+            problems.append(f"the caption of {stem} is not UTF-8 text")
+    empty = [stem for stem, text in texts.items() if not text]
+    if empty:
+        problems.append(f"{len(empty)} of {len(stems)} captions are empty: {some(empty)}. Write one, or remove the clip")
+    return texts, problems
+
+
+def _headers(files: Mapping[str, Path]) -> tuple[dict[str, video.Header], list[str]]:
+    """Headers by stem, and what is wrong with the files that have none."""
+
+    def ask(path: Path) -> video.Header | str:
+        try:
+            return video.probe(path)
+        except ValueError as error:
+            return str(error)
+
+    answers = dict(zip(files, _each(ask, list(files.values()), _PROBE_THREADS), strict=True))
+    wrong = [answer for answer in answers.values() if isinstance(answer, str)]
+    told = wrong[:5] + ([f"{len(wrong) - 5} more videos cannot be read"] if len(wrong) > 5 else [])
+    return {stem: answer for stem, answer in answers.items() if isinstance(answer, video.Header)}, told
+
+
+def _size_problems(spec: Folder, headers: Mapping[str, video.Header]) -> list[str]:
+    if spec.video_size is not None or not headers:
+        return []
+    return _odd_ones("size", {s: h.size for s, h in headers.items()}, "Set data.video_size to resize them, or sort them apart")
+
+
+def _control_problems(name: str, files: Mapping[str, Path], headers: Mapping[str, video.Header]) -> list[str]:
+    """Control videos that do not go frame by frame with their clip."""
+    found, problems = _headers({stem: path for stem, path in files.items() if stem in headers})
+    for what, of in (("num_frames", lambda h: h.num_frames), ("size", lambda h: h.size), ("fps", lambda h: round(h.fps, 2))):
+        odd = [f"{s} ({of(found[s])}, its clip {of(h)})" for s, h in headers.items() if s in found and of(found[s]) != of(h)]
+        if odd:
+            problems.append(
+                f"{len(odd)} of {len(files)} {name}/*.mp4 differ from their clip in {what}: {some(odd)}. Make them again"
+            )
+    return problems
+
+
+def _spans(spec: Folder, headers: Mapping[str, video.Header]) -> tuple[dict[str, list[Span]], list[str]]:
+    """The windows of each clip, in order, and what is wrong with clips that are too short or of the wrong length."""
+    lengths = {stem: header.num_frames for stem, header in headers.items()}
+    if spec.num_frames is None:
+        whole = {stem: [Span(0, length)] for stem, length in lengths.items()}
+        if spec.sequence_interval > 1:
+            whole = {s: [Span(0, -(-n // spec.sequence_interval), spec.sequence_interval)] for s, n in lengths.items()}
+        hint = "A pair is a whole clip: make these again" if spec.pairs else "Set data.num_frames for windows of one length"
+        return whole, _odd_ones("num_frames", lengths, hint)
+    if spec.pairs:
+        odd = [f"{stem} ({num})" for stem, num in lengths.items() if num != spec.num_frames]
+        problem = (
+            f"{len(odd)} of {len(lengths)} clips do not have {spec.num_frames} frames: {some(odd)}. A pair is the whole clip "
+            "its noise belongs to, never a window of it: make these again, or set data.num_frames to what the teacher made"
+        )
+        return {stem: [Span(0, num)] for stem, num in lengths.items()}, [problem] if odd else []
+    reach = (spec.num_frames - 1) * spec.sequence_interval + 1  # frames of the file that a window lies over
+    spans = {
+        stem: [
+            Span(start, spec.num_frames, spec.sequence_interval)
+            for start in range(0, num - reach + 1, spec.start_frame_interval)
+        ]
+        for stem, num in lengths.items()
+    }
+    short = [f"{stem} ({lengths[stem]})" for stem, windows in spans.items() if not windows]
+    if not short or (spec.skip_short and len(short) < len(spans)):
+        return spans, []
+    return spans, [
+        f"{len(short)} of {len(spans)} clips are shorter than a window of {reach} frames (num_frames {spec.num_frames}, every "
+        f"{spec.sequence_interval}): {some(short)}. Set data.skip_short=true to leave them out, or a smaller data.num_frames"
+    ]
+
+
+def _latent_problems(spec: Folder, files: Mapping[str, Path]) -> list[str]:
+    """Cache files that differ in shape, origin or length; other formats tell nothing before they are read."""
+    entries, problems = dict[str, cache.Entry](), list[str]()
+    for stem, path in files.items():
+        if path.suffix != ".safetensors":
+            continue
+        try:
+            entries[stem] = cache.header(path)
+        except ValueError as error:
+            problems.append(str(error))
+    again = "Encode them again: fewstep prepare latents"
+    problems += _odd_ones("shape", {s: entry.shapes.get("latents") for s, entry in entries.items()}, again)
+    origins = {s: ", ".join(f"{k} {v}" for k, v in sorted(entry.made_from.items())) for s, entry in entries.items()}
+    problems += _odd_ones("origin", origins, again)
+    if spec.num_frames is not None:
+        odd = [s for s, entry in entries.items() if entry.facts.get("num_frames", spec.num_frames) != spec.num_frames]
+        if odd:
+            problems.append(
+                f"{len(odd)} of {len(entries)} latents are not of {spec.num_frames} frames: {some(odd)}. Latents are of whole "
+                "clips: set data.num_frames=none, or to their length"
+            )
+    return problems
+
+
+def _odd_ones(what: str, values: Mapping[str, Any], hint: str) -> list[str]:  # values of any kind that can be compared
+    """A problem if not all values are equal: those that differ from the commonest one, by name."""
+    if len(set(values.values())) < 2:
+        return []
+    usual = Counter(values.values()).most_common(1)[0][0]
+    odd = [f"{stem} ({value})" for stem, value in values.items() if value != usual]
+    return [f"{len(odd)} of {len(values)} differ from the others in {what} ({usual}): {some(odd)}. {hint}"]
+
+
+# ---- what is read --------------------------------------------------------------------------------------------------
+
+
+def _fit(source: video.Size, spec: Folder) -> tuple[video.Size, tuple[slice, slice, slice]]:
+    """The size to scale frames to, and the part of them to keep."""
+    height, width = spec.video_size or source
+    everything = (slice(None), slice(None), slice(None))
+    if spec.resize == "stretch" or (height, width) == source:
+        return (height, width), everything
+    scale = max(height / source[0], width / source[1])
+    scaled = max(round(source[0] * scale), height), max(round(source[1] * scale), width)
+    top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
+    return scaled, (slice(None), slice(top, top + height), slice(left, left + width))
+
+
+def _of(span: Span) -> tuple[int, int, int]:
+    return span.start, span.count, span.stride
+
+
+def _tensor(frames: Pixels) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(frames))
+
+
+def _floats(column: Tensor) -> Tensor:
+    """float32, B C T H W: pixels in -1..1, latents as they are."""
+    if column.dtype != torch.uint8:
+        return column.float()
+    return column.permute(0, 4, 1, 2, 3).to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+
+
+def _optional(value: Tensor | None, change: Callable[[Tensor], Tensor]) -> Tensor | None:
+    return None if value is None else change(value)
+
+
+def _each(do: Callable[[Any], _Answer], values: Sequence[Any], num_threads: int) -> list[_Answer]:  # values of do's argument
+    if num_threads <= 1 or len(values) <= 1:
+        return [do(value) for value in values]
+    with ThreadPoolExecutor(num_threads) as pool:
+        return list(pool.map(do, values))

@@ -1,0 +1,16 @@
+"""The room of scores: sets of features against sets, clips against the clips that controlled them, spreads, and small plots."""
+
+from fewstep.evaluation.control import blur_ssim, canny_f1, depth_rmse, mean_iou
+from fewstep.evaluation.energy import energy_distance
+from fewstep.evaluation.frechet import frechet_distance
+from fewstep.evaluation.neighbours import precision_recall
+
+__all__ = [
+    "blur_ssim",
+    "canny_f1",
+    "depth_rmse",
+    "energy_distance",
+    "frechet_distance",
+    "mean_iou",
+    "precision_recall",
+]

@@ -1,0 +1,298 @@
+"""Control fidelity as TransferBench (Transfer1, arXiv 2503.14492, and the PAI-Bench code) measures it: does the clip made keep
+the blur, edges, depth and objects of the clip wanted? Both go through the same transform and are compared; one number a clip,
+and a table is the plain mean over clips.
+
+The defaults are the published ones, for clips of 720p and their first 121 frames. They do not fit small clips: at 32 x 32 the
+published blur leaves an unrelated clip at .81 and Canny at .42. Scale them (`blur_ssim(..., diameter=5, sigma_color=60,
+sigma_space=2)`, `canny_f1(..., low=40, high=90)`), write down which were used, and print three anchors beside every score:
+identical clips, the annotator on real clips (the floor), an unrelated clip (chance).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+Clip = np.ndarray | Tensor  # uint8 RGB, T H W 3
+Depth = np.ndarray | Tensor  # T H W, positive where known
+Masks = Mapping[str, np.ndarray] | Sequence[tuple[str, np.ndarray]] | np.ndarray | Tensor  # see match_masks
+
+
+class CannyScores(NamedTuple):
+    """Edge pixels pooled over all frames of the clip (micro)."""
+
+    f1: float
+    precision: float
+    recall: float
+
+
+class MaskMatch(NamedTuple):
+    """Objects of the two clips matched one to one by the overlap of their space-time tubes."""
+
+    mean_iou: float  # over the kept pairs; 0 if there is none
+    recall: float  # kept pairs / matched pairs: what the mean does not show
+    kept: tuple[tuple[str, str, float], ...]  # (name made, name wanted, IoU)
+    num_made: int
+    num_wanted: int
+
+
+def blur_ssim(
+    made: Clip,
+    wanted: Clip,
+    *,
+    diameter: int = 30,
+    sigma_color: float = 150.0,
+    sigma_space: float = 100.0,
+    data_range: float | Literal["frame"] = "frame",
+) -> float:
+    """The mean structural similarity of the two clips after a strong bilateral blur; 1 is equal.
+
+    SSIM (Wang et al. 2004) as scikit-image computes it: 7 x 7 uniform window, unbiased variances, K1 .01, K2 .03, channels
+    averaged, but the mean of the *full* map with its mirrored borders (1e-3 to 1e-2 from scikit-image's default, which crops
+    them). data_range "frame" is max - min of each blurred wanted frame, as published; it makes flat frames harsh, and is held
+    at 1 grey level for constant ones. `made` is cut to the length of `wanted` and resized to its size. 3 s a frame of 720p.
+    """
+    made, wanted = _same_frame(made, wanted)
+    if min(wanted.shape[1:3]) < 7:
+        raise ValueError(f"SSIM's window is 7 x 7, the frames are {wanted.shape[1]} x {wanted.shape[2]}. Score larger frames.")
+    scores = []
+    how = (diameter, sigma_color, sigma_space)
+    for frame_made, frame_wanted in zip(_blurred(made, *how), _blurred(wanted, *how)):
+        span = max(float(frame_wanted.max()) - float(frame_wanted.min()), 1.0) if data_range == "frame" else data_range
+        scores.append(_ssim_map(frame_made.astype(np.float64), frame_wanted.astype(np.float64), span).mean())
+    return float(np.mean(scores))
+
+
+def canny_f1(made: Clip, wanted: Clip, low: float = 100, high: float = 200, tolerance: int = 0) -> float:
+    """The F1 score of the Canny edges of `made` against those of `wanted`; published models reach .28 to .49."""
+    return canny_scores(made, wanted, low, high, tolerance).f1
+
+
+def canny_scores(made: Clip, wanted: Clip, low: float = 100, high: float = 200, tolerance: int = 0) -> CannyScores:
+    """F1, precision and recall of edge pixels, pooled over the whole clip.
+
+    RGB to grey, then cv2.Canny (aperture 3, L1 gradient). An edge counts as found if the other clip has one within
+    `tolerance` pixels (a square of 2 t + 1); published scores use 0. Published thresholds: 20/50, 50/100, 100/200, 200/300,
+    300/400. A wanted clip without any edge is refused; a made clip without any scores 0.
+    """
+    import cv2
+
+    if tolerance < 0:
+        raise ValueError(f"tolerance is a number of pixels, not {tolerance}.")
+    made, wanted = _same_frame(made, wanted)
+    edges_made, edges_wanted = _edges(made, low, high), _edges(wanted, low, high)
+    if not edges_wanted.any():
+        raise ValueError(
+            f"the wanted clip has no edge at Canny thresholds {low:g}/{high:g}. Lower them: small clips need 40/90 or less."
+        )
+    near_made, near_wanted = edges_made, edges_wanted
+    if tolerance:
+        square = np.ones((2 * tolerance + 1, 2 * tolerance + 1), np.uint8)
+        near_made = np.stack([cv2.dilate(frame, square) for frame in edges_made])
+        near_wanted = np.stack([cv2.dilate(frame, square) for frame in edges_wanted])
+    precision = _share(edges_made, near_wanted)
+    recall = _share(edges_wanted, near_made)
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return CannyScores(f1, precision, recall)
+
+
+def depth_rmse(made: Depth, wanted: Depth, mode: Literal["linear", "log"] = "linear", *, cap: float | None = 10.0) -> float:
+    """The scale-invariant root mean square error of depth T H W, mean over frames; 0 is equal up to a factor per frame.
+
+    "linear": each frame of `made` is scaled by median(wanted) / median(made), residuals are clipped to -+ cap. The result has
+    the unit of `wanted`, and TransferBench feeds relative *inverse* depth, so its numbers are not metres.
+    "log": sqrt(mean d^2 - mean(d)^2), d = log made - log wanted (Eigen et al. 2014, MegaDepth eq. 2), in which the factor
+    cancels. The two are not comparable. Pixels that are not positive in both are left out; a frame without any counts as 0,
+    as published, and a clip without any is refused.
+    """
+    if mode not in ("linear", "log"):
+        raise ValueError(f"mode is 'linear' or 'log', not {mode!r}.")
+    ours, theirs = _depth(made, "made"), _depth(wanted, "wanted")
+    ours = _cut(ours, theirs)
+    if ours.shape[1:] != theirs.shape[1:]:
+        ours = np.stack([_resized(frame, theirs.shape[1], theirs.shape[2]) for frame in ours])
+    errors = []
+    valid = (ours > 0) & (theirs > 0)
+    if not valid.any():
+        raise ValueError("no pixel has positive depth in both clips. Pass depth or inverse depth, not normals or a mask.")
+    for a, b, known in zip(ours, theirs, valid):
+        if not known.any():
+            errors.append(0.0)
+        elif mode == "linear":
+            left = b[known] - a[known] * (np.median(b[known]) / np.median(a[known]))
+            left = left if cap is None else np.clip(left, -cap, cap)
+            errors.append(float(np.sqrt(np.mean(left**2))))
+        else:
+            # std about the mean is the same and, unlike a difference of means, never the root of -1e-17
+            errors.append(float(np.std(np.log(a[known]) - np.log(b[known]))))
+    return float(np.mean(errors))
+
+
+def mean_iou(made: Masks, wanted: Masks, *, threshold: float = 0.1) -> float:
+    """The mean intersection over union of matched objects; never quote it without `match_masks(...).recall`."""
+    return match_masks(made, wanted, threshold=threshold).mean_iou
+
+
+def match_masks(made: Masks, wanted: Masks, *, threshold: float = 0.1) -> MaskMatch:
+    """Objects matched one to one so that the sum of their IoU over the whole clip is largest; pairs up to `threshold` dropped.
+
+    Masks are boolean tubes T H W: a mapping {phrase: mask}, or pairs (phrase, mask), where masks of one phrase are united; or
+    one integer array T H W of labels, 0 being background. Dropping misses raises the mean, hence the recall beside it:
+    kept / matched, where min(objects made, objects wanted) are matched. Nothing made scores 0; nothing wanted is refused.
+    """
+    ours, theirs = _tubes(made, "made"), _tubes(wanted, "wanted")
+    if not theirs:
+        raise ValueError("the wanted clip has no object to find. Leave this clip out, or pass its masks.")
+    if not ours:
+        return MaskMatch(0.0, 0.0, (), 0, len(theirs))
+    shapes = {mask.shape for mask in (*ours.values(), *theirs.values())}
+    if len(shapes) > 1:
+        raise ValueError(f"masks of different shapes {sorted(shapes)}. Cut and resize the made clip before segmenting it.")
+    overlap = np.array([[_iou(a, b) for b in theirs.values()] for a in ours.values()])
+    names_made, names_wanted = list(ours), list(theirs)
+    matched = _assignment(-overlap)
+    kept = tuple((names_made[i], names_wanted[j], float(overlap[i, j])) for i, j in matched if overlap[i, j] > threshold)
+    mean = sum(iou for _, _, iou in kept) / len(kept) if kept else 0.0
+    return MaskMatch(mean, len(kept) / len(matched), kept, len(ours), len(theirs))
+
+
+def _same_frame(made: Clip, wanted: Clip) -> tuple[np.ndarray, np.ndarray]:
+    """Both as arrays, the made one cut to the length of the wanted one and resized to its size."""
+    ours, theirs = _pixels(made, "made"), _pixels(wanted, "wanted")
+    ours = _cut(ours, theirs)
+    if ours.shape != theirs.shape:
+        ours = np.stack([_resized(frame, theirs.shape[1], theirs.shape[2]) for frame in ours])
+    return ours, theirs
+
+
+def _pixels(clip: Clip, name: str) -> np.ndarray:
+    array = clip.detach().cpu().numpy() if isinstance(clip, Tensor) else np.asarray(clip)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape:
+        raise ValueError(
+            f"{name} must be uint8 RGB of shape (T, H, W, 3), not {array.dtype} of shape {array.shape}. "
+            "Scale to 0..255, round, and move the channels last."
+        )
+    return array
+
+
+def _depth(depth: Depth, name: str) -> np.ndarray:
+    array = depth.detach().cpu().numpy() if isinstance(depth, Tensor) else np.asarray(depth)
+    if array.ndim != 3 or 0 in array.shape or array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+        raise ValueError(
+            f"{name} must be finite depth of shape (T, H, W), not {array.dtype} of shape {array.shape}. "
+            "Set unknown pixels to 0."
+        )
+    return array.astype(np.float64)
+
+
+def _cut(made: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    if len(made) < len(wanted):
+        raise ValueError(
+            f"made has {len(made)} frames and wanted has {len(wanted)}. Generate as many, or pass wanted[:{len(made)}]."
+        )
+    return made[: len(wanted)]
+
+
+def _resized(frame: np.ndarray, height: int, width: int) -> np.ndarray:
+    import cv2
+
+    shrinks = height * width < frame.shape[0] * frame.shape[1]
+    return cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def _blurred(clip: np.ndarray, diameter: int, sigma_color: float, sigma_space: float) -> Iterable[np.ndarray]:
+    import cv2
+
+    return (cv2.bilateralFilter(np.ascontiguousarray(f), diameter, sigma_color, sigma_space) for f in clip)
+
+
+def _ssim_map(a: np.ndarray, b: np.ndarray, data_range: float) -> np.ndarray:
+    """SSIM per pixel and channel of two float64 images; the window is mirrored at the border, edge pixel included."""
+    import cv2
+
+    def mean(image: np.ndarray) -> np.ndarray:
+        return cv2.blur(image, (7, 7), borderType=cv2.BORDER_REFLECT)
+
+    unbiased = 49 / 48
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    mean_a, mean_b = mean(a), mean(b)
+    var_a, var_b = unbiased * (mean(a * a) - mean_a**2), unbiased * (mean(b * b) - mean_b**2)
+    both = unbiased * (mean(a * b) - mean_a * mean_b)
+    return (2 * mean_a * mean_b + c1) * (2 * both + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+
+
+def _edges(clip: np.ndarray, low: float, high: float) -> np.ndarray:
+    import cv2
+
+    # Canny on RGB would take the strongest channel, and on BGR by habit a different grey.
+    return np.stack([cv2.Canny(cv2.cvtColor(np.ascontiguousarray(f), cv2.COLOR_RGB2GRAY), low, high) for f in clip])
+
+
+def _share(edges: np.ndarray, near: np.ndarray) -> float:
+    """The share of `edges` that lie on `near`; 0 without edges."""
+    num = np.count_nonzero(edges)
+    return np.count_nonzero((edges > 0) & (near > 0)) / num if num else 0.0
+
+
+def _tubes(masks: Masks, name: str) -> dict[str, np.ndarray]:
+    """Boolean tubes by phrase; a phrase without a pixel is no object."""
+    if isinstance(masks, (np.ndarray, Tensor)):
+        labels = masks.detach().cpu().numpy() if isinstance(masks, Tensor) else masks
+        if labels.dtype.kind not in "iu" or labels.ndim != 3:
+            raise ValueError(
+                f"{name}: a label array is integer T H W, not {labels.dtype} of shape {labels.shape}. Or pass {{phrase: mask}}."
+            )
+        return {str(label): labels == label for label in np.unique(labels) if label != 0}
+    out: dict[str, np.ndarray] = {}
+    for phrase, mask in list(masks.items()) if isinstance(masks, Mapping) else masks:
+        array = np.asarray(mask)
+        if array.ndim != 3 or not (array.dtype == bool or np.isin(array, (0, 1)).all()):
+            raise ValueError(f"{name}: the mask of {phrase!r} must be boolean T H W, not {array.dtype} of shape {array.shape}.")
+        tube = array.astype(bool)
+        if phrase in out and out[phrase].shape != tube.shape:
+            raise ValueError(f"{name}: masks of {phrase!r} have shapes {out[phrase].shape} and {tube.shape}. Make them equal.")
+        out[phrase] = out[phrase] | tube if phrase in out else tube
+    return {phrase: tube for phrase, tube in out.items() if tube.any()}
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> float:
+    return np.count_nonzero(a & b) / np.count_nonzero(a | b)
+
+
+def _assignment(cost: np.ndarray) -> list[tuple[int, int]]:
+    """The pairs (row, column), min(rows, columns) of them, of least total cost: shortest augmenting paths, O(n^3).
+
+    Jonker & Volgenant 1987. Rows enter one by one; `row_price` and `column_price` keep all reduced costs >= 0, so that Dijkstra
+    finds the cheapest way to make room for the new row.
+    """
+    if cost.shape[0] > cost.shape[1]:
+        return sorted((i, j) for j, i in _assignment(cost.T))
+    rows, columns = cost.shape
+    row_price, column_price = np.zeros(rows), np.zeros(columns)
+    row_of = np.full(columns, -1)
+    for new in range(rows):
+        distance, before = np.full(columns, np.inf), np.full(columns, -1)  # from `new` to each column; the column before it
+        reached = np.zeros(columns, bool)
+        row, column, travelled = new, -1, 0.0
+        while True:
+            step = travelled + cost[row] - row_price[row] - column_price
+            shorter = ~reached & (step < distance)
+            distance[shorter], before[shorter] = step[shorter], column
+            column = int(np.argmin(np.where(reached, np.inf, distance)))
+            travelled = distance[column]
+            reached[column] = True
+            if row_of[column] < 0:
+                break
+            row = row_of[column]
+        seen = reached.copy()
+        seen[column] = False
+        row_price[new] += travelled
+        row_price[row_of[seen]] += travelled - distance[seen]
+        column_price[seen] -= travelled - distance[seen]
+        while column >= 0:
+            row_of[column] = row_of[before[column]] if before[column] >= 0 else new
+            column = before[column]
+    return sorted((int(i), j) for j, i in enumerate(row_of) if i >= 0)

@@ -1,0 +1,29 @@
+"""The energy distance (Szekely & Rizzo 2013), the score of the analytic recipes: it needs no features and no kernel width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewstep.evaluation.samples import Samples, as_pair
+
+_ELEMENTS = 1 << 23  # of the distance block held at a time: 64 MB
+
+
+def energy_distance(x: Samples, y: Samples) -> float:
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| between samples (n, d) and (m, d), Euclidean norm, unbiased.
+
+    The convention: this is the *squared* form (scipy.stats.energy_distance returns its root), and a U-statistic: pairs of a
+    sample with itself are left out, so the mean is exact at every n and equal laws give values around 0, some below it. It
+    is 0 only for equal laws and scales like a length. 0.2 s for 4000 x 4000 points of the plane on one core.
+    """
+    x, y = as_pair(x, y, ("x", "y"))
+    num_x, num_y = len(x), len(y)
+    across = _sum(x, y) / (num_x * num_y)
+    return 2 * across - _sum(x, x) / (num_x * (num_x - 1)) - _sum(y, y) / (num_y * (num_y - 1))
+
+
+def _sum(a: Tensor, b: Tensor) -> float:
+    """The sum of all distances, in blocks; of a row to itself it is exactly 0, which matrix-product distances are not."""
+    step = max(1, _ELEMENTS // len(b))
+    return sum(float(torch.cdist(some, b, compute_mode="donot_use_mm_for_euclid_dist").sum()) for some in a.split(step))

@@ -1,0 +1,75 @@
+"""The run folder's own papers: config.yaml, env.json, student.json, summary.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fewstep
+from fewstep.config import dump, to_yaml
+from fewstep.diffusion import StudentSampler
+from fewstep.parallel import World
+from fewstep.training.checkpoint import Progress, replace_text
+from fewstep.training.run import Run
+
+
+def write_papers(run: Run, folder: Path, sampler: StudentSampler) -> None:
+    """What is to be done, on what, and how its student is meant to be built and sampled."""
+    (folder / "previews").mkdir(parents=True, exist_ok=True)
+    replace_text(folder / "config.yaml", to_yaml(run))
+    replace_text(folder / "env.json", json.dumps(environment(), indent=1) + "\n")
+    network = run.networks.student.network or run.networks.teacher
+    about = {
+        "times": list(sampler.times),
+        "num_inference_steps": len(sampler.times),
+        "renoise": sampler.renoise,
+        "path": _named(sampler.path),
+        "guidance": 1.0,
+        "network": _named(network),
+    }
+    replace_text(folder / "student.json", json.dumps(about, indent=1) + "\n")
+
+
+def _named(config: Any) -> dict[str, Any]:  # Any: whatever is registered with @kind, which gives it the attribute
+    return {"kind": config.kind, **dump(config)}
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine."""
+    return {
+        "fewstep": fewstep.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "command": sys.argv,
+    }
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far: of the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def summary(
+    run: Run, first: Mapping[str, float], last: Mapping[str, float], progress: Progress, world: World
+) -> dict[str, Any]:
+    """summary.json: `last` value of each metric, those of the `first` look as NAME_undistilled, cost, device, versions."""
+    values: dict[str, Any] = {"recipe": run.job.name, "method": run.method.kind}  # type: ignore[attr-defined]  # @kind sets it
+    values |= {"step": progress.step, "samples": progress.samples}
+    values |= {"student_updates": progress.updates, "rollbacks": progress.rollbacks}
+    values |= dict(last) | {f"{name}_undistilled": value for name, value in first.items()}
+    values |= {"wall_s": round(progress.wall_s, 2), "peak_memory_gib": round(peak_memory_gib(world.device), 3)}
+    versions = {key: value for key, value in environment().items() if key in ("fewstep", "python", "torch")}
+    return values | {"device": str(world.device), "num_processes": world.size, "versions": versions}

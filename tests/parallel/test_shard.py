@@ -1,0 +1,109 @@
+"""What is done to a network before it is used changes memory and speed, and no gradient."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewstep.batch import Condition
+from fewstep.networks.tiny import Tiny, TinySpec
+from fewstep.parallel import World, average_gradients, join_world, place
+
+ALONE = World(0, 1, torch.device("cpu"), None)
+
+
+def network(architecture: Any) -> Tiny:
+    torch.manual_seed(0)
+    built = TinySpec(architecture, width=24, depth=3, num_heads=2, text_dim=5 if architecture == "dit" else 0).build()
+    for parameter in built.module.parameters():  # the DiT's modulation starts at 0, which would hide its gradients
+        nn.init.normal_(parameter, std=0.2)
+    return built
+
+
+def gradients(net: Tiny, architecture: str) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    x = torch.randn(3, 2, 2, 3, 3) if architecture == "dit" else torch.randn(3, 2)
+    cond = Condition(text=torch.randn(3, 4, 5)) if architecture == "dit" else Condition()
+    net(x, torch.tensor([0.2, 0.6, 0.999]), cond).x0.square().mean().backward()
+    found = {name: parameter.grad for name, parameter in net.module.named_parameters()}
+    assert all(gradient is not None for gradient in found.values())
+    return found  # type: ignore[return-value]
+
+
+def saved_bytes(net: Tiny, architecture: str) -> int:
+    """What autograd keeps of one forward for its backward."""
+    total = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal total
+        total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        x = torch.randn(3, 2, 2, 3, 3) if architecture == "dit" else torch.randn(3, 2)
+        net(x, torch.tensor([0.2, 0.6, 0.9]), Condition())
+    return total
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "dit"])
+def test_recomputed_blocks_give_the_same_gradients(architecture: Any) -> None:
+    plain, recomputed = network(architecture), network(architecture)
+    place(plain.module, plain.blocks, ALONE, mode="ddp", compute=torch.float32, trained=True)
+    place(recomputed.module, recomputed.blocks, ALONE, mode="ddp", compute=torch.float32, trained=True, checkpointing=True)
+    assert saved_bytes(recomputed, architecture) < 0.7 * saved_bytes(plain, architecture)
+    want, got = gradients(plain, architecture), gradients(recomputed, architecture)
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # inductor has many
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", ["mlp", "dit"])
+def test_compiled_blocks_give_the_same_gradients(architecture: Any, checkpointing: bool) -> None:
+    torch._dynamo.reset()
+    plain, compiled = network(architecture), network(architecture)
+    place(plain.module, plain.blocks, ALONE, mode="ddp", compute=torch.float32, trained=True)
+    place(
+        compiled.module, compiled.blocks, ALONE,
+        mode="ddp", compute=torch.float32, trained=True, compiled=True, checkpointing=checkpointing,
+    )  # fmt: skip
+    want, got = gradients(plain, architecture), gradients(compiled, architecture)
+    assert all("_orig_mod" not in name for name in got)  # a checkpoint has the same names
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-6)
+
+
+class WithTable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("frequencies", torch.tensor([0.1, 0.001]))
+
+
+def test_a_frozen_network_is_rounded_in_its_weights_and_not_in_its_tables() -> None:
+    module = WithTable()
+    place(module, (), ALONE, mode="ddp", compute=torch.bfloat16, trained=False)
+    assert module.layer.weight.dtype == torch.bfloat16 and not module.layer.weight.requires_grad and not module.training
+    assert module.frequencies.dtype == torch.float32
+
+
+def test_a_trained_network_stays_fp32_until_its_role_takes_it() -> None:
+    module = WithTable()
+    place(module, (), ALONE, mode="ddp", compute=torch.bfloat16, trained=True)
+    assert module.layer.weight.dtype == torch.float32 and module.layer.weight.requires_grad and module.training
+
+
+def test_a_process_alone_averages_nothing() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    average_gradients([parameter], ALONE)
+    assert parameter.grad is None
+
+
+def test_a_world_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"parallel\.device=cuda, but torch sees no GPU"):
+            join_world("cuda")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"parallel\.num_replicas=2 does not divide the 3 processes"):
+        join_world("cpu", num_replicas=2)
