@@ -33,7 +33,7 @@ Clips = Tensor | np.ndarray
 
 
 class FeatureNet(nn.Module):
-    """(B, T, H, W, 3) uint8 -> (B, 96) float32, standardised. 247 k parameters, 1.4 ms a clip on one core."""
+    """(B, T, H, W, 3) uint8 -> (B, 96) float32, standardised. 261 k parameters, 2 ms a clip on one core."""
 
     mean: Tensor
     std: Tensor

@@ -266,7 +266,7 @@ def save(path: Path, net: FeatureNet, witness: FeatureNet, shapes: probes.ShapeN
     from safetensors.torch import save_file
 
     tensors = {key: value.half() if key.startswith("convs") else value for key, value in net.state_dict().items()}
-    tensors |= {"random.mean": witness.mean, "random.std": witness.std}
+    tensors |= {"random.mean": witness.mean.clone(), "random.std": witness.std.clone()}
     tensors |= {f"shape.{key}": value.half() for key, value in shapes.state_dict().items()}
     frames, height, width = net.size
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -100,8 +100,13 @@ class TeacherPairs:
 
 
 def _concatenated(parts: list[Batch]) -> Batch:
-    def cat(name: str) -> Tensor | None:
-        tensors = [getattr(part, name) for part in parts]
-        return None if tensors[0] is None else torch.cat(tensors)
+    def cat(tensors: list[Tensor | None]) -> Tensor | None:
+        present = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(present) if present else None
 
-    return Batch(**{name: cat(name) for name in ("x0", "noise", "path", "path_times")})
+    return Batch(
+        x0=cat([part.x0 for part in parts]),
+        noise=cat([part.noise for part in parts]),
+        path=cat([part.path for part in parts]),
+        path_times=cat([part.path_times for part in parts]),
+    )

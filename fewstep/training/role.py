@@ -32,7 +32,8 @@ class TrainedRole:
         # One and the same tensor where compute is fp32, and where it is FSDP that gathers in `compute`. Otherwise the module
         # gets the rounded copy, and the original stays here as it was read.
         self.weights: dict[str, Tensor] = dict(self.live)
-        if compute != torch.float32 and not any(isinstance(p, DTensor) for p in self.live.values()):
+        self.rounds = compute != torch.float32 and not any(isinstance(p, DTensor) for p in self.live.values())
+        if self.rounds:
             self.weights = {n: nn.Parameter(p.detach().float()) for n, p in self.live.items()}
             for live in self.live.values():
                 live.data = live.data.to(compute)
@@ -48,8 +49,10 @@ class TrainedRole:
 
     def absorb(self) -> None:
         """After a backward: the module's low-precision gradients are added to the fp32 ones."""
+        if not self.rounds:
+            return
         for live, weight in zip(self.live.values(), self.weights.values(), strict=True):
-            if live is not weight and live.grad is not None:
+            if live.grad is not None:
                 gradient = live.grad.float()
                 weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
                 live.grad = None
@@ -71,7 +74,7 @@ class TrainedRole:
     @torch.no_grad()
     def step(self, lr: float, norm: Tensor, updates: int) -> None:
         """Clipping, one optimiser step, then the average; `updates` counts the steps of this role before this one."""
-        if self.optim.clip is not None:
+        if self.optim.clip is not None and float(norm) > self.optim.clip:  # the norm was waited for when it was checked
             nn.utils.clip_grads_with_norm_(self.weights.values(), self.optim.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"].fill_(lr)
@@ -106,7 +109,7 @@ class TrainedRole:
 
     @torch.no_grad()
     def _round(self) -> None:
-        if any(live is not weight for live, weight in zip(self.live.values(), self.weights.values(), strict=True)):
+        if self.rounds:
             torch._foreach_copy_(list(self.live.values()), list(self.weights.values()))
 
     @torch.no_grad()
