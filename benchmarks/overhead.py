@@ -2,15 +2,15 @@
 
     python benchmarks/overhead.py [--cycles 30]
 
-Both are measured in one process and in turns. The data set is the clock: the loop asks it for a batch once per iteration, so that
-the time between two requests is one whole iteration as users run it (noise, losses, backward, clipping, checks, step, average,
-logging). At the start of each cycle the data set first does the bare calls of that cycle, on a copy of the network, and times
-them. `finetune`: a cycle is one forward and backward. `dmd2`: a student turn and a critic turn; student forward and backward,
-critic and teacher forward; student forward, critic forward and backward.
+Both are measured in one process and in turns. The data set is the clock: the loop asks it for a batch once per iteration, so
+that the time between two requests is one whole iteration as users run it (noise, losses, backward, clipping, checks, step,
+average, logging). At the start of each cycle the data set first does the bare calls of that cycle, on networks of its own, and
+times them. `finetune`: a cycle is one forward and backward. `dmd2`: a student turn and a critic turn; student forward and
+backward, critic and teacher forward; student forward, critic forward and backward.
 
-On Linux the benchmark starts itself anew with MALLOC settings under which glibc keeps what is freed. Without them (--as-is) it gives
-the heap back after each iteration of the loop and the next one takes page faults: 2 to 3 % on a CPU, which is not the loop's work,
-is gone under jemalloc, and does not exist on a GPU.
+On Linux the benchmark starts itself anew with MALLOC settings under which glibc keeps what is freed. Without them (--as-is) it
+gives the heap back after each iteration of the loop and the next one takes page faults: 2 to 3 % on a CPU, which is not the
+loop's work, is gone under jemalloc, and does not exist on a GPU.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from fewstep.training.loop import train
 from fewstep.training.run import Checkpoint, Job, Run, Trainer
 
 BOUND, GOAL_S, WARM_UP = 1.05, 0.050, 3
-NETWORK = TinySpec("dit", channels=4, width=64, depth=3, num_heads=4)
-SIDE = 12  # latents are C T SIDE SIDE
+NETWORK = TinySpec("dit", channels=4, width=48, depth=1, num_heads=4)
+SIDE = 16  # latents are C T SIDE SIDE
 KEEP = {"MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_MMAP_THRESHOLD_": "1073741824"}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -86,7 +86,7 @@ class Bare:
 def calibrate() -> int:
     """The number of frames whose bare forward and backward takes about 50 ms here."""
     best, best_s = 1, float("inf")
-    for frames in (1, 2, 3, 4, 6, 8, 12, 16, 32, 64):
+    for frames in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32, 64):
         bare = Bare(frames)
         bare.learn(bare.student)
         times: list[float] = []
@@ -108,7 +108,10 @@ class Timed:
     def __init__(self, name: str, frames: int):
         self.name, self.bare = name, Bare(frames)
         self.samples = Rng(1, 0, range(8)).normal((4, frames, SIDE, SIDE))
-        self.per_cycle, self.asked = (1 if name == "finetune" else 2), -1  # the first request is the loop's own look at the data
+        self.per_cycle, self.asked = (
+            (1 if name == "finetune" else 2),
+            -1,
+        )  # the first request is the loop's own look at the data
         self.left = self.cycle_s = 0.0
         self.pairs: list[tuple[float, float]] = []  # bare, loop
 

@@ -29,7 +29,7 @@ class Reflow:
     roles: ClassVar[tuple[str, ...]] = ("student",)
     needs: ClassVar[frozenset[str]] = frozenset({"x0", "noise"})
 
-    num_steps: int = 4  # of the straight sampler afterwards
+    num_steps: int = 2  # of the straight sampler afterwards
     reduction: Reduction = "mean"
     times: times.AnyTimes = times.Uniform()
 
@@ -49,7 +49,7 @@ class Reflow:
 
 @recipe("my_reflow")
 def my_reflow() -> Run:
-    """Reflow on pairs of the exact teacher, sampled in four straight steps."""
+    """Reflow on pairs of the exact teacher, sampled in two straight steps."""
     run = analytic_kd()
     return Run(
         job=Job(project="examples", group="my", name="my_reflow", after=run.job.after),

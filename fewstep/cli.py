@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ import typer
 from fewstep import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-_CLICK_ERROR = typer.BadParameter.__mro__[2]  # ClickException: typer has carried its own click since 0.20
+_CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # ClickException: typer has carried its own click since 0.20
 FREE = {"allow_extra_args": True, "ignore_unknown_options": True}  # a.b=c, and the lone dashes of the seeds' commands
 
 
@@ -34,8 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail("aborted", 1)
     except Exception as error:
         if isinstance(error, _CLICK_ERROR):
-            error.show()
-            return 2
+            return _fail(f"{error.format_message()} (fewstep --help lists the verbs)", 2)
         from fewstep.training.errors import TrainingError
 
         if isinstance(error, (ValueError, TrainingError, OSError)):  # a message for the user; anything else is our bug
@@ -123,16 +121,17 @@ def list_names(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output and nothing else.")] = False,
 ) -> None:
     """List what can be named in a configuration."""
-    from fewstep.config import ConfigError, choices, recipes
-
     import fewstep.recipes  # noqa: F401  makes every name known
+    from fewstep.config import ConfigError, choices, recipes
 
     if what == "recipes":
         rows = {name: found.doc for name, found in recipes().items()}
     else:
         found = choices(what if what in ("data", "times") else what.removesuffix("s"))
         if not found:
-            raise ConfigError(f"ls: there are no '{what}'; one of recipes, methods, networks, data, roles, paths, times, previews")
+            raise ConfigError(
+                f"ls: there are no '{what}'; one of recipes, methods, networks, data, roles, paths, times, previews"
+            )
         rows = {name: _about(cls) for name, cls in found.items()}
     if as_json:
         print(json.dumps([{"name": name, "about": about} for name, about in rows.items()]))
@@ -176,7 +175,6 @@ def demo() -> None:
     from fewstep.demo import demo as show
 
     show()
-
 
 
 def script() -> None:

@@ -18,7 +18,9 @@ def demo(out: Path = Path("demo")) -> Path:
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OUTPUT_ROOT": str(out / "checkpoints")}
-    print(f"The demo distils an exact teacher into one-step and four-step students: about three minutes on two cores. Runs: {out}/")
+    print(
+        f"The demo distils an exact teacher into one-step and four-step students: about three minutes on two cores. Runs: {out}/"
+    )
     runs: dict[str, Path] = {}
     for name in STAGES:
         run = runs[name] = out / "checkpoints" / "analytic" / "basic" / name
@@ -33,12 +35,17 @@ def demo(out: Path = Path("demo")) -> Path:
     exported = out / "export"
     print(f"\n$ fewstep export {runs['analytic_dmd2']} --out {exported}", flush=True)
     subprocess.run(
-        [sys.executable, "-m", "fewstep", "export", str(runs["analytic_dmd2"]), "--out", str(exported)], env=environment, check=True
+        [sys.executable, "-m", "fewstep", "export", str(runs["analytic_dmd2"]), "--out", str(exported)],
+        env=environment,
+        check=True,
     )
     summaries = {name: json.loads((run / "summary.json").read_text()) for name, run in runs.items()}
     page = out / "report.html"
     page.write_text(_page(summaries, runs))
-    keep = {name: {key: s[key] for key in ("energy_distance", "energy_distance_undistilled", "wall_s")} for name, s in summaries.items()}
+    keep = {
+        name: {key: s[key] for key in ("energy_distance", "energy_distance_undistilled", "wall_s")}
+        for name, s in summaries.items()
+    }
     (out / "summary.json").write_text(json.dumps(keep | {"wall_s": round(time.monotonic() - began, 1)}, indent=1) + "\n")
     print("\nenergy distance to the data (0: the same distribution), at the student's own number of calls")
     for name, summary in summaries.items():

@@ -20,7 +20,18 @@ BELOW = {
     "inference": {"batch", "config", "diffusion", "parallel", "networks", "methods", "data"},
     "training": {"batch", "config", "diffusion", "parallel", "networks", "methods", "data", "evaluation", "inference"},
     "prepare": {"batch", "config", "diffusion", "parallel", "networks", "data"},
-    "recipes": {"batch", "config", "diffusion", "parallel", "networks", "methods", "data", "evaluation", "inference", "training"},
+    "recipes": {
+        "batch",
+        "config",
+        "diffusion",
+        "parallel",
+        "networks",
+        "methods",
+        "data",
+        "evaluation",
+        "inference",
+        "training",
+    },
 }
 TOP = {"cli", "demo", "train", "__main__", "__init__"}  # verbs: they may import every room
 HEAVY = {"diffusers", "transformers", "peft", "av", "cv2", "tensorboard"}

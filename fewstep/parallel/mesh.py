@@ -83,7 +83,9 @@ def join_world(
     if not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
     mesh = init_device_mesh(place.type, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
-    return World(rank, size, place, mesh, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
+    aside = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    assert isinstance(aside, dist.ProcessGroup), aside
+    return World(rank, size, place, mesh, aside)
 
 
 def leave_world() -> None:

@@ -91,9 +91,7 @@ def analytic_dmd2() -> Run:
     return Run(
         job=_job("analytic_dmd2", "analytic_finetune"),
         method=DMD2(times=Shifted(shift=2.0), student_update_freq=2),
-        networks=Networks(
-            teacher=MIXTURE, student=Full(STUDENT, init=PRETRAINED), critic=Full(STUDENT, init=PRETRAINED)
-        ),
+        networks=Networks(teacher=MIXTURE, student=Full(STUDENT, init=PRETRAINED), critic=Full(STUDENT, init=PRETRAINED)),
         data=MixtureSamples(MIXTURE),
         optim=Optim(lr=5e-4, schedule="cosine", betas=(0.0, 0.999)),
         critic_optim=Optim(lr=1e-3, betas=(0.0, 0.999)),

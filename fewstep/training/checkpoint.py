@@ -16,7 +16,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -68,8 +68,11 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         # A run that ends early still completes what it was writing; with other ranks that would mean to wait for them, and
         # they may be gone.
-        if self.world.mesh is None or kind is None:
+        if kind is None:
             self.finish()
+        elif self.world.mesh is None:
+            with suppress(TrainingError):  # what ended the run is what must be heard
+                self.finish()
 
     def latest(self, healthy_only: bool = False) -> Path | None:
         """The newest complete checkpoint."""

@@ -266,7 +266,8 @@ def _is_due(every: int | None, step: int) -> bool:
 
 def _agreed(values: Mapping[str, float], world: World) -> dict[str, float]:
     """The same numbers on every rank, so that all ranks decide alike."""
-    return dict(zip(values, world.mean(torch.tensor(list(values.values()), device=world.device)).tolist(), strict=True))
+    numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=world.device)
+    return dict(zip(values, world.mean(numbers).tolist(), strict=True))
 
 
 def _monitor(run: Run, nets: Mapping[str, Network], data: Dataset, sampler: StudentSampler, world: World) -> Monitor | None:

@@ -70,5 +70,7 @@ class PointsPreview:
 
     def _plot(self, scene: Scene, made: Tensor, wanted: Tensor, distance: float) -> None:
         title = f"iteration {scene.step}: energy distance {distance:.4f}"
-        svg = scatter({"held-out data": wanted[:, :2], f"student, {len(scene.sampler.times)} call(s)": made[:, :2]}, title=title)
+        svg = scatter(
+            {"held-out data": wanted[:, :2], f"student, {len(scene.sampler.times)} call(s)": made[:, :2]}, title=title
+        )
         (scene.folder / f"step_{scene.step:09d}.svg").write_text(svg)

@@ -88,24 +88,31 @@ class Run:
                 yield f"trainer.{name}", f"must be at least 1, not {getattr(trainer, name)}"
         missing = sorted(self.method.needs - self.data.fields)
         if missing:
-            yield "data", (
-                f"method {type(self.method).__name__} needs {', '.join(missing)}, but this data has only "
-                f"{', '.join(sorted(self.data.fields))}. Pairs of noise and answer, and states on the way, come from a teacher: "
-                "data=teacher_pairs"
+            yield (
+                "data",
+                (
+                    f"method {type(self.method).__name__} needs {', '.join(missing)}, but this data has only "
+                    f"{', '.join(sorted(self.data.fields))}. Pairs of noise and answer, and states on the way, come from a "
+                    "teacher: data=teacher_pairs"
+                ),
             )
         if "teacher" in self.method.roles and self.networks.teacher is None:
             yield "networks.teacher", f"is none, but method {type(self.method).__name__} asks a teacher"
         for key, optim in (("optim", self.optim), ("critic_optim", self.critic_optim)):
             if optim is not None and optim.warmup_iters > trainer.max_iter:
-                yield f"{key}.warmup_iters", (
-                    f"is {optim.warmup_iters}, longer than the run (trainer.max_iter={trainer.max_iter}): "
-                    "the learning rate would never be reached"
+                yield (
+                    f"{key}.warmup_iters",
+                    (
+                        f"is {optim.warmup_iters}, longer than the run (trainer.max_iter={trainer.max_iter}): "
+                        "the learning rate would never be reached"
+                    ),
                 )
         if checkpoint.save_iter < 1:
             yield "checkpoint.save_iter", f"must be at least 1, not {checkpoint.save_iter}"
         elif checkpoint.save_iter > trainer.max_iter:
-            yield "warn:checkpoint.save_iter", (
-                f"is {checkpoint.save_iter}, never reached in trainer.max_iter={trainer.max_iter}: only the end is saved"
+            yield (
+                "warn:checkpoint.save_iter",
+                (f"is {checkpoint.save_iter}, never reached in trainer.max_iter={trainer.max_iter}: only the end is saved"),
             )
         if trainer.log_every > trainer.max_iter:
             yield "warn:trainer.log_every", f"is {trainer.log_every}, never reached in {trainer.max_iter} iterations"

@@ -1,8 +1,8 @@
 """Two gloo processes against one: the layout changes speed only.
 
-What differs: the sum of the ranks' mean gradients is taken in another order than the mean over the whole batch, and Adam of sharded
-weights on a CPU is not the fused one. Both are roundings of fp32, 1e-7 of a value; Adam's first steps, which divide a gradient by
-its own size, make 1e-6 of it in a weight.
+What differs: the sum of the ranks' mean gradients is taken in another order than the mean over the whole batch, and Adam of
+sharded weights on a CPU is not the fused one. Both are roundings of fp32, 1e-7 of a value; Adam's first steps, which divide a
+gradient by its own size, make 1e-6 of it in a weight.
 """
 
 import importlib.util
@@ -422,7 +422,16 @@ def test_the_command_under_torchrun_and_a_signal_to_one_rank(tmp_path: Path) -> 
     desk.file.write_text(wait + WORKER)
     words = ["--config", str(desk.file), "experiment=layout_toy", "trainer.max_iter=200"]
     environment = os.environ | {"OUTPUT_ROOT": str(desk.root), "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "fewstep.train", *words]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "fewstep.train",
+        *words,
+    ]
     process = subprocess.Popen(launch, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     metrics = desk.root / "fewstep" / "default" / "layout_toy" / "metrics.jsonl"
     try:

@@ -241,7 +241,14 @@ def test_a_full_disk_is_told_and_costs_the_new_one_only(
         checkpoints.save(state(2.0), Progress(step=2))
         checkpoints.finish()
     said = str(caught.value)
-    for part in ("could not write", "iter_000000002", "No space left on device", "iter_000000001", "Free some space", "same command"):
+    for part in (
+        "could not write",
+        "iter_000000002",
+        "No space left on device",
+        "iter_000000001",
+        "Free some space",
+        "same command",
+    ):
         assert part in said
     assert "Traceback" not in said and "\n" not in said
     assert names(tmp_path) == ["iter_000000001", POINTER]
@@ -311,7 +318,7 @@ def test_a_damaged_one_is_told(tmp_path: Path, what: str) -> None:
     checkpoints.save(state(1.0), Progress(step=1))
     file = tmp_path / "checkpoints" / "iter_000000001" / what
     file.write_bytes(file.read_bytes()[:40])
-    with pytest.raises(TrainingError, match="iter_000000001 is damaged: .*Remove it to resume from the one before"):
+    with pytest.raises(TrainingError, match=r"iter_000000001 is damaged: .*Remove it to resume from the one before"):
         checkpoints.load(file.parent, state(0.0))
 
 

@@ -214,7 +214,12 @@ def test_stop_ends_the_run_and_says_where_it_was_healthy() -> None:
     with pytest.raises(TrainingError) as caught:
         train(run)
     said = str(caught.value)
-    assert "collapse is" in said and "below its limit" in said and "The last healthy checkpoint is" in said and "iter_0000000" in said
+    assert (
+        "collapse is" in said
+        and "below its limit" in said
+        and "The last healthy checkpoint is" in said
+        and "iter_0000000" in said
+    )
 
 
 def test_rollback_restores_the_last_healthy_checkpoint_and_goes_on_with_new_noise() -> None:

@@ -1,4 +1,4 @@
-"""The loop against a loop written by hand, against itself with the batch divided otherwise, and against numbers that are none."""
+"""The loop against one written by hand, against itself with the batch divided otherwise, against numbers that are none."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.batch import Batch, Condition
-from fewstep.config import ConfigError, kind
+from fewstep.config import ConfigError, kind, recipe
 from fewstep.diffusion import Rng, StudentSampler
 from fewstep.diffusion.times import Shifted
 from fewstep.inference.synthetic import MixtureSamples, TeacherPairs
@@ -37,7 +37,10 @@ def output_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_of(name: str, *, method: Any = None, **parts: Any) -> Run:
-    parts = {"trainer": Trainer(max_iter=6, batch_size=8, num_threads=1, log_every=1), "data": MixtureSamples(MIXTURE, num=100)} | parts
+    parts = {
+        "trainer": Trainer(max_iter=6, batch_size=8, num_threads=1, log_every=1),
+        "data": MixtureSamples(MIXTURE, num=100),
+    } | parts
     return Run(
         job=Job(name=name),
         method=method or Finetune(times=Shifted(shift=1.0)),
@@ -332,7 +335,9 @@ def test_a_wrong_load_path_is_told() -> None:
             train(run_of("first"))
         with pytest.raises(ValueError, match=said):
             train(run_of("second", checkpoint=Checkpoint(load_path=path)))
-    with pytest.raises(ValueError, match=r"do not fit the network(.|\n)*the network wants \(24, 2\), the weights have \(16, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"do not fit the network(.|\n)*the network wants \(24, 2\), the weights have \(16, 2\)"
+    ):
         wider = Networks(student=Full(TinySpec(width=24, depth=2), init="random"))
         train(run_of("third", networks=wider, checkpoint=Checkpoint(load_path="fewstep/default/first")))
     with pytest.raises(ValueError, match=r"holds no 'critic.weights'; it holds student.ema, student.weights"):
@@ -397,3 +402,38 @@ def test_samples_per_second_counts_an_iteration_once_however_many_roles_it_train
             meter.saw_step(role, torch.ones(()), 1e-3)
     meter._began -= 1.0
     assert meter.read(join_world("cpu"), 8)["samples_per_s"] == pytest.approx(40, rel=0.02)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@recipe("loop_toy")
+def loop_toy() -> Run:
+    return run_of("command", method=Poisoned(at=99))
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        ([], 0, "done: "),
+        (["method.at=3"], 1, "iteration 3, joint turn, training critic, student: loss term 'second' is nan"),
+        (["networks.student.network.width=20", "trainer.max_iter=9"], 1, "does not fit this configuration"),
+        (["job.name=other", "checkpoint.load_path=nowhere"], 1, "no weights at 'nowhere'"),
+        (["job.name=other", "optim.lr=0"], 2, "optim.lr: is 0.0"),
+        (["job.name=other", "optim.warmup_iters=99"], 2, "optim.warmup_iters: is 99, longer than the run"),
+        (["job.name=other", "method=kd"], 2, "data: method KD needs noise"),
+    ],
+)
+def test_the_command_says_one_thing_and_its_exit_status(
+    words: list[str], status: int, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from fewstep.cli import main
+
+    if "width" in "".join(words):
+        train(loop_toy())
+        capfd.readouterr()
+    assert main(["train", "experiment=loop_toy", *words]) == status
+    told = capfd.readouterr().err
+    assert said in told and "Traceback" not in told
+    if status:
+        assert told.count("fewstep: ") == 1

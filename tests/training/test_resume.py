@@ -18,7 +18,7 @@ from torch import Tensor
 from fewstep.networks.weights import read_tensors
 
 MAX_ITER = 60
-TOY = '''
+TOY = """
 import os, time
 from dataclasses import dataclass
 from torch.distributed.checkpoint import FileSystemWriter
@@ -67,7 +67,7 @@ def toy():
         trainer=Trainer(max_iter=60, batch_size=8, num_threads=1, log_every=1),
         checkpoint=Checkpoint(save_iter=7),
     )
-'''
+"""
 
 
 class Job:
