@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail("aborted", 1)
     except Exception as error:
         if isinstance(error, _CLICK_ERROR):
-            return _fail(f"{error.format_message()} (fewstep --help lists the verbs)", 2)
+            return _fail(f"{_CLICK_ERROR.format_message(error)} (fewstep --help lists the verbs)", 2)
         from fewstep.training.errors import TrainingError
 
         if isinstance(error, (ValueError, TrainingError, OSError)):  # a message for the user; anything else is our bug
@@ -59,7 +59,9 @@ def about(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def train(context: typer.Context) -> None:
     """Train: fewstep train experiment=NAME a.b=c ..., or fewstep train run.yaml a.b=c. The same command resumes.
 
-    --config FILE.py|FILE.yaml  import your own recipes, methods, networks first; --dryrun  print the configuration, train nothing.
+    --config FILE.py|FILE.yaml  import your own recipes, methods, networks first
+
+    --dryrun  print the configuration, train nothing
     """
     train_command(list(context.args))
 

@@ -1,4 +1,4 @@
-"""`fewstep demo`: the miniature, end to end. Each stage is the public command, printed before it runs; a second call goes on."""
+"""`fewstep demo`: a miniature, end to end. Each stage is a public command, printed before it runs; a second call goes on."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ def demo(out: Path = Path("demo")) -> Path:
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OUTPUT_ROOT": str(out / "checkpoints")}
-    print(
-        f"The demo distils an exact teacher into one-step and four-step students: about three minutes on two cores. Runs: {out}/"
-    )
+    print(f"The demo distils an exact teacher into one-step and four-step students: two to three minutes. Runs: {out}/")
     runs: dict[str, Path] = {}
     for name in STAGES:
         run = runs[name] = out / "checkpoints" / "analytic" / "basic" / name

@@ -3,8 +3,8 @@
 Two families share it. Predict2.5 is a rectified flow: the raw output is the velocity, its time is s in [0, 1]. Predict1 and
 Predict2 are EDM (Karras et al. 2022): x0 = c_skip x + c_out F(c_in x, ln(sigma) / 4).
 
-Given frames enter clean, at a time of their own next to 0, and are told by the mask channel; the answer keeps them. Every frame may
-carry its own noise level.
+Given frames enter clean, at a time of their own next to 0, and are told by the mask channel; the answer keeps them. Every
+frame may carry its own noise level.
 """
 
 from __future__ import annotations

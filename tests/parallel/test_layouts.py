@@ -53,14 +53,14 @@ MIXTURE = MixtureSpec(means=((1.0, 0.0), (-1.0, 0.5)), stds=(0.2, 0.3))
 MLP = TinySpec(width=24, depth=2)
 DIT = TinySpec(architecture="dit", channels=2, width=24, depth=2, num_heads=2, text_dim=3)  # text weights that nobody uses
 
-@kind("latents", group="data")
+@kind("layout_latents", group="data")
 @dataclass(frozen=True)
 class Latents:
     fields = frozenset({"x0"})
     def open(self):
         return InMemory(Batch(x0=Rng(5, 0, range(40)).normal((2, 2, 3, 3))))
 
-@kind("mean_of_samples", group="preview")
+@kind("layout_mean", group="preview")
 @dataclass(frozen=True)
 class MeanOfSamples:
     """A look with the average between two steps: what is gathered for it must not be trained on."""
@@ -93,7 +93,7 @@ class ProbeNetwork:
     def __call__(self, x_t, t, cond, *, taps=(), cache=None):
         return Prediction(x_t, t, self.path, self.module(x_t, t).float())
 
-@kind("probe", group="network")
+@kind("layout_probe", group="network")
 @dataclass(frozen=True)
 class ProbeSpec:
     path: AnyPath = field(default_factory=RectifiedFlow)
@@ -101,7 +101,7 @@ class ProbeSpec:
         module = Probe()
         return ProbeNetwork(module, self.path, (module.block,))
 
-@kind("bad_rank", group="method")
+@kind("layout_bad_rank", group="method")
 @dataclass(frozen=True)
 class BadRank(Finetune):
     """One rank's loss is no number, in a way that reaches no gradient and so no other rank."""

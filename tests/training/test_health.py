@@ -142,7 +142,7 @@ def test_a_look_at_one_sample_is_refused() -> None:
 SEEDS: list[tuple[int, int]] = []
 
 
-@kind("collapsing", group="method")
+@kind("health_collapsing", group="method")
 @dataclass(frozen=True)
 class Collapsing:
     """Learns the data's spread, until at iteration `at` it is told to give one point; new noise heals it `heals` times."""

@@ -162,7 +162,7 @@ def test_a_line_of_metrics_holds_what_its_iterations_saw() -> None:
 # --- numbers that are none --------------------------------------------------------------------------------------------
 
 
-@kind("poisoned", group="method")
+@kind("loop_poisoned", group="method")
 @dataclass(frozen=True)
 class Poisoned:
     """Two roles in one turn; from iteration `at` on one of them gets a number that is none."""
@@ -273,7 +273,7 @@ def test_a_run_that_cannot_work_is_refused_by_its_key(change: dict[str, Any], sa
     assert list(output_root.iterdir()) == []  # and nothing was made
 
 
-@kind("boastful", group="data")
+@kind("loop_boastful", group="data")
 @dataclass(frozen=True)
 class Boastful:
     """Declares a field that its samples lack."""
@@ -347,7 +347,7 @@ def test_a_wrong_load_path_is_told() -> None:
 # --- what a run leaves behind -----------------------------------------------------------------------------------------
 
 
-@kind("constant_score", group="preview")
+@kind("loop_constant_score", group="preview")
 @dataclass(frozen=True)
 class ConstantScore:
     every: int | None = 2

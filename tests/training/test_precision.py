@@ -35,7 +35,7 @@ def output_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUTPUT_ROOT", str(tmp_path))
 
 
-@kind("small_weights", group="network")
+@kind("precision_small_weights", group="network")
 @dataclass(frozen=True)
 class SmallWeights:
     """A tiny network whose weights are of size 0.02, as those of a large one are."""
@@ -171,7 +171,7 @@ class ProbeNetwork:
         raise ValueError
 
 
-@kind("probe", group="network")
+@kind("precision_probe", group="network")
 @dataclass(frozen=True)
 class ProbeSpec:
     path: AnyPath = field(default_factory=RectifiedFlow)
