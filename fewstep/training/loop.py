@@ -20,13 +20,14 @@ from fewstep.config import check
 from fewstep.data.contract import Dataset
 from fewstep.data.order import samples_at
 from fewstep.diffusion import Rng, StudentSampler
-from fewstep.methods.contract import Nets, Turn
+from fewstep.methods.contract import Nets
 from fewstep.networks.contract import Network
 from fewstep.networks.roles import build
 from fewstep.networks.weights import load_into, locate, read
 from fewstep.parallel import World, join_world, leave_world, place
 from fewstep.training.checkpoint import Checkpoints, Progress, replace_text
 from fewstep.training.errors import Interrupted, TrainingError
+from fewstep.training.guard import refuse_non_finite
 from fewstep.training.health import Monitor, Ring
 from fewstep.training.log import RunLog
 from fewstep.training.meter import Meter
@@ -120,7 +121,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
 
             # --- a look at all numbers, then each role's own step
             norms = {name: roles[name].gradient_norm(world) for name in turn.trains}
-            _refuse_non_finite(norms, meter.terms, roles, turn, progress.step, world, checkpoints)
+            refuse_non_finite(norms, meter.terms, roles, turn, progress.step, world, checkpoints)
             for name, norm in norms.items():
                 lr = run.optim_of(name).lr_at(progress.step, last)
                 roles[name].step(lr, norm, progress.updates)
@@ -153,7 +154,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
             for ring in rings:
                 log.say(f"ALARM at iteration {step}: {ring}")
             if rings and rings[-1].action in ("stop", "rollback"):
-                progress = _stop_or_return(run, rings[-1], progress, roles, checkpoints, log)
+                progress, meter = _stop_or_return(run, rings[-1], progress, roles, checkpoints, log), Meter()
                 continue
 
             # --- saves
@@ -230,34 +231,6 @@ def _rows(run: Run, world: World, micro: int) -> Tensor:
     """Places of this rank's micro-batch in the batch of the whole step: the same batch however it is divided."""
     size = run.trainer.batch_size
     return torch.arange(size) + (micro * world.size + world.rank) * size
-
-
-def _refuse_non_finite(
-    norms: Mapping[str, Tensor],
-    terms: Mapping[str, Tensor],
-    roles: Mapping[str, TrainedRole],
-    turn: Turn,
-    step: int,
-    world: World,
-    checkpoints: Checkpoints,
-) -> None:
-    numbers = torch.stack([number.double().to(world.device) for number in (*norms.values(), *terms.values())])
-    if not world.any(not bool(torch.isfinite(numbers).all()))[0]:
-        return
-    found = [f"loss term '{name}' is {float(value)}" for name, value in terms.items() if not bool(torch.isfinite(value))]
-    if not found:
-        for name, norm in norms.items():
-            if not bool(torch.isfinite(norm)):  # of all ranks together; the entries are found where they are
-                places = roles[name].non_finite_gradients() or ["another rank"]
-                found.append(f"the gradient of role '{name}' is {float(norm)}, first in {places[0]}")
-    where = " (rank {})" if world.size > 1 else ""
-    said = [text + where.format(rank) for rank, text in enumerate(world.gather("; ".join(found))) if text]
-    checkpoints.finish()
-    raise TrainingError(
-        f"iteration {step}, {turn.name} turn, training {', '.join(norms)}: {'; '.join(said)}. No weight was "
-        f"changed by this iteration; the last checkpoint is {checkpoints.latest() or 'none'}. Look at the data of this "
-        "iteration, or lower optim.lr"
-    )
 
 
 def _is_due(every: int | None, step: int) -> bool:

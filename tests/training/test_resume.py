@@ -17,6 +17,8 @@ from torch import Tensor
 
 from fewstep.networks.weights import read_tensors
 
+pytestmark = pytest.mark.xdist_group("resume")  # the undisturbed run is trained once
+
 MAX_ITER = 60
 TOY = """
 import os, time
