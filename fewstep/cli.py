@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -77,7 +78,8 @@ def train_command(arguments: list[str]) -> None:
     from fewstep.training.run import Run
 
     run = compose(command, Run)
-    for warning in check(run):
+    is_main = os.environ.get("RANK", "0") == "0"  # under torchrun one process speaks for all
+    for warning in check(run) if is_main else ():
         print(f"warning: {warning}", file=sys.stderr)
     if command.dryrun:
         folder = run.job.folder()
@@ -86,9 +88,16 @@ def train_command(arguments: list[str]) -> None:
         print(to_yaml(run), end="")
         print(f"dry run: {folder / 'config.yaml'} is written, nothing was trained", file=sys.stderr)
         return
-    for stage in run.job.after:
-        _train_stage(stage, run)
-    run_training(run)
+    from fewstep.parallel import join_world, leave_world
+
+    # Joined once for all stages: gloo cannot meet a second time under the same address.
+    join_world(run.parallel.device, run.parallel.num_replicas, run.parallel.timeout_s)
+    try:
+        for stage in run.job.after:
+            _train_stage(stage, run)
+        run_training(run)
+    finally:
+        leave_world()
 
 
 def _train_stage(name: str, wanted_by: Any) -> None:
@@ -99,7 +108,8 @@ def _train_stage(name: str, wanted_by: Any) -> None:
     stage: Any = build_recipe(name)
     if (stage.job.folder() / "summary.json").is_file():
         return
-    print(f"{wanted_by.job.name} starts from {name}, which is not there yet: training it first", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{wanted_by.job.name} starts from {name}, which is not there yet: training it first", file=sys.stderr)
     for earlier in stage.job.after:
         _train_stage(earlier, stage)
     run_training(replace(stage, parallel=wanted_by.parallel))

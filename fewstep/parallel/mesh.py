@@ -88,6 +88,11 @@ def join_world(
     return World(rank, size, place, mesh, aside)
 
 
+def is_joined() -> bool:
+    """True between join_world and leave_world of a run of several processes."""
+    return dist.is_initialized()
+
+
 def leave_world() -> None:
     """Ends what join_world began; without it a clean exit prints a warning, and gloo may hang."""
     if dist.is_initialized():

@@ -24,7 +24,7 @@ from fewstep.methods.contract import Nets
 from fewstep.networks.contract import Network
 from fewstep.networks.roles import build
 from fewstep.networks.weights import load_into, locate, read
-from fewstep.parallel import World, join_world, leave_world, place
+from fewstep.parallel import World, is_joined, join_world, leave_world, place
 from fewstep.training.checkpoint import Checkpoints, Progress, replace_text
 from fewstep.training.errors import Interrupted, TrainingError
 from fewstep.training.guard import refuse_non_finite
@@ -46,6 +46,7 @@ def train(run: Run) -> dict[str, Any]:
     check(run)
     if run.trainer.num_threads:
         torch.set_num_threads(run.trainer.num_threads)
+    joined_before = is_joined()
     world = join_world(run.parallel.device, run.parallel.num_replicas, run.parallel.timeout_s)
     try:
         return _train(run, world)
@@ -57,7 +58,8 @@ def train(run: Run) -> dict[str, Any]:
             "command again: it goes on from there"
         ) from error
     finally:
-        leave_world()
+        if not joined_before:
+            leave_world()
 
 
 def _train(run: Run, world: World) -> dict[str, Any]:
