@@ -7,10 +7,6 @@ that the time between two requests is one whole iteration as users run it (noise
 average, logging). At the start of each cycle the data set first does the bare calls of that cycle, on networks of its own, and
 times them. `finetune`: a cycle is one forward and backward. `dmd2`: a student turn and a critic turn; student forward and
 backward, critic and teacher forward; student forward, critic forward and backward.
-
-On Linux the benchmark starts itself anew with MALLOC settings under which glibc keeps what is freed. Without them (--as-is) it
-gives the heap back after each iteration of the loop and the next one takes page faults: 2 to 3 % on a CPU, which is not the
-loop's work, is gone under jemalloc, and does not exist on a GPU.
 """
 
 from __future__ import annotations
@@ -44,7 +40,6 @@ from fewstep.training.run import Checkpoint, Job, Run, Trainer
 BOUND, GOAL_S, WARM_UP = 1.05, 0.050, 3
 NETWORK = TinySpec("dit", channels=4, width=48, depth=1, num_heads=4)
 SIDE = 16  # latents are C T SIDE SIDE
-KEEP = {"MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_MMAP_THRESHOLD_": "1073741824"}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 Clock = Callable[[], float]
@@ -166,10 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--cycles", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
-    parser.add_argument("--as-is", action="store_true", help="do not change the allocator's settings")
     options = parser.parse_args()
-    if sys.platform == "linux" and not options.as_is and not KEEP.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     frames = calibrate()

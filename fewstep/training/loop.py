@@ -30,6 +30,7 @@ from fewstep.training.errors import Interrupted, TrainingError
 from fewstep.training.guard import refuse_non_finite
 from fewstep.training.health import Monitor, Ring
 from fewstep.training.log import RunLog
+from fewstep.training.memory import keep_freed_memory
 from fewstep.training.meter import Meter
 from fewstep.training.preview import Scene
 from fewstep.training.role import TrainedRole
@@ -48,6 +49,8 @@ def train(run: Run) -> dict[str, Any]:
         torch.set_num_threads(run.trainer.num_threads)
     joined_before = is_joined()
     world = join_world(run.parallel.device, run.parallel.num_replicas, run.parallel.timeout_s)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     try:
         return _train(run, world)
     except OSError as error:
