@@ -6,9 +6,9 @@ that turn; the loop does the rest: gradients, clipping, steps, EMA, ranks, devic
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from fewstep.batch import Batch, Condition
 from fewstep.diffusion import Denoiser, Path, Rng, StudentSampler
 
-Reduction = Literal["mean", "half_mean", "sum"]
+Reduction = Literal["mean", "half_mean", "sum", "mean_all", "half_mean_all"]
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,31 @@ class Terms:
         return torch.stack([value * self.weights[name] for name, value in self.values.items()]).sum()
 
 
+class Head(Protocol):
+    """A discriminator on what a network's blocks put out; it says which blocks."""
+
+    @property
+    def taps(self) -> tuple[int, ...]: ...
+
+    def __call__(self, features: Sequence[Tensor]) -> Tensor:
+        """(B, number of logits), one feature for each tap; a logit above 0 says real."""
+        ...
+
+
 @dataclass(frozen=True)
 class Nets:
-    """The networks a method may ask, by role; a role the method does not name is None."""
+    """The networks a method may ask, by role; a role the method does not name is not there."""
 
-    roles: Mapping[str, Denoiser]
+    roles: Mapping[str, Any]  # Any: a Denoiser each, but for the head
+
+    @property
+    def head(self) -> Head:
+        return cast(Head, self._of("head"))
 
     def __getattr__(self, role: str) -> Denoiser:
+        return self._of(role)
+
+    def _of(self, role: str) -> Any:
         try:
             return self.__dict__["roles"][role]
         except KeyError:
@@ -64,7 +82,10 @@ class Nets:
 
 
 class Method(Protocol):
-    roles: ClassVar[tuple[str, ...]]  # of ("student", "teacher", "critic", "head")
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Of "student", "teacher", "critic", "head": a ClassVar, or a property where they depend on the fields."""
+        ...
 
     @property
     def needs(self) -> frozenset[str]:
@@ -77,8 +98,8 @@ class Method(Protocol):
         """Each Terms is back-propagated before the next is asked for: two big graphs never coexist."""
         ...
 
-    def sampler(self, path: Path) -> StudentSampler:
-        """How its student is meant to be sampled, for a network on `path`; saved with the weights."""
+    def sampler(self, path: Path) -> StudentSampler | None:
+        """How its student is meant to be sampled, for a network on `path`; saved with the weights. None: it is not sampled."""
         ...
 
 
@@ -92,11 +113,16 @@ def free_mask(cond: Condition, like: Tensor) -> Tensor | None:
 def reduced(error: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
     """One number from the element-wise `error`; given frames neither add to it nor count.
 
-    mean       over all free elements of a sample, then over samples        (Predict2.5)
-    half_mean  half of that                                                 (Transfer1, FastGen)
+    mean       over all free elements of a sample, then over samples        (Predict2.5's critic)
+    half_mean  half of that
     sum        over the free elements of a sample, then mean over samples   (rCM)
+    mean_all, half_mean_all: given frames still add nothing, but are counted as zeros (how Transfer1, FastGen and the
+    student's term of Predict2.5 are written); without given frames the same as mean and half_mean
     """
     axes = tuple(range(1, error.ndim))
+    if reduction in ("mean_all", "half_mean_all"):
+        whole = (error if mask is None else error * mask).mean()
+        return whole * (0.5 if reduction == "half_mean_all" else 1.0)
     free = torch.ones_like(error) if mask is None else mask.expand_as(error)
     sums, count = (error * free).sum(axes), free.sum(axes)
     if reduction == "sum":

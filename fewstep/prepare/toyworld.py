@@ -14,7 +14,7 @@ written by `fewstep prepare text`. Clips depend on (world, seed, number) alone: 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -43,18 +43,28 @@ INDEX = "toyworld.json"
 
 _Label = dict[str, Any]  # texts, numbers and lists of them, as json has them
 _Labels = dict[int, _Label]
-_Job = tuple[World, int, int, Layout]
+_Job = tuple[World, int, int, Layout, tuple[Part, ...]]
 
 
-def write(out: Path, num: int, seed: int = 0, world: World = World(), workers: int = 0) -> int:  # noqa: B008  # frozen
+def write(
+    out: Path,
+    num: int,
+    seed: int = 0,
+    world: World = World(),  # noqa: B008  # frozen
+    workers: int = 0,
+    only: Iterable[str] | None = None,
+) -> int:
     """Writes clips 0 .. num - 1 of the series `seed` to `out`, but for those that are there; how many it made.
+
+    `only` names the folders wanted (videos, metas, edge ..); None: all of them.
 
     `workers` processes render and write, or this one if 0. Refuses a folder that holds other clips than these.
     """
+    wanted = _wanted(only)
     place, known = _claimed(out, num, seed, world)
-    there = [place.files(part) for part in PARTS]
+    there = [place.files(part) for part in wanted]
     todo = [index for index in range(num) if not all(stem_of(index) in files for files in there)]
-    jobs = [(world, seed, index, place) for index in todo]
+    jobs = [(world, seed, index, place, wanted) for index in todo]
     made = {label["index"]: label for label in tracked(_done(jobs, workers), len(jobs), f"rendering {out}")}
     labels = known | made | {index: _label(world, seed, index) for index in range(num) if index not in known | made}
     _write_index(out, num, seed, world, [labels[index] for index in range(num)])
@@ -73,6 +83,16 @@ def depth_range_m(world: World) -> tuple[float, float]:
 
 
 # ---- parts of the above --------------------------------------------------------------------------------------------
+
+
+def _wanted(only: Iterable[str] | None) -> tuple[Part, ...]:
+    if only is None:
+        return PARTS
+    names, known = set(only), {part.folder: part for part in PARTS}
+    unknown = sorted(names - set(known))
+    if unknown or not names:
+        raise ValueError(f"--only: there is no {', '.join(unknown) or 'name in it'}; it takes {', '.join(known)}")
+    return tuple(part for part in PARTS if part.folder in names)
 
 
 def _claimed(out: Path, num: int, seed: int, world: World) -> tuple[Layout, _Labels]:
@@ -154,21 +174,24 @@ def _use_one_thread() -> None:
 
 
 def _write_clip(job: _Job) -> _Label:
-    world, seed, index, place = job
+    world, seed, index, place, wanted = job
     made = toyworld.clip(world, seed, index)
-    stem, rgb = stem_of(index), made.rgb
+    stem, rgb, phrases = stem_of(index), made.rgb, _phrases(made.scene)
 
-    def film(part: Part, frames: np.ndarray) -> None:
-        video.write(place.file(part, stem), frames, made.fps, quality="lossless")
+    def film(part: Part, frames: Callable[[], np.ndarray]) -> None:
+        if part in wanted:
+            video.write(place.file(part, stem), frames(), made.fps, quality="lossless")
 
-    film(layout.VIDEOS, rgb)
+    film(layout.VIDEOS, lambda: rgb)
     for control in (EDGE, VIS):
-        film(layout.control(control.folder, control.suffix), control(rgb))
-    film(DEPTH, grey_of_depth(made.depth, *depth_range_m(world)))
-    phrases = _phrases(made.scene)
-    masks.write(place.file(SEG, stem), [(phrase, made.segmentation == n + 1) for n, phrase in enumerate(phrases)])
-    keypoints.write_objects(place.file(KEYPOINT, stem), phrases, made.keypoints)
-    _write_caption(place.file(layout.CAPTIONS, stem), made)
+        film(layout.control(control.folder, control.suffix), lambda control=control: control(rgb))
+    film(DEPTH, lambda: grey_of_depth(made.depth, *depth_range_m(world)))
+    if SEG in wanted:
+        masks.write(place.file(SEG, stem), [(phrase, made.segmentation == n + 1) for n, phrase in enumerate(phrases)])
+    if KEYPOINT in wanted:
+        keypoints.write_objects(place.file(KEYPOINT, stem), phrases, made.keypoints)
+    if layout.CAPTIONS in wanted:
+        _write_caption(place.file(layout.CAPTIONS, stem), made)
     return _label_of(index, made.scene, made.caption, made.events)
 
 

@@ -2,3 +2,4 @@
 
 from fewstep.data import folder as folder
 from fewstep.recipes import analytic as analytic
+from fewstep.recipes import toyworld as toyworld

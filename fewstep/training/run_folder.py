@@ -21,11 +21,13 @@ from fewstep.training.checkpoint import Progress, replace_text
 from fewstep.training.run import Run
 
 
-def write_papers(run: Run, folder: Path, sampler: StudentSampler) -> None:
+def write_papers(run: Run, folder: Path, sampler: StudentSampler | None) -> None:
     """What is to be done, on what, and how its student is meant to be built and sampled."""
     (folder / "previews").mkdir(parents=True, exist_ok=True)
     replace_text(folder / "config.yaml", to_yaml(run))
     replace_text(folder / "env.json", json.dumps(environment(), indent=1) + "\n")
+    if sampler is None:  # a tokenizer is not sampled
+        return
     network = run.networks.student.network or run.networks.teacher
     about = {
         "times": list(sampler.times),

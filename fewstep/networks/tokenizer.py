@@ -1,0 +1,92 @@
+"""A video tokenizer as a network that can be trained: diffusers' own class, with what the `autoencode` method asks of it.
+
+Only tokenizers of the toy world are trained here; real ones come finished (networks/codecs.py). The noise on the latents while
+training is what makes a latent space in which a denoiser's small errors stay small errors of the picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.batch import Condition
+from fewstep.config import kind
+from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
+from fewstep.networks.contract import refuse_cache
+
+
+class _Reconstruct(nn.Module):
+    """Encoder and decoder in one forward, so that what shards or compiles a module sees one call."""
+
+    def __init__(self, vae: Any):  # Any: diffusers types its models loosely
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        latents = self.vae.encode(pixels).latent_dist.mode()
+        return self.vae.decode(latents if noise is None else latents + noise).sample, latents
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    module: nn.Module
+
+    @property
+    def path(self) -> Path:
+        return RectifiedFlow()  # of the models that will live on its latents
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return (self.module.vae.encoder, self.module.vae.decoder)  # type: ignore[union-attr,return-value]
+
+    def latent_shape(self, pixels: Tensor) -> tuple[int, ...]:
+        config: Any = self.module.vae.config  # type: ignore[union-attr]
+        num, _, frames, height, width = pixels.shape
+        across = config.spatial_compression_ratio
+        along = (frames - 1) // config.temporal_compression_ratio + 1
+        return num, config.latent_channels, along, height // across, width // across
+
+    def reconstruct(self, pixels: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Pixels (B 3 T H W in -1..1) after the round trip with `noise` added on the way, and the latents without it."""
+        return self.module(pixels, noise)
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
+    ) -> Prediction:
+        raise ValueError("a tokenizer denoises nothing: train it with method=autoencode")
+
+    def new_cache(self, like: Tensor) -> Cache:
+        return refuse_cache("a tokenizer")
+
+
+@kind("tokenizer", group="network")
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """A tiny AutoencoderKLCosmos: pixels in Haar wavelets, causal in time, 8 x 8 pixels and 4 frames to a latent."""
+
+    channels: tuple[int, ...] = (48, 64, 96)
+    latent_channels: int = 16
+    num_layers: int = 1
+    resolution: int = 32
+
+    def build(self) -> Tokenizer:
+        from diffusers import AutoencoderKLCosmos
+
+        torch.set_flush_denormal(True)  # dead units make denormal numbers, which cost a CPU a hundred times as much
+        vae = AutoencoderKLCosmos(
+            latent_channels=self.latent_channels,
+            encoder_block_out_channels=self.channels,
+            decode_block_out_channels=self.channels,
+            attention_resolutions=(),
+            resolution=self.resolution,
+            num_layers=self.num_layers,
+            patch_size=4,
+            patch_type="haar",
+            spatial_compression_ratio=8,
+            temporal_compression_ratio=4,
+        )
+        return Tokenizer(_Reconstruct(vae))
