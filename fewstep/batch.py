@@ -51,6 +51,10 @@ class Condition(_ByRow):
     frame_mask: Tensor | None = None  # B T, 1 where the frame is given: it is kept as it is and adds nothing to any loss
     control: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # by control name: B C T H W latents
     fps: Tensor | None = None  # B, frames per second of the pixels
+    pooled: Tensor | None = None  # B D, one vector for the whole prompt (SDXL, Flux: of their CLIP encoders)
+    image: Tensor | None = None  # B N D, features of the picture a clip starts from (Wan 2.1 I2V: of CLIP's last but one layer)
+    beside: Tensor | None = None  # B C T H W, read on channels of their own beside x_t (I2V: mask and latents of the picture)
+    size: Tensor | None = None  # B 6, pixels: height and width of the source, top and left of the crop, height and width (SDXL)
 
 
 @dataclass(frozen=True)
