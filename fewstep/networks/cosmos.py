@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -212,12 +212,23 @@ class CosmosSpec:
                 img_context_dim_out=self.num_heads * self.head_dim,
                 **more,
             )
-        module.register_forward_pre_hook(enter_in_compute_dtype, with_kwargs=True)
-        return module
+        return framed(module)
 
 
-def enter_in_compute_dtype(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A forward pre-hook: tensors come in the type the weights have at that moment; times stay as they are.
+def framed(module: nn.Module) -> nn.Module:
+    """The module with what its door needs, where FSDP may stand: see the two hooks."""
+    module.register_forward_pre_hook(_enter_in_compute_dtype, with_kwargs=True)
+    module.register_forward_hook(_leave_whole)
+    return module
+
+
+def _leave_whole(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """The answer as a tensor of its own: FSDP warns of one that is a view, which upstream's is."""
+    return (output[0].clone(),) if isinstance(output, tuple) else output
+
+
+def _enter_in_compute_dtype(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Tensors come in the type the weights have at that moment; times stay as they are.
 
     Only inside the call are the weights those of compute: under FSDP they are sharded fp32 before and gathered bf16 in it.
     """

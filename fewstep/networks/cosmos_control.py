@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from fewstep.config import kind
-from fewstep.networks.cosmos import Cosmos, CosmosSpec, enter_in_compute_dtype, from_folder, supply_resize
+from fewstep.networks.cosmos import Cosmos, CosmosSpec, framed, from_folder, supply_resize
 
 # Parts of the base that a Transfer2.5 branch holds a second time. Originally they are one and the same tensors.
 SHARED = {
@@ -114,8 +114,7 @@ class CosmosControlSpec(CosmosSpec):
         branches = {name: self._branch(base, i) for i, name in enumerate(self.controls)}
         weights = dict(zip(self.controls, self.weights or [1.0] * len(self.controls)))
         module = Controlled(base, branches, weights, freezes_base=self.train == "control")
-        module.register_forward_pre_hook(enter_in_compute_dtype, with_kwargs=True)
-        return Cosmos(module, self.family, self.sigma_data, self.use_fps, self.clean_time, self.controls)
+        return Cosmos(framed(module), self.family, self.sigma_data, self.use_fps, self.clean_time, self.controls)
 
     def _every(self) -> int:
         """Every how many blocks of the base one is corrected."""
