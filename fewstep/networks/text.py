@@ -323,9 +323,11 @@ def _text_config(module: nn.Module) -> Any:  # Any: transformers' configurations
 def _tokenizer_text(tokenizer: Any) -> str:
     """All that decides how it cuts words, as text."""
     many = tokenizer if isinstance(tokenizer, list) else [tokenizer]
-    return "\n".join(
-        one.backend_tokenizer.to_str() if one.is_fast else json.dumps(one.get_vocab(), sort_keys=True) for one in many
-    )
+    told = [json.loads(one.backend_tokenizer.to_str()) if one.is_fast else one.get_vocab() for one in many]
+    for one in told:
+        for name in ("padding", "truncation"):  # a fast tokenizer keeps those of its last call
+            one.pop(name, None)
+    return json.dumps(told, sort_keys=True)
 
 
 _MODELS = {
