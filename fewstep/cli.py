@@ -172,13 +172,54 @@ def prepare_toyworld(
     seed: Annotated[int, typer.Option(help="Which endless series of clips.")] = 0,
     size: Annotated[int, typer.Option(help="Pixels along each side.")] = 32,
     workers: Annotated[int, typer.Option(help="Processes that render; 0 renders in this one.")] = 2,
+    only: Annotated[str | None, typer.Option(help="Only these folders, with commas: videos,metas,edge")] = None,
 ) -> None:
     """Render the toy world: videos, captions, edge, vis, depth, seg and keypoint files, and what is in each clip."""
     from fewstep.data.toyworld import World
     from fewstep.prepare.toyworld import write
 
-    made = write(out, num, seed, World(height=size, width=size), workers)
+    made = write(out, num, seed, World(height=size, width=size), workers, only.split(",") if only is not None else None)
     print(f"{out}: {num} clips, {made} of them new")
+
+
+@prepare.command(name="text")
+def prepare_text(
+    folder: Annotated[Path, typer.Argument(help="The data set: DIR/metas/*.txt are embedded.", metavar="DIR")],
+    encoder: Annotated[str, typer.Option(help="Folder or hub id of a text encoder, or of a pipeline that has one.")],
+    prompt: Annotated[str | None, typer.Option(help="One caption for every clip.")] = None,
+    negative: Annotated[str | None, typer.Option(help="Embed this text, too: DIR/negative.pickle, for data.negative.")] = None,
+    into: Annotated[str, typer.Option(help="Folder of the embeddings, in DIR.")] = "t5_xxl",
+    form: Annotated[str, typer.Option(help="pickle, as the seeds have it, or packed, for many small clips.")] = "pickle",
+    max_tokens: Annotated[int | None, typer.Option(help="Longer texts are cut; as the encoder was trained.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")] = None,
+) -> None:
+    """Embed captions, once: metas/*.txt to t5_xxl/*.pickle."""
+    from fewstep.prepare.commands import text
+
+    print(text(folder, encoder, prompt, negative, into, form, max_tokens, device))
+
+
+@prepare.command(name="latents")
+def prepare_latents(
+    folder: Annotated[Path, typer.Argument(help="The data set: DIR/videos/*.mp4 are encoded.", metavar="DIR")],
+    codec: Annotated[str, typer.Option(help="Folder or hub id of an autoencoder, or of a pipeline that has one.")],
+    control: Annotated[str | None, typer.Option(help="Encode this control, too: edge, vis, depth, seg or keypoint.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Of a window; whole clips if not given.")] = None,
+    sequence_interval: Annotated[int, typer.Option(help="Every k-th frame of the file.")] = 1,
+    start_frame_interval: Annotated[int, typer.Option(help="Frames between the starts of two windows.")] = 1,
+    size: Annotated[tuple[int, int] | None, typer.Option(help="Height and width to resize to; as the files are.")] = None,
+    resize: Annotated[str, typer.Option(help="stretch or crop.")] = "stretch",
+    scale: Annotated[float, typer.Option(help="Of the latents besides their normalisation; 0.5 for Cosmos 1.")] = 1.0,
+    tile: Annotated[int | None, typer.Option(help="Pixels along a tile, to save memory; not exact.")] = None,
+    dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")] = None,
+) -> None:
+    """Encode clips, once: videos/*.mp4 to latents/packs, for data.x0=latents."""
+    from fewstep.prepare.commands import latents
+
+    windows = {"sequence_interval": sequence_interval, "start_frame_interval": start_frame_interval}
+    sizes = {"num_frames": num_frames, "video_size": size, "resize": resize}
+    print(latents(folder, codec, control, dtype, device, {"scale": scale, "tile": tile}, **sizes, **windows))
 
 
 @app.command()

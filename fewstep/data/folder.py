@@ -28,6 +28,7 @@ from fewstep.config import kind
 from fewstep.data import cache, layout, parts, video
 from fewstep.data.controls import AnyControl, Pixels, Span
 from fewstep.data.layout import Layout, Part, some
+from fewstep.data.packs import Packs, has_packs, open_packs
 
 _PROBE_THREADS = 8  # headers are small reads from disk: waiting, not work
 _Answer = TypeVar("_Answer")
@@ -112,6 +113,7 @@ class Sample:
     files: Mapping[str, Path]
     span: Span = field(default_factory=Span)
     header: video.Header | None = None  # of its video, if that is read
+    rows: Mapping[str, int] = field(default_factory=dict[str, int])  # its rows in the parts that are packed, by folder
 
 
 class FolderData:
@@ -120,7 +122,8 @@ class FolderData:
     def __init__(self, spec: Folder):
         self.spec = spec
         self.layout = Layout.open(spec.dataset_dir)
-        self.samples = _samples(spec, self.layout)
+        self.packs = _packs(spec, self.layout)
+        self.samples = _samples(spec, self.layout, self.packs)
         self._negative = self._read_negative()
         self._first = self._read(self.samples[0])
         self._memory = _Memory(self._first, len(self.samples), spec.ram_gib)
@@ -195,13 +198,12 @@ class FolderData:
             record["x0"] = _tensor(frames.frames[cut])
             record["fps"] = torch.tensor(frames.fps)
         else:
-            record["x0"] = parts.latents(sample.files["latents"])
-            fps = parts.fact(sample.files["latents"], "fps")
+            record["x0"], fps = self._latents(sample, layout.LATENTS.folder)
             record |= {} if fps is None else {"fps": torch.tensor(float(fps))}
         if spec.control is not None:
             record["control"] = self._read_control(sample, record["x0"])
         if spec.text is not None:
-            record["text"], record["text_mask"] = parts.embedding(sample.files[spec.text], spec.max_tokens)
+            record["text"], record["text_mask"] = self._embedding(sample)
         like = {"latents" if spec.x0 == "latents" else "frames": record["x0"]}
         if "noise" in spec.pairs:
             record["noise"] = parts.noise(sample.files["noise"])
@@ -211,15 +213,31 @@ class FolderData:
             parts.refuse_foreign_noise(sample.files["path"], record["path"][0], **like)  # the first state is nearly noise
         return record
 
+    def _latents(self, sample: Sample, folder: str) -> tuple[Tensor, float | None]:
+        """Latents and the fps of their clip, from a pack or a file of their own."""
+        if folder in self.packs:
+            packs, row = self.packs[folder], sample.rows[folder]
+            return parts.checked_latents(packs.folder / sample.stem, packs.read(row)), packs.rows[row].facts.get("fps")
+        return parts.latents(sample.files[folder]), parts.fact(sample.files[folder], "fps")
+
+    def _embedding(self, sample: Sample) -> tuple[Tensor, Tensor]:
+        folder = self.spec.text
+        assert folder is not None
+        if folder in self.packs:
+            packs = self.packs[folder]
+            return parts.padded(packs.folder / sample.stem, packs.read(sample.rows[folder]), self.spec.max_tokens)
+        return parts.embedding(sample.files[folder], self.spec.max_tokens)
+
     def _read_control(self, sample: Sample, x0: Tensor) -> Tensor:
         spec = self.spec
         assert spec.control is not None
         if spec.x0 == "latents":
-            path = sample.files[f"{spec.control.folder}_latents"]
-            latents = parts.latents(path)
+            folder = layout.control_latents(spec.control.folder).folder
+            latents, _ = self._latents(sample, folder)
             if latents.shape[1:] != x0.shape[1:]:
                 raise ValueError(
-                    f"{path}: is {tuple(latents.shape)}, which does not fit its clip {tuple(x0.shape)}. Encode it again"
+                    f"{self.layout.root / folder / sample.stem}: is {tuple(latents.shape)}, which does not fit its clip "
+                    f"{tuple(x0.shape)}. Encode it again"
                 )
             return latents
         if spec.control_from == "video":
@@ -237,7 +255,7 @@ class FolderData:
         if spec.negative is None:
             return None
         assert spec.text is not None
-        text, mask = parts.embedding(self.samples[0].files[spec.text], spec.max_tokens)
+        text, mask = self._embedding(self.samples[0])
         if spec.negative == "zeros":
             # Every token counts: a network that masks its padding would have nothing left to attend to.
             return torch.zeros_like(text), torch.ones_like(mask)
@@ -279,27 +297,50 @@ class _Memory:
 # ---- what can be told before reading -------------------------------------------------------------------------------
 
 
-def _samples(spec: Folder, place: Layout) -> tuple[Sample, ...]:
+def _packs(spec: Folder, place: Layout) -> dict[str, Packs]:
+    """The parts of a sample that lie in packs, by folder."""
+    if place.form != "flat":
+        return {}
+    folders = [part.folder for part in _needed(spec) if part not in (layout.NOISE, layout.PATH)]
+    folders += [layout.LATENTS.folder] if spec.x0 == "latents" else []
+    return {folder: open_packs(place.root / folder) for folder in folders if has_packs(place.root / folder)}
+
+
+def _missing(place: Layout, part: Part, stems: Sequence[str], packs: Mapping[str, Packs]) -> str | None:
+    if part.folder not in packs:
+        return place.missing(part, stems)
+    there = packs[part.folder].by_stem()
+    lacking = [stem for stem in stems if stem not in there]
+    return f"{len(lacking)} of {len(stems)} lack a row in {part.folder}/packs: {some(lacking)}" if lacking else None
+
+
+def _samples(spec: Folder, place: Layout, packs: Mapping[str, Packs]) -> tuple[Sample, ...]:
     """Every sample with its files, or one ValueError with all that is wrong."""
     problems = [f"data.{key}: {message}" for key, message in spec.problems() if not key.startswith("warn:")]
     _refuse(place, problems)
     lead = layout.VIDEOS if spec.x0 == "pixels" else layout.LATENTS
     needed = _needed(spec)
-    stems = list(place.files(lead))
+    stems = list(packs[lead.folder].by_stem() if lead.folder in packs else place.files(lead))
     if not stems:
         hint = "" if spec.x0 == "pixels" else ". Make them with: fewstep prepare latents, or set data.x0=pixels"
         raise ValueError(f"{place.root}: has no {place.named(lead)}{hint}")
     for part in needed:
-        problem = place.missing(part, stems)
+        problem = _missing(place, part, stems, packs)
         problems += [f"{problem}{_remedy(part, spec)}"] if problem else []
     if spec.text is not None and place.files(layout.CAPTIONS):  # Transfer1's pairs have embeddings and no captions
         problem = place.missing(layout.CAPTIONS, stems)
         problems += [problem] if problem else _captions(place, stems)[1]
-    files = {part.folder: place.files(part) for part in (lead, *needed)}
+    files = {part.folder: place.files(part) for part in (lead, *needed) if part.folder not in packs}
     if spec.x0 == "latents":
-        problems += _latent_problems(spec, files["latents"])
+        problems += _packed_problems(spec, place, packs) if "latents" in packs else _latent_problems(spec, files["latents"])
         _refuse(place, problems)
-        return tuple(Sample(stem, {folder: paths[stem] for folder, paths in files.items()}) for stem in stems)
+        if "latents" in packs:
+            return _packed_samples(packs, files)
+        rows = {folder: found.by_stem() for folder, found in packs.items()}
+        return tuple(
+            Sample(stem, _of_stem(files, stem), rows={folder: found[stem][0] for folder, found in rows.items()})
+            for stem in stems
+        )
     headers, unreadable = _headers(files["videos"])
     problems += unreadable + _size_problems(spec, headers)
     if spec.control is not None and spec.control.suffix == ".mp4" and spec.control_from == "files":
@@ -307,11 +348,57 @@ def _samples(spec: Folder, place: Layout) -> tuple[Sample, ...]:
     spans, wrong = _spans(spec, headers)
     problems += wrong
     _refuse(place, problems)
+    rows = {folder: found.by_stem() for folder, found in packs.items()}
     return tuple(
-        Sample(stem, {folder: paths[stem] for folder, paths in files.items()}, span, headers[stem])
+        Sample(stem, _of_stem(files, stem), span, headers[stem], {folder: found[stem][0] for folder, found in rows.items()})
         for stem in stems
         for span in spans.get(stem, ())
     )
+
+
+def _of_stem(files: Mapping[str, Mapping[str, Path]], stem: str) -> dict[str, Path]:
+    return {folder: paths[stem] for folder, paths in files.items()}
+
+
+def _packed_samples(packs: Mapping[str, Packs], files: Mapping[str, Mapping[str, Path]]) -> tuple[Sample, ...]:
+    """One sample for each row of the latents, a window of a clip or a whole one."""
+    by_window = {name: {(r.stem, r.start): n for n, r in enumerate(p.rows)} for name, p in packs.items()}
+    out: list[Sample] = []
+    for label in packs["latents"].rows:
+        rows = {name: found.get((label.stem, label.start), found.get((label.stem, 0))) for name, found in by_window.items()}
+        span = Span(label.start, int(label.facts.get("num_frames", 1)), int(label.facts.get("stride", 1)))
+        known = {name: row for name, row in rows.items() if row is not None}
+        assert known.keys() == rows.keys(), label  # `_packed_problems` has seen to it
+        out.append(Sample(label.stem, _of_stem(files, label.stem), span, rows=known))
+    return tuple(out)
+
+
+def _packed_problems(spec: Folder, place: Layout, packs: Mapping[str, Packs]) -> list[str]:
+    """Rows of different shapes, of clips that changed since, or without the same window of their control."""
+    main, again, problems = packs["latents"], "Run fewstep prepare latents again", list[str]()
+    names = [f"{label.stem}@{label.start}" if label.start else label.stem for label in main.rows]
+    problems += _odd_ones("shape", dict(zip(names, main.shapes, strict=True)), again)
+    videos = place.files(layout.VIDEOS)
+    sizes = {stem: path.stat().st_size for stem, path in videos.items()}
+    stale = [label.stem for label in main.rows if sizes.get(label.stem, label.facts.get("bytes")) != label.facts.get("bytes")]
+    if stale:
+        problems.append(f"{len(stale)} of {len(names)} latents are of another file than videos/ holds: {some(stale)}. {again}")
+    if spec.num_frames is not None:
+        odd = [n for n, label in zip(names, main.rows, strict=True) if label.facts.get("num_frames") != spec.num_frames]
+        if odd:
+            problems.append(f"{len(odd)} of {len(names)} latents are not of {spec.num_frames} frames: {some(odd)}. {again}")
+    if spec.pairs and main.made_from.get("num_frames", "whole") != "whole":
+        problems.append("its latents are of windows, but a pair is the whole clip its noise belongs to. Encode whole clips")
+    for folder, other in packs.items():
+        if folder.endswith("_latents"):
+            there = {(label.stem, label.start) for label in other.rows}
+            lacking = [n for n, label in zip(names, main.rows, strict=True) if (label.stem, label.start) not in there]
+            problems += (
+                [f"{len(lacking)} of {len(names)} lack a row in {folder}/packs: {some(lacking)}. {again}"] if lacking else []
+            )
+            unlike = [k for k, v in main.made_from.items() if k != "part" and other.made_from.get(k) != v]
+            problems += [f"{folder}/ and latents/ were made with another {', '.join(unlike)}. {again}"] if unlike else []
+    return problems
 
 
 def _needed(spec: Folder) -> list[Part]:

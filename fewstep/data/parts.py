@@ -17,7 +17,12 @@ _ENOUGH = 256  # numbers that tell a standard deviation to 5 %
 
 def latents(path: Path) -> Tensor:
     """C T H W, in the precision of the file."""
-    return _checked(path, arrays.read_one(path, "latents"), 4, "C, T, H, W")
+    return checked_latents(path, arrays.read_one(path, "latents"))
+
+
+def checked_latents(path: Path, found: Tensor) -> Tensor:
+    """Latents that `path` names."""
+    return _checked(path, found, 4, "C, T, H, W")
 
 
 def fact(path: Path, name: str) -> float | None:
@@ -83,7 +88,12 @@ def states(path: Path, told_times: tuple[float, ...] = ()) -> tuple[Tensor, Tens
 
 def embedding(path: Path, max_tokens: int) -> tuple[Tensor, Tensor]:
     """(max_tokens, D), cut or padded with zeros, in the precision of the file, and which rows are tokens (max_tokens,)."""
-    tokens = _checked(path, arrays.read_one(path, "text"), 2, "tokens, D")
+    return padded(path, arrays.read_one(path, "text"), max_tokens)
+
+
+def padded(path: Path, found: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
+    """An embedding that `path` names, as `embedding` gives it."""
+    tokens = _checked(path, found, 2, "tokens, D")
     if not len(tokens):
         raise ValueError(f"{path}: has no tokens; even an empty text has its end token. Embed it again: fewstep prepare text")
     text = torch.zeros(max_tokens, tokens.shape[1], dtype=tokens.dtype)

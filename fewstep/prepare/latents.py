@@ -1,0 +1,194 @@
+"""A data set's clips through a codec, once: what training reads instead of pixels.
+
+A row is what `Folder(x0="pixels", ...)` gives for a sample, encoded: the same windows, sizes and checks, with the same errors.
+Rows are made one at a time, so that no batch size changes a bit of them, and kept in 16 bits (fewstep/data/packs.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from fewstep.batch import Batch
+from fewstep.config import choices
+from fewstep.data import layout
+from fewstep.data.folder import Folder, FolderData, Sample
+from fewstep.data.layout import some
+from fewstep.data.packs import Label, Writer
+from fewstep.networks.codecs import Codec
+from fewstep.prepare.progress import tracked
+
+Half = Literal["float16", "bfloat16"]
+_Item = TypeVar("_Item")
+_Answer = TypeVar("_Answer")
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a command did."""
+
+    num: int  # rows there are now
+    made: int  # of them, by this command
+    dropped: int  # rows that were there, of clips that changed or are gone
+
+
+def write(data: Folder, codec: Codec, *, dtype: Half = "float16", device: torch.device | str = "cpu", ahead: int = 2) -> Told:
+    """Encodes every sample of `data` (pixels) that is not cached, and its control if the data set names one.
+
+    `ahead` clips are decoded while one is encoded. Refuses, before encoding anything, clips that do not fit the codec, a cache
+    made with another codec or other settings, and a disk without room. A clip that cannot be decoded is told of at the end.
+    """
+    if data.x0 != "pixels" or data.pairs or data.text is not None:
+        raise ValueError("latents are made of pixels alone: x0=pixels, no text, no pairs")
+    opened = replace(data, ram_gib=0.0).open()
+    if opened.layout.form != "flat":
+        raise ValueError(f"{data.dataset_dir}: has a folder for each sample; latents are cached for folders with videos/ alone")
+    hashes, told = dict[Path, str](), Told(0, 0, 0)
+    parts: list[tuple[str, Callable[[Batch], Tensor | None]]] = [("videos", lambda batch: batch.x0)]
+    if data.control is not None:
+        name = data.control.folder
+        parts.append((name, lambda batch: batch.cond.control[name]))
+    for part, pixels_of in parts:
+        done = _write_part(opened, part, pixels_of, codec, dtype, device, ahead, hashes)
+        told = Told(told.num + done.num, told.made + done.made, told.dropped + done.dropped)
+    return told
+
+
+def folder_of(part: str) -> str:
+    """Where the latents of a part lie in the data set."""
+    return layout.LATENTS.folder if part == "videos" else layout.control_latents(part).folder
+
+
+def control_named(name: str) -> Any:  # whatever is registered under that name
+    """The control of that name with its defaults."""
+    known = choices("control")
+    if name not in known:
+        raise ValueError(f"there is no control {name!r}; one of {', '.join(sorted(known))}")
+    return known[name]()
+
+
+# ---- parts of the above --------------------------------------------------------------------------------------------
+
+
+def _write_part(
+    data: FolderData,
+    part: str,
+    pixels_of: Callable[[Batch], Tensor | None],
+    codec: Codec,
+    dtype: Half,
+    device: torch.device | str,
+    ahead: int,
+    hashes: dict[Path, str],
+) -> Told:
+    samples = data.samples
+    shape = codec.shape(*_pixels_of_first(data))
+    labels = [_label(sample, part, hashes) for sample in tracked(samples, len(samples), f"hashing {part}")]
+    failed: list[str] = []
+    with Writer(data.layout.root / folder_of(part), _origin(data.spec, part, codec, dtype)) as writer:
+        dropped = writer.keep_only(labels)
+        todo = [number for number, label in enumerate(labels) if not writer.has(label)]
+        _refuse_full_disk(data.layout.root, len(todo), shape)
+
+        def pixels(number: int) -> Tensor | ValueError:
+            if writer.has(labels[number]):
+                return torch.empty(0)
+            try:
+                found = pixels_of(data.batch(torch.tensor([number])))
+            except ValueError as error:
+                return error
+            assert found is not None, part
+            return found
+
+        def encode(frames: Tensor) -> Tensor:
+            with torch.inference_mode():
+                made = codec.encode(frames.to(device))[0]
+            assert tuple(made.shape) == shape, (made.shape, shape)
+            return made.to("cpu", getattr(torch, dtype))
+
+        everything = tracked(_ahead(pixels, range(len(labels)), ahead), len(labels), f"encoding {part}")
+        for label, frames in zip(labels, everything, strict=True):
+            if isinstance(frames, ValueError):
+                failed.append(str(frames))
+            else:
+                writer.put(label, lambda frames=frames: encode(frames))
+    if failed:
+        raise ValueError(
+            f"{data.layout.root}: {len(failed)} of {len(labels)} could not be encoded, the others are done: {some(failed, 3)}"
+        )
+    return Told(len(labels), writer.made, dropped)
+
+
+def _origin(spec: Folder, part: str, codec: Codec, dtype: Half) -> dict[str, str]:
+    """What would make the rows wrong if it changed, besides their content."""
+    whole = spec.num_frames is None
+    return {
+        "codec": codec.fingerprint,
+        "dtype": dtype,
+        "part": part,
+        "num_frames": "whole" if whole else str(spec.num_frames),
+        "sequence_interval": str(spec.sequence_interval),
+        "start_frame_interval": "whole" if whole else str(spec.start_frame_interval),
+        "video_size": "own" if spec.video_size is None else "x".join(map(str, spec.video_size)),
+        "resize": "own" if spec.video_size is None else spec.resize,
+    }
+
+
+def _label(sample: Sample, part: str, hashes: dict[Path, str]) -> Label:
+    path = sample.files[part]
+    if path not in hashes:
+        hashes[path] = hash_of(path)
+    assert sample.header is not None, sample
+    facts = {
+        "fps": sample.header.fps / sample.span.stride,
+        "num_frames": sample.span.count,
+        "stride": sample.span.stride,
+        "bytes": path.stat().st_size,
+    }
+    return Label(sample.stem, hashes[path], sample.span.start, facts)
+
+
+def hash_of(path: Path) -> str:
+    """32 hex digits over the bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+def _pixels_of_first(data: FolderData) -> tuple[int, int, int]:
+    first = data.batch(torch.tensor([0])).x0
+    assert first is not None
+    return first.shape[2], first.shape[3], first.shape[4]
+
+
+def _refuse_full_disk(root: Path, num: int, shape: Sequence[int]) -> None:
+    """Twice the rows: they wait one by one before they are packed."""
+    needed = num * 2 * 2 * torch.Size(shape).numel()
+    free = shutil.disk_usage(root).free
+    if needed > free:
+        raise ValueError(f"{root}: {num} latents of {tuple(shape)} need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
+
+
+def _ahead(do: Callable[[_Item], _Answer], items: Iterable[_Item], num: int) -> Iterator[_Answer]:
+    """The answers in order, `num` of them worked on while one is used."""
+    if num < 1:
+        yield from map(do, items)
+        return
+    with ThreadPoolExecutor(num) as pool:
+        waiting = []
+        try:
+            for item in items:
+                waiting.append(pool.submit(do, item))
+                if len(waiting) > num:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -1,0 +1,90 @@
+"""What a command has made, where files cannot say themselves what they were made from: pickles and videos of the seeds.
+
+    DIR/t5_xxl/.made.jsonl      {"made_from": {"encoder": "9f2c..."}}
+                                {"name": "clip_0", "content": "03ab..."}
+
+A line is written before its file: a file with a line is complete and of that content, and one without a line was put there by
+someone else. Such a file is kept, whatever made it, and never replaced.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+NAME = ".made.jsonl"
+
+
+class Ledger:
+    """The lines of one folder, one process at a time."""
+
+    def __init__(self, path: Path, made_from: Mapping[str, str], file_of: Callable[[str], Path]):
+        self.path, self.made_from, self.file_of = path, dict(made_from), file_of
+        self._lines: dict[str, str] = {}
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> Ledger:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a+b")
+        try:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{self.path.parent}: another process writes here. Wait for it, or end it") from None
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        assert self._file is not None
+        self._file.close()
+
+    def state(self, name: str, content: str) -> str:
+        """'done', 'todo', or 'foreign': there, but not of ours."""
+        if not self.file_of(name).is_file():
+            return "todo"
+        known = self._lines.get(name)
+        return "foreign" if known is None else "done" if known == content else "todo"
+
+    def begin(self, name: str, content: str) -> None:
+        """To be called right before the file is written."""
+        self.file_of(name).unlink(missing_ok=True)
+        self._append({"name": name, "content": content})
+        self._lines[name] = content
+
+    def _read(self) -> None:
+        assert self._file is not None
+        self._file.seek(0)
+        whole = self._file.read()
+        end = whole.rfind(b"\n") + 1  # what follows is a line that a kill cut off; its file was not begun
+        try:
+            rows = [json.loads(line) for line in whole[:end].splitlines()]
+            lines = {str(row["name"]): str(row["content"]) for row in rows[1:]}
+            made_from = dict(rows[0]["made_from"]) if rows else self.made_from
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.path}: damaged ({error!r}). Remove it: files that are there are then kept as yours"
+            ) from None
+        there = {name: content for name, content in lines.items() if self.file_of(name).is_file()}
+        if rows and made_from != self.made_from and there:
+            keys = sorted(key for key in made_from | self.made_from if made_from.get(key) != self.made_from.get(key))
+            told = ", ".join(f"{key} {made_from.get(key)!r}, not {self.made_from.get(key)!r}" for key in keys)
+            raise ValueError(
+                f"{self.path.parent}: {len(there)} files were made with {told}. Ask for what they were made with, write to "
+                "another folder, or remove them"
+            )
+        self._file.truncate(end if there else 0)
+        self._lines = there
+        if not there:
+            self._append({"made_from": self.made_from})
+
+    def _append(self, row: Mapping[str, object]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(row).encode() + b"\n")
+        self._file.flush()

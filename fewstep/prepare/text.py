@@ -1,0 +1,151 @@
+"""Captions through a text encoder, once: metas/*.txt -> t5_xxl/*.pickle, or packs.
+
+A pickle holds [float16 (tokens, D)] as `get_t5_embeddings.py` of Cosmos writes it. Zeros behind the last token are left out,
+and come back when the file is read; padding with embeddings of its own (Flux, CogVideoX, CLIP, Reason1) is kept, because their
+networks attend to it. Captions are encoded one by one, so that no batch changes a bit, and equal ones once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.data import layout
+from fewstep.data.arrays import write_pickle
+from fewstep.data.atomic import replacing
+from fewstep.data.layout import Layout, some
+from fewstep.data.packs import Label, Writer, has_packs
+from fewstep.networks.text import TextEncoder
+from fewstep.prepare.ledger import NAME, Ledger
+from fewstep.prepare.progress import tracked
+
+Form = Literal["pickle", "packed"]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a command did."""
+
+    num: int  # captions
+    made: int  # embeddings written by this command
+    kept: int  # files of someone else, left as they are
+
+
+def write(
+    dataset_dir: str | Path, encoder: TextEncoder, *, folder: str = "t5_xxl", prompt: str | None = None, form: Form = "pickle"
+) -> Told:
+    """Embeds every caption that is not embedded, or whose text changed; `prompt` is first made the caption of every clip.
+
+    Refuses missing and empty captions, a folder made with another encoder, and captions that `prompt` would replace.
+    """
+    place = _opened(dataset_dir, prompt)
+    part = layout.text(folder)
+    if prompt is not None:
+        _write_prompt(place, prompt)
+    texts = captions(place)
+    made_from = {"encoder": encoder.fingerprint, "dtype": "float16"}
+    embed = lru_cache(maxsize=64)(lambda text: embedding(encoder, text))
+    named = tracked(texts.items(), len(texts), f"embedding into {folder}")
+    if form == "packed":
+        if place.files(part):
+            raise ValueError(
+                f"{place.root / folder}: holds single files, which packs would hide. Remove them, or --form pickle"
+            )
+        labels = [Label(stem, hash_of(text)) for stem, text in texts.items()]
+        with Writer(place.root / folder, made_from, lengths_differ=True) as writer:
+            writer.keep_only(labels)
+            for label, (_, text) in zip(labels, named, strict=True):
+                writer.put(label, lambda text=text: embed(text))
+        return Told(len(texts), writer.made, 0)
+    if has_packs(place.root / folder):
+        raise ValueError(f"{place.root / folder}: holds packs, which would hide single files. Remove them, or --form packed")
+    made = kept = 0
+    with Ledger(_ledger(place, folder), made_from, lambda stem: place.file(part, stem)) as ledger:
+        for stem, text in named:
+            state = ledger.state(stem, hash_of(text))
+            kept += state == "foreign"
+            if state == "todo":
+                tokens = embed(text)
+                ledger.begin(stem, hash_of(text))
+                write_pickle(place.file(part, stem), [tokens.numpy()])
+                made += 1
+    return Told(len(texts), made, kept)
+
+
+def write_one(path: Path, encoder: TextEncoder, text: str) -> None:
+    """One embedding by itself, in the same layout: a negative prompt."""
+    write_pickle(path, [embedding(encoder, text).numpy()])
+
+
+def embedding(encoder: TextEncoder, text: str) -> Tensor:
+    """float16 (tokens, D) of one text, without the zeros behind its last token."""
+    found, mask = encoder.encode([text])
+    told = (mask[0] | (found[0] != 0).any(-1)).nonzero()
+    num = int(told.max()) + 1 if len(told) else 1
+    tokens = found[0, :num].to("cpu", torch.float16).contiguous()
+    if not bool(torch.isfinite(tokens).all()):
+        raise ValueError(
+            f"the embedding of {text[:60]!r} has numbers that float16 does not hold, up to {float(found.abs().max()):g}"
+        )
+    return tokens
+
+
+def captions(place: Layout) -> dict[str, str]:
+    """The caption of every clip by stem; refuses missing, empty and unreadable ones, by name."""
+    files = place.files(layout.CAPTIONS)
+    stems = list(place.files(layout.VIDEOS) or place.files(layout.LATENTS) or files)
+    problem = place.missing(layout.CAPTIONS, stems)
+    problems = [f"{problem}. Write one for each clip, or give one to all: --prompt TEXT"] if problem else []
+    texts: dict[str, str] = {}
+    for stem in stems:
+        try:
+            texts[stem] = files[stem].read_text(encoding="utf-8").strip() if stem in files else ""
+        except UnicodeDecodeError:
+            problems.append(f"the caption of {stem} is not UTF-8 text")
+    empty = [stem for stem, text in texts.items() if not text and stem in files]
+    if empty:
+        problems.append(f"{len(empty)} of {len(stems)} captions are empty: {some(empty)}. Write one, or remove the clip")
+    if problems or not stems:
+        raise ValueError("\n".join(f"{place.root}: {problem}" for problem in problems or ["has no clips and no captions"]))
+    return texts
+
+
+def hash_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+# ---- parts of the above --------------------------------------------------------------------------------------------
+
+
+def _opened(dataset_dir: str | Path, prompt: str | None) -> Layout:
+    root = Path(dataset_dir)
+    if prompt is None and (root / layout.CAPTIONS.folder).is_dir():  # prompts alone, for pairs that a teacher is to make
+        return Layout(root)
+    return Layout.open(root)
+
+
+def _write_prompt(place: Layout, prompt: str) -> None:
+    """The same caption for every clip; one that says something else is not replaced."""
+    prompt, files = prompt.strip(), place.files(layout.CAPTIONS)
+    if not prompt:
+        raise ValueError("--prompt is empty: give the text that all clips have")
+    other = [stem for stem, path in files.items() if path.read_text(encoding="utf-8", errors="replace").strip() != prompt]
+    if other:
+        raise ValueError(
+            f"{place.root}: {len(other)} captions in {place.named(layout.CAPTIONS)} say something else than --prompt: "
+            f"{some(other)}. Leave --prompt out to embed them, or remove them"
+        )
+    for stem in place.files(layout.VIDEOS) or place.files(layout.LATENTS):
+        if stem not in files:
+            with replacing(place.file(layout.CAPTIONS, stem)) as beside:
+                beside.write_text(prompt + "\n", encoding="utf-8")
+
+
+def _ledger(place: Layout, folder: str) -> Path:
+    return place.root / folder / NAME if place.form == "flat" else place.root / f"{NAME}.{folder}"

@@ -1,0 +1,173 @@
+"""Cached latents are the codec's answer to the very pixels that training would have read, and never those of another codec."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fewstep import cli
+from fewstep.data import video
+from fewstep.data.controls import Edge, Seg
+from fewstep.data.folder import Folder
+from fewstep.data.toyworld import World
+from fewstep.networks.codecs import Autoencoder, codec_of
+from fewstep.prepare import latents
+from fewstep.prepare.toyworld import stem_of
+from fewstep.prepare.toyworld import write as write_toyworld
+
+NUM, SEED = 3, 5
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("toy") / "set"
+    write_toyworld(out, NUM, SEED, World())  # 17 frames of 32 x 32
+    return out
+
+
+@pytest.fixture
+def toy(source: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(source, tmp_path / "set"))
+
+
+def tiny_vae(seed: int = 0) -> Any:
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(seed)
+    return AutoencoderKLWan(
+        base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.1] * 4, latents_std=[0.5] * 4,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def codec() -> Autoencoder:
+    return codec_of(tiny_vae())
+
+
+def spec(root: Path, **changes: Any) -> Folder:
+    return replace(Folder(str(root), text=None), **changes)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_batch_of_latents_is_the_encoded_batch_of_pixels(toy: Path, codec: Autoencoder) -> None:
+    assert latents.write(spec(toy, control=Seg()), codec) == latents.Told(2 * NUM, 2 * NUM, 0)
+    index = torch.tensor([2, 0, 1])
+    pixels = spec(toy, control=Seg()).open().batch(index)
+    cached = spec(toy, x0="latents", control=Seg()).open()
+    batch = cached.batch(index)
+    assert pixels.x0 is not None and batch.x0 is not None and batch.cond.fps is not None
+    wanted = torch.cat([codec.encode(row) for row in pixels.x0.split(1)])
+    assert batch.x0.shape == (3, *codec.shape(17, 32, 32)) and batch.x0.dtype == torch.float32
+    torch.testing.assert_close(batch.x0, wanted, rtol=2**-11, atol=2**-20)  # float16 rounds to 11 bits
+    control = torch.cat([codec.encode(row) for row in pixels.cond.control["seg"].split(1)])
+    torch.testing.assert_close(batch.cond.control["seg"], control, rtol=2**-11, atol=2**-20)
+    assert batch.cond.fps.tolist() == [16.0] * 3
+    assert cached.stems == [stem_of(n) for n in range(NUM)]
+
+
+def test_windows_are_cached_as_windows(toy: Path, codec: Autoencoder) -> None:
+    windows: dict[str, Any] = {"num_frames": 5, "sequence_interval": 2, "start_frame_interval": 3, "video_size": (16, 24)}
+    wanted = spec(toy, **windows, resize="crop").open()
+    assert latents.write(wanted.spec, codec).num == len(wanted) == NUM * 3
+    data = spec(toy, x0="latents", num_frames=5).open()
+    assert [s.span for s in data.samples] == [s.span for s in wanted.samples] and data.stems == wanted.stems
+    pixels, found = (part.batch(torch.tensor([4])) for part in (wanted, data))
+    assert pixels.x0 is not None and found.x0 is not None and found.cond.fps is not None
+    torch.testing.assert_close(found.x0, codec.encode(pixels.x0), rtol=2**-11, atol=2**-20)
+    assert found.cond.fps.tolist() == [8.0]
+    with pytest.raises(ValueError, match="9 of 9 latents are not of 17 frames"):
+        spec(toy, x0="latents", num_frames=17).open()
+    shutil.copytree(toy / "metas", toy / "noise")
+    with pytest.raises(ValueError, match="a pair is the whole clip"):
+        spec(toy, x0="latents", pairs=("noise",)).open()
+
+
+def test_a_rerun_encodes_what_is_new_or_changed_and_drops_what_is_gone(toy: Path, codec: Autoencoder) -> None:
+    assert latents.write(spec(toy), codec).made == NUM
+    before = content(toy / "latents")
+    for _ in range(2):
+        assert latents.write(spec(toy), codec) == latents.Told(NUM, 0, 0)
+    for path in (toy / "videos").iterdir():
+        shutil.copy(path, path.with_suffix(".copy"))
+        path.with_suffix(".copy").replace(path)  # another time, the same bytes
+    assert latents.write(spec(toy), codec).made == 0
+    assert content(toy / "latents") == before
+    frames = video.read(toy / "videos" / "clip_000001.mp4").frames
+    video.write(toy / "videos" / "clip_000001.mp4", 255 - frames, 16, quality="lossless")
+    (toy / "videos" / "clip_000002.mp4").unlink()
+    with pytest.raises(ValueError, match="1 of 3 latents are of another file than videos/ holds: clip_000001"):
+        spec(toy, x0="latents").open()
+    assert latents.write(spec(toy), codec) == latents.Told(2, 1, 2)
+    pixels, found = (spec(toy, x0=x0).open().batch(torch.tensor([1])).x0 for x0 in ("pixels", "latents"))
+    assert pixels is not None and found is not None
+    torch.testing.assert_close(found, codec.encode(pixels), rtol=2**-11, atol=2**-20)
+
+
+def test_another_codec_or_setting_is_refused_by_name_before_anything_is_encoded(toy: Path, codec: Autoencoder) -> None:
+    latents.write(spec(toy), codec)
+    before = content(toy / "latents")
+    other = codec_of(tiny_vae(seed=1))
+    with pytest.raises(ValueError, match=f"codec is '{codec.fingerprint}', not '{other.fingerprint}'"):
+        latents.write(spec(toy), other)
+    with pytest.raises(ValueError, match="codec is "):
+        latents.write(spec(toy), codec_of(tiny_vae(), scale=0.5))
+    with pytest.raises(ValueError, match="num_frames is 'whole', not '5', start_frame_interval"):
+        latents.write(spec(toy, num_frames=5), codec)
+    with pytest.raises(ValueError, match="dtype is 'float16', not 'bfloat16'"):
+        latents.write(spec(toy), codec, dtype="bfloat16")
+    assert content(toy / "latents") == before
+    with pytest.raises(ValueError, match="AutoencoderKLWan: 16 frames do not fit"):
+        latents.write(spec(toy, num_frames=16), codec)
+    assert content(toy / "latents") == before
+
+
+def test_control_latents_of_another_codec_are_refused(toy: Path, codec: Autoencoder) -> None:
+    latents.write(spec(toy, control=Edge()), codec)
+    shutil.rmtree(toy / "latents")
+    latents.write(spec(toy), codec, dtype="bfloat16")
+    with pytest.raises(ValueError, match="edge_latents/ and latents/ were made with another dtype"):
+        spec(toy, x0="latents", control=Edge()).open()
+    shutil.rmtree(toy / "edge_latents")
+    with pytest.raises(ValueError, match=r"lack edge_latents/.*Encode them: fewstep prepare latents"):
+        spec(toy, x0="latents", control=Edge()).open()
+
+
+def test_a_clip_that_cannot_be_decoded_is_told_of_when_the_others_are_done(toy: Path, codec: Autoencoder) -> None:
+    path = toy / "videos" / "clip_000001.mp4"
+    sound = path.read_bytes()
+    middle = sound.index(b"mdat") + 300
+    path.write_bytes(sound[:middle] + bytes(len(sound) // 2 - middle) + sound[len(sound) // 2 :])
+    with pytest.raises(ValueError, match=r"1 of 3 could not be encoded, the others are done: .*clip_000001"):
+        latents.write(spec(toy), codec)
+    path.write_bytes(sound)
+    assert latents.write(spec(toy), codec) == latents.Told(NUM, 1, 0)
+
+
+def test_a_disk_without_room_is_told_of_before(toy: Path, codec: Autoencoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"3 latents of \(4, 5, 4, 4\) need 0\.0 GiB, 0\.0 are free"):
+        latents.write(spec(toy), codec)
+    assert not (toy / "latents" / "packs" / "00000.safetensors").exists()
+
+
+def test_the_command(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_vae().save_pretrained(tmp_path / "pipeline" / "vae")
+    words = ["prepare", "latents", str(toy), "--codec", str(tmp_path / "pipeline"), "--control", "edge", "--device", "cpu"]
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out == f"{toy}: 6 latents, 6 of them new\n"
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out == f"{toy}: 6 latents, 0 of them new\n"
+    assert spec(toy, x0="latents", control=Edge()).open().batch(torch.tensor([0])).size() == 1
+    assert cli.main([*words, "--size", "16", "16"]) == 1
+    assert "video_size is 'own', not '16x16'" in capsys.readouterr().err
+    assert cli.main([*words, "--dtype", "float8"]) == 1
+    assert "--dtype is one of float16, bfloat16, not 'float8'" in capsys.readouterr().err
+    assert cli.main([*words[:6], "edges"]) == 1
+    assert "there is no control 'edges'; one of depth, edge" in capsys.readouterr().err
