@@ -39,6 +39,8 @@ class Cosmos:
     use_fps: bool = False  # Predict1 and Predict2 turn the rate of frames into positions; Predict2.5 does not
     clean_time: float | None = CLEAN_TIME  # flow only; None: given frames are told the time of the others
     controls: tuple[str, ...] = ()  # which of cond.control a Controlled module reads
+    # Where adapters lie unless the role says otherwise: as in Predict2.5's own LoRA post-training
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
     @property
     def path(self) -> Path:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
 import torch
+from torch import nn
 
 from fewstep.config import OneOf, kind
 from fewstep.networks.contract import AnyNetwork, Network
+from fewstep.networks.heads import AnyHead
+from fewstep.networks.lora import Backbone, Lora, Shared, as_adapters
 from fewstep.networks.weights import load_into, read
 
 
@@ -45,6 +49,7 @@ class Networks:
     student: AnyRole = Full()
     critic: AnyRole = Full()
     teacher_init: str | None = None  # weights address for the teacher; None: what its configuration builds
+    head: AnyHead | None = None  # the discriminator of methods with a GAN
 
 
 def build(config: Networks, roles: Iterable[str], seed: int) -> dict[str, Network]:
@@ -53,14 +58,70 @@ def build(config: Networks, roles: Iterable[str], seed: int) -> dict[str, Networ
     if teacher is not None and config.teacher_init:
         load_into(teacher.module, read(config.teacher_init), config.teacher_init)
     nets: dict[str, Network] = {}
+    roles = tuple(roles)
+    adapted = [role for role in roles if isinstance(getattr(config, role), Lora)]
     for role in roles:
+        if role in adapted:
+            continue  # after the others: a full role is a copy of the teacher as it was
         if role == "teacher":
             if teacher is None:
                 raise ValueError("networks.teacher: this method asks a teacher, but none is configured")
             nets[role] = teacher
+        elif role == "head":
+            if config.head is None:
+                raise ValueError("networks.head: this method trains a discriminator, but none is configured")
+            nets[role] = _built(config.head, role, seed)  # no Denoiser, but with a module to place, train and save
         else:
             nets[role] = _role(getattr(config, role), config, teacher, role, seed)
+    if adapted:
+        if teacher is None:
+            raise ValueError(f"networks.{adapted[0]}: adapters lie over the teacher's weights, and there is no teacher")
+        nets |= _adapted({role: getattr(config, role) for role in adapted}, teacher, seed)
+        if "teacher" in nets:
+            shared = nets[adapted[0]]
+            assert isinstance(shared, Shared)
+            nets["teacher"] = shared.backbone.itself()
+    return {role: nets[role] for role in roles}
+
+
+def _adapted(configs: Mapping[str, Lora], teacher: Network, seed: int) -> dict[str, Network]:
+    """The roles that are adapters over `teacher`, whose module is changed in place to hold them."""
+    base = {name: tensor.detach() for name, tensor in teacher.module.state_dict().items()}
+    backbone = Backbone(teacher)
+    nets: dict[str, Network] = {}
+    for role, config in configs.items():
+        with _drawing(role, seed):
+            nets[role] = backbone.add(role, config)
+        if config.init != "teacher":
+            source = f"{config.init} (networks.{role}.init)"
+            load_into(nets[role].module, as_adapters(read(config.init), base, nets[role].module, config, source), source)
     return nets
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What is placed at once: the network of one role, or the one that several roles share."""
+
+    module: nn.Module
+    blocks: Iterable[nn.Module]
+    trained: bool
+    adapters: tuple[nn.Module, ...] = ()  # parts of a frozen module that are trained
+    remember: Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]] | None = None
+
+
+def wholes(nets: Mapping[str, Network]) -> list[Whole]:
+    """Every module of these roles once."""
+    found: list[Whole] = []
+    seen: set[int] = set()
+    for role, network in nets.items():
+        if not isinstance(network, Shared):
+            blocks = getattr(network, "blocks", ())  # a head has none
+            found.append(Whole(network.module, blocks, role != "teacher"))
+        elif id(network.backbone) not in seen:
+            seen.add(id(network.backbone))
+            backbone, inner = network.backbone, network.backbone.network
+            found.append(Whole(inner.module, inner.blocks, False, tuple(backbone.adapters.values()), backbone.remember))
+    return found
 
 
 def _role(role: Role, config: Networks, teacher: Network | None, name: str, seed: int) -> Network:
@@ -84,6 +145,13 @@ def twin_of(network: Network) -> Network:
 
 
 def _built(spec: Any, role: str, seed: int) -> Network:  # Any: whatever the user registered in group "network"
+    with _drawing(role, seed):
+        return spec.build()
+
+
+@contextmanager
+def _drawing(role: str, seed: int) -> Iterator[None]:
+    """Within, torch's global generator draws what belongs to this role, whatever was drawn before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed * 1_000_003 + zlib.crc32(role.encode()))
-        return spec.build()
+        yield

@@ -5,7 +5,8 @@ Checkpointing wraps a block, compile sees the wrapped block, FSDP2 shards what i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from fewstep.parallel.mesh import World
 
 Mode = Literal["ddp", "fsdp"]
+Contexts = Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]
 
 
 def place(
@@ -28,17 +30,26 @@ def place(
     mode: Mode,
     compute: torch.dtype,
     trained: bool,
+    adapters: Sequence[nn.Module] = (),
+    remember: Contexts | None = None,
     checkpointing: bool = False,
     compiled: bool = False,
 ) -> None:
-    """Changes `module` in place: on its device, sharded or whole; frozen weights in `compute`, trained ones in fp32."""
+    """Changes `module` in place: on its device, sharded or whole; frozen weights in `compute`, trained ones in fp32.
+
+    adapters: parts of a frozen module that are trained all the same.
+    remember: called at the forward of a block, gives what to enter for it and for its recomputation in backward; a module that
+    answers in several ways must be recomputed as it answered.
+    """
     module.requires_grad_(trained).train(trained)
-    if not trained:
-        for parameter in module.parameters():  # not module.to(): a rounded buffer (frequencies, tables) is another network
+    for part in adapters:
+        part.requires_grad_(True)
+    for parameter in module.parameters():  # not module.to(): a rounded buffer (frequencies, tables) is another network
+        if not parameter.requires_grad:  # all of a frozen network, and what a trained one keeps frozen
             parameter.data = parameter.data.to(compute)
     if checkpointing:
         for block in blocks:
-            recompute(block)
+            recompute(block, **({} if remember is None else {"context_fn": remember}))
     if compiled:
         for block in blocks:
             block.compile()

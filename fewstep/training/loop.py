@@ -22,7 +22,7 @@ from fewstep.data.order import samples_at
 from fewstep.diffusion import Rng, StudentSampler
 from fewstep.methods.contract import Nets
 from fewstep.networks.contract import Network
-from fewstep.networks.roles import build
+from fewstep.networks.roles import Whole, build, wholes
 from fewstep.networks.weights import load_into, locate, read
 from fewstep.parallel import World, is_joined, join_world, leave_world, place
 from fewstep.training.checkpoint import Checkpoints, Progress, replace_text
@@ -80,8 +80,8 @@ def _train(run: Run, world: World) -> dict[str, Any]:
     nets = build(run.networks, method.roles, run.trainer.seed)
     if latest is None and options.load_path is not None:
         _load_weights(options.load_path, nets)
-    for role, network in nets.items():
-        _place(run, network, world, trained=role != "teacher")
+    for whole in wholes(nets):
+        _place(run, whole, world)
     compute = COMPUTE[run.trainer.precision]
     roles = {
         name: TrainedRole(name, net, run.optim_of(name), run.ema if name == "student" else None, compute)
@@ -103,7 +103,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
     log, stop = RunLog(folder if world.is_main else None, title, progress.step, last), Signals()
     with log, stop, checkpoints:
         log.say(_greeting(run, data, roles, latest, progress, world))
-        if progress.step == 0 and run.preview is not None:
+        if progress.step == 0 and run.preview is not None and sampler is not None:
             log.metrics(0, _preview(run, student, nets, sampler, 0, world))
 
         meter = Meter()
@@ -146,7 +146,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
             record, rings = dict[str, float](), list[Ring]()
             if step % run.trainer.log_every == 0 or ended:
                 record |= meter.read(world, global_batch) | {"memory_gib": peak_memory_gib(world.device)}
-            if run.preview is not None and (ended or _is_due(run.preview.every, step)):
+            if run.preview is not None and sampler is not None and (ended or _is_due(run.preview.every, step)):
                 record |= _preview(run, student, nets, sampler, step, world)
             if monitor is not None and _is_due(run.health.every, step):
                 values = _agreed(monitor.look(student.network), world)
@@ -200,14 +200,16 @@ def _check_data(run: Run, data: Dataset) -> None:
         look(first)
 
 
-def _place(run: Run, network: Network, world: World, trained: bool) -> None:
+def _place(run: Run, whole: Whole, world: World) -> None:
     place(
-        network.module,
-        network.blocks,
+        whole.module,
+        tuple(whole.blocks),
         world,
         mode=run.parallel.mode,
         compute=COMPUTE[run.trainer.precision],
-        trained=trained,
+        trained=whole.trained,
+        adapters=whole.adapters,
+        remember=whole.remember,
         checkpointing=run.trainer.checkpointing,
         compiled=run.trainer.compile,
     )
@@ -248,8 +250,10 @@ def _agreed(values: Mapping[str, float], world: World) -> dict[str, float]:
     return dict(zip(values, world.mean(numbers).tolist(), strict=True))
 
 
-def _monitor(run: Run, nets: Mapping[str, Network], data: Dataset, sampler: StudentSampler, world: World) -> Monitor | None:
-    if not run.health.every:
+def _monitor(
+    run: Run, nets: Mapping[str, Network], data: Dataset, sampler: StudentSampler | None, world: World
+) -> Monitor | None:
+    if not run.health.every or sampler is None:
         return None
     some = data.batch(torch.arange(min(run.health.num, len(data)))).to(world.device)
     seed, chunk = run.trainer.seed, run.trainer.batch_size
