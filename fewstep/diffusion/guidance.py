@@ -27,17 +27,20 @@ def guided(
     *,
     interval: tuple[float, float] | None = None,
     rescale: float = 0.0,
+    negative_grad: bool = True,
 ) -> Denoiser:
     """A denoiser that answers uncond + w (cond - uncond), both asked as one batch.
 
     interval: (low, high) in the path's own time; outside of it w is 1 for that row (Kynkaanniemi et al., arXiv:2404.07724).
+    negative_grad: False asks cond and negative one after the other and keeps no graph of the negative: for a caller who needs
+    gradients through the features of cond, and not through the guided answer.
     rescale: 0 .. 1, how far the spread of the guided x0 is drawn back to that of cond (Lin et al., arXiv:2305.08891 eq. 15-16).
     """
     if w == 1.0:
         return denoiser
     if negative is None:
         raise ValueError(f"guidance w = {w} needs a negative condition, but the batch has none (w = 1 is off)")
-    return _Guided(denoiser, negative, w, interval, rescale)
+    return _Guided(denoiser, negative, w, interval, rescale, negative_grad)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class _Guided:
     w: float
     interval: tuple[float, float] | None
     rescale: float
+    negative_grad: bool
 
     @property
     def path(self) -> Path:
@@ -57,14 +61,20 @@ class _Guided:
     ) -> Prediction:
         if self.interval is not None and not bool(self._inside(t).any()):
             return self.inner(x_t, t, cond, taps=taps, cache=cache)  # w is 1 everywhere: the second pass would be thrown away
-        both = self.inner(torch.cat([x_t, x_t]), torch.cat([t, t]), join(cond, self.negative), taps=taps, cache=cache)
-        with_text, without = both.velocity.chunk(2)
+        if self.negative_grad:
+            both = self.inner(torch.cat([x_t, x_t]), torch.cat([t, t]), join(cond, self.negative), taps=taps, cache=cache)
+            (with_text, without), x = both.velocity.chunk(2), both.x_t.chunk(2)[0]
+            features = tuple(feature.chunk(2)[0] for feature in both.features)
+        else:
+            first = self.inner(x_t, t, cond, taps=taps, cache=cache)
+            with torch.no_grad():
+                without = self.inner(x_t, t, self.negative, cache=cache).velocity
+            with_text, x, features = first.velocity, first.x_t, first.features
         w = torch.full_like(t, self.w, dtype=torch.float64)
         if self.interval is not None:
             w = torch.where(self._inside(t), w, 1.0)
         velocity = without + spread(w, without).to(without.dtype) * (with_text - without)
-        x = both.x_t.chunk(2)[0]
-        answer = Prediction(x, t, self.path, velocity, tuple(feature.chunk(2)[0] for feature in both.features))
+        answer = Prediction(x, t, self.path, velocity, features)
         return self._rescaled(answer, replace(answer, velocity=with_text)) if self.rescale else answer
 
     def _inside(self, t: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ class Run:
     job: Job = Job()
     optim: Optim = Optim()
     critic_optim: Optim | None = None  # None: as optim
+    head_optim: Optim | None = None  # None: as critic_optim
     ema: Ema = Ema()
     trainer: Trainer = Trainer()
     parallel: Parallel = Parallel()
@@ -79,7 +80,8 @@ class Run:
     health: Health = Health()
 
     def optim_of(self, role: str) -> Optim:
-        return (self.critic_optim or self.optim) if role != "student" else self.optim
+        own = {"critic": self.critic_optim, "head": self.head_optim or self.critic_optim}
+        return own.get(role) or self.optim
 
     def problems(self) -> Iterable[tuple[str, str]]:
         trainer, checkpoint = self.trainer, self.checkpoint
@@ -98,7 +100,13 @@ class Run:
             )
         if "teacher" in self.method.roles and self.networks.teacher is None:
             yield "networks.teacher", f"is none, but method {type(self.method).__name__} asks a teacher"
-        for key, optim in (("optim", self.optim), ("critic_optim", self.critic_optim)):
+        if "head" in self.method.roles and self.networks.head is None:
+            yield (
+                "networks.head",
+                f"is none, but method {type(self.method).__name__} trains a discriminator: choose one (fewstep ls), and "
+                "say which blocks it reads (networks.head.taps) and how wide they are (networks.head.channels)",
+            )
+        for key, optim in (("optim", self.optim), ("critic_optim", self.critic_optim), ("head_optim", self.head_optim)):
             if optim is not None and optim.warmup_iters > trainer.max_iter:
                 yield (
                     f"{key}.warmup_iters",
@@ -120,5 +128,8 @@ class Run:
             yield "checkpoint.keep_last", "must be at least 1: a run without a checkpoint cannot resume"
         if self.parallel.mode == "ddp" and self.parallel.num_replicas is not None:
             yield "warn:parallel.num_replicas", "has no effect with parallel.mode=ddp, where every process is a replica"
-        if self.critic_optim is not None and "critic" not in self.method.roles:
+        if self.critic_optim is not None and not {"critic", "head"} & set(self.method.roles):
             yield "warn:critic_optim", f"has no effect: method {type(self.method).__name__} trains no critic"
+        for key, value in (("head_optim", self.head_optim), ("networks.head", self.networks.head)):
+            if value is not None and "head" not in self.method.roles:
+                yield f"warn:{key}", f"has no effect: method {type(self.method).__name__} trains no discriminator"
