@@ -44,6 +44,7 @@ from fewstep.diffusion.times import Listed
 from fewstep.inference.synthetic import InMemory, MixtureSamples, TeacherPairs
 from fewstep.methods import DMD2, KD, Finetune, Terms
 from fewstep.networks.analytic import MixtureSpec
+from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks
 from fewstep.networks.tiny import TinySpec
 from fewstep.training.ema import Ema
@@ -118,6 +119,7 @@ def full(spec):
 NETS = {
     "mlp": Networks(MIXTURE, full(MLP), full(MLP)),
     "dit": Networks(DIT, Full(), full(DIT)),  # a twin of a frozen tiny teacher, and a critic that knows nothing yet
+    "lora": Networks(DIT, Lora(rank=2, train=("enter",)), Lora(rank=3)),  # adapters over one frozen network
 }
 METHODS = {
     "finetune": (Finetune(), MixtureSamples(MIXTURE, num=100)),
@@ -127,7 +129,7 @@ METHODS = {
 
 def make(name, method, net, mode, size, num_replicas=None, **trainer):
     algorithm, data = METHODS[method]
-    if net == "dit":
+    if net in ("dit", "lora"):
         data = Latents()
         assert method != "kd"
     return Run(
@@ -144,13 +146,16 @@ def make(name, method, net, mode, size, num_replicas=None, **trainer):
         health=Health(every=3, num=8, reference_calls=4, collapse=Alarm(0.0), drift=Alarm(99.0), critic_lag=Alarm(1e9)),
     )
 
-CASES = [("kd", "mlp"), ("dmd2", "mlp"), ("finetune", "dit"), ("dmd2", "dit")]
+CASES = [("kd", "mlp"), ("dmd2", "mlp"), ("finetune", "dit"), ("dmd2", "dit"), ("dmd2", "lora")]
 RUNS = {f"one_{m}_{n}": make(f"one_{m}_{n}", m, n, "ddp", 1) for m, n in CASES}
 for mode in ("ddp", "fsdp"):
     RUNS |= {f"{mode}_{m}_{n}": make(f"{mode}_{m}_{n}", m, n, mode, 2) for m, n in CASES}
 RUNS["hsdp_dmd2_dit"] = make("hsdp_dmd2_dit", "dmd2", "dit", "fsdp", 2, num_replicas=2)
 everything = make("fsdp_everything", "dmd2", "dit", "fsdp", 2, batch_size=2, grad_accum=2, checkpointing=True)
 RUNS["fsdp_everything"] = replace(everything, checkpoint=Checkpoint(save_iter=3, async_write=True))
+RUNS["fsdp_everything_lora"] = make(
+    "fsdp_everything_lora", "dmd2", "lora", "fsdp", 2, batch_size=2, grad_accum=2, checkpointing=True
+)
 probe = replace(
     make("fsdp_probe", "finetune", "mlp", "fsdp", 2, precision="bf16"),
     networks=Networks(student=full(ProbeSpec())), preview=None, health=Health(), method=Finetune(times=Listed((0.999, 0.5))),
@@ -247,7 +252,7 @@ class Desk:
         return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-CASES = ["kd_mlp", "dmd2_mlp", "finetune_dit", "dmd2_dit"]
+CASES = ["kd_mlp", "dmd2_mlp", "finetune_dit", "dmd2_dit", "dmd2_lora"]
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +260,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     """Everything that is trained from the beginning, once."""
     desk = Desk(tmp_path_factory.mktemp("layouts"))
     names = [f"{mode}_{case}" for mode in ("ddp", "fsdp") for case in CASES]
-    names += ["hsdp_dmd2_dit", "fsdp_everything", "fsdp_probe", "ddp_bf16", "fsdp_bf16"]
+    names += ["hsdp_dmd2_dit", "fsdp_everything", "fsdp_everything_lora", "fsdp_probe", "ddp_bf16", "fsdp_bf16"]
     names += ["ddp_bad", "fsdp_bad"]
     desk.said = desk.on_two(*names)  # type: ignore[attr-defined]
     module = desk.module()
@@ -300,10 +305,25 @@ def test_two_processes_train_what_one_trains(desk: Desk, mode: str, case: str) -
     assert_like(desk, f"{mode}_{case}", f"one_{case}")
 
 
-@pytest.mark.parametrize("name", ["hsdp_dmd2_dit", "fsdp_everything"])
-def test_and_so_do_the_other_layouts(desk: Desk, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("hsdp_dmd2_dit", "one_dmd2_dit"),
+        ("fsdp_everything", "one_dmd2_dit"),
+        ("fsdp_everything_lora", "one_dmd2_lora"),
+    ],
+)
+def test_and_so_do_the_other_layouts(desk: Desk, name: str, reference: str) -> None:
     """Replicas of shards; and accumulation, recomputed blocks and checkpoints in the background, all at once."""
-    assert_like(desk, name, "one_dmd2_dit")
+    assert_like(desk, name, reference)
+
+
+def test_a_role_on_a_shared_backbone_saves_its_adapters_and_nothing_else(desk: Desk) -> None:
+    for layout in ("one", "ddp", "fsdp"):
+        saved = [name for name in desk.tensors(f"{layout}_dmd2_lora") if ".optim." not in name]
+        own = {name.split(".", 2)[2] for name in saved}
+        assert {name.split(".lora_")[0] for name in own if ".lora_" in name} >= {"blocks.0.qkv", "blocks.1.mlp.2"}
+        assert {name for name in own if ".lora_" not in name} == {"enter.weight", "enter.bias"}
 
 
 def test_weights_that_nothing_depends_on_stay_in_every_layout(desk: Desk) -> None:
