@@ -25,9 +25,10 @@ from fewstep.config import kind
 from fewstep.diffusion import Denoiser, Path, Prediction, Rng, StudentSampler, guided, on_path, times
 from fewstep.diffusion.path import AnyPath, spread
 from fewstep.diffusion.prediction import Kind
-from fewstep.diffusion.rollout import Renoise, rollout, start
+from fewstep.diffusion.rollout import Renoise
 from fewstep.methods.contract import Nets, Reduction, Terms, Turn, free_mask, reduced
 from fewstep.methods.gan import Gan
+from fewstep.methods.student import check_times, generate
 
 
 @kind("dmd2", group="method")
@@ -95,23 +96,17 @@ class DMD2:
     # --- the student's sample -----------------------------------------------------------------------------------------
 
     def _generate(self, student: Denoiser, batch: Batch, rng: Rng, with_grad: bool) -> Tensor:
-        """The student's own x0 after some of its calls, from pure noise; given frames carry no gradient."""
-        assert batch.x0 is not None
-        if self._sees_data:
-            t = times.Listed(self.t_list).draw(rng, student.path).to(batch.x0.device)
-            with torch.set_grad_enabled(with_grad):
-                x_t = student.path.add_noise(batch.x0, rng.normal_like(batch.x0), t)
-                sample = student(x_t, t, batch.cond).x0
-        else:
-            num_calls = len(self.t_list) if self.exit_step == "last" else 1 + rng.shared.integer(len(self.t_list))
-            noise = batch.noise if self._starts_from_pairs else rng.normal_like(batch.x0)
-            assert noise is not None
-            x = start(student.path, noise, self.t_list[0])
-            sample = rollout(
-                student, x, self.t_list, batch.cond, renoise=self.renoise, rng=rng, num_calls=num_calls, with_grad=with_grad
-            ).x0
-        mask = free_mask(batch.cond, sample)
-        return sample if mask is None or not with_grad else torch.where(mask.bool(), sample, sample.detach())
+        return generate(
+            student,
+            batch,
+            rng,
+            self.t_list,
+            renoise=self.renoise,
+            exit_step=self.exit_step,
+            student_input=self.student_input,
+            from_pairs=self._starts_from_pairs,
+            with_grad=with_grad,
+        )
 
     # --- the student's turn -------------------------------------------------------------------------------------------
 
@@ -222,8 +217,7 @@ class DMD2:
         yield scaled(gan.head_terms(nets.head, teacher, fake, batch.x0, eps, t, law, path, batch.cond, rng), share)
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        if not self.t_list or list(self.t_list) != sorted(set(self.t_list), reverse=True) or min(self.t_list) <= 0:
-            yield "t_list", f"must descend and stay above 0 (the final 0 is left out), but is {list(self.t_list)}"
+        yield from check_times(self.t_list)
         if self.student_update_freq < 1:
             yield "student_update_freq", f"must be at least 1 (1: every turn is the student's), not {self.student_update_freq}"
         elif self.student_update_freq == 1:

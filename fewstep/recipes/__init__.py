@@ -2,4 +2,5 @@
 
 from fewstep.data import folder as folder
 from fewstep.recipes import analytic as analytic
+from fewstep.recipes import analytic_matching as analytic_matching
 from fewstep.recipes import toyworld as toyworld

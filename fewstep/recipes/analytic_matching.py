@@ -1,0 +1,119 @@
+"""DMD2 with its GAN, and its relatives, on the mixture of eight Gaussians: recipes with a known answer.
+
+All start from the flow-matching model of `analytic_finetune` and are scored by the energy distance to the data (squared form,
+unbiased), as in analytic.py. The analytic teacher has no features: a head reads the critic's, or (LADD) those of that model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fewstep.config import recipe
+from fewstep.diffusion.times import Shifted
+from fewstep.inference.synthetic import MixtureSamples
+from fewstep.methods import LADD, FDistill, Gan, PhasedDMD, RewardDMD, SiD
+from fewstep.methods.reward import Toward
+from fewstep.networks.experts import ExpertsSpec
+from fewstep.networks.heads import MultiscaleSpec
+from fewstep.networks.roles import Full, Networks
+from fewstep.recipes.analytic import MIXTURE, PRETRAINED, STUDENT, analytic_dmd2, analytic_dmd2_onestep, analytic_finetune
+from fewstep.training.health import Health
+from fewstep.training.optim import Optim
+from fewstep.training.run import Run
+
+HEAD = MultiscaleSpec(taps=(0, 1, 2), channels=STUDENT.width, hidden=64)
+
+# A teacher that is wrong: drawn in, too wide, and with all modes alike.
+BIASED = replace(
+    MIXTURE,
+    means=tuple((round(0.85 * x + 0.1, 4), round(0.85 * y, 4)) for x, y in MIXTURE.means),
+    stds=tuple(round(1.5 * std, 4) for std in MIXTURE.stds),
+    weights=(1.0,) * 8,
+)
+
+
+def _named(run: Run, name: str, *after: str) -> Run:
+    return replace(run, job=replace(run.job, name=name, after=after or ("analytic_finetune",)))
+
+
+@recipe("analytic_biased")
+def analytic_biased() -> Run:
+    """Flow matching on samples of a biased teacher: what a student of it starts from. Scored against the true data."""
+    return _named(replace(analytic_finetune(), data=MixtureSamples(BIASED)), "analytic_biased", "analytic_finetune")
+
+
+@recipe("analytic_dmd2_biased")
+def analytic_dmd2_biased() -> Run:
+    """Four-step DMD2 against a biased teacher, no GAN: it learns the bias."""
+    run, start = analytic_dmd2(), "analytic/basic/analytic_biased@latest:student.ema"
+    networks = Networks(teacher=BIASED, student=Full(STUDENT, init=start), critic=Full(STUDENT, init=start))
+    return _named(replace(run, networks=networks, health=Health()), "analytic_dmd2_biased", "analytic_biased")
+
+
+@recipe("analytic_dmd2_gan")
+def analytic_dmd2_gan() -> Run:
+    """The same with the GAN on, which sees the true data: the student ends nearer to them than its teacher is."""
+    run = analytic_dmd2_biased()
+    return replace(
+        _named(run, "analytic_dmd2_gan", "analytic_biased"),
+        method=replace(run.method, gan=Gan(weight=1.0, features="critic", real_noise="own", r1_weight=1.0, r1_std=0.05)),  # type: ignore[arg-type]
+        networks=replace(run.networks, head=HEAD),
+    )
+
+
+@recipe("analytic_f_distill")
+def analytic_f_distill() -> Run:
+    """Four-step f-distill (Jensen-Shannon) against the exact teacher."""
+    run = analytic_dmd2()
+    return replace(
+        _named(run, "analytic_f_distill"),
+        method=FDistill(times=Shifted(shift=2.0), student_update_freq=2, gan=Gan(weight=1e-2, features="critic")),
+        networks=replace(run.networks, head=HEAD),
+    )
+
+
+@recipe("analytic_ladd")
+def analytic_ladd() -> Run:
+    """Four-step LADD: the features are those of the flow-matching model, the samples to be told apart are data."""
+    run = analytic_dmd2()
+    return replace(
+        _named(run, "analytic_ladd"),
+        method=LADD(times=Shifted(shift=2.0), gan=Gan(weight=1.0, r1_weight=1.0, r1_std=0.05)),
+        networks=Networks(teacher=STUDENT, teacher_init=PRETRAINED, student=Full(STUDENT, init=PRETRAINED), head=HEAD),
+        critic_optim=None,
+        head_optim=Optim(lr=1e-3, betas=(0.0, 0.99)),
+        optim=Optim(lr=2e-4, schedule="cosine", betas=(0.0, 0.99)),
+        health=Health(),
+    )
+
+
+@recipe("analytic_sid")
+def analytic_sid() -> Run:
+    """One-step SiD against the exact teacher."""
+    return replace(
+        _named(analytic_dmd2_onestep(), "analytic_sid"),
+        method=SiD(t_list=(1.0,), times=Shifted(shift=2.0), student_update_freq=2),
+    )
+
+
+@recipe("analytic_phased")
+def analytic_phased() -> Run:
+    """Two phases, an expert each, against the exact teacher."""
+    run = analytic_dmd2()
+    return replace(
+        _named(run, "analytic_phased"),
+        method=PhasedDMD(t_list=(1.0, 0.75), times=Shifted(shift=2.0), student_update_freq=3, steps_per_phase=2000),
+        networks=replace(run.networks, student=Full(ExpertsSpec(STUDENT, STUDENT, 0.9), init="random")),
+        health=Health(),
+    )
+
+
+@recipe("analytic_reward")
+def analytic_reward() -> Run:
+    """Four-step DMD2, weighted towards the right: a student that can be all the teacher is ends at the teacher still."""
+    return replace(
+        _named(analytic_dmd2(), "analytic_reward"),
+        method=RewardDMD(
+            times=Shifted(shift=2.0), student_update_freq=2, reward=Toward(direction=(1.0, 0.0)), beta=1.0, max_weight=5.0
+        ),
+    )
