@@ -199,6 +199,23 @@ def prepare_text(
     print(text(folder, encoder, prompt, negative, into, form, max_tokens, device))
 
 
+@prepare.command(name="controls")
+def prepare_controls(
+    folder: Annotated[Path, typer.Argument(help="The data set: of DIR/videos/*.mp4.", metavar="DIR")],
+    type_: Annotated[str, typer.Option("--type", help="edge, vis, depth, seg or keypoint.")],
+    preset: Annotated[str, typer.Option(help="Of edge and vis: none, very_low ... very_high, or random.")] = "medium",
+    model: Annotated[str | None, typer.Option(help="For depth: folder or hub id of a Depth-Anything model.")] = None,
+    files: Annotated[Path | None, typer.Option("--from", help="A folder with a file for each clip: docs/prepare.md.")] = None,
+    metric: Annotated[bool, typer.Option(help="Depth in --from is in metres, not inverse.")] = False,
+    quality: Annotated[str | None, typer.Option(help="Of mp4: lossless, or crf 0..51; by size if not given.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")] = None,
+) -> None:
+    """Make control signals, once: edge, vis and depth videos, seg and keypoint pickles."""
+    from fewstep.prepare.commands import controls
+
+    print(controls(folder, type_, preset, model, files, metric, quality, device))
+
+
 @prepare.command(name="latents")
 def prepare_latents(
     folder: Annotated[Path, typer.Argument(help="The data set: DIR/videos/*.mp4 are encoded.", metavar="DIR")],
@@ -220,6 +237,29 @@ def prepare_latents(
     windows = {"sequence_interval": sequence_interval, "start_frame_interval": start_frame_interval}
     sizes = {"num_frames": num_frames, "video_size": size, "resize": resize}
     print(latents(folder, codec, control, dtype, device, {"scale": scale, "tile": tile}, **sizes, **windows))
+
+
+check_app = typer.Typer(no_args_is_help=True, help="Look at what a run will be spent on, before it is.")
+app.add_typer(check_app, name="check")
+
+
+@check_app.command(name="data", context_settings=FREE)
+def check_data(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="The data set.", metavar="DIR")],
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output and nothing else.")] = False,
+    page: Annotated[Path | None, typer.Option("--html", help="Write a contact sheet here: one file.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Samples read at once; as many as there are cores.")] = None,
+) -> None:
+    """Read a whole data set once and say what is in it: fewstep check data DIR [--html sheet.html] [num_frames=17 ...].
+
+    Settings of the run it is meant for are checked too. Exit status 0: it can be trained on.
+    """
+    from fewstep.prepare.check import data
+
+    text, is_trainable = data(folder, context.args, as_json=as_json, page=page, num_threads=threads)
+    print(text)
+    raise typer.Exit(0 if is_trainable else 1)
 
 
 @app.command()

@@ -6,14 +6,17 @@
     seg       masks of objects       seg/STEM.pickle, painted in flat colours
     keypoint  skeletons              keypoint/STEM.pickle, drawn on black
 
-The numbers of `edge` and `vis` are those with which Cosmos-Transfer1 was trained and is evaluated.
+The numbers of `edge` and `vis` are those with which Cosmos-Transfer1 is evaluated (the presets) and was trained ("random":
+drawn anew for each clip, from a seed that belongs to it, so that the same clip always has the same signal).
 """
 
 from __future__ import annotations
 
 import colorsys
+import hashlib
+import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
@@ -25,6 +28,7 @@ from fewstep.data import keypoints, masks, video
 
 Pixels = NDArray[np.uint8]  # T H W 3
 Strength = Literal["none", "very_low", "low", "medium", "high", "very_high"]
+Preset = Strength | Literal["random"]
 
 
 # Lower and upper threshold of Canny.
@@ -45,6 +49,10 @@ BLUR: dict[Strength, tuple[int, tuple[int, int, int], int]] = {
     "high": (1, (50, 300, 150), 16),
     "very_high": (4, (50, 300, 150), 16),
 }
+# What training draws from: the chance of a bilateral filter, a Gaussian, or the one and then the other. Ranges end before
+# their last number, as numpy's do.
+BLUR_CHANCES = {("bilateral",): 0.5, ("gaussian",): 0.3, ("bilateral", "gaussian"): 0.2}
+_LARGEST_FACTOR = 17
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,19 @@ class Span:
         return range(self.start, self.start + self.count * self.stride, self.stride)
 
 
+@dataclass(frozen=True)
+class Blur:
+    """One blur, in numbers: shrink, filter, enlarge; then down and up again."""
+
+    shrink: int  # the size while it is filtered is 1 / shrink
+    bilateral: tuple[int, int, int] | None  # diameter in px, sigma of colour, sigma of space
+    gaussian: tuple[int, float] | None  # width of the kernel, odd, and sigma, in px
+    factor: int  # of down and up
+    passes: int = 1  # of the bilateral filter
+
+
 class Control(Protocol):
-    """A control reads its own files. One that can be made from the frames themselves has `__call__(frames) -> frames` too."""
+    """A control reads its own files. One that can be made from the frames themselves has `__call__(frames, seed=0)` too."""
 
     folder: ClassVar[str]  # beside videos/, and its key in Condition.control
     suffix: ClassVar[str]  # of its files
@@ -82,12 +101,20 @@ class Edge:
     folder: ClassVar[str] = "edge"
     suffix: ClassVar[str] = ".mp4"
 
-    preset: Strength = "medium"  # see CANNY; higher shows fewer edges
+    preset: Preset = "medium"  # see CANNY; higher shows fewer edges
 
-    def __call__(self, frames: Pixels) -> Pixels:
+    def thresholds(self, seed: int = 0) -> tuple[int, int]:
+        """Lower and upper threshold; `seed` matters for random ones alone."""
+        if self.preset != "random":
+            return CANNY[self.preset]
+        rng = np.random.default_rng(seed)
+        lower = int(rng.integers(20, 100))
+        return lower, min(255, lower + int(rng.integers(50, 150)))
+
+    def __call__(self, frames: Pixels, seed: int = 0) -> Pixels:
         import cv2
 
-        lower, upper = CANNY[self.preset]
+        lower, upper = self.thresholds(seed)
 
         def edges(picture: Pixels) -> Pixels:
             return np.repeat(_pixels(cv2.Canny(picture, lower, upper))[..., None], 3, axis=-1)
@@ -101,27 +128,49 @@ class Edge:
 @kind("vis", group="control")
 @dataclass(frozen=True)
 class Vis:
-    """A blur of each frame: bilateral, then down and up again, so that only layout and colour remain."""
+    """A blur of each frame: a filter, then down and up again, so that only layout and colour remain."""
 
     folder: ClassVar[str] = "vis"
     suffix: ClassVar[str] = ".mp4"
 
-    preset: Strength = "medium"  # see BLUR
+    preset: Preset = "medium"  # see BLUR; random: see BLUR_CHANCES
 
-    def __call__(self, frames: Pixels) -> Pixels:
+    def blur(self, seed: int = 0) -> Blur:
+        """The numbers of the blur; `seed` matters for random ones alone."""
+        if self.preset != "random":
+            shrink, bilateral, factor = BLUR[self.preset]
+            return Blur(shrink, bilateral, None, factor)
+        rng = np.random.default_rng(seed)
+        chosen = list(BLUR_CHANCES)[int(rng.choice(len(BLUR_CHANCES), p=list(BLUR_CHANCES.values())))]
+        drawn = Blur(int(rng.integers(1, 5)), None, None, int(rng.integers(4, _LARGEST_FACTOR + 1)))
+        if "bilateral" in chosen:
+            diameter, colour, space, passes = (int(rng.integers(*r)) for r in ((15, 50), (100, 300), (50, 150), (1, 4)))
+            drawn = replace(drawn, bilateral=(diameter, colour, space), passes=passes)
+        if "gaussian" in chosen:
+            drawn = replace(drawn, gaussian=(int(rng.integers(21, 30)) // 2 * 2 + 1, float(rng.uniform(10.5, 14.5))))
+        return drawn
+
+    def __call__(self, frames: Pixels, seed: int = 0) -> Pixels:
         import cv2
 
-        small, bilateral, factor = BLUR[self.preset]
+        wanted = self.blur(seed)
+        # The same answer for every clip of a data set, whatever is drawn for it.
+        smallest = _LARGEST_FACTOR if self.preset == "random" else max(wanted.shrink, wanted.factor)
 
         def blur(picture: Pixels) -> Pixels:
             height, width = picture.shape[:2]
-            if min(height, width) < max(small, factor):
+            if min(height, width) < smallest:
                 raise ValueError(
                     f"vis: frames of {height} x {width} are too small for the preset {self.preset!r}: use a lower one"
                 )
-            picture = _resized(picture, (height // small, width // small), cv2.INTER_AREA)
-            picture = _pixels(cv2.bilateralFilter(picture, *bilateral))
-            return _down_up(_resized(picture, (height, width), cv2.INTER_LINEAR), factor)
+            picture = _resized(picture, (height // wanted.shrink, width // wanted.shrink), cv2.INTER_AREA)
+            for _ in range(wanted.passes if wanted.bilateral else 0):
+                assert wanted.bilateral is not None
+                picture = _pixels(cv2.bilateralFilter(picture, *wanted.bilateral))
+            if wanted.gaussian:
+                width_px, sigma = wanted.gaussian
+                picture = _pixels(cv2.GaussianBlur(picture, (width_px, width_px), sigma))
+            return _down_up(_resized(picture, (height, width), cv2.INTER_LINEAR), wanted.factor)
 
         return _within_720(frames, blur)
 
@@ -171,6 +220,19 @@ class Keypoint:
 
     def read(self, path: Path, span: Span, size: video.Size) -> Pixels:
         return keypoints.draw(keypoints.read(path, span.places), *size)
+
+
+def seed_of(stem: str, start: int = 0) -> int:
+    """The seed of a clip's own draws, the same on every machine, rank and run."""
+    return int.from_bytes(hashlib.sha256(f"{stem}@{start}".encode()).digest()[:8], "big")
+
+
+def made_of(control: Control, frames: Pixels, seed: int) -> Pixels:
+    """The signal of `frames`, for controls that can be made from them."""
+    make: Any = control  # Control does not promise __call__
+    if "seed" in inspect.signature(make).parameters:  # one of the user's own may draw nothing
+        return make(frames, seed)
+    return make(frames)
 
 
 def paint(found: Sequence[masks.Mask], places: Sequence[int], max_objects: int = 100) -> Pixels:

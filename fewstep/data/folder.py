@@ -26,7 +26,7 @@ from torch import Tensor
 from fewstep.batch import Batch, Condition
 from fewstep.config import kind
 from fewstep.data import cache, layout, parts, video
-from fewstep.data.controls import AnyControl, Pixels, Span
+from fewstep.data.controls import AnyControl, Pixels, Span, made_of, seed_of
 from fewstep.data.layout import Layout, Part, some
 from fewstep.data.packs import Packs, has_packs, open_packs
 
@@ -241,8 +241,7 @@ class FolderData:
                 )
             return latents
         if spec.control_from == "video":
-            make: Any = spec.control  # Control does not promise __call__; `problems` and `_samples` see to it
-            return _tensor(make(x0.numpy()))
+            return _tensor(made_of(spec.control, x0.numpy(), seed_of(sample.stem, sample.span.start)))
         assert sample.header is not None, sample
         size, cut = _fit(sample.header.size, spec)
         path = sample.files[spec.control.folder]

@@ -1,4 +1,4 @@
-"""What the verbs `fewstep prepare text` and `latents` do: open, work, and tell it in one line."""
+"""What the verbs `fewstep prepare text`, `latents` and `controls` do: open, work, and tell it in one line."""
 
 from __future__ import annotations
 
@@ -49,6 +49,42 @@ def latents(
     told = latents_.write(data, open_codec(codec, device=place, **opening), dtype=cast(latents_.Half, dtype), device=place)
     dropped = f", {told.dropped} of clips that changed or are gone dropped" if told.dropped else ""
     return f"{folder}: {told.num} latents, {told.made} of them new{dropped}"
+
+
+def controls(
+    folder: Path,
+    type: str,
+    preset: str,
+    model: str | None,
+    files: Path | None,
+    metric: bool,
+    quality: str | None,
+    device: str | None,
+) -> str:
+    from fewstep.prepare import controls as controls_
+
+    _refuse_unknown("--type", type, get_args(controls_.Type))
+    best = _quality(quality)
+    if files is not None:
+        maker: controls_.Maker = controls_.OfFiles(cast(controls_.Type, type), files, metric, best)
+    elif type == "edge" or type == "vis":
+        maker = controls_.OfFrames(type, cast(Any, preset), best)
+    elif type == "depth" and model is not None:
+        maker = controls_.OfDepthModel(model, device or _best_device(), quality=best)
+    else:
+        ways = {"depth": "--model with a Depth-Anything model of transformers, or --from", "keypoint": "--from"}
+        raise ValueError(f"--type {type} needs {ways.get(type, '--from')} with a folder of files, one for each clip")
+    told = controls_.write(folder, maker)
+    kept = f", {told.kept} that were there before are left as they are" if told.kept else ""
+    return f"{folder / type}: {told.num} clips, {told.made} of them new{kept}"
+
+
+def _quality(text: str | None) -> Any:  # crf, "lossless" or None
+    if text is None or text == "lossless":
+        return text
+    if not text.isdigit() or int(text) > 51:
+        raise ValueError(f"--quality is lossless, or a crf from 0 (best) to 51, not {text!r}")
+    return int(text)
 
 
 def _refuse_unknown(option: str, value: str, known: tuple[str, ...]) -> None:

@@ -113,7 +113,7 @@ def _write_part(
             assert tuple(made.shape) == shape, (made.shape, shape)
             return made.to("cpu", getattr(torch, dtype))
 
-        everything = tracked(_ahead(pixels, range(len(labels)), ahead), len(labels), f"encoding {part}")
+        everything = tracked(ahead_of(pixels, range(len(labels)), ahead), len(labels), f"encoding {part}")
         for label, frames in zip(labels, everything, strict=True):
             if isinstance(frames, ValueError):
                 failed.append(str(frames))
@@ -175,7 +175,7 @@ def _refuse_full_disk(root: Path, num: int, shape: Sequence[int]) -> None:
         raise ValueError(f"{root}: {num} latents of {tuple(shape)} need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
 
 
-def _ahead(do: Callable[[_Item], _Answer], items: Iterable[_Item], num: int) -> Iterator[_Answer]:
+def ahead_of(do: Callable[[_Item], _Answer], items: Iterable[_Item], num: int) -> Iterator[_Answer]:
     """The answers in order, `num` of them worked on while one is used."""
     if num < 1:
         yield from map(do, items)
