@@ -150,6 +150,7 @@ class VP(_Affine):
     beta_end: float | None = None  # None: 0.02 for linear, 0.012 for scaled_linear; the cosine table has no betas to choose
     num_steps: int = 1000
     zero_terminal_snr: bool = False  # CogVideoX; Lin et al. 2023, arXiv:2305.08891, algorithm 1
+    snr_shift: float = 1.0  # divides the signal-to-noise ratio before its end is set to zero: CogVideoX 2B 3, 5B 1
 
     @property
     def t_max(self) -> float:
@@ -161,7 +162,7 @@ class VP(_Affine):
         usual = (0.0001, 0.02) if self.schedule == "linear" else (0.00085, 0.012)
         start = usual[0] if self.beta_start is None else self.beta_start
         end = usual[1] if self.beta_end is None else self.beta_end
-        return _angles(self.schedule, start, end, self.num_steps, self.zero_terminal_snr)
+        return _angles(self.schedule, start, end, self.num_steps, self.zero_terminal_snr, self.snr_shift)
 
     def coefficients(self, t: Tensor) -> Coefficients:
         t, angles = t.double(), self.angles.to(t.device)
@@ -182,7 +183,9 @@ class VP(_Affine):
 
 
 @lru_cache
-def _angles(schedule: str, beta_start: float, beta_end: float, num_steps: int, zero_terminal_snr: bool) -> Tensor:
+def _angles(
+    schedule: str, beta_start: float, beta_end: float, num_steps: int, zero_terminal_snr: bool, snr_shift: float
+) -> Tensor:
     """phi = acos(sqrt(alpha-bar)) at t = 0, 1/N, .. 1."""
     if schedule == "cosine":  # Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17, betas clipped at 0.999
         edge = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
@@ -193,6 +196,7 @@ def _angles(schedule: str, beta_start: float, beta_end: float, num_steps: int, z
     else:
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=torch.float64) ** 2
     a = torch.cumprod(1 - betas, 0).sqrt()
+    a = a / torch.sqrt(snr_shift + (1 - snr_shift) * a**2)
     if zero_terminal_snr:
         a = (a - a[-1]) * a[0] / (a[0] - a[-1])
     return torch.cat([torch.zeros(1, dtype=torch.float64), torch.acos(a)])

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.batch import Condition
+from fewstep.diffusion import Path, Prediction
+from fewstep.diffusion.prediction import coefficients_for
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -75,6 +77,27 @@ def as_picture(x: Tensor, t: Tensor, network: str) -> tuple[Tensor, Tensor]:
     raise ValueError(
         f"{network} makes pictures, B C H W or B C 1 H W, but was given {tuple(x.shape)} at times {tuple(t.shape)}"
     )
+
+
+def one_time(t: Tensor, network: str) -> Tensor:
+    """t as (B,), for networks that are told one time for a whole clip."""
+    if t.ndim == 1:
+        return t
+    if bool((t != t[:, :1]).any()):
+        raise ValueError(f"{network} is told one time for the whole clip, so its frames cannot carry noise levels of their own")
+    return t[:, 0]
+
+
+def of_v(v: Tensor, x_t: Tensor, t: Tensor, path: Path, features: tuple[Tensor, ...] = ()) -> Prediction:
+    """The prediction whose v = a eps - s x0 (Salimans & Ho 2022, arXiv:2202.00512) is `v`, on a path with a^2 + s^2 = 1: there
+    the velocity is v times the speed at which the angle grows, at both ends too."""
+    _, _, da, ds = coefficients_for(path, t, x_t)
+    return Prediction(x_t, t, path, torch.hypot(da, ds) * v, features)
+
+
+def table_index(t: Tensor, num_steps: int = 1000) -> Tensor:
+    """What a network taught on a DDPM table is told at time t of VP: entry i stands at t = (i + 1) / num_steps. float32."""
+    return (num_steps * t.double() - 1).clamp(min=0).float()
 
 
 def refuse_given(cond: Condition, network: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.networks import experts, wan
+from fewstep.networks import cogvideox, experts, unet, wan
 
 EXACT = {
     "Wan 2.1 T2V 1.3B": (wan.T2V_1_3B, 1_418_996_800),
@@ -17,10 +17,17 @@ EXACT = {
     "Wan 2.2 TI2V 5B": (wan.TI2V_5B, 4_999_787_712),
     "Wan 2.2 T2V A14B": (experts.A14B, 2 * 14_288_491_584),
     "Wan 2.2 I2V A14B": (experts.I2V_A14B, 2 * 14_288_901_184),
+    "SDXL": (unet.SDXL, 2_567_463_684),
+    "Stable Diffusion 1.5": (unet.SD_1_5, 859_520_964),
+    "Stable Diffusion 2.1": (unet.SD_2_1, 865_910_724),
+    "CogVideoX 5B": (cogvideox.COGVIDEOX_5B, 5_570_283_072),
 }
 ROUNDED = {
     "Wan 2.1 I2V 14B": (wan.I2V_14B, 16.4),
     "Wan 2.1 FLF2V 14B": (wan.FLF2V_14B, 16.4),
+    "CogVideoX 2B": (cogvideox.COGVIDEOX_2B, 1.7),
+    "CogVideoX 1.5 5B": (cogvideox.COGVIDEOX_1_5_5B, 5.6),
+    "CogVideoX 5B I2V": (cogvideox.COGVIDEOX_5B_I2V, 5.6),
 }
 
 
