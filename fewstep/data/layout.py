@@ -3,6 +3,7 @@
 Flat, as Cosmos-Transfer1 and Cosmos-Predict1 have it: files of one sample share their stem.
 
     DIR/videos/STEM.mp4                the clips
+    DIR/images/STEM.png                or pictures, each a clip of one frame (.jpg, .webp too; ours)
     DIR/metas/STEM.txt                 their captions
     DIR/t5_xxl/STEM.pickle             the captions, embedded
     DIR/noise/STEM.pickle              what a teacher made the clip from
@@ -25,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fewstep.data.video import PICTURES
+
 _ARRAYS = (".safetensors", ".pickle", ".pth", ".npy")
 
 
@@ -38,6 +41,7 @@ class Part:
 
 
 VIDEOS = Part("videos", (".mp4",), ("video",))
+IMAGES = Part("images", PICTURES, ("image",))
 CAPTIONS = Part("metas", (".txt",), ("prompt",))
 NOISE = Part("noise", (".pickle", ".safetensors", ".npy", ".pth"), ("noise",))
 PATH = Part("path", _ARRAYS, ("path",))
@@ -51,7 +55,7 @@ def text(folder: str) -> Part:
 
 def control(folder: str, suffix: str) -> Part:
     """A control signal as its maker left it."""
-    return Part(folder, (suffix,), (folder,))
+    return Part(folder, (suffix, *PICTURES) if suffix == ".mp4" else (suffix,), (folder,))
 
 
 def control_latents(folder: str) -> Part:
@@ -73,15 +77,25 @@ class Layout:
         if not path.is_dir():
             raise ValueError(f"{path}: no such folder. Set data.dataset_dir to the folder that holds {VIDEOS.folder}/")
         folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
-        if VIDEOS.folder in folders or LATENTS.folder in folders:
+        if {VIDEOS.folder, IMAGES.folder, LATENTS.folder} & set(folders):
             return cls(path, "flat")
         per_sample = cls(path, "per_sample")
-        if any(per_sample.files(part) for part in (LATENTS, PATH, VIDEOS)):
+        if any(per_sample.files(part) for part in (LATENTS, PATH, VIDEOS, IMAGES)):
             return per_sample
         raise ValueError(
-            f"{path}: no data set. It has neither {VIDEOS.folder}/ nor {LATENTS.folder}/, nor a folder for each sample with "
-            f"latent.* or path.*; it holds {some(folders) if folders else 'no folders'}"
+            f"{path}: no data set. It has neither {VIDEOS.folder}/, {IMAGES.folder}/ nor {LATENTS.folder}/, nor a folder for "
+            f"each sample with latent.* or path.*; it holds {some(folders) if folders else 'no folders'}"
         )
+
+    def pixels(self) -> Part:
+        """Where the pixels are: videos, or pictures; refuses both in one folder."""
+        videos, pictures = self.files(VIDEOS), self.files(IMAGES)
+        if videos and pictures:
+            raise ValueError(
+                f"{self.root}: has {self.named(VIDEOS)} and {self.named(IMAGES)}. Put them in a folder each, and train on both "
+                "with data=mix"
+            )
+        return IMAGES if pictures else VIDEOS
 
     def files(self, part: Part) -> dict[str, Path]:
         """The files of a part by stem, in the order of the stems; refuses two files for one stem."""

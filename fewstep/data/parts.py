@@ -61,13 +61,23 @@ def refuse_foreign_noise(path: Path, noise: Tensor, *, latents: Tensor | None = 
         )
 
 
-def states(path: Path, told_times: tuple[float, ...] = ()) -> tuple[Tensor, Tensor]:
-    """States K C T H W in float32 and their times (K,), from the file or, if it has none, as told."""
+def array(path: Path) -> Tensor:
+    """The array of a file of latents or text, whatever it is called there."""
+    return arrays.read_one(path, "latents")
+
+
+def states(path: Path, told_times: tuple[float, ...] = (), *, unknown_times: bool = False) -> tuple[Tensor, Tensor]:
+    """States K C T H W in float32 and their times (K,), from the file or, if it has none, as told.
+
+    With `unknown_times`, a file that does not say gets evenly spaced ones: for a look at the states alone.
+    """
     found = arrays.read(path)
     value = found.get("path", next(iter(found.values())) if len(found) == 1 else None)
     if value is None:
         raise ValueError(f"{path}: holds {', '.join(sorted(found)) or 'nothing'}, but no 'path'")
     value = _checked(path, value, 5, "K, C, T, H, W").float()
+    if unknown_times and "path_times" not in found:
+        told_times = tuple(1 - n / len(value) for n in range(len(value)))
     times, told = found.get("path_times"), torch.tensor(told_times)
     if times is None and not told_times:
         raise ValueError(

@@ -3,7 +3,10 @@
     write("clip.mp4", frames, fps=24)                      # H.264, yuv420p: plays everywhere
     write("clip.mp4", frames, fps=16, quality="lossless")  # H.264 in RGB: every pixel comes back as it was
     read("clip.mp4", start=8, count=17, stride=2)          # decodes from the last key frame before 8 to the last one wanted
+    stream("clip.mp4")                                     # frame by frame: a long clip never stands in memory
     probe("clip.mp4")                                      # frames, fps, size, from the header alone
+
+A picture (.png, .jpg, .webp) is read as a clip of one frame, whose rate is 0: it has none.
 
 At 32 x 32 the halved chroma of yuv420p costs more than any compression: 31 dB at crf 18 and 32 dB at crf 0, against an
 exact copy in RGB for 2.6 times the bytes. So the toy world is written lossless, and clips of real size are not.
@@ -14,6 +17,7 @@ A damaged file is refused, never repaired: frames that ffmpeg would make up are 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,12 +34,15 @@ if TYPE_CHECKING:
     from av import VideoFrame
     from av.container import InputContainer
     from av.video.stream import VideoStream
+    from PIL.Image import Image
 
 Quality = int | Literal["lossless"]  # crf, 0 (best) to 51; or every pixel as it is
 Size = tuple[int, int]  # height, width
 
 _MANY_PIXELS = 256 * 256  # below, starting threads costs more than they save
 _SEEK_OVER = 8  # frames; decoding fewer is quicker than seeking
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+_MAX_SIDE = 16384  # px; H.264 ends there, and a header that claims more would be believed before anything is decoded
 _SMPTE170M, _LIMITED = 6, 1  # ffmpeg's numbers of BT.601 and of the range 16..235, which its RGB conversion uses by default
 
 
@@ -91,6 +98,9 @@ def write(path: str | os.PathLike[str], frames: NDArray[np.uint8], fps: float, q
 
 def probe(path: str | os.PathLike[str]) -> Header:
     """Frames, fps and size, without decoding: 0.3 ms. Refuses what `read` would: no video, cut off, no fixed rate."""
+    if is_picture(path):
+        with _picture(Path(path)) as picture:
+            return Header(1, 0.0, picture.height, picture.width)
     with _opened(Path(path)) as (_, stream):
         return _header(Path(path), stream)
 
@@ -106,6 +116,11 @@ def read(
     path = Path(path)
     if start < 0 or stride < 1 or (count is not None and count < 1):
         raise ValueError(f"{path}: start {start}, count {count}, stride {stride}: none may be negative, count and stride not 0")
+    if is_picture(path):
+        if start or (count or 1) > 1:
+            raise ValueError(f"{path}: is one picture, but frame {start + ((count or 1) - 1) * stride} is wanted")
+        with _picture(path) as picture:
+            return Frames(_pixels_of(picture, size)[None], 0.0)
     with _opened(path) as (container, stream):
         header = _header(path, stream)
         if count is None:
@@ -126,10 +141,28 @@ def read(
                 num += 1
             if num == count:
                 return Frames(out, header.fps / stride)
-    raise ValueError(
-        f"{path}: damaged, its header tells of {header.num_frames} frames, but only {num} of {count} wanted could be decoded. "
-        "Write or download it again"
-    )
+    raise _damaged(path, header, num, count)
+
+
+def stream(path: str | os.PathLike[str], size: Size | None = None) -> Iterator[NDArray[np.uint8]]:
+    """Every frame (H, W, 3), one at a time; refuses what `read` refuses, when it comes to it."""
+    path = Path(path)
+    if is_picture(path):
+        yield from read(path, size=size).frames
+        return
+    with _opened(path) as (container, stream):
+        header, num = _header(path, stream), 0
+        height, width = size or header.size
+        convert = _converter(width, height)
+        for _, frame in _decoded(path, container, stream, header, 0):
+            yield convert(frame)
+            num += 1
+    if num != header.num_frames:
+        raise _damaged(path, header, num, header.num_frames)
+
+
+def is_picture(path: str | os.PathLike[str]) -> bool:
+    return Path(path).suffix.lower() in PICTURES
 
 
 # ---- parts of the above --------------------------------------------------------------------------------------------
@@ -163,6 +196,7 @@ def _header(path: Path, stream: VideoStream) -> Header:
     entries = [(e.timestamp, e.pos + e.size) for e in stream.index_entries if not e.is_discard]
     if not entries:
         raise ValueError(f"{path}: its video has no frames, or no index. Write it again as a plain mp4 with frames in it")
+    _refuse_size(path, stream.height, stream.width)
     num_bytes = path.stat().st_size
     whole = sum(end <= num_bytes for _, end in entries)
     if whole < len(entries):
@@ -207,6 +241,13 @@ def _decoded(
         yield place, _sound(path, frame, place)
 
 
+def _damaged(path: Path, header: Header, num: int, wanted: int) -> ValueError:
+    return ValueError(
+        f"{path}: damaged, its header tells of {header.num_frames} frames, but only {num} of {wanted} wanted could be decoded. "
+        "Write or download it again"
+    )
+
+
 def _sound(path: Path, frame: VideoFrame, place: int) -> VideoFrame:
     if frame.is_corrupt:
         raise ValueError(f"{path}: damaged near frame {place}. Write or download it again")
@@ -223,3 +264,33 @@ def _converter(width: int, height: int) -> Callable[[VideoFrame], NDArray[Any]]:
         return shared.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
 
     return convert
+
+
+@contextmanager
+def _picture(path: Path) -> Iterator[Image]:
+    """An image whose header is read; every complaint becomes one ValueError, and so does a bomb."""
+    from PIL import Image, ImageOps
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with warnings.catch_warnings(), Image.open(path) as picture:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            _refuse_size(path, picture.height, picture.width)
+            yield ImageOps.exif_transpose(picture)
+    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{path}: not a readable picture ({str(error)[:120]}). Write or download it again") from None
+
+
+def _pixels_of(picture: Image, size: Size | None) -> NDArray[np.uint8]:
+    from PIL.Image import Resampling
+
+    colours = picture.convert("RGB")
+    if size is not None and size != (picture.height, picture.width):
+        colours = colours.resize((size[1], size[0]), Resampling.BICUBIC)
+    return np.asarray(colours)
+
+
+def _refuse_size(path: Path, height: int, width: int) -> None:
+    if not 0 < max(height, width) <= _MAX_SIDE or min(height, width) < 1:
+        raise ValueError(f"{path}: its pictures are {height} x {width}, sides must be 1 to {_MAX_SIDE}. Write it again")

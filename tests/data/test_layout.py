@@ -62,8 +62,8 @@ def test_two_files_for_one_sample_are_refused(tmp_path: Path) -> None:
 def test_what_is_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none: no such folder\. Set data\.dataset_dir"):
         Layout.open(tmp_path / "none")
-    touch(tmp_path, "images/a.png")
-    with pytest.raises(ValueError, match=r"no data set\. It has neither videos/ nor latents/.*it holds images"):
+    touch(tmp_path, "pictures/a.png")
+    with pytest.raises(ValueError, match=r"no data set\. It has neither videos/, images/ nor latents/.*it holds pictures"):
         Layout.open(tmp_path)
 
 
