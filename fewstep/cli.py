@@ -119,11 +119,16 @@ def _train_stage(name: str, wanted_by: Any) -> None:
 def export(
     run: Annotated[str, typer.Argument(help="A run folder, or RUN@ITER:ROLE.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
+    form: Annotated[str, typer.Option("--format", help="auto, diffusers, safetensors, pt-original or lora.")] = "auto",
+    base: Annotated[
+        Path | None, typer.Option(help="A pipeline's folder: its vae and text encoder complete the student.")
+    ] = None,
 ) -> None:
-    """Write the student of a run (its moving average) as safetensors, with how it is meant to be sampled."""
+    """Write the student of a run (its moving average): plain diffusers, or other forms, with a model card."""
+    from fewstep.training.export import checked_form
     from fewstep.training.export import export as write
 
-    for path in write(run, out):
+    for path in write(run, out, checked_form(form), base):
         print(path)
 
 

@@ -1,29 +1,175 @@
-"""Weights out: one safetensors file, and beside it how the student is meant to be built and sampled."""
+"""Weights out: a student as plain diffusers, as safetensors, in the original Cosmos names, or as LoRA files.
+
+    diffusers     a folder that DiffusionPipeline.from_pretrained opens with no trace of us (export_diffusers.py)
+    safetensors   student.safetensors and how it is meant to be built and sampled; for any network
+    pt-original   model.pt (and its fp32 and bf16 moving averages) in the names of the original Cosmos code
+    lora          adapters in the names of diffusers/peft and of kohya/ComfyUI
+
+Beside each lie student.json and README.md: the schedule, and the envelope that it was trained in.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
+import torch
+from torch import Tensor
+
+from fewstep.config import ConfigError, parse
+from fewstep.config.text import read_text, read_yaml_mapping
+from fewstep.inference.model import Model, _Nets, know_every_network, of_run
+from fewstep.networks.lora import Lora, as_diffusers, as_kohya
 from fewstep.networks.weights import locate, read
 from fewstep.training.checkpoint import read_progress, replace_text
+from fewstep.training.model_card import model_card
+
+Form = Literal["auto", "diffusers", "safetensors", "pt-original", "lora"]
 
 
-def export(address: str, out: Path) -> list[Path]:
-    """The files written: student.safetensors, student.json (times, renoise, path, provenance), config.yaml of the run."""
+def checked_form(name: str) -> Form:
+    """The form of this name; refuses others."""
+    if name not in get_args(Form):
+        raise ValueError(f"--format {name}: is none of {', '.join(get_args(Form))}")
+    return cast(Form, name)
+
+
+def export(address: str, out: Path, form: Form = "auto", base: Path | None = None) -> list[Path]:
+    """The files written. Complete or not there; a folder with anything else in it than an earlier export is refused.
+
+    base: a pipeline's folder; the diffusers form takes its vae, text encoder and tokenizer, which the run does not have.
+    """
+    folder, role = locate(address)
+    if base is not None and not (base / "model_index.json").is_file():
+        raise ValueError(f"--base {base}: is no folder of a diffusers pipeline, it has no model_index.json")
+    if form == "auto":
+        form = "diffusers" if _is_diffusers(folder.parent.parent) else "safetensors"
+    if base is not None and form != "diffusers":
+        raise ValueError(f"--base has no effect with --format {form}: only a diffusers folder holds a pipeline")
+    _refuse_strangers(out)
+    beside = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        _write(f"{folder}:{role}", folder, role, beside, form, base)
+        if out.exists():
+            shutil.rmtree(out)
+        beside.rename(out)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def _write(address: str, folder: Path, role: str, out: Path, form: Form, base: Path | None) -> None:
+    run = folder.parent.parent
+    if not (run / "student.json").is_file():
+        raise ValueError(f"{run}: has no student.json: its method makes nothing that is sampled, a tokenizer for instance")
+    # As the run wrote it: its method and network may live in a file of the user's, which is not needed here.
+    told: dict[str, Any] = json.loads((run / "student.json").read_text())
+    about = {"source": str(run.name), "role": role, "step": read_progress(folder).step, **told}
+    config = read_yaml_mapping(read_text(run / "config.yaml"), str(run / "config.yaml"))
+    if form == "safetensors" and not _is_lora(config):
+        _save(read(address), out / "student.safetensors", about)
+    else:
+        try:
+            model = of_run(address)
+        except ConfigError as error:
+            raise ValueError(
+                f"{run}: cannot be built here, which --format {form} needs ({error}). If its network is your own, "
+                "take --format safetensors"
+            ) from None
+        about |= {"envelope": asdict(model.envelope)}
+        if form == "safetensors":
+            _save(model.network.module.state_dict(), out / "student.safetensors", about)
+        elif form == "diffusers":
+            from fewstep.training.export_diffusers import write_folder
+
+            about = write_folder(model, about, out, base)
+        elif form == "pt-original":
+            _write_original(address, folder, role, out)
+        elif form == "lora":
+            _write_lora(address, config, out)
+    replace_text(out / "student.json", json.dumps(about, indent=1) + "\n")
+    replace_text(out / "config.yaml", (run / "config.yaml").read_text())
+    summary = run / "summary.json"
+    scores = json.loads(summary.read_text()) if summary.is_file() else {}
+    replace_text(out / "README.md", model_card(about, config, scores, form))
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, Any]) -> None:
     from safetensors.torch import save_file
 
-    folder, role = locate(address)
-    tensors = {name: tensor.contiguous() for name, tensor in read(f"{folder}:{role}").items()}
-    run_folder = folder.parent.parent
-    # As the run wrote it: its method and network may live in a file of the user's, which is not needed here.
-    sampling = json.loads((run_folder / "student.json").read_text())
-    about = {"source": str(folder), "role": role, "step": read_progress(folder).step, **sampling}
-    out.mkdir(parents=True, exist_ok=True)
-    weights = out / "student.safetensors"
-    beside = weights.with_suffix(".partial")
-    save_file(tensors, beside, metadata={"format": "pt", "fewstep": json.dumps(about)})
-    beside.replace(weights)
-    replace_text(out / "student.json", json.dumps(about, indent=1) + "\n")
-    replace_text(out / "config.yaml", (run_folder / "config.yaml").read_text())
-    return [weights, out / "student.json", out / "config.yaml"]
+    told = {"format": "pt", "fewstep": json.dumps(about)}
+    save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, path, metadata=told)
+
+
+def _write_lora(address: str, config: Mapping[str, Any], out: Path) -> None:
+    from safetensors.torch import save_file
+
+    role = parse(_Nets, {"networks": config["networks"]}).networks.student
+    if not isinstance(role, Lora):
+        raise ValueError("--format lora: this run's student is a full network; networks.student=lora trains adapters")
+    adapters = read(address)
+    save_file(as_diffusers(adapters, role.scale), out / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
+    save_file(as_kohya(adapters, role.scale), out / "kohya_lora.safetensors", metadata={"format": "pt"})
+
+
+def _write_original(address: str, folder: Path, role: str, out: Path) -> None:
+    """model.pt: the weights as trained; model_ema_fp32.pt, model_ema_bf16.pt: their moving average; iter_N_full.pt: both."""
+    student = role.partition(".")[0]
+    step = read_progress(folder).step
+    states: dict[str, dict[str, Tensor]] = {}
+    for part in ("weights", "ema"):
+        try:
+            found = of_run(f"{folder}:{student}.{part}")
+        except ValueError:
+            if part == "weights":
+                raise
+            continue  # a run without a moving average
+        states[part] = in_original_names(found)
+    torch.save(states["weights"], out / "model.pt")
+    if "ema" in states:
+        torch.save({n: t.float() for n, t in states["ema"].items()}, out / "model_ema_fp32.pt")
+        torch.save({n: t.bfloat16() for n, t in states["ema"].items()}, out / "model_ema_bf16.pt")
+    torch.save({"model": states["weights"], "ema": states.get("ema"), "iteration": step}, out / f"iter_{step:09d}_full.pt")
+
+
+def in_original_names(model: Model) -> dict[str, Tensor]:
+    """The weights of a Cosmos network, named as in the released files."""
+    from fewstep.networks.cosmos import Cosmos
+    from fewstep.networks.cosmos_keys import original_names
+
+    if not isinstance(model.network, Cosmos):
+        raise ValueError(f"--format pt-original: {type(model.network).__name__} is no Cosmos network, and has no such names")
+    state = model.network.module.state_dict()
+    names = original_names(state, "1" if model.network.family == "edm" else "2")
+    return {names[name]: tensor.contiguous().clone() for name, tensor in state.items() if name in names}
+
+
+def _is_diffusers(run: Path) -> bool:
+    """Whether the run's network is a class of diffusers, as far as its paper tells: nothing is built."""
+    paper = run / "student.json"
+    kind = (json.loads(paper.read_text()).get("network") or {}).get("kind") if paper.is_file() else None
+    from fewstep.config import choices
+
+    know_every_network()
+    cls = choices("network").get(str(kind))
+    return cls is not None and "pretrained" in getattr(cls, "__dataclass_fields__", {})
+
+
+def _is_lora(config: Mapping[str, Any]) -> bool:
+    return ((config.get("networks") or {}).get("student") or {}).get("kind") == "lora"
+
+
+def _refuse_strangers(out: Path) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"--out {out}: is a file")
+    if any(out.iterdir()) and not ((out / "student.json").is_file() and not (out / "checkpoints").is_dir()):
+        raise ValueError(f"--out {out}: holds something else than an earlier export; choose a new folder")

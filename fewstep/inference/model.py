@@ -1,0 +1,236 @@
+"""A model to be used: its network, how it is meant to be sampled, what it was trained on, and what belongs to it.
+
+open_model("runs/kd@latest:student.ema")    a run's student; RUN:teacher is the teacher it had
+open_model("student")                       a folder that `fewstep export` wrote
+open_model("wan2.1-t2v-1.3b")               a pipeline of diffusers, folder or hub id: a teacher
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.config import ConfigError, parse
+from fewstep.config.text import read_text, read_yaml_mapping
+from fewstep.data.contract import AnyData
+from fewstep.diffusion import StudentSampler
+from fewstep.diffusion.path import AnyPath
+from fewstep.networks.contract import AnyNetwork, Network
+from fewstep.networks.lora import Lora, merged
+from fewstep.networks.roles import Networks, build
+from fewstep.networks.weights import load_into, locate, read
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What a student was trained on; beyond it nobody knows what it does. None: not known."""
+
+    latent_shape: tuple[int, int, int, int] | None = None  # C t h w
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: float | None = None
+    num_inference_steps: int | None = None
+    guidance_in_teacher: float | None = None  # uncond + w (cond - uncond), baked in; 1: none
+
+
+@dataclass(frozen=True)
+class Model:
+    network: Network
+    spec: Any  # what built the network; Any: whatever is registered in group "network"
+    sampler: StudentSampler | None = None  # None: a teacher
+    envelope: Envelope = Envelope()
+    folder: Path | None = None  # where its codec and text encoder are, if it has them
+    about: Mapping[str, Any] = field(default_factory=dict[str, Any])  # of the paper that came with it
+
+
+def open_model(address: str | Path, config: Mapping[str, Any] | None = None) -> Model:
+    """The model at `address`, in eval mode and frozen."""
+    know_every_network()
+    text = str(address)
+    folder = Path(text)
+    if (folder / "student.json").is_file() and not (folder / "checkpoints").is_dir():
+        model = _exported(folder)
+    elif _is_run(text):
+        model = of_run(text)
+    else:
+        model = _teacher(text)
+    model.network.module.eval().requires_grad_(False)
+    return model
+
+
+def know_every_network() -> None:
+    """Registers every kind of network, so that a configuration can name it; loads torch at the most."""
+    import fewstep.networks as room
+
+    for module in pkgutil.iter_modules(room.__path__):
+        importlib.import_module(f"{room.__name__}.{module.name}")
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    path: AnyPath
+    network: AnyNetwork
+
+
+@dataclass(frozen=True)
+class _Nets:
+    networks: Networks
+
+
+@dataclass(frozen=True)
+class _Data:
+    data: AnyData
+
+
+def of_run(address: str) -> Model:
+    """The model of a run address: its student, of which LoRA adapters are merged into a plain network; RUN:teacher too."""
+    place, _, role = address.partition(":")
+    folder, _ = locate(place)
+    run = folder.parent.parent
+    config = read_yaml_mapping(read_text(run / "config.yaml"), str(run / "config.yaml"))
+    nets = parse(_Nets, {"networks": config["networks"]}).networks
+    if role == "teacher":
+        return Model(build(nets, ("teacher",), 0)["teacher"], nets.teacher)
+    told = json.loads((run / "student.json").read_text())
+    network = student_network(nets, read(f"{place}:{role or 'student.ema'}"), address)
+    role_config = nets.student
+    spec = role_config.network or nets.teacher
+    about = {"source": str(folder), "role": role or "student.ema", "config": config, **told}
+    return Model(network, spec, sampler_of(told), envelope_of(config, told), None, about)
+
+
+def student_network(nets: Networks, tensors: Mapping[str, Tensor], source: str) -> Network:
+    """A plain network with the student's weights; adapters are merged into the teacher's."""
+    role = nets.student
+    if not isinstance(role, Lora):
+        spec: Any = role.network or nets.teacher
+        network = spec.build()
+        load_into(network.module, tensors, source)
+        return network
+    network = build(nets, ("teacher",), 0)["teacher"]
+    whole = merged(network.module.state_dict(), tensors, role.scale)
+    load_into(network.module, whole, source)
+    return network
+
+
+def sampler_of(told: Mapping[str, Any]) -> StudentSampler:
+    """From the paper student.json."""
+    sampling = parse(_Sampling, {"path": told["path"], "network": told["network"]})
+    return StudentSampler(tuple(told["times"]), sampling.path, told["renoise"])
+
+
+def envelope_of(config: Mapping[str, Any], told: Mapping[str, Any]) -> Envelope:
+    """What the run's configuration and its data tell; where the data is gone, what the configuration says alone."""
+    data = config.get("data") or {}
+    guidance = (config.get("method") or {}).get("guidance")
+    size = data.get("video_size") or (None, None)
+    known = Envelope(
+        num_frames=data.get("num_frames"),
+        height=size[0],
+        width=size[1],
+        num_inference_steps=len(told["times"]),
+        guidance_in_teacher=guidance if isinstance(guidance, int | float) else None,
+    )
+    try:
+        batch = parse(_Data, {"data": data}).data.open().batch(torch.tensor([0]))
+    except (ConfigError, OSError, ValueError, IndexError):
+        return known
+    if batch.x0 is None or batch.x0.ndim != 5:
+        return known
+    fps = None if batch.cond.fps is None else round(float(batch.cond.fps[0]), 3)
+    channels, frames, height, width = batch.x0.shape[1:]
+    if data.get("x0") == "pixels" or channels == 3:
+        return replace(known, num_frames=frames, height=height, width=width, fps=fps)
+    return replace(known, latent_shape=(channels, frames, height, width), fps=fps)
+
+
+def _is_run(address: str) -> bool:
+    try:
+        locate(address.partition(":")[0])
+    except ValueError:
+        return False
+    return True
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+def _exported(folder: Path) -> Model:
+    told = json.loads((folder / "student.json").read_text())
+    spec: Any = parse(_Sampling, {"path": told["path"], "network": told["network"]}).network
+    if (folder / "student.safetensors").is_file():
+        network = spec.build()
+        load_into(network.module, read(str(folder / "student.safetensors")), str(folder))
+    else:
+        spec = replace(spec, pretrained=str(folder))
+        network = spec.build()
+    known = {name: told.get("envelope", {}).get(name) for name in asdict(Envelope())}
+    shape = known.pop("latent_shape")
+    envelope = Envelope(latent_shape=None if shape is None else tuple(shape), **known)
+    return Model(network, spec, sampler_of(told), envelope, folder, told)
+
+
+def _teacher(address: str) -> Model:
+    """The denoiser of a pipeline of diffusers."""
+    spec = spec_of(address)
+    folder = Path(address)
+    return Model(spec.build(), spec, folder=folder if folder.is_dir() else Path(address))
+
+
+def spec_of(address: str) -> Any:  # Any: whatever is registered in group "network"
+    """The configuration of the network in a diffusers folder or hub id, by the classes it names."""
+    from fewstep.config import choices
+
+    pipeline, config = _told(address)
+    kinds = choices("network")
+    name = config.get("_class_name")
+    if name == "CosmosTransformer3DModel":
+        is_first = pipeline in ("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline")
+        if is_first or config.get("extra_pos_embed_type") == "learnable":
+            return kinds["cosmos"](pretrained=address, family="edm", sigma_data=0.5, use_fps=True, clean_time=None)
+        return kinds["cosmos"](pretrained=address, use_fps=pipeline == "Cosmos2VideoToWorldPipeline")
+    known = {
+        "WanTransformer3DModel": "wan",
+        "CogVideoXTransformer3DModel": "cogvideox",
+        "FluxTransformer2DModel": "flux",
+        "QwenImageTransformer2DModel": "qwen_image",
+        "UNet2DConditionModel": "sdxl" if "XL" in pipeline else "sd",
+        "DiTTransformer2DModel": "dit",
+    }
+    if known.get(str(name)) in kinds:
+        return kinds[known[str(name)]](pretrained=address)
+    raise ValueError(f"{address}: its denoiser is a {name}, for which there is no adapter; there are {', '.join(kinds)}")
+
+
+def _told(address: str) -> tuple[str, dict[str, Any]]:
+    """The pipeline's class (or ""), and the config.json of its denoiser."""
+    folder = Path(address)
+    if folder.is_dir():
+        index = folder / "model_index.json"
+        said = json.loads(index.read_text()).get("_class_name", "") if index.is_file() else ""
+        for part in ("transformer", "unet", ""):
+            file = folder / part / "config.json"
+            if file.is_file():
+                return str(said), json.loads(file.read_text())
+        raise ValueError(f"no model at {address}: it has no transformer/, no unet/ and no config.json")
+    if folder.is_absolute() or address.startswith("."):
+        raise ValueError(f"no model at {address}: a run, a folder that fewstep exported, or one of diffusers is wanted")
+    from diffusers import DiffusionPipeline
+
+    from fewstep.networks.text import _hub_json
+
+    told: Any = DiffusionPipeline.load_config(address)
+    part = "transformer" if "transformer" in told else "unet"
+    return str(told.get("_class_name", "")), _hub_json(address, f"{part}/config.json") or {}
