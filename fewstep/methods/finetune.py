@@ -19,6 +19,7 @@ from fewstep.config import kind
 from fewstep.diffusion import Path, Prediction, Rng, StudentSampler, on_path, times
 from fewstep.diffusion.path import AnyPath, floats, spread
 from fewstep.methods.contract import Nets, Reduction, Terms, Turn, free_mask, reduced
+from fewstep.methods.given import problems_of, with_given
 
 
 @kind("finetune", group="method")
@@ -35,6 +36,7 @@ class Finetune:
     path: AnyPath | None = None  # None: the network's own
     per_frame_times: bool = False  # one noise level per frame (diffusion forcing) instead of one per sample
     drop_condition: float = 0.0  # share of samples trained on the negative condition, which makes guidance possible
+    given: tuple[float, ...] = ()  # shares of samples shown 0, 1, .. clean first frames; Predict2.5 draws 0, 1 or 2
     num_sample_steps: int = 35  # of the sampler its result is meant for: this method makes many-step models
 
     @property
@@ -45,6 +47,7 @@ class Finetune:
         return Turn("student", ("student",))
 
     def losses(self, turn: Turn, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Terms]:
+        batch = with_given(batch, self.given, rng)
         assert batch.x0 is not None
         x0, cond = batch.x0, self._dropped(batch, rng)
         student = nets.student if self.path is None else on_path(nets.student, self.path)
@@ -65,6 +68,7 @@ class Finetune:
             yield "weighting", f"{self.weighting!r} weighs the x0 error, but space is {self.space!r}: set space=x0"
         if not 0 <= self.drop_condition < 1:
             yield "drop_condition", f"is a share of samples, 0 up to but not 1, not {self.drop_condition}"
+        yield from problems_of(self.given)
 
     def _dropped(self, batch: Batch, rng: Rng) -> Condition:
         if not self.drop_condition:

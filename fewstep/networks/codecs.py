@@ -96,7 +96,8 @@ class Autoencoder:
     def encode(self, pixels: Tensor) -> Tensor:
         num, _, frames, height, width = pixels.shape
         self.shape(frames, height, width)
-        raw = torch.cat([self._tiled(self._encode, row, enters_latents=True) for row in pixels.split(1)])
+        rows = _rows_at_once(pixels)
+        raw = torch.cat([self._tiled(self._encode, some, enters_latents=True) for some in pixels.split(rows)])
         assert raw.shape[0] == num, raw.shape
         mean, std = self._statistics(raw)
         return (raw - mean) / std
@@ -104,7 +105,9 @@ class Autoencoder:
     def decode(self, latents: Tensor) -> Tensor:
         latents = latents.float()
         mean, std = self._statistics(latents)
-        return torch.cat([self._tiled(self._decode, row, enters_latents=False) for row in (latents * std + mean).split(1)])
+        rows = _rows_at_once(latents[:, :1].expand(-1, 3, -1, -1, -1), self.form.time * self.form.space**2)
+        raw = (latents * std + mean).split(rows)
+        return torch.cat([self._tiled(self._decode, some, enters_latents=False) for some in raw])
 
     def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         form, name = self.form, type(self.module).__name__
@@ -184,6 +187,11 @@ class Autoencoder:
                 out[..., top * made : (top + tall) * made, left * made : (left + wide) * made] += part * down[:, None] * across
         assert out is not None
         return out
+
+
+def _rows_at_once(like: Tensor, times: int = 1) -> int:
+    """Real clips go one by one, to bound memory; of tiny ones as many together as make a small clip of 2^20 numbers."""
+    return max(1, 2**20 // (like[0].numel() * times))
 
 
 def _spans(size: int, side: int, overlap: int) -> Iterator[tuple[int, int]]:

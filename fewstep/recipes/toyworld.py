@@ -1,14 +1,20 @@
 """The toy world, from pixels to a teacher: the recipes that made the weights shipped in fewstep/toy/.
 
-    fewstep prepare toyworld --out datasets/toyworld/train --num 24000 --seed 11 --only videos,metas,edge
-    fewstep train experiment=toy_tokenizer
+fewstep prepare toyworld --out datasets/toyworld/train --num 24000 --seed 11 --only videos,metas,edge
+fewstep train experiment=toy_tokenizer
+python -m fewstep.prepare.toy_words datasets/toyworld/train/metas --out fewstep/toy/text_encoder
+fewstep prepare text datasets/toyworld/train --encoder fewstep/toy
+fewstep prepare latents datasets/toyworld/train --codec fewstep/toy
+fewstep train experiment=toy_teacher
 """
 
 from __future__ import annotations
 
 from fewstep.config import recipe
 from fewstep.data.folder import Folder
-from fewstep.methods import Autoencode
+from fewstep.diffusion.times import LogitNormal
+from fewstep.methods import Autoencode, Finetune
+from fewstep.networks.cosmos import CosmosSpec
 from fewstep.networks.roles import Full, Networks
 from fewstep.networks.tokenizer import TokenizerSpec
 from fewstep.training.ema import Ema
@@ -17,6 +23,16 @@ from fewstep.training.optim import Optim
 from fewstep.training.run import Checkpoint, Job, Run, Trainer
 
 TRAIN = "datasets/toyworld/train"
+TEACHER = CosmosSpec(
+    num_heads=5,
+    head_dim=32,
+    num_layers=6,
+    text_dim=64,
+    adaln_lora_dim=32,
+    max_size=(8, 8, 8),
+    rope_scale=(1.0, 1.0, 1.0),
+    padding_mask=False,
+)
 
 
 def _job(name: str, *after: str) -> Job:
@@ -33,7 +49,23 @@ def toy_tokenizer() -> Run:
         data=Folder(TRAIN, text=None),
         optim=Optim(lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4, schedule="cosine", warmup_iters=200, clip=1.0),
         ema=Ema(beta=0.999),
-        trainer=Trainer(max_iter=8000, batch_size=4, num_threads=1, log_every=100),
+        trainer=Trainer(max_iter=5000, batch_size=4, num_threads=1, log_every=100),
+        checkpoint=Checkpoint(save_iter=500),
+        health=Health(every=None),
+    )
+
+
+@recipe("toy_teacher")
+def toy_teacher() -> Run:
+    """The toy world's teacher: a rectified flow, led by text and by 0, 1 or 2 given latent frames."""
+    return Run(
+        job=_job("toy_teacher"),
+        method=Finetune(times=LogitNormal(), drop_condition=0.1, given=(0.7, 0.15, 0.15)),
+        networks=Networks(student=Full(TEACHER, init="random")),
+        data=Folder(TRAIN, x0="latents", max_tokens=40, negative="zeros"),
+        optim=Optim(lr=1.2e-3, betas=(0.9, 0.99), weight_decay=0.01, schedule="cosine", warmup_iters=500, clip=1.0),
+        ema=Ema(beta=0.9995),
+        trainer=Trainer(max_iter=14000, batch_size=32, num_threads=1, log_every=100),
         checkpoint=Checkpoint(save_iter=500),
         health=Health(every=None),
     )

@@ -1,0 +1,42 @@
+"""First frames given: how many of each sample's latent frames a network is shown while it learns.
+
+Predict2.5 draws 0, 1 or 2 of them for each sample; the rest is generated. The choice is the step's own randomness, not the
+data's, so that a clip is seen with each number in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fewstep.batch import Batch, Condition
+from fewstep.diffusion import Rng
+
+
+def with_given(batch: Batch, shares: tuple[float, ...], rng: Rng) -> Batch:
+    """The batch with clean first frames of x0 in its conditions: shares[k] of the samples get k of them; () changes nothing."""
+    if not shares:
+        return batch
+    x0 = batch.x0
+    assert x0 is not None
+    edges = torch.tensor(shares, dtype=torch.float64, device=x0.device).cumsum(0)[:-1]
+    num = (rng.uniform().to(x0.device)[:, None] >= edges).sum(1)
+    mask = first_frames(num, x0.shape[2]).to(x0.dtype)
+
+    def shown(cond: Condition) -> Condition:
+        return replace(cond, frames=x0, frame_mask=mask)
+
+    return replace(batch, cond=shown(batch.cond), negative=None if batch.negative is None else shown(batch.negative))
+
+
+def first_frames(num: Tensor, frames: int) -> Tensor:
+    """(B, frames), true for the first num[i] of row i."""
+    return torch.arange(frames, device=num.device)[None] < num[:, None]
+
+
+def problems_of(shares: tuple[float, ...]) -> Iterable[tuple[str, str]]:
+    if shares and (min(shares) < 0 or abs(sum(shares) - 1) > 1e-6):
+        yield "given", f"are the shares of samples with 0, 1, .. given frames and must sum to 1, not {list(shares)}"

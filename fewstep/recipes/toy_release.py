@@ -1,0 +1,75 @@
+"""Puts what the toy recipes trained where the package ships it: half precision, in the layout of diffusers.
+
+    python -m fewstep.recipes.toy_release tokenizer toyworld/basic/toy_tokenizer datasets/toyworld/train --out fewstep/toy/vae
+    python -m fewstep.recipes.toy_release transformer toyworld/basic/toy_teacher --out fewstep/toy/transformer
+
+The tokenizer's folder carries the mean and spread of each latent channel, measured on clips of the data set, so that a diffusion
+model sees latents of unit spread whoever encodes them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from fewstep.data.folder import Folder
+from fewstep.networks.tokenizer import TokenizerSpec
+from fewstep.networks.weights import load_into, read
+
+app = typer.Typer(help=__doc__)
+NUM_MEASURED = 1024  # clips: the mean of a channel is known to 1 / sqrt(80 x 1024) of its spread
+
+
+@app.command()
+def tokenizer(
+    run: Annotated[str, typer.Argument(help="The finished run of toy_tokenizer.")],
+    data: Annotated[Path, typer.Argument(help="Clips on which the latents are measured.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+) -> None:
+    """The video tokenizer, with the statistics of its latents."""
+    torch.set_num_threads(1)
+    made = TokenizerSpec().build()
+    load_into(made.module, read(run), run)
+    vae: Any = made.module.vae
+    vae.eval().half().float()  # measured as it will be used: with the weights that are written
+    clips = Folder(str(data), text=None).open()
+    index = torch.arange(min(NUM_MEASURED, len(clips)))
+    latents = torch.cat([_encoded(vae, clips.batch(some).x0) for some in index.split(16)])
+    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    _save(vae, out)
+    print(f"{out}: {len(index)} clips measured, spread of the channels {std.min():.2f} .. {std.max():.2f}")
+
+
+@torch.no_grad()
+def _encoded(vae: Any, pixels: torch.Tensor | None) -> torch.Tensor:
+    return vae.encode(pixels).latent_dist.mode()
+
+
+@app.command()
+def transformer(
+    run: Annotated[str, typer.Argument(help="The finished run of toy_teacher, or another of its shape.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+) -> None:
+    """The teacher: the moving average of the run's student."""
+    from fewstep.recipes.toyworld import TEACHER
+
+    made = TEACHER.build()
+    load_into(made.module, read(run), run)
+    _save(made.module, out)
+    print(f"{out}: {sum(p.numel() for p in made.module.parameters()):,} weights")
+
+
+def _save(module: Any, out: Path) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    module.half().save_pretrained(str(out))
+    for path in out.iterdir():
+        path.chmod(0o644)
+
+
+if __name__ == "__main__":
+    app()
