@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Protocol
+from collections.abc import Mapping
+from typing import Annotated, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -16,8 +17,41 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, index: Tensor) -> Batch:
-        """The samples of `index` (B,), in that order, on the CPU."""
+        """The samples of `index` (B,), in that order, on the CPU. BadSamples names those that cannot be read."""
         ...
+
+
+@runtime_checkable
+class Ordered(Protocol):
+    """A data set that has a say in its own order: several sources by weight, clips of one size side by side."""
+
+    def samples_at(self, position: Tensor, seed: int) -> Tensor:
+        """The sample number for each position of a run; a function of these two alone (order.py)."""
+        ...
+
+
+@runtime_checkable
+class OnDisk(Protocol):
+    """A data set whose samples are read from files: worth reading ahead, and some of them may be bad."""
+
+    @property
+    def max_bad(self) -> int:
+        """How many samples may be left out before the run ends."""
+        ...
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Samples that were left out when it was opened, and why."""
+        ...
+
+
+class BadSamples(ValueError):  # noqa: N818  # the name says what was found
+    """Samples that cannot be read: by row of the index that was asked for, what is wrong."""
+
+    def __init__(self, rows: Mapping[int, str]):
+        self.rows = dict(rows)
+        said = list(dict.fromkeys(self.rows.values()))
+        super().__init__("\n".join(said[:5]) + (f"\n... and {len(said) - 5} more" if len(said) > 5 else ""))
 
 
 class DataSpec(Protocol):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fewstep.config import check
 from fewstep.data.contract import Dataset
-from fewstep.data.order import samples_at
+from fewstep.data.loader import Feed, first_batch
 from fewstep.diffusion import Rng, StudentSampler
 from fewstep.methods.contract import Nets
 from fewstep.networks.contract import Network
@@ -101,7 +102,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
 
     title = f"{run.job.name} on {world.size} x {world.device.type}" if world.size > 1 else run.job.name
     log, stop = RunLog(folder if world.is_main else None, title, progress.step, last), Signals()
-    with log, stop, checkpoints:
+    with log, stop, checkpoints, _feed(run, data, progress, world, log) as feed:
         log.say(_greeting(run, data, roles, latest, progress, world))
         if progress.step == 0 and run.preview is not None and sampler is not None:
             log.metrics(0, _preview(run, student, nets, sampler, 0, world))
@@ -115,11 +116,11 @@ def _train(run: Run, world: World) -> dict[str, Any]:
             # --- gradients, summed over micro-batches
             meter.begin_iteration()
             for micro in range(run.trainer.grad_accum):
-                rows = _rows(run, world, micro)
-                batch = data.batch(samples_at(progress.samples + rows, len(data), run.trainer.seed)).to(world.device)
-                rng = Rng(run.trainer.seed + (progress.rollbacks << 32), progress.step, rows, world.device)
+                fed = feed.take(progress.samples, micro)
+                batch = fed.batch.to(world.device)
+                rng = Rng(run.trainer.seed + (progress.rollbacks << 32), progress.step, fed.rows, world.device)
                 for terms in method.losses(turn, asked, batch, rng):
-                    (terms.total / run.trainer.grad_accum).backward()
+                    (terms.total * fed.share / run.trainer.grad_accum).backward()
                     for name in turn.trains:
                         roles[name].absorb()
                     meter.saw(terms)
@@ -145,7 +146,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
             step, ended = progress.step, progress.step == last
             record, rings = dict[str, float](), list[Ring]()
             if step % run.trainer.log_every == 0 or ended:
-                record |= meter.read(world, global_batch) | {"memory_gib": peak_memory_gib(world.device)}
+                record |= meter.read(world, global_batch) | _fed(feed, world) | {"memory_gib": peak_memory_gib(world.device)}
             if run.preview is not None and sampler is not None and (ended or _is_due(run.preview.every, step)):
                 record |= _preview(run, student, nets, sampler, step, world)
             if monitor is not None and _is_due(run.health.every, step):
@@ -189,7 +190,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
 
 def _check_data(run: Run, data: Dataset) -> None:
     """Refuses data whose first batch lacks what it declares, and lets the method look at it before any weight is read."""
-    first = data.batch(torch.arange(min(run.trainer.batch_size, len(data))))
+    first = first_batch(data, run.trainer.batch_size)
     lacking = sorted(name for name in run.method.needs if getattr(first, name) is None)
     if lacking:
         name = type(run.method).__name__
@@ -240,6 +241,23 @@ def _rows(run: Run, world: World, micro: int) -> Tensor:
     return torch.arange(size) + (micro * world.size + world.rank) * size
 
 
+def _feed(run: Run, data: Dataset, progress: Progress, world: World, log: RunLog) -> Feed:
+    micros = [_rows(run, world, micro) for micro in range(run.trainer.grad_accum)]
+    per_step = run.trainer.batch_size * run.trainer.grad_accum * world.size
+    end = progress.samples + (run.trainer.max_iter - progress.step) * per_step
+    say = log.say if world.is_main else lambda text: print(text, file=sys.stderr)  # what one rank meets, the others do not
+    return Feed(data, micros, per_step, run.trainer.seed, end, run.loader, say)
+
+
+def _fed(feed: Feed, world: World) -> dict[str, float]:
+    """How long the trainer waited for data, and how many samples were left out, on all ranks."""
+    values = _agreed(feed.read(), world)
+    if feed.max_bad:
+        feed.learn(world.gather(feed.tell()))
+        values["data/bad"] = float(feed.num_bad)
+    return values
+
+
 def _is_due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
@@ -255,7 +273,7 @@ def _monitor(
 ) -> Monitor | None:
     if not run.health.every or sampler is None:
         return None
-    some = data.batch(torch.arange(min(run.health.num, len(data)))).to(world.device)
+    some = first_batch(data, run.health.num).to(world.device)
     seed, chunk = run.trainer.seed, run.trainer.batch_size
     return Monitor(run.health, some, sampler, nets.get("teacher"), nets.get("critic"), seed, chunk)
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from fewstep.config import OneOf
 from fewstep.data.contract import AnyData
+from fewstep.data.loader import Loader
 from fewstep.methods.contract import Method
 from fewstep.networks.roles import Networks
 from fewstep.networks.weights import output_root
@@ -76,6 +77,7 @@ class Run:
     trainer: Trainer = Trainer()
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
+    loader: Loader = Loader()
     preview: AnyPreview | None = None
     health: Health = Health()
 
@@ -122,6 +124,10 @@ class Run:
                 "warn:checkpoint.save_iter",
                 (f"is {checkpoint.save_iter}, never reached in trainer.max_iter={trainer.max_iter}: only the end is saved"),
             )
+        if self.loader.num_workers is not None and self.loader.num_workers < 0:
+            yield "loader.num_workers", f"must be at least 0, not {self.loader.num_workers}"
+        if self.loader.ahead < 1:
+            yield "loader.ahead", f"must be at least 1, not {self.loader.ahead}"
         if trainer.log_every > trainer.max_iter:
             yield "warn:trainer.log_every", f"is {trainer.log_every}, never reached in {trainer.max_iter} iterations"
         if checkpoint.keep_last < 1:

@@ -124,7 +124,7 @@ class Job:
     def losses(self) -> dict[int, dict[str, float]]:
         lines = [json.loads(line) for line in self.lines()]
         assert [line["step"] for line in lines] == list(range(1, MAX_ITER + 1)), "each step once, in order"
-        timed = {"samples_per_s", "memory_gib"}
+        timed = {"samples_per_s", "memory_gib", "data/wait_share"}
         return {line["step"]: {k: v for k, v in line.items() if k not in timed} for line in lines}
 
 
