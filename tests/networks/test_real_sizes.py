@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.networks import cogvideox, experts, unet, wan
+from fewstep.networks import cogvideox, dit, experts, flux, qwen_image, unet, wan
 
 EXACT = {
     "Wan 2.1 T2V 1.3B": (wan.T2V_1_3B, 1_418_996_800),
@@ -21,6 +21,8 @@ EXACT = {
     "Stable Diffusion 1.5": (unet.SD_1_5, 859_520_964),
     "Stable Diffusion 2.1": (unet.SD_2_1, 865_910_724),
     "CogVideoX 5B": (cogvideox.COGVIDEOX_5B, 5_570_283_072),
+    "Flux.1-dev": (flux.FLUX_DEV, 11_901_408_320),
+    "Qwen-Image": (qwen_image.QWEN_IMAGE, 20_430_401_088),
 }
 ROUNDED = {
     "Wan 2.1 I2V 14B": (wan.I2V_14B, 16.4),
@@ -28,6 +30,7 @@ ROUNDED = {
     "CogVideoX 2B": (cogvideox.COGVIDEOX_2B, 1.7),
     "CogVideoX 1.5 5B": (cogvideox.COGVIDEOX_1_5_5B, 5.6),
     "CogVideoX 5B I2V": (cogvideox.COGVIDEOX_5B_I2V, 5.6),
+    "Flux.1-schnell": (flux.FLUX_SCHNELL, 11.9),
 }
 
 
@@ -48,3 +51,11 @@ def test_the_number_of_parameters_is_the_published_one(name: str) -> None:
 def test_the_number_of_parameters_is_the_published_one_in_its_digits(name: str) -> None:
     spec, billions = ROUNDED[name]
     assert round(parameters(spec) / 1e9, 1) == billions
+
+
+def test_dit_xl_has_the_675_million_of_its_paper_and_an_embedding_in_each_block() -> None:
+    """diffusers repeats the embedding of time and class in each of the 28 blocks; the paper counts it once."""
+    with torch.device("meta"):
+        module: Any = dit.DIT_XL_2.build().module
+    embedding = sum(parameter.numel() for parameter in module.transformer_blocks[0].norm1.emb.parameters())
+    assert round((parameters(dit.DIT_XL_2) - 27 * embedding) / 1e6) == 675
