@@ -30,13 +30,15 @@ _DOTS_PER_PATH = 400  # dots of one path do not add up where they overlap, dots 
 
 @dataclass(frozen=True)
 class Series:
-    """One line of `lines`: y over x, and a band of spread where low and high are given."""
+    """One line of `lines`: y over x, and a band of spread where low and high are given; or points, each with its whisker."""
 
     name: str
     x: Sequence[float] | np.ndarray
     y: Sequence[float] | np.ndarray
     low: Sequence[float] | np.ndarray | None = None
     high: Sequence[float] | np.ndarray | None = None
+    mark: Literal["line", "points"] = "line"
+    colour: str = ""  # "": the next of PALETTE
 
 
 def scatter(
@@ -140,17 +142,18 @@ def lines(
     across, up = _Axis(xs, log_x, pad=0.02), _Axis(np.concatenate([*drawn, list(rules.values())]), log_y, pad=0.05)
     horizontal = list(x_ticks) if x_ticks is not None else across.ticks(7)
     vertical = up.ticks(6)
-    legend = [(one.name, PALETTE[i % len(PALETTE)]) for i, one in enumerate(series)]
+    legend = [(one.name, one.colour or PALETTE[i % len(PALETTE)]) for i, one in enumerate(series)]
     is_direct = labels == "direct"
     widest = max(len(name) for name in (*(name for name, _ in legend), *rules))
-    right = 32 + widest * _CHAR * _SMALL if is_direct else 24
+    right = 40 + widest * _CHAR * _SMALL if is_direct else 24
     tick_width = max(len(_number(tick, vertical)) for tick in vertical) * _CHAR * _SMALL
     x0, x1 = 18 + tick_width + (22 if y_label else 0), width - right
     y0 = 18 + (28 if title else 0)
     out: list[str] = [_text(x0, 26, title, _TITLE, weight=600)] if title else []
     if not is_direct:
         for row in _wrapped(legend, x1 - x0):
-            out += _legend_row(row, x0, y0 + 4, "line", {name: _DASHES[i % len(_DASHES)] for i, (name, _) in enumerate(legend)})
+            dashes = {one.name: _DASHES[i % len(_DASHES)] for i, one in enumerate(series) if one.mark == "line"}
+            out += _legend_row(row, x0, y0 + 4, "line", dashes)
             y0 += 22
     y1 = height - (48 if x_label else 30)
     if x1 - x0 < 80 or y1 - y0 < 60:
@@ -181,15 +184,18 @@ def lines(
         out.append(_text(18, middle, y_label, _TEXT, "middle", turn=-90))
     inner: list[str] = []  # a nested svg clips what leaves the plot, without an id that could clash in a page
     for i, (x, _, *band) in enumerate(data):
-        if band:
+        if band and series[i].mark == "line":
             inner.append(_band(px(x) - x0, py(band[0]) - y0, py(band[1]) - y0, legend[i][1]))
     for name, value in rules.items():
         y = float(py(np.array(value))) - y0
         inner.append(f'<path d="M0 {_f(y)}H{_f(x1 - x0)}" stroke="currentColor" stroke-dasharray="4 4" opacity=".7"/>')
         if not is_direct:
             inner.append(_text(x1 - x0 - 6, y - 5 if y > 18 else y + 14, name, _SMALL, "end", opacity=0.85))
-    for i, (x, y, *_) in enumerate(data):
-        inner += _curve(px(x) - x0, py(y) - y0, legend[i][1], _DASHES[i % len(_DASHES)])
+    for i, (x, y, *band) in enumerate(data):
+        if series[i].mark == "points":
+            inner += _marks(px(x) - x0, [py(values) - y0 for values in (y, *band)], legend[i][1])
+        else:
+            inner += _curve(px(x) - x0, py(y) - y0, legend[i][1], _DASHES[i % len(_DASHES)])
     out.append(f'<svg x="{_f(x0)}" y="{_f(y0)}" width="{_f(x1 - x0)}" height="{_f(y1 - y0)}">{"".join(inner)}</svg>')
     if is_direct:
         ends = [(float(py(np.array(value))), x1, name, "currentColor") for name, value in rules.items()]
@@ -202,8 +208,13 @@ def lines(
             lead = f"M{_f(x + 4)} {_f(y)}H{_f(x1)}" if x < x1 - 6 else f"M{_f(x1)} {_f(y)}"
             look = f'stroke="{colour}" stroke-dasharray="1 3" fill="none" opacity=".8"'
             out.append(f'<path d="{lead}L{_f(x1 + 9)} {_f(at)}" {look}/>')
-            out.append(_text(x1 + 12, at + 4, name, _SMALL, fill=colour, weight=600))
-    return _document(width, height, out, title or ", ".join(name for name, _ in legend), background)
+            # In the page's ink: a palette that suits lines on white and on black is too pale for letters on one of them.
+            out.append(
+                f'<circle cx="{_f(x1 + 12)}" cy="{_f(at)}" r="3.5" fill="{colour}"/>' if colour != "currentColor" else ""
+            )
+            out.append(_text(x1 + (20 if colour != "currentColor" else 12), at + 4, name, _SMALL, weight=600))
+    told = f"{y_label} against {x_label}: " if x_label and y_label else ""
+    return _document(width, height, out, title or told + ", ".join(name for name, _ in legend), background)
 
 
 class _Axis:
@@ -355,6 +366,20 @@ def _curve(x: np.ndarray, y: np.ndarray, colour: str, dash: str) -> list[str]:
     return out
 
 
+def _marks(x: np.ndarray, ys: Sequence[np.ndarray], colour: str) -> list[str]:
+    """Points, with whiskers if the edges of a band are given."""
+    y, *band = ys
+    known = np.isfinite(x) & np.isfinite(y)
+    out = []
+    if band:
+        low, high = (np.nan_to_num(np.clip(edge, -1e4, 1e4), nan=1e4)[known] for edge in band)
+        whiskers = "".join(
+            f"M{_f(a)} {_f(b)}V{_f(c)}M{_f(a - 5)} {_f(c)}h10M{_f(a - 5)} {_f(b)}h10" for a, b, c in zip(x[known], low, high)
+        )
+        out.append(f'<path d="{whiskers}" fill="none" stroke="{colour}" stroke-width="2"/>')
+    return out + [f'<circle cx="{_f(a)}" cy="{_f(b)}" r="6" fill="{colour}"/>' for a, b in zip(x[known], y[known])]
+
+
 def _band(x: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str) -> str:
     known = np.isfinite(x) & np.isfinite(low) & np.isfinite(high)
     there = [f"{_f(a)} {_f(b)}" for a, b in zip(x[known], np.clip(low[known], -1e4, 1e4))]
@@ -414,8 +439,10 @@ def _legend_row(
         if kind == "dot":
             out.append(f'<circle cx="{_f(x + 8)}" cy="{_f(y)}" r="4.5" fill="{colour}"/>')
         else:
-            dash = f' stroke-dasharray="{dashes[name]}"' if dashes and dashes[name] else ""
+            dash = f' stroke-dasharray="{dashes[name]}"' if dashes and dashes.get(name) else ""
             out.append(f'<path d="M{_f(x)} {_f(y)}h22" stroke="{colour}" stroke-width="2.5"{dash}/>')
+            if dashes is not None and name not in dashes:  # a point, not a line
+                out[-1] = f'<circle cx="{_f(x + 11)}" cy="{_f(y)}" r="5" fill="{colour}"/>'
         start = 18 if kind == "dot" else 28
         out.append(_text(x + start, y + 4, name, _SMALL))
         x += start + len(name) * _CHAR * _SMALL + 16

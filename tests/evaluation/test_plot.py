@@ -139,3 +139,20 @@ def test_what_cannot_be_drawn_is_refused(call, message: str) -> None:
 
 def test_control_characters_do_not_break_the_xml() -> None:
     assert "ab" in texts(scatter({"a\x00\x1b\ud800b": np.eye(2)}))
+
+
+def test_points_have_whiskers_and_colours_of_their_own() -> None:
+    series = [Series("line", [1, 3], [1, 3]), Series("point", [2], [2.0], [1.5], [2.5], mark="points", colour="#123456")]
+    for labels in ("direct", "legend"):
+        root = ElementTree.fromstring(lines(series, labels=labels))
+        inner = next(element for element in root.iter(f"{SVG}svg") if element is not root)
+        ends = [c for c in inner.iter(f"{SVG}circle") if c.get("fill") != "#123456"]
+        (point,) = (c for c in inner.iter(f"{SVG}circle") if c.get("fill") == "#123456")
+        (whisker,) = (p.get("d", "") for p in inner.iter(f"{SVG}path") if p.get("stroke") == "#123456")
+        x, low, high = (float(v) for v in re.match(r"M([\d.]+) ([\d.]+)V([\d.]+)", whisker).groups())  # type: ignore[union-attr]
+        y = [float(c.get("cy", "")) for c in ends]
+        unit = (y[0] - y[1]) / 2
+        assert x == float(point.get("cx", "")) and low - high == pytest.approx(unit, abs=0.21)
+        assert float(point.get("cy", "")) == pytest.approx((y[0] + y[1]) / 2, abs=0.11)
+        names = [t for t in root.iter(f"{SVG}text") if t.text == "point"]
+        assert len(names) == 1 and names[0].get("fill") is None  # in the ink of the page, whose contrast is good

@@ -7,6 +7,8 @@ import torch
 from fewstep.data import toyworld
 from fewstep.data.toyworld import World
 from fewstep.evaluation import toyfeatures, toyworld_score
+from fewstep.evaluation.report import Model, Report, page
+from fewstep.evaluation.toyworld_legend import LEGEND
 from fewstep.evaluation.toyworld_score import Record, Reference, anchors, reference, score
 
 WORLD = World()
@@ -136,3 +138,9 @@ def test_anchors_have_the_faults_they_are_named_for() -> None:
     collapsed = made["16 scenes, jitter 0.15 m"]
     assert collapsed.captions[16] == collapsed.captions[0] and not np.array_equal(collapsed.clips[16], collapsed.clips[0])
     np.testing.assert_array_equal(made["mean of two clips"].clips[1], (real[0].astype(int) + real[1]) // 2)
+
+
+def test_every_score_is_explained_and_goes_into_a_report_as_it_is(record: Record) -> None:
+    assert set(record.scores) | {"seed_diversity"} == {score.name for score in LEGEND}
+    text = page(Report("t", models=[Model("real", "real clips", scores=record.scores)], scores=LEGEND))
+    assert f'value="{record["recall"].value!r}" data-of="real clips|recall"' in text
