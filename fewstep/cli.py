@@ -132,6 +132,34 @@ def export(
         print(path)
 
 
+@app.command()
+def convert(
+    source: Annotated[str | None, typer.Argument(help="Weights in any form; with --base, what to write.")] = None,
+    out: Annotated[Path | None, typer.Argument(help="OUT.pt, OUT.safetensors, or a folder for diffusers.")] = None,
+    base: Annotated[str | None, typer.Option(help="The transformer, to put a control branch beside.")] = None,
+    control: Annotated[list[str] | None, typer.Option(help="Its control branch, FILE or NAME=FILE; may be repeated.")] = None,
+    ctrl_type: Annotated[str | None, typer.Option("--ctrl-type", "--ctrl_type", help="As the seeds' script: edge, ..")] = None,
+    checkpoint_dir: Annotated[
+        str, typer.Option("--checkpoint-dir", "--checkpoint_dir", help="Of --ctrl-type.")
+    ] = "checkpoints",
+    model: Annotated[str | None, typer.Option(help="Which published model, or a folder with a config.json.")] = None,
+    dtype: Annotated[str, typer.Option(help="keep, fp32, bf16 or fp16")] = "keep",
+) -> None:
+    """Weights from one form into another: original Cosmos, FastGen, distributed, diffusers; base and control into one."""
+    from fewstep.networks.convert import from_words
+
+    for written in from_words(source, out, base, control or [], ctrl_type, checkpoint_dir, model, dtype):
+        print(written)
+
+
+@app.command(context_settings=FREE, add_help_option=False)
+def generate(context: typer.Context) -> None:
+    """Videos from a run, an exported student or a teacher: fewstep generate MODEL --prompt TEXT; --help tells all."""
+    from fewstep.inference.generate import main as make
+
+    make(list(context.args))
+
+
 @app.command(name="ls")
 def list_names(
     what: Annotated[str, typer.Argument(help="recipes, methods, networks, data, roles, paths, times or previews")] = "recipes",
@@ -221,6 +249,19 @@ def prepare_controls(
     print(controls(folder, type_, preset, model, files, metric, quality, device))
 
 
+@prepare.command(name="shards")
+def prepare_shards(
+    folder: Annotated[Path, typer.Argument(help="The data set.", metavar="DIR")],
+    out: Annotated[str, typer.Option(help="Folder, or URL of any store that fsspec reaches: s3://bucket/set.")],
+    parts: Annotated[str | None, typer.Option(help="Only these folders, with commas: videos,metas,edge")] = None,
+    shard_mib: Annotated[int, typer.Option(help="A shard ends when it is this large.")] = 1024,
+) -> None:
+    """Pack a data set into tar files with an index, for data=shards."""
+    from fewstep.prepare.commands import shards
+
+    print(shards(folder, out, parts, shard_mib))
+
+
 @prepare.command(name="latents")
 def prepare_latents(
     folder: Annotated[Path, typer.Argument(help="The data set: DIR/videos/*.mp4 are encoded.", metavar="DIR")],
@@ -265,6 +306,40 @@ def check_data(
     text, is_trainable = data(folder, context.args, as_json=as_json, page=page, num_threads=threads)
     print(text)
     raise typer.Exit(0 if is_trainable else 1)
+
+
+@app.command()
+def pairs(
+    model: Annotated[str, typer.Argument(help="The teacher: a pipeline's folder or hub id, or RUN@ITER:ROLE.")],
+    dataset: Annotated[Path, typer.Argument(help="Data set whose captions, text and controls the teacher is asked for.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: a data set of pairs.")],
+    num: Annotated[int | None, typer.Option(help="Of the data set's samples, the first so many; all.")] = None,
+    steps: Annotated[int, typer.Option(help="Calls of the solver; with guidance each asks the network twice.")] = 35,
+    sampler: Annotated[str, typer.Option(help="euler, heun, dpmpp_2m, unipc or res_2ab")] = "unipc",
+    shift: Annotated[float, typer.Option(help="Of the time grid, in flow time; Predict2.5 5.")] = 1.0,
+    guidance: Annotated[float, typer.Option(help="w in uncond + w (cond - uncond); Cosmos writes g = w - 1.")] = 1.0,
+    path_times: Annotated[str | None, typer.Option(help="States to keep: times, or the number of the student's steps.")] = None,
+    student_shift: Annotated[
+        float, typer.Option(help="Shift of the student's times, where --path-times is their number.")
+    ] = 5.0,
+    given_frames: Annotated[int, typer.Option(help="Latent frames of the data set's own clip shown to the teacher.")] = 0,
+    control: Annotated[str | None, typer.Option(help="edge, vis, depth, seg or keypoint: what the teacher is led by.")] = None,
+    codec: Annotated[str | None, typer.Option(help="Folder or hub id of the autoencoder; the teacher's own.")] = None,
+    text: Annotated[str, typer.Option(help="Folder of the text embeddings in the data set.")] = "t5_xxl",
+    negative: Annotated[str | None, typer.Option(help="zeros, or a file of the data set; needed by guidance.")] = "zeros",
+    max_tokens: Annotated[int, typer.Option(help="Text is padded to so many tokens.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    quality: Annotated[str, typer.Option(help="Of the mp4: lossless, or a CRF.")] = "18",
+    batch_size: Annotated[int, typer.Option(help="Clips asked for at once.")] = 32,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda:0, ..; a GPU if there is one.")] = None,
+) -> None:
+    """Noise/clip pairs and ODE paths of a teacher, in the folders of the seeds. Under torchrun the ranks divide the work."""
+    from fewstep.inference import pairs as making
+    from fewstep.prepare.progress import tracked
+
+    asked = making.asked(steps, sampler, shift, guidance, path_times, student_shift, given_frames, seed, quality)
+    opened = {"codec": codec, "control": control, "text": text, "negative": negative, "max_tokens": max_tokens}
+    print(making.command(model, dataset, out, asked, **opened, num=num, batch_size=batch_size, device=device, tracked=tracked))
 
 
 @app.command()

@@ -13,8 +13,9 @@ one made anew: an edge of the teacher's own output is not what the output was as
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -25,10 +26,12 @@ from torch import Tensor
 
 from fewstep.batch import Batch, Condition
 from fewstep.config import kind
-from fewstep.data import cache, layout, parts, video
+from fewstep.data import cache, layout, order, parts, video
+from fewstep.data.contract import BadSamples
 from fewstep.data.controls import AnyControl, Pixels, Span, made_of, seed_of
 from fewstep.data.layout import Layout, Part, some
 from fewstep.data.packs import Packs, has_packs, open_packs
+from fewstep.data.sizes import Fit, Resize, fit, nearest_shape
 
 _PROBE_THREADS = 8  # headers are small reads from disk: waiting, not work
 _Answer = TypeVar("_Answer")
@@ -45,7 +48,9 @@ class Folder:
     sequence_interval: int = 1  # every k-th frame of the file
     start_frame_interval: int = 1  # frames between the starts of two windows
     video_size: tuple[int, int] | None = None  # height, width to resize to; none: as the files are
-    resize: Literal["stretch", "crop"] = "stretch"  # Predict1 stretches; crop keeps the aspect and cuts the margins
+    resize: Resize = "stretch"  # Predict1 stretches; crop keeps the aspect and cuts the margins; pad keeps it and mirrors them
+    buckets: tuple[tuple[int, int], ...] = ()  # sizes; a clip goes to the one nearest in shape. 720 of Transfer1: docs/data.md
+    bucket_block: int = 8  # samples in a row of one bucket: trainer.batch_size or a multiple of it
     skip_short: bool = False  # leave out clips shorter than a window instead of refusing them
     control: AnyControl | None = None  # edge, vis, depth, seg or keypoint
     control_from: Literal["files", "video"] = "files"  # video: made from the frames when they are read (edge and vis)
@@ -54,6 +59,7 @@ class Folder:
     negative: str | None = None  # zeros (how Cosmos 1 drops text), or a file with an embedding, relative to dataset_dir
     pairs: tuple[Literal["noise", "path"], ...] = ()  # what of its teacher's work each sample must have
     path_times: tuple[float, ...] = ()  # times of the states, for files that do not say; FastGen: 0.999, 0.937, 0.833, 0.624
+    max_bad: int = 0  # samples that cannot be read are left out, named and counted, up to this many; 0: the first ends the run
     ram_gib: float = 4.0  # samples stay in memory after their first read if all of them fit in this much
     num_threads: int = 1  # samples read at once
 
@@ -70,13 +76,23 @@ class Folder:
             yield "num_frames", f"must be at least 1, or none for whole clips, not {self.num_frames}"
         if self.video_size is not None and min(self.video_size) < 1:
             yield "video_size", f"must be (height, width) in pixels, not {self.video_size}"
+        if self.max_bad < 0:
+            yield "max_bad", f"must be at least 0, not {self.max_bad}"
+        if self.buckets and self.video_size is not None:
+            yield "buckets", "and video_size are two ways to say one thing: leave one out"
+        if any(min(size) < 1 for size in self.buckets):
+            yield "buckets", f"must be (height, width) in pixels each, not {self.buckets}"
+        if self.bucket_block < 1:
+            yield "bucket_block", f"must be at least 1, not {self.bucket_block}"
+        elif not self.buckets and self.bucket_block != type(self).bucket_block:
+            yield "warn:bucket_block", "has no effect without buckets"
         for name in ("text", "negative"):
             value = getattr(self, name)
             if value is not None and (".." in Path(value).parts or Path(value).is_absolute() or not value):
                 yield name, f"must lie within dataset_dir, but is {value!r}"
         if self.negative and self.text is None:
             yield "negative", "needs the embeddings it is the negative of: set text, t5_xxl for instance"
-        windows = ("sequence_interval", "start_frame_interval", "video_size", "skip_short")
+        windows = ("sequence_interval", "start_frame_interval", "video_size", "skip_short", "buckets")
         changed = [name for name in windows if getattr(self, name) != getattr(type(self), name)]
         if self.x0 == "latents":
             yield from ((f"warn:{name}", "has no effect: latents are of whole clips, at their own size") for name in changed)
@@ -119,17 +135,45 @@ class Sample:
 class FolderData:
     """The samples of a `Folder`, checked. `stems` and `captions` have one entry per sample, as `batch` counts them."""
 
-    def __init__(self, spec: Folder):
+    def __init__(self, spec: Folder, place: Layout | None = None, samples: tuple[Sample, ...] | None = None):
+        """`samples`, if given, are known and checked already: those of shards."""
         self.spec = spec
-        self.layout = Layout.open(spec.dataset_dir)
-        self.packs = _packs(spec, self.layout)
-        self.samples = _samples(spec, self.layout, self.packs)
+        self.layout = place or Layout.open(spec.dataset_dir)
+        self.packs = {} if samples is not None else _packs(spec, self.layout)
+        self.left_out: dict[str, str] = {}  # samples whose clip cannot be opened, and why; data.max_bad of them at the most
+        self.samples = _samples(spec, self.layout, self.packs, self.left_out) if samples is None else samples
+        self._bucket = _buckets_of(spec, self.samples)
+        self._members = [(self._bucket == bucket).nonzero()[:, 0] for bucket in self._bucket.unique().tolist()]
         self._negative = self._read_negative()
-        self._first = self._read(self.samples[0])
-        self._memory = _Memory(self._first, len(self.samples), spec.ram_gib)
+        self._firsts: dict[int, tuple[str, dict[str, Tensor]]] = {}  # by bucket, a sample that others must be like
+        first = self._read_first()
+        self._memory = _Memory(first, len(self.samples), spec.ram_gib if len(self._members) == 1 else 0.0)
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def max_bad(self) -> int:
+        return self.spec.max_bad
+
+    @property
+    def block(self) -> int:
+        """Samples of one bucket come in blocks of this many; 0: all samples are of one size."""
+        return self.spec.bucket_block if len(self._members) > 1 else 0
+
+    def samples_at(self, position: Tensor, seed: int) -> Tensor:
+        """The sample for each position: blocks of one bucket each, and in each bucket every sample once per epoch of it."""
+        if not self.block:
+            return order.samples_at(position, len(self), seed)
+        blocks = tuple(-(-len(members) // self.block) for members in self._members)
+        bucket, place = order.interleaved(position, blocks, self.block, seed)
+        out = torch.empty_like(position)
+        for number, members in enumerate(self._members):
+            here = bucket == number
+            if bool(here.any()):
+                own = order.samples_at(place[here], len(members), seed * len(blocks) + number)
+                out[here] = members[own]
+        return out
 
     @property
     def stems(self) -> list[str]:
@@ -149,15 +193,27 @@ class FolderData:
     def batch(self, index: Tensor) -> Batch:
         rows = index.tolist()
         wanted = [row for row in dict.fromkeys(rows) if not self._memory.has(row)]
-        read = dict(
-            zip(wanted, _each(self._checked, [self.samples[row] for row in wanted], self.spec.num_threads), strict=True)
-        )
+        buckets = self._bucket[index].unique().tolist() if rows else []
+        if len(buckets) > 1:
+            raise ValueError(
+                f"{self.layout.root}: samples of {len(buckets)} buckets cannot be in one batch. Set data.bucket_block to "
+                "trainer.batch_size or a multiple of it"
+            )
+        read, bad = dict[int, dict[str, Tensor]](), dict[int, str]()
+        for row, found in zip(wanted, _each(self._tried, wanted, self.spec.num_threads), strict=True):
+            if isinstance(found, str):
+                bad |= {place: found for place, other in enumerate(rows) if other == row}
+            else:
+                read[row] = found
+        if bad:
+            raise BadSamples(bad)
         columns = self._memory.stacked(rows, read)
         cond = Condition(
             text=_optional(columns.get("text"), torch.Tensor.float),
             text_mask=columns.get("text_mask"),
             control={} if self.spec.control is None else {self.spec.control.folder: _floats(columns["control"])},
             fps=columns.get("fps"),
+            padding=columns.get("padding"),
         )
         negative = None
         if self._negative is not None:
@@ -175,16 +231,39 @@ class FolderData:
 
     # ---- one sample ------------------------------------------------------------------------------------------------
 
-    def _checked(self, sample: Sample) -> dict[str, Tensor]:
-        """A sample of the same shapes as the first one; otherwise they could not be in one batch."""
+    def _tried(self, row: int) -> dict[str, Tensor] | str:
+        """A sample, or what is wrong with it: damage, and files that went away."""
+        try:
+            return self._checked(row)
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    def _read_first(self) -> dict[str, Tensor]:
+        """The first sample that can be read; what is wrong with the first one is told if none of max_bad others can."""
+        wrong: list[str] = []
+        for sample in self.samples[: self.spec.max_bad + 1]:
+            try:
+                return self._read(sample)
+            except (ValueError, OSError) as error:
+                if not self.spec.max_bad:
+                    raise
+                wrong.append(str(error))
+        raise ValueError(
+            f"{self.layout.root}: the first {len(wanted := wrong)} samples cannot be read:\n" + "\n".join(wanted[:5])
+        )
+
+    def _checked(self, row: int) -> dict[str, Tensor]:
+        """A sample of the same shapes as others of its bucket; otherwise they could not be in one batch."""
+        sample, bucket = self.samples[row], int(self._bucket[row])
         record = self._read(sample)
-        for name, wanted in self._first.items():
+        like, first = self._firsts.setdefault(bucket, (sample.stem, record))
+        for name, wanted in first.items():
             found = record.get(name)
             if found is None or found.shape != wanted.shape:
                 told = "is not there" if found is None else f"has shape {tuple(found.shape)}"
                 raise ValueError(
                     f"{self.layout.root}: '{name}' of {sample.stem} {told}, but {tuple(wanted.shape)} in "
-                    f"{self.samples[0].stem}. Samples of one data set have the same shapes: remove this one or prepare it again"
+                    f"{like}. Samples of one data set have the same shapes: remove this one or prepare it again"
                 )
         return record
 
@@ -193,10 +272,11 @@ class FolderData:
         spec, record = self.spec, dict[str, Tensor]()
         if spec.x0 == "pixels":
             assert sample.header is not None, sample
-            size, cut = _fit(sample.header.size, spec)
-            frames = video.read(sample.files["videos"], *_of(sample.span), size=size)
-            record["x0"] = _tensor(frames.frames[cut])
-            record["fps"] = torch.tensor(frames.fps)
+            fitted = self._fit(sample)
+            frames = video.read(sample.files["videos"], *_of(sample.span), size=fitted.scaled)
+            record["x0"] = _tensor(fitted(frames.frames))
+            record |= {"fps": torch.tensor(frames.fps)} if frames.fps else {}
+            record |= {"padding": torch.from_numpy(fitted.padding())} if spec.resize == "pad" else {}
         else:
             record["x0"], fps = self._latents(sample, layout.LATENTS.folder)
             record |= {} if fps is None else {"fps": torch.tensor(float(fps))}
@@ -242,12 +322,21 @@ class FolderData:
             return latents
         if spec.control_from == "video":
             return _tensor(made_of(spec.control, x0.numpy(), seed_of(sample.stem, sample.span.start)))
-        assert sample.header is not None, sample
-        size, cut = _fit(sample.header.size, spec)
+        fitted = self._fit(sample)
         path = sample.files[spec.control.folder]
-        made = spec.control.read(path, sample.span, size)
-        assert made.shape == (sample.span.count, *size, 3), (path, made.shape)
-        return _tensor(made[cut])
+        made = spec.control.read(path, sample.span, fitted.scaled)
+        assert made.shape == (sample.span.count, *fitted.scaled, 3), (path, made.shape)
+        return _tensor(fitted(made))
+
+    def _fit(self, sample: Sample) -> Fit:
+        assert sample.header is not None, sample
+        spec, own = self.spec, sample.header.size
+        return fit(own, spec.buckets[nearest_shape(own, spec.buckets)] if spec.buckets else spec.video_size, spec.resize)
+
+    @contextmanager
+    def _file(self, name: str) -> Iterator[Path]:
+        """A file of the data set that belongs to no sample."""
+        yield self.layout.root / name
 
     def _read_negative(self) -> tuple[Tensor, Tensor] | None:
         spec = self.spec
@@ -258,7 +347,8 @@ class FolderData:
         if spec.negative == "zeros":
             # Every token counts: a network that masks its padding would have nothing left to attend to.
             return torch.zeros_like(text), torch.ones_like(mask)
-        other, other_mask = parts.embedding(self.layout.root / spec.negative, spec.max_tokens)
+        with self._file(spec.negative) as path:
+            other, other_mask = parts.embedding(path, spec.max_tokens)
         if other.shape != text.shape:
             raise ValueError(
                 f"{self.layout.root / spec.negative}: embeds in {other.shape[1]} numbers, but {spec.text}/ in {text.shape[1]}: "
@@ -313,11 +403,18 @@ def _missing(place: Layout, part: Part, stems: Sequence[str], packs: Mapping[str
     return f"{len(lacking)} of {len(stems)} lack a row in {part.folder}/packs: {some(lacking)}" if lacking else None
 
 
-def _samples(spec: Folder, place: Layout, packs: Mapping[str, Packs]) -> tuple[Sample, ...]:
-    """Every sample with its files, or one ValueError with all that is wrong."""
+def _buckets_of(spec: Folder, samples: Sequence[Sample]) -> Tensor:
+    """The number of each sample's bucket; all 0 where all samples are of one size."""
+    if not spec.buckets or spec.x0 != "pixels":
+        return torch.zeros(len(samples), dtype=torch.int64)
+    return torch.tensor([nearest_shape(s.header.size, spec.buckets) for s in samples if s.header is not None])
+
+
+def _samples(spec: Folder, place: Layout, packs: Mapping[str, Packs], left_out: dict[str, str]) -> tuple[Sample, ...]:
+    """Every sample with its files, or one ValueError with all that is wrong. Fills `left_out`."""
     problems = [f"data.{key}: {message}" for key, message in spec.problems() if not key.startswith("warn:")]
     _refuse(place, problems)
-    lead = layout.VIDEOS if spec.x0 == "pixels" else layout.LATENTS
+    lead = place.pixels() if spec.x0 == "pixels" else layout.LATENTS
     needed = _needed(spec)
     stems = list(packs[lead.folder].by_stem() if lead.folder in packs else place.files(lead))
     if not stems:
@@ -340,8 +437,15 @@ def _samples(spec: Folder, place: Layout, packs: Mapping[str, Packs]) -> tuple[S
             Sample(stem, _of_stem(files, stem), rows={folder: found[stem][0] for folder, found in rows.items()})
             for stem in stems
         )
+    files["videos"] = files.pop(lead.folder)  # pictures are clips of one frame from here on
     headers, unreadable = _headers(files["videos"])
-    problems += unreadable + _size_problems(spec, headers)
+    if len(unreadable) <= spec.max_bad and headers:
+        left_out |= unreadable
+        stems = [stem for stem in stems if stem not in unreadable]
+    else:
+        told = list(unreadable.values())
+        problems += told[:5] + ([f"{len(told) - 5} more videos cannot be read"] if len(told) > 5 else [])
+    problems += _size_problems(spec, headers)
     if spec.control is not None and spec.control.suffix == ".mp4" and spec.control_from == "files":
         problems += _control_problems(spec.control.folder, files[spec.control.folder], headers)
     spans, wrong = _spans(spec, headers)
@@ -441,8 +545,8 @@ def _captions(place: Layout, stems: Sequence[str]) -> tuple[dict[str, str], list
     return texts, problems
 
 
-def _headers(files: Mapping[str, Path]) -> tuple[dict[str, video.Header], list[str]]:
-    """Headers by stem, and what is wrong with the files that have none."""
+def _headers(files: Mapping[str, Path]) -> tuple[dict[str, video.Header], dict[str, str]]:
+    """Headers by stem, and by stem what is wrong with the files that have none."""
 
     def ask(path: Path) -> video.Header | str:
         try:
@@ -451,20 +555,20 @@ def _headers(files: Mapping[str, Path]) -> tuple[dict[str, video.Header], list[s
             return str(error)
 
     answers = dict(zip(files, _each(ask, list(files.values()), _PROBE_THREADS), strict=True))
-    wrong = [answer for answer in answers.values() if isinstance(answer, str)]
-    told = wrong[:5] + ([f"{len(wrong) - 5} more videos cannot be read"] if len(wrong) > 5 else [])
-    return {stem: answer for stem, answer in answers.items() if isinstance(answer, video.Header)}, told
+    wrong = {stem: answer for stem, answer in answers.items() if isinstance(answer, str)}
+    return {stem: answer for stem, answer in answers.items() if isinstance(answer, video.Header)}, wrong
 
 
 def _size_problems(spec: Folder, headers: Mapping[str, video.Header]) -> list[str]:
-    if spec.video_size is not None or not headers:
+    if spec.video_size is not None or spec.buckets or not headers:
         return []
-    return _odd_ones("size", {s: h.size for s, h in headers.items()}, "Set data.video_size to resize them, or sort them apart")
+    return _odd_ones("size", {s: h.size for s, h in headers.items()}, "Set data.video_size or data.buckets to resize them")
 
 
 def _control_problems(name: str, files: Mapping[str, Path], headers: Mapping[str, video.Header]) -> list[str]:
     """Control videos that do not go frame by frame with their clip."""
-    found, problems = _headers({stem: path for stem, path in files.items() if stem in headers})
+    found, unreadable = _headers({stem: path for stem, path in files.items() if stem in headers})
+    problems = list(unreadable.values())[:5]
     for what, of in (("num_frames", lambda h: h.num_frames), ("size", lambda h: h.size), ("fps", lambda h: round(h.fps, 2))):
         odd = [f"{s} ({of(found[s])}, its clip {of(h)})" for s, h in headers.items() if s in found and of(found[s]) != of(h)]
         if odd:
@@ -541,18 +645,6 @@ def _odd_ones(what: str, values: Mapping[str, Any], hint: str) -> list[str]:  # 
 
 
 # ---- what is read --------------------------------------------------------------------------------------------------
-
-
-def _fit(source: video.Size, spec: Folder) -> tuple[video.Size, tuple[slice, slice, slice]]:
-    """The size to scale frames to, and the part of them to keep."""
-    height, width = spec.video_size or source
-    everything = (slice(None), slice(None), slice(None))
-    if spec.resize == "stretch" or (height, width) == source:
-        return (height, width), everything
-    scale = max(height / source[0], width / source[1])
-    scaled = max(round(source[0] * scale), height), max(round(source[1] * scale), width)
-    top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
-    return scaled, (slice(None), slice(top, top + height), slice(left, left + width))
 
 
 def _of(span: Span) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""What the verbs `fewstep prepare text`, `latents` and `controls` do: open, work, and tell it in one line."""
+"""What the verbs of `fewstep prepare` do: open, work, and tell it in one line."""
 
 from __future__ import annotations
 
@@ -77,6 +77,13 @@ def controls(
     told = controls_.write(folder, maker)
     kept = f", {told.kept} that were there before are left as they are" if told.kept else ""
     return f"{folder / type}: {told.num} clips, {told.made} of them new{kept}"
+
+
+def shards(folder: Path, out: str, parts: str | None, shard_mib: int) -> str:
+    from fewstep.prepare.shards import write
+
+    told = write(folder, out, parts=None if parts is None else parts.split(","), shard_bytes=shard_mib * 2**20)
+    return f"{out}: {told.num} samples in {told.shards} shards, {told.made} of them new"
 
 
 def _quality(text: str | None) -> Any:  # crf, "lossless" or None

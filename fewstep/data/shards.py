@@ -1,0 +1,224 @@
+"""A data set in tar files, on this machine or any store that fsspec reaches, read sample by sample.
+
+    Shards("s3://bucket/robots", num_frames=17, video_size=(704, 1280))        # written by `fewstep prepare shards`
+
+    URL/index.json        which parts a sample has, which shards there are
+    URL/000000.tar        WebDataset: STEM.videos.mp4, STEM.metas.txt, STEM.t5_xxl.pickle, ... one sample after another
+    URL/000000.json       of each sample where its members lie in the tar, and what its videos' headers say
+
+As the places of all members are known, a sample is a few reads of some kB, in any order: the order of samples, their windows
+and their checks are those of the data set `folder`, and a run resumes at the same sample. Any WebDataset reader reads the tars.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fewstep.config import kind
+from fewstep.data import folder as folders
+from fewstep.data import layout, video
+from fewstep.data.atomic import replacing
+from fewstep.data.folder import Folder, FolderData, Sample
+from fewstep.data.layout import Layout, some
+
+INDEX, FORMAT = "index.json", 1
+_AGAIN = "Write it again: fewstep prepare shards"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file of a sample, within a tar."""
+
+    shard: str
+    offset: int
+    size: int
+    crc: int
+    suffix: str  # .mp4
+    header: video.Header | None = None  # of a video
+
+
+@dataclass(frozen=True)
+class Index:
+    """Everything but the bytes."""
+
+    parts: tuple[str, ...]  # folders of the data set: videos, metas, ...
+    samples: Mapping[str, Mapping[str, Member]]  # by stem, then by part
+
+
+@kind("shards", group="data")
+@dataclass(frozen=True)
+class Shards(Folder):
+    """The same as `folder`, from tar files on this machine or any store that fsspec reaches."""
+
+    # dataset_dir is the folder or URL that holds index.json
+    cache_dir: str | None = None  # keep what was read here, so that it is fetched once; none: fetch again
+
+    def open(self) -> FolderData:
+        return ShardsData(self)
+
+
+class ShardsData(FolderData):
+    """The samples of `Shards`, checked as far as their index tells."""
+
+    def __init__(self, spec: Shards):
+        self._fs, self._root = filesystem(spec.dataset_dir)
+        self._index = read_index(spec.dataset_dir)
+        self._cache = Path(spec.cache_dir).absolute() / hash_of(spec.dataset_dir) if spec.cache_dir else None
+        super().__init__(spec, Layout(Path(spec.dataset_dir)), _samples(spec, self._index))
+
+    def captions(self) -> list[str]:
+        stems = list(dict.fromkeys(self.stems))
+        lacking = [stem for stem in stems if layout.CAPTIONS.folder not in self._index.samples[stem]]
+        if lacking:
+            raise ValueError(f"{self.spec.dataset_dir}: {len(lacking)} of {len(stems)} have no caption: {some(lacking)}")
+        texts = {stem: self._bytes(stem, layout.CAPTIONS.folder).decode("utf-8", "replace").strip() for stem in stems}
+        return [texts[stem] for stem in self.stems]
+
+    def _read(self, sample: Sample) -> dict[str, Tensor]:
+        with self._local(sample) as local:
+            return super()._read(local)
+
+    def _embedding(self, sample: Sample) -> tuple[Tensor, Tensor]:
+        with self._local(sample) as local:
+            return super()._embedding(local)
+
+    @contextmanager
+    def _file(self, name: str) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="fewstep-") as place:
+            path = Path(place) / Path(name).name
+            path.write_bytes(self._fs.cat_file(f"{self._root}/{name}"))
+            yield path
+
+    @contextmanager
+    def _local(self, sample: Sample) -> Iterator[Sample]:
+        """The sample with its files on this machine."""
+        if all(path.is_absolute() for path in sample.files.values()):  # it is already
+            yield sample
+            return
+        if self._cache is not None:
+            yield replace(sample, files={part: self._fetched(self._cache, sample.stem, part) for part in sample.files})
+            return
+        with tempfile.TemporaryDirectory(prefix="fewstep-") as place:
+            yield replace(sample, files={part: self._fetched(Path(place), sample.stem, part) for part in sample.files})
+
+    def _fetched(self, place: Path, stem: str, part: str) -> Path:
+        member = self._index.samples[stem][part]
+        path = place / part / f"{stem}{member.suffix}"
+        if not path.is_file() or path.stat().st_size != member.size:
+            with replacing(path) as beside:
+                beside.write_bytes(self._bytes(stem, part))
+        return path
+
+    def _bytes(self, stem: str, part: str) -> bytes:
+        member = self._index.samples[stem][part]
+        path = f"{self._root}/{member.shard}.tar"
+        try:
+            found = self._fs.cat_file(path, start=member.offset, end=member.offset + member.size)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: no such file, but the index has it. {_AGAIN}") from None
+        if len(found) != member.size or zlib.crc32(found) != member.crc:
+            raise ValueError(
+                f"{path}: {stem}.{part}{member.suffix} is not what the index says. The tar is damaged or another's; {_AGAIN}"
+            )
+        return found
+
+
+def filesystem(url: str) -> tuple[Any, str]:  # Any: fsspec carries no types
+    """The store of a URL or folder, and the path in it, without a slash at its end."""
+    import fsspec
+
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"{url}: no store that fsspec reaches here ({error})") from None
+    return fs, str(path).rstrip("/")
+
+
+def read_index(url: str) -> Index:
+    """The index of a set of shards; refuses a damaged one, and names that would lead out of a folder."""
+    fs, root = filesystem(url)
+    told = _read_json(fs, f"{root}/{INDEX}", f"Write it: fewstep prepare shards DIR --out {url}")
+    if isinstance(told, dict) and told.get("whole") is False:
+        raise ValueError(f"{root}: is not whole, its writing was interrupted. Run fewstep prepare shards again")
+    try:
+        if told["format"] != FORMAT:
+            raise ValueError(f"format {told['format']!r}, where {FORMAT} is known")
+        names, parts = [str(name) for name in told["shards"]], tuple(str(part) for part in told["parts"])
+        samples: dict[str, dict[str, Member]] = {}
+        for name in names:
+            for row in _read_json(fs, f"{root}/{_plain(name)}.json", _AGAIN)["samples"]:
+                members = {_plain(part): member_of(name, value) for part, value in row["members"].items()}
+                if samples.setdefault(_plain(row["stem"]), members) is not members:
+                    raise ValueError(f"two samples called {row['stem']}")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{root}/{INDEX}: damaged ({str(error)[:200]}). {_AGAIN}") from None
+    if len(samples) != told["num"]:
+        raise ValueError(f"{root}/{INDEX}: tells of {told['num']} samples, its shards hold {len(samples)}. {_AGAIN}")
+    return Index(parts, samples)
+
+
+def member_of(shard: str, value: Mapping[str, Any]) -> Member:
+    numbers = {name: int(value[name]) for name in ("offset", "size", "crc")}
+    if min(numbers.values()) < 0 or not str(value["suffix"]).startswith(".") or "/" in value["suffix"]:
+        raise ValueError(f"a member with {numbers} and suffix {value['suffix']!r}")
+    header = value.get("header")
+    found = None if header is None else video.Header(int(header[0]), float(header[1]), int(header[2]), int(header[3]))
+    return Member(shard, **numbers, suffix=str(value["suffix"]), header=found)
+
+
+def hash_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _samples(spec: Shards, index: Index) -> tuple[Sample, ...]:
+    """Every sample with its windows, or one ValueError with all that is wrong."""
+    root = spec.dataset_dir
+    problems = [f"data.{key}: {message}" for key, message in spec.problems() if not key.startswith("warn:")]
+    lead = layout.VIDEOS.folder if spec.x0 == "pixels" else layout.LATENTS.folder
+    needed = [lead, *(part.folder for part in folders._needed(spec))]
+    for part in needed:
+        lacking = [stem for stem, members in index.samples.items() if part not in members]
+        if lacking:
+            problems.append(
+                f"{len(lacking)} of {len(index.samples)} lack {part}: {some(lacking)}; shards have {some(index.parts, 20)}"
+            )
+    if problems or not index.samples:
+        raise ValueError("\n".join(f"{root}: {problem}" for problem in problems or ["its shards hold no samples"]))
+    files = {stem: {part: Path(f"{stem}{members[part].suffix}") for part in needed} for stem, members in index.samples.items()}
+    if lead == layout.LATENTS.folder:
+        return tuple(Sample(stem, parts) for stem, parts in files.items())
+    headers = {stem: header for stem, members in index.samples.items() if (header := members[lead].header) is not None}
+    spans, wrong = folders._spans(spec, headers)
+    wrong += folders._size_problems(spec, headers)
+    if spec.control is not None and spec.control.folder in needed:
+        name = spec.control.folder
+        odd = [s for s, h in headers.items() if index.samples[s][name].header not in (None, h)]
+        wrong += [f"{len(odd)} of {len(headers)} {name} videos differ from their clip: {some(odd)}. {_AGAIN}"] if odd else []
+    if wrong:
+        raise ValueError("\n".join(f"{root}: {problem}" for problem in wrong))
+    return tuple(Sample(stem, parts, span, headers[stem]) for stem, parts in files.items() for span in spans.get(stem, ()))
+
+
+def _read_json(fs: Any, path: str, remedy: str) -> Any:  # what the file holds
+    try:
+        return json.loads(fs.cat_file(path))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file. {remedy}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}). {remedy}") from None
+
+
+def _plain(name: Any) -> str:  # a name from a file, which may be anything
+    if not isinstance(name, str) or not name or name.startswith(".") or any(c in name for c in "/\\\0"):
+        raise ValueError(f"the name {name!r}, which leads elsewhere")
+    return name

@@ -1,0 +1,262 @@
+"""A data set's folder as tar files with an index, here or on any store that fsspec reaches; fewstep/data/shards.py reads them.
+
+A shard is done when its .json is there, which is written after its .tar; a rerun writes the shards that are not done or whose
+files changed, to the same bytes. While a command works index.json says so, and nobody reads a set that is not whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewstep.data import cache, layout, video
+from fewstep.data.atomic import replacing
+from fewstep.data.controls import Control
+from fewstep.data.layout import Layout, Part, some
+from fewstep.data.packs import Packs, has_packs, open_packs
+from fewstep.data.shards import FORMAT, INDEX, filesystem
+from fewstep.prepare.progress import tracked
+
+_SUFFIXES = (".pickle", ".safetensors", ".npy")  # of files beside the folders that are copied: a negative prompt
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a command did."""
+
+    num: int  # samples
+    shards: int
+    made: int  # of them, by this command
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One member to be: a file, or a row of a pack."""
+
+    part: str
+    suffix: str
+    path: Path
+    row: tuple[Packs, int] | None = None
+
+    @property
+    def size(self) -> int:
+        if self.row is None:
+            return self.path.stat().st_size
+        packs, number = self.row
+        return 2 * int(packs.read(number).numel())
+
+    @property
+    def stamp(self) -> list[Any]:
+        """What changes when its content does."""
+        if self.row is None:
+            told = self.path.stat()
+            return [self.part, self.suffix, told.st_size, told.st_mtime_ns]
+        packs, number = self.row
+        return [self.part, self.suffix, packs.rows[number].content, sorted(packs.made_from.items())]
+
+    def read(self) -> bytes:
+        if self.row is None:
+            return self.path.read_bytes()
+        packs, number = self.row
+        label, name = (
+            packs.rows[number],
+            "text" if self.part not in ("latents",) and not self.part.endswith("_latents") else "latents",
+        )
+        with tempfile.TemporaryDirectory(prefix="fewstep-") as place:
+            path = Path(place) / "row.safetensors"
+            cache.write(path, {name: packs.read(number)}, made_from=packs.made_from, facts=label.facts)
+            return path.read_bytes()
+
+
+def write(dataset_dir: str | Path, url: str, *, parts: Sequence[str] | None = None, shard_bytes: int = 2**30) -> Told:
+    """Writes the samples of a folder with everything that each of them has, or with `parts` alone.
+
+    Refuses a part that some samples lack, and an `url` that holds shards with other parts or of another size.
+    """
+    place = Layout.open(dataset_dir)
+    if place.form != "flat":
+        raise ValueError(f"{place.root}: has a folder for each sample; shards are written of folders with videos/ or latents/")
+    if shard_bytes < 1:
+        raise ValueError(f"a shard has at least one byte, not {shard_bytes}")
+    fs, root = filesystem(url)
+    samples = _sources(place, parts)
+    names = tuple(source.part for source in next(iter(samples.values())))
+    settings = {"format": FORMAT, "parts": list(names), "shard_bytes": shard_bytes}
+    before = _known(fs, f"{root}/{INDEX}")
+    changed = [key for key, value in settings.items() if before is not None and before.get(key) != value]
+    if before is not None and changed:
+        told = ", ".join(f"{key} {before.get(key)}, not {settings[key]}" for key in changed)
+        raise ValueError(f"{url}: holds shards with {told}. Choose another --out, or remove them")
+    if before is None and fs.exists(f"{root}/000000.tar"):
+        raise ValueError(f"{url}: holds tars of someone else. Choose another --out")
+    fs.makedirs(root, exist_ok=True)
+    groups = list(_grouped(samples, shard_bytes))
+    shards, made = [f"{number:06d}" for number in range(len(groups))], 0
+    old = [name for name in (before or {}).get("shards", ()) if name not in shards]
+
+    def tell(whole: bool, names: list[str]) -> None:
+        told = settings | {"whole": whole, "num": len(samples), "shards": names}
+        _put(fs, f"{root}/{INDEX}", (json.dumps(told, indent=1) + "\n").encode())
+
+    for name, stems in zip(shards, tracked(groups, len(groups), f"writing {url}"), strict=True):
+        plan = _plan(stems, samples)
+        if (_known(fs, f"{root}/{name}.json") or {}).get("plan") != plan:
+            if not made:
+                tell(whole=False, names=shards + old)
+            _remove(fs, f"{root}/{name}.json")
+            rows = _write_tar(fs, f"{root}/{name}.tar", stems, samples)
+            _put(fs, f"{root}/{name}.json", json.dumps({"plan": plan, "samples": rows}, sort_keys=True).encode())
+            made += 1
+    if old:
+        tell(whole=False, names=shards + old)
+    for name in old:  # of clips that are gone
+        _remove(fs, f"{root}/{name}.json")
+        _remove(fs, f"{root}/{name}.tar")
+    for path in sorted(place.root.iterdir()):
+        if path.is_file() and path.suffix in _SUFFIXES and not path.name.startswith("."):
+            _put(fs, f"{root}/{path.name}", path.read_bytes())
+    tell(whole=True, names=shards)
+    return Told(len(samples), len(groups), made)
+
+
+# ---- parts of the above --------------------------------------------------------------------------------------------
+
+
+def _sources(place: Layout, wanted: Sequence[str] | None) -> dict[str, list[_Source]]:
+    """What each sample has, in the order of stems and parts; refuses one that lacks a part which others have."""
+    folders = sorted(path.name for path in place.root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    unknown = sorted(set(wanted or ()) - set(folders))
+    if unknown:
+        raise ValueError(f"{place.root}: has no {', '.join(unknown)}; it holds {some(folders, 20)}")
+    found = {name: _of_part(place, name) for name in folders if wanted is None or name in wanted}
+    found = {name: sources for name, sources in found.items() if sources}
+    lead = next((name for name in (layout.VIDEOS.folder, layout.LATENTS.folder) if name in found), None)
+    if lead is None:
+        raise ValueError(f"{place.root}: has neither videos nor latents to write{' among --parts' if wanted else ''}")
+    stems, problems = list(found[lead]), list[str]()
+    for name, sources in found.items():
+        lacking = [stem for stem in stems if stem not in sources]
+        if lacking:
+            problems.append(
+                f"{len(lacking)} of {len(stems)} lack {name}: {some(lacking)}. Make them, or leave it out with --parts"
+            )
+    dotted = [stem for stem in stems if "." in stem]
+    if dotted:
+        problems.append(f"{len(dotted)} names have a dot, which ends a WebDataset name: {some(dotted)}. Rename them")
+    if problems:
+        raise ValueError("\n".join(f"{place.root}: {problem}" for problem in problems))
+    return {stem: [found[name][stem] for name in found] for stem in stems}
+
+
+def _of_part(place: Layout, name: str) -> dict[str, _Source]:
+    folder = place.root / name
+    if has_packs(folder):
+        packs = open_packs(folder)
+        rows = packs.by_stem()
+        windows = [stem for stem, numbers in rows.items() if len(numbers) > 1]
+        if windows:
+            raise ValueError(f"{folder}: its packs hold windows of clips ({some(windows)}); shards hold whole ones")
+        return {stem: _Source(name, ".safetensors", folder, (packs, numbers[0])) for stem, numbers in rows.items()}
+    found = place.files(_part(name))
+    return {stem: _Source(name, path.name[len(stem) :], path) for stem, path in found.items()}
+
+
+def _part(name: str) -> Part:
+    known = {part.folder: part for part in (layout.VIDEOS, layout.CAPTIONS, layout.NOISE, layout.PATH, layout.LATENTS)}
+    if name in known:
+        return known[name]
+    if name.endswith("_latents"):
+        return layout.control_latents(name.removesuffix("_latents"))
+    from fewstep.config import choices
+
+    control: Control | None = choices("control").get(name)  # type: ignore[assignment]  # its class knows the suffix
+    return layout.text(name) if control is None else layout.control(name, control.suffix)
+
+
+def _grouped(samples: dict[str, list[_Source]], shard_bytes: int) -> Iterator[list[str]]:
+    group, size = list[str](), 0
+    for stem, sources in samples.items():
+        group.append(stem)
+        size += sum(source.size for source in sources)
+        if size >= shard_bytes:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _plan(stems: Sequence[str], samples: dict[str, list[_Source]]) -> str:
+    stamps = [[stem, [source.stamp for source in samples[stem]]] for stem in stems]
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+
+
+def _write_tar(fs: Any, path: str, stems: Sequence[str], samples: dict[str, list[_Source]]) -> list[dict[str, Any]]:
+    """The tar, made on this machine and then sent whole; where its members lie."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="fewstep-") as own:
+        beside = Path(own) / "shard.tar"
+        with tarfile.open(beside, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for stem in stems:
+                members: dict[str, Any] = {}
+                for source in samples[stem]:
+                    content = source.read()
+                    entry = tarfile.TarInfo(f"{stem}.{source.part}{source.suffix}")  # time 0, nobody's: the same bytes again
+                    entry.size = len(content)
+                    try:
+                        tar.addfile(entry, io.BytesIO(content))
+                    except ValueError:
+                        raise ValueError(f"{stem}: the name is too long for a tar; shorten it") from None
+                    begin = tar.offset - (len(content) + 511) // 512 * 512
+                    members[source.part] = {"offset": begin, "size": len(content), "crc": zlib.crc32(content)}
+                    members[source.part]["suffix"] = source.suffix
+                    if source.suffix == ".mp4":
+                        header = video.probe(source.path)
+                        members[source.part]["header"] = [header.num_frames, header.fps, header.height, header.width]
+                rows.append({"stem": stem, "members": members})
+        _send(fs, path, beside)
+    return rows
+
+
+def _send(fs: Any, path: str, file: Path) -> None:
+    if _is_local(fs):
+        with replacing(path) as beside:
+            beside.write_bytes(b"")
+            with beside.open("wb") as out, file.open("rb") as content:
+                while block := content.read(2**20):
+                    out.write(block)
+    else:
+        fs.put_file(str(file), path)
+
+
+def _put(fs: Any, path: str, content: bytes) -> None:
+    if _is_local(fs):
+        with replacing(path) as beside:
+            beside.write_bytes(content)
+    else:
+        fs.pipe_file(path, content)  # object stores show it when it is whole
+
+
+def _is_local(fs: Any) -> bool:
+    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+
+
+def _remove(fs: Any, path: str) -> None:
+    if fs.exists(path):
+        fs.rm_file(path)
+
+
+def _known(fs: Any, path: str) -> dict[str, Any] | None:
+    """A json table that an earlier command left; None if there is none, or no whole one."""
+    try:
+        found = json.loads(fs.cat_file(path))
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
