@@ -52,7 +52,7 @@ class Model:
     about: Mapping[str, Any] = field(default_factory=dict[str, Any])  # of the paper that came with it
 
 
-def open_model(address: str | Path, config: Mapping[str, Any] | None = None) -> Model:
+def open_model(address: str | Path) -> Model:
     """The model at `address`, in eval mode and frozen."""
     know_every_network()
     text = str(address)
@@ -206,7 +206,7 @@ def spec_of(address: str) -> Any:  # Any: whatever is registered in group "netwo
         "CogVideoXTransformer3DModel": "cogvideox",
         "FluxTransformer2DModel": "flux",
         "QwenImageTransformer2DModel": "qwen_image",
-        "UNet2DConditionModel": "sdxl" if "XL" in pipeline else "sd",
+        "UNet2DConditionModel": "unet",
         "DiTTransformer2DModel": "dit",
     }
     if known.get(str(name)) in kinds:

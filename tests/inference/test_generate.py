@@ -1,0 +1,263 @@
+"""`fewstep generate`: what it makes equals the pieces by hand; it divides, resumes, refuses and warns."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.batch import Condition
+from fewstep.cli import main as cli
+from fewstep.config import dump
+from fewstep.data import arrays, video
+from fewstep.diffusion import Rng, guided, samplers, times
+from fewstep.inference.asked import read_command
+from fewstep.inference.generate import generate
+from fewstep.inference.model import open_model
+from fewstep.networks.codecs import open_codec
+from fewstep.networks.cosmos import CosmosSpec
+from fewstep.networks.cosmos_control import CosmosControlSpec
+from fewstep.networks.text import open_text_encoder
+from fewstep.networks.words import WordsConfig, WordsEncoder, WordsModel
+
+NET = CosmosSpec(
+    latent_channels=2, num_heads=2, head_dim=12, num_layers=2, mlp_ratio=2.0, text_dim=8, adaln_lora_dim=4,
+    max_size=(4, 8, 8), rope_scale=(1.0, 1.0, 1.0), padding_mask=False,
+)  # fmt: skip
+TIMES = (1.0, 0.75)
+SIZE = ["--num-frames", "9", "--height", "16", "--width", "16", "--fps", "8"]
+FIRST = {"num_frames": 9, "height": 16, "width": 16, "fps": 8.0, "latent_shape": [2, 3, 4, 4]}
+
+
+def write_parts(folder: Path) -> None:
+    from diffusers import AutoencoderKLCosmos
+
+    torch.manual_seed(0)
+    AutoencoderKLCosmos(
+        latent_channels=2, encoder_block_out_channels=(8, 8, 8, 8), decode_block_out_channels=(8, 8, 8, 8),
+        attention_resolutions=(8,), resolution=64, num_layers=1, patch_size=4, spatial_compression_ratio=4,
+        temporal_compression_ratio=4, latents_mean=[0.0, 0.0], latents_std=[1.0, 1.0],
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    words = WordsConfig(("a", "red", "ball", "rolls"), dim=8, num_layers=1, num_heads=2, max_tokens=6)
+    WordsEncoder(WordsModel(words).eval()).save(folder / "text_encoder")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    write_parts(folder)
+    module: Any = NET.build().module
+    module.save_pretrained(folder / "transformer")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "Cosmos2_5_PredictBasePipeline"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `fewstep export` writes it."""
+    folder = tmp_path_factory.mktemp("student")
+    write_parts(folder)
+    module: Any = NET.build().module
+    module.save_pretrained(folder / "transformer")
+    told = {"times": TIMES, "renoise": "fresh", "path": {"kind": "rectified_flow"}, "envelope": FIRST}
+    told["network"] = {"kind": "cosmos", **dump(NET)}
+    (folder / "student.json").write_text(json.dumps(told))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    frames = np.random.default_rng(0).integers(0, 255, (13, 16, 16, 3), dtype=np.uint8)
+    path = tmp_path_factory.mktemp("clip") / "in.mp4"
+    video.write(path, frames, 8.0, quality="lossless")
+    return path
+
+
+def made(out: Path, *arguments: str, told: list[str] | None = None, rank: int = 0, size: int = 1) -> int:
+    asked = read_command([*arguments, "--out", str(out), "--quality", "lossless"], (told or []).append)
+    return generate(asked, rank, size, say=(told if told is not None else []).append)
+
+
+def as_frames(folder: Path, latents: Tensor) -> np.ndarray:
+    pixels = open_codec(folder).decode(latents)
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()[0]
+
+
+@torch.no_grad()
+def test_a_student_takes_its_own_steps(student: Path, tmp_path: Path) -> None:
+    assert made(tmp_path, str(student), "--prompt", "a red ball", "--seed", "3", "--save-noise") == 1
+    model, rng = open_model(student), Rng.of_samples([3])
+    text, mask = open_text_encoder(student).encode(["a red ball"])
+    cond = Condition(text=text, text_mask=mask, fps=torch.tensor([8.0]))
+    assert model.sampler is not None
+    noise = rng.normal((2, 3, 4, 4))
+    wanted = as_frames(student, model.sampler(model.network, noise, cond, rng))
+    found = video.read(tmp_path / "output.mp4")
+    np.testing.assert_array_equal(found.frames, wanted)
+    assert found.fps == 8
+    assert (tmp_path / "output.txt").read_text() == "a red ball\n"
+    torch.testing.assert_close(arrays.read_one(tmp_path / "noise" / "output.pickle"), noise[0])
+
+
+@torch.no_grad()
+def test_a_teacher_is_solved_with_guidance_and_led_by_first_frames(teacher: Path, clip: Path, tmp_path: Path) -> None:
+    asked = ["--prompt", "a ball", "--negative-prompt", "red", "--guidance", "3", "--num-steps", "4", "--sampler", "heun"]
+    made(tmp_path, str(teacher), *asked, *SIZE, "--shift", "2", "--input", str(clip), "--num-input-frames", "5")
+    network, codec = open_model(teacher).network, open_codec(teacher)
+    texts, masks = open_text_encoder(teacher).encode(["a ball", "red"])
+    pixels = torch.from_numpy(video.read(clip, 0, 5).frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    frames = codec.encode(torch.cat([pixels, pixels[:, :, -1:].expand(-1, -1, 4, -1, -1)], 2))
+    mask = torch.tensor([[1.0, 1.0, 0.0]])
+    cond = Condition(text=texts[:1], text_mask=masks[:1], frames=frames, frame_mask=mask, fps=torch.tensor([8.0]))
+    negative = replace(cond, text=texts[1:], text_mask=masks[1:])
+    noise = Rng.of_samples([0]).normal((2, 3, 4, 4))
+    x0 = samplers.heun(guided(network, negative, 3.0), noise, times.shifted(4, 2.0), cond)
+    np.testing.assert_array_equal(video.read(tmp_path / "output.mp4").frames, as_frames(teacher, x0))
+    torch.testing.assert_close(x0[:, :, :2], frames[:, :, :2], rtol=0, atol=1e-6)
+
+
+def test_processes_divide_the_clips_and_make_what_one_makes(student: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a ball\na red ball\nrolls\n")
+    asked = [str(student), "--prompts", str(tmp_path / "p.txt"), "--seed", "7"]
+    assert made(tmp_path / "one", *asked) == 3
+    assert [made(tmp_path / "two", *asked, rank=rank, size=2) for rank in (0, 1)] == [2, 1]
+    for i in range(3):
+        name = f"p_{i:04d}.mp4"
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    alone = [str(student), "--prompt", "rolls", "--seed", "9"]  # the third's seed
+    made(tmp_path / "alone", *alone)
+    assert (tmp_path / "alone" / "output.mp4").read_bytes() == (tmp_path / "one" / "p_0002.mp4").read_bytes()
+
+
+def test_a_killed_command_goes_on_and_another_one_does_not_mix_in(student: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a ball\na red ball\n")
+    asked = [str(student), "--prompts", str(tmp_path / "p.txt")]
+    assert made(tmp_path / "out", *asked) == 2
+    kept = (tmp_path / "out" / "p_0000.mp4").stat().st_mtime_ns
+    (tmp_path / "out" / "p_0001.mp4").unlink()
+    assert made(tmp_path / "out", *asked) == 1
+    assert made(tmp_path / "out", *asked) == 0
+    assert (tmp_path / "out" / "p_0000.mp4").stat().st_mtime_ns == kept
+    with pytest.raises(ValueError, match=r"p_0000: is there and was made with clip\.seed 0 and not 1"):
+        made(tmp_path / "out", *asked, "--seed", "1")
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_beyond_the_envelope_it_warns_and_against_its_training_it_refuses(student: Path, teacher: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    made(
+        tmp_path / "a",
+        str(student),
+        "--prompt",
+        "a ball",
+        "--height",
+        "32",
+        "--num-frames",
+        "5",
+        "--sampler",
+        "heun",
+        told=told,
+    )
+    said = "\n".join(told)
+    assert "5 frames: this student was trained on 9" in said
+    assert "32 pixels high: this student was trained on 16" in said
+    assert "--sampler has no effect" in said
+    with pytest.raises(ValueError, match=r"--num-steps 8: this student takes 2.*guidance w = 3: .*--force"):
+        made(tmp_path / "b", str(student), "--prompt", "a ball", "--num-steps", "8", "--guidance", "3")
+    told.clear()
+    forced = ["--num-steps", "3", "--guidance", "2", "--force"]
+    assert made(tmp_path / "b", str(student), "--prompt", "a ball", *forced, told=told) == 1
+    assert "warning: --num-steps 3" in told[0]
+    with pytest.raises(ValueError, match="is a teacher"):
+        made(tmp_path / "c", str(teacher), "--prompt", "a ball", "--use_distilled", *SIZE)
+    with pytest.raises(ValueError, match="does not say what clips it makes: give --num-frames, --height, --width"):
+        made(tmp_path / "c", str(teacher), "--prompt", "a ball")
+
+
+def test_an_embedding_stands_for_a_prompt(student: Path, tmp_path: Path) -> None:
+    text, _ = open_text_encoder(student).encode(["a red ball"])
+    arrays.write_pickle(tmp_path / "e.pickle", [text[0].numpy()])
+    made(tmp_path / "a", str(student), "--embedding", str(tmp_path / "e.pickle"))
+    made(tmp_path / "b", str(student), "--prompt", "a red ball")
+    first, second = (video.read(tmp_path / name / "output.mp4").frames for name in ("a", "b"))
+    np.testing.assert_array_equal(first, second)
+
+
+@torch.no_grad()
+def test_controls_are_encoded_or_made_from_the_input(tmp_path: Path, clip: Path) -> None:
+    spec = CosmosControlSpec(
+        **{f: getattr(NET, f) for f in NET.__dataclass_fields__}, controls=("edge", "depth"), num_control_blocks=2
+    )
+    torch.manual_seed(0)
+    network = spec.build()
+    for weight in network.module.parameters():
+        weight.data = torch.randn_like(weight) * 0.2
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "student"
+    write_parts(folder)
+    state = {name: value.contiguous().clone() for name, value in network.module.state_dict().items()}
+    save_file(state, folder / "student.safetensors")
+    told = {"times": TIMES, "renoise": "same", "path": {"kind": "rectified_flow"}, "envelope": FIRST}
+    told["network"] = {"kind": "cosmos_control", **dump(spec)}
+    (folder / "student.json").write_text(json.dumps(told))
+    asked = [str(folder), "--prompt", "a ball", "--input", str(clip)]
+    made(tmp_path / "made", *asked, "--control", "edge")
+    from fewstep.data.controls import Edge, made_of
+
+    edges = made_of(Edge(), video.read(clip, 0, 9).frames, 0)
+    video.write(tmp_path / "edges.mp4", edges, 8.0, quality="lossless")
+    made(tmp_path / "file", *asked, "--control", f"edge={tmp_path / 'edges.mp4'}")
+    first, second = (video.read(tmp_path / name / "output.mp4").frames for name in ("made", "file"))
+    np.testing.assert_array_equal(first, second)
+    made(tmp_path / "both", *asked, "--control", "edge", "--control", f"depth={clip}")
+    assert (video.read(tmp_path / "both" / "output.mp4").frames != first).any()
+    with pytest.raises(ValueError, match="control 'depth' cannot be made from a video here"):
+        made(tmp_path / "x", *asked, "--control", "depth")
+    with pytest.raises(ValueError, match="control 'seg': this network is led by edge, depth"):
+        made(tmp_path / "x", *asked, "--control", f"seg={clip}")
+
+
+def test_mistakes_are_told_before_anything_is_read(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"--input .*none\.mp4: no such file \(for clip 'output'\)"):
+        made(tmp_path, "no/such/model", "--prompt", "a", "--input", "none.mp4")
+    with pytest.raises(ValueError, match="no model at"):
+        made(tmp_path, str(tmp_path / "nothing"), "--prompt", "a")
+    rows = "\n".join(json.dumps({"prompt": "a ball", "name": "same"}) for _ in range(2))
+    (tmp_path / "p.jsonl").write_text(rows)
+    with pytest.raises(ValueError, match="two clips are called 'same'"):
+        made(tmp_path, str(student), "--prompts", str(tmp_path / "p.jsonl"))
+    with pytest.raises(ValueError, match="--num-input-frames 2: this codec takes 1"):
+        made(tmp_path / "o", str(student), "--prompt", "a", "--input", str(_picture(tmp_path)), "--num-input-frames", "2")
+    assert cli(["generate", str(student), "--prompt", "a purple ball", "--out", str(tmp_path / "o")]) == 1
+    assert "has no word for purple" in capsys.readouterr().err
+    assert cli(["generate", str(student), "--promt", "a"]) == 2
+
+
+def test_a_picture_begins_a_clip_and_a_clip_of_one_frame_is_a_picture(student: Path, tmp_path: Path) -> None:
+    import cv2
+
+    assert (
+        cli(["generate", str(student), "--prompt", "a ball", "--input", str(_picture(tmp_path)), "--out", str(tmp_path)]) == 0
+    )
+    assert video.probe(tmp_path / "output.mp4").num_frames == 9
+    assert (
+        cli(["generate", str(student), "--prompt", "a ball", "--num-frames", "1", "--out", str(tmp_path), "--name", "one"]) == 0
+    )
+    picture = cv2.imread(str(tmp_path / "one.png"))
+    assert picture is not None
+    assert picture.shape == (16, 16, 3)
+
+
+def _picture(folder: Path) -> Path:
+    import cv2
+
+    frame = np.random.default_rng(1).integers(0, 255, (20, 20, 3), dtype=np.uint8)
+    (folder / "in.png").write_bytes(cv2.imencode(".png", frame)[1].tobytes())
+    return folder / "in.png"
