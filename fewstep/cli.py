@@ -86,6 +86,9 @@ def train_command(arguments: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(run))
         print(to_yaml(run), end="")
+        from fewstep.training.fit import dryrun
+
+        print(dryrun(run), file=sys.stderr)
         print(f"dry run: {folder / 'config.yaml'} is written, nothing was trained", file=sys.stderr)
         return
     from fewstep.parallel import join_world, leave_world
@@ -98,6 +101,26 @@ def train_command(arguments: list[str]) -> None:
         run_training(run)
     finally:
         leave_world()
+
+
+@app.command(context_settings=FREE)
+def plan(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output and nothing else.")] = False,
+) -> None:
+    """Memory on each GPU: fewstep plan experiment=NAME a.b=c ... gpus=8 gpu=h100. No GPU and no weights are needed.
+
+    shape=16x16x88x160 text=512x1024 controls=edge  shapes of a batch, where the data are not there yet
+    """
+    from fewstep.config import compose, read_command
+
+    import fewstep.recipes  # noqa: F401  makes every name known
+    from fewstep.training.fit import command, split_words
+    from fewstep.training.run import Run
+
+    words, asked = split_words(context.args)
+    told, text = command(compose(read_command(words), Run), asked)
+    print(json.dumps(told) if as_json else text)
 
 
 def _train_stage(name: str, wanted_by: Any) -> None:
@@ -343,11 +366,43 @@ def pairs(
 
 
 @app.command()
-def demo() -> None:
-    """The miniature, end to end, with a picture."""
+def evaluate(
+    what: Annotated[str, typer.Argument(help="A model (run, export, pipeline), codec:FOLDER, or a folder with videos/.")],
+    prompts: Annotated[Path, typer.Option(help="Data set with captions, text and real clips of the same scenes.")],
+    real: Annotated[Path, typer.Option(help="Real clips of other scenes, which everything is compared with.")],
+    out: Annotated[Path, typer.Option(help="JSON to write; the first clips go into a folder of that name.")],
+    num: Annotated[int, typer.Option(help="Clips in a set.")] = 512,
+    sets: Annotated[int, typer.Option(help="Sets, each from noise of its own.")] = 3,
+    calls: Annotated[int | None, typer.Option(help="Of a teacher: the best it can do with so many network calls.")] = None,
+    steps: Annotated[int, typer.Option(help="Of a teacher's solver.")] = 35,
+    sampler: Annotated[str, typer.Option(help="euler, heun, dpmpp_2m, unipc or res_2ab")] = "unipc",
+    shift: Annotated[float, typer.Option(help="Of the time grid, in flow time.")] = 1.0,
+    guidance: Annotated[float, typer.Option(help="w in uncond + w (cond - uncond).")] = 1.0,
+) -> None:
+    """Score clips against real ones. Today: those of the toy world, by its own feature network and probes."""
+    from fewstep.evaluate import Job
+    from fewstep.evaluate import run as score
+    from fewstep.inference import pairs as making
+
+    how = making.asked(steps, sampler, shift, guidance, None, 1.0, 0, 0, "18")
+    told = score(Job(what, prompts, real, out, num, sets, calls, how))
+    shown = {name: found for name, found in told["scores"].items() if name in ("frechet", "recall", "coverage", "adherence")}
+    print(f"{out}: " + "  ".join(f"{name} {v['value']:.3g} +- {v['spread']:.2g}" for name, v in shown.items()))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Two minutes: every stage, too short to be good.")] = False,
+    long: Annotated[bool, typer.Option("--long", help="An hour on two cores: as good as it gets here.")] = False,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Train tokenizer and teacher, too: hours.")] = False,
+) -> None:
+    """The miniature, end to end, with a report. Interrupted, the same command goes on where it was."""
     from fewstep.demo import demo as show
 
-    show()
+    if quick and long:
+        raise ValueError("--quick and --long: choose one")
+    show(out, "quick" if quick else "long" if long else "default", from_scratch)
 
 
 def script() -> None:

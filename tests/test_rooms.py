@@ -33,7 +33,7 @@ BELOW = {
         "training",
     },
 }
-TOP = {"cli", "demo", "train", "__main__", "__init__"}  # verbs: they may import every room
+TOP = {"cli", "demo", "evaluate", "train", "__main__", "__init__"}  # verbs: they may import every room
 HEAVY = {"diffusers", "transformers", "peft", "av", "cv2", "tensorboard"}
 
 

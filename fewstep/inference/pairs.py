@@ -56,7 +56,7 @@ class Making:
     quality: int | Literal["lossless"] = 18  # of the mp4
 
     def __post_init__(self) -> None:
-        if self.num_steps < 2 * max(len(self.path_times), 1):
+        if self.num_steps < max(2 * len(self.path_times), 1):
             raise ValueError(f"--steps {self.num_steps}: too few to keep {len(self.path_times)} states and solve between them")
         if list(self.path_times) != sorted(set(self.path_times), reverse=True):
             raise ValueError(f"--path-times must descend, from noise to the clip, not {list(self.path_times)}")

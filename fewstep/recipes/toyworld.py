@@ -10,19 +10,30 @@ fewstep train experiment=toy_teacher
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import fewstep
 from fewstep.config import recipe
 from fewstep.data.folder import Folder
-from fewstep.diffusion.times import LogitNormal
-from fewstep.methods import Autoencode, Finetune
+from fewstep.diffusion.path import floats
+from fewstep.diffusion.times import LogitNormal, Shifted, shifted
+from fewstep.methods import DMD2, KD, Autoencode, Finetune
 from fewstep.networks.cosmos import CosmosSpec
 from fewstep.networks.roles import Full, Networks
 from fewstep.networks.tokenizer import TokenizerSpec
+from fewstep.networks.weights import output_root
 from fewstep.training.ema import Ema
 from fewstep.training.health import Health
 from fewstep.training.optim import Optim
 from fewstep.training.run import Checkpoint, Job, Run, Trainer
 
 TRAIN = "datasets/toyworld/train"
+SHIPPED = str(Path(fewstep.__file__).parent / "toy")  # a pipeline's folder: transformer/, vae/, text_encoder/
+WORLD, PAIRS = "world", "pairs"  # of the demo, below the output root: clips with captions, and what the teacher made of them
+GUIDANCE = 2.0  # of the teacher; baked into every student
+STUDENT_SHIFT = 3.0  # of the students' times
 TEACHER = CosmosSpec(
     num_heads=5,
     head_dim=32,
@@ -69,3 +80,71 @@ def toy_teacher() -> Run:
         checkpoint=Checkpoint(save_iter=500),
         health=Health(every=None),
     )
+
+
+# --- students ---------------------------------------------------------------------------------------------------------
+
+
+def _pairs(*pairs: Literal["noise", "path"]) -> Folder:
+    return Folder(str(output_root() / PAIRS), x0="latents", max_tokens=40, pairs=pairs)
+
+
+def _kd(name: str, num_steps: int) -> Run:
+    t_list = tuple(floats(shifted(num_steps, STUDENT_SHIFT)))
+    return Run(
+        job=_job(name),
+        method=KD(student_sample_steps=num_steps, t_list=t_list),
+        networks=Networks(teacher=replace(TEACHER, pretrained=SHIPPED)),
+        data=_pairs("noise" if num_steps == 1 else "path"),
+        optim=Optim(lr=5e-4, betas=(0.9, 0.99), schedule="cosine", warmup_iters=20, clip=1.0),
+        ema=Ema(beta=0.98),
+        trainer=Trainer(max_iter=400, batch_size=32, num_threads=1, log_every=20),
+        checkpoint=Checkpoint(save_iter=200),
+        health=Health(every=None),
+    )
+
+
+@recipe("toy_kd_4step")
+def toy_kd_4step() -> Run:
+    """Four-step KD on states of the toy teacher's ODE (`fewstep pairs ... --path-times`)."""
+    return _kd("toy_kd_4step", 4)
+
+
+@recipe("toy_kd_1step")
+def toy_kd_1step() -> Run:
+    """One-step KD on the toy teacher's noise/clip pairs."""
+    return _kd("toy_kd_1step", 1)
+
+
+def _dmd2(name: str, num_steps: int, start: str) -> Run:
+    teacher = replace(TEACHER, pretrained=SHIPPED)
+    kd = f"toyworld/basic/{start}@latest:student.ema"
+    return Run(
+        job=_job(name, start),
+        method=DMD2(
+            t_list=tuple(floats(shifted(num_steps, STUDENT_SHIFT))),
+            student_update_freq=2,
+            guidance=GUIDANCE,
+            times=Shifted(shift=1.0),
+        ),
+        networks=Networks(teacher=teacher, student=Full(teacher, init=kd), critic=Full()),
+        data=Folder(str(output_root() / WORLD), x0="latents", max_tokens=40, negative="zeros"),
+        optim=Optim(lr=2e-4, betas=(0.0, 0.99), schedule="cosine", warmup_iters=10, clip=1.0),
+        critic_optim=Optim(lr=4e-4, betas=(0.0, 0.99), clip=1.0),
+        ema=Ema(beta=0.98),
+        trainer=Trainer(max_iter=600, batch_size=32, num_threads=1, log_every=20),
+        checkpoint=Checkpoint(save_iter=200),
+        health=Health(every=None),
+    )
+
+
+@recipe("toy_dmd2_4step")
+def toy_dmd2_4step() -> Run:
+    """Four-step DMD2 against the toy teacher, from the student of toy_kd_4step."""
+    return _dmd2("toy_dmd2_4step", 4, "toy_kd_4step")
+
+
+@recipe("toy_dmd2_1step")
+def toy_dmd2_1step() -> Run:
+    """One-step DMD2 against the toy teacher, from the student of toy_kd_1step."""
+    return _dmd2("toy_dmd2_1step", 1, "toy_kd_1step")
