@@ -138,7 +138,7 @@ def match(names: Collection[str], controls: Sequence[str] = ()) -> Match:
         else:
             sources[found] = name
     if generation == "2":
-        sources |= _shared(sources, controls)
+        sources |= {name: sources[base] for name, base in repeated(sources, controls).items()}
     return Match(sources, tuple(unused), tuple(unknown), generation)
 
 
@@ -225,6 +225,8 @@ def _part_1(name: str, is_control: bool) -> tuple[str | int | None, str]:
             return "base", name.removeprefix(start)
     if name.startswith("net.net_ctrl."):
         part, plain = 0, name.removeprefix("net.net_ctrl.")
+    elif name.startswith("net_ctrl."):
+        part, plain = 0, name.removeprefix("net_ctrl.")
     else:
         part, plain = (0 if is_control else "base"), name.removeprefix("net.")
     if part == 0 and plain.startswith("final_layer."):
@@ -232,20 +234,17 @@ def _part_1(name: str, is_control: bool) -> tuple[str | int | None, str]:
     return part, plain
 
 
-def _shared(sources: dict[str, str], controls: Sequence[str]) -> dict[str, str]:
-    """What branches repeat of their base, from the base."""
+def repeated(names: Collection[str], controls: Sequence[str]) -> dict[str, str]:
+    """What Transfer2.5's branches repeat of their base: name in the branch -> name in the base, both ours."""
     more: dict[str, str] = {}
     for control in controls:
-        if not any(name.startswith(f"branches.{control}.") for name in sources):
+        if not any(name.startswith(f"branches.{control}.") for name in names):
             continue
         for own, again in SHARED.items():
             start = f"base.{own}."
-            more |= {
-                f"branches.{control}.{again}.{name.removeprefix(start)}": theirs
-                for name, theirs in sources.items()
-                if name.startswith(start)
-            }
-    return more
+            there = [name.removeprefix(start) for name in names if name.startswith(start)]
+            more |= {f"branches.{control}.{again}.{rest}": f"{start}{rest}" for rest in there}
+    return {name: base for name, base in more.items() if name not in names}
 
 
 def _number(name: str, branch: int) -> str:

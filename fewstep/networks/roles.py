@@ -56,7 +56,7 @@ def build(config: Networks, roles: Iterable[str], seed: int) -> dict[str, Networ
     """The networks of `roles`, on the CPU, with their weights."""
     teacher = None if config.teacher is None else _built(config.teacher, "teacher", seed)
     if teacher is not None and config.teacher_init:
-        load_into(teacher.module, read(config.teacher_init), config.teacher_init)
+        load_into(teacher.module, read(config.teacher_init, teacher.module), config.teacher_init)
     nets: dict[str, Network] = {}
     roles = tuple(roles)
     adapted = [role for role in roles if isinstance(getattr(config, role), Lora)]
@@ -132,7 +132,7 @@ def _role(role: Role, config: Networks, teacher: Network | None, name: str, seed
         return twin_of(teacher)
     network = _built(role.network or config.teacher, name, seed)
     if role.init != "random":
-        load_into(network.module, read(role.init), f"{role.init} (networks.{name}.init)")
+        load_into(network.module, read(role.init, network.module), f"{role.init} (networks.{name}.init)")
     return network
 
 

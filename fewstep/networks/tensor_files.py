@@ -1,0 +1,445 @@
+"""Tensors on disk, in whatever form others left them: found by name, read when asked for; no code of a file is ever run.
+
+    x.safetensors                      and a folder of them, with or without an index: what diffusers writes
+    x.pt  x.pth  x.ckpt  x.bin         torch.save: flat, or nested as {"model": .., "ema": ..} and {"model": {"net": ..}}
+    iter_N_model_mp_0.pt .. _7.pt      parts of tensor parallelism: given by any one of them, or as iter_N.pt
+    FOLDER with .metadata              torch.distributed.checkpoint, sharded or not
+
+torch.load is asked for weights only. The `.metadata` of a distributed checkpoint is a pickle as well, which torch would run: it
+goes through an unpickler that knows the dozen record classes it consists of.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import pickle
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+
+# Of several sets of weights in one file these are taken first: the moving average is the model, the rest is training.
+_PREFERRED = ("ema", "model.ema", "model_ema", "net_ema", "model", "model.net", "module", "state_dict", "net")
+_NETS = ("net", "net_ema", "net_fake_score", "net_discriminator_head")  # Predict2.5 keeps them under these starts, in one set
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
+_STARTS = ("module.", "model.", "transformer.")  # one word before every name: DDP, a trainer, FastGen
+
+# Tensor parallelism splits these along their outputs and their inputs; everything else is whole in every part (Transfer1).
+_BY_OUTPUT = ("to_q.0.weight", "to_k.0.weight", "to_v.0.weight", "block.layer1.weight")
+_BY_INPUT = ("to_out.0.weight", "block.layer2.weight")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    source: str
+    tensors: Mapping[str, Stored]
+    part: str = ""  # which of several sets of weights; "" where there is one
+    ignored: int = 0  # entries of that set that are no tensors, or of other networks
+
+
+def is_tensor_file(place: str) -> bool:
+    """Whether the address names files of tensors rather than a run of ours."""
+    path = Path(place)
+    if path.suffix in SUFFIXES:
+        return True
+    if not path.is_dir() or (path / "checkpoints").is_dir():
+        return False
+    if (path / ".metadata").is_file():
+        return not any(re.match(r"\w+\.(weights|ema)\.", name) for name in read_metadata(path).state_dict_metadata)
+    return bool(_safetensors_in(path))
+
+
+def open_tensors(place: str | Path, part: str | None = None) -> TensorFile:
+    """The tensors of a file or folder, by their names there; wrappers of training are taken off the names.
+
+    part: which set of weights where there are several, by the name it has in the file: "model", "ema", "net_fake_score".
+    """
+    path = Path(place)
+    if _is_split(path):
+        found = _split(path, part)
+    elif path.suffix == ".safetensors":
+        found = TensorFile(str(path), _safetensors(_existing(path)))
+    elif path.suffix in TORCH_SUFFIXES:
+        found = _torch_file(_existing(path), part)
+    elif (path / ".metadata").is_file():
+        found = TensorFile(str(path), _distributed(path))
+    elif path.is_dir() and _safetensors_in(path):
+        merged: dict[str, Stored] = {}
+        for file in _safetensors_in(path):
+            merged |= _safetensors(file)
+        found = TensorFile(str(path), merged)
+    elif path.is_dir():
+        raise ValueError(f"no weights in '{place}': the folder holds neither .safetensors files nor a .metadata file")
+    else:
+        raise ValueError(f"no weights at '{place}': there is no such file")
+    found = _one_net(found, part)
+    if part is not None and found.part != part:
+        raise ValueError(f"'{place}' holds one set of weights only, none is called '{part}'")
+    return TensorFile(found.source, _plain(found.tensors), found.part, found.ignored)
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"no weights at '{path}': there is no such file")
+    return path
+
+
+# --- one set of several
+
+
+def _one_net(found: TensorFile, part: str | None) -> TensorFile:
+    """Of networks kept side by side under `net.`, `net_ema.`, ..: one, with names that start with `net.`."""
+    have = [net for net in _NETS if any(name.startswith(f"{net}.") for name in found.tensors)]
+    if len(have) < 2 and part not in have:
+        return found
+    if part is not None and part not in have:
+        return found  # refused by the caller, unless `part` was found by then
+    chosen = part or ("net_ema" if "net_ema" in have else "net" if "net" in have else None)
+    if chosen is None:
+        raise ValueError(f"'{found.source}' holds {' and '.join(have)}: say which, as {found.source}:{have[0]}")
+    kept = {f"net.{n.removeprefix(f'{chosen}.')}": t for n, t in found.tensors.items() if n.startswith(f"{chosen}.")}
+    return TensorFile(found.source, kept, chosen, found.ignored + len(found.tensors) - len(kept))
+
+
+def _plain(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The tensors without what training wraps around names; two that become one are refused."""
+    plain: dict[str, Stored] = {}
+    names = list(tensors)
+    shown = {name: name for name in names}
+    for wrapper in _WRAPPERS:
+        shown = {name: now.replace(wrapper, "") for name, now in shown.items()}
+    if names and not any("." in name for name in names) and any(name.count("-") > 1 for name in names):
+        shown = {name: now.replace("-", ".") for name, now in shown.items()}  # how Cosmos 1 writes its averages
+    for start in _STARTS:
+        if names and all(now.startswith(start) for now in shown.values()):
+            shown = {name: now.removeprefix(start) for name, now in shown.items()}
+    for name, now in shown.items():
+        if now in plain:
+            raise ValueError(f"two tensors of the file are called '{now}' once the wrappers of training are taken off")
+        plain[now] = tensors[name]
+    return plain
+
+
+def _sets(tree: Any, at: str = "", depth: int = 0) -> dict[str, Mapping[str, Any]]:
+    """Every mapping in the tree that holds tensors, by its path of keys."""
+    if not isinstance(tree, Mapping) or depth > 3:
+        return {}
+    if any(isinstance(value, Tensor) for value in tree.values()) and not _is_optimizer(tree):
+        return {at: tree}
+    found: dict[str, Mapping[str, Any]] = {}
+    for key, value in tree.items():
+        if isinstance(key, str) and key not in ("optimizer", "scheduler", "grad_scaler", "callbacks", "trainer"):
+            found |= _sets(value, f"{at}.{key}" if at else key, depth + 1)
+    return found
+
+
+def _is_optimizer(tree: Mapping[Any, Any]) -> bool:
+    return "param_groups" in tree or not all(isinstance(key, str) for key in tree)
+
+
+def _chosen_set(sets: Mapping[str, Mapping[str, Any]], part: str | None, source: str) -> str:
+    if not sets:
+        raise ValueError(f"'{source}' holds no tensors")
+    if part is not None:
+        fits = [at for at in sets if at == part or at.endswith(f".{part}")]
+        if len(fits) == 1:
+            return fits[0]
+        if "" in sets or len(sets) == 1:
+            return next(iter(sets))  # the part may be one of several networks within, see _one_net
+        raise ValueError(f"'{source}' holds no weights called '{part}'; it holds {', '.join(sorted(sets))}")
+    if len(sets) == 1:
+        return next(iter(sets))
+    preferred = [at for at in _PREFERRED if at in sets]
+    if not preferred:
+        raise ValueError(
+            f"'{source}' holds several sets of weights; say which: {', '.join(f'{source}:{at}' for at in sorted(sets))}"
+        )
+    return preferred[0]
+
+
+# --- torch.save
+
+
+def _torch_file(path: Path, part: str | None) -> TensorFile:
+    tree = load_torch(path)
+    sets = _sets(tree)
+    at = _chosen_set(sets, part, str(path))
+    entries = sets[at]
+    tensors = {name: _held(value) for name, value in entries.items() if isinstance(value, Tensor)}
+    shown = part if part is not None and (at == part or at.endswith(f".{part}")) else at
+    return TensorFile(str(path), tensors, shown, len(entries) - len(tensors))
+
+
+def _held(tensor: Tensor) -> Stored:
+    """A tensor that is mapped from its file, not read yet."""
+    return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def load_torch(path: Path) -> Any:  # Any: whatever was saved, out of tensors and plain containers
+    """What torch.save wrote, its tensors mapped from the file; refuses whatever would run code."""
+    try:
+        with torch.serialization.safe_globals([io.BytesIO]):  # what Transformer Engine keeps beside its weights; inert
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                return torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6 cannot be mapped
+    except pickle.UnpicklingError as error:
+        wants = re.search(r"GLOBAL ([\w.]+)", str(error))
+        named = f"it wants to load {wants.group(1)}" if wants else "it holds more than tensors, numbers and containers"
+        raise ValueError(
+            f"'{path}' is not read: {named}, and weights are data. If you trust the file, load it where it was made and save "
+            "its tensors alone"
+        ) from None
+    except (RuntimeError, EOFError, OSError, KeyError) as error:
+        raise ValueError(f"'{path}' cannot be read as torch.save wrote it: {error}. Is the download complete?") from error
+
+
+# --- safetensors
+
+
+def _safetensors(path: Path) -> dict[str, Stored]:
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, Stored] = {}
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  # no mapping
+                entry = file.get_slice(name)
+                dtype = _SAFETENSORS_DTYPES.get(entry.get_dtype())
+                if dtype is None:
+                    raise ValueError(f"'{path}': {name} is of type {entry.get_dtype()}, which is not known here")
+                found[name] = Stored(tuple(entry.get_shape()), dtype, partial(_from_safetensors, path, name))
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is no safetensors file: {error}. Is the download complete?") from error
+    return found
+
+
+def _from_safetensors(path: Path, name: str) -> Tensor:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
+
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
+
+
+def _safetensors_in(folder: Path) -> list[Path]:
+    """The files of one model: those its index names, or all; of a pipeline's folder, those of its transformer."""
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        odd = [name for name in names if Path(name).name != name]
+        if odd:
+            raise ValueError(f"{indices[0]}: names a file outside its folder, {odd[0]}")
+        return [folder / name for name in names]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and (folder / "transformer").is_dir():
+        return _safetensors_in(folder / "transformer")
+    if len(files) > 1 and not all(re.search(r"-\d+-of-\d+$", file.stem) for file in files):
+        plain = [file for file in files if not re.search(r"\.(fp16|bf16|fp32)$", file.stem)]
+        files = plain if len(plain) == 1 else files
+    return files
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Stored], dtype: torch.dtype | None = None, about: str = "") -> None:
+    """One safetensors file, tensor by tensor: what is in memory at one time is one of them.
+
+    safetensors' own writer wants all bytes at once. The format: length of the header, the header as JSON, the bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | ({"fewstep": about} if about else {})}
+    place = 0
+    for name, stored in tensors.items():
+        kind = _written_dtype(stored, dtype)
+        size = math.prod(stored.shape) * kind.itemsize
+        header[name] = {"dtype": _SAFETENSORS_NAMES[kind], "shape": list(stored.shape), "data_offsets": [place, place + size]}
+        place += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for stored in tensors.values():
+            tensor = stored.read().detach().to(_written_dtype(stored, dtype)).contiguous()
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _written_dtype(stored: Stored, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
+
+
+# --- torch.distributed.checkpoint
+
+
+def read_metadata(folder: Path) -> Any:  # Any: dcp's Metadata, whose fields torch leaves untyped
+    """The table of contents of a distributed checkpoint, without running it."""
+    try:
+        return _Unpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError, KeyError, ValueError) as error:
+        raise ValueError(f"'{folder / '.metadata'}' is not read: {error}") from error
+
+
+class Reader(dcp.FileSystemReader):
+    """torch's reader of a folder, with a table of contents that is read as data."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.contents = read_metadata(folder)
+        for info in (self.contents.storage_data or {}).values():
+            if Path(info.relative_path).name != info.relative_path:
+                raise ValueError(f"'{folder}': its table of contents names a file outside of it, {info.relative_path}")
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        return self.contents
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _RECORDS:
+            raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which a table of contents has no use for")
+        return super().find_class(module, name)
+
+
+_RECORDS = frozenset(
+    [
+        *(
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "ChunkStorageMetadata"),
+                *("TensorStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING"),
+            )
+        ),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        ("collections", "OrderedDict"),
+        *(("torch", str(dtype).removeprefix("torch.")) for dtype in _SAFETENSORS_NAMES),
+        ("pathlib", "PosixPath"),
+        ("pathlib._local", "PosixPath"),
+    ]
+)
+
+
+def _distributed(folder: Path) -> dict[str, Stored]:
+    reader = Reader(folder)
+    found: dict[str, Stored] = {}
+    for name, about in reader.contents.state_dict_metadata.items():
+        if isinstance(about, TensorStorageMetadata):
+            shape, dtype = tuple(about.size), about.properties.dtype
+            found[name] = Stored(shape, dtype, partial(_from_distributed, reader, name, shape, dtype))
+    return found
+
+
+def _from_distributed(reader: Reader, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    load_distributed(reader, {name: tensor})
+    return tensor
+
+
+def load_distributed(reader: Reader, into: dict[str, Any]) -> None:
+    """Fills the tensors of `into` from the checkpoint."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+        dcp.load(into, storage_reader=reader, no_dist=True)
+
+
+# --- parts of tensor parallelism
+
+
+def _is_split(path: Path) -> bool:
+    return "_model_mp_" in path.name or (path.suffix == ".pt" and path.with_name(f"{path.stem}_model_mp_0.pt").is_file())
+
+
+def _split(path: Path, part: str | None) -> TensorFile:
+    """The parts put together again. What is split along which axis is fixed by name; the rest must be equal in all parts."""
+    stem = path.stem.partition("_model_mp_")[0]
+    numbered = {
+        int(found.group(1)): file
+        for file in path.parent.glob("*_model_mp_*.pt")
+        if (found := re.fullmatch(rf"{re.escape(stem)}_model_mp_(\d+)", file.stem))
+    }
+    if not numbered:
+        raise ValueError(f"no weights at '{path}': there is no {stem}_model_mp_0.pt")
+    lacking = [number for number in range(max(numbered) + 1) if number not in numbered]
+    if lacking:
+        raise ValueError(f"'{path.parent}' lacks {', '.join(f'{stem}_model_mp_{number}.pt' for number in lacking)}")
+    parts = [_torch_file(numbered[number], part) for number in sorted(numbered)]
+    names = parts[0].tensors.keys()
+    for number, other in enumerate(parts):
+        odd = sorted(names ^ other.tensors.keys())
+        if odd:
+            raise ValueError(
+                f"{stem}_model_mp_0.pt and {stem}_model_mp_{number}.pt hold different tensors: {', '.join(odd[:3])}"
+            )
+    merged = {name: _joined(name, [one.tensors[name] for one in parts], stem) for name in names}
+    return TensorFile(str(path.with_name(f"{stem}_model_mp_*.pt")), merged, parts[0].part, parts[0].ignored)
+
+
+def _joined(name: str, parts: list[Stored], stem: str) -> Stored:
+    plain = name.replace("-", ".")
+    axis = 0 if plain.endswith(_BY_OUTPUT) else 1 if plain.endswith(_BY_INPUT) else None
+    first = parts[0]
+    fixed = [tuple(size for i, size in enumerate(one.shape) if i != axis) for one in parts]
+    if axis is None:
+        if any(one.shape != first.shape for one in parts):
+            raise ValueError(
+                f"{stem}: '{name}' is cut in a way that is not known here; its parts are {[one.shape for one in parts]}"
+            )
+        return Stored(first.shape, first.dtype, partial(_equal, name, parts, stem))
+    if any(len(one.shape) != 2 for one in parts) or len(set(fixed)) > 1:
+        raise ValueError(f"{stem}: the parts of '{name}' do not fit along axis {axis}: {[one.shape for one in parts]}")
+    whole = list(first.shape)
+    whole[axis] = sum(one.shape[axis] for one in parts)
+    return Stored(tuple(whole), first.dtype, lambda: torch.cat([one.read() for one in parts], axis))
+
+
+def _equal(name: str, parts: Iterable[Stored], stem: str) -> Tensor:
+    first, *others = (one.read() for one in parts)
+    for number, other in enumerate(others, 1):
+        if not torch.equal(first, other):
+            raise ValueError(
+                f"{stem}: '{name}' should be whole in every part, but part {number} differs from part 0; whether it is cut, "
+                "and along which axis, cannot be told"
+            )
+    return first
