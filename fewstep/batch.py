@@ -54,6 +54,7 @@ class Condition(_ByRow):
     pooled: Tensor | None = None  # B D, one vector for the whole prompt (SDXL, Flux: of their CLIP encoders)
     image: Tensor | None = None  # B N D, features of the picture a clip starts from (Wan 2.1 I2V: of CLIP's last but one layer)
     beside: Tensor | None = None  # B C T H W, read on channels of their own beside x_t (I2V: mask and latents of the picture)
+    padding: Tensor | None = None  # B H W in pixels, true where a picture was padded to its bucket (Cosmos is told)
     size: Tensor | None = None  # B 6, pixels: height and width of the source, top and left of the crop, height and width (SDXL)
 
 

@@ -25,6 +25,11 @@ class Dataset(Protocol):
 class Ordered(Protocol):
     """A data set that has a say in its own order: several sources by weight, clips of one size side by side."""
 
+    @property
+    def block(self) -> int:
+        """Positions k block .. (k + 1) block - 1 fit into one batch; 0: any do."""
+        ...
+
     def samples_at(self, position: Tensor, seed: int) -> Tensor:
         """The sample number for each position of a run; a function of these two alone (order.py)."""
         ...

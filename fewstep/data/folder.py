@@ -145,9 +145,8 @@ class FolderData:
         self._bucket = _buckets_of(spec, self.samples)
         self._members = [(self._bucket == bucket).nonzero()[:, 0] for bucket in self._bucket.unique().tolist()]
         self._negative = self._read_negative()
-        self._firsts: dict[int, tuple[str, dict[str, Tensor]]] = {}  # by bucket, a sample that others must be like
-        first = self._read_first()
-        self._memory = _Memory(first, len(self.samples), spec.ram_gib if len(self._members) == 1 else 0.0)
+        self._like, self._first = self._read_first()
+        self._memory = _Memory(self._first, len(self.samples), spec.ram_gib if len(self._members) == 1 else 0.0)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -238,32 +237,31 @@ class FolderData:
         except (ValueError, OSError) as error:
             return str(error)
 
-    def _read_first(self) -> dict[str, Tensor]:
-        """The first sample that can be read; what is wrong with the first one is told if none of max_bad others can."""
+    def _read_first(self) -> tuple[str, dict[str, Tensor]]:
+        """The first sample that can be read, and its name; or what is wrong if none of max_bad others can."""
         wrong: list[str] = []
         for sample in self.samples[: self.spec.max_bad + 1]:
             try:
-                return self._read(sample)
+                return sample.stem, self._read(sample)
             except (ValueError, OSError) as error:
                 if not self.spec.max_bad:
                     raise
                 wrong.append(str(error))
-        raise ValueError(
-            f"{self.layout.root}: the first {len(wanted := wrong)} samples cannot be read:\n" + "\n".join(wanted[:5])
-        )
+        raise ValueError(f"{self.layout.root}: the first {len(wrong)} samples cannot be read:\n" + "\n".join(wrong[:5]))
 
     def _checked(self, row: int) -> dict[str, Tensor]:
-        """A sample of the same shapes as others of its bucket; otherwise they could not be in one batch."""
-        sample, bucket = self.samples[row], int(self._bucket[row])
+        """A sample of the same shapes as the first one; otherwise they could not be in one batch."""
+        sample = self.samples[row]
         record = self._read(sample)
-        like, first = self._firsts.setdefault(bucket, (sample.stem, record))
-        for name, wanted in first.items():
+        for name, wanted in self._first.items():
             found = record.get(name)
-            if found is None or found.shape != wanted.shape:
+            # Sizes follow from the bucket; what else could differ is the number of frames.
+            axes = {"x0": 1, "control": 1, "padding": 0}.get(name) if self.block else None
+            if found is None or found.shape[:axes] != wanted.shape[:axes]:
                 told = "is not there" if found is None else f"has shape {tuple(found.shape)}"
                 raise ValueError(
                     f"{self.layout.root}: '{name}' of {sample.stem} {told}, but {tuple(wanted.shape)} in "
-                    f"{like}. Samples of one data set have the same shapes: remove this one or prepare it again"
+                    f"{self._like}. Samples of one data set have the same shapes: remove this one or prepare it again"
                 )
         return record
 
@@ -483,7 +481,11 @@ def _packed_problems(spec: Folder, place: Layout, packs: Mapping[str, Packs]) ->
     problems += _odd_ones("shape", dict(zip(names, main.shapes, strict=True)), again)
     videos = place.files(layout.VIDEOS)
     sizes = {stem: path.stat().st_size for stem, path in videos.items()}
-    stale = [label.stem for label in main.rows if sizes.get(label.stem, label.facts.get("bytes")) != label.facts.get("bytes")]
+    stale = [
+        label.stem
+        for label in main.rows
+        if "bytes" in label.facts and sizes.get(label.stem) not in (None, label.facts["bytes"])
+    ]
     if stale:
         problems.append(f"{len(stale)} of {len(names)} latents are of another file than videos/ holds: {some(stale)}. {again}")
     if spec.num_frames is not None:

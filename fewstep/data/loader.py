@@ -200,8 +200,12 @@ class Feed:
 
 
 def first_batch(data: Dataset, num: int) -> Batch:
-    """The first `num` samples, fewer if the data set is smaller; those that may be left out are."""
-    index, allowed = torch.arange(min(num, len(data))), data.max_bad if isinstance(data, OnDisk) else 0
+    """The first `num` samples, fewer if the data set is smaller; those that may be left out are. Of one block, where
+    only samples of a block fit together."""
+    allowed = data.max_bad if isinstance(data, OnDisk) else 0
+    if isinstance(data, Ordered) and data.block:
+        return data.batch(data.samples_at(torch.arange(min(num, data.block)), 0))
+    index = torch.arange(min(num, len(data)))
     while True:
         try:
             return data.batch(index)

@@ -288,7 +288,7 @@ def _pixels_of(picture: Image, size: Size | None) -> NDArray[np.uint8]:
     colours = picture.convert("RGB")
     if size is not None and size != (picture.height, picture.width):
         colours = colours.resize((size[1], size[0]), Resampling.BICUBIC)
-    return np.asarray(colours)
+    return np.array(colours)
 
 
 def _refuse_size(path: Path, height: int, width: int) -> None:

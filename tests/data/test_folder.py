@@ -14,9 +14,9 @@ import torch
 from fewstep.config import ConfigError, check, choices, parse, to_yaml
 from fewstep.data import cache, folder, toyworld, video
 from fewstep.data.arrays import write_pickle
+from fewstep.data.contract import BadSamples
 from fewstep.data.controls import Depth, Edge, Keypoint, Seg, Vis, depth_of_grey
 from fewstep.data.folder import Folder
-from fewstep.data.safe_pickle import UnsafePickle
 from fewstep.data.toyworld import World
 from fewstep.prepare.toyworld import depth_range_m, stem_of, write
 
@@ -414,7 +414,7 @@ def test_what_only_reading_shows_is_told_when_it_is_read(toy: Path) -> None:
     with pytest.raises(ValueError, match=r"'text' of clip_000002 has shape \(512, 5\), but \(512, 6\) in clip_000000"):
         spec(toy, text="t5_xxl").open().batch(torch.tensor([2]))
     (toy / "noise" / "clip_000003.pickle").write_bytes(pickle.dumps(Path("x")))
-    with pytest.raises(UnsafePickle, match=r"clip_000003\.pickle"):
+    with pytest.raises(BadSamples, match=r"clip_000003\.pickle"):
         data.batch(torch.tensor([3]))
 
 
