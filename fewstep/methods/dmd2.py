@@ -28,6 +28,7 @@ from fewstep.diffusion.prediction import Kind
 from fewstep.diffusion.rollout import Renoise
 from fewstep.methods.contract import Nets, Reduction, Terms, Turn, free_mask, reduced
 from fewstep.methods.gan import Gan
+from fewstep.methods.given import problems_of, with_given
 from fewstep.methods.student import check_times, generate
 
 
@@ -56,6 +57,7 @@ class DMD2:
     exit_step: Literal["random", "last"] = "random"  # which of the student's calls is trained; the same on all ranks
     student_input: Literal["rollout", "data"] = "rollout"
     # data: noised real data at one of the student's times, as FastGen; cheaper, and not what the student meets in use
+    given: tuple[float, ...] = ()  # shares of samples shown 0, 1, .. clean first frames; Predict2.5 0.6, 0.2, 0.2
     gan: Gan | None = None
     regression_weight: float = 0.0
     regression_on: Literal["pairs", "data"] = "pairs"
@@ -80,7 +82,7 @@ class DMD2:
         return Turn(name, trains.get(name, ("student",)))
 
     def losses(self, turn: Turn, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Terms]:
-        path = self.path or nets.student.path
+        batch, path = with_given(batch, self.given, rng), self.path or nets.student.path
         sample = self._generate(on_path(nets.student, path), batch, rng, with_grad="student" in turn.trains)
         if turn.name == "student":
             yield self._student_terms(path, nets, sample, batch, rng)
@@ -218,6 +220,7 @@ class DMD2:
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from check_times(self.t_list)
+        yield from problems_of(self.given)
         if self.student_update_freq < 1:
             yield "student_update_freq", f"must be at least 1 (1: every turn is the student's), not {self.student_update_freq}"
         elif self.student_update_freq == 1:

@@ -22,6 +22,7 @@ from fewstep.diffusion.path import AnyPath
 from fewstep.diffusion.rollout import Renoise
 from fewstep.methods.contract import Nets, Terms, Turn
 from fewstep.methods.gan import Gan
+from fewstep.methods.given import problems_of, with_given
 from fewstep.methods.student import check_times, generate
 
 
@@ -38,6 +39,7 @@ class LADD:
     times: times.AnyTimes = times.Shifted(shift=5.0)  # noise at which the head looks: much of it for layout, little for detail
     exit_step: Literal["random", "last"] = "random"
     student_input: Literal["rollout", "data"] = "rollout"  # data: noised real data at one of the student's times, as in FastGen
+    given: tuple[float, ...] = ()  # shares of samples shown 0, 1, .. clean first frames; Predict2.5 0.6, 0.2, 0.2
     gan: Gan = Gan(weight=1.0, r1_weight=0.1, r1_std=0.1)
 
     def turn(self, step: int) -> Turn:
@@ -45,6 +47,7 @@ class LADD:
         return Turn("student", ("student",)) if student else Turn("head", ("head",))
 
     def losses(self, turn: Turn, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Terms]:
+        batch = with_given(batch, self.given, rng)
         assert batch.x0 is not None
         path, is_student = self.path or nets.student.path, turn.name == "student"
         sample = generate(
@@ -72,6 +75,7 @@ class LADD:
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from check_times(self.t_list)
+        yield from problems_of(self.given)
         if self.student_update_freq < 2:
             yield "student_update_freq", f"must be at least 2, or the head is never trained; it is {self.student_update_freq}"
         if self.gan.features != "teacher":

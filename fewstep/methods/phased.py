@@ -32,6 +32,7 @@ from fewstep.diffusion.prediction import coefficients_for
 from fewstep.diffusion.rollout import start
 from fewstep.methods.contract import Nets, Terms, Turn, free_mask, reduced
 from fewstep.methods.dmd2 import DMD2, surrogate
+from fewstep.methods.given import with_given
 
 
 @kind("phased_dmd", group="method")
@@ -46,6 +47,7 @@ class PhasedDMD(DMD2):
         return replace(turn, name=f"{turn.name}_phase{phase + 1}")
 
     def losses(self, turn: Turn, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Terms]:
+        batch = with_given(batch, self.given, rng)
         assert batch.x0 is not None
         path, phase = self.path or nets.student.path, int(turn.name.rpartition("_phase")[2]) - 1
         is_student = "student" in turn.trains

@@ -8,7 +8,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from fewstep.batch import Batch, Condition
 from fewstep.diffusion import Prediction, RectifiedFlow, Rng, times
-from fewstep.methods import DMD2, Gan, Nets, Turn
+from fewstep.methods import DMD2, LADD, Gan, Nets, PhasedDMD, SiD, Turn
 from fewstep.methods.dmd2 import normalised
 from fewstep.networks.analytic import GaussianMixture
 from fewstep.networks.heads import AttentionSpec
@@ -277,6 +277,26 @@ def test_one_sample_may_serve_several_draws_of_a_critic_turn():
     assert len({float(t[0]) for _, t, _, _ in roles["critic"].asked}) == 3
     total = sum(float(terms.total.detach()) for terms in found)
     assert total == pytest.approx(sum(float(terms.values["critic"].detach()) for terms in found) / 3)
+
+
+@pytest.mark.parametrize("make", [DMD2, LADD, PhasedDMD, SiD])
+def test_first_frames_are_given_to_all_roles_alike(make):
+    """Shares 0, 1: every sample is shown its first frame, in every call of the turn."""
+
+    class Video(Known):
+        def __call__(self, x_t, t, cond, *, taps=(), cache=None):
+            masks.append(cond.frame_mask)
+            frames.append(cond.frames)
+            return Prediction.of("x0", self.gain * x_t, x_t, t, self.path, (x_t.flatten(1),) if taps else ())
+
+    x0, masks, frames = normal(2, 3, 4, 2, 2), [], []
+    roles = {name: Video(0.5) for name in ("student", "teacher", "critic")} | {"head": Sight(lambda x: x[:, :1])}
+    method = make(given=(0.0, 1.0))
+    for step in (0, 1):
+        list(method.losses(method.turn(step), Nets(roles), Batch(x0=x0), Rng(1, step, range(2))))
+    want = torch.tensor([[1.0, 0, 0, 0]] * 2, dtype=F64)
+    assert len(masks) >= 4 and all(torch.equal(m, want) and f is x0 for m, f in zip(masks, frames, strict=True))
+    assert [key for key, _ in make(given=(0.5, 0.4)).problems()] == ["given"]
 
 
 def test_noised_data_as_the_students_input():
