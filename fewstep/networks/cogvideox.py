@@ -20,7 +20,16 @@ from fewstep.diffusion import VP, Cache, Path, Prediction
 from fewstep.diffusion.path import working_dtype
 from fewstep.networks.contract import refuse_cache
 from fewstep.networks.cosmos import from_folder
-from fewstep.networks.upstream import enters_in_compute_dtype, needed, of_v, one_time, refuse_given, table_index, tapped
+from fewstep.networks.upstream import (
+    enters_in_compute_dtype,
+    needed,
+    of_v,
+    one_time,
+    refuse_given,
+    table_index,
+    tapped,
+    told_by_pipeline,
+)
 
 MOTION = 2.0  # what 1.5 I2V is told by its "ofs" embedding, always
 
@@ -112,6 +121,11 @@ class CogVideoXSpec:
     patch_t: int | None = None  # 1.5: 2
     sample_size: tuple[int, int] = (60, 90)  # height and width of the latents taught; 1.5: (300, 300), the most positions
     sample_frames: int = 49  # 1.5: 81
+
+    @classmethod
+    def of(cls, address: str) -> CogVideoXSpec:
+        """The network of a pipeline, whose scheduler tells how its table is shifted."""
+        return cls(pretrained=address, snr_shift=told_by_pipeline(address).get("snr_shift_scale", cls.snr_shift))
 
     @property
     def path(self) -> Path:

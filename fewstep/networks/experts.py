@@ -19,7 +19,8 @@ from fewstep.batch import Condition
 from fewstep.config import kind
 from fewstep.diffusion import Cache, Path, Prediction
 from fewstep.networks.contract import AnyNetwork, Network, refuse_cache
-from fewstep.networks.wan import A14B_I2V, T2V_14B
+from fewstep.networks.upstream import told_by_pipeline
+from fewstep.networks.wan import A14B_I2V, T2V_14B, WanSpec
 
 
 class _Raw(NamedTuple):
@@ -125,6 +126,13 @@ class ExpertsSpec:
     high: AnyNetwork = T2V_14B  # Wan 2.2 T2V A14B
     low: AnyNetwork = replace(T2V_14B, subfolder="transformer_2")
     boundary: float = 0.875  # Wan 2.2 T2V A14B; I2V 0.9
+
+    @classmethod
+    def of(cls, address: str) -> WanSpec | ExpertsSpec:
+        """The network of a Wan pipeline: two experts where it says between which noise levels, else the one."""
+        boundary = told_by_pipeline(address, "").get("boundary_ratio")
+        high = WanSpec(pretrained=address)
+        return high if boundary is None else cls(high, replace(high, subfolder="transformer_2"), boundary)
 
     def build(self) -> Experts:
         high, low = self.high.build(), self.low.build()

@@ -19,7 +19,16 @@ from fewstep.diffusion import VP, Cache, Path, Prediction
 from fewstep.diffusion.path import working_dtype
 from fewstep.networks.contract import refuse_cache
 from fewstep.networks.cosmos import from_folder
-from fewstep.networks.upstream import as_picture, enters_in_compute_dtype, needed, of_v, refuse_given, table_index, tapped
+from fewstep.networks.upstream import (
+    as_picture,
+    enters_in_compute_dtype,
+    needed,
+    of_v,
+    refuse_given,
+    table_index,
+    tapped,
+    told_by_pipeline,
+)
 
 PIXELS_PER_LATENT = 8  # of their autoencoders
 
@@ -82,6 +91,7 @@ class UnetSpec:
 
     pretrained: str | None = None  # folder with config.json and weights (its unet/ subfolder is found), or a hub id
     predicts: Literal["eps", "v"] = "eps"
+    zero_terminal_snr: bool = False  # some descendants of SD 2.1 and SDXL, with predicts=v
     latent_channels: int = 4
     widths: tuple[int, ...] = (320, 640, 1280)  # of each level, from the picture's own size down
     with_attention: tuple[bool, ...] = (False, True, True)  # which levels attend to the text
@@ -95,9 +105,19 @@ class UnetSpec:
     size_dim: int = 256  # of the embedding of each of the six sizes
     sample_size: int = 128
 
+    @classmethod
+    def of(cls, address: str) -> UnetSpec:
+        """The network of a pipeline, whose scheduler tells what it predicts and on which table."""
+        told = told_by_pipeline(address)
+        kinds: dict[str, Literal["eps", "v"]] = {"epsilon": "eps", "v_prediction": "v"}
+        named, schedule = told.get("prediction_type", "epsilon"), told.get("beta_schedule", "scaled_linear")
+        if named not in kinds or schedule != "scaled_linear":
+            raise ValueError(f"{address}: its UNet predicts '{named}' on a table '{schedule}', for which there is no adapter")
+        return cls(pretrained=address, predicts=kinds[named], zero_terminal_snr=bool(told.get("rescale_betas_zero_snr")))
+
     @property
     def path(self) -> Path:
-        return VP("scaled_linear")
+        return VP("scaled_linear", zero_terminal_snr=self.zero_terminal_snr)
 
     def build(self) -> Unet:
         from diffusers import UNet2DConditionModel

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path as FilePath
 from typing import Any, TypeVar
 
 import torch
@@ -53,6 +55,24 @@ def enters_in_compute_dtype(
 
     module.register_forward_pre_hook(enter, with_kwargs=True)
     return module
+
+
+def told_by_pipeline(address: str, part: str = "scheduler") -> dict[str, Any]:
+    """What the pipeline in a diffusers folder or at a hub id says of its scheduler, or with part "" of itself; {} where the
+    folder is that of a network alone."""
+    from diffusers import DiffusionPipeline
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+    folder = FilePath(address)
+    if folder.is_dir():
+        name = "scheduler/scheduler_config.json" if part == "scheduler" else "model_index.json"
+        return json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+    told: Any = (
+        SchedulerMixin.load_config(address, subfolder="scheduler")  # type: ignore[attr-defined]
+        if part == "scheduler"
+        else DiffusionPipeline.load_config(address)
+    )
+    return dict(told)
 
 
 def needed(cond: Condition, field: str, network: str, what: str) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from fewstep.networks.contract import refuse_cache
 from fewstep.networks.cosmos import from_folder
 from fewstep.networks.upstream import enters_in_compute_dtype, needed, tapped, zero_padded
 
+TEXT_TOKENS = 512  # what all were taught with; beside a picture's features diffusers counts the last 512 as text, always
 FRAMES_PER_LATENT = 4  # of the Wan VAEs; the first latent holds one frame
 
 
@@ -36,8 +37,13 @@ FRAMES_PER_LATENT = 4  # of the Wan VAEs; the first latent holds one frame
 class Wan:
     module: nn.Module  # WanTransformer3DModel
     whole_times: bool = False  # ask at floor(1000 t), as upstream's UniPC sampler does
+    text_tokens: int = TEXT_TOKENS  # shorter texts are padded with zeros, which it attends to
 
-    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        has_picture = self.module.config.image_dim is not None  # type: ignore[union-attr]
+        ours = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+        return (*ours, "add_k_proj", "add_v_proj") if has_picture else ours
 
     @property
     def path(self) -> Path:
@@ -55,7 +61,7 @@ class Wan:
         num, channels, frames, height, width = x.shape
         if channels != config.out_channels:
             raise ValueError(f"this Wan network works on latents of {config.out_channels} channels, but was given {channels}")
-        text = zero_padded(needed(cond, "text", "Wan", "its prompt (B, 512, channels; zeros after its end)"), cond.text_mask)
+        text = self._text(cond, TEXT_TOKENS if config.image_dim is not None else self.text_tokens)
         shown, time = x, 1000 * t.double()
         if self.whole_times:
             time = (time + 1e-4).floor()  # their sigmas are float32: 937 may read 936.99995
@@ -84,6 +90,13 @@ class Wan:
 
     def new_cache(self, like: Tensor) -> Cache:
         return refuse_cache("WanTransformer3DModel")
+
+    @staticmethod
+    def _text(cond: Condition, tokens: int) -> Tensor:
+        text = zero_padded(needed(cond, "text", "Wan", "its prompt (B, tokens, channels)"), cond.text_mask)
+        if text.shape[1] > tokens:
+            raise ValueError(f"Wan reads prompts of {tokens} tokens at the most, and cond.text has {text.shape[1]}")
+        return nn.functional.pad(text, (0, 0, 0, tokens - text.shape[1]))
 
     @staticmethod
     def _beside(cond: Condition, x: Tensor, channels: int) -> Tensor:
@@ -123,6 +136,7 @@ class WanSpec:
     num_layers: int = 30  # 14B 40
     ffn_dim: int = 8960  # 14B 13824, 5B 14336
     text_dim: int = 4096  # UMT5-XXL
+    text_tokens: int = TEXT_TOKENS
     freq_dim: int = 256
     image_dim: int | None = None  # 2.1 I2V 1280, CLIP ViT-H
     image_tokens: int | None = None  # of both pictures together, where first and last frame are given: 514; else None
@@ -152,7 +166,7 @@ class WanSpec:
                 rope_max_seq_len=self.max_positions,
                 pos_embed_seq_len=self.image_tokens,
             )
-        return Wan(enters_in_compute_dtype(module, lambda wan: wan.patch_embedding.weight), self.whole_times)
+        return Wan(enters_in_compute_dtype(module, lambda wan: wan.patch_embedding.weight), self.whole_times, self.text_tokens)
 
 
 # The published networks.

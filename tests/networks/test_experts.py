@@ -12,7 +12,17 @@ from fewstep.networks.roles import twin_of
 from fewstep.networks.tiny import TinySpec
 from fewstep.networks.wan import WanSpec
 
-WAN = WanSpec(num_heads=2, head_dim=12, num_layers=2, ffn_dim=16, text_dim=8, freq_dim=16, latent_channels=4, max_positions=16)
+WAN = WanSpec(
+    num_heads=2,
+    head_dim=12,
+    num_layers=2,
+    ffn_dim=16,
+    text_dim=8,
+    text_tokens=5,
+    freq_dim=16,
+    latent_channels=4,
+    max_positions=16,
+)
 T = torch.tensor([0.95, 0.2, 0.9], dtype=torch.float64)
 
 
