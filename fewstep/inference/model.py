@@ -133,25 +133,30 @@ def sampler_of(told: Mapping[str, Any]) -> StudentSampler:
 
 def envelope_of(config: Mapping[str, Any], told: Mapping[str, Any]) -> Envelope:
     """What the run's configuration and its data tell; where the data is gone, what the configuration says alone."""
-    data = config.get("data") or {}
+    import fewstep.data.folder
+    import fewstep.data.shards
+    import fewstep.inference.synthetic  # noqa: F401  they register what `data` can name
+
     guidance = (config.get("method") or {}).get("guidance")
-    size = data.get("video_size") or (None, None)
     known = Envelope(
-        num_frames=data.get("num_frames"),
-        height=size[0],
-        width=size[1],
         num_inference_steps=len(told["times"]),
-        guidance_in_teacher=guidance if isinstance(guidance, int | float) else None,
+        guidance_in_teacher=None if guidance is None else float(guidance),
     )
     try:
-        batch = parse(_Data, {"data": data}).data.open().batch(torch.tensor([0]))
-    except (ConfigError, OSError, ValueError, IndexError):
+        data: Any = parse(_Data, {"data": config.get("data") or {}}).data
+    except ConfigError:
+        return known  # of the user's own: nothing is known of it here
+    height, width = getattr(data, "video_size", None) or (None, None)
+    known = replace(known, num_frames=getattr(data, "num_frames", None), height=height, width=width)
+    try:
+        batch = data.open().batch(torch.tensor([0]))
+    except (OSError, ValueError, IndexError):
         return known
     if batch.x0 is None or batch.x0.ndim != 5:
         return known
     fps = None if batch.cond.fps is None else round(float(batch.cond.fps[0]), 3)
     channels, frames, height, width = batch.x0.shape[1:]
-    if data.get("x0") == "pixels" or channels == 3:
+    if getattr(data, "x0", None) == "pixels" or channels == 3:
         return replace(known, num_frames=frames, height=height, width=width, fps=fps)
     return replace(known, latent_shape=(channels, frames, height, width), fps=fps)
 
@@ -202,7 +207,7 @@ def spec_of(address: str) -> Any:  # Any: whatever is registered in group "netwo
             return kinds["cosmos"](pretrained=address, family="edm", sigma_data=0.5, use_fps=True, clean_time=None)
         return kinds["cosmos"](pretrained=address, use_fps=pipeline == "Cosmos2VideoToWorldPipeline")
     known = {
-        "WanTransformer3DModel": "wan",
+        "WanTransformer3DModel": "experts",  # or the one network, if its pipeline has one
         "CogVideoXTransformer3DModel": "cogvideox",
         "FluxTransformer2DModel": "flux",
         "QwenImageTransformer2DModel": "qwen_image",
@@ -210,7 +215,9 @@ def spec_of(address: str) -> Any:  # Any: whatever is registered in group "netwo
         "DiTTransformer2DModel": "dit",
     }
     if known.get(str(name)) in kinds:
-        return kinds[known[str(name)]](pretrained=address)
+        found: Any = kinds[known[str(name)]]
+        # Of some networks the pipeline tells more than their own config.json: the table, what is predicted, the experts.
+        return found.of(address) if hasattr(found, "of") else found(pretrained=address)
     raise ValueError(f"{address}: its denoiser is a {name}, for which there is no adapter; there are {', '.join(kinds)}")
 
 

@@ -3,8 +3,14 @@
 from fewstep.data import folder as folder
 from fewstep.data import mix as mix
 from fewstep.data import shards as shards
+from fewstep.networks import cogvideox as cogvideox
 from fewstep.networks import cosmos as cosmos
 from fewstep.networks import cosmos_control as cosmos_control
+from fewstep.networks import dit as dit
+from fewstep.networks import experts as experts
+from fewstep.networks import flux as flux
+from fewstep.networks import qwen_image as qwen_image
+from fewstep.networks import unet as unet
 from fewstep.recipes import analytic as analytic
 from fewstep.recipes import analytic_matching as analytic_matching
 from fewstep.recipes import toyworld as toyworld
