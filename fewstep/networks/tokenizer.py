@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,21 @@ from fewstep.networks.contract import refuse_cache
 class _Reconstruct(nn.Module):
     """Encoder and decoder in one forward, so that what shards or compiles a module sees one call."""
 
-    def __init__(self, vae: Any):  # Any: diffusers types its models loosely
+    def __init__(self, vae: Any, trains: Literal["all", "decoder"]):  # Any: diffusers types its models loosely
         super().__init__()
-        self.vae = vae
+        self.vae, self.trains = vae, trains
+
+    def requires_grad_(self, requires_grad: bool = True) -> _Reconstruct:
+        """As for any module; but where the latents are to stay what they are, training means the decoder."""
+        super().requires_grad_(requires_grad)
+        if self.trains == "decoder":
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
+        return self
 
     def forward(self, pixels: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        latents = self.vae.encode(pixels).latent_dist.mode()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains == "all"):
+            latents = self.vae.encode(pixels).latent_dist.mode()
         return self.vae.decode(latents if noise is None else latents + noise).sample, latents
 
 
@@ -68,6 +77,8 @@ class Tokenizer:
 class TokenizerSpec:
     """A tiny AutoencoderKLCosmos: pixels in Haar wavelets, causal in time, 8 x 8 pixels and 4 frames to a latent."""
 
+    pretrained: str | None = None  # a diffusers folder to go on from; its sizes count, not those below
+    trains: Literal["all", "decoder"] = "all"  # decoder: the latents stay what they are, and models on them stay valid
     channels: tuple[int, ...] = (48, 64, 96)
     latent_channels: int = 16
     num_layers: int = 1
@@ -77,6 +88,8 @@ class TokenizerSpec:
         from diffusers import AutoencoderKLCosmos
 
         torch.set_flush_denormal(True)  # dead units make denormal numbers, which cost a CPU a hundred times as much
+        if self.pretrained is not None:
+            return Tokenizer(_Reconstruct(AutoencoderKLCosmos.from_pretrained(self.pretrained), self.trains))
         vae = AutoencoderKLCosmos(
             latent_channels=self.latent_channels,
             encoder_block_out_channels=self.channels,
@@ -89,4 +102,4 @@ class TokenizerSpec:
             spatial_compression_ratio=8,
             temporal_compression_ratio=4,
         )
-        return Tokenizer(_Reconstruct(vae))
+        return Tokenizer(_Reconstruct(vae, self.trains))

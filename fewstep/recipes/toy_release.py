@@ -3,8 +3,8 @@
     python -m fewstep.recipes.toy_release tokenizer toyworld/basic/toy_tokenizer datasets/toyworld/train --out fewstep/toy/vae
     python -m fewstep.recipes.toy_release transformer toyworld/basic/toy_teacher --out fewstep/toy/transformer
 
-The tokenizer's folder carries the mean and spread of each latent channel, measured on clips of the data set, so that a diffusion
-model sees latents of unit spread whoever encodes them.
+The tokenizer's folder carries the mean and spread of each latent channel, measured on clips of the data set, so that a
+diffusion model sees latents of unit spread whoever encodes them.
 """
 
 from __future__ import annotations
@@ -43,6 +43,22 @@ def tokenizer(
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     _save(vae, out)
     print(f"{out}: {len(index)} clips measured, spread of the channels {std.min():.2f} .. {std.max():.2f}")
+
+
+@app.command()
+def decoder(
+    run: Annotated[str, typer.Argument(help="The finished run of toy_decoder.")],
+    out: Annotated[Path, typer.Option(help="The tokenizer's folder, whose decoder is replaced.")],
+) -> None:
+    """A decoder that was trained on alone: encoder, statistics and so every latent stay what they are."""
+    made = TokenizerSpec(pretrained=str(out)).build()
+    before = {name: value.clone() for name, value in made.module.state_dict().items()}
+    load_into(made.module, read(run), run)
+    moved = [name for name, value in made.module.state_dict().items() if not torch.equal(value, before[name])]
+    if any(name.startswith(("vae.encoder.", "vae.quant_conv.")) for name in moved):
+        raise ValueError(f"{run}: its encoder is not that of {out}; what was trained on its latents would be void")
+    _save(made.module.vae, out)
+    print(f"{out}: {len(moved)} tensors of the decoder replaced")
 
 
 @torch.no_grad()

@@ -66,6 +66,19 @@ def toy_tokenizer() -> Run:
     )
 
 
+@recipe("toy_decoder")
+def toy_decoder() -> Run:
+    """The tokenizer's decoder alone, trained on: sharper clips from the same latents."""
+    first = toy_tokenizer()
+    return replace(
+        first,
+        job=_job("toy_decoder"),
+        networks=Networks(student=Full(TokenizerSpec(pretrained=f"{SHIPPED}/vae", trains="decoder"), init="random")),
+        trainer=replace(first.trainer, max_iter=12000),
+        checkpoint=Checkpoint(save_iter=500),
+    )
+
+
 @recipe("toy_teacher")
 def toy_teacher() -> Run:
     """The toy world's teacher: a rectified flow, led by text and by 0, 1 or 2 given latent frames."""
