@@ -37,7 +37,8 @@ def write_folder(model: Model, about: Mapping[str, Any], out: Path, base: Path |
         part.save_pretrained(str(out / name))
         index[name] = ["diffusers", type(part).__name__]
     base_class = "" if base is None else _copy(base, out, index)
-    scheduler = scheduler_of(model.sampler, network.path)
+    predicts = "v" if type(network).__name__ == "CogVideoX" else getattr(network, "predicts", "eps")
+    scheduler = scheduler_of(model.sampler, network.path, base_class, predicts)
     if scheduler is not None:
         scheduler.save_pretrained(str(out / "scheduler"))
         index["scheduler"] = ["diffusers", type(scheduler).__name__]
@@ -63,8 +64,8 @@ def write_folder(model: Model, about: Mapping[str, Any], out: Path, base: Path |
     index["dmd2_config"] = told
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     more = {"schedule": steps, "network_family": asked, "latent_scale": _scale(network)}
-    config = next(iter(parts.values())).config
-    more["latent_channels"] = config.out_channels
+    config, known = next(iter(parts.values())).config, model.envelope.latent_shape
+    more["latent_channels"] = config.out_channels if known is None else known[0]
     more["envelope"] = dict(about.get("envelope") or {}) | _pixels(model.envelope, out, index)
     return {**about, **more}
 
@@ -108,7 +109,7 @@ def _asked(network: Any) -> dict[str, Any] | None:
         fields = ("family", "sigma_data", "use_fps", "clean_time")
         return {field: getattr(network, field) for field in fields}
     if name == "Wan" and network.module.config.in_channels == network.module.config.out_channels:
-        return {"family": "wan", "whole_times": network.whole_times}
+        return {"family": "wan", "whole_times": network.whole_times, "text_tokens": network.text_tokens}
     return None
 
 

@@ -2,12 +2,13 @@
 
 Nothing is believed: each candidate is made, told the number of steps, and its noise levels are compared with the student's.
 
-    ode     DDIM on a flow is an Euler step: FlowMatchEulerDiscreteScheduler; on EDM: EDMEulerScheduler
-    fresh   x0, then new noise: FlowMatchLCMScheduler
+    ode     DDIM, which on a flow is an Euler step: FlowMatchEulerDiscreteScheduler, DDIMScheduler, EDMEulerScheduler
+    fresh   x0, then new noise: FlowMatchLCMScheduler, LCMScheduler
     same    none takes the first noise again
 
 On a flow its words are `shift` and `shift_terminal`: the grid's last time is met by the second, the one after the first by
 solving for the first. That meets every grid of the form s u / (1 + (s - 1) u), u = 1 .. 1/n, which students are trained on.
+Pipelines that hand u to their scheduler (Flux, Qwen-Image) need the plain shift s.
 """
 
 from __future__ import annotations
@@ -17,57 +18,103 @@ from typing import Any
 
 import torch
 
-from fewstep.diffusion import EDM, Path, RectifiedFlow, StudentSampler
+from fewstep.diffusion import EDM, VP, Path, RectifiedFlow, StudentSampler
 from fewstep.diffusion.path import floats
 from fewstep.diffusion.times import converted, explicit
 
 CLOSE = 2e-6  # of a noise level, relative: diffusers keeps them in float32
+HANDS_U = ("Flux", "QwenImage")  # pipelines that call set_timesteps(sigmas=(1, .. 1/n))
 
 
-def scheduler_of(sampler: StudentSampler, network_path: Path) -> Any | None:  # Any: diffusers' schedulers have no useful type
-    """A scheduler that takes exactly the student's steps on the network's path; None if diffusers has none."""
+def scheduler_of(
+    sampler: StudentSampler, network_path: Path, pipeline: str = "", predicts: str = "eps"
+) -> Any | None:  # Any: diffusers' schedulers have no useful type
+    """A scheduler that takes exactly the student's steps on the network's path; None if diffusers has none.
+
+    predicts: what a VP network puts out, eps or v.
+    """
     num = len(sampler.times)
+    if sampler.renoise == "same" and num > 1:
+        return None
+    is_fresh = num > 1 and sampler.renoise == "fresh"
     if isinstance(network_path, RectifiedFlow):
         try:
             times = floats(converted(explicit(sampler.times), sampler.path, network_path))
         except ValueError:  # beyond the end of the flow
             return None
-        if num == 1 or sampler.renoise == "ode":
-            return _flow("FlowMatchEulerDiscreteScheduler", times)
-        return _flow("FlowMatchLCMScheduler", times) if sampler.renoise == "fresh" else None
-    if isinstance(network_path, EDM) and sampler.path == network_path and (num == 1 or sampler.renoise == "ode"):
+        name = "FlowMatchLCMScheduler" if is_fresh else "FlowMatchEulerDiscreteScheduler"
+        return _flow(name, times, pipeline.startswith(HANDS_U))
+    if sampler.path != network_path:
+        return None
+    if isinstance(network_path, VP):
+        return _vp(list(sampler.times), network_path, is_fresh, pipeline, predicts)
+    if isinstance(network_path, EDM) and not is_fresh:
         return _edm(list(sampler.times), network_path.sigma_data)
     return None
 
 
-def _flow(name: str, times: Sequence[float]) -> Any | None:
+def _flow(name: str, times: Sequence[float], hands_u: bool) -> Any | None:
     import diffusers
+    import numpy as np
 
-    cls = getattr(diffusers, name)
-    terminal = times[-1] if len(times) > 1 else None
+    cls, num = getattr(diffusers, name), len(times)
+    words = {} if hands_u or num == 1 else {"shift_terminal": times[-1]}
 
     def levels(shift: float) -> list[float]:
-        made = cls(shift=shift, shift_terminal=terminal)
-        made.set_timesteps(len(times))
+        made = cls(shift=shift, **words)
+        made.set_timesteps(num, **({"sigmas": np.linspace(1.0, 1 / num, num)} if hands_u else {}))
         return floats(made.sigmas[:-1])
 
     low, high = 1.0, 1.0
-    if len(times) > 2:  # the second level grows with the shift
+    if num > (1 if hands_u else 2):  # the second level grows with the shift
         low, high = 1e-3, 1e3
         for _ in range(80):
             middle = (low * high) ** 0.5
             low, high = (middle, high) if levels(middle)[1] < times[1] else (low, middle)
-    return cls(shift=high, shift_terminal=terminal) if _close(levels(high), times) else None
+    return cls(shift=high, **words) if _close(levels(high), times) else None
 
 
 def _edm(times: Sequence[float], sigma_data: float) -> Any | None:
     from diffusers import EDMEulerScheduler
 
-    made = EDMEulerScheduler(sigma_max=times[0], sigma_min=min(times[-1], 0.002), sigma_data=sigma_data)
-    if len(times) > 1:
-        made = EDMEulerScheduler(sigma_max=times[0], sigma_min=times[-1], sigma_data=sigma_data)
+    last = times[-1] if len(times) > 1 else min(times[0], 0.002)
+    made = EDMEulerScheduler(sigma_max=times[0], sigma_min=last, sigma_data=sigma_data)
     made.set_timesteps(len(times))
     return made if _close(floats(made.sigmas[:-1]), times) else None
+
+
+def _vp(times: Sequence[float], path: VP, is_fresh: bool, pipeline: str, predicts: str) -> Any | None:
+    """The DDPM family counts its table's entries: time t is entry 1000 t - 1."""
+    import diffusers
+
+    if path.schedule == "cosine":
+        return None
+    usual = (0.0001, 0.02) if path.schedule == "linear" else (0.00085, 0.012)
+    words: dict[str, Any] = {
+        "num_train_timesteps": path.num_steps,
+        "beta_schedule": path.schedule,
+        "beta_start": usual[0] if path.beta_start is None else path.beta_start,
+        "beta_end": usual[1] if path.beta_end is None else path.beta_end,
+        "rescale_betas_zero_snr": path.zero_terminal_snr,
+        "timestep_spacing": "trailing",
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+        "prediction_type": "v_prediction" if predicts == "v" else "epsilon",
+    }
+    num, is_cogvideox = len(times), pipeline.startswith("CogVideoX")
+    if is_fresh:
+        if is_cogvideox:
+            return None
+        # It takes entries of a table of `original_inference_steps`, which it counts from its noisy end.
+        made: Any = diffusers.LCMScheduler(**words, original_inference_steps=num)
+    elif is_cogvideox:
+        made = diffusers.CogVideoXDDIMScheduler(**words, snr_shift_scale=path.snr_shift)
+    else:
+        made = diffusers.DDIMScheduler(**words)
+    if not is_cogvideox and path.snr_shift != 1.0:
+        return None
+    made.set_timesteps(num)
+    return made if _close([(float(i) + 1) / path.num_steps for i in made.timesteps], times) else None
 
 
 def _close(found: Sequence[float], wanted: Sequence[float]) -> bool:

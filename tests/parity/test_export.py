@@ -1,0 +1,199 @@
+"""An exported student through upstream's own pipelines, unchanged and asked for a number of steps only, against our sampler."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from fewstep.batch import Condition
+from fewstep.diffusion import VP, RectifiedFlow, Rng, StudentSampler
+from fewstep.diffusion.times import shifted
+from fewstep.inference.model import Envelope, Model
+from fewstep.networks.codecs import open_codec
+from fewstep.networks.cosmos_control import CosmosControlSpec
+from fewstep.networks.flux import FluxSpec
+from fewstep.networks.unet import UnetSpec
+from fewstep.networks.wan import WanSpec
+from fewstep.training.export_diffusers import write_folder
+
+FLOW = tuple(shifted(4, 5.0).tolist())
+VAE = {"base_dim": 3, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
+
+
+def randomised(network: Any) -> Any:
+    generator = torch.Generator().manual_seed(1)
+    for weight in network.module.parameters():
+        weight.data = torch.randn(weight.shape, generator=generator) * 0.1
+    network.module.eval().requires_grad_(False)
+    return network
+
+
+def folder_of(tmp_path: Path, network: Any, sampler: StudentSampler, pipeline: Any, shape: tuple[int, int, int, int]) -> Path:
+    pipeline.save_pretrained(tmp_path / "base")
+    about = {"times": list(sampler.times), "renoise": sampler.renoise, "path": {"kind": "rectified_flow"}}
+    out = tmp_path / "student"
+    out.mkdir()
+    told = write_folder(Model(network, None, sampler, Envelope(latent_shape=shape)), about, out, tmp_path / "base")
+    (out / "student.json").write_text(json.dumps(told))
+    return out
+
+
+@pytest.fixture(autouse=True)
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where diffusers copies a pipeline.py before it runs it."""
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Drawn:
+    """An Rng that draws what upstream draws after torch.manual_seed."""
+
+    def __init__(self, seed: int, *shape: int):
+        torch.manual_seed(seed)
+        self.shape = shape
+
+    def normal_like(self, like: Tensor) -> Tensor:
+        return torch.randn(self.shape).reshape(like.shape)
+
+
+def ours(network: Any, sampler: StudentSampler, noise: Tensor, cond: Condition, rng: Any) -> Tensor:
+    with torch.no_grad():
+        return sampler(network, noise, cond, rng)
+
+
+@pytest.mark.parametrize("renoise", ["ode", "fresh"])
+def test_wan(tmp_path: Path, renoise: Any) -> None:
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+
+    spec = WanSpec(
+        latent_channels=4,
+        num_heads=2,
+        head_dim=12,
+        num_layers=2,
+        ffn_dim=32,
+        text_dim=16,
+        freq_dim=16,
+        max_positions=32,
+        text_tokens=6,
+    )
+    network, sampler = randomised(spec.build()), StudentSampler(FLOW, RectifiedFlow(), renoise)
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**VAE, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    base = WanPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=None, scheduler=UniPCMultistepScheduler())  # type: ignore[arg-type]
+    folder = folder_of(tmp_path, network, sampler, base, (4, 3, 8, 4))
+    pipe: Any = DiffusionPipeline.from_pretrained(str(folder), text_encoder=None, tokenizer=None)  # no code of ours is run
+    assert type(pipe).__name__ == "WanPipeline"
+    pipe.set_progress_bar_config(disable=True)
+    noise, text = draw(1, 4, 3, 8, 4), draw(1, 6, 16, seed=2)
+    asked = {"prompt_embeds": text, "num_inference_steps": 4, "guidance_scale": 1.0, "height": 64, "width": 32, "num_frames": 9}
+    torch.manual_seed(7)
+    theirs = pipe(**asked, latents=noise, output_type="latent").frames
+    mine = ours(network, sampler, noise, Condition(text=text), Drawn(7, 1, 4, 3, 8, 4))
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+    assert float(mine.std()) > 0.05
+    own: Any = DiffusionPipeline.from_pretrained(
+        str(folder), custom_pipeline=str(folder / "pipeline.py"), trust_remote_code=True, text_encoder=None, tokenizer=None
+    )
+    redrawn = Drawn(7, 1, 4, 3, 8, 4)
+    renoised = [redrawn.normal_like(noise) for _ in range(3)] if renoise == "fresh" else None
+    again = own(prompt_embeds=text, latents=noise, renoise=renoised, output_type="latent").frames
+    torch.testing.assert_close(again, mine, rtol=0, atol=1e-5)
+    assert open_codec(folder).shape(9, 64, 32) == (4, 3, 8, 4)
+
+
+UNET = UnetSpec(
+    widths=(8, 16), with_attention=(False, True), layers_per_block=1, transformer_layers=(1, 1), num_heads=(2, 2),
+    norm_groups=4, text_dim=12, pooled_dim=10, size_dim=8, sample_size=8,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("renoise", "times"), [("fresh", (1.0, 0.75, 0.5, 0.25)), ("ode", (1.0, 0.5)), ("ode", (1.0,))])
+def test_sdxl(tmp_path: Path, renoise: Any, times: tuple[float, ...]) -> None:
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    network = randomised(UNET.build())
+    sampler = StudentSampler(times, VP("scaled_linear"), renoise)
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = AutoencoderKL(**blocks, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, latent_channels=4)
+    none: Any = {"text_encoder": None, "text_encoder_2": None, "tokenizer": None, "tokenizer_2": None}
+    scheduler = EulerDiscreteScheduler()
+    base = StableDiffusionXLPipeline(vae=vae, unet=None, scheduler=scheduler, add_watermarker=False, **none)  # type: ignore[arg-type]
+    folder = folder_of(tmp_path, network, sampler, base, (4, 1, 8, 8))
+    pipe: Any = DiffusionPipeline.from_pretrained(str(folder), add_watermarker=False, **none)
+    assert type(pipe).__name__ == "StableDiffusionXLPipeline"
+    pipe.text_encoder_2 = type("Size", (), {"config": type("Config", (), {"projection_dim": 10})(), "dtype": torch.float32})()
+    pipe.set_progress_bar_config(disable=True)
+    noise, text, pooled = draw(1, 4, 8, 8), draw(1, 7, 12, seed=2), draw(1, 10, seed=3)
+    # Upstream starts from the noise as it is, we from s(1) times it: a table ends at 0.9977, not at 1.
+    begin = float(VP("scaled_linear").coefficients(torch.tensor(1.0))[1])
+    asked = {"num_inference_steps": len(times), "guidance_scale": 1.0, "height": 64, "width": 64, "latents": begin * noise}
+    torch.manual_seed(7)
+    theirs = pipe(prompt_embeds=text, pooled_prompt_embeds=pooled, **asked, output_type="latent").images
+    mine = ours(network, sampler, noise, Condition(text=text, pooled=pooled), Drawn(7, 1, 4, 8, 8))
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("renoise", ["ode", "fresh"])
+def test_flux(tmp_path: Path, renoise: Any) -> None:
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    spec = FluxSpec(
+        latent_channels=4, num_heads=2, head_dim=16, num_layers=1, num_single_layers=1, text_dim=12, pooled_dim=10,
+        rotary_dims=(4, 6, 6), guidance_input=False,
+    )  # fmt: skip
+    network, sampler = randomised(spec.build()), StudentSampler(tuple(shifted(4, 3.0).tolist()), RectifiedFlow(), renoise)
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = AutoencoderKL(**blocks, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, latent_channels=4)
+    none: Any = {"text_encoder": None, "text_encoder_2": None, "tokenizer": None, "tokenizer_2": None}
+    base = FluxPipeline(vae=vae, transformer=None, scheduler=FlowMatchEulerDiscreteScheduler(), **none)  # type: ignore[arg-type]
+    folder = folder_of(tmp_path, network, sampler, base, (4, 1, 8, 8))
+    pipe: Any = DiffusionPipeline.from_pretrained(str(folder), **none)
+    pipe.set_progress_bar_config(disable=True)
+    noise, text, pooled = draw(1, 4, 8, 8), draw(1, 7, 12, seed=2), draw(1, 10, seed=3)
+    packed = pipe._pack_latents(noise, 1, 4, 8, 8)
+    asked = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 64, "width": 64, "latents": packed}
+    torch.manual_seed(7)
+    theirs = pipe(prompt_embeds=text, pooled_prompt_embeds=pooled, **asked, output_type="latent").images
+    torch.manual_seed(7)
+    drawn = [pipe._unpack_latents(torch.randn_like(packed), 64, 64, pipe.vae_scale_factor) for _ in range(4)]
+    rng: Any = type("Drawn", (), {"normal_like": lambda self, like: drawn.pop(0)})()
+    mine = ours(network, sampler, noise, Condition(text=text, pooled=pooled), rng)
+    unpacked = pipe._unpack_latents(theirs, 64, 64, pipe.vae_scale_factor)
+    torch.testing.assert_close(mine, unpacked, rtol=0, atol=1e-4)
+
+
+def test_transfer_2_5_goes_out_as_a_transformer_and_its_controlnet(tmp_path: Path) -> None:
+    spec = CosmosControlSpec(
+        latent_channels=2, num_heads=2, head_dim=12, num_layers=2, mlp_ratio=2.0, text_dim=8, adaln_lora_dim=4, hint_channels=4,
+        max_size=(4, 8, 8), rope_scale=(1.0, 1.0, 1.0), controls=("edge",), num_control_blocks=2,
+    )  # fmt: skip
+    network, sampler = randomised(spec.build()), StudentSampler(FLOW, RectifiedFlow(), "same")
+    out = tmp_path / "student"
+    out.mkdir()
+    about = {"times": list(sampler.times), "renoise": "same", "path": {"kind": "rectified_flow"}, "envelope": {}}
+    told = write_folder(Model(network, None, sampler, Envelope(latent_shape=(2, 3, 4, 4))), about, out, None)
+    (out / "student.json").write_text(json.dumps(told))
+    pipe: Any = DiffusionPipeline.from_pretrained(str(out), trust_remote_code=True)
+    noise, text, control = Rng.of_samples([3]).normal((2, 3, 4, 4)), draw(1, 5, 8), draw(1, 2, 3, 4, 4, seed=5)
+    theirs = pipe(prompt_embeds=text, latents=noise, control_latents=control, output_type="latent").frames
+    mine = ours(network, sampler, noise, Condition(text=text, control={"edge": control}), None)
+    torch.testing.assert_close(theirs, mine, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="led by a control video"):
+        pipe(prompt_embeds=text, latents=noise)
+
+
+def test_what_diffusers_cannot_sample_is_refused(tmp_path: Path) -> None:
+    network, sampler = randomised(UNET.build()), StudentSampler((1.0, 0.5), VP("scaled_linear"), "same")
+    with pytest.raises(ValueError, match="a scheduler that diffusers does not have; --format safetensors always works"):
+        write_folder(Model(network, None, sampler), {"envelope": {}}, tmp_path, None)
