@@ -40,6 +40,7 @@ Quality = int | Literal["lossless"]  # crf, 0 (best) to 51; or every pixel as it
 Size = tuple[int, int]  # height, width
 
 _MANY_PIXELS = 256 * 256  # below, starting threads costs more than they save
+_NEAR = 0.75  # of the source's sides: no colour is lost that a video of the new size could hold
 _SEEK_OVER = 8  # frames; decoding fewer is quicker than seeking
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _MAX_SIDE = 16384  # px; H.264 ends there, and a header that claims more would be believed before anything is decoded
@@ -255,13 +256,21 @@ def _sound(path: Path, frame: VideoFrame, place: int) -> VideoFrame:
 
 
 def _converter(width: int, height: int) -> Callable[[VideoFrame], NDArray[Any]]:
-    """Makes RGB arrays of one size. One for a whole file: setting it up costs five times its use on a small frame."""
+    """Makes RGB arrays of one size. One for a whole file: setting it up costs five times its use on a small frame.
+
+    FFmpeg scales to packed RGB slowly and 1.5 of 255 too dark. Near its own size a frame is scaled in its own format, and is
+    then what a video of that size would be; otherwise in planes of RGB, where the colours keep their full resolution.
+    """
     from av.video.reformatter import VideoReformatter
 
-    shared = VideoReformatter()
+    scale, pack = VideoReformatter(), VideoReformatter()  # each keeps what it has set up
 
     def convert(frame: VideoFrame) -> NDArray[Any]:
-        return shared.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
+        if (frame.width, frame.height) != (width, height):
+            own = frame.format.name == "yuv420p" and min(width / frame.width, height / frame.height) >= _NEAR
+            own = own and not width % 2 and not height % 2
+            frame = scale.reformat(frame, width, height, "yuv420p" if own else "gbrp", interpolation="BICUBIC")
+        return pack.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
 
     return convert
 
