@@ -42,8 +42,9 @@ from fewstep.diffusion import Prediction, RectifiedFlow, Rng
 from fewstep.diffusion.path import AnyPath
 from fewstep.diffusion.times import Listed
 from fewstep.inference.synthetic import InMemory, MixtureSamples, TeacherPairs
-from fewstep.methods import DMD2, KD, Finetune, Terms
+from fewstep.methods import DMD2, KD, LADD, Finetune, Gan, Terms
 from fewstep.networks.analytic import MixtureSpec
+from fewstep.networks.heads import MultiscaleSpec
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks
 from fewstep.networks.tiny import TinySpec
@@ -119,17 +120,22 @@ def full(spec):
 NETS = {
     "mlp": Networks(MIXTURE, full(MLP), full(MLP)),
     "dit": Networks(DIT, Full(), full(DIT)),  # a twin of a frozen tiny teacher, and a critic that knows nothing yet
+    "head": Networks(DIT, Full(), full(DIT), head=MultiscaleSpec(taps=(0, 1), channels=24, hidden=16)),
     "lora": Networks(DIT, Lora(rank=2, train=("enter",)), Lora(rank=3)),  # adapters over one frozen network
 }
 METHODS = {
     "finetune": (Finetune(), MixtureSamples(MIXTURE, num=100)),
     "kd": (KD(), TeacherPairs(MIXTURE, num=100, num_calls=8)),
     "dmd2": (DMD2(t_list=(1.0, 0.6), student_update_freq=2), MixtureSamples(MIXTURE, num=100)),
+    # features of a frozen teacher, through which the student's gradient goes; and of a critic, which the head trains too
+    "gan": (DMD2(t_list=(1.0, 0.6), student_update_freq=2, gan=Gan(weight=0.3)), None),
+    "trunk": (DMD2(t_list=(1.0, 0.6), student_update_freq=2, gan=Gan(weight=0.3, features="critic", r1_weight=0.5)), None),
+    "ladd": (LADD(t_list=(1.0, 0.6)), None),
 }
 
 def make(name, method, net, mode, size, num_replicas=None, **trainer):
     algorithm, data = METHODS[method]
-    if net in ("dit", "lora"):
+    if net in ("dit", "head", "lora"):
         data = Latents()
         assert method != "kd"
     return Run(
@@ -147,6 +153,7 @@ def make(name, method, net, mode, size, num_replicas=None, **trainer):
     )
 
 CASES = [("kd", "mlp"), ("dmd2", "mlp"), ("finetune", "dit"), ("dmd2", "dit"), ("dmd2", "lora")]
+CASES += [(method, "head") for method in ("gan", "trunk", "ladd")]
 RUNS = {f"one_{m}_{n}": make(f"one_{m}_{n}", m, n, "ddp", 1) for m, n in CASES}
 for mode in ("ddp", "fsdp"):
     RUNS |= {f"{mode}_{m}_{n}": make(f"{mode}_{m}_{n}", m, n, mode, 2) for m, n in CASES}
@@ -252,7 +259,7 @@ class Desk:
         return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-CASES = ["kd_mlp", "dmd2_mlp", "finetune_dit", "dmd2_dit", "dmd2_lora"]
+CASES = ["kd_mlp", "dmd2_mlp", "finetune_dit", "dmd2_dit", "dmd2_lora", "gan_head", "trunk_head", "ladd_head"]
 
 
 @pytest.fixture(scope="module")
