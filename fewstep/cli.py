@@ -112,9 +112,8 @@ def plan(
 
     shape=16x16x88x160 text=512x1024 controls=edge  shapes of a batch, where the data are not there yet
     """
-    from fewstep.config import compose, read_command
-
     import fewstep.recipes  # noqa: F401  makes every name known
+    from fewstep.config import compose, read_command
     from fewstep.training.fit import command, split_words
     from fewstep.training.run import Run
 

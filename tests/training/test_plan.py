@@ -1,0 +1,191 @@
+"""The plan against what torch really allocates, op by op, in the same step on real tensors."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from fewstep.data.folder import Folder
+from fewstep.data.mock import Mock
+from fewstep.diffusion import Rng
+from fewstep.methods import DMD2, KD, Finetune
+from fewstep.methods.contract import Nets
+from fewstep.networks.analytic import MixtureSpec
+from fewstep.networks.cosmos import CosmosSpec
+from fewstep.networks.lora import Lora
+from fewstep.networks.roles import Full, Networks, build, wholes
+from fewstep.networks.tiny import TinySpec
+from fewstep.parallel import World
+from fewstep.training import fit, loop
+from fewstep.training.fit import advice, command, dryrun
+from fewstep.training.plan import first_batch, look, plan
+from fewstep.training.role import TrainedRole
+from fewstep.training.run import Parallel, Run, Trainer
+
+ALONE = World(0, 1, torch.device("cpu"), None)
+DIT = TinySpec("dit", channels=4, width=48, depth=2, num_heads=4, text_dim=32)
+COSMOS = CosmosSpec(
+    latent_channels=4, num_heads=4, head_dim=16, num_layers=2, mlp_ratio=4, text_dim=32, adaln_lora_dim=8, max_size=(8, 32, 32),
+)  # fmt: skip
+DATA = Mock((4, 3, 8, 8), (7, 32), num=8)
+
+
+def run(method: Any, networks: Networks, **trainer: Any) -> Run:
+    return Run(method=method, networks=networks, data=DATA, trainer=replace(Trainer(batch_size=4), **trainer))
+
+
+def measured(run: Run) -> int:
+    """Bytes that torch's own profiler saw allocated at the worst moment of a turn, and what was held before."""
+    nets: dict[str, Any] = dict(build(run.networks, run.method.roles, 0))
+    for whole in wholes(nets):
+        loop._place(run, whole, ALONE)
+    compute = loop.COMPUTE[run.trainer.precision]
+    roles = {
+        n: TrainedRole(n, net, run.optim_of(n), run.ema if n == "student" else None, compute)
+        for n, net in nets.items()
+        if n != "teacher"
+    }
+    held = {id(s): s for net in nets.values() for s in (*net.module.parameters(), *net.module.buffers())}
+    held |= {id(t): t for role in roles.values() for t in role.state().values()}
+    batch = DATA.open().batch(torch.arange(run.trainer.batch_size))
+    static = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held.values()}
+    worst = 0
+    for step in range(2):
+        turn = run.method.turn(step)
+        for name, role in roles.items():
+            role.take_turn(name in turn.trains)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            rng = Rng(0, step, torch.arange(batch.size()))
+            for terms in run.method.losses(turn, Nets(nets), batch, rng):
+                terms.total.backward()
+                del terms
+                for name in turn.trains:
+                    roles[name].absorb()
+            for name in turn.trains:
+                nn.utils.get_total_norm([w.grad for w in roles[name].weights.values() if w.grad is not None])
+                roles[name].step(1e-4, torch.tensor(1e9), 0)
+        assert seen.profiler is not None and seen.profiler.kineto_results is not None
+        events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+        level = peak = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            level += event.nbytes()  # type: ignore[attr-defined]  # torch's stubs do not know it
+            peak = max(peak, level)
+        worst = max(worst, peak)
+        for role in roles.values():
+            role.take_turn(False)
+    return worst + sum(static.values())
+
+
+FULL = Networks(DIT, Full(), Full())
+SHARED = Networks(DIT, Lora(rank=4), Lora(rank=4))
+CASES = {
+    "finetune": run(Finetune(), Networks(DIT)),
+    "kd": run(KD(), Networks(COSMOS)),
+    "dmd2": run(DMD2(guidance=3.0, student_update_freq=2), FULL),
+    "dmd2_cosmos": run(DMD2(guidance=3.0, student_update_freq=2), Networks(COSMOS)),
+    "dmd2_shared": run(DMD2(guidance=3.0, student_update_freq=2), SHARED),
+    "dmd2_shared_recomputed": run(DMD2(guidance=3.0, student_update_freq=2), SHARED, checkpointing=True),
+    "dmd2_cosmos_shared_bf16": run(
+        DMD2(student_update_freq=2), Networks(COSMOS, Lora(rank=4), Lora(rank=4)), checkpointing=True, precision="bf16"
+    ),
+}
+
+
+SLOW = ("finetune", "dmd2_cosmos", "dmd2_shared")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
+def test_the_plan_is_what_is_measured(name: str) -> None:
+    want = measured(CASES[name])
+    assert sum(plan(CASES[name]).parts.values()) == pytest.approx(want, rel=0.03), name
+
+
+def test_roles_on_one_backbone_and_recomputation_are_seen() -> None:
+    whole, shared, recomputed = (plan(CASES[name]) for name in ("dmd2", "dmd2_shared", "dmd2_shared_recomputed"))
+    assert shared.parts["student.optimizer"] < 0.4 * whole.parts["student.optimizer"]
+    assert shared.parts["teacher.weights"] < 1.01 * whole.parts["teacher.weights"]
+    assert recomputed.parts["activations"] < 0.7 * shared.parts["activations"]
+    assert set(whole.turns) == {"student", "critic"} and max(whole.turns.values()) == sum(whole.parts.values())
+
+
+def test_shards_share_what_is_held_and_not_what_passes() -> None:
+    case = CASES["dmd2"]
+    found = look(case, first_batch(case))
+    sharded = look(replace(case, parallel=Parallel("fsdp")), first_batch(case)).on(8)
+    for name, size in found.on(1).parts.items():
+        assert sharded.parts[name] == (size if name == "activations" else pytest.approx(size / 8, abs=1))
+    weights = sum(p.numel() * 4 for p in DIT.build().module.parameters())
+    assert weights < sharded.parts["gathered"] < 1.5 * weights  # both blocks, the gradients of one, and the rest
+    assert found.on(8).parts == found.on(1).parts  # ddp
+    with pytest.raises(ValueError, match=r"parallel\.num_replicas=3 does not divide gpus=8"):
+        look(replace(case, parallel=Parallel("fsdp", num_replicas=3)), first_batch(case)).on(8)
+
+
+def test_no_file_of_weights_is_opened(tmp_path: Path) -> None:
+    COSMOS.build().module.save_config(tmp_path)  # type: ignore[operator]
+    spec = CosmosSpec(pretrained=str(tmp_path))
+    networks = Networks(spec, Full(spec, "nowhere@latest:student"), Lora(rank=4, init="nowhere"), teacher_init="nowhere")
+    case = run(DMD2(), networks)
+    other = run(DMD2(), Networks(COSMOS, Full(COSMOS, "random"), Lora(rank=4)))
+    assert plan(case).parts == plan(other).parts
+    with pytest.raises(OSError, match="no file named"):
+        spec.build()
+
+
+def test_the_smallest_change_that_fits_is_named() -> None:
+    """A limit between what the run needs as it is and with recomputation."""
+    case = run(Finetune(), Networks(DIT))
+    batch = first_batch(case)
+    found = look(case, batch)
+    as_is, less = found.on(1).needed_gib, look(replace(case, trainer=replace(case.trainer, checkpointing=True)), batch).on(1)
+    assert less.needed_gib < as_is
+    said = advice(case, batch, found, 1, (as_is + less.needed_gib) / 2)
+    assert said == "it fits with trainer.checkpointing=true"
+
+
+def test_changes_add_up_where_one_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    def needs(run: Run, batch: Any) -> Any:
+        gib = 10.0 - 2 * run.trainer.checkpointing - 3 * (run.trainer.precision == "bf16") - (run.trainer.batch_size == 1)
+        gib -= 2 * isinstance(run.networks.critic, Lora)
+        return SimpleNamespace(run=run, on=lambda gpus: SimpleNamespace(needed_gib=gib / gpus))
+
+    monkeypatch.setattr(fit, "look", needs)
+    found = look(CASES["kd"], first_batch(CASES["kd"]))
+    for limit, said in (
+        (8.5, "it fits with trainer.checkpointing=true"),
+        (7.5, "it fits with trainer.precision=bf16"),
+        (6.5, "it fits with trainer.checkpointing=true trainer.batch_size=1 trainer.grad_accum=4 trainer.precision=bf16"),
+        (2.5, "it fits with trainer.checkpointing=true trainer.batch_size=1 trainer.grad_accum=4 trainer.precision=bf16 "
+              "networks.critic=lora"),
+        (1.0, "no setting alone makes it fit"),
+    ):  # fmt: skip
+        assert advice(CASES["dmd2"], first_batch(CASES["dmd2"]), found, 1, limit).split("; as it is")[0] == said, limit
+
+
+def test_the_command_answers_in_json_and_says_what_is_missing(tmp_path: Path) -> None:
+    told, text = command(CASES["finetune"], {"gpus": "2", "gpu": "24", "shape": "4x2x6x6", "text": "5x32"})
+    assert told["fits"] and told["gpus"] == 2 and told["batch"] == "x0 4x4x2x6x6, text 4x5x32"
+    assert told["peak_gib_per_gpu"] == pytest.approx(sum(told["parts_gib"].values()))
+    assert told["activations_gib"]["checkpointing"] < told["activations_gib"]["no_checkpointing"]
+    assert "fits 24" in text
+    assert json.loads(json.dumps(told)) == told
+    with pytest.raises(ValueError, match="gpu=h1000: give GiB, or one of h100"):
+        command(CASES["finetune"], {"gpu": "h1000"})
+    with pytest.raises(ValueError, match="shape=4by4"):
+        command(CASES["finetune"], {"shape": "4by4"})
+    nowhere = replace(CASES["finetune"], data=Folder(str(tmp_path / "nothing")))
+    with pytest.raises(ValueError, match=r"cannot be opened: .* Give them: shape="):
+        command(nowhere, {})
+    assert dryrun(nowhere).startswith("memory is not planned")
+
+
+def test_an_analytic_teacher_has_no_weights_and_is_planned_all_the_same() -> None:
+    tiny = Full(TinySpec(width=16, depth=2), "random")
+    case = replace(run(DMD2(), Networks(MixtureSpec(means=((1.0, 0.0),)), tiny, tiny)), data=Mock((2,), None))
+    assert "teacher.weights" not in plan(case).parts
