@@ -5,7 +5,7 @@ is for. A field that is one of several classes is declared `Annotated[Method, On
 with `@kind("kd", group="method")`. Functions that return one complete run enter with `@recipe("name")`.
 """
 
-from fewstep.config.command import Command, compose, load_file, read_command
+from fewstep.config.command import Command, compose, load_file, originals, read_command
 from fewstep.config.dump import dump, from_yaml, to_yaml
 from fewstep.config.listing import Row, fields_help
 from fewstep.config.problems import ConfigError, check
@@ -29,6 +29,7 @@ __all__ = [
     "from_yaml",
     "kind",
     "load_file",
+    "originals",
     "parse",
     "read_command",
     "recipe",

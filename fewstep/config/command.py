@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 _YAML = (".yaml", ".yml")
 _FLAGS = ("--config", "--dryrun")
+_ORIGINAL = re.compile(r"(^|/)(cosmos_(predict|transfer)\d|fastgen)/(.+/)?configs?/(.+/)?\w+\.py$")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,11 @@ def compose(command: Command, run_type: type[T]) -> T:
 
     Recipes inside the package must have been imported by the caller; `check` gives the warnings once more.
     """
-    data = [layer for layer in map(load_file, command.files) if layer]
+    ignored = originals(command)
+    data = [layer for layer in map(load_file, (file for file in command.files if file not in ignored)) if layer]
+    if command.experiment is None and ignored:
+        wrong = f"{ignored[0]} is a configuration of the original code; say which run it is here{hint('', recipes())}"
+        raise ConfigError([("experiment", wrong)])
     if command.experiment is None and not data:
         raise ConfigError([("experiment", f"which run? Give experiment=NAME or a .yaml file{hint('', recipes())}")])
     if command.experiment is None:
@@ -103,6 +108,22 @@ def compose(command: Command, run_type: type[T]) -> T:
         config = read_layers(type(made), [made, *data], command.overrides)
     check(config)
     return config
+
+
+def originals(command: Command) -> tuple[str, ...]:
+    """The files of the command that are configurations of Cosmos or FastGen, by where they lie there: they say nothing here.
+
+    What they set up is a recipe of ours, named by experiment=NAME, so that a command written for them pastes. A file that
+    speaks of fewstep is the user's, wherever it lies.
+    """
+    return tuple(file for file in command.files if _ORIGINAL.search(file) and "fewstep" not in _text(file))
+
+
+def _text(file: str) -> str:
+    try:
+        return Path(file).read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _is_file(word: str) -> bool:
