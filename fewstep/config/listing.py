@@ -64,5 +64,5 @@ def _comments(cls: type) -> Mapping[str, str]:
         by_line = {word.start[0]: word.string.lstrip("# ") for word in words if word.type == tokenize.COMMENT}
         for node in cast(ast.ClassDef, ast.parse(source).body[0]).body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.end_lineno:
-                found[node.target.id] = by_line.get(node.end_lineno, "")
+                found[node.target.id] = by_line.get(node.end_lineno) or found.get(node.target.id, "")
     return found

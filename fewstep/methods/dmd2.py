@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fewstep.batch import Batch, join
 from fewstep.config import kind
-from fewstep.diffusion import Denoiser, Path, Prediction, Rng, StudentSampler, guided, on_path, times
+from fewstep.diffusion import Denoiser, Path, Prediction, Rng, StudentSampler, features, guided, on_path, times
 from fewstep.diffusion.path import AnyPath, spread
 from fewstep.diffusion.prediction import Kind
 from fewstep.diffusion.rollout import Renoise
@@ -40,8 +40,7 @@ class DMD2:
     path: AnyPath | None = None  # the path of all times here; None: the student's own
     student_update_freq: int = 5  # one student turn, then four critic turns
     warmup_steps: int = 0  # first turns, all given to `warmup_role`; the student's turns stay 0, freq, 2 freq, ..
-    warmup_role: Literal["student", "critic", "regression"] = "critic"
-    # critic: let it meet the student first; student: Predict2.5; regression: the student's regression term alone (Transfer1)
+    warmup_role: Literal["student", "critic", "regression"] = "critic"  # student: Predict2.5; regression: that term alone
     guidance: float = 1.0  # w = 1 is off. Cosmos writes g = w - 1: Transfer1 g 5 is 6.0 here, Predict2.5 g 3 is 4.0
     guidance_interval: tuple[float, float] | None = None  # guide only for times within, in the path's time
     guidance_times: times.AnyTimes | None = None  # decoupled DMD: the noise of the guidance part; None: that of the scores
@@ -55,13 +54,11 @@ class DMD2:
     normalizer_add: float = 0.0  # .. and this is added to the mean. FastGen 1e-6
     normalizer_over: Literal["free", "all"] = "free"  # all: given frames count in that mean, as zeros. Transfer1, FastGen
     exit_step: Literal["random", "last"] = "random"  # which of the student's calls is trained; the same on all ranks
-    student_input: Literal["rollout", "data"] = "rollout"
-    # data: noised real data at one of the student's times, as FastGen; cheaper, and not what the student meets in use
+    student_input: Literal["rollout", "data"] = "rollout"  # data: real data at one of the student's times, as FastGen
     given: tuple[float, ...] = ()  # shares of samples shown 0, 1, .. clean first frames; Predict2.5 0.6, 0.2, 0.2
-    gan: Gan | None = None
-    regression_weight: float = 0.0
-    regression_on: Literal["pairs", "data"] = "pairs"
-    # pairs: the roll-out starts from the noise x0 was made of (Yin et al. 2023, eq. 9); data: from any (Transfer1's recon_loss)
+    gan: Gan | None = None  # none: no adversarial term, no head, no real data
+    regression_weight: float = 0.0  # of the mean square of the student's sample less x0
+    regression_on: Literal["pairs", "data"] = "pairs"  # pairs: from the noise of x0; data: from any, Transfer1's recon_loss
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -215,7 +212,7 @@ class DMD2:
         yield scaled(Terms.of(critic=loss), share)
         del loss
         with torch.no_grad():
-            fake = teacher(x_t, t, batch.cond, taps=nets.head.taps).features
+            fake = features(teacher, x_t, t, batch.cond, nets.head.taps)
         yield scaled(gan.head_terms(nets.head, teacher, fake, batch.x0, eps, t, law, path, batch.cond, rng), share)
 
     def problems(self) -> Iterable[tuple[str, str]]:

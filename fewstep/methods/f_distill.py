@@ -33,10 +33,9 @@ Divergence = Literal["rkl", "kl", "js", "sf", "neyman", "sh", "jf"]
 @dataclass(frozen=True)
 class FDistill(DMD2):
     gan: Gan | None = Gan(weight=1e-3)
-    divergence: Divergence = "js"
-    # rkl reverse KL, kl forward KL, js Jensen-Shannon, sf softened reverse KL, neyman chi^2, sh squared Hellinger, jf Jeffreys
-    ratio_min: float = 0.1
-    ratio_max: float = 20.0
+    divergence: Divergence = "js"  # reverse KL, KL, Jensen-Shannon, softened reverse KL, chi^2, squared Hellinger, Jeffreys
+    ratio_min: float = 0.1  # the ratio is clipped below; FastGen
+    ratio_max: float = 20.0  # .. and above
     num_bins: int = 10  # of equal width over the noise levels; 0: the ratio is not normalised
 
     def _sample_weight(self, sample: Tensor, t: Tensor, path: Path, logits: Tensor | None, batch: Batch) -> Tensor | None:

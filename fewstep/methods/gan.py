@@ -20,19 +20,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from fewstep.batch import Condition
-from fewstep.diffusion import Denoiser, Path, Rng, times
+from fewstep.diffusion import Denoiser, Path, Rng, features, times
 from fewstep.methods.contract import Head, Terms
 
 
 @dataclass(frozen=True)
 class Gan:
     weight: float = 1e-3  # of the student's term. Transfer1 1e-3; FastGen's video recipes 0.03
-    head_weight: float = 1.0
+    head_weight: float = 1.0  # of the head's term, and where it reads the critic of what that term does to the critic
     features: Literal["teacher", "critic"] = "teacher"  # critic: as the DMD2 paper and Predict2.5; its trunk learns from it too
     form: Literal["softplus", "bce", "hinge"] = "softplus"  # bce (with logits) is softplus under Predict2.5's name
-    real_noise: Literal["same", "own", "independent"] = "own"
-    # noise of the real sample: the fake's t and eps (same, Predict2.5), its t (own, Transfer1), neither (independent, FastGen)
-    r1_weight: float = 0.0
+    real_noise: Literal["same", "own", "independent"] = "own"  # as the fake's: t and eps, Predict2.5; t, Transfer1; neither
+    r1_weight: float = 0.0  # of the approximate R1; FastGen's LADD 0.1
     r1_std: float = 0.1  # in units of the data, whose spread is about 1; FastGen 0.1
 
     def fools(self, fake: Tensor) -> Tensor:
@@ -70,14 +69,14 @@ class Gan:
         if self.real_noise != "same":
             eps = rng.normal_like(x0)
         with torch.set_grad_enabled(self.features == "critic"):
-            seen = trunk(path.add_noise(x0, eps, t), t, cond, taps=head.taps).features
+            seen = features(trunk, path.add_noise(x0, eps, t), t, cond, head.taps)
         on_fake, on_real = head(fake), head(seen)
         watch = {"logit_fake": on_fake.detach().mean(), "logit_real": on_real.detach().mean()}
         found: dict[str, Tensor | tuple[Tensor, float]] = {**more, "head": (self.tells(on_fake, on_real), self.head_weight)}
         if self.r1_weight:
             moved = x0 + self.r1_std * rng.normal_like(x0)
             with torch.set_grad_enabled(self.features == "critic"):
-                seen = trunk(path.add_noise(moved, eps, t), t, cond, taps=head.taps).features
+                seen = features(trunk, path.add_noise(moved, eps, t), t, cond, head.taps)
             found["r1"] = (((on_real - head(seen)) ** 2).mean(), self.r1_weight)
         return Terms.of(watch=watch, **found)
 

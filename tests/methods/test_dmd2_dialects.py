@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import softplus
 
 from fewstep.batch import Batch, Condition
+from fewstep.config import fields_help
 from fewstep.diffusion import EDM, Prediction, RectifiedFlow, Rng, TrigFlow
 from fewstep.diffusion.prediction import keep_given
 from fewstep.methods import FastGen, Gan, Nets, Predict25, Transfer1
@@ -395,3 +396,10 @@ def test_given_frames_contribute_exactly_nothing(method, path, features):
     total, (grad,), _ = found(method, "student", nets, batch_of(True))
     given = (1 - FREE).bool()[:, None, :, None, None].expand_as(grad)
     assert bool(torch.isfinite(total)) and not grad[given].any() and bool((grad[~given] != 0).all())
+
+
+def test_a_dialect_explains_its_settings():
+    """The comment on the line, or where a dialect says nothing of its own, that of DMD2."""
+    said = {row.key: row.comment for row in fields_help(Transfer1())}
+    assert said["guidance"] == "g 5" and said["normalizer_over"].startswith("all: given frames")
+    assert all(said[key] for key in ("t_list", "critic_space", "gan.weight", "regression_on"))
