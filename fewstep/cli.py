@@ -69,7 +69,7 @@ def train(context: typer.Context) -> None:
 
 def train_command(arguments: list[str]) -> None:
     """What `fewstep train` and `python -m fewstep.train` do."""
-    from fewstep.config import compose, read_command, to_yaml
+    from fewstep.config import compose, originals, read_command, to_yaml
 
     command = read_command(arguments)
     import fewstep.recipes  # noqa: F401  makes every name known
@@ -81,6 +81,8 @@ def train_command(arguments: list[str]) -> None:
     is_main = os.environ.get("RANK", "0") == "0"  # under torchrun one process speaks for all
     for warning in check(run) if is_main else ():
         print(f"warning: {warning}", file=sys.stderr)
+    for file in originals(command) if is_main else ():
+        print(f"note: {file} belongs to the original code and is left aside; {command.experiment} says all", file=sys.stderr)
     if command.dryrun:
         folder = run.job.folder()
         folder.mkdir(parents=True, exist_ok=True)
