@@ -179,7 +179,7 @@ def _exported(folder: Path) -> Model:
         network = spec.build()
         load_into(network.module, read(str(folder / "student.safetensors")), str(folder))
     else:
-        spec = replace(spec, pretrained=str(folder))
+        spec = _from(spec, folder)
         network = spec.build()
     known = {name: told.get("envelope", {}).get(name) for name in asdict(Envelope())}
     shape = known.pop("latent_shape")
@@ -187,11 +187,20 @@ def _exported(folder: Path) -> Model:
     return Model(network, spec, sampler_of(told), envelope, folder, told)
 
 
+def _from(spec: Any, folder: Path) -> Any:  # Any: whatever is registered in group "network"
+    """The configuration that builds the network from this folder of diffusers."""
+    if hasattr(spec, "boundary"):
+        low = replace(_from(spec.low, folder), subfolder="transformer_2")
+        return replace(spec, high=_from(spec.high, folder), low=low)
+    branches = {"branches": (str(folder),)} if hasattr(spec, "branches") else {}
+    return replace(spec, pretrained=str(folder), **branches)
+
+
 def _teacher(address: str) -> Model:
     """The denoiser of a pipeline of diffusers."""
     spec = spec_of(address)
     folder = Path(address)
-    return Model(spec.build(), spec, folder=folder if folder.is_dir() else Path(address))
+    return Model(spec.build(), spec, folder=folder)
 
 
 def spec_of(address: str) -> Any:  # Any: whatever is registered in group "network"
@@ -207,17 +216,16 @@ def spec_of(address: str) -> Any:  # Any: whatever is registered in group "netwo
             return kinds["cosmos"](pretrained=address, family="edm", sigma_data=0.5, use_fps=True, clean_time=None)
         return kinds["cosmos"](pretrained=address, use_fps=pipeline == "Cosmos2VideoToWorldPipeline")
     known = {
-        "WanTransformer3DModel": "experts",  # or the one network, if its pipeline has one
+        "WanTransformer3DModel": "experts",  # two of them, or the one
         "CogVideoXTransformer3DModel": "cogvideox",
         "FluxTransformer2DModel": "flux",
         "QwenImageTransformer2DModel": "qwen_image",
         "UNet2DConditionModel": "unet",
         "DiTTransformer2DModel": "dit",
     }
-    if known.get(str(name)) in kinds:
-        found: Any = kinds[known[str(name)]]
-        # Of some networks the pipeline tells more than their own config.json: the table, what is predicted, the experts.
-        return found.of(address) if hasattr(found, "of") else found(pretrained=address)
+    kind: Any = kinds.get(known.get(str(name), ""))
+    if kind is not None:
+        return kind.of(address) if hasattr(kind, "of") else kind(pretrained=address)
     raise ValueError(f"{address}: its denoiser is a {name}, for which there is no adapter; there are {', '.join(kinds)}")
 
 
