@@ -71,3 +71,12 @@ def test_the_recipes_compose_and_survive_their_yaml(name: str, tmp_path: Path) -
     check(run)
     (tmp_path / "config.yaml").write_text(to_yaml(run))
     assert from_yaml(Run, tmp_path / "config.yaml") == run
+
+
+def test_a_gan_without_a_head_is_named_before_anything_is_read(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fewstep", "train", "experiment=analytic_dmd2_gan", "networks.head=none"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OUTPUT_ROOT": str(tmp_path)}, cwd=ROOT)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert (
+        "networks.head: is none, but method DMD2 trains a discriminator" in done.stderr and "networks.head.taps" in done.stderr
+    )
