@@ -1,7 +1,7 @@
 """The mathematics: paths, predictions, times, samplers, guidance, randomness. It knows no network and no method."""
 
 from fewstep.diffusion import samplers, times
-from fewstep.diffusion.denoiser import Cache, Denoiser, on_path
+from fewstep.diffusion.denoiser import Cache, Denoiser, features, on_path
 from fewstep.diffusion.guidance import guided
 from fewstep.diffusion.path import EDM, VP, Path, RectifiedFlow, TrigFlow
 from fewstep.diffusion.prediction import Prediction
@@ -10,5 +10,5 @@ from fewstep.diffusion.rollout import StudentSampler, few_step, rollout
 
 __all__ = [
     "EDM", "VP", "Cache", "Denoiser", "Path", "Prediction", "RectifiedFlow", "Rng", "StudentSampler", "TrigFlow",
-    "few_step", "guided", "on_path", "rollout", "samplers", "times",
+    "features", "few_step", "guided", "on_path", "rollout", "samplers", "times",
 ]  # fmt: skip

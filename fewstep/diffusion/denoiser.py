@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,29 @@ def on_path(denoiser: Denoiser, path: Path) -> Denoiser:
     asked at its own t_max and its x0 is taken.
     """
     return denoiser if denoiser.path == path else _OnPath(denoiser, path)
+
+
+def features(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, taps: Sequence[int]) -> tuple[Tensor, ...]:
+    """What the blocks in `taps` put out, and nothing else: blocks after the last of them do not run.
+
+    That is where the network says which those are: `idle_after(tap)`, no part of its contract. Others run whole.
+    """
+    inner: Any = denoiser  # Any: a Network says more than a Denoiser must
+    while isinstance(inner, _OnPath):
+        inner = inner.inner
+    idle: Callable[[int], Iterable[Any]] = getattr(inner, "idle_after", lambda tap: ())
+    blocks = [block for block in idle(max(taps)) if "forward" not in vars(block)]
+    for block in blocks:
+        block.forward = _passed_on
+    try:
+        return denoiser(x_t, t, cond, taps=taps).features
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _passed_on(h: Tensor, *others: object, **more: object) -> Tensor:
+    return h
 
 
 @dataclass(frozen=True)

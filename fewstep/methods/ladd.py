@@ -17,7 +17,7 @@ import torch
 
 from fewstep.batch import Batch
 from fewstep.config import kind
-from fewstep.diffusion import Path, Rng, StudentSampler, on_path, times
+from fewstep.diffusion import Path, Rng, StudentSampler, features, on_path, times
 from fewstep.diffusion.path import AnyPath
 from fewstep.diffusion.rollout import Renoise
 from fewstep.methods.contract import Nets, Terms, Turn
@@ -63,12 +63,12 @@ class LADD:
         t, eps = self.times.draw(rng, path).to(sample.device), rng.normal_like(sample)
         teacher = on_path(nets.teacher, path)
         with torch.set_grad_enabled(is_student):
-            features = teacher(path.add_noise(sample, eps, t), t, batch.cond, taps=nets.head.taps).features
+            fake = features(teacher, path.add_noise(sample, eps, t), t, batch.cond, nets.head.taps)
         if is_student:
-            logits = nets.head(features)
+            logits = nets.head(fake)
             yield Terms.of(gan=(self.gan.fools(logits), self.gan.weight), watch={"logit_student": logits.detach().mean()})
         else:
-            yield self.gan.head_terms(nets.head, teacher, features, batch.x0, eps, t, self.times, path, batch.cond, rng)
+            yield self.gan.head_terms(nets.head, teacher, fake, batch.x0, eps, t, self.times, path, batch.cond, rng)
 
     def sampler(self, path: Path) -> StudentSampler:
         return StudentSampler(self.t_list, self.path or path, self.renoise)

@@ -11,8 +11,7 @@ of their own next to 0 (`clean_time`); Predict1 tells them the time of the other
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any, ClassVar, Literal
@@ -27,6 +26,7 @@ from fewstep.diffusion.path import spread, working_dtype
 from fewstep.diffusion.precondition import edm_preconditioning
 from fewstep.diffusion.prediction import keep_given
 from fewstep.networks.contract import refuse_cache
+from fewstep.networks.upstream import tapped
 
 CLEAN_TIME = 1e-4  # flow time told for given frames (Predict2 and 2.5, sigma_conditional)
 
@@ -70,6 +70,10 @@ class Cosmos:
             answer = Prediction.of("x0", c_skip * x + c_out * raw, x, t, self.path, features)
         return keep_given(answer, cond.frames, cond.frame_mask)
 
+    def idle_after(self, tap: int) -> Sequence[nn.Module]:
+        """Blocks that the output of block `tap` does not depend on: those of the base behind it, not those of its controls."""
+        return tuple(self.base.transformer_blocks[tap + 1 :])
+
     def new_cache(self, like: Tensor) -> Cache:
         return refuse_cache("CosmosTransformer3DModel")
 
@@ -104,7 +108,7 @@ class Cosmos:
             extra["controls"] = self._controls(cond, scaled)
         if time.ndim == 2:
             time = time.expand(num, frames)[:, None, :, None, None]
-        with _tapped(self.blocks[: config.num_layers], taps) as seen:
+        with tapped(self.base.transformer_blocks, taps) as seen:
             raw = self.module(
                 hidden_states=scaled,
                 timestep=time.float(),  # float32: bf16 would round 0.999 to 1
@@ -258,22 +262,6 @@ def from_folder(cls: Any, address: str, subfolder: str) -> Any:  # Any: whatever
     if folder.is_dir() and not (folder / "config.json").is_file() and (folder / subfolder / "config.json").is_file():
         return cls.from_pretrained(str(folder), subfolder=subfolder)
     return cls.from_pretrained(address)
-
-
-@contextmanager
-def _tapped(blocks: Sequence[nn.Module], taps: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Within, the outputs of the blocks in `taps` are collected, by number."""
-    seen: dict[int, Tensor] = {}
-
-    def keep(i: int) -> Any:
-        return lambda module, inputs, output: seen.__setitem__(i, output)
-
-    handles = [blocks[i].register_forward_hook(keep(i)) for i in taps]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def supply_resize() -> None:

@@ -140,6 +140,9 @@ class Shared:
     def new_cache(self, like: Tensor) -> Cache:
         return self.backbone.network.new_cache(like)
 
+    def idle_after(self, tap: int) -> Sequence[nn.Module]:
+        return getattr(self.backbone.network, "idle_after", lambda tap: ())(tap)  # no part of the contract
+
 
 class _Switched(nn.Module):
     """A layer of which some roles have a copy of their own."""

@@ -62,6 +62,10 @@ class Tiny:
     def new_cache(self, like: Tensor) -> Cache:
         return refuse_cache("the tiny network")
 
+    def idle_after(self, tap: int) -> Sequence[nn.Module]:
+        """Blocks that the output of block `tap` does not depend on; each answers with what becomes of its first argument."""
+        return self.blocks[tap + 1 :]
+
 
 @kind("tiny", group="network")
 @dataclass(frozen=True)

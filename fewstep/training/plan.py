@@ -191,7 +191,9 @@ def _fake() -> Iterator[Any]:  # Any: torch's FakeTensorMode
     nn.Module._apply = convert  # type: ignore[assignment]
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)  # torch's own
+            # torch's own, about what it does itself when a fake is made of another or copied
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
             yield FakeTensorMode(allow_non_fake_inputs=True)
     finally:
         ModelMixin.from_pretrained = before
