@@ -212,7 +212,7 @@ def _claim(out: Path, about: dict[str, object]) -> None:
         if other:
             raise ValueError(f"{out}: holds pairs made otherwise: {'; '.join(other)}. Choose another --out, or remove it")
         return
-    if out.is_dir() and any(not entry.name.startswith(".") for entry in os.scandir(out)):
+    if out.is_dir() and any(not entry.name.startswith(".") for entry in list(out.iterdir())):
         raise ValueError(f"{out}: is not empty and has no {ABOUT}. Choose a new folder for --out")
     with replacing(path) as beside:
         beside.write_text(json.dumps(about, indent=1) + "\n")

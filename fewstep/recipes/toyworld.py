@@ -89,7 +89,7 @@ def toy_teacher() -> Run:
         data=Folder(TRAIN, x0="latents", max_tokens=40, negative="zeros"),
         optim=Optim(lr=1.2e-3, betas=(0.9, 0.99), weight_decay=0.01, schedule="cosine", warmup_iters=500, clip=1.0),
         ema=Ema(beta=0.9995),
-        trainer=Trainer(max_iter=14000, batch_size=32, num_threads=1, log_every=100),
+        trainer=Trainer(max_iter=10500, batch_size=32, num_threads=1, log_every=100),
         checkpoint=Checkpoint(save_iter=500),
         health=Health(every=None),
     )

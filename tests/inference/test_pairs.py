@@ -1,0 +1,186 @@
+"""Pairs: the clip is what the teacher's ODE makes of the stored noise, by an integration written here; files, resume, ranks."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fewstep.batch import Condition
+from fewstep.data import arrays, cache, video
+from fewstep.data.arrays import write_pickle
+from fewstep.data.folder import Folder
+from fewstep.diffusion import Prediction, RectifiedFlow
+from fewstep.inference.pairs import Making, asked, write
+
+NUM, FRAMES, SIZE = 5, 5, 8
+TIMES = (1.0, 0.75, 0.5)
+
+
+class Pull:
+    """v = x - text: a field whose flow is known, and which depends on the condition."""
+
+    path = RectifiedFlow()
+    module = nn.Module()
+    asked = 0
+
+    def __call__(self, x_t, t, cond: Condition, *, taps=(), cache=None) -> Prediction:
+        self.asked += len(x_t)
+        assert cond.text is not None
+        target = cond.text.mean((1, 2)).to(x_t)[:, None, None, None, None]
+        velocity = x_t - target
+        if cond.frames is not None:
+            assert cond.frame_mask is not None
+            velocity = velocity + (cond.frames * cond.frame_mask[:, None, :, None, None]).sum((1, 2, 3, 4), keepdim=True) * 1e-3
+        for control in cond.control.values():
+            velocity = velocity + control.mean((1, 2, 3, 4), keepdim=True)
+        return Prediction(x_t, t, self.path, velocity)
+
+
+class Blocks:
+    """A codec of 4 x 4 blocks, every other frame: 3 channels of means."""
+
+    module = nn.Module()
+    fingerprint = "blocks"
+
+    def encode(self, pixels):
+        return nn.functional.avg_pool3d(pixels[:, :, ::2], (1, 4, 4))
+
+    def decode(self, latents):
+        return nn.functional.interpolate(latents, scale_factor=(1, 4, 4)).repeat_interleave(2, 2)[:, :, :-1]
+
+    def shape(self, frames, height, width):
+        return 3, (frames + 1) // 2, height // 4, width // 4
+
+
+def dataset(root: Path) -> Folder:
+    rng = np.random.default_rng(0)
+    for n in range(NUM):
+        frames = rng.integers(0, 255, (FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
+        video.write(root / "videos" / f"{n}.mp4", frames, 16.0, quality="lossless")
+        video.write(root / "edge" / f"{n}.mp4", frames[::-1].copy(), 16.0, quality="lossless")
+        (root / "metas").mkdir(exist_ok=True)
+        (root / "metas" / f"{n}.txt").write_text(f"clip {n}\n")
+        write_pickle(root / "t5_xxl" / f"{n}.pickle", [np.full((2, 3), 0.1 * n, np.float32)])
+    return Folder(str(root), max_tokens=2, negative="zeros")
+
+
+def by_hand(noise: torch.Tensor, target: float, w: float, num: int, until: float = 0.0) -> torch.Tensor:
+    """Euler on the even grid 1, 1 - 1/num, ..: guided target is w target, the negative's being 0."""
+    x, grid = noise.double(), [1 - k / num for k in range(num)] + [0.0]
+    for t, t_next in pairwise(grid):
+        if t <= until + 1e-9:
+            break
+        x = x + (t_next - t) * (x - w * target)
+    return x
+
+
+def made(tmp_path: Path, name: str = "out", source: Folder | None = None, **more) -> Path:
+    making = Making(num_steps=8, sampler="euler", guidance=2.0, seed=3, path_times=TIMES, quality="lossless")
+    source = source or dataset(tmp_path / "data")
+    write(tmp_path / name, Pull(), Blocks(), source, making, told="pull", batch_size=2, **more)  # type: ignore[arg-type]
+    return tmp_path / name
+
+
+def test_each_clip_is_the_flow_of_its_noise(tmp_path: Path) -> None:
+    out = made(tmp_path)
+    for n in range(NUM):
+        noise = torch.from_numpy(arrays.read_one(out / "noise" / f"{n}.pickle").numpy())
+        assert noise.shape == (3, 3, 2, 2)
+        latents = cache.read(out / "latents" / f"{n}.safetensors").tensors["latents"]
+        torch.testing.assert_close(latents.double(), by_hand(noise, 0.1 * n, 2.0, 8), atol=2e-6, rtol=0)
+        path = cache.read(out / "path" / f"{n}.safetensors").tensors
+        assert path["path_times"].tolist() == list(TIMES)
+        for k, t in enumerate(TIMES):
+            torch.testing.assert_close(path["path"][k].double(), by_hand(noise, 0.1 * n, 2.0, 8, t), atol=2e-6, rtol=0)
+        pixels = Blocks().decode(latents[None]).clamp(-1, 1)[0].permute(1, 2, 3, 0)
+        shown = video.read(out / "videos" / f"{n}.mp4").frames
+        np.testing.assert_allclose(shown, (pixels.numpy() + 1) * 127.5, atol=0.51)
+        assert (out / "metas" / f"{n}.txt").read_text() == f"clip {n}\n"
+
+
+def test_what_was_written_is_what_kd_reads(tmp_path: Path) -> None:
+    out = made(tmp_path)
+    data = Folder(str(out), x0="latents", max_tokens=2, pairs=("noise", "path")).open()
+    batch = data.batch(torch.arange(NUM))
+    assert batch.noise is not None and batch.x0 is not None and batch.path is not None
+    torch.testing.assert_close(batch.path[:, 0], batch.noise)
+    for n in range(NUM):
+        torch.testing.assert_close(batch.x0[n].double(), by_hand(batch.noise[n], 0.1 * n, 2.0, 8), atol=2e-6, rtol=0)
+
+
+def test_ranks_divide_the_work_and_change_nothing(tmp_path: Path) -> None:
+    source = dataset(tmp_path / "data")
+    alone = made(tmp_path, "alone", source)
+    for rank in (1, 0):
+        both = made(tmp_path, "both", source, rank=rank, world_size=2)
+    files = sorted(path.relative_to(alone) for path in alone.rglob("*.*") if path.is_file())
+    assert files == sorted(path.relative_to(both) for path in both.rglob("*.*") if path.is_file())
+    for name in files:
+        if name.suffix == ".safetensors":  # whose header is in no fixed order
+            one, two = cache.read(alone / name), cache.read(both / name)
+            assert one.tensors.keys() == two.tensors.keys()
+            assert all(torch.equal(one.tensors[key], two.tensors[key]) for key in one.tensors), name
+        else:
+            assert (alone / name).read_bytes() == (both / name).read_bytes(), name
+
+
+def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
+    source, out = dataset(tmp_path / "data"), tmp_path / "out"
+    making, teacher = Making(num_steps=4, sampler="euler"), Pull()
+    assert write(out, teacher, Blocks(), source, making, num=3) == 3  # type: ignore[arg-type]
+    (out / "noise" / "1.pickle").unlink()  # as if killed before it was written
+    teacher.asked = 0
+    assert write(out, teacher, Blocks(), source, making, num=4) == 2  # type: ignore[arg-type]
+    assert teacher.asked == 2 * 4
+    with pytest.raises(ValueError, match=r"guidance 1.0, not 3.0"):
+        write(out, teacher, Blocks(), source, Making(num_steps=4, sampler="euler", guidance=3.0))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"--num 9: .* has 5 samples"):
+        write(out, teacher, Blocks(), source, making, num=9)  # type: ignore[arg-type]
+
+
+def test_controls_and_given_frames_reach_the_teacher_and_stay_with_the_pair(tmp_path: Path) -> None:
+    from fewstep.data.controls import Edge
+
+    plain = dataset(tmp_path / "data")
+    source = Folder(plain.dataset_dir, max_tokens=2, control=Edge())
+    making = Making(num_steps=2, sampler="euler", given_frames=1)
+    write(tmp_path / "out", Pull(), Blocks(), source, making)  # type: ignore[arg-type]
+    pixels = plain.open().batch(torch.tensor([2])).x0
+    control = source.open().batch(torch.tensor([2])).cond.control["edge"]
+    noise = arrays.read_one(tmp_path / "out" / "noise" / "2.pickle").double()
+    first = Blocks().encode(pixels)[0, :, :1].sum() * 1e-3 + Blocks().encode(control).mean()
+    x = noise
+    for _ in range(2):
+        x = x - 0.5 * (x - 0.2 + first)
+    latents = cache.read(tmp_path / "out" / "latents" / "2.safetensors").tensors["latents"]
+    torch.testing.assert_close(latents.double(), x, atol=1e-5, rtol=0)
+    assert (tmp_path / "out" / "edge" / "2.mp4").read_bytes() == (Path(plain.dataset_dir) / "edge" / "2.mp4").read_bytes()
+    assert json.loads((tmp_path / "out" / "pairs.json").read_text())["given_frames"] == 1
+
+
+def test_a_foreign_folder_is_not_written_into(tmp_path: Path) -> None:
+    source, out = dataset(tmp_path / "data"), tmp_path / "mine"
+    out.mkdir()
+    (out / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match=r"is not empty and has no pairs.json"):
+        write(out, Pull(), Blocks(), source, Making(num_steps=2))  # type: ignore[arg-type]
+
+
+def test_a_command_line_is_read_whole() -> None:
+    making = asked(35, "unipc", 1.0, 2.0, "4", 3.0, 0, 0, "lossless")
+    # shift s of u: s u / (1 + (s - 1) u) at u = 1, 3/4, 1/2, 1/4
+    np.testing.assert_allclose(making.path_times, [1.0, 0.9, 0.75, 0.5], rtol=1e-12)
+    assert asked(8, "euler", 1.0, 1.0, "0.9,0.5", 5.0, 0, 0, "18").path_times == (0.9, 0.5)
+    for wrong, match in (
+        (("rk4", None), "--sampler is one of"),
+        (("euler", "x"), "takes numbers"),
+        (("euler", "0.5,0.9"), "descend"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            asked(8, wrong[0], 1.0, 1.0, wrong[1], 5.0, 0, 0, "18")
+    with pytest.raises(ValueError, match="too few to keep 4 states"):
+        asked(6, "euler", 1.0, 1.0, "4", 3.0, 0, 0, "18")
