@@ -20,6 +20,7 @@ from typing import Annotated, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fewstep.config import OneOf, kind
 
@@ -187,6 +188,13 @@ def _angles(
     schedule: str, beta_start: float, beta_end: float, num_steps: int, zero_terminal_snr: bool, snr_shift: float
 ) -> Tensor:
     """phi = acos(sqrt(alpha-bar)) at t = 0, 1/N, .. 1."""
+    with unset_fake_temporarily():  # it is kept: one made while memory is planned, on fakes, would hold no numbers
+        return _made_angles(schedule, beta_start, beta_end, num_steps, zero_terminal_snr, snr_shift)
+
+
+def _made_angles(
+    schedule: str, beta_start: float, beta_end: float, num_steps: int, zero_terminal_snr: bool, snr_shift: float
+) -> Tensor:
     if schedule == "cosine":  # Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17, betas clipped at 0.999
         edge = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
         level = torch.cos((edge + 0.008) / 1.008 * math.pi / 2) ** 2

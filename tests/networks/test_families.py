@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fewstep.batch import Condition
 from fewstep.diffusion import VP
@@ -92,6 +93,18 @@ def test_adapters_lie_over_every_named_layer_begin_as_the_teacher_and_learn(name
             parameter.add_(0.1)
         assert (student(x, T, cond).velocity - before).abs().max() > 1e-3
         torch.testing.assert_close(backbone.itself()(x, T, cond).velocity, before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_memory_can_be_planned_on_tensors_without_numbers(name: str) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net = FAMILIES[name].build()
+        cond = replace(told(), text=torch.randn(2, 7, 12), size=None)
+        answer = net(torch.randn(2, 4, 1, 8, 8), torch.rand(2, 1, dtype=torch.float64), cond, taps=(0,))
+        (answer.x0.sum() + answer.features[0].sum()).backward()
+    assert answer.velocity.shape == (2, 4, 1, 8, 8)
+    assert sum(parameter.grad is not None for parameter in net.module.parameters()) > 10
+    assert float(net.path.coefficients(torch.tensor(0.0))[0]) == 1.0  # and what is kept for later has its numbers
 
 
 def scheduler(folder: Path, **told: Any) -> str:
