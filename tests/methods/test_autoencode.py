@@ -1,0 +1,77 @@
+"""Autoencode: the loss by hand, the noise it adds, and that a decoder trained alone leaves every latent what it was."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep.batch import Batch
+from fewstep.diffusion import RectifiedFlow, Rng
+from fewstep.methods import Autoencode
+from fewstep.methods.autoencode import psnr_db
+from fewstep.methods.contract import Nets
+
+
+class Off:
+    """Makes pixels that are off by 0.5, from latents that are all 3."""
+
+    path = RectifiedFlow()
+
+    def __init__(self) -> None:
+        self.error = torch.full((), 0.5, dtype=torch.float64, requires_grad=True)
+        self.noise = torch.zeros(())
+
+    def latent_shape(self, pixels):
+        return (len(pixels), 50, 10, 5, 5)
+
+    def reconstruct(self, pixels, noise=None):
+        self.noise = noise
+        return pixels + self.error, torch.full(self.latent_shape(pixels), 3.0, dtype=torch.float64)
+
+
+def test_the_loss_is_that_of_the_formula() -> None:
+    pixels = torch.zeros(2, 3, 4, 1, 1, dtype=torch.float64)
+    pixels[:, 1, 0] = 1.0  # its mean over time is 1/4: it differs by 3/4 in one frame and by 1/4 in three
+    net, method = Off(), Autoencode(noise=0.2, prior=0.01, motion=8.0)
+    (terms,) = method.losses(method.turn(0), Nets({"student": net}), Batch(x0=pixels), Rng(0, 0, torch.arange(2)))  # type: ignore[dict-item]
+    weight = 1 + 8 * (0.75 + 3 * 0.25) / 4
+    torch.testing.assert_close(terms.total.item(), weight * (0.5 + 2 * 0.25) + 0.01 * 9, atol=1e-12, rtol=0)
+    terms.total.backward()
+    torch.testing.assert_close(net.error.grad.item(), weight * (1 + 4 * 0.5), atol=1e-12, rtol=0)
+    assert abs(net.noise.std().item() - 0.2) < 0.01  # of 25,000 numbers: known to 0.0009
+    torch.testing.assert_close(terms.watch["psnr_db"].item(), 10 * math.log10(4 / 0.25), atol=1e-9, rtol=0)
+
+
+def test_psnr_is_of_the_whole_batch() -> None:
+    torch.testing.assert_close(psnr_db(torch.tensor([0.2, 0.0])).item(), 10 * math.log10(4 / 0.02), atol=1e-5, rtol=0)
+
+
+def test_negative_settings_are_refused() -> None:
+    assert [key for key, _ in Autoencode(noise=-1.0, prior=-1.0, motion=-1.0).problems()] == ["noise", "prior", "motion"]
+
+
+@pytest.mark.parametrize("trains", ["all", "decoder"])
+def test_a_decoder_trained_alone_leaves_the_latents(trains: str, tmp_path: Path) -> None:
+    from fewstep.networks.tokenizer import TokenizerSpec
+
+    small = TokenizerSpec(channels=(8, 8, 8), latent_channels=4, resolution=16)
+    torch.manual_seed(0)
+    small.build().module.vae.save_pretrained(tmp_path)  # type: ignore[union-attr,operator]
+    tokenizer = TokenizerSpec(pretrained=str(tmp_path), trains=trains).build()  # type: ignore[arg-type]
+    tokenizer.module.requires_grad_(True)
+    pixels = torch.rand(2, 3, 5, 16, 16) * 2 - 1
+    _, before = tokenizer.reconstruct(pixels)
+    trained = [p for p in tokenizer.module.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=2e-3)
+    method, first, last = Autoencode(), 0.0, 0.0
+    for step in range(40):
+        rng = Rng(0, step, torch.arange(2))
+        (terms,) = method.losses(method.turn(step), Nets({"student": tokenizer}), Batch(x0=pixels), rng)
+        optimizer.zero_grad()
+        terms.total.backward()
+        optimizer.step()
+        first, last = first or terms.total.item(), terms.total.item()
+    _, after = tokenizer.reconstruct(pixels)
+    assert last < 0.5 * first
+    assert torch.equal(before, after) == (trains == "decoder")
