@@ -78,6 +78,6 @@ def bin_means(ratio: Tensor, t: Tensor, path: Path, num_bins: int) -> Tensor:
     """For each sample the mean ratio of those in its bin; bins are of equal width in the angle atan(s / a), on any path."""
     a, s, _, _ = path.coefficients(t)
     bins = (torch.atan2(s, a) * (2 / torch.pi) * num_bins).long().clamp(0, num_bins - 1)
-    sums = torch.zeros(num_bins, dtype=ratio.dtype, device=ratio.device).index_add_(0, bins, ratio)
-    counts = torch.bincount(bins, minlength=num_bins).to(ratio)
+    zeros = torch.zeros(num_bins, dtype=ratio.dtype, device=ratio.device)
+    sums, counts = zeros.index_add(0, bins, ratio), zeros.index_add(0, bins, torch.ones_like(ratio))
     return (sums / counts.clamp(min=1))[bins]
