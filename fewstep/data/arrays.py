@@ -15,6 +15,7 @@ import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,11 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         return cache.read(path).tensors
     if path.suffix == ".npy":
         try:
-            return {"": torch.from_numpy(np.load(path, allow_pickle=False))}
-        except (ValueError, EOFError, TypeError) as error:
+            # Mapped first: a header that claims more than the file holds is refused before memory is taken for it.
+            return {"": torch.from_numpy(np.array(np.load(path, mmap_mode="r", allow_pickle=False)))}
+        except FileNotFoundError:
+            raise
+        except (ValueError, EOFError, TypeError, TokenError, SyntaxError, OverflowError, OSError) as error:
             raise ValueError(f"{path}: not a .npy array ({error}). Write it again with numpy.save") from None
     value = load_pickle(path) if path.suffix == ".pickle" else _torch_file(path)
     if isinstance(value, (list, tuple)):

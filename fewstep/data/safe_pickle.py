@@ -26,6 +26,7 @@ import numpy as np
 MAX_BYTES = 2 << 30
 MAX_OPCODES = 2_000_000  # an empty set costs 216 bytes of memory for its one opcode, so this also bounds memory: 430 MB
 
+_PIECE = 1 << 24  # bytes read at once
 _MAX_DEPTH = 100  # containers in containers; keeps repr, json and copy of the result off the recursion limit
 _MAX_UNFOLDED = 50_000_000  # elements met by one who walks the result; a billion-laughs list is small only while shared
 _MAX_KEY_PARTS = 64  # hash() of a tuple walks it, shared parts again and again, in C and without a depth limit
@@ -81,7 +82,7 @@ def loads(data: bytes, *, max_bytes: int = MAX_BYTES, max_opcodes: int = MAX_OPC
 
 
 def _read(file: BinaryIO, name: str, max_bytes: int, max_opcodes: int) -> Any:  # as load
-    data = file.read(max_bytes + 1)
+    data = _content(file, max_bytes + 1)
     if len(data) > max_bytes:
         raise UnsafePickle(f"{name}: more than {max_bytes:,} bytes. If you trust it, pass a larger max_bytes.")
     for magic, what in _FOREIGN:
@@ -94,6 +95,15 @@ def _read(file: BinaryIO, name: str, max_bytes: int, max_opcodes: int) -> Any:  
         raise UnsafePickle(f"{name}: damaged, {rest:,} bytes follow the end of the pickle. Write the file again.")
     _check_result(value, name)
     return value
+
+
+def _content(file: BinaryIO, most: int) -> bytes:
+    """The rest of a file, `most` bytes of it. In pieces: read(2 GiB) would take 2 GiB of memory to read one byte."""
+    pieces, left = list[bytes](), most
+    while left > 0 and (piece := file.read(min(left, _PIECE))):
+        pieces.append(piece)
+        left -= len(piece)
+    return b"".join(pieces)
 
 
 _Symbols = dict[str, Callable[..., Any] | None]  # a known name -> what builds its value; None: known, but never called

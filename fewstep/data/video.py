@@ -44,6 +44,7 @@ _NEAR = 0.75  # of the source's sides: no colour is lost that a video of the new
 _SEEK_OVER = 8  # frames; decoding fewer is quicker than seeking
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _MAX_SIDE = 16384  # px; H.264 ends there, and a header that claims more would be believed before anything is decoded
+_MAX_PIXELS = 2**26  # of a picture: twice 8K
 _SMPTE170M, _LIMITED = 6, 1  # ffmpeg's numbers of BT.601 and of the range 16..235, which its RGB conversion uses by default
 
 
@@ -133,10 +134,12 @@ def read(
                 f"{stride}). Ask for a shorter window, or leave this clip out"
             )
         height, width = size or header.size
-        out = np.empty((count, height, width, 3), dtype=np.uint8)
+        out: NDArray[np.uint8] | None = None
         convert = _converter(width, height)
         num = 0
         for place, frame in _decoded(path, container, stream, header, start):
+            if out is None:  # the first picture is what the header says: only then is memory taken for all of them
+                out = np.empty((count, height, width, 3), dtype=np.uint8)
             if place >= start and (place - start) % stride == 0:
                 out[num] = convert(frame)
                 num += 1
@@ -185,6 +188,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             small = stream.width * stream.height < _MANY_PIXELS
             stream.codec_context.thread_count = 1 if small else 0
             stream.thread_type = "AUTO"
+            stream.codec_context.options = {"max_pixels": str(_MAX_PIXELS)}
             yield container, stream
     except av.FFmpegError as error:
         raise ValueError(
@@ -233,13 +237,13 @@ def _decoded(
         for frame in frames:  # one: it tells where the seek has led
             place = round(((frame.pts or 0) - began) / tick)
             if place <= start:
-                yield place, _sound(path, frame, place)
-                yield from ((place + n, _sound(path, frame, place + n)) for n, frame in enumerate(frames, 1))
+                yield place, _sound(path, header, frame, place)
+                yield from ((place + n, _sound(path, header, frame, place + n)) for n, frame in enumerate(frames, 1))
                 return
             break
         container.seek(began, stream=stream, backward=True)  # index and pictures disagree: count from the beginning
     for place, frame in enumerate(container.decode(stream)):
-        yield place, _sound(path, frame, place)
+        yield place, _sound(path, header, frame, place)
 
 
 def _damaged(path: Path, header: Header, num: int, wanted: int) -> ValueError:
@@ -249,9 +253,14 @@ def _damaged(path: Path, header: Header, num: int, wanted: int) -> ValueError:
     )
 
 
-def _sound(path: Path, frame: VideoFrame, place: int) -> VideoFrame:
+def _sound(path: Path, header: Header, frame: VideoFrame, place: int) -> VideoFrame:
     if frame.is_corrupt:
         raise ValueError(f"{path}: damaged near frame {place}. Write or download it again")
+    if (frame.height, frame.width) != header.size:
+        raise ValueError(
+            f"{path}: frame {place} is {frame.height} x {frame.width}, but its header says {header.height} x {header.width}. "
+            "Write it again at one size"
+        )
     return frame
 
 
@@ -301,5 +310,8 @@ def _pixels_of(picture: Image, size: Size | None) -> NDArray[np.uint8]:
 
 
 def _refuse_size(path: Path, height: int, width: int) -> None:
-    if not 0 < max(height, width) <= _MAX_SIDE or min(height, width) < 1:
-        raise ValueError(f"{path}: its pictures are {height} x {width}, sides must be 1 to {_MAX_SIDE}. Write it again")
+    if min(height, width) < 1 or max(height, width) > _MAX_SIDE or height * width > _MAX_PIXELS:
+        raise ValueError(
+            f"{path}: its pictures are {height} x {width}: sides must be 1 to {_MAX_SIDE}, with {_MAX_PIXELS:,} "
+            "pixels at the most"
+        )
