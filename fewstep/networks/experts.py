@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
-from fewstep.batch import Condition
+from fewstep.batch import Condition, join
 from fewstep.config import kind
-from fewstep.diffusion import Cache, Path, Prediction
+from fewstep.diffusion import Cache, Denoiser, Path, Prediction
+from fewstep.diffusion.path import spread
 from fewstep.networks.contract import AnyNetwork, Network, refuse_cache
 from fewstep.networks.upstream import told_by_pipeline
 from fewstep.networks.wan import A14B_I2V, T2V_14B, WanSpec
@@ -119,6 +120,32 @@ class Experts:
 
     def _is_sharded(self) -> bool:
         return dist.is_initialized() and any(isinstance(parameter, DTensor) for parameter in self.module.parameters())
+
+
+def guided_apart(experts: Experts, negative: Condition, high: float, low: float) -> Denoiser:
+    """uncond + w (cond - uncond) with a w for each expert, as upstream samples A14B (guidance_scale, guidance_scale_2)."""
+    return _GuidedApart(experts, negative, high, low)
+
+
+@dataclass(frozen=True)
+class _GuidedApart:
+    inner: Experts
+    negative: Condition
+    high: float
+    low: float
+
+    @property
+    def path(self) -> Path:
+        return self.inner.path
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
+    ) -> Prediction:
+        both = self.inner(torch.cat([x_t, x_t]), torch.cat([t, t]), join(cond, self.negative), taps=taps, cache=cache)
+        (x, _), (with_text, without) = both.x_t.chunk(2), both.velocity.chunk(2)
+        w = spread(torch.where(self.inner.is_high(t, cond), self.high, self.low), x).to(x.dtype)
+        features = tuple(feature.chunk(2)[0] for feature in both.features)
+        return Prediction(x, t, self.path, without + w * (with_text - without), features)
 
 
 @kind("experts", group="network")

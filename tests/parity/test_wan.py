@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fewstep.batch import Condition
 from fewstep.diffusion import guided, samplers
-from fewstep.networks.experts import Experts, ExpertsSpec
+from fewstep.networks.experts import Experts, ExpertsSpec, guided_apart
 from fewstep.networks.wan import Wan, WanSpec, start_from
 from fewstep.parallel import World, place
 
@@ -295,17 +295,19 @@ def experts(boundary: float = 0.875) -> Experts:
     return ExpertsSpec(SMALL, SMALL, boundary).build()
 
 
-def test_two_experts_are_the_upstream_pipeline_with_two_transformers() -> None:
+@pytest.mark.parametrize("low", [5.0, 3.0])
+def test_two_experts_are_the_upstream_pipeline_with_two_transformers(low: float) -> None:
+    """low: the guidance of the low-noise expert, the other's being 5."""
     net, noise = experts(), draw(*SHAPE, seed=5)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
     made = pipeline(net.high, scheduler, transformer_2=net.low.module, boundary_ratio=0.875)  # type: ignore[arg-type]
-    theirs = run(made, noise, steps=6)
-    assert bool((scheduler.sigmas[:-1] >= 0.875).any()) and bool((scheduler.sigmas[:-1] < 0.875).any())
-    text, negative = text_pair()
+    theirs = run(made, noise, steps=6, guidance_scale_2=low)
+    grid = scheduler.sigmas[:-1].double()
+    assert bool((grid >= 0.875).any()) and bool((grid < 0.875).any())
+    text, negative = (Condition(text=words) for words in text_pair())
+    teacher = guided(net, negative, 5.0) if low == 5.0 else guided_apart(net, negative, 5.0, low)
     with torch.no_grad():
-        ours = samplers.euler(
-            guided(net, Condition(text=negative), 5.0), noise, scheduler.sigmas[:-1].double(), Condition(text=text)
-        )
+        ours = samplers.euler(teacher, noise, grid, text)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
