@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,12 @@ def run(job: Job) -> dict[str, Any]:
     told: dict[str, Any] = {"what": job.what}
     records: list[Record] = []
     if job.what.startswith("codec:"):
-        codec, data = open_codec(job.what.removeprefix("codec:")), _opened(job)
+        codec, data = open_codec(job.what.removeprefix("codec:")), opened(job)
         sources = iter([(_through(codec, data, job), data.captions()[: job.num])])
     elif _is_clips(job.what):
         sources = _sets_of(Path(job.what), job)
     else:
-        data, model = _opened(job), open_model(job.what)
+        data, model = opened(job), open_model(job.what)
         codec = open_codec(str(model.folder or job.what))
         how, candidates = job.how, list[dict[str, Any]]()
         if job.calls is not None:
@@ -150,12 +150,14 @@ def best_of(model: Model, codec: Codec, data: FolderData, job: Job, real: Tensor
 def ways_of(calls: int, guidance: float) -> list[Making]:
     if calls == 1:
         return [Making(num_steps=1, sampler="euler")]
+    # Two steps of either multistep sampler are one of Euler's and its x0: the choice among them is for more.
     multistep: tuple[SamplerName, ...] = ("euler", "dpmpp_2m", "unipc")
     ways = [Making(num_steps=calls, sampler=name, shift=shift) for name in multistep for shift in (1.0, 3.0)]
     if calls % 2 and calls > 1:
         ways.append(Making(num_steps=(calls + 1) // 2, sampler="heun"))
     if calls % 2 == 0 and guidance != 1.0:
-        ways += [Making(calls // 2, name, shift, guidance) for name in ("euler", "unipc") for shift in (1.0, 3.0)]
+        few: tuple[SamplerName, ...] = multistep if calls > 4 else ("unipc",)
+        ways += [Making(calls // 2, name, shift, guidance) for name in few for shift in (1.0, 3.0)]
     return ways
 
 
@@ -164,7 +166,7 @@ def _named(how: Making) -> str:
     return f"{how.sampler}, {how.num_steps} steps, shift {how.shift:g}{guided}"
 
 
-def _opened(job: Job) -> FolderData:
+def opened(job: Job) -> FolderData:
     data = Folder(str(job.prompts), text=job.text, max_tokens=job.max_tokens, negative="zeros").open()
     if len(data) < job.num:
         raise ValueError(f"--num {job.num}: {job.prompts} has {len(data)} prompts")
@@ -207,14 +209,10 @@ def speed(address: str, prompts: Path, how: Making, num: int = 32, repeats: int 
     model = open_model(address)
     codec = open_codec(str(model.folder or address))
     job = replace(Job(address, prompts, prompts, Path("-")), num=num, batch_size=num, max_tokens=max_tokens)
-    data, rates = _opened(job), list[float]()
+    data, rates = opened(job), list[float]()
     generated(model, codec, data, job, replace(how, num_steps=min(2, how.num_steps)), num, 0)  # warm
     for _ in range(repeats):
         began = time.monotonic()
         generated(model, codec, data, job, how, num, 0)
         rates.append(num / (time.monotonic() - began))
     return Value(statistics.mean(rates), statistics.stdev(rates), repeats, tuple(rates))
-
-
-def described(how: Making) -> dict[str, Any]:
-    return asdict(how)

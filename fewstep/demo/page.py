@@ -21,11 +21,14 @@ import fewstep
 from fewstep.data import video
 from fewstep.data.atomic import replacing
 from fewstep.demo.stages import GUIDANCE, STEPS, TOY
-from fewstep.evaluate import speed
+from fewstep.evaluate import Job, generated, opened, speed
 from fewstep.evaluation.report import Chart, Film, Gallery, Gate, Measured, Model, Report, Row, Score, Stage, curves_of, write
+from fewstep.inference.model import open_model
 from fewstep.inference.pairs import Making
+from fewstep.networks.codecs import open_codec
 
 STUDENTS = ("4step", "1step")
+NUM_SHOWN = 8
 BOUNDS = {  # (ratio to the teacher's distance, share of the gap closed): set before the numbers were known
     "default": {"4step": (1.5, 0.60), "1step": (2.0, 0.50)},
     "long": {"4step": (1.2, 0.85), "1step": (1.5, 0.75)},
@@ -62,7 +65,9 @@ SCORES = (
 
 def main(out: Path, size: str, toy: str) -> None:
     told = {name: json.loads((out / "scores" / f"{name}.json").read_text()) for name in TITLES}
+    torch.set_num_threads(1)
     rates = measured_speed(out, toy)
+    show_teacher(out, toy)
     summary = summarised(told, rates) | {"size": size, "seconds": seconds(out)}
     with replacing(out / "summary.json") as beside:
         beside.write_text(json.dumps(summary, indent=1) + "\n")
@@ -183,15 +188,32 @@ def model_of(name: str, told: dict[str, Any], rate: Measured | None) -> Model:
     )
 
 
+def show_teacher(out: Path, toy: str) -> None:
+    """The teacher's clips for the first held-out prompts, from the noise the students had; kept once made."""
+    folder = out / "scores" / "teacher_shown"
+    if (folder / f"{NUM_SHOWN - 1:02d}.mp4").is_file():
+        return
+    how = Making(num_steps=STEPS, sampler="unipc", guidance=GUIDANCE)
+    job = Job(toy, out / "heldout", out / "real", out / "scores" / "teacher_shown.json", NUM_SHOWN, 1, how=how)
+    model, codec = open_model(toy), open_codec(toy)
+    clips = generated(model, codec, opened(job), job, how, NUM_SHOWN, 0)
+    for n, clip in enumerate(clips):
+        video.write(folder / f"{n:02d}.mp4", clip, 16.0, quality="lossless")
+
+
 def galleries(out: Path) -> list[Gallery]:
-    captions = [path.read_text().strip() for path in sorted((out / "heldout" / "metas").glob("*.txt"))[:8]]
-    shown = ("real", "tokenizer", "teacher_4calls", "4step", "teacher_1call", "1step")
+    captions = [path.read_text().strip() for path in sorted((out / "heldout" / "metas").glob("*.txt"))[:NUM_SHOWN]]
+    shown = ("real", "tokenizer", "teacher_shown", "teacher_4calls", "4step", "teacher_1call", "1step")
     kinds: dict[str, Any] = {"real": "real", "tokenizer": "codec", "4step": "student", "1step": "student"}
     rows = [
         Row(
             caption,
             [
-                Film(TITLES[name], _read(out / "scores" / name / f"{n:02d}.mp4"), kinds.get(name, "teacher"))
+                Film(
+                    TITLES.get(name, TITLES["teacher"]),
+                    _read(out / "scores" / name / f"{n:02d}.mp4"),
+                    kinds.get(name, "teacher"),
+                )
                 for name in shown
                 if (out / "scores" / name / f"{n:02d}.mp4").is_file()
             ],
@@ -199,17 +221,16 @@ def galleries(out: Path) -> list[Gallery]:
         for n, caption in enumerate(captions)
     ]
     found = [Gallery("Held-out prompts, the same noise for all", rows, fps=16, about="Nobody learned from these prompts.")]
-    prompts = [path.read_text().strip() for path in sorted((out / "pairs" / "metas").glob("*.txt"))[:6]]
-    films = [
-        Row(text, [Film(TITLES["teacher"], _read(path), "teacher", about=f"{2 * STEPS} calls")])
-        for text, path in zip(prompts, sorted((out / "pairs" / "videos").glob("*.mp4")))
-    ]
-    found.append(Gallery("What the students learned from", films, fps=16, about="The teacher's own clips."))
     plain = [
         Row(
             (out / "samples" / "4step" / f"{n:02d}.txt").read_text().strip(),
             [
-                Film(TITLES[name], _read(out / "samples" / name / f"{n:02d}.mp4"), "student", about="plain diffusers")
+                Film(
+                    TITLES.get(name, TITLES["teacher"]),
+                    _read(out / "samples" / name / f"{n:02d}.mp4"),
+                    "student",
+                    about="plain diffusers",
+                )
                 for name in STUDENTS
             ],
         )

@@ -14,10 +14,12 @@ import torch
 
 def main(student: str, captions: str, out: str, num: int = 16) -> None:
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
 
     modules: Any = sys.modules
     modules["fewstep"] = None  # whoever tries to import it fails
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     pipe: Any = DiffusionPipeline.from_pretrained(student, custom_pipeline=f"{student}/pipeline.py", trust_remote_code=True)
     prompts = [path.read_text().strip() for path in sorted(Path(captions).glob("*.txt"))[:num]]
     began = time.monotonic()

@@ -23,7 +23,7 @@ import fewstep
 from fewstep.data.atomic import replacing
 from fewstep.recipes.toyworld import GUIDANCE, STUDENT_SHIFT
 
-TOY = Path(fewstep.__file__).parent / "toy"
+TOY = Path(os.path.relpath(Path(fewstep.__file__).parent / "toy"))  # short in the commands one reads
 Size = Literal["quick", "default", "long"]
 SERIES = {"world": 7_400_000, "heldout": 7_400_001, "real": 7_400_002, "train": 11}  # no clip is in two of them
 
@@ -325,7 +325,8 @@ def _run(stage: Stage, out: Path, order: int) -> None:
 
 def shown(command: Sequence[str]) -> str:
     """As one would type it."""
-    return shlex.join(["python" if part == sys.executable else part for part in command]).replace("'RANK=", "RANK=")
+    told = ["python" if part == sys.executable else part for part in command]
+    return " ".join(part if part.startswith(("RANK=", "WORLD_SIZE=")) else shlex.quote(part) for part in told)
 
 
 def _started(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str]:

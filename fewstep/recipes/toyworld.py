@@ -10,17 +10,19 @@ fewstep train experiment=toy_teacher
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Literal
 
 import fewstep
 from fewstep.config import recipe
+from fewstep.data.controls import Edge
 from fewstep.data.folder import Folder
 from fewstep.diffusion.path import floats
 from fewstep.diffusion.times import LogitNormal, Shifted, shifted
 from fewstep.methods import DMD2, KD, Autoencode, Finetune
 from fewstep.networks.cosmos import CosmosSpec
+from fewstep.networks.cosmos_control import CosmosControlSpec
 from fewstep.networks.roles import Full, Networks
 from fewstep.networks.tokenizer import TokenizerSpec
 from fewstep.networks.weights import output_root
@@ -90,6 +92,24 @@ def toy_teacher() -> Run:
         optim=Optim(lr=1.2e-3, betas=(0.9, 0.99), weight_decay=0.01, schedule="cosine", warmup_iters=500, clip=1.0),
         ema=Ema(beta=0.9995),
         trainer=Trainer(max_iter=10500, batch_size=32, num_threads=1, log_every=100),
+        checkpoint=Checkpoint(save_iter=500),
+        health=Health(every=None),
+    )
+
+
+@recipe("toy_edge")
+def toy_edge() -> Run:
+    """A control branch for the toy teacher, which stays frozen: clips led by the edges of another (Transfer2.5's form)."""
+    spec = {f.name: getattr(TEACHER, f.name) for f in fields(TEACHER)} | {"pretrained": SHIPPED}
+    led = CosmosControlSpec(**spec, controls=("edge",), num_control_blocks=1, hint_channels=16, train="control")
+    return Run(
+        job=_job("toy_edge"),
+        method=Finetune(times=LogitNormal(), drop_condition=0.1, given=(0.7, 0.15, 0.15)),
+        networks=Networks(student=Full(led, init="random")),
+        data=Folder(TRAIN, x0="latents", max_tokens=40, negative="zeros", control=Edge("medium")),
+        optim=Optim(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, schedule="cosine", warmup_iters=100, clip=1.0),
+        ema=Ema(beta=0.999),
+        trainer=Trainer(max_iter=3000, batch_size=32, num_threads=1, log_every=100),
         checkpoint=Checkpoint(save_iter=500),
         health=Health(every=None),
     )
