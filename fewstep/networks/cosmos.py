@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fewstep.batch import Condition
 from fewstep.config import kind
@@ -101,7 +102,7 @@ class Cosmos:
             )
         if config.concat_padding_mask or self.controls:
             supply_resize()
-            extra["padding_mask"] = torch.zeros(1, 1, height, width, dtype=x.dtype, device=x.device)
+            extra["padding_mask"] = _one_padding(cond.padding, height, width, x)
         if self.use_fps and cond.fps is not None:
             extra["fps"] = _one_rate(cond.fps)
         if self.controls:
@@ -254,6 +255,18 @@ def _one_rate(fps: Tensor) -> float:
     if low != high:
         raise ValueError(f"clips of {low:g} and {high:g} frames per second in one batch: Cosmos takes one rate at a time")
     return float(low)
+
+
+def _one_padding(padding: Tensor | None, height: int, width: int, like: Tensor) -> Tensor:
+    """(1, 1, height, width), 1 where a picture was padded: upstream takes one mask for all rows of a batch."""
+    if padding is None:
+        return torch.zeros(1, 1, height, width, dtype=like.dtype, device=like.device)
+    if bool((padding != padding[:1]).any()):
+        raise ValueError(
+            "pictures padded in different ways in one batch: Cosmos takes one mask at a time. Set trainer.batch_size=1, or "
+            "data.resize=crop"
+        )
+    return functional.interpolate(padding[:1, None].to(like), size=(height, width), mode="nearest")
 
 
 def from_folder(cls: Any, address: str, subfolder: str) -> Any:  # Any: whatever diffusers class it is
