@@ -19,6 +19,7 @@ from fewstep.networks.lora import Backbone, Lora
 from fewstep.networks.qwen_image import QwenImageSpec
 from fewstep.networks.unet import UnetSpec
 from fewstep.networks.wan import WanSpec
+from fewstep.parallel import World, place
 
 WAN = WanSpec(
     num_heads=2,
@@ -105,6 +106,21 @@ def test_memory_can_be_planned_on_tensors_without_numbers(name: str) -> None:
     assert answer.velocity.shape == (2, 4, 1, 8, 8)
     assert sum(parameter.grad is not None for parameter in net.module.parameters()) > 10
     assert float(net.path.coefficients(torch.tensor(0.0))[0]) == 1.0  # and what is kept for later has its numbers
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_frozen_network_computes_in_bf16_and_answers_in_float32(name: str) -> None:
+    """Its tables stay float32, as `place` leaves them: nothing inside may stumble over the two types."""
+    torch.manual_seed(0)
+    net = FAMILIES[name].build()
+    net.module.eval()
+    x, cond = draw(2, 4, 1, 8, 8), told()
+    with torch.no_grad():
+        exact = net(x, T, cond).velocity
+        place(net.module, net.blocks, World(0, 1, torch.device("cpu"), None), mode="ddp", compute=torch.bfloat16, trained=False)
+        answer = net(x, T, cond, taps=(0,))
+    assert answer.velocity.dtype == torch.float32 and answer.features[0].dtype == torch.bfloat16
+    assert float((answer.velocity - exact).norm() / exact.norm()) < 0.05
 
 
 def scheduler(folder: Path, **told: Any) -> str:
