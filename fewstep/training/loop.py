@@ -23,6 +23,8 @@ from fewstep.data.loader import Feed, first_batch
 from fewstep.diffusion import Rng, StudentSampler
 from fewstep.methods.contract import Nets
 from fewstep.networks.contract import Network
+from fewstep.networks.frozen import Offloaded, to_8bit
+from fewstep.networks.lora import Shared
 from fewstep.networks.roles import Whole, build, wholes
 from fewstep.networks.weights import load_into, locate, read
 from fewstep.parallel import World, is_joined, join_world, leave_world, place
@@ -83,6 +85,10 @@ def _train(run: Run, world: World) -> dict[str, Any]:
         _load_weights(options.load_path, nets)
     for whole in wholes(nets):
         _place(run, whole, world)
+    if run.trainer.frozen == "8bit":
+        to_8bit(whole.module for whole in wholes(nets) if not whole.trained)
+    if run.trainer.offload_teacher and "teacher" in nets and not isinstance(nets["teacher"], Shared):
+        nets["teacher"] = Offloaded(nets["teacher"], world.device)
     compute = COMPUTE[run.trainer.precision]
     roles = {
         name: TrainedRole(name, net, run.optim_of(name), run.ema if name == "student" else None, compute)

@@ -11,6 +11,7 @@ from fewstep.config import OneOf
 from fewstep.data.contract import AnyData
 from fewstep.data.loader import Loader
 from fewstep.methods.contract import Method
+from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Networks
 from fewstep.networks.weights import output_root
 from fewstep.training.ema import Ema
@@ -45,6 +46,10 @@ class Trainer:
     num_threads: int | None = None  # CPU threads of torch; None: torch's choice. 1 is fastest for the analytic recipes
     compile: bool = False  # torch.compile on every block
     checkpointing: bool = False  # recompute blocks in backward instead of keeping their activations
+    frozen: Literal["compute", "8bit"] = "compute"  # precision frozen weights are kept in; 8bit: Linear layers, needs torchao
+    offload_teacher: bool = (
+        False  # its weights lie on the CPU between its calls; for a teacher that shares its weights with none
+    )
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,18 @@ class Run:
             yield "warn:trainer.log_every", f"is {trainer.log_every}, never reached in {trainer.max_iter} iterations"
         if checkpoint.keep_last < 1:
             yield "checkpoint.keep_last", "must be at least 1: a run without a checkpoint cannot resume"
+        shares = any(isinstance(getattr(self.networks, role), Lora) for role in ("student", "critic"))
+        if trainer.offload_teacher and shares:
+            yield (
+                "warn:trainer.offload_teacher",
+                "has no effect: the teacher's weights are those of the roles that are adapters",
+            )
+        for key, is_set in (("offload_teacher", trainer.offload_teacher), ("frozen", trainer.frozen == "8bit")):
+            if is_set and self.parallel.mode == "fsdp":
+                yield (
+                    f"trainer.{key}",
+                    "does not go with parallel.mode=fsdp, which shares frozen weights out over the processes",
+                )
         if self.parallel.mode == "ddp" and self.parallel.num_replicas is not None:
             yield "warn:parallel.num_replicas", "has no effect with parallel.mode=ddp, where every process is a replica"
         if self.critic_optim is not None and not {"critic", "head"} & set(self.method.roles):
