@@ -168,11 +168,12 @@ def convert(
     ] = "checkpoints",
     model: Annotated[str | None, typer.Option(help="Which published model, or a folder with a config.json.")] = None,
     dtype: Annotated[str, typer.Option(help="keep, fp32, bf16 or fp16")] = "keep",
+    lora_scale: Annotated[float | None, typer.Option(help="Add adapters in the file into its weights, times this.")] = None,
 ) -> None:
     """Weights from one form into another: original Cosmos, FastGen, distributed, diffusers; base and control into one."""
     from fewstep.networks.convert import from_words
 
-    for written in from_words(source, out, base, control or [], ctrl_type, checkpoint_dir, model, dtype):
+    for written in from_words(source, out, base, control or [], ctrl_type, checkpoint_dir, model, dtype, lora_scale):
         print(written)
 
 

@@ -53,6 +53,7 @@ def convert(
     control: Sequence[str] = (),
     model: str | None = None,
     dtype: Dtype = "keep",
+    lora_scale: float | None = None,
 ) -> list[Written]:
     """What was written. `source`, or `base` and `control` which are put together; `out` says by its ending into what."""
     pieces = _pieces(source, base, control)
@@ -64,11 +65,11 @@ def convert(
         out = Path(pieces[0][1]).parent / "checkpoints_teacher" / Path(pieces[1][1]).name
     if out.exists() and any(Path(place).resolve() == out.resolve() for _, place, _ in pieces):
         raise ValueError(f"convert: '{out}' is what is read; write it elsewhere")
-    if out.suffix in (".pt", ".pth") and len(pieces) > 1:
+    if out.suffix in (".pt", ".pth") and len(pieces) > 1 and lora_scale is None:
         union = _union(pieces)
         if union is not None:
             return [_write_torch(out, union, dtype, f"the union of {' and '.join(place for _, place, _ in pieces)}")]
-    found = collect(pieces)
+    found = collect(pieces, lora_scale=lora_scale)
     tell(found)
     if out.suffix in (".pt", ".pth"):
         return [_write_torch(out, _originally_named(found), dtype, "original names")]
@@ -90,6 +91,7 @@ def from_words(
     checkpoint_dir: str,
     model: str | None,
     dtype: str,
+    lora_scale: float | None = None,
 ) -> list[Written]:
     """What the words of the command line ask for."""
     if dtype not in ("keep", *DTYPES):
@@ -104,7 +106,7 @@ def from_words(
             raise ValueError(f"convert: there is no {' and no '.join(lacking)}")
     if base is not None and source is not None and out is None:
         source, out = None, Path(source)  # one word beside --base is what to write
-    return convert(source, out, base=base, control=control, model=model, dtype=dtype)  # type: ignore[arg-type]
+    return convert(source, out, base=base, control=control, model=model, dtype=dtype, lora_scale=lora_scale)  # type: ignore[arg-type]
 
 
 def teacher_pieces(ctrl_type: str, checkpoint_dir: str) -> tuple[str, str]:

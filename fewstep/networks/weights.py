@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from fewstep.networks.cosmos_keys import Generation, match, num_branches, repeated
+from fewstep.networks.cosmos_lora import adapters, merged
 from fewstep.networks.tensor_files import Reader, Stored, TensorFile, is_tensor_file, load_distributed, open_tensors
 
 
@@ -76,9 +77,12 @@ def pieces_of(address: str) -> list[Piece] | None:
     return pieces
 
 
-def collect(pieces: Sequence[Piece], like: nn.Module | None = None) -> Collected:
-    """What the pieces hold together: one file, or a base and its branches."""
-    files = [open_tensors(place, part) for _, place, part in pieces]
+def collect(pieces: Sequence[Piece], like: nn.Module | None = None, lora_scale: float | None = None) -> Collected:
+    """What the pieces hold together: one file, or a base and its branches.
+
+    lora_scale: how much adapters in them count, which no file says; they are added into the weights.
+    """
+    files = [_without_adapters(open_tensors(place, part), lora_scale) for _, place, part in pieces]
     controls = _controls(files, pieces, like)
     merged: dict[str, Stored] = {}
     unused: list[str] = []
@@ -102,6 +106,17 @@ def collect(pieces: Sequence[Piece], like: nn.Module | None = None) -> Collected
     if len(files) > 1 and generation == "2":
         merged |= {name: merged[base] for name, base in repeated(merged, controls).items()}
     return Collected(merged, tuple(files), generation, tuple(unused))
+
+
+def _without_adapters(file: TensorFile, scale: float | None) -> TensorFile:
+    num = len(adapters(file.tensors))
+    if num and scale is None:
+        raise ValueError(
+            f"'{file.source}' holds {num} adapters (LoRA) beside its weights, and no file says how much they count. Add them "
+            f"into the weights with: fewstep convert {file.source} OUT.safetensors --lora-scale 1 (Predict1: its `scale`, 1 in "
+            "the example; PEFT: alpha / rank)"
+        )
+    return file if scale is None else replace(file, tensors=merged(file.tensors, scale))
 
 
 def _controls(files: Sequence[TensorFile], pieces: Sequence[Piece], like: nn.Module | None) -> list[str]:
