@@ -275,11 +275,13 @@ def _converter(width: int, height: int) -> Callable[[VideoFrame], NDArray[Any]]:
     scale, pack = VideoReformatter(), VideoReformatter()  # each keeps what it has set up
 
     def convert(frame: VideoFrame) -> NDArray[Any]:
+        # 0: as many threads as there are cores. For small frames, waking them costs more than the work.
+        threads = 1 if max(frame.width * frame.height, width * height) < _MANY_PIXELS else 0
         if (frame.width, frame.height) != (width, height):
             own = frame.format.name == "yuv420p" and min(width / frame.width, height / frame.height) >= _NEAR
             own = own and not width % 2 and not height % 2
-            frame = scale.reformat(frame, width, height, "yuv420p" if own else "gbrp", interpolation="BICUBIC")
-        return pack.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
+            frame = scale.reformat(frame, width, height, "yuv420p" if own else "gbrp", interpolation="BICUBIC", threads=threads)
+        return pack.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=threads).to_ndarray()
 
     return convert
 
