@@ -23,10 +23,11 @@ from fewstep.training.run import Run
 
 HEAD = MultiscaleSpec(taps=(0, 1, 2), channels=STUDENT.width, hidden=64)
 
-# A teacher that is wrong: drawn in, shifted, and with all modes of one weight.
+# A teacher that is wrong: drawn in, shifted, too wide, and with all modes of one weight.
 BIASED = replace(
     MIXTURE,
-    means=tuple((round(0.85 * x + 0.2, 4), round(0.85 * y, 4)) for x, y in MIXTURE.means),
+    means=tuple((round(0.85 * x + 0.1, 4), round(0.85 * y, 4)) for x, y in MIXTURE.means),
+    stds=tuple(round(1.5 * std, 4) for std in MIXTURE.stds),
     weights=(1.0,) * 8,
 )
 
@@ -55,7 +56,7 @@ def analytic_dmd2_gan() -> Run:
     run = analytic_dmd2_biased()
     return replace(
         _named(run, "analytic_dmd2_gan", "analytic_biased"),
-        method=replace(run.method, gan=Gan(weight=3.0, features="critic", real_noise="own", r1_weight=1.0, r1_std=0.05)),  # type: ignore[arg-type]
+        method=replace(run.method, gan=Gan(weight=1.0, features="critic", real_noise="own", r1_weight=1.0, r1_std=0.05)),  # type: ignore[arg-type]
         networks=replace(run.networks, head=HEAD),
     )
 

@@ -57,8 +57,8 @@ def test_with_the_gan_the_student_is_nearer_to_the_data_than_its_biased_teacher(
     teacher = float(energy_distance(samples(BIASED, 5), samples(MIXTURE, 77)))
     alone = summary_of(output_root, "analytic_dmd2_biased")["energy_distance"]
     with_gan = summary_of(output_root, "analytic_dmd2_gan")["energy_distance"]
-    assert alone > 0.6 * teacher, (alone, teacher)  # without the data it learns the bias
     assert with_gan < 0.4 * teacher, (with_gan, teacher)
+    assert with_gan < 0.7 * alone, (with_gan, alone)  # a four-step student is narrower than its too wide teacher by itself
 
 
 @pytest.mark.parametrize("name", [*BOUNDS, "analytic_biased", "analytic_dmd2_biased", "analytic_dmd2_gan"])
