@@ -294,8 +294,9 @@ def _given(
     if num >= shot.num_frames:
         raise ValueError(f"--num-input-frames {num}: nothing is left to be made of {shot.num_frames} frames")
     shown = _pixels(request.source, shot, num, device)
-    config: Any = getattr(model.network.module, "config", {})  # Any: diffusers' FrozenDict
-    if type(model.network).__name__ == "Wan" and config.in_channels > config.out_channels:
+    network: Any = getattr(model.network, "high", model.network)  # Any: of two experts either reads the picture
+    config: Any = getattr(network.module, "config", {})
+    if type(network).__name__ == "Wan" and config.in_channels > config.out_channels:
         from fewstep.networks.wan import start_from
 
         if config.image_dim is not None:

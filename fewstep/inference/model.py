@@ -54,7 +54,7 @@ class Model:
 
 def open_model(address: str | Path) -> Model:
     """The model at `address`, in eval mode and frozen."""
-    know_every_network()
+    know_every_kind()
     text = str(address)
     folder = Path(text)
     if (folder / "student.json").is_file() and not (folder / "checkpoints").is_dir():
@@ -67,12 +67,15 @@ def open_model(address: str | Path) -> Model:
     return model
 
 
-def know_every_network() -> None:
-    """Registers every kind of network, so that a configuration can name it; loads torch at the most."""
-    import fewstep.networks as room
+def know_every_kind() -> None:
+    """Registers every kind of network and data, so that a configuration can name it; loads torch at the most."""
+    import fewstep.data
+    import fewstep.inference.synthetic
+    import fewstep.networks
 
-    for module in pkgutil.iter_modules(room.__path__):
-        importlib.import_module(f"{room.__name__}.{module.name}")
+    for room in (fewstep.networks, fewstep.data):
+        for module in pkgutil.iter_modules(room.__path__):
+            importlib.import_module(f"{room.__name__}.{module.name}")
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -96,6 +99,7 @@ class _Data:
 
 def of_run(address: str) -> Model:
     """The model of a run address: its student, of which LoRA adapters are merged into a plain network; RUN:teacher too."""
+    know_every_kind()
     place, _, role = address.partition(":")
     folder, _ = locate(place)
     run = folder.parent.parent
@@ -133,6 +137,7 @@ def sampler_of(told: Mapping[str, Any]) -> StudentSampler:
 
 def envelope_of(config: Mapping[str, Any], told: Mapping[str, Any]) -> Envelope:
     """What the run's configuration and its data tell; where the data is gone, what the configuration says alone."""
+    know_every_kind()
     import fewstep.data.folder
     import fewstep.data.shards
     import fewstep.inference.synthetic  # noqa: F401  they register what `data` can name

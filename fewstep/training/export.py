@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fewstep.config import ConfigError, parse
 from fewstep.config.text import read_text, read_yaml_mapping
-from fewstep.inference.model import Model, _Nets, know_every_network, of_run
+from fewstep.inference.model import Model, _Nets, envelope_of, know_every_kind, of_run
 from fewstep.networks.lora import Lora, as_diffusers, as_kohya
 from fewstep.networks.weights import locate, read
 from fewstep.training.checkpoint import read_progress, replace_text
@@ -73,6 +73,7 @@ def _write(address: str, folder: Path, role: str, out: Path, form: Form, base: P
     told: dict[str, Any] = json.loads((run / "student.json").read_text())
     about = {"source": str(run.name), "role": role, "step": read_progress(folder).step, **told}
     config = read_yaml_mapping(read_text(run / "config.yaml"), str(run / "config.yaml"))
+    about |= {"envelope": asdict(envelope_of(config, told))}
     if form == "safetensors" and not _is_lora(config):
         _save(read(address), out / "student.safetensors", about)
     else:
@@ -83,7 +84,6 @@ def _write(address: str, folder: Path, role: str, out: Path, form: Form, base: P
                 f"{run}: cannot be built here, which --format {form} needs ({error}). If its network is your own, "
                 "take --format safetensors"
             ) from None
-        about |= {"envelope": asdict(model.envelope)}
         if form == "safetensors":
             _save(model.network.module.state_dict(), out / "student.safetensors", about)
         elif form == "diffusers":
@@ -157,7 +157,7 @@ def _is_diffusers(run: Path) -> bool:
     kind = (json.loads(paper.read_text()).get("network") or {}).get("kind") if paper.is_file() else None
     from fewstep.config import choices
 
-    know_every_network()
+    know_every_kind()
     cls = choices("network").get(str(kind))
     return cls is not None and "pretrained" in getattr(cls, "__dataclass_fields__", {})
 

@@ -57,9 +57,9 @@ def write_folder(model: Model, about: Mapping[str, Any], out: Path, base: Path |
             + ("--base, the pipeline's folder" if scheduler is not None else "a scheduler that diffusers does not have")
             + "; --format safetensors always works"
         )
-    solver = {"ode": "ode", "fresh": "sde"}.get(model.sampler.renoise)
     steps = schedule(model.sampler, network)
-    told = {"num_inference_steps": len(steps), "guidance_scale": 1.0, "solver": solver or "same"}
+    solver = {"ode": "ode", "fresh": "sde"}.get(model.sampler.renoise, "same") if len(steps) > 1 else "ode"
+    told: dict[str, Any] = {"num_inference_steps": len(steps), "guidance_scale": 1.0, "solver": solver}
     told["denoising_timesteps"] = [round(1000 * step["flow_time"]) for step in steps]
     index["dmd2_config"] = told
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

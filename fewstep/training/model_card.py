@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-NOT_SCORES = {"step", "samples", "student_updates", "rollbacks", "wall_s", "peak_memory_gib", "num_processes"}
+NOT_SCORES = {"step", "samples", "student_updates", "rollbacks", "wall_s", "peak_memory_gib", "num_processes", "memory_gib"}
+NOT_SCORES |= {"samples_per_s"}
+OF_THE_MACHINE = ("lr/", "grad_norm/", "data/")
 
 _OPENS = {
     "diffusers": (
@@ -37,7 +39,8 @@ def model_card(about: Mapping[str, Any], config: Mapping[str, Any], summary: Map
         "frames per second": envelope.get("fps"),
     }
     rows = "\n".join(f"| {key} | {value if value is not None else 'not recorded'} |" for key, value in told.items())
-    scores = {key: value for key, value in summary.items() if key not in NOT_SCORES and isinstance(value, int | float)}
+    scores = {key: value for key, value in summary.items() if isinstance(value, int | float)}
+    scores = {key: v for key, v in scores.items() if key not in NOT_SCORES and not key.startswith(OF_THE_MACHINE)}
     said = "\n".join(f"| {key} | {value:.6g} |" for key, value in sorted(scores.items()))
     scored = f"| last value of the run | |\n|---|---|\n{said}" if said else "The run recorded none."
     source = data.get("dataset_dir") or data.get("kind", "not recorded")

@@ -261,3 +261,42 @@ def _picture(folder: Path) -> Path:
     frame = np.random.default_rng(1).integers(0, 255, (20, 20, 3), dtype=np.uint8)
     (folder / "in.png").write_bytes(cv2.imencode(".png", frame)[1].tobytes())
     return folder / "in.png"
+
+
+@torch.no_grad()
+def test_wan_i2v_reads_its_picture_beside_its_latents(tmp_path: Path) -> None:
+    from diffusers import AutoencoderKLWan
+
+    from fewstep.networks.wan import WanSpec, start_from
+
+    spec = WanSpec(
+        latent_channels=16, beside_channels=20, num_heads=2, head_dim=12, num_layers=1, ffn_dim=16, text_dim=8, freq_dim=8,
+        max_positions=16, text_tokens=4,
+    )  # fmt: skip
+    folder, wan = tmp_path / "wan", spec.build()
+    write_parts(folder)
+    torch.manual_seed(0)
+    sizes = {
+        "base_dim": 3,
+        "z_dim": 16,
+        "dim_mult": [1, 1, 1, 1],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True, True],
+    }
+    AutoencoderKLWan(**sizes).save_pretrained(folder / "vae")
+    module: Any = wan.module
+    module.save_pretrained(folder / "transformer")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanImageToVideoPipeline"}))
+    picture, asked = _picture(tmp_path), ["--num-steps", "2", "--sampler", "euler", "--shift", "1", "--prompt", "a ball"]
+    made(tmp_path / "out", str(folder), *asked, *SIZE, "--input", str(picture))
+    text, mask = open_text_encoder(folder).encode(["a ball"])
+    codec, network = open_codec(folder), open_model(folder).network
+    import cv2
+
+    found = cv2.imread(str(picture))
+    assert found is not None
+    shown = torch.from_numpy(cv2.resize(found, (16, 16), interpolation=cv2.INTER_AREA)[:, :, ::-1].copy()).permute(2, 0, 1)
+    pixels = torch.cat([shown[None, :, None].float() / 127.5 - 1, torch.zeros(1, 3, 8, 16, 16)], 2)
+    cond = Condition(text=text, text_mask=mask, beside=start_from(codec.encode(pixels)), fps=torch.tensor([8.0]))
+    x0 = samplers.euler(network, Rng.of_samples([0]).normal((16, 3, 2, 2)), times.shifted(2), cond)
+    np.testing.assert_array_equal(video.read(tmp_path / "out" / "output.mp4").frames, as_frames(folder, x0))

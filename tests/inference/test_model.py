@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fewstep.inference.model import know_every_network, open_model, spec_of
+from fewstep.inference.model import know_every_kind, open_model, spec_of
 
 
 def folder(tmp_path: Path, pipeline: str, network: str, part: str = "transformer", index: Any = None, **config: Any) -> str:
@@ -19,7 +19,7 @@ def folder(tmp_path: Path, pipeline: str, network: str, part: str = "transformer
 
 
 def test_a_pipelines_folder_names_its_network_and_how_it_is_asked(tmp_path: Path) -> None:
-    know_every_network()
+    know_every_kind()
     cosmos = "CosmosTransformer3DModel"
     first = spec_of(folder(tmp_path, "CosmosVideoToWorldPipeline", cosmos))
     assert (first.family, first.sigma_data, first.use_fps, first.clean_time) == ("edm", 0.5, True, None)
@@ -36,7 +36,7 @@ def test_a_pipelines_folder_names_its_network_and_how_it_is_asked(tmp_path: Path
 
 
 def test_a_unet_lies_in_a_folder_of_its_own(tmp_path: Path) -> None:
-    know_every_network()
+    know_every_kind()
     assert spec_of(folder(tmp_path, "StableDiffusionXLPipeline", "UNet2DConditionModel", "unet")).kind == "unet"
 
 
