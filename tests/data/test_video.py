@@ -103,6 +103,14 @@ def test_no_video_in_it(tmp_path: Path) -> None:
         video.read(tmp_path / "sound.mp4")
 
 
+def test_a_format_nobody_knows(tmp_path: Path) -> None:
+    video.write(tmp_path / "a.mp4", smooth(3), 24)
+    (tmp_path / "a.mp4").write_bytes((tmp_path / "a.mp4").read_bytes().replace(b"avc1", b"zzz1").replace(b"avcC", b"zzzC"))
+    for ask in (video.probe, video.read):
+        with pytest.raises(ValueError, match=r"a\.mp4: (its video is in a format|not a readable video)"):
+            ask(tmp_path / "a.mp4")
+
+
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
 def test_cut_off_with_the_index_at_the_end(tmp_path: Path, share: float) -> None:
     video.write(tmp_path / "a.mp4", smooth(20), 24)
