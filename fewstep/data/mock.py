@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ class Mock:
     path_times: tuple[float, ...] = ()  # states at these times, as pairs with paths have them
     fps: float | None = 24.0
     num: int = 64  # samples
+    pooled: int | None = None  # channels of a vector of the whole text: SDXL 1280, Flux 768
+    image: tuple[int, int] | None = None  # tokens, channels of a picture's features: Wan 2.1 I2V (257, 1280)
+    beside: int = 0  # channels read beside x_t: Wan I2V 20, CogVideoX I2V 16
+    num_labels: int = 0  # classes; the negative's is -1, none
 
     @property
     def fields(self) -> frozenset[str]:
@@ -67,8 +71,17 @@ class MockData:
             frame_mask=mask,
             control={name: draw(*spec.shape) for name in spec.controls},
             fps=None if spec.fps is None else torch.full((num,), spec.fps),
+            pooled=None if spec.pooled is None else draw(spec.pooled),
+            image=None if spec.image is None else draw(*spec.image),
+            beside=draw(spec.beside, *spec.shape[1:]) if spec.beside else None,
+            label=torch.randint(spec.num_labels, (num,), generator=generator) if spec.num_labels else None,
         )
-        negative = Condition(**{**vars(cond), "text": None if spec.text is None else torch.zeros(num, *spec.text)})
+        negative = replace(
+            cond,
+            text=None if cond.text is None else torch.zeros_like(cond.text),
+            pooled=None if cond.pooled is None else torch.zeros_like(cond.pooled),
+            label=None if cond.label is None else torch.full_like(cond.label, -1),
+        )
         times = torch.tensor(spec.path_times, dtype=torch.float64).expand(num, -1)
         return Batch(
             x0=draw(*spec.shape),

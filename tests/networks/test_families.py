@@ -10,16 +10,22 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fewstep.batch import Condition
+from fewstep.data.mock import Mock
 from fewstep.diffusion import VP
+from fewstep.methods import DMD2
 from fewstep.networks.cogvideox import CogVideoXSpec
 from fewstep.networks.dit import DitSpec
 from fewstep.networks.experts import ExpertsSpec
 from fewstep.networks.flux import FluxSpec
 from fewstep.networks.lora import Backbone, Lora
 from fewstep.networks.qwen_image import QwenImageSpec
+from fewstep.networks.roles import Full, Networks, build
 from fewstep.networks.unet import UnetSpec
 from fewstep.networks.wan import WanSpec
+from fewstep.networks.weights import read
 from fewstep.parallel import World, place
+from fewstep.training.loop import train
+from fewstep.training.run import Job, Run, Trainer
 
 WAN = WanSpec(
     num_heads=2,
@@ -121,6 +127,21 @@ def test_a_frozen_network_computes_in_bf16_and_answers_in_float32(name: str) -> 
         answer = net(x, T, cond, taps=(0,))
     assert answer.velocity.dtype == torch.float32 and answer.features[0].dtype == torch.bfloat16
     assert float((answer.velocity - exact).norm() / exact.norm()) < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dmd2_moves_the_student_through_the_whole_loop(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUTPUT_ROOT", str(tmp_path))
+    data = Mock((4, 1, 8, 8), (7, 12), pooled=10, image=(5, 10), num_labels=5, fps=None, num=8)
+    trainer = Trainer(max_iter=2, batch_size=2, num_threads=1)
+    run = Run(DMD2(guidance=3.0), Networks(FAMILIES[name], Full(), Full()), data, job=Job(name="a"), trainer=trainer)
+    summary = train(run)
+    assert summary["step"] == 2 and 0 < summary["grad_norm/student"] < 1e3 and 0 < summary["grad_norm/critic"] < 1e3
+    moved = {part: read(f"{tmp_path}/fewstep/default/a:{part}") for part in ("student", "student.ema")}
+    teacher = build(run.networks, ("teacher",), run.trainer.seed)["teacher"].module.state_dict()
+    assert moved["student"].keys() >= {weight for weight, _ in FAMILIES[name].build().module.named_parameters()}
+    assert any(not torch.equal(moved["student"][weight], teacher[weight]) for weight in teacher)
 
 
 def scheduler(folder: Path, **told: Any) -> str:
