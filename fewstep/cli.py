@@ -112,7 +112,7 @@ def plan(
 ) -> None:
     """Memory on each GPU: fewstep plan experiment=NAME a.b=c ... gpus=8 gpu=h100. No GPU and no weights are needed.
 
-    shape=16x16x88x160 text=512x1024 controls=edge  shapes of a batch, where the data are not there yet
+    shape=16x16x88x160 text=512x1024  shapes of a batch (C T H W; tokens, channels), where the data are not there yet
     """
     import fewstep.recipes  # noqa: F401  makes every name known
     from fewstep.config import compose, read_command

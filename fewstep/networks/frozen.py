@@ -24,6 +24,7 @@ class Offloaded:
     inner: Network
     device: torch.device
     _home: dict[nn.Parameter, Tensor] = field(default_factory=dict, repr=False)
+    _here: list[bool] = field(default_factory=lambda: [False], repr=False)  # are the weights on the device?
 
     def __post_init__(self) -> None:
         for parameter in self.inner.module.parameters():
@@ -48,14 +49,20 @@ class Offloaded:
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
     ) -> Prediction:
-        for parameter, home in self._home.items():
-            if parameter.data is home or parameter.data.data_ptr() == home.data_ptr():
+        if not self._here[0]:
+            for parameter, home in self._home.items():
                 parameter.data = home.to(self.device, non_blocking=True, copy=True)
+        self._here[0] = True
         answer = self.inner(x_t, t, cond, taps=taps, cache=cache)
         if not answer.velocity.requires_grad and not any(feature.requires_grad for feature in answer.features):
             for parameter, home in self._home.items():
                 parameter.data = home
+            self._here[0] = False
         return answer
+
+    def at_home(self) -> list[Tensor]:
+        """What lies on the CPU."""
+        return list(self._home.values())
 
     def new_cache(self, like: Tensor) -> Cache:
         return self.inner.new_cache(like)

@@ -2,6 +2,7 @@
 
 from fewstep.data import folder as folder
 from fewstep.data import mix as mix
+from fewstep.data import mock as mock
 from fewstep.data import shards as shards
 from fewstep.networks import cogvideox as cogvideox
 from fewstep.networks import cosmos as cosmos
@@ -13,4 +14,5 @@ from fewstep.networks import qwen_image as qwen_image
 from fewstep.networks import unet as unet
 from fewstep.recipes import analytic as analytic
 from fewstep.recipes import analytic_matching as analytic_matching
+from fewstep.recipes import cosmos_transfer1 as cosmos_transfer1
 from fewstep.recipes import toyworld as toyworld

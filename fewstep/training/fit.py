@@ -65,6 +65,9 @@ def _changes(run: Run) -> Iterator[tuple[str, Run]]:
         small = replace(trainer, batch_size=1, grad_accum=accum)
         yield f"trainer.batch_size=1 trainer.grad_accum={accum}", replace(run, trainer=small)
     yield "trainer.precision=bf16", replace(run, trainer=replace(trainer, precision="bf16"))
+    shares = any(isinstance(getattr(networks, role), Lora) for role in ("student", "critic"))
+    if "teacher" in run.method.roles and not shares and run.parallel.mode == "ddp":
+        yield "trainer.offload_teacher=true", replace(run, trainer=replace(trainer, offload_teacher=True))
     ours = [role for role in ("critic", "student") if role in run.method.roles]
     if networks.teacher is not None:
         for role in ours:
@@ -80,16 +83,18 @@ def _part_of(batch: Batch, run: Run) -> Batch:
 
 
 def command(run: Run, asked: Mapping[str, str]) -> tuple[dict[str, Any], str]:
-    """What `fewstep plan` answers, as JSON and as text. asked: gpus, gpu, shape, text, controls, of the command line."""
+    """What `fewstep plan` answers, as JSON and as text. asked: gpus, gpu, shape, text, of the command line."""
     gpus, name = int(asked.get("gpus", "1")), asked.get("gpu", "h100")
     gib = memory_of(name)
+    note = ""
     if "shape" in asked or "text" in asked:
-        text = asked.get("text", "512x1024")
-        tokens = None if text == "none" else _sizes("text", text, 2)
-        controls = tuple(word for word in asked.get("controls", "").split(",") if word)
-        batch = mock_batch(run, _sizes("shape", asked.get("shape", "16x16x88x160")), tokens, controls)  # type: ignore[arg-type]
+        batch = _given(run, asked)
     else:
-        batch = first_batch(run)
+        try:
+            batch = first_batch(run)
+        except (ValueError, OSError) as error:
+            batch, said = _given(run, {}), str(error).strip().splitlines()[0]
+            note = f"ASSUMED, because the data cannot be opened ({said}); shape=CxTxHxW and text=TOKENSxCHANNELS say otherwise"
     found = look(run, batch)
     made = found.on(gpus)
     other = replace(run, trainer=replace(run.trainer, checkpointing=not run.trainer.checkpointing))
@@ -99,6 +104,7 @@ def command(run: Run, asked: Mapping[str, str]) -> tuple[dict[str, Any], str]:
     more = "" if fits else advice(run, batch, found, gpus, gib)
     told = made.as_json() | {
         "activations_gib": {"checkpointing": with_, "no_checkpointing": without},
+        "assumed": note,
         "gpu": name,
         "gpu_gib": gib,
         "fits": fits,
@@ -106,6 +112,8 @@ def command(run: Run, asked: Mapping[str, str]) -> tuple[dict[str, Any], str]:
     }
     verdict = f"fits {name} ({gib:g} GiB)" if fits else f"does not fit {name} ({gib:g} GiB): {more}"
     lines = [f"{run.job.name} on {gpus} GPU{'s' if gpus > 1 else ''}, one process each, {made.batch}", str(made)]
+    if note:
+        lines.insert(1, f"  these shapes are {note}")
     lines.append(f"  activations {with_:.3f} GiB with trainer.checkpointing, {without:.3f} GiB without")
     return told, "\n".join([*lines, verdict])
 
@@ -114,8 +122,15 @@ def dryrun(run: Run) -> str:
     """The plan of one GPU, for --dryrun; why there is none, where the shapes of its batches cannot be told."""
     try:
         return f"memory on 1 GPU (more: fewstep plan):\n{look(run, first_batch(run)).on(1)}"
-    except ValueError as error:
-        return f"memory is not planned: {error}"
+    except (ValueError, OSError) as error:
+        said = str(error).strip().splitlines()[0]
+        return f"memory is not planned, because the data cannot be opened: {said} (fewstep plan takes shape=CxTxHxW)"
+
+
+def _given(run: Run, asked: Mapping[str, str]) -> Batch:
+    shape = _sizes("shape", asked["shape"]) if "shape" in asked else None
+    text = _sizes("text", asked["text"], 2) if "text" in asked else None
+    return mock_batch(run, shape, text)  # type: ignore[arg-type]  # two of them
 
 
 def _sizes(name: str, text: str, num: int | None = None) -> tuple[int, ...]:
@@ -124,12 +139,12 @@ def _sizes(name: str, text: str, num: int | None = None) -> tuple[int, ...]:
     except ValueError:
         sizes = ()
     if not sizes or min(sizes) < 1 or (num is not None and len(sizes) != num):
-        example = "512x1024 (tokens, channels) or none" if name == "text" else "16x16x88x160 (C T H W of latents)"
+        example = "512x1024 (tokens, channels)" if name == "text" else "16x16x88x160 (C T H W of latents)"
         raise ValueError(f"{name}={text}: sizes are written as {example}")
     return sizes
 
 
-ASKED = ("gpus", "gpu", "shape", "text", "controls")
+ASKED = ("gpus", "gpu", "shape", "text")
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:

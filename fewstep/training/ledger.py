@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # the way torch's ow
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+HOST = "host"  # in the memory of the CPU: known, and not counted
 PASSING = "activations"  # what no one claimed: activations, and temporaries of ops
 
 
@@ -38,6 +39,7 @@ class Ledger(TorchDispatchMode):
                 elif line[0] != label:
                     self.now[line[0]] -= line[1]
                     self.now[label] = self.now.get(label, 0) + line[1]
+                    self.total += line[1] * ((line[0] == HOST) - (label == HOST))
                     line[0] = label
         self._look()
 
@@ -61,16 +63,16 @@ class Ledger(TorchDispatchMode):
         line = [label, storage.nbytes()]
         self._known[storage] = line
         self.now[label] = self.now.get(label, 0) + line[1]
-        self.total += line[1]
+        self.total += line[1] * (label != HOST)
         weakref.finalize(storage, self._leave, line).atexit = False
 
     def _leave(self, line: list[Any]) -> None:
         self.now[line[0]] -= line[1]
-        self.total -= line[1]
+        self.total -= line[1] * (line[0] != HOST)
 
     def _look(self) -> None:
         if self.total > self.peak:
-            self.peak, self.at_peak = self.total, dict(self.now)
+            self.peak, self.at_peak = self.total, {name: size for name, size in self.now.items() if size and name != HOST}
 
 
 def _parts(tensor: Tensor) -> Iterable[Tensor]:

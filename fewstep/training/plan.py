@@ -25,10 +25,11 @@ from fewstep.batch import Batch
 from fewstep.data.mock import Mock
 from fewstep.diffusion import Rng
 from fewstep.methods.contract import Nets, Turn
+from fewstep.networks.frozen import Offloaded, to_8bit
 from fewstep.networks.lora import Lora, Shared
 from fewstep.networks.roles import Full, Networks, Whole, build, wholes
 from fewstep.parallel import World, place
-from fewstep.training.ledger import PASSING, Ledger
+from fewstep.training.ledger import HOST, PASSING, Ledger
 from fewstep.training.loop import COMPUTE
 from fewstep.training.role import TrainedRole
 from fewstep.training.run import Run
@@ -118,12 +119,19 @@ def look(run: Run, batch: Batch) -> Found:
             _place(run, whole, world)
         compute = COMPUTE[run.trainer.precision]
         with fake:
+            if run.trainer.frozen == "8bit":
+                to_8bit(whole.module for whole in placed if not whole.trained)
+            teacher = nets.get("teacher")
+            if run.trainer.offload_teacher and teacher is not None and not isinstance(teacher, Shared):
+                nets["teacher"] = Offloaded(teacher, torch.device("cpu"))
             roles = {
                 name: TrainedRole(name, net, run.optim_of(name), run.ema if name == "student" else None, compute)
                 for name, net in nets.items()
                 if name != "teacher"
             }
             _enter(ledger, nets, placed, roles)
+            if isinstance(nets.get("teacher"), Offloaded):
+                ledger.hold(nets["teacher"].at_home(), HOST)
             batch = _faked(batch, fake)
         held = dict(ledger.now)
         turns: dict[str, int] = {}
@@ -144,20 +152,24 @@ def look(run: Run, batch: Batch) -> Found:
 
 
 def first_batch(run: Run) -> Batch:
-    try:
-        data = run.data.open()
-    except (ValueError, OSError) as error:
-        said = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"the shapes of a batch come from the run's data, which cannot be opened: {said}. Give them: shape=16x16x88x160 "
-            "(C T H W of latents) and text=512x1024 (tokens, channels), or data=mock"
-        ) from error
+    """The first batch of the run's data."""
+    data = run.data.open()
     return data.batch(torch.arange(min(run.trainer.batch_size, len(data))))
 
 
-def mock_batch(run: Run, shape: tuple[int, ...], text: tuple[int, int] | None, controls: tuple[str, ...] = ()) -> Batch:
+def mock_batch(run: Run, shape: tuple[int, ...] | None, text: tuple[int, int] | None) -> Batch:
+    """A batch of the shapes that the teacher's configuration implies, for what is not given: of Cosmos 1 at 704 x 1280."""
+    teacher: Any = run.networks.teacher or run.networks.student.network  # Any: a specification tells more than it must
+    default = Mock()
+    if shape is None:
+        channels = getattr(teacher, "latent_channels", getattr(teacher, "channels", default.shape[0]))
+        shape = (channels, *default.shape[1:])
+    if text is None:
+        channels = getattr(teacher, "text_projection_from", None) or getattr(teacher, "text_dim", 1024)
+        text = (512, channels) if channels else None
     times = tuple(getattr(run.method, "t_list", ()))  # of methods that read states of the teacher's way
-    return Mock(shape, text, controls, path_times=times).open().batch(torch.arange(run.trainer.batch_size))
+    spec = Mock(shape, text, controls=tuple(getattr(teacher, "controls", ())), path_times=times)
+    return spec.open().batch(torch.arange(run.trainer.batch_size))
 
 
 # --- fakes ------------------------------------------------------------------------------------------------------------
@@ -297,7 +309,8 @@ def _step(
     for name in turn.trains:
         role = roles[name]
         nn.utils.get_total_norm([w.grad for w in role.weights.values() if w.grad is not None])
-        role.step(role.optim.lr, torch.tensor(1e9), 0)
+        if role.optim.states == "fp32":  # of eight bits, the step is compiled, and holds one weight's temporaries
+            role.step(role.optim.lr, torch.tensor(1e9), 0)
 
 
 # --- several GPUs -----------------------------------------------------------------------------------------------------

@@ -180,9 +180,19 @@ def test_the_command_answers_in_json_and_says_what_is_missing(tmp_path: Path) ->
     with pytest.raises(ValueError, match="shape=4by4"):
         command(CASES["finetune"], {"shape": "4by4"})
     nowhere = replace(CASES["finetune"], data=Folder(str(tmp_path / "nothing")))
-    with pytest.raises(ValueError, match=r"cannot be opened: .* Give them: shape="):
-        command(nowhere, {})
+    told, text = command(nowhere, {"gpu": "h200"})
+    assert "ASSUMED, because the data cannot be opened" in text and told["assumed"]
     assert dryrun(nowhere).startswith("memory is not planned")
+
+
+def test_a_teacher_that_lies_on_the_cpu_counts_while_it_is_asked() -> None:
+    """Its weights are there in the student's turn, when it is asked, and not in the critic's."""
+    case = run(DMD2(student_update_freq=2), Networks(COSMOS))
+    there, away = plan(case), plan(replace(case, trainer=replace(case.trainer, offload_teacher=True)))
+    weights = there.parts["teacher.weights"]
+    assert there.turns["critic"] - away.turns["critic"] == pytest.approx(weights, rel=0.02)
+    assert "host" not in away.parts and "teacher.weights" not in away.parts
+    assert away.turns["student"] == there.turns["student"]  # whose worst moment here is the call of the teacher
 
 
 def test_an_analytic_teacher_has_no_weights_and_is_planned_all_the_same() -> None:
