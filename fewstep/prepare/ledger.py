@@ -55,8 +55,9 @@ class Ledger:
     def begin(self, name: str, content: str) -> None:
         """To be called right before the file is written."""
         self.file_of(name).unlink(missing_ok=True)
-        self._append({"name": name, "content": content})
-        self._lines[name] = content
+        if self._lines.get(name) != content:  # else a kill came between this line and the file
+            self._append({"name": name, "content": content})
+            self._lines[name] = content
 
     def _read(self) -> None:
         assert self._file is not None
@@ -71,7 +72,7 @@ class Ledger:
             raise ValueError(
                 f"{self.path}: damaged ({error!r}). Remove it: files that are there are then kept as yours"
             ) from None
-        there = {name: content for name, content in lines.items() if self.file_of(name).is_file()}
+        there = [name for name in lines if self.file_of(name).is_file()]
         if rows and made_from != self.made_from and there:
             keys = sorted(key for key in made_from | self.made_from if made_from.get(key) != self.made_from.get(key))
             told = ", ".join(f"{key} {made_from.get(key)!r}, not {self.made_from.get(key)!r}" for key in keys)
@@ -80,7 +81,7 @@ class Ledger:
                 "another folder, or remove them"
             )
         self._file.truncate(end if there else 0)
-        self._lines = there
+        self._lines = lines if there else {}
         if not there:
             self._append({"made_from": self.made_from})
 
