@@ -133,7 +133,7 @@ def look(run: Run, batch: Batch) -> Found:
             if isinstance(nets.get("teacher"), Offloaded):
                 ledger.hold(nets["teacher"].at_home(), HOST)
             batch = _faked(batch, fake)
-        held = dict(ledger.now)
+        held, gathered = dict(ledger.now), _gathered(placed, compute)  # while all that is trained asks for gradients
         turns: dict[str, int] = {}
         worst: dict[str, int] = {}
         for step, turn in _turns(run).items():
@@ -148,7 +148,7 @@ def look(run: Run, batch: Batch) -> Found:
             for role in roles.values():
                 role.take_turn(False)
     rounded = tuple(name for name, role in roles.items() if role.rounds)
-    return Found(run, worst, turns, held, rounded, _gathered(placed, compute), _shapes(batch))
+    return Found(run, worst, turns, held, rounded, gathered, _shapes(batch))
 
 
 def first_batch(run: Run) -> Batch:
