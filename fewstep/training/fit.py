@@ -19,6 +19,9 @@ GPUS = {  # GiB that the driver reports, most of which a process can have
 }  # fmt: skip
 
 
+OFFLOAD = "trainer.offload_teacher=true"
+
+
 def memory_of(gpu: str) -> float:
     """GiB of a GPU, by name or as a number."""
     if gpu.lower() in GPUS:
@@ -42,6 +45,8 @@ def advice(run: Run, batch: Batch, found: Found, gpus: int, gib: float) -> str:
         for text, _ in steps:  # none is enough alone: one after the other
             before = changed
             changed = next((other for name, other in _changes(changed) if name == text), changed)
+            if text.endswith("=lora"):  # then the teacher's weights are those of a role that is trained, and stay
+                words = [word for word in words if word != OFFLOAD]
             words += [text] if changed != before else []
             if len(words) > 1 and look(changed, _part_of(batch, changed)).on(gpus).needed_gib <= gib:
                 said.append(f"it fits with {' '.join(words)}")
@@ -67,12 +72,13 @@ def _changes(run: Run) -> Iterator[tuple[str, Run]]:
     yield "trainer.precision=bf16", replace(run, trainer=replace(trainer, precision="bf16"))
     shares = any(isinstance(getattr(networks, role), Lora) for role in ("student", "critic"))
     if "teacher" in run.method.roles and not shares and run.parallel.mode == "ddp":
-        yield "trainer.offload_teacher=true", replace(run, trainer=replace(trainer, offload_teacher=True))
+        yield OFFLOAD, replace(run, trainer=replace(trainer, offload_teacher=True))
     ours = [role for role in ("critic", "student") if role in run.method.roles]
     if networks.teacher is not None:
         for role in ours:
             if getattr(networks, role) == Full():
-                yield f"networks.{role}=lora", replace(run, networks=replace(networks, **{role: Lora()}))
+                here = replace(trainer, offload_teacher=False)
+                yield f"networks.{role}=lora", replace(run, trainer=here, networks=replace(networks, **{role: Lora()}))
 
 
 def _part_of(batch: Batch, run: Run) -> Batch:
