@@ -122,7 +122,25 @@ class FrechetLimit:
         return self.smallest > self.full.dims
 
 
-def frechet_distance(a: Samples | Moments, b: Samples | Moments) -> float:
+class Remembered:
+    """Rows against which many sets are held: what a distance needs of each of their subsets, d x d numbers, is computed once.
+
+    A seed draws the same subsets of a reference for every set of one size, so the halves of a spread share most of the work.
+    """
+
+    def __init__(self, rows: Samples, name: str = "b") -> None:
+        self.rows = as_samples(rows, name)
+        self._roots: dict[bytes, tuple[Tensor, Tensor]] = {}
+
+    def root(self, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and root of the rows with these indices, or of all."""
+        key = b"" if keep is None else keep.numpy().tobytes()
+        if key not in self._roots:
+            self._roots[key] = _root_of_rows(self.rows if keep is None else self.rows[keep.to(self.rows.device)])
+        return self._roots[key]
+
+
+def frechet_distance(a: Samples | Moments, b: Samples | Moments | Remembered) -> float:
     """The squared Frechet distance (1) of two sets of features (n, d), or of streamed `Moments` of them.
 
     Named as the field names it, though it is d^2. Biased upwards by about c / n; `frechet_score` says whether n sufficed.
@@ -131,12 +149,12 @@ def frechet_distance(a: Samples | Moments, b: Samples | Moments) -> float:
     return frechet_score(a, b).value
 
 
-def frechet_score(a: Samples | Moments, b: Samples | Moments) -> FrechetScore:
+def frechet_score(a: Samples | Moments, b: Samples | Moments | Remembered) -> FrechetScore:
     """The same with the sample counts and whether they determine it (n > d)."""
-    if not isinstance(a, Moments) and not isinstance(b, Moments):
+    if not isinstance(a, Moments) and not isinstance(b, Moments | Remembered):
         a, b = as_pair(a, b, ("a", "b"))
     mean_a, root_a, num_a = _root(a, "a")
-    mean_b, root_b, num_b = _root(b, "b")
+    mean_b, root_b, num_b = (*b.root(), len(b.rows)) if isinstance(b, Remembered) else _root(b, "b")
     if mean_a.shape != mean_b.shape:
         raise ValueError(f"a has {len(mean_a)} columns and b has {len(mean_b)}. Make both with the same feature network.")
     value = _distance(mean_a, root_a, mean_b.to(mean_a.device), root_b.to(mean_a.device))
@@ -150,7 +168,7 @@ def frechet_of_gaussians(a: Gaussian, b: Gaussian) -> float:
 
 def frechet_extrapolated(
     a: Samples,
-    b: Samples,
+    b: Samples | Remembered,
     *,
     scales: Sequence[float] = (1.0, 1.5, 2.0, 2.5, 3.0),
     draws: int = 8,
@@ -162,29 +180,31 @@ def frechet_extrapolated(
     "both" thins both sets alike, which takes away the bias of either; "first" thins `a` alone and leaves the bias of a large
     fixed reference `b` in. Of scale 1 there is only one draw. Costs 1 + draws * (len(scales) - 1) distances.
     """
-    a, b = as_pair(a, b, ("a", "b"))
+    known = b if isinstance(b, Remembered) else Remembered(b)
+    a, _ = as_pair(a, known.rows[:2], ("a", "b"))
+    num_b = len(known.rows)
     if len(set(scales)) < 2 or min(scales) < 1 or draws < 1:
         raise ValueError(f"scales must be two or more different numbers >= 1 and draws >= 1, not {tuple(scales)} and {draws}.")
-    if min(len(a), len(b)) < 2 * max(scales):
-        raise ValueError(f"{min(len(a), len(b))} rows are too few to thin them {max(scales):g} times. Evaluate more clips.")
+    if min(len(a), num_b) < 2 * max(scales):
+        raise ValueError(f"{min(len(a), num_b)} rows are too few to thin them {max(scales):g} times. Evaluate more clips.")
     generator = torch.Generator().manual_seed(seed)
 
-    def thinned(rows: Tensor, scale: float) -> Tensor:
-        keep = torch.randperm(len(rows), generator=generator)[: round(len(rows) / scale)]
-        return rows[keep.to(rows.device)]
+    def thinned(num: int, scale: float) -> Tensor:
+        return torch.randperm(num, generator=generator)[: round(num / scale)]
 
     xs: list[float] = []
     ys: list[float] = []
-    smallest = min(len(a), len(b))
+    smallest = min(len(a), num_b)
     for scale in sorted(set(scales)):
         for _ in range(1 if scale == 1 else draws):
-            some_a, some_b = thinned(a, scale), thinned(b, scale) if subsample == "both" else b
+            keep_a, keep_b = thinned(len(a), scale), thinned(num_b, scale) if subsample == "both" else None
             xs.append(scale)
-            ys.append(frechet_distance(some_a, some_b))
-            smallest = min(smallest, len(some_a), len(some_b))
+            mean_b, root_b = (part.to(a.device) for part in known.root(keep_b))
+            ys.append(_distance(*_root_of_rows(a[keep_a.to(a.device)]), mean_b, root_b))
+            smallest = min(smallest, len(keep_a), num_b if keep_b is None else len(keep_b))
     value, slope, stderr = _line(torch.tensor(xs, dtype=torch.float64), torch.tensor(ys, dtype=torch.float64))
     points = tuple((x, sum(y for s, y in zip(xs, ys) if s == x) / xs.count(x)) for x in sorted(set(xs)))
-    return FrechetLimit(value, stderr, slope, frechet_score(a, b), points, smallest)
+    return FrechetLimit(value, stderr, slope, frechet_score(a, known), points, smallest)
 
 
 def _root(features: Samples | Moments, name: str) -> tuple[Tensor, Tensor, int]:
@@ -193,9 +213,12 @@ def _root(features: Samples | Moments, name: str) -> tuple[Tensor, Tensor, int]:
         mean, covariance = features.compute()
         return mean, _root_of_covariance(covariance), features.count
     rows = as_samples(features, name)
+    return (*_root_of_rows(rows), len(rows))
+
+
+def _root_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     mean = rows.mean(dim=0)
-    upper = torch.linalg.qr(rows - mean, mode="r").R
-    return mean, upper / (len(rows) - 1) ** 0.5, len(rows)
+    return mean, torch.linalg.qr(rows - mean, mode="r").R / (len(rows) - 1) ** 0.5
 
 
 def _root_of_covariance(covariance: Tensor) -> Tensor:

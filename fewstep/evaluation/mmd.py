@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fewstep.evaluation.samples import Samples, as_pair
@@ -24,10 +25,35 @@ def mmd(a: Samples, b: Samples) -> float:
     return within_a + within_b - 2 * _sum(a, b) / (num_a * num_b)
 
 
+class SubsetMMD:
+    """`mmd` of subsets of `a` against all of `b`, for spreads: the kernel is computed once, a subset is a sum over its entries.
+
+    Holds an n x n matrix for the n rows of `a`.
+    """
+
+    def __init__(self, a: Samples, b: Samples) -> None:
+        a, b = as_pair(a, b, ("a", "b"))
+        self._within_a = _kernel(a, a)
+        step = max(1, _ELEMENTS // len(b))
+        self._across = torch.cat([_kernel(some, b).sum(dim=1) for some in a.split(step)])
+        self._within_b = (_sum(b, b) - _kernel_of_self(b)) / (len(b) * (len(b) - 1))
+        self._num_b = len(b)
+
+    def of(self, rows: Tensor) -> float:
+        """The squared MMD of the rows of `a` with these indices."""
+        num, block = len(rows), self._within_a[rows][:, rows]
+        within_a = float(block.sum() - block.diagonal().sum()) / (num * (num - 1))
+        return within_a + self._within_b - 2 * float(self._across[rows].sum()) / (num * self._num_b)
+
+
+def _kernel(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b.T / a.shape[1] + 1).pow(3)
+
+
 def _sum(a: Tensor, b: Tensor) -> float:
     """The sum of the kernel over all pairs, in blocks."""
     step = max(1, _ELEMENTS // len(b))
-    return sum(float((some @ b.T / a.shape[1] + 1).pow(3).sum()) for some in a.split(step))
+    return sum(float(_kernel(some, b).sum()) for some in a.split(step))
 
 
 def _kernel_of_self(rows: Tensor) -> float:

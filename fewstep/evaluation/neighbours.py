@@ -56,6 +56,33 @@ def precision_recall(real: Samples, fake: Samples, k: int = 5) -> PrecisionRecal
     )
 
 
+class SubsetNeighbours:
+    """`precision_recall` of subsets of both sets, for spreads: the distances are computed once.
+
+    Holds three matrices of n x n, m x m and m x n.
+    """
+
+    def __init__(self, real: Samples, fake: Samples, k: int = 5) -> None:
+        real, fake = as_pair(real, fake, ("real", "fake"))
+        self._k = k
+        self._real, self._fake, self._across = _distances(real, real), _distances(fake, fake), _distances(fake, real)
+
+    def of(self, real: Tensor, fake: Tensor) -> PrecisionRecall:
+        """The four fractions of the rows with these indices."""
+        across = self._across[fake][:, real]
+        in_real = across <= self._radii(self._real, real)
+        in_fake = across <= self._radii(self._fake, fake)[:, None]
+        return PrecisionRecall(
+            float(in_real.any(dim=1).double().mean()),
+            float(in_fake.any(dim=0).double().mean()),
+            int(in_real.sum()) / (self._k * len(fake)),
+            float(in_real.any(dim=0).double().mean()),
+        )
+
+    def _radii(self, distances: Tensor, rows: Tensor) -> Tensor:
+        return distances[rows][:, rows].topk(self._k + 1, dim=1, largest=False).values[:, self._k]
+
+
 def num_zero_balls(samples: Samples, k: int = 5) -> int:
     """How many samples have k or more exact copies, which makes recall and precision artefacts."""
     rows = as_samples(samples, "samples")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,10 @@ class FeatureNet(nn.Module):
         self.register_buffer("std", torch.ones(WIDTHS[-1]))
 
     def forward(self, clips: Tensor) -> Tensor:
-        x = with_differences(clips)
+        return self.of(with_differences(clips))
+
+    def of(self, x: Tensor) -> Tensor:
+        """The features of clips that have their differences already."""
         for conv in self.convs:
             x = functional.silu(conv(x))
         return (x.mean(dim=(2, 3, 4)) - self.mean) / self.std
@@ -56,15 +60,25 @@ class FeatureNet(nn.Module):
 
 def with_differences(clips: Tensor) -> Tensor:
     """(B, 9, T, H, W) float32: colours about 0, their first and their second differences in time (0 where there are none)."""
-    rgb = clips.permute(0, 4, 1, 2, 3).float() / 255 - 0.5
-    first = functional.pad(rgb[:, :, 1:] - rgb[:, :, :-1], (0, 0, 0, 0, 1, 0))
-    second = functional.pad(rgb[:, :, 2:] - 2 * rgb[:, :, 1:-1] + rgb[:, :, :-2], (0, 0, 0, 0, 1, 1))
-    return torch.cat([rgb, _DIFFERENCE_SCALE * first, _DIFFERENCE_SCALE * second], dim=1)
+    # In the memory order of the clips, colours last: that is how the bytes come, and the convolutions are quicker so.
+    out = torch.zeros(*clips.shape[:4], 9, device=clips.device)
+    first, second = out[..., 3:6], out[..., 6:]
+    rgb = clips.float().div_(255).sub_(0.5)
+    out[..., :3] = rgb
+    torch.sub(rgb[:, 1:], rgb[:, :-1], out=first[:, 1:]).mul_(_DIFFERENCE_SCALE)
+    second[:, 1:-1] = (rgb[:, 2:] - 2 * rgb[:, 1:-1] + rgb[:, :-2]).mul_(_DIFFERENCE_SCALE)
+    return out.permute(0, 4, 1, 2, 3)
 
 
 def features(clips: Clips, net: FeatureNet | None = None) -> Tensor:
     """The features (B, 96) float32 of clips (B, T, H, W, 3) uint8, by the shipped network if no other is given."""
-    net = shipped() if net is None else net
+    (out,) = features_by(clips, [shipped() if net is None else net])
+    return out
+
+
+def features_by(clips: Clips, nets: Sequence[FeatureNet]) -> list[Tensor]:
+    """`features` by several networks of one size on one device, which share the differences in time."""
+    net = nets[0]
     tensor = as_clips(clips)
     size = (tensor.shape[1], tensor.shape[2], tensor.shape[3])
     if size != net.size:
@@ -73,9 +87,12 @@ def features(clips: Clips, net: FeatureNet | None = None) -> Tensor:
             "Make them in that size, or train another network: python -m fewstep.evaluation.train_toyfeatures --help"
         )
     device = net.mean.device
+    parts: list[list[Tensor]] = []
     with torch.inference_mode():
-        parts = [net(some.to(device)).cpu() for some in tensor.split(_BATCH)]
-    return torch.cat(parts).clone()
+        for some in tensor.split(_BATCH):
+            x = with_differences(some.to(device))
+            parts.append([one.of(x).cpu() for one in nets])
+    return [torch.cat(column).clone() for column in zip(*parts, strict=True)]
 
 
 def as_clips(clips: Clips) -> Tensor:

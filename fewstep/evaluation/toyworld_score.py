@@ -31,9 +31,9 @@ from fewstep.data.toyworld import Body, Scene, SceneError, World
 from fewstep.evaluation import probes, toyfeatures
 from fewstep.evaluation.bootstrap import half_sampled
 from fewstep.evaluation.diversity import mean_pairwise_distance, vendi
-from fewstep.evaluation.frechet import FrechetLimit, frechet_distance, frechet_extrapolated
-from fewstep.evaluation.mmd import mmd
-from fewstep.evaluation.neighbours import num_zero_balls, precision_recall
+from fewstep.evaluation.frechet import FrechetLimit, Remembered, frechet_distance, frechet_extrapolated
+from fewstep.evaluation.mmd import SubsetMMD
+from fewstep.evaluation.neighbours import SubsetNeighbours, num_zero_balls, precision_recall
 from fewstep.evaluation.toyfeatures import Clips, FeatureNet, as_clips
 
 Source = Clips | Path | str
@@ -115,8 +115,16 @@ def reference(source: Source, cache: Path | None = None, net: FeatureNet | None 
 
 def _reference(clips: Tensor, net: FeatureNet) -> Reference:
     flights = probes.flights(probes.parse(clips))
-    features = toyfeatures.features(clips, net)
-    return Reference(features, toyfeatures.features(clips, toyfeatures.random_net()), torch.from_numpy(flights.pull_px).float())
+    return Reference(*_features(clips, net), torch.from_numpy(flights.pull_px).float())
+
+
+def _features(clips: Tensor, net: FeatureNet) -> tuple[Tensor, Tensor]:
+    """By the network and by the untrained witness, at once if they read the same size."""
+    witness = toyfeatures.random_net()
+    if net.size != witness.size or net.mean.device != witness.mean.device:
+        return toyfeatures.features(clips, net), toyfeatures.features(clips, witness)
+    made, of_witness = toyfeatures.features_by(clips, [net, witness])
+    return made, of_witness
 
 
 def content_hash(source: Source, net: FeatureNet | None = None) -> str:
@@ -209,9 +217,9 @@ def _over_sets(parts: Sequence[_One]) -> Value:
 def _scores_of(
     clips: Tensor, wanted: probes.Asked, known: Reference, net: FeatureNet, draws: int, seed: int, notes: list[str]
 ) -> dict[str, _One]:
-    made = toyfeatures.features(clips, net)
-    witness = toyfeatures.features(clips, toyfeatures.random_net())
-    limit = frechet_extrapolated(made, known.features, scales=_SCALES, seed=seed)
+    made, witness = _features(clips, net)
+    real, real_witness = Remembered(known.features), Remembered(known.random_features)
+    limit = frechet_extrapolated(made, real, scales=_SCALES, seed=seed)
     if not limit.is_determined:
         notes.append(f"frechet is undetermined: {len(made)} clips, thinned, are fewer than {limit.full.dims} features.")
     copies = num_zero_balls(made)
@@ -224,17 +232,18 @@ def _scores_of(
         spread = half_sampled(lambda some: measure(_tensor(some)), rows, draws=draws, seed=seed)
         return _One(spread.value, spread.stderr, len(rows))
 
-    def extrapolated(rows: Tensor, real: Tensor) -> FrechetLimit:
-        return frechet_extrapolated(rows, real, scales=_SCALES, draws=4, seed=seed)
+    def extrapolated(rows: Tensor, against: Remembered) -> FrechetLimit:
+        return frechet_extrapolated(rows, against, scales=_SCALES, draws=4, seed=seed)
 
     out = {
-        "frechet": of_set(lambda rows: extrapolated(rows, known.features).value, made)._replace(value=limit.value),
-        "frechet_plain": of_set(lambda rows: frechet_distance(rows, known.features), made),
-        "frechet_random_net": of_set(lambda rows: extrapolated(rows, known.random_features).value, witness),
-        "mmd": of_set(lambda rows: mmd(rows, known.features), made),
+        "frechet": of_set(lambda rows: extrapolated(rows, real).value, made)._replace(value=limit.value),
+        "frechet_plain": of_set(lambda rows: frechet_distance(rows, real), made),
+        "frechet_random_net": of_set(lambda rows: extrapolated(rows, real_witness).value, witness),
+        "mmd": of_set(SubsetMMD(made, known.features).of, torch.arange(len(made))),
     }
     whole = precision_recall(same, made[:num])
-    halves = _halves(lambda pick, real: precision_recall(same[real], made[:num][pick]), num, draws, seed)
+    neighbours = SubsetNeighbours(same, made[:num])
+    halves = _halves(lambda pick, real: neighbours.of(real, pick), num, draws, seed)
     for place, name in enumerate(whole._fields):
         out[name] = _One(whole[place], float(np.std(halves[:, place], ddof=1)), num)
     out["vendi"] = of_set(vendi, made)

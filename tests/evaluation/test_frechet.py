@@ -12,6 +12,7 @@ from fewstep.evaluation import frechet_distance
 from fewstep.evaluation.frechet import (
     Gaussian,
     Moments,
+    Remembered,
     frechet_extrapolated,
     frechet_of_gaussians,
     frechet_score,
@@ -190,3 +191,20 @@ def test_wrong_moments_and_scales_are_refused() -> None:
         frechet_extrapolated(draw(1, 40, 3), draw(2, 40, 3), scales=(2,))
     with pytest.raises(ValueError, match="too few to thin"):
         frechet_extrapolated(draw(1, 5, 3), draw(2, 40, 3))
+
+
+def test_a_remembered_reference_changes_nothing_and_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = draw(10, 100, 4), draw(11, 220, 4)
+    known = Remembered(b)
+    for subsample in ("both", "first"):
+        fresh = frechet_extrapolated(a, b, seed=1, subsample=subsample)
+        assert frechet_extrapolated(a, known, seed=1, subsample=subsample) == fresh
+    assert frechet_score(a, known) == frechet_score(a, b)
+    assert frechet_distance(a, known) == pytest.approx(by_sqrtm(a.numpy(), b.numpy()), rel=1e-9)
+    asked: list[int] = []
+    plain = torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda rows, **kw: asked.append(len(rows)) or plain(rows, **kw))
+    frechet_extrapolated(draw(12, 100, 4), known, seed=1)  # another set of that size: only its own rows are new
+    assert max(asked) <= 100 < len(b) // 2
+    with pytest.raises(ValueError, match="same feature network"):
+        frechet_extrapolated(draw(12, 100, 5), known)

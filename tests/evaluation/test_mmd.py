@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fewstep.evaluation import mmd as module
-from fewstep.evaluation.mmd import mmd
+from fewstep.evaluation.mmd import SubsetMMD, mmd
 
 torch.set_num_threads(1)
 
@@ -47,3 +47,11 @@ def test_equal_laws_fall_on_both_sides_of_zero() -> None:
     rng = np.random.default_rng(1)
     scores = [mmd(rng.normal(size=(32, 4)), rng.normal(size=(24, 4))) for _ in range(60)]
     assert 10 < sum(score < 0 for score in scores) < 50
+
+
+def test_subsets_have_the_mmd_of_their_rows() -> None:
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(size=(20, 3)), rng.normal(size=(31, 3)) + 0.3
+    known = SubsetMMD(a, b)
+    for rows in ([3, 1, 8, 19], list(range(20)), [0, 5]):
+        assert known.of(torch.tensor(rows)) == pytest.approx(by_loops(a[rows], b), rel=1e-10)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fewstep.evaluation import neighbours, precision_recall
-from fewstep.evaluation.neighbours import num_zero_balls
+from fewstep.evaluation.neighbours import SubsetNeighbours, num_zero_balls
 
 torch.set_num_threads(1)
 
@@ -83,3 +83,12 @@ def test_wrong_use_is_refused() -> None:
         precision_recall(np.zeros((9, 3)), np.zeros((9, 2)))
     with pytest.raises(ValueError, match="k = 0"):
         precision_recall(np.zeros((9, 2)), np.zeros((9, 2)), k=0)
+
+
+def test_subsets_have_the_fractions_of_their_rows() -> None:
+    rng = np.random.default_rng(5)
+    real, fake = rng.normal(size=(40, 3)), rng.normal(size=(30, 3)) + 0.7
+    known = SubsetNeighbours(real, fake, k=3)
+    for num in (12, 25):
+        r, f = rng.permutation(40)[:num], rng.permutation(30)[: num - 4]
+        assert known.of(torch.tensor(r), torch.tensor(f)) == pytest.approx(by_loops(real[r], fake[f], 3), abs=1e-12)

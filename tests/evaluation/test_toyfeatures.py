@@ -8,7 +8,7 @@ from fewstep.data.toyworld import World, clips, stream
 from fewstep.evaluation import toyfeatures, train_toyfeatures
 from fewstep.evaluation.frechet import frechet_distance
 from fewstep.evaluation.neighbours import precision_recall
-from fewstep.evaluation.toyfeatures import FeatureNet, features, random_net, shipped
+from fewstep.evaluation.toyfeatures import FeatureNet, features, features_by, random_net, shipped
 from fewstep.evaluation.toyworld_score import anchors, damaged, jittered
 
 WORLD = World()
@@ -189,3 +189,8 @@ def test_training_learns_and_folding_keeps_the_function(
     again = toyfeatures.load(path)
     assert toyfeatures.weights_hash(again) == toyfeatures.weights_hash(net)
     assert again.size == FeatureNet().size
+
+
+def test_two_networks_at_once_give_what_each_gives_alone(real: np.ndarray) -> None:
+    both = features_by(real[:70], [shipped(), random_net()])
+    assert torch.equal(both[0], features(real[:70])) and torch.equal(both[1], features(real[:70], random_net()))
