@@ -1,6 +1,6 @@
 """Memory of DMD2 with student and critic as adapters on the teacher, against three full copies. JSON on the last line.
 
-    python benchmarks/dmd2_memory.py [--layers 8 --width 768] [--tokens 512]
+    python benchmarks/dmd2_memory.py [--layers 10 --width 768] [--tokens 512]
 
 Each layout trains in a process of its own: a Cosmos teacher of about 100 M parameters, one student turn and one critic turn,
 twice. Measured is the peak of resident memory (on a GPU: of what torch allocated) above what the process held before it built a
@@ -88,7 +88,7 @@ def measure(run: Run) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--measure", choices=("full", "shared"))
