@@ -1,6 +1,6 @@
 """Autoencode: what makes the toy world's tokenizer. Pixels are to survive encoding, a little noise, and decoding.
 
-loss = mean over pixels of w (|e| + 2 e^2), e = D(E(x) + noise) - x, and `prior` times the mean square of the latents. The weight
+loss = mean over pixels of w (|e| + 2 e^2), e = D(E(x) + noise) - x, and `prior` times the mean square of the latents. Weights
 w = 1 + motion |x - mean over time of x| (greatest of the three colours): what moves is a small share of a picture, and all that
 a world model is about. Noise of a fixed width with a pull of the latents to zero is a variational autoencoder whose posterior
 has that width (Kingma and Welling 2014, arXiv:1312.6114), without the second head.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +24,13 @@ from fewstep.methods.contract import Nets, Terms, Turn
 @kind("autoencode", group="method")
 @dataclass(frozen=True)
 class Autoencode:
-    roles: ClassVar[tuple[str, ...]] = ("student",)
-
     noise: float = 0.1  # standard deviation of the noise on the latents while training
     prior: float = 1e-3  # weight of the latents' mean square
     motion: float = 8.0  # how much more a pixel counts that differs from its own mean over time
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return ("student",)
 
     @property
     def needs(self) -> frozenset[str]:

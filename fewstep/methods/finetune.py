@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,8 +25,6 @@ from fewstep.methods.given import problems_of, with_given
 @kind("finetune", group="method")
 @dataclass(frozen=True)
 class Finetune:
-    roles: ClassVar[tuple[str, ...]] = ("student",)
-
     space: Literal["velocity", "x0", "eps"] = "velocity"  # where the error is measured
     weighting: Literal["none", "edm", "min_snr"] = "none"  # edm: (s2 + sd2)/(s sd)2 on the x0 error, Predict1's loss
     sigma_data: float = 1.0  # for the edm weighting; Cosmos 1: 0.5
@@ -38,6 +36,10 @@ class Finetune:
     drop_condition: float = 0.0  # share of samples trained on the negative condition, which makes guidance possible
     given: tuple[float, ...] = ()  # shares of samples shown 0, 1, .. clean first frames; Predict2.5 draws 0, 1 or 2
     num_sample_steps: int = 35  # of the sampler its result is meant for: this method makes many-step models
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return ("student",)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,13 +25,15 @@ from fewstep.methods.contract import Nets, Reduction, Terms, Turn, free_mask, re
 @kind("kd", group="method")
 @dataclass(frozen=True)
 class KD:
-    roles: ClassVar[tuple[str, ...]] = ("student",)
-
     student_sample_steps: int = 1  # 1, 2 or 4 in the seeds; any number for which the data holds states
     t_list: tuple[float, ...] = (1.0,)  # the student's times, descending, without the final 0, in the path's time
     reduction: Reduction = "half_mean"  # Transfer1 and FastGen
     path: AnyPath | None = None  # None: the network's own; `t_list` and `path_times` are in its time
     renoise: Renoise = "fresh"  # fresh noise on the answer has the law of x_t; "ode" would leave the curve the states lie on
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return ("student",)
 
     @property
     def needs(self) -> frozenset[str]:

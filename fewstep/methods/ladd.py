@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
@@ -29,9 +29,6 @@ from fewstep.methods.student import check_times, generate
 @kind("ladd", group="method")
 @dataclass(frozen=True)
 class LADD:
-    roles: ClassVar[tuple[str, ...]] = ("student", "teacher", "head")
-    needs: ClassVar[frozenset[str]] = frozenset({"x0"})  # real data, at their own conditions
-
     t_list: tuple[float, ...] = (1.0, 0.9375, 0.8333333333333334, 0.625)
     renoise: Renoise = "fresh"
     path: AnyPath | None = None  # None: the student's own
@@ -41,6 +38,14 @@ class LADD:
     student_input: Literal["rollout", "data"] = "rollout"  # data: noised real data at one of the student's times, as in FastGen
     given: tuple[float, ...] = ()  # shares of samples shown 0, 1, .. clean first frames; Predict2.5 0.6, 0.2, 0.2
     gan: Gan = Gan(weight=1.0, r1_weight=0.1, r1_std=0.1)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return ("student", "teacher", "head")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"x0"})  # real data, at their own conditions
 
     def turn(self, step: int) -> Turn:
         student = step % self.student_update_freq == 0

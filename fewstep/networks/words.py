@@ -69,7 +69,9 @@ class WordsEncoder:
         found = re.findall(r"[a-z]+|[^a-z\s]", prompt.lower())
         unknown = sorted(set(found) - set(number))
         if unknown:
-            raise ValueError(f"prompt {prompt!r}: this encoder has no word for {', '.join(unknown)}; it knows {' '.join(number)}")
+            raise ValueError(
+                f"prompt {prompt!r}: this encoder has no word for {', '.join(unknown)}; it knows {' '.join(number)}"
+            )
         if len(found) > config.max_tokens:
             raise ValueError(f"prompt {prompt!r}: is {len(found)} tokens long, this encoder reads {config.max_tokens}")
         return [number[word] for word in found]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import fewstep
 from fewstep.config import recipe
@@ -100,7 +100,7 @@ def toy_teacher() -> Run:
 @recipe("toy_edge")
 def toy_edge() -> Run:
     """A control branch for the toy teacher, which stays frozen: clips led by the edges of another (Transfer2.5's form)."""
-    spec = {f.name: getattr(TEACHER, f.name) for f in fields(TEACHER)} | {"pretrained": SHIPPED}
+    spec: dict[str, Any] = {f.name: getattr(TEACHER, f.name) for f in fields(TEACHER)} | {"pretrained": SHIPPED}
     led = CosmosControlSpec(**spec, controls=("edge",), num_control_blocks=1, hint_channels=16, train="control")
     return Run(
         job=_job("toy_edge"),

@@ -1,4 +1,4 @@
-"""Embedded captions come back as the encoder gave them, in the layout of the seeds; files of someone else are never replaced."""
+"""Embedded captions come back as the encoder gave them, in the layout of the seeds; files of others are never replaced."""
 
 import pickle
 import zlib

@@ -167,7 +167,10 @@ def test_a_batch_with_none_left_weighs_nothing() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_more_than_may_be_ends_the_run(workers: int) -> None:
-    for max_bad, words in ((0, r"sample \d+ is damaged\nTo leave such samples out"), (1, "2 samples cannot be read, more than")):
+    for max_bad, words in (
+        (0, r"sample \d+ is damaged\nTo leave such samples out"),
+        (1, "2 samples cannot be read, more than"),
+    ):
         data = Numbers(bad=frozenset({5, 11}), max_bad=max_bad)
         feed = Feed(data, rows_of(4, 1, 1, 0), 4, 3, 400, Loader(workers))
         with feed, pytest.raises(ValueError, match=words):
