@@ -190,7 +190,12 @@ def list_names(
     what: Annotated[str, typer.Argument(help="recipes, methods, networks, data, roles, paths, times or previews")] = "recipes",
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output and nothing else.")] = False,
 ) -> None:
-    """List what can be named in a configuration."""
+    """List what can be named in a configuration; of networks also their published sizes, licences and memory."""
+    if what == "networks":
+        from fewstep.networks import support
+
+        print(json.dumps(support.as_json()) if as_json else support.text())
+        return
     import fewstep.recipes  # noqa: F401  makes every name known
     from fewstep.config import ConfigError, choices, recipes
 

@@ -11,6 +11,9 @@ from fewstep.networks.cosmos import Cosmos, CosmosSpec
 from fewstep.networks.cosmos_control import CosmosControlSpec
 from fewstep.networks.cosmos_keys import generation_of, match, num_branches, original_names
 from fewstep.networks.cosmos_models import MODELS, PREDICT2_5_2B, transfer1_7b, transfer2_5_2b
+from fewstep.networks.published import PUBLISHED
+
+TABLE = {model.model: model for model in PUBLISHED if model.constant == "cosmos_models.MODELS"}
 
 
 @cache
@@ -64,7 +67,7 @@ SIZES = [
 @pytest.mark.parametrize(("name", "from_dimensions", "published"), SIZES)
 def test_the_transformers_have_the_published_size(name: str, from_dimensions: int, published: float) -> None:
     have = size(built(name).module)
-    assert have == from_dimensions
+    assert have == from_dimensions == TABLE[name].parameters
     assert abs(have - published) < (1000 if published > 14e9 or published % 1e9 else 0.04 * published)
 
 
@@ -73,14 +76,18 @@ def test_the_transfer_models_have_the_size_of_their_branches_besides() -> None:
     d = 4096
     mlp = sum((a + 1) * b for a, b in zip((d, 16, 16, 32, 32, 96, 96, 256), (16, 16, 32, 32, 96, 96, 256, d)))
     branch = embed_size(d, 18, True) + 4 * 129 * d + mlp + 3 * (block_size(d) + (d + 1) * d)
-    assert size(one.base) == transformer_size(d, 28, 18, positions=True)
-    assert size(one.module) - size(one.base) == branch == 890_089_248
+    assert size(one.base) == transformer_size(d, 28, 18, positions=True) == TABLE["transfer1_7b"].parameters
+    assert size(one.module) - size(one.base) == branch == TABLE["transfer1_7b"].branch
     two = built("transfer2_5_2b")
     d = 2048
     repeated = embed_size(d, 18, False) + (100352 + 1) * 1024 + (1152 + 1) * d
     branch = 4 * 130 * d + 4 * (block_size(d, True) + (d + 1) * d) + (d + 1) * d
-    assert size(two.base) == transformer_size(d, 28, 18, projection=100352, picture=1152)
-    assert size(two.module) - size(two.base) == branch + repeated
+    assert size(two.base) == transformer_size(d, 28, 18, projection=100352, picture=1152) == TABLE["transfer2_5_2b"].parameters
+    assert size(two.module) - size(two.base) == branch + repeated == TABLE["transfer2_5_2b"].branch
+
+
+def test_the_table_has_every_model_and_each_is_counted() -> None:
+    assert set(TABLE) == set(MODELS) == {name for name, *_ in SIZES} | {"transfer1_7b", "transfer2_5_2b"}
 
 
 def published_names(name: str) -> set[str]:
