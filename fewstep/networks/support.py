@@ -80,7 +80,7 @@ def text() -> str:
             "Licences are notes: check the model card. Masks and padding, which some read too, are not named. docs/models.md",
             "",
             *plans,
-            "Planned, not measured. Planned anew, in minutes, and for settings of your own (--json lists all parts):",
+            "Planned, not measured. Planned anew, in minutes, or for settings of your own, and with all parts:",
             *(f"  {plan.command}" for plan in PLANS),
         ]
     )
