@@ -45,7 +45,7 @@ class Plan:
 
 PLANS: dict[Size, Plan] = {
     "quick": Plan(num_world=256, num_pairs=128, num_real=512, num_eval=128, sets=1, kd_iters=60, dmd2_iters=60, batch_size=16),
-    "default": Plan(1536, 1536, 2048, 512, 3, kd_iters=250, dmd2_iters=500),
+    "default": Plan(1024, 1024, 2048, 512, 3, kd_iters=250, dmd2_iters=350),
     "long": Plan(6144, 6144, 2048, 512, 3, kd_iters=2500, dmd2_iters=4000),
 }
 STEPS = 35  # of the teacher's solver

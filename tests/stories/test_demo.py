@@ -1,0 +1,94 @@
+"""`fewstep demo --quick`, whole: every stage a command, every number with its spread and its n, and a page that plays."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "evaluation"))
+import chromium
+
+FRAMES = "[...document.querySelectorAll('.gallery')].map(g => +g.dataset.at)"
+NAMES = (
+    *("frechet_teacher", "frechet_ratio_4step", "frechet_ratio_1step", "frechet_teacher_4calls", "frechet_teacher_1call"),
+    *("gap_closed_4step", "gap_closed_1step", "frechet_tokenizer", "frechet_real"),
+    *(f"{score}_{who}" for score in ("recall", "adherence") for who in ("teacher", "4step", "1step")),
+    *(f"clips_per_s_{who}" for who in ("teacher", "4step", "1step")),
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    done = quick(folder)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for command in (
+        "prepare toyworld",
+        "prepare text",
+        "prepare latents",
+        "pairs",
+        "train experiment=toy_kd_4step",
+        "export",
+        "evaluate",
+    ):
+        assert f"fewstep {command}" in done.stdout, command
+    return folder / "demo"
+
+
+def quick(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fewstep", "demo", "--quick", *more]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.xdist_group("demo")
+def test_every_number_is_there_with_its_spread_and_its_n(made: Path) -> None:
+    summary = json.loads((made / "summary.json").read_text())
+    for name in NAMES:
+        assert math.isfinite(summary[name]), name
+        assert math.isfinite(summary[f"{name}_spread"]), name
+        assert summary[f"{name}_n"] > 0, name
+    assert (
+        summary["network_calls_teacher"] == 70 and summary["network_calls_4step"] == 4 and summary["network_calls_1step"] == 1
+    )
+    # What cannot fail however short the training: real clips are real, the tokenizer costs something, fewer calls are faster.
+    assert abs(summary["frechet_real"]) < 4 * summary["frechet_real_spread"] + 1
+    assert summary["frechet_tokenizer"] > summary["frechet_real"] + 10
+    assert summary["frechet_teacher_1call"] > 1.5 * summary["frechet_teacher"]
+    assert summary["clips_per_s_1step"] > summary["clips_per_s_4step"] > 3 * summary["clips_per_s_teacher"]
+
+
+@pytest.mark.xdist_group("demo")
+def test_plain_diffusers_sampled_the_exported_students(made: Path) -> None:
+    from fewstep.data import video
+
+    for student in ("4step", "1step"):
+        frames = video.read(made / "samples" / student / "00.mp4").frames
+        assert frames.shape == (17, 32, 32, 3)
+        assert frames.std() > 10  # a floor and a wall differ by more
+
+
+@pytest.mark.xdist_group("demo")
+def test_the_same_command_again_does_nothing_and_another_size_is_refused(made: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in made.rglob("*.safetensors")}
+    done = quick(made.parent)
+    assert done.returncode == 0 and done.stdout.count("done earlier") == len(list((made / "stages").glob("*.json")))
+    assert before == {path: path.stat().st_mtime_ns for path in made.rglob("*.safetensors")}
+    other = subprocess.run([sys.executable, "-m", "fewstep", "demo"], cwd=made.parent, capture_output=True, text=True)
+    assert other.returncode == 1 and "holds another demo" in other.stderr
+
+
+@pytest.mark.xdist_group("demo")
+@pytest.mark.skipif(chromium.found() is None, reason="no Chromium here: apt-get install chromium")
+def test_the_page_opens_without_complaint_and_every_clip_is_there(made: Path) -> None:
+    with chromium.browser() as page:
+        page.open(made / "report.html", 360, 800)
+        page.wait("document.documentElement.dataset.ready === 'yes'")
+        assert page.errors == []
+        assert page.js("document.documentElement.scrollWidth") <= 360
+        # Eight prompts by real, tokenizer, teacher at 70, 4 and 1 calls and both students; then what plain diffusers made.
+        assert page.js("document.querySelectorAll('canvas.live').length") == 8 * 7 + 4 * 2
+        before = page.js(FRAMES)
+        page.wait(f"JSON.stringify({FRAMES}) !== '{json.dumps(before, separators=(',', ':'))}'")
