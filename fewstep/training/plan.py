@@ -130,6 +130,11 @@ def look(run: Run, batch: Batch) -> Found:
                 if name != "teacher"
             }
             _enter(ledger, nets, placed, roles)
+            for role in roles.values():
+                # A fused step is in place and adds nothing; torch has no fake of it, and would run it on real zeros as large
+                # as weights, gradients and states.
+                if role.optimizer.defaults.get("fused"):
+                    role.optimizer.step = _no_step
             if isinstance(nets.get("teacher"), Offloaded):
                 ledger.hold(nets["teacher"].at_home(), HOST)
             batch = _faked(batch, fake)
@@ -273,6 +278,10 @@ def _enter(ledger: Ledger, nets: Mapping[str, Any], placed: Iterable[Whole], rol
 
         for live in role.live.values():
             live.register_post_accumulate_grad_hook(note)
+
+
+def _no_step(closure: Any = None) -> Any:
+    return None
 
 
 def _turns(run: Run) -> dict[int, Turn]:
