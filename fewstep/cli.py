@@ -358,6 +358,9 @@ def pairs(
     text: Annotated[str, typer.Option(help="Folder of the text embeddings in the data set.")] = "t5_xxl",
     negative: Annotated[str | None, typer.Option(help="zeros, or a file of the data set; needed by guidance.")] = "zeros",
     max_tokens: Annotated[int, typer.Option(help="Text is padded to so many tokens.")] = 512,
+    mask_text: Annotated[
+        bool, typer.Option("--mask-text", help="Tell the network which tokens are padding; Cosmos: no.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     quality: Annotated[str, typer.Option(help="Of the mp4: lossless, or a CRF.")] = "18",
     batch_size: Annotated[int, typer.Option(help="Clips asked for at once.")] = 32,
@@ -368,7 +371,14 @@ def pairs(
     from fewstep.prepare.progress import tracked
 
     asked = making.asked(steps, sampler, shift, guidance, path_times, student_shift, given_frames, seed, quality)
-    opened = {"codec": codec, "control": control, "text": text, "negative": negative, "max_tokens": max_tokens}
+    opened = {
+        "codec": codec,
+        "control": control,
+        "text": text,
+        "negative": negative,
+        "max_tokens": max_tokens,
+        "mask_text": mask_text,
+    }
     print(making.command(model, dataset, out, asked, **opened, num=num, batch_size=batch_size, device=device, tracked=tracked))
 
 

@@ -167,7 +167,7 @@ def _named(how: Making) -> str:
 
 
 def opened(job: Job) -> FolderData:
-    data = Folder(str(job.prompts), text=job.text, max_tokens=job.max_tokens, negative="zeros").open()
+    data = Folder(str(job.prompts), text=job.text, max_tokens=job.max_tokens, mask_text=True, negative="zeros").open()
     if len(data) < job.num:
         raise ValueError(f"--num {job.num}: {job.prompts} has {len(data)} prompts")
     return data

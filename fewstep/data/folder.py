@@ -55,6 +55,9 @@ class Folder:
     control: AnyControl | None = None  # edge, vis, depth, seg or keypoint
     control_from: Literal["files", "video"] = "files"  # video: made from the frames when they are read (edge and vis)
     text: str | None = "t5_xxl"  # folder of text embeddings; none: no text
+    mask_text: bool = (
+        False  # tell the network which tokens are padding. Cosmos, Wan and CogVideoX attend to it; Qwen-Image does not
+    )
     max_tokens: int = 512  # longer embeddings are cut, shorter ones padded with zeros (T5 of Cosmos 1)
     negative: str | None = None  # zeros (how Cosmos 1 drops text), or a file with an embedding, relative to dataset_dir
     pairs: tuple[Literal["noise", "path"], ...] = ()  # what of its teacher's work each sample must have
@@ -209,7 +212,7 @@ class FolderData:
         columns = self._memory.stacked(rows, read)
         cond = Condition(
             text=_optional(columns.get("text"), torch.Tensor.float),
-            text_mask=columns.get("text_mask"),
+            text_mask=columns.get("text_mask") if self.spec.mask_text else None,
             control={} if self.spec.control is None else {self.spec.control.folder: _floats(columns["control"])},
             fps=columns.get("fps"),
             padding=columns.get("padding"),
@@ -217,7 +220,7 @@ class FolderData:
         negative = None
         if self._negative is not None:
             text, mask = (part.expand(len(rows), *part.shape).contiguous() for part in self._negative)
-            negative = replace(cond, text=text.float(), text_mask=mask)
+            negative = replace(cond, text=text.float(), text_mask=mask if self.spec.mask_text else None)
         return Batch(
             x0=_floats(columns["x0"]),
             noise=columns.get("noise"),

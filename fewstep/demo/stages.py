@@ -117,7 +117,7 @@ def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
                 (
                     *(f"RANK={rank}", "WORLD_SIZE=2", "fewstep", "pairs", toy, world, "--out", pairs),
                     *("--num", str(plan.num_pairs), *teacher, "--path-times", "4", "--student-shift", str(STUDENT_SHIFT)),
-                    *("--max-tokens", "40", "--quality", "lossless"),
+                    *("--max-tokens", "40", "--mask-text", "--quality", "lossless"),
                 )
                 for rank in range(2)
             ),

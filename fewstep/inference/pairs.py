@@ -229,6 +229,7 @@ def command(
     text: str,
     negative: str | None,
     max_tokens: int,
+    mask_text: bool,
     num: int | None,
     batch_size: int,
     device: str | None,
@@ -247,6 +248,7 @@ def command(
         str(dataset),
         text=text,
         max_tokens=max_tokens,
+        mask_text=mask_text,
         negative=negative,
         control=None if control is None else choices("control")[control](),  # type: ignore[arg-type]  # registered by name
     )

@@ -88,7 +88,7 @@ def toy_teacher() -> Run:
         job=_job("toy_teacher"),
         method=Finetune(times=LogitNormal(), drop_condition=0.1, given=(0.7, 0.15, 0.15)),
         networks=Networks(student=Full(TEACHER, init="random")),
-        data=Folder(TRAIN, x0="latents", max_tokens=40, negative="zeros"),
+        data=Folder(TRAIN, x0="latents", max_tokens=40, mask_text=True, negative="zeros"),
         optim=Optim(lr=1.2e-3, betas=(0.9, 0.99), weight_decay=0.01, schedule="cosine", warmup_iters=500, clip=1.0),
         ema=Ema(beta=0.9995),
         trainer=Trainer(max_iter=10500, batch_size=32, num_threads=1, log_every=100),
@@ -106,7 +106,7 @@ def toy_edge() -> Run:
         job=_job("toy_edge"),
         method=Finetune(times=LogitNormal(), drop_condition=0.1, given=(0.7, 0.15, 0.15)),
         networks=Networks(student=Full(led, init="random")),
-        data=Folder(TRAIN, x0="latents", max_tokens=40, negative="zeros", control=Edge("medium")),
+        data=Folder(TRAIN, x0="latents", max_tokens=40, mask_text=True, negative="zeros", control=Edge("medium")),
         optim=Optim(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, schedule="cosine", warmup_iters=100, clip=1.0),
         ema=Ema(beta=0.999),
         trainer=Trainer(max_iter=3000, batch_size=32, num_threads=1, log_every=100),
@@ -119,7 +119,7 @@ def toy_edge() -> Run:
 
 
 def _pairs(*pairs: Literal["noise", "path"]) -> Folder:
-    return Folder(str(output_root() / PAIRS), x0="latents", max_tokens=40, pairs=pairs)
+    return Folder(str(output_root() / PAIRS), x0="latents", max_tokens=40, mask_text=True, pairs=pairs)
 
 
 def _kd(name: str, num_steps: int) -> Run:
@@ -161,7 +161,7 @@ def _dmd2(name: str, num_steps: int, start: str) -> Run:
             times=Shifted(shift=1.0),
         ),
         networks=Networks(teacher=teacher, student=Full(teacher, init=kd), critic=Full()),
-        data=Folder(str(output_root() / WORLD), x0="latents", max_tokens=40, negative="zeros"),
+        data=Folder(str(output_root() / WORLD), x0="latents", max_tokens=40, mask_text=True, negative="zeros"),
         optim=Optim(lr=2e-4, betas=(0.0, 0.99), schedule="cosine", warmup_iters=10, clip=1.0),
         critic_optim=Optim(lr=4e-4, betas=(0.0, 0.99), clip=1.0),
         ema=Ema(beta=0.98),

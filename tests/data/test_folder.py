@@ -62,7 +62,7 @@ def spec(root: Path, **changes: Any) -> Folder:
 
 
 def test_the_toy_world_comes_back(source: Path) -> None:
-    data = Folder(str(source), max_tokens=4, control=Depth()).open()
+    data = Folder(str(source), max_tokens=4, mask_text=True, control=Depth()).open()
     assert len(data) == NUM
     batch = data.batch(torch.tensor([2, 0, 3, 1]))
     assert batch.x0 is not None and batch.index is not None and batch.cond.text is not None and batch.cond.fps is not None
@@ -174,7 +174,9 @@ def test_pairs_of_latents(source: Path) -> None:
 def test_pairs_of_pixels_and_a_negative_from_a_file(source: Path, toy: Path) -> None:
     write_pickle(toy / "negative.pickle", [np.ones((2, 6), dtype=np.float16)])
     batch = (
-        Folder(str(toy), num_frames=9, max_tokens=4, negative="negative.pickle", pairs=("noise",)).open().batch(torch.arange(2))
+        Folder(str(toy), num_frames=9, max_tokens=4, mask_text=True, negative="negative.pickle", pairs=("noise",))
+        .open()
+        .batch(torch.arange(2))
     )
     assert (
         batch.x0 is not None and batch.noise is not None and batch.negative is not None and batch.negative.text_mask is not None
