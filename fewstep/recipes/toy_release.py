@@ -9,6 +9,7 @@ diffusion model sees latents of unit spread whoever encodes them.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,6 +84,8 @@ def transformer(
 def _save(module: Any, out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     module.half().save_pretrained(str(out))
+    config = {name: value for name, value in json.loads((out / "config.json").read_text()).items() if name != "_name_or_path"}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # where it lay on this machine is nobody's business
     for path in out.iterdir():
         path.chmod(0o644)
 
