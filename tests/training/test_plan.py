@@ -28,6 +28,10 @@ from fewstep.training.plan import first_batch, look, plan
 from fewstep.training.role import TrainedRole
 from fewstep.training.run import Parallel, Run, Trainer
 
+# Planning corrupts the heap of its process in some cases (docs/log.md, "Open faults"): a crash minutes later, in another test of the
+# same worker. Until that is found these run by themselves: pytest -m slow tests/training/test_plan.py
+pytestmark = pytest.mark.slow
+
 ALONE = World(0, 1, torch.device("cpu"), None)
 DIT = TinySpec("dit", channels=4, width=48, depth=2, num_heads=4, text_dim=32)
 COSMOS = CosmosSpec(
