@@ -28,8 +28,8 @@ from fewstep.training.plan import first_batch, look, plan
 from fewstep.training.role import TrainedRole
 from fewstep.training.run import Parallel, Run, Trainer
 
-# Planning corrupts the heap of its process in some cases (docs/log.md, "Open faults"): a crash minutes later, in another test of
-# the same worker. Until that is found these run by themselves: pytest -m slow tests/training/test_plan.py
+# Planning corrupts the heap of its process in some cases (docs/log.md, "Open faults"): a crash minutes later, in another test
+# of the same worker. Until that is found these run by themselves: pytest -m slow tests/training/test_plan.py
 pytestmark = pytest.mark.slow
 
 ALONE = World(0, 1, torch.device("cpu"), None)
