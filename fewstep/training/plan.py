@@ -184,7 +184,6 @@ def mock_batch(run: Run, shape: tuple[int, ...] | None, text: tuple[int, int] | 
 def _fake() -> Iterator[Any]:  # Any: torch's FakeTensorMode
     """Within, a pretrained network is built from its configuration, and no file of weights is opened."""
     from diffusers import ModelMixin
-    from torch._subclasses.fake_tensor import FakeTensorMode  # the way torch.export and its memory tools go
 
     before = ModelMixin.__dict__["from_pretrained"]
 
@@ -211,10 +210,23 @@ def _fake() -> Iterator[Any]:  # Any: torch's FakeTensorMode
             # torch's own, about what it does itself when a fake is made of another or copied
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
-            yield FakeTensorMode(allow_non_fake_inputs=True)
+            yield fake_mode()
     finally:
         ModelMixin.from_pretrained = before
         nn.Module._apply = convert_before
+
+
+def fake_mode() -> Any:  # Any: torch's FakeTensorMode
+    """torch's own mode of fakes, whose tensors may be copied."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # the way torch.export and its memory tools go
+
+    class Mode(FakeTensorMode):
+        def __deepcopy__(self, memo: dict[int, Any]) -> Mode:
+            # A copied fake would otherwise copy its mode, and in it the bare addresses of weak references to storages, each
+            # of which then frees what the other has freed: the heap is corrupt, and something else dies of it later.
+            return self
+
+    return Mode(allow_non_fake_inputs=True)
 
 
 def _built(run: Run, fake: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The plan against what torch really allocates, op by op, in the same step on real tensors."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 
 from fewstep.data.folder import Folder
@@ -18,6 +19,7 @@ from fewstep.methods import DMD2, KD, Finetune
 from fewstep.methods.contract import Nets
 from fewstep.networks.analytic import MixtureSpec
 from fewstep.networks.cosmos import CosmosSpec
+from fewstep.networks.cosmos_control import CosmosControlSpec
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks, build, wholes
 from fewstep.networks.tiny import TinySpec
@@ -27,10 +29,6 @@ from fewstep.training.fit import advice, command, dryrun
 from fewstep.training.plan import first_batch, look, plan
 from fewstep.training.role import TrainedRole
 from fewstep.training.run import Parallel, Run, Trainer
-
-# Planning corrupts the heap of its process in some cases (docs/log.md, "Open faults"): a crash minutes later, in another test
-# of the same worker. Until that is found these run by themselves: pytest -m slow tests/training/test_plan.py
-pytestmark = pytest.mark.slow
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 DIT = TinySpec("dit", channels=4, width=48, depth=2, num_heads=4, text_dim=32)
@@ -129,6 +127,20 @@ def test_shards_share_what_is_held_and_not_what_passes() -> None:
     assert found.on(8).parts == found.on(1).parts  # ddp
     with pytest.raises(ValueError, match=r"parallel\.num_replicas=3 does not divide gpus=8"):
         look(replace(case, parallel=Parallel("fsdp", num_replicas=3)), first_batch(case)).on(8)
+
+
+def test_a_network_that_copies_its_parts_is_planned_and_leaves_the_heap_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weak reference to a storage holds a bare address: a copy of one frees what the first has freed."""
+
+    def refuse(self: object, protocol: object) -> None:
+        raise AssertionError("a weak reference to a storage was copied")
+
+    monkeypatch.setattr(StorageWeakRef, "__reduce_ex__", refuse)
+    sizes = {field.name: getattr(COSMOS, field.name) for field in fields(COSMOS)}
+    led = CosmosControlSpec(**sizes, controls=("edge",), num_control_blocks=1, hint_channels=4, style="transfer1")
+    case = replace(run(DMD2(student_update_freq=2), Networks(led)), data=replace(DATA, controls=("edge",)))
+    parts = plan(case).parts
+    assert parts["student.weights"] == parts["critic.weights"] == sum(p.nbytes for p in led.build().module.parameters())
 
 
 def test_no_file_of_weights_is_opened(tmp_path: Path) -> None:
