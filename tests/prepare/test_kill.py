@@ -1,16 +1,22 @@
 """Every `fewstep prepare` command, killed with SIGKILL at random points and run again: as if nothing had happened.
 
-Each runs in a process that is a copy of this one, so that it takes no seconds to start; a kill comes after some of its writes.
+Each runs in a copy of one process that has everything imported, so that it takes no seconds to start, and has never had a
+second thread: a copy of the tests' own would wait for ever for locks that threads of OpenCV hold. A kill comes after some of
+its writes.
 """
 
+import json
 import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -77,34 +83,59 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def killed(do: Callable[[], object], after: int, before_rename: bool) -> bool:
-    """Does it in a process of its own, which is killed right before or after it has finished `after` files."""
-    child = os.fork()
-    if child == 0:
-        num, replace = 0, Path.replace
+def run_and_die(do: Callable[[], object], after: int, before_rename: bool) -> NoReturn:
+    """Does it, and is killed right before or after it has finished `after` files."""
+    num, replace = 0, Path.replace
 
-        def counted(self: Path, target: Path) -> Path:
-            nonlocal num
-            if num == after and before_rename:
-                os.kill(os.getpid(), signal.SIGKILL)
-            out = replace(self, target)
-            if num == after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            num += 1
-            return out
+    def counted(self: Path, target: Path) -> Path:
+        nonlocal num
+        if num == after and before_rename:
+            os.kill(os.getpid(), signal.SIGKILL)
+        out = replace(self, target)
+        if num == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        num += 1
+        return out
 
-        Path.replace = counted  # type: ignore[method-assign]  # what every file is finished with (data/atomic.py)
-        try:
-            do()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    Path.replace = counted  # type: ignore[method-assign]  # what every file is finished with (data/atomic.py)
+    try:
+        do()
+    finally:
+        os._exit(0)
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def serve() -> None:
+    """For each line of the input a copy of this process, and a line with its exit code."""
+    torch.set_num_threads(1)
+    codec = image_codec()
+    for line in sys.stdin:
+        name, out, after, before_rename = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            run_and_die(partial(COMMANDS[name], Path(out), codec), after, before_rename)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()  # the end of its input is its end
+
+
+def killed(server: subprocess.Popen[str], *order: object) -> bool:
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(json.dumps(order) + "\n")
+    server.stdin.flush()
+    code = int(server.stdout.readline())
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_killed_at_random_points_and_run_again_it_is_as_if_nothing_had_happened(
-    source: Path, codec: Codec, tmp_path: Path, name: str
+    source: Path, codec: Codec, server: subprocess.Popen[str], tmp_path: Path, name: str
 ) -> None:
     command, rng = COMMANDS[name], random.Random(name)
     whole = Path(shutil.copytree(source, tmp_path / "whole"))
@@ -115,7 +146,7 @@ def test_killed_at_random_points_and_run_again_it_is_as_if_nothing_had_happened(
     kills = 0
     for _ in range(2 if name == "toyworld" else 4):
         files = rng.randrange(9, 15) if name == "toyworld" else rng.randrange(4)  # a clip of the toy world is eight of them
-        kills += killed(lambda: command(out, codec), files, rng.random() < 0.5)
+        kills += killed(server, name, str(out), files, rng.random() < 0.5)
         for path in out.rglob("*"):  # what has its final name is whole
             if path.is_file() and not path.name.startswith("."):
                 assert path.stat().st_size, path
@@ -132,3 +163,7 @@ def test_killed_at_random_points_and_run_again_it_is_as_if_nothing_had_happened(
     assert all(key.endswith(".partial") for key in left)
     if name == "latents":
         assert len(packs.open_packs(out / "latents")) == NUM
+
+
+if __name__ == "__main__":
+    serve()
