@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from fewstep.data import toyworld
+from fewstep.data import toyclips, toyworld
 
 _BOUND = 50.0  # clips a second at 32 x 32 on two cores: what the demo's ten minutes allow
 
@@ -29,7 +29,7 @@ def main() -> None:
     rates = []
     for run in range(wanted.runs):
         start = time.perf_counter()
-        num = sum(1 for _ in toyworld.stream(world, run, range(wanted.num), workers=wanted.workers))
+        num = sum(1 for _ in toyclips.stream(world, run, range(wanted.num), workers=wanted.workers))
         rates.append(num / (time.perf_counter() - start))  # with the start of the workers
         print(f"run {run}: {rates[-1]:.1f} clips/s", flush=True)
     result = {

@@ -28,7 +28,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fewstep.data.toyworld import COLOURS, World, read_caption
+from fewstep.data.toycaptions import read_caption
+from fewstep.data.toyworld import COLOURS, World
 from fewstep.evaluation.toyfeatures import SHIPPED, Clips, as_clips, read_weights
 
 NAMES = tuple(COLOURS)  # the order of every axis of colours here

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fewstep.data import raycast, toyworld
+from fewstep.data import raycast, toyclips, toyworld
 from fewstep.data.toyworld import Body, Scene, SceneError, World
 from fewstep.evaluation import probes, toyfeatures
 from fewstep.evaluation.bootstrap import half_sampled
@@ -340,7 +340,7 @@ class Anchor(NamedTuple):
 
 def anchors(world: World, seed: int, num: int) -> Iterator[Anchor]:
     """Real clips of the series `seed`, and the same with one fault each. Renders `num` clips seven times."""
-    series = toyworld.clips(world, seed, range(num))
+    series = toyclips.clips(world, seed, range(num))
     real, captions = np.stack([clip.rgb for clip in series]), [clip.caption for clip in series]
     rng = np.random.Generator(np.random.Philox(key=seed))
     num_frames = world.num_frames
@@ -357,7 +357,7 @@ def anchors(world: World, seed: int, num: int) -> Iterator[Anchor]:
     flicker = 1 + 0.1 * rng.uniform(-1, 1, (num, num_frames, 1, 1, 1))
     yield Anchor("flicker 10 %", np.clip(real * flicker, 0, 255).round().astype(np.uint8), captions)
     for factor in (0.25, 2.0):
-        played = toyworld.clips(world, seed, range(num), gravity=factor * world.gravity)
+        played = toyclips.clips(world, seed, range(num), gravity=factor * world.gravity)
         yield Anchor(f"gravity x{factor:g}", np.stack([clip.rgb for clip in played]), captions)
     for metres in (0.05, 0.2):
         yield Anchor(f"places jitter {metres:g} m", np.stack([_shaken(world, c.scene, metres, rng) for c in series]), captions)
@@ -365,7 +365,7 @@ def anchors(world: World, seed: int, num: int) -> Iterator[Anchor]:
     for num_scenes, metres in ((16, 0.15), (64, 0.05)):
         scenes = [series[n % num_scenes].scene for n in range(num)]
         again = [captions[n % num_scenes] for n in range(num)]
-        made = np.stack([toyworld.render(world, jittered(world, scene, metres, rng)).rgb for scene in scenes])
+        made = np.stack([toyclips.render(world, jittered(world, scene, metres, rng)).rgb for scene in scenes])
         yield Anchor(f"{num_scenes} scenes, jitter {metres:g} m", made, again)
 
 
@@ -424,7 +424,7 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     world = World()
-    series = toyworld.stream(world, SEED_REFERENCE, range(given.reference))
+    series = toyclips.stream(world, SEED_REFERENCE, range(given.reference))
     real = reference(np.stack([clip.rgb for clip in series]))
     for n, (name, clips, captions) in enumerate(anchors(world, SEED_ANCHORS, given.num)):
         record = score(clips, captions, real)

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fewstep.data.toyworld import Clip, Motion, World, stream
+from fewstep.data.toyclips import Clip, stream
+from fewstep.data.toyworld import Motion, World
 from fewstep.evaluation import probes, toyfeatures
 from fewstep.evaluation.probes import NAMES, NUM
 from fewstep.evaluation.toyfeatures import SHIPPED, WIDTHS, FeatureNet

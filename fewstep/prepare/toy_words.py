@@ -16,7 +16,7 @@ import torch
 import typer
 from torch import nn
 
-from fewstep.data.toyworld import VOCABULARY
+from fewstep.data.toycaptions import VOCABULARY
 from fewstep.networks.words import GAP, PAD, WordsConfig, WordsEncoder, WordsModel
 
 GAPS = 0.25

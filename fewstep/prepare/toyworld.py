@@ -23,11 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.data import keypoints, layout, masks, toyworld, video
+from fewstep.data import keypoints, layout, masks, toycaptions, toyclips, toyscenes, toyworld, video
 from fewstep.data.atomic import replacing
 from fewstep.data.controls import Edge, Vis, grey_of_depth
 from fewstep.data.layout import Layout, Part
-from fewstep.data.toyworld import Clip, Event, Scene, World
+from fewstep.data.toyclips import Clip
+from fewstep.data.toyworld import Event, Scene, World
 from fewstep.prepare.progress import tracked
 
 EDGE, VIS = Edge("medium"), Vis("very_low")
@@ -131,9 +132,9 @@ def _write_index(out: Path, num: int, seed: int, world: World, labels: list[_Lab
 
 def _label(world: World, seed: int, index: int) -> _Label:
     """What is in a clip, without rendering it: about 3 ms."""
-    scene = toyworld.specification(world, seed, index)
+    scene = toyscenes.specification(world, seed, index)
     path = toyworld.simulate(world, scene)
-    return _label_of(index, scene, toyworld.caption(world, scene, path), path.events)
+    return _label_of(index, scene, toycaptions.caption(world, scene, path), path.events)
 
 
 def _label_of(index: int, scene: Scene, caption: str, events: tuple[Event, ...]) -> _Label:
@@ -175,7 +176,7 @@ def _use_one_thread() -> None:
 
 def _write_clip(job: _Job) -> _Label:
     world, seed, index, place, wanted = job
-    made = toyworld.clip(world, seed, index)
+    made = toyclips.clip(world, seed, index)
     stem, rgb, phrases = stem_of(index), made.rgb, _phrases(made.scene)
 
     def film(part: Part, frames: Callable[[], np.ndarray]) -> None:

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fewstep.config import choices
-from fewstep.data import keypoints, masks, toyworld, video
+from fewstep.data import keypoints, masks, toyclips, toyworld, video
 from fewstep.data.controls import Depth, Edge, Keypoint, Seg, Span, Strength, Vis, depth_of_grey, grey_of_depth
 
 
 @pytest.fixture(scope="module")
-def toy() -> toyworld.Clip:
-    return toyworld.clip(toyworld.World(height=64, width=64, num_frames=5), 0, 0)
+def toy() -> toyclips.Clip:
+    return toyclips.clip(toyworld.World(height=64, width=64, num_frames=5), 0, 0)
 
 
 def picture(height: int, width: int) -> NDArray[np.uint8]:
@@ -45,7 +45,7 @@ def test_all_five_can_be_named_in_a_configuration() -> None:
         ("very_high", 300, 400),
     ],
 )
-def test_edge_is_canny_with_the_numbers_of_transfer1(toy: toyworld.Clip, preset: Strength, lower: int, upper: int) -> None:
+def test_edge_is_canny_with_the_numbers_of_transfer1(toy: toyclips.Clip, preset: Strength, lower: int, upper: int) -> None:
     edges = Edge(preset)(toy.rgb)
     assert edges.dtype == np.uint8
     for made, frame in zip(edges, toy.rgb, strict=True):
@@ -106,7 +106,7 @@ def test_frames_too_small_or_of_another_kind_are_refused() -> None:
         Edge()(np.zeros((1, 8, 8, 3)))  # type: ignore[arg-type]
 
 
-def test_video_controls_read_windows_at_a_size(tmp_path: Path, toy: toyworld.Clip) -> None:
+def test_video_controls_read_windows_at_a_size(tmp_path: Path, toy: toyclips.Clip) -> None:
     video.write(tmp_path / "a.mp4", toy.rgb, 16, "lossless")
     for control in (Edge(), Vis(), Depth()):
         assert np.array_equal(control.read(tmp_path / "a.mp4", Span(1, 2, 2), (64, 64)), toy.rgb[1:4:2])
@@ -314,7 +314,7 @@ def test_other_layouts_of_keypoints_are_refused(tmp_path: Path, content: Any, wo
 
 def test_things_of_the_toy_world_are_drawn_where_they_are(tmp_path: Path) -> None:
     world = toyworld.World(height=64, width=64, num_frames=5, min_objects=2)
-    made = toyworld.clip(world, 3, 1)
+    made = toyclips.clip(world, 3, 1)
     phrases = [f"{body.colour} {body.shape}" for body in made.scene.bodies]
     keypoints.write_objects(tmp_path / "a.pickle", phrases, made.keypoints)
     raw = keypoints.read_raw(tmp_path / "a.pickle")

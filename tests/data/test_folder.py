@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fewstep.config import ConfigError, check, choices, parse, to_yaml
-from fewstep.data import cache, folder, toyworld, video
+from fewstep.data import cache, folder, toyclips, video
 from fewstep.data.arrays import write_pickle
 from fewstep.data.contract import BadSamples
 from fewstep.data.controls import Depth, Edge, Keypoint, Seg, Vis, depth_of_grey
@@ -71,7 +71,7 @@ def test_the_toy_world_comes_back(source: Path) -> None:
     assert batch.cond.fps.tolist() == [16.0] * 4
     near, far = depth_range_m(WORLD)
     for row, index in enumerate([2, 0, 3, 1]):
-        made = toyworld.clip(WORLD, SEED, index)
+        made = toyclips.clip(WORLD, SEED, index)
         pixels = (batch.x0[row] + 1) * 127.5
         assert torch.equal(pixels.round().permute(1, 2, 3, 0).to(torch.uint8), torch.from_numpy(made.rgb))
         grey = ((batch.cond.control["depth"][row] + 1) * 127.5).round().permute(1, 2, 3, 0).numpy().astype(np.uint8)
@@ -85,7 +85,7 @@ def test_the_toy_world_comes_back(source: Path) -> None:
 
 
 def test_masks_and_keypoints_and_controls_made_on_the_way(source: Path) -> None:
-    row, made = torch.tensor([1]), toyworld.clip(WORLD, SEED, 1)
+    row, made = torch.tensor([1]), toyclips.clip(WORLD, SEED, 1)
     seg = spec(source, control=Seg()).open().batch(row).cond.control["seg"]
     assert torch.equal((seg > -1).any(1)[0], torch.from_numpy(made.segmentation > 0))
     drawn = spec(source, control=Keypoint()).open().batch(row).cond.control["keypoint"]

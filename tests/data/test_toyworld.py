@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from fewstep.data import raycast, toyworld
+from fewstep.data import raycast, toycaptions, toyclips, toyscenes, toyworld
 from fewstep.data.toyworld import Body, Colour, Scene, SceneError, World
 
 WORLD = World()
@@ -17,12 +17,12 @@ DENSE = World(num_frames=321, fps=320.0)  # simulation only: one second looked a
 
 @pytest.fixture(scope="module")
 def scenes() -> list[Scene]:
-    return [toyworld.specification(WORLD, 11, index) for index in range(300)]
+    return [toyscenes.specification(WORLD, 11, index) for index in range(300)]
 
 
 @pytest.fixture(scope="module")
-def rendered() -> list[toyworld.Clip]:
-    return toyworld.clips(WORLD, 5, range(60))
+def rendered() -> list[toyclips.Clip]:
+    return toyclips.clips(WORLD, 5, range(60))
 
 
 def sphere(x: float, y: float, *, lane: int = 1, size: float = 0.4, velocity=(0.0, 0.0), colour: Colour = "red") -> Body:
@@ -48,7 +48,7 @@ def gap(a: Body, b: Body, at: np.ndarray, bt: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("size", [32, 64])
 def test_depth_of_floor_and_wall_is_the_plane_equation(size: int) -> None:
     world = World(height=size, width=size, num_frames=1)
-    seen = toyworld.render(world, Scene((sphere(-1.5, 2.0, lane=2),)))
+    seen = toyclips.render(world, Scene((sphere(-1.5, 2.0, lane=2),)))
     camera = world.camera
     for row in range(size):
         below = row + 0.5 - camera.cy_px
@@ -61,18 +61,18 @@ def test_depth_of_a_sphere_and_of_a_box_at_their_middle() -> None:
     column, row, z = 20, 12, WORLD.lanes_m[1]
     x = (column + 0.5 - camera.cx_px) * z / camera.focal_px
     y = camera.y_m - (row + 0.5 - camera.cy_px) * z / camera.focal_px
-    ball = toyworld.render(WORLD, Scene((sphere(x, y),)))
+    ball = toyclips.render(WORLD, Scene((sphere(x, y),)))
     # The ray goes through the centre; it meets the surface one radius before it, along the ray.
     length = math.sqrt(x * x + (y - camera.y_m) ** 2 + z * z)
     assert ball.depth[0, row, column] == pytest.approx(z * (1 - 0.4 / length), rel=1e-6)
     assert ball.segmentation[0, row, column] == 1
-    cube = toyworld.render(WORLD, Scene((box(x, y),)))
+    cube = toyclips.render(WORLD, Scene((box(x, y),)))
     assert cube.depth[0, row, column] == pytest.approx(z - 0.4, rel=1e-6)
 
 
 def test_keypoint_lies_on_the_centroid_of_an_unoccluded_sphere() -> None:
     world = World(height=64, width=64)
-    made = toyworld.render(world, Scene((sphere(-1.0, 0.8, velocity=(1.9, 3.0)),)))
+    made = toyclips.render(world, Scene((sphere(-1.0, 0.8, velocity=(1.9, 3.0)),)))
     for frame in range(world.num_frames):
         rows, columns = np.nonzero(made.segmentation[frame])
         centroid = np.array([columns.mean() + 0.5, rows.mean() + 0.5])
@@ -82,7 +82,7 @@ def test_keypoint_lies_on_the_centroid_of_an_unoccluded_sphere() -> None:
 
 def test_corners_and_hidden_centres() -> None:
     still = World(num_frames=1)
-    one = toyworld.render(still, Scene((box(0.0, 0.4),)))
+    one = toyclips.render(still, Scene((box(0.0, 0.4),)))
     corners = one.keypoints[0, 0, 1:]
     depths = np.array([-0.4, 0.4] * 4) + still.lanes_m[1]
     # Seen from the front and above: the four front corners and the two upper ones behind.
@@ -90,15 +90,15 @@ def test_corners_and_hidden_centres() -> None:
     camera = still.camera
     expected_x = (camera.cx_px + camera.focal_px * np.array([-0.4] * 4 + [0.4] * 4) / depths) / 32
     np.testing.assert_allclose(corners[:, 0], expected_x, rtol=1e-6)
-    two = toyworld.render(still, Scene((box(0.0, 0.4), sphere(0.0, 0.5, lane=0, size=0.5))))
+    two = toyclips.render(still, Scene((box(0.0, 0.4), sphere(0.0, 0.5, lane=0, size=0.5))))
     assert two.keypoints[0, :, 0, 2].tolist() == [0, 1]
     assert (two.keypoints[0, 1, 1:] == 0).all()
 
 
-def test_supersampling_only_the_borders_equals_supersampling_everything(rendered: list[toyworld.Clip]) -> None:
+def test_supersampling_only_the_borders_equals_supersampling_everything(rendered: list[toyclips.Clip]) -> None:
     fine_world = World(height=128, width=128, supersample=1)
     for made in rendered[:6]:
-        brute = toyworld.render(fine_world, made.scene).rgb.astype(float)
+        brute = toyclips.render(fine_world, made.scene).rgb.astype(float)
         brute = brute.reshape(17, 32, 4, 32, 4, 3).mean((2, 4))
         difference = np.abs(made.rgb - brute)
         assert difference.mean() < 0.25  # of 255; rounding alone gives about 0.1
@@ -108,8 +108,8 @@ def test_supersampling_only_the_borders_equals_supersampling_everything(rendered
 def test_shadow_falls_where_the_light_says() -> None:
     world = World(height=64, width=64, num_frames=1)
     ball = sphere(-0.5, 1.5, lane=0)
-    made = toyworld.render(world, Scene((ball,)))
-    empty = toyworld.render(world, Scene((sphere(1.5, 0.4, lane=2, colour="green"),)))
+    made = toyclips.render(world, Scene((ball,)))
+    empty = toyclips.render(world, Scene((sphere(1.5, 0.4, lane=2, colour="green"),)))
     lx, ly, lz = world.stage.light
     spot = np.array([-0.5 - lx / ly * 1.5, 0.0, world.lanes_m[0] - lz / ly * 1.5])
     x, y = world.camera.project(spot) * 64
@@ -120,7 +120,7 @@ def test_shadow_falls_where_the_light_says() -> None:
     np.testing.assert_array_equal(made.rgb[0, 62, 60], empty.rgb[0, 62, 60])
 
 
-def test_hue_finds_the_colours_named(rendered: list[toyworld.Clip]) -> None:
+def test_hue_finds_the_colours_named(rendered: list[toyclips.Clip]) -> None:
     cv2 = pytest.importorskip("cv2")
     known = {
         name: cv2.cvtColor((np.array([[rgb]]) * 255).astype(np.uint8), cv2.COLOR_RGB2HSV)[0, 0, 0]
@@ -162,7 +162,7 @@ def test_gravity_read_from_pixels_with_the_depth_known(gravity: float) -> None:
     world = World(height=64, width=64, num_frames=8, supersample=1, min_objects=1, max_objects=1)
     fitted = []
     for height, speed, lane in itertools.product((1.2, 1.5, 1.8, 2.0), (0.5, 1.1, 1.9), range(3)):
-        made = toyworld.render(world, Scene((sphere(0, height, lane=lane, velocity=(0.3, speed)),), gravity))
+        made = toyclips.render(world, Scene((sphere(0, height, lane=lane, velocity=(0.3, speed)),), gravity))
         rows = [np.nonzero(frame)[0].mean() for frame in made.segmentation]
         last = next((event.frame for event in made.events), 8)
         t = np.arange(last) / 16
@@ -272,28 +272,28 @@ def test_scenes_that_cannot_be_played_are_refused() -> None:
 # ---- one clip is a function of (seed, index) -----------------------------------------------------------------------
 
 
-def digest(made: toyworld.Clip) -> str:
+def digest(made: toyclips.Clip) -> str:
     arrays = (made.rgb, made.depth, made.segmentation, made.keypoints, made.positions, made.velocities)
     return hashlib.sha256(b"".join(a.tobytes() for a in arrays) + made.caption.encode()).hexdigest()
 
 
-def test_bits_do_not_depend_on_batch_order_or_process(rendered: list[toyworld.Clip]) -> None:
+def test_bits_do_not_depend_on_batch_order_or_process(rendered: list[toyclips.Clip]) -> None:
     wanted = [digest(made) for made in rendered[:8]]
-    alone = [digest(toyworld.clip(WORLD, 5, index)) for index in reversed(range(8))]
+    alone = [digest(toyclips.clip(WORLD, 5, index)) for index in reversed(range(8))]
     assert alone[::-1] == wanted
-    elsewhere = toyworld.clips(WORLD, 5, [6, 1, 3], workers=2)
+    elsewhere = toyclips.clips(WORLD, 5, [6, 1, 3], workers=2)
     assert [digest(made) for made in elsewhere] == [wanted[6], wanted[1], wanted[3]]
     assert len(set(wanted)) == 8
-    assert digest(toyworld.clip(WORLD, 6, 0)) != wanted[0]
+    assert digest(toyclips.clip(WORLD, 6, 0)) != wanted[0]
 
 
 def test_resolution_and_gravity_change_nothing_else() -> None:
     for index in range(40):
-        plain = toyworld.specification(WORLD, 3, index)
-        assert toyworld.specification(World(height=64, width=64), 3, index) == plain
-        light = toyworld.specification(WORLD, 3, index, gravity=2.5)
+        plain = toyscenes.specification(WORLD, 3, index)
+        assert toyscenes.specification(World(height=64, width=64), 3, index) == plain
+        light = toyscenes.specification(WORLD, 3, index, gravity=2.5)
         assert light == dataclasses.replace(plain, gravity=2.5)
-    drawn = [toyworld.specification(World(gravity_scale=(0.25, 2.5)), 3, index).gravity / 9.81 for index in range(40)]
+    drawn = [toyscenes.specification(World(gravity_scale=(0.25, 2.5)), 3, index).gravity / 9.81 for index in range(40)]
     assert min(drawn) < 0.5 and max(drawn) > 1.6 and all(0.25 <= g <= 2.5 for g in drawn)
 
 
@@ -309,7 +309,7 @@ def test_the_series_is_the_one_that_shipped_weights_were_trained_on() -> None:
         ),
     ]
     for index, (text, brightness) in enumerate(pinned):
-        made = toyworld.clip(WORLD, 0, index)
+        made = toyclips.clip(WORLD, 0, index)
         assert made.caption == text
         assert made.rgb.mean() == pytest.approx(brightness, abs=0.02)
 
@@ -318,10 +318,10 @@ def test_the_series_is_the_one_that_shipped_weights_were_trained_on() -> None:
 def test_other_worlds_find_scenes_too(options: dict) -> None:
     world = World(**options)
     for index in range(5):
-        toyworld.simulate(world, toyworld.specification(world, 0, index))
+        toyworld.simulate(world, toyscenes.specification(world, 0, index))
 
 
-def test_clips_have_the_promised_types(rendered: list[toyworld.Clip]) -> None:
+def test_clips_have_the_promised_types(rendered: list[toyclips.Clip]) -> None:
     made = rendered[0]
     num = len(made.scene.bodies)
     assert (made.rgb.shape, made.rgb.dtype) == ((17, 32, 32, 3), np.uint8)
@@ -329,7 +329,7 @@ def test_clips_have_the_promised_types(rendered: list[toyworld.Clip]) -> None:
     assert (made.segmentation.shape, made.segmentation.dtype) == ((17, 32, 32), np.uint8)
     assert (made.keypoints.shape, made.keypoints.dtype) == ((17, num, 9, 3), np.float32)
     assert made.positions.shape == made.velocities.shape == (17, num, 3)
-    wide = toyworld.clip(World(height=32, width=64, supersample=1), 0, 0)
+    wide = toyclips.clip(World(height=32, width=64, supersample=1), 0, 0)
     assert wide.rgb.shape == (17, 32, 64, 3)
 
 
@@ -339,8 +339,8 @@ def test_clips_have_the_promised_types(rendered: list[toyworld.Clip]) -> None:
 def test_captions_are_true(scenes: list[Scene]) -> None:
     collisions = 0
     for scene in scenes:
-        text = toyworld.caption(WORLD, scene, toyworld.simulate(WORLD, scene))
-        mentions, pairs = toyworld.read_caption(text)
+        text = toycaptions.caption(WORLD, scene, toyworld.simulate(WORLD, scene))
+        mentions, pairs = toycaptions.read_caption(text)
         at = toyworld.simulate(DENSE, scene).positions
         # Who meets whom, and when, from the distances alone.
         touch = {}
@@ -372,7 +372,7 @@ def test_captions_are_true(scenes: list[Scene]) -> None:
     assert 0.25 < collisions / len(scenes) < 0.6
 
 
-def test_every_object_moves_in_view_and_can_be_told_apart(scenes: list[Scene], rendered: list[toyworld.Clip]) -> None:
+def test_every_object_moves_in_view_and_can_be_told_apart(scenes: list[Scene], rendered: list[toyclips.Clip]) -> None:
     counts = np.bincount([len(scene.bodies) for scene in scenes], minlength=4)
     assert counts[0] == 0 and (counts[1:] > 60).all()
     for scene in scenes:
@@ -388,29 +388,29 @@ def test_every_object_moves_in_view_and_can_be_told_apart(scenes: list[Scene], r
 def test_vocabulary_is_closed() -> None:
     seen = set()
     for index in range(300):
-        scene = toyworld.specification(WORLD, 2, index)
-        seen |= set(toyworld.words(toyworld.caption(WORLD, scene, toyworld.simulate(WORLD, scene))))
-    assert seen == set(toyworld.VOCABULARY)
-    assert len(toyworld.VOCABULARY) == len(set(toyworld.VOCABULARY)) < 32
+        scene = toyscenes.specification(WORLD, 2, index)
+        seen |= set(toycaptions.words(toycaptions.caption(WORLD, scene, toyworld.simulate(WORLD, scene))))
+    assert seen == set(toycaptions.VOCABULARY)
+    assert len(toycaptions.VOCABULARY) == len(set(toycaptions.VOCABULARY)) < 32
     with pytest.raises(ValueError, match="not words of the toy world: -, ish"):
-        toyworld.words("a green-ish sphere")
+        toycaptions.words("a green-ish sphere")
     with pytest.raises(ValueError, match="cannot read"):
-        toyworld.read_caption("a red sphere flies away.")
+        toycaptions.read_caption("a red sphere flies away.")
 
 
 def test_a_collision_out_of_sight_is_not_told() -> None:
     far = Scene((sphere(5.0, 0.4, velocity=(1.0, 0.0)), box(7.0, 0.4, velocity=(-2.5, 0.0))))
     path = toyworld.simulate(WORLD, far)
     assert any(event.kind == "collide" for event in path.events)
-    assert "collide" not in toyworld.caption(WORLD, far, path)
+    assert "collide" not in toycaptions.caption(WORLD, far, path)
 
 
 def test_wrong_worlds_are_refused_with_every_reason() -> None:
     with pytest.raises(ValueError, match=r"objects: .*restitution: .*lanes_m: "):
         World(max_objects=4, sphere_restitution=1.1, lanes_m=(4.0, 4.5, 6.0))
     with pytest.raises(ValueError, match="not negative"):
-        toyworld.clip(WORLD, -1, 0)
+        toyclips.clip(WORLD, -1, 0)
     with pytest.raises(ValueError, match="one for each"):
-        toyworld.clips(WORLD, 0, [0, 1], gravity=[9.81])
+        toyclips.clips(WORLD, 0, [0, 1], gravity=[9.81])
     with pytest.raises(ValueError, match="positions must be"):
         raycast.render(WORLD.stage, [], np.zeros((3, 1, 3)))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fewstep.data import toyworld, video
+from fewstep.data import toyclips, toyworld, video
 
 
 def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
@@ -16,7 +16,7 @@ def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
 
 @pytest.fixture(scope="module")
 def toy() -> NDArray[np.uint8]:
-    return toyworld.clip(toyworld.World(), 0, 0).rgb
+    return toyclips.clip(toyworld.World(), 0, 0).rgb
 
 
 def smooth(num: int, height: int = 64, width: int = 96) -> NDArray[np.uint8]:

@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from fewstep.data import toyworld
-from fewstep.data.toyworld import COLOURS, Body, Clip, Scene, World
+from fewstep.data import toyclips
+from fewstep.data.toyclips import Clip
+from fewstep.data.toyworld import COLOURS, Body, Scene, World
 from fewstep.evaluation import probes
 from fewstep.evaluation.probes import NAMES, Asked, Parsed, adherence, asked, flights, parse
 from fewstep.evaluation.toyworld_score import damaged
@@ -17,7 +18,7 @@ SEED, NUM = 9_100, 128
 
 @pytest.fixture(scope="module")
 def series() -> list[Clip]:
-    return toyworld.clips(WORLD, SEED, range(NUM))
+    return toyclips.clips(WORLD, SEED, range(NUM))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_gravity_is_the_worlds(parsed: Parsed) -> None:
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_wrong_gravity_is_read_off(factor: float, parsed: Parsed) -> None:
-    played = toyworld.clips(WORLD, SEED, range(64), gravity=factor * 9.81)
+    played = toyclips.clips(WORLD, SEED, range(64), gravity=factor * 9.81)
     other = flights(parse(np.stack([clip.rgb for clip in played])))
     assert np.median(other.pull_px) / np.median(flights(parsed).pull_px) == pytest.approx(factor, rel=0.1)
     known = other.gravity[~np.isnan(other.gravity)]
@@ -116,8 +117,8 @@ def test_broken_time_is_seen(real: np.ndarray, wanted: Asked) -> None:
 def test_an_object_that_vanishes_breaks_permanence() -> None:
     ball = Body("sphere", "red", 0.45, 0, (-0.6, 0.45), (0.8, 0.0))
     box = Body("box", "green", 0.4, 1, (0.9, 0.4))
-    both = toyworld.render(WORLD, Scene((ball, box))).rgb
-    alone = toyworld.render(WORLD, Scene((box,))).rgb
+    both = toyclips.render(WORLD, Scene((ball, box))).rgb
+    alone = toyclips.render(WORLD, Scene((box,))).rgb
     vanishing = parse(np.stack([both, np.concatenate([both[:10], alone[10:]])]))
     np.testing.assert_allclose(probes.permanence(vanishing), [1, 1 - 7 / 34], rtol=1e-6)
 
@@ -126,14 +127,14 @@ def test_an_object_behind_another_or_out_of_the_picture_is_excused() -> None:
     front = Body("box", "blue", 0.42, 0, (0.0, 0.42))
     behind = Body("sphere", "yellow", 0.36, 2, (-1.2, 0.36), (2.6, 0.0))
     leaving = Body("sphere", "red", 0.4, 1, (1.0, 0.4), (3.0, 0.0))
-    made = parse(np.stack([toyworld.render(WORLD, Scene((front, behind, leaving))).rgb]))
+    made = parse(np.stack([toyclips.render(WORLD, Scene((front, behind, leaving))).rgb]))
     assert (made.area[0, NAMES.index("red")] == 0).any()
     assert probes.permanence(made)[0] == 1
 
 
 def test_two_objects_of_one_colour_are_counted() -> None:
     twins = (Body("sphere", "red", 0.45, 0, (-0.8, 0.45), (0.5, 0.0)), Body("sphere", "red", 0.45, 0, (0.9, 0.45)))
-    made = parse(toyworld.render(WORLD, Scene(twins)).rgb[None])
+    made = parse(toyclips.render(WORLD, Scene(twins)).rgb[None])
     assert made.count.tolist() == [2]
     assert adherence(made, ["a red sphere rolls to the right."]) == (0.0, 0.0)
 
@@ -145,7 +146,7 @@ def test_light_damage_changes_little(real: np.ndarray, wanted: Asked) -> None:
 
 def test_twice_the_resolution_gives_the_same_answers(parsed: Parsed) -> None:
     fine = dataclasses.replace(WORLD, height=64, width=64)
-    large = parse(np.stack([clip.rgb for clip in toyworld.clips(fine, SEED, range(8))]))
+    large = parse(np.stack([clip.rgb for clip in toyclips.clips(fine, SEED, range(8))]))
     small = parsed.rows(slice(8))
     np.testing.assert_array_equal(large.found, small.found)
     np.testing.assert_array_equal(large.is_box & large.found, small.is_box & small.found)

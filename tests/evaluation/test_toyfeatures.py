@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.data.toyworld import World, clips, stream
+from fewstep.data.toyclips import clips, stream
+from fewstep.data.toyworld import World
 from fewstep.evaluation import toyfeatures, train_toyfeatures
 from fewstep.evaluation.frechet import frechet_distance
 from fewstep.evaluation.neighbours import precision_recall
@@ -112,7 +113,7 @@ def test_real_below_mild_below_heavy_and_wrong_motion_above_real(real: np.ndarra
 def test_a_collapsed_set_is_seen_by_coverage_while_its_precision_stays(real: np.ndarray, known: torch.Tensor) -> None:
     rng = np.random.Generator(np.random.Philox(key=2))
     scenes = [clip.scene for clip in clips(WORLD, SEED, range(16))]
-    from fewstep.data.toyworld import render
+    from fewstep.data.toyclips import render
 
     collapsed = np.stack([render(WORLD, jittered(WORLD, scenes[n % 16], 0.15, rng)).rgb for n in range(256)])
     floor, made = precision_recall(known, features(real[:256])), precision_recall(known, features(collapsed))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.data import toyworld
+from fewstep.data import toyclips
 from fewstep.data.toyworld import World
 from fewstep.evaluation import toyfeatures, toyworld_score
 from fewstep.evaluation.report import Model, Report, page
@@ -16,17 +16,17 @@ NUM = 48
 
 
 @pytest.fixture(scope="module")
-def clips() -> list[toyworld.Clip]:
-    return toyworld.clips(WORLD, 9_200, range(5 * NUM))
+def clips() -> list[toyclips.Clip]:
+    return toyclips.clips(WORLD, 9_200, range(5 * NUM))
 
 
 @pytest.fixture(scope="module")
-def pictures(clips: list[toyworld.Clip]) -> np.ndarray:
+def pictures(clips: list[toyclips.Clip]) -> np.ndarray:
     return np.stack([clip.rgb for clip in clips])
 
 
 @pytest.fixture(scope="module")
-def prompts(clips: list[toyworld.Clip]) -> list[str]:
+def prompts(clips: list[toyclips.Clip]) -> list[str]:
     return [clip.caption for clip in clips[:NUM]]
 
 

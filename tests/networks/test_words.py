@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fewstep
-from fewstep.data.toyworld import VOCABULARY
+from fewstep.data.toycaptions import VOCABULARY
 from fewstep.networks.text import open_text_encoder
 from fewstep.networks.words import GAP, WordsConfig, WordsEncoder, WordsModel, open_words
 from fewstep.prepare.toy_words import train

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fewstep import cli
-from fewstep.data import keypoints, masks, toyworld, video
+from fewstep.data import keypoints, masks, toyclips, video
 from fewstep.data.arrays import write_pickle
 from fewstep.data.controls import Depth, Edge, Keypoint, Seg, Vis, seed_of
 from fewstep.data.folder import Folder
@@ -20,7 +20,7 @@ from fewstep.prepare.controls import OfDepthModel, OfFiles, OfFrames, Told, grey
 from fewstep.prepare.toyworld import stem_of
 
 WORLD, NUM = World(num_frames=5), 3
-CLIPS = [toyworld.clip(WORLD, 0, n) for n in range(NUM)]
+CLIPS = [toyclips.clip(WORLD, 0, n) for n in range(NUM)]
 
 
 @pytest.fixture

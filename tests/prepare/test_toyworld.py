@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fewstep import cli
-from fewstep.data import keypoints, masks, toyworld, video
+from fewstep.data import keypoints, masks, toyclips, toyscenes, video
 from fewstep.data.controls import Edge, Vis, depth_of_grey
 from fewstep.data.toyworld import World
 from fewstep.prepare.toyworld import PARTS, depth_range_m, stem_of, write
@@ -36,7 +36,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_every_part_of_every_clip_is_what_was_rendered(folder: Path) -> None:
     near, far = depth_range_m(WORLD)
     for index in range(NUM):
-        made, stem = toyworld.clip(WORLD, SEED, index), stem_of(index)
+        made, stem = toyclips.clip(WORLD, SEED, index), stem_of(index)
         clip = video.read(folder / "videos" / f"{stem}.mp4")
         assert np.array_equal(clip.frames, made.rgb)  # lossless: PSNR is infinite
         assert clip.fps == WORLD.fps
@@ -68,7 +68,7 @@ def test_the_index_tells_the_world_and_what_is_in_each_clip(folder: Path) -> Non
     told = json.loads((folder / "toyworld.json").read_text())
     assert (told["num"], told["seed"], told["world"]["num_frames"], len(told["clips"])) == (NUM, SEED, 9, NUM)
     for index, label in enumerate(told["clips"]):
-        scene = toyworld.specification(WORLD, SEED, index)
+        scene = toyscenes.specification(WORLD, SEED, index)
         assert (label["index"], label["stem"]) == (index, stem_of(index))
         assert label["caption"] == (folder / "metas" / f"{stem_of(index)}.txt").read_text().strip()
         assert [(o["shape"], o["colour"], tuple(o["position"])) for o in label["objects"]] == [
