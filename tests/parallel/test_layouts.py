@@ -26,8 +26,6 @@ from torch import Tensor
 
 from fewstep.networks.weights import read_tensors
 
-pytestmark = pytest.mark.xdist_group("layouts")  # what two processes trained is trained once
-
 WORKER = '''
 import os, sys, json
 from collections.abc import Sequence

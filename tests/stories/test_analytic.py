@@ -41,7 +41,6 @@ def trained(output_root: Path, name: str) -> Path:
     return next(output_root.glob(f"*/*/{name}"))
 
 
-@pytest.mark.xdist_group("analytic")
 @pytest.mark.parametrize("name", BOUNDS)
 def test_a_recipe_recovers_the_known_distribution(name: str, output_root: Path) -> None:
     run = trained(output_root, name)
@@ -52,7 +51,6 @@ def test_a_recipe_recovers_the_known_distribution(name: str, output_root: Path) 
     assert len(list(run.glob("previews/*.svg"))) >= 2, "a picture of before and one of after"
 
 
-@pytest.mark.xdist_group("analytic")
 def test_the_student_leaves_as_safetensors_and_samples_alike_elsewhere(output_root: Path, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file

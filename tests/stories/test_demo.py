@@ -43,7 +43,6 @@ def quick(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
-@pytest.mark.xdist_group("demo")
 def test_every_number_is_there_with_its_spread_and_its_n(made: Path) -> None:
     summary = json.loads((made / "summary.json").read_text())
     for name in NAMES:
@@ -60,7 +59,6 @@ def test_every_number_is_there_with_its_spread_and_its_n(made: Path) -> None:
     assert summary["clips_per_s_1step"] > summary["clips_per_s_4step"] > 3 * summary["clips_per_s_teacher"]
 
 
-@pytest.mark.xdist_group("demo")
 def test_plain_diffusers_sampled_the_exported_students(made: Path) -> None:
     from fewstep.data import video
 
@@ -70,7 +68,6 @@ def test_plain_diffusers_sampled_the_exported_students(made: Path) -> None:
         assert frames.std() > 10  # a floor and a wall differ by more
 
 
-@pytest.mark.xdist_group("demo")
 def test_the_same_command_again_does_nothing_and_another_size_is_refused(made: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in made.rglob("*.safetensors")}
     done = quick(made.parent)
@@ -80,7 +77,6 @@ def test_the_same_command_again_does_nothing_and_another_size_is_refused(made: P
     assert other.returncode == 1 and "holds another demo" in other.stderr
 
 
-@pytest.mark.xdist_group("demo")
 @pytest.mark.skipif(chromium.found() is None, reason="no Chromium here: apt-get install chromium")
 def test_the_page_opens_without_complaint_and_every_clip_is_there(made: Path) -> None:
     with chromium.browser() as page:
