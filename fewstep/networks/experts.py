@@ -6,7 +6,7 @@ the parts `transformer` (high) and `transformer_2` (low), as diffusers names the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -120,6 +120,14 @@ class Experts:
 
     def _is_sharded(self) -> bool:
         return dist.is_initialized() and any(isinstance(parameter, DTensor) for parameter in self.module.parameters())
+
+
+def for_each(network: Network, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """`weights` as they are, or, where they are those of one network and `network` is two experts, for either of them."""
+    names = ("transformer", "transformer_2")
+    if not isinstance(network, Experts) or any(key.split(".")[0] in names for key in weights):
+        return weights
+    return {f"{name}.{key}": tensor for name in names for key, tensor in weights.items()}
 
 
 def guided_apart(experts: Experts, negative: Condition, high: float, low: float) -> Denoiser:

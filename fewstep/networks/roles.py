@@ -14,6 +14,7 @@ from torch import nn
 
 from fewstep.config import OneOf, kind
 from fewstep.networks.contract import AnyNetwork, Network
+from fewstep.networks.experts import ExpertsSpec, for_each
 from fewstep.networks.heads import AnyHead
 from fewstep.networks.lora import Backbone, Lora, Shared, as_adapters
 from fewstep.networks.weights import load_into, read
@@ -36,10 +37,11 @@ class Full:
     """A network of its own, all weights trained."""
 
     network: AnyNetwork | None = None  # None: the teacher's
-    init: str = "teacher"  # "teacher": a copy of its weights; "random"; or a weights address (networks/weights.py)
+    # "teacher": a copy of its weights; "random"; or a weights address (networks/weights.py). Two experts each get those of one
+    init: str = "teacher"
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        if self.network is not None and self.init == "teacher":
+        if self.network is not None and self.init == "teacher" and not isinstance(self.network, ExpertsSpec):
             yield "init", "is 'teacher', but this role has a network of its own: give a weights address, or init=random"
 
 
@@ -127,12 +129,19 @@ def wholes(nets: Mapping[str, Network]) -> list[Whole]:
 def _role(role: Role, config: Networks, teacher: Network | None, name: str, seed: int) -> Network:
     if role.network is None and teacher is None:
         raise ValueError(f"networks.{name}: has no network of its own, and there is no teacher to take after")
-    if role.init == "teacher":
+    if role.network is None and role.init == "teacher":
         assert teacher is not None
         return twin_of(teacher)
     network = _built(role.network or config.teacher, name, seed)
-    if role.init != "random":
-        load_into(network.module, read(role.init, network.module), f"{role.init} (networks.{name}.init)")
+    if role.init == "random":
+        return network
+    if role.init != "teacher":
+        weights = read(role.init, network.module)
+    elif teacher is None:
+        raise ValueError(f"networks.{name}.init: is teacher, and there is none: give a weights address, or random")
+    else:
+        weights = teacher.module.state_dict()
+    load_into(network.module, for_each(network, weights), f"{role.init} (networks.{name}.init)")
     return network
 
 

@@ -1,14 +1,16 @@
 """Experts by noise level: who answers, whose weights learn, and what a copy shares."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.batch import Condition
 from fewstep.networks.experts import Experts, ExpertsSpec
-from fewstep.networks.roles import twin_of
+from fewstep.networks.roles import Full, Networks, build, twin_of
 from fewstep.networks.tiny import TinySpec
 from fewstep.networks.wan import WanSpec
 
@@ -93,3 +95,32 @@ def test_both_experts_are_saved_under_the_names_of_diffusers() -> None:
 def test_experts_that_do_not_fit_together_are_refused() -> None:
     with pytest.raises(ValueError, match="must agree in path and number of blocks"):
         ExpertsSpec(WAN, TinySpec("dit", channels=4)).build()
+
+
+def test_a_phased_student_begins_as_its_teacher_twice(tmp_path: Path) -> None:
+    """From the teacher itself, from the address of one network, and from that of two: at the start it answers as they do."""
+    teacher, pair, (x, cond) = replace(WAN, num_layers=1), ExpertsSpec(*[replace(WAN, num_layers=1)] * 2, 0.9), inputs()
+    nets = build(Networks(teacher=teacher, student=Full(pair)), ("student", "teacher"), seed=1)
+    student = nets["student"]
+    assert isinstance(student, Experts)
+    torch.testing.assert_close(student(x, T, cond).velocity, nets["teacher"](x, T, cond).velocity, rtol=0, atol=1e-6)
+    kept = {name: tensor.clone() for name, tensor in nets["teacher"].module.state_dict().items()}
+    with torch.no_grad():
+        for parameter in student.high.module.parameters():
+            parameter.add_(1.0)  # the other expert and the teacher have weights of their own
+    for others in (student.low.module, nets["teacher"].module):
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in others.state_dict().items())
+
+    for held, module in (("one", nets["teacher"].module), ("two", student.module)):
+        address = str(tmp_path / f"{held}.safetensors")
+        save_file(module.state_dict(), address)
+        found = build(Networks(teacher=teacher, student=Full(pair, address)), ("student",), seed=2)["student"]
+        wanted = nets["teacher"] if held == "one" else student
+        torch.testing.assert_close(found(x, T, cond).velocity, wanted(x, T, cond).velocity, rtol=0, atol=1e-6)
+
+
+def test_experts_that_the_teacher_does_not_fit_are_refused_by_their_key() -> None:
+    with pytest.raises(ValueError, match=r"teacher \(networks\.student\.init\)' do not fit the network"):
+        build(Networks(teacher=replace(WAN, num_layers=1), student=Full(ExpertsSpec(WAN, WAN, 0.9))), ("student", "teacher"), 1)
+    with pytest.raises(ValueError, match=r"networks\.student\.init: is teacher, and there is none"):
+        build(Networks(student=Full(ExpertsSpec(WAN, WAN, 0.9))), ("student",), 1)
