@@ -14,5 +14,7 @@ from fewstep.networks import qwen_image as qwen_image
 from fewstep.networks import unet as unet
 from fewstep.recipes import analytic as analytic
 from fewstep.recipes import analytic_matching as analytic_matching
+from fewstep.recipes import cosmos_predict1 as cosmos_predict1
+from fewstep.recipes import cosmos_predict25 as cosmos_predict25
 from fewstep.recipes import cosmos_transfer1 as cosmos_transfer1
 from fewstep.recipes import toyworld as toyworld

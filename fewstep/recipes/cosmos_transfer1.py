@@ -1,16 +1,35 @@
-"""Recipes of the Cosmos families, with the settings that were published for them."""
+"""Recipes of Cosmos-Transfer1 7B, with the settings that were published for them, and under their names.
+
+    DISTILL_CTRL_7Bv1_{type}_fsdp_{kd|dmd2}_train                                   distillation into one step
+    CTRL_7Bv1pt3_lvg_tp_121frames_control_input_{type}_block3_{pretrain|posttrain}  a control branch for the frozen base
+
+704 x 1280, 121 frames, as latents (`fewstep prepare latents --scale 0.5`). The batch of 64 is 8 processes with 8 micro-batches
+each: with another number of processes set trainer.grad_accum. DMD2 goes on from KD with networks.student.init=RUN. Pre-training
+wants its base as a folder: `fewstep convert .../base_model.pt .../base_model`; optimiser as published, a warm-up is not.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+
 from fewstep.config import recipe
-from fewstep.data.controls import Edge
+from fewstep.data.controls import Control, Depth, Edge, Keypoint, Seg, Vis
 from fewstep.data.folder import Folder
+from fewstep.diffusion.times import LogNormal
+from fewstep.methods import KD, Finetune
 from fewstep.methods.dmd2_dialects import Transfer1
 from fewstep.networks.cosmos_models import transfer1_7b
 from fewstep.networks.heads import Conv3dSpec
-from fewstep.networks.roles import Networks
+from fewstep.networks.roles import Full, Networks
+from fewstep.training.ema import Ema
 from fewstep.training.optim import Optim
-from fewstep.training.run import Job, Parallel, Run, Trainer
+from fewstep.training.run import Checkpoint, Job, Parallel, Run, Trainer
+
+CONTROLS: Mapping[str, Control] = {"edge": Edge(), "vis": Vis(), "depth": Depth(), "seg": Seg(), "keypoint": Keypoint()}
+GIVEN = (1 / 3, 1 / 3, 1 / 3)  # first_random_n: 0, 1 or 2 latent frames, each as likely
+FILES = "checkpoints/nvidia/Cosmos-Transfer1-7B"  # where their download, and `fewstep convert --ctrl_type`, put them
 
 
 @recipe("dmd2_cosmos_transfer1_7b_edge")
@@ -25,3 +44,70 @@ def dmd2_cosmos_transfer1_7b_edge() -> Run:
         trainer=Trainer(max_iter=24_000, batch_size=1, grad_accum=8, precision="bf16", checkpointing=True),  # 64 on 8 GPUs
         parallel=Parallel(mode="fsdp"),
     )
+
+
+def _distilled(control: str, stage: str) -> Job:
+    name = f"DISTILL_CTRL_7Bv1_{control}_fsdp_{stage}_train"
+    return Job(project="cosmos_transfer1_distill", group="DISTILL_CTRL_7Bv1", name=name)
+
+
+def _kd(control: str) -> Run:
+    return Run(
+        job=_distilled(control, "kd"),
+        method=KD(student_sample_steps=1, t_list=(80.0,), given=GIVEN),
+        networks=Networks(teacher=transfer1_7b(control), teacher_init=f"{FILES}/checkpoints_teacher/{control}_control.pt"),
+        data=Folder("datasets/kd", x0="latents", control=CONTROLS[control], pairs=("noise",)),
+        optim=Optim(lr=1e-5, weight_decay=0.01, clip=10.0),
+        ema=Ema(profile="none"),
+        trainer=Trainer(max_iter=10_000, batch_size=1, grad_accum=8, precision="bf16", checkpointing=True),
+        checkpoint=Checkpoint(save_iter=500),
+        parallel=Parallel(mode="fsdp"),
+    )
+
+
+def _dmd2(control: str) -> Run:
+    run = _kd(control)
+    return replace(
+        run,
+        job=_distilled(control, "dmd2"),
+        method=Transfer1(given=GIVEN),  # their guidance 5, a GAN of 1e-3, and every 5th turn the student's
+        networks=replace(run.networks, head=Conv3dSpec(taps=(14,), channels=4096)),
+        data=Folder("datasets/dmd2", x0="latents", control=CONTROLS[control], negative="zeros"),
+        optim=Optim(lr=5e-7, weight_decay=0.01, clip=10.0),  # of all three roles
+        trainer=replace(run.trainer, max_iter=24_000),
+    )
+
+
+def _branch(control: str, stage: str) -> Run:
+    network = replace(transfer1_7b(control), train="control")
+    if stage == "pretrain":  # a fresh branch is a copy of its base, which must therefore be there when it is made
+        student = Full(replace(network, pretrained=f"{FILES}/base_model"), init="random")
+    else:
+        student = Full(network, init=f"{FILES}/base_model.pt+{FILES}/{control}_control.pt")
+    name = f"CTRL_7Bv1pt3_lvg_tp_121frames_control_input_{control}_block3_{stage}"
+    times = LogNormal(mean=0.0, std=1.0, scale=4.0)  # sqrt(16 latent frames)
+    return Run(
+        job=Job(project=f"cosmos_transfer1_{stage}", group="CTRL_7Bv1_lvg", name=name),
+        method=Finetune(space="x0", weighting="edm", sigma_data=0.5, times=times, given=GIVEN),
+        networks=Networks(student=student),
+        data=Folder("datasets/dmd2", x0="latents", control=CONTROLS[control]),
+        optim=Optim(lr=2**-14.3, betas=(0.9, 0.99), weight_decay=0.1, eps=1e-10),
+        trainer=Trainer(max_iter=999_999_999, batch_size=1, precision="bf16", checkpointing=True, log_every=200),
+        checkpoint=Checkpoint(save_iter=1000),
+        parallel=Parallel(mode="fsdp"),
+    )
+
+
+def _known(make: Callable[[], Run], about: str) -> None:
+    def build() -> Run:
+        return make()
+
+    build.__doc__ = about
+    recipe(make().job.name)(build)
+
+
+for _control in CONTROLS:
+    _known(partial(_kd, _control), f"KD of Cosmos-Transfer1 7B ({_control}) into one step, on 10,000 pairs of its own.")
+    _known(partial(_dmd2, _control), f"DMD2 of Cosmos-Transfer1 7B ({_control}) into one step, from its teacher.")
+    _known(partial(_branch, _control, "pretrain"), f"A fresh {_control} branch for the frozen base of Cosmos-Transfer1 7B.")
+    _known(partial(_branch, _control, "posttrain"), f"The published {_control} branch of Cosmos-Transfer1 7B, trained on.")

@@ -1,0 +1,98 @@
+"""Recipes of Cosmos-Predict2.5 and Transfer2.5: DMD2 in TrigFlow into four steps, with the published settings and names.
+
+    dmd2_trigflow_distill_cosmos_predict2_{2B|14B}_bidirectional_TnI2V[_w_discriminator]
+    dmd2_trigflow_distill_cosmos_transfer2p5_2B_bidirectional_{edge|vis|depth|seg}
+
+720p, 93 frames: latents of 24 x 88 x 160 (`fewstep prepare latents`), texts as Qwen2.5-VL's 28 layers say them
+(`fewstep prepare text --into reason1`). Learning rates: in a warm-up of 100 iterations to 0.99 of the nominal one, from there
+towards 0.4 over 400,000; the run ends long before. Where the published code leaves the uncond prompt to a file, ours is zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+
+from fewstep.config import recipe
+from fewstep.data.controls import Control, Depth, Edge, Seg, Vis
+from fewstep.data.folder import Folder
+from fewstep.methods.dmd2_dialects import Predict25
+from fewstep.methods.gan import Gan
+from fewstep.networks.cosmos import CosmosSpec
+from fewstep.networks.cosmos_models import PREDICT2_5_2B, PREDICT2_5_14B, transfer2_5_2b
+from fewstep.networks.heads import QuerySpec
+from fewstep.networks.roles import Networks
+from fewstep.training.ema import Ema
+from fewstep.training.optim import Optim
+from fewstep.training.run import Checkpoint, Job, Parallel, Run, Trainer
+
+CONTROLS: Mapping[str, Control] = {"edge": Edge(), "vis": Vis(), "depth": Depth(), "seg": Seg()}
+GAN = Gan(weight=1.0, features="critic", form="bce", real_noise="same")
+
+
+def _run(name: str, teacher: CosmosSpec, weights: str, critic_lr: float = 2e-7, control: Control | None = None) -> Run:
+    return Run(
+        job=Job(project="cosmos_predict2_distill", group="predict2_distill", name=name),
+        method=Predict25(given=(0.6, 0.2, 0.2)),  # their guidance 3, and every 5th turn the student's
+        networks=Networks(teacher=teacher, teacher_init=weights),
+        data=Folder("datasets/dmd2", x0="latents", text="reason1", negative="zeros", control=control),
+        optim=_optim(1e-6),
+        critic_optim=_optim(critic_lr),
+        ema=Ema(profile="power", width=0.1),
+        trainer=Trainer(max_iter=30_000, batch_size=1, precision="bf16", checkpointing=True, log_every=10),
+        checkpoint=Checkpoint(save_iter=500),
+        parallel=Parallel(mode="fsdp"),
+    )
+
+
+def _optim(lr: float) -> Optim:
+    """0.99 of lr after the warm-up, 0.946 of it in iteration 30,000: on the way to 0.4 in iteration 400,000."""
+    return Optim(lr=0.99 * lr, clip=1.0, schedule="linear", warmup_iters=100, end_factor=0.9555)
+
+
+def _with_head(run: Run, head: QuerySpec) -> Run:
+    """The published variant with a discriminator on the critic's features."""
+    return replace(
+        run,
+        job=replace(run.job, name=f"{run.job.name}_w_discriminator"),
+        method=replace(run.method, gan=GAN),  # type: ignore[type-var]  # a Predict25
+        networks=replace(run.networks, head=head),
+        head_optim=_optim(2e-7),
+    )
+
+
+def predict_2b() -> Run:
+    name = "dmd2_trigflow_distill_cosmos_predict2_2B_bidirectional_TnI2V"
+    return _run(name, PREDICT2_5_2B, "checkpoints/nvidia/Cosmos-Predict2.5-2B/model.pt")
+
+
+def predict_14b() -> Run:
+    name = "dmd2_trigflow_distill_cosmos_predict2_14B_bidirectional_TnI2V"
+    return _run(name, PREDICT2_5_14B, "checkpoints/nvidia/Cosmos-Predict2.5-14B/model.pt", critic_lr=1e-7)
+
+
+def predict_2b_with_head() -> Run:
+    run = _with_head(predict_2b(), QuerySpec(taps=(11, 19, 27), channels=2048))
+    return replace(run, method=replace(run.method, given=(0.5, 0.3, 0.2)))  # type: ignore[type-var]  # a Predict25
+
+
+def transfer_2b(control: str) -> Run:
+    name = f"dmd2_trigflow_distill_cosmos_transfer2p5_2B_bidirectional_{control}"
+    weights = f"checkpoints/nvidia/Cosmos-Transfer2.5-2B/{control}.pt"
+    return _run(name, transfer2_5_2b(control), weights, control=CONTROLS[control])
+
+
+def _known(make: Callable[[], Run], about: str) -> None:
+    def build() -> Run:
+        return make()
+
+    build.__doc__ = about
+    recipe(make().job.name)(build)
+
+
+_known(predict_2b, "DMD2 of Cosmos-Predict2.5 2B into four steps: text, image and video to world.")
+_known(predict_2b_with_head, "The same with a discriminator on the critic's features.")
+_known(predict_14b, "DMD2 of Cosmos-Predict2.5 14B into four steps; 32 GPUs and more.")
+for _control in CONTROLS:
+    _known(partial(transfer_2b, _control), f"DMD2 of Cosmos-Transfer2.5 2B ({_control}) into four steps.")
