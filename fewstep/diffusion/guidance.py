@@ -43,6 +43,22 @@ def guided(
     return _Guided(denoiser, negative, w, interval, rescale, negative_grad)
 
 
+def with_and_without(
+    denoiser: Denoiser,
+    negative: Condition,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Condition,
+    *,
+    taps: Sequence[int] = (),
+    cache: Cache | None = None,
+) -> tuple[Prediction, Tensor]:
+    """The answer under cond and the velocity under the negative, from one call of the denoiser on a batch of both."""
+    both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), join(cond, negative), taps=taps, cache=cache)
+    x, velocity, features = both.x_t.chunk(2)[0], both.velocity.chunk(2), (part.chunk(2)[0] for part in both.features)
+    return Prediction(x, t, denoiser.path, velocity[0], tuple(features)), velocity[1]
+
+
 @dataclass(frozen=True)
 class _Guided:
     inner: Denoiser
@@ -62,20 +78,17 @@ class _Guided:
         if self.interval is not None and not bool(self._inside(t).any()):
             return self.inner(x_t, t, cond, taps=taps, cache=cache)  # w is 1 everywhere: the second pass would be thrown away
         if self.negative_grad:
-            both = self.inner(torch.cat([x_t, x_t]), torch.cat([t, t]), join(cond, self.negative), taps=taps, cache=cache)
-            (with_text, without), x = both.velocity.chunk(2), both.x_t.chunk(2)[0]
-            features = tuple(feature.chunk(2)[0] for feature in both.features)
+            first, without = with_and_without(self.inner, self.negative, x_t, t, cond, taps=taps, cache=cache)
         else:
             first = self.inner(x_t, t, cond, taps=taps, cache=cache)
             with torch.no_grad():
                 without = self.inner(x_t, t, self.negative, cache=cache).velocity
-            with_text, x, features = first.velocity, first.x_t, first.features
         w = torch.full_like(t, self.w, dtype=torch.float64)
         if self.interval is not None:
             w = torch.where(self._inside(t), w, 1.0)
-        velocity = without + spread(w, without).to(without.dtype) * (with_text - without)
-        answer = Prediction(x, t, self.path, velocity, features)
-        return self._rescaled(answer, replace(answer, velocity=with_text)) if self.rescale else answer
+        velocity = without + spread(w, without).to(without.dtype) * (first.velocity - without)
+        answer = replace(first, velocity=velocity)
+        return self._rescaled(answer, first) if self.rescale else answer
 
     def _inside(self, t: Tensor) -> Tensor:
         assert self.interval is not None

@@ -81,14 +81,14 @@ class Flux:
                 return_dict=False,
                 **extra,
             )[0]
-        features = tuple(_as_map(seen[i][1], x) for i in taps)
+        features = tuple(as_map(seen[i][1], x) for i in taps)
         return Prediction(x, t, self.path, unpacked(raw.to(x.dtype), x).reshape(x.shape), features)
 
     def new_cache(self, like: Tensor) -> Cache:
         return refuse_cache("FluxTransformer2DModel")
 
 
-def _as_map(tokens: Tensor, like: Tensor) -> Tensor:
+def as_map(tokens: Tensor, like: Tensor) -> Tensor:
     """B N D as B D H/2 W/2, or B D 1 H/2 W/2 where `like` is a clip."""
     maps = tokens.transpose(1, 2).unflatten(2, (like.shape[-2] // 2, like.shape[-1] // 2))
     return maps if like.ndim == 4 else maps[:, :, None]

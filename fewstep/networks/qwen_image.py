@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from fewstep.batch import Condition, join
+from fewstep.batch import Condition
 from fewstep.config import kind
 from fewstep.diffusion import Cache, Denoiser, Path, Prediction, RectifiedFlow
+from fewstep.diffusion.guidance import with_and_without
 from fewstep.diffusion.path import working_dtype
 from fewstep.networks.contract import refuse_cache
 from fewstep.networks.cosmos import from_folder
-from fewstep.networks.flux import packed, unpacked
+from fewstep.networks.flux import as_map, packed, unpacked
 from fewstep.networks.upstream import as_picture, enters_in_compute_dtype, needed, refuse_given, tapped
 
 
@@ -55,8 +55,7 @@ class QwenImage:
                 img_shapes=[[(1, *grid)]] * len(x),
                 return_dict=False,
             )[0]
-        maps = (seen[i][1].transpose(1, 2).unflatten(2, grid) for i in taps)
-        features = tuple(feature if x.ndim == 4 else feature[:, :, None] for feature in maps)
+        features = tuple(as_map(seen[i][1], x) for i in taps)
         return Prediction(x, t, self.path, unpacked(raw.to(x.dtype), x).reshape(x.shape), features)
 
     def new_cache(self, like: Tensor) -> Cache:
@@ -81,13 +80,12 @@ class _GuidedAtLength:
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
     ) -> Prediction:
-        both = self.inner(torch.cat([x_t, x_t]), torch.cat([t, t]), join(cond, self.negative), taps=taps, cache=cache)
-        (x, _), (with_text, without) = both.x_t.chunk(2), both.velocity.chunk(2)
+        first, without = with_and_without(self.inner, self.negative, x_t, t, cond, taps=taps, cache=cache)
+        x, with_text = first.x_t, first.velocity
         wanted = packed(with_text.reshape(len(x), -1, *x.shape[-2:]))
         mixed = packed((without + self.w * (with_text - without)).reshape(len(x), -1, *x.shape[-2:]))
         mixed = mixed * (wanted.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True))
-        features = tuple(feature.chunk(2)[0] for feature in both.features)
-        return replace(both, x_t=x, t=t, velocity=unpacked(mixed, x).reshape(x.shape), features=features)
+        return replace(first, velocity=unpacked(mixed, x).reshape(x.shape))
 
 
 @kind("qwen_image", group="network")
