@@ -14,6 +14,7 @@ All arithmetic on t is float64. Only the finished coefficients are cast, once, t
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Literal, Protocol, cast
@@ -71,11 +72,12 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-class _Affine:
+class _Affine(ABC):
     """What all paths share, given `coefficients`."""
 
+    @abstractmethod
     def coefficients(self, t: Tensor) -> Coefficients:
-        raise NotImplementedError
+        """As `Path.coefficients`."""
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         a, s, _, _ = self.coefficients(t)

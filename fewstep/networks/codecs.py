@@ -16,12 +16,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-
-from fewstep.config import OneOf, kind
 
 FRAMES_AT_ONCE = 8  # pictures that an image autoencoder sees at once; they do not see each other
 
@@ -46,30 +44,6 @@ class Codec(Protocol):
     def fingerprint(self) -> str:
         """Identifies weights and settings: caches made under another fingerprint are not ours."""
         ...
-
-
-class CodecSpec(Protocol):
-    """A frozen dataclass registered with @kind(NAME, group="codec")."""
-
-    def build(self) -> Codec: ...
-
-
-AnyCodec = Annotated[CodecSpec, OneOf("codec")]  # a field that holds the configuration of one codec
-
-
-@kind("pretrained", group="codec")
-@dataclass(frozen=True)
-class PretrainedCodec:
-    """An autoencoder of diffusers, from a folder or a hub id."""
-
-    address: str  # a pipeline's folder does, too: its vae/ is found
-    scale: float = 1.0  # of the latents besides their normalisation; Predict1 and Transfer1: their sigma_data, 0.5
-    tile: int | None = None  # pixels along the side of one tile; None: the whole picture at once, which is exact
-    precision: Literal["fp32", "bf16"] = "fp32"
-
-    def build(self) -> Autoencoder:
-        dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
-        return open_codec(self.address, scale=self.scale, tile=self.tile, dtype=dtype)
 
 
 @dataclass(frozen=True)

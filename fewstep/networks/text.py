@@ -18,16 +18,16 @@ from __future__ import annotations
 import html
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.config import OneOf, kind
 from fewstep.networks.codecs import fingerprint_of
 
 SAMPLED = 4096  # entries of each weight that the fingerprint of a text encoder looks at: T5-11b whole would take minutes
@@ -59,31 +59,8 @@ class TextEncoder(Protocol):
         ...
 
 
-class TextSpec(Protocol):
-    """A frozen dataclass registered with @kind(NAME, group="text")."""
-
-    def build(self) -> TextEncoder: ...
-
-
-AnyText = Annotated[TextSpec, OneOf("text")]  # a field that holds the configuration of one text encoder
-
-
-@kind("pretrained", group="text")
-@dataclass(frozen=True)
-class PretrainedText:
-    """A text encoder of transformers, from a folder or a hub id."""
-
-    address: str  # a pipeline's folder does, too: its text_encoder/ and tokenizer/ are found
-    max_tokens: int | None = None  # None: what the family was trained with
-    precision: Literal["fp32", "bf16"] = "fp32"
-
-    def build(self) -> TextEncoder:
-        dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
-        return open_text_encoder(self.address, max_tokens=self.max_tokens, dtype=dtype)
-
-
 @dataclass(frozen=True, eq=False)
-class _Encoder:
+class _Encoder(ABC):
     module: nn.Module
     tokenizer: Any  # Any: transformers' tokenizers have no common type
     max_tokens: int
@@ -113,8 +90,9 @@ class _Encoder:
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
+    @abstractmethod
     def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """Embeddings B L D and masks B L of a few prompts."""
 
     def _settings(self) -> dict[str, Any]:
         return {"max_tokens": self.max_tokens}

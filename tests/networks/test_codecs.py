@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.networks.codecs import PretrainedCodec, codec_of, open_codec
+from fewstep.networks.codecs import codec_of, open_codec
 
 TINY = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 4}
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
@@ -59,7 +59,6 @@ def test_a_codec_opens_from_its_folder_and_from_a_pipelines(tmp_path: Path) -> N
         torch.testing.assert_close(codec.encode(pixels), wanted, rtol=0, atol=0)
         assert not codec.module.training
         assert not any(p.requires_grad for p in codec.module.parameters())
-    assert PretrainedCodec(str(tmp_path / "pipeline")).build().fingerprint == codec.fingerprint
 
 
 def test_latents_do_not_depend_on_the_batch_or_on_how_many_frames_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
