@@ -1,0 +1,111 @@
+"""What the documents promise is there: every file they name, and the verb, options, recipe and settings of every command."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from fewstep.cli import app
+from fewstep.config import compose, read_command, recipes
+from fewstep.inference import asked
+from fewstep.training.fit import split_words
+from fewstep.training.run import Run
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/**/*.md"))]
+OWN_PATH = re.compile(r"(?<![\w./-])((?:docs|tests|fewstep|benchmarks|examples)/[\w./-]*\w)")
+THEIRS = {"examples/inference.py"}  # of Cosmos-Predict2.5
+START = re.compile(r"(?:^|\s)(?:torchrun\s.*-m\s+fewstep(?:\.train)?|python -m fewstep(?:\.\w+)*|fewstep)(?=\s)")
+
+
+def commands(page: Path) -> Iterator[str]:
+    """The commands of a page, in blocks and within lines, without what follows them: comments and arrows to what is written."""
+    text = page.read_text()
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    spans = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    for line in (*lines, *(" ".join(span.replace("\\|", "|").split()) for span in spans)):
+        command = re.split(r"\s+#|\s->", line)[0].strip()
+        if START.match(command) and "`" not in command:
+            yield command
+
+
+def verbs(group: Any) -> dict[str, set[str]]:  # Any: typer carries a click of its own
+    """Of each verb its options; of `prepare text` under its two words."""
+    found: dict[str, set[str]] = {}
+    for name, one in group.commands.items():
+        if hasattr(one, "commands"):
+            found |= {f"{name} {inner}": options for inner, options in verbs(one).items()}
+        else:
+            found[name] = {"--help"} | {
+                option for parameter in one.params for option in (*parameter.opts, *parameter.secondary_opts)
+            }
+    return found
+
+
+VERBS = verbs(typer.main.get_command(app))
+VERBS["generate"] |= {option for action in asked._parser()._actions for option in action.option_strings}
+VERBS["train"] |= {"--config", "--dryrun"}
+COMMANDS = sorted({(page.relative_to(ROOT).as_posix(), command) for page in PAGES for command in commands(page)})
+
+
+def split(command: str) -> tuple[str, list[str]]:
+    """The verb, and the words after it; of `python -m` the module."""
+    start = START.match(command)
+    assert start is not None, command
+    rest = shlex.split(command[start.end() :])
+    if start[0].endswith("fewstep.train"):
+        return "train", rest
+    if "python -m fewstep." in start[0]:
+        return start[0].split()[-1], rest
+    size = 2 if rest and any(verb.startswith(f"{rest[0]} ") for verb in VERBS) and len(rest) > 1 else 1
+    return " ".join(rest[:size]), rest[size:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(ROOT).as_posix() for page in PAGES])
+def test_every_file_that_a_page_names_is_there(page: Path) -> None:
+    text = page.read_text()
+    named = {path for path in OWN_PATH.findall(text) if "." in Path(path).name} - THEIRS
+    linked = {target for target in re.findall(r"\]\(([^)#:]+)\)", text) if not target.startswith("http")}
+    missing = [path for path in named if not (ROOT / path).exists()]
+    missing += [target for target in linked if not (page.parent / target).exists()]
+    assert not missing, missing
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page}: {command}" for page, command in COMMANDS])
+def test_a_command_names_a_verb_and_options_that_are_there(page: str, command: str) -> None:
+    verb, words = split(command)
+    if verb.startswith("fewstep."):
+        spec = find_spec(verb)
+        assert spec is not None and spec.origin is not None and "__main__" in Path(spec.origin).read_text()
+        return
+    known = VERBS.get(verb) or set().union(*(VERBS[name] for name in VERBS if name.startswith(f"{verb} ")))
+    assert known, f"no verb {verb!r}; there are {sorted(VERBS)}"
+    said = {word.split("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)}
+    assert said <= known, said - known
+
+
+def of_recipes() -> list[tuple[str, str]]:
+    """Commands that name a recipe of ours: a name in capitals stands for any."""
+    return [(page, line) for page, line in COMMANDS if re.search(r"\bexperiment=[a-z]", line) and "my_" not in line]
+
+
+@pytest.mark.parametrize(("page", "command"), of_recipes(), ids=[f"{page}: {command}" for page, command in of_recipes()])
+def test_a_run_that_a_page_starts_can_be_composed(page: str, command: str) -> None:
+    import fewstep.recipes  # noqa: F401  makes every name known
+
+    _, words = split(command)
+    settings = [word for word in words if word not in ("...", "a.b=c", "--json")]
+    assert compose(read_command(split_words(settings)[0]), Run).job.name
+    assert recipes()
+
+
+def test_the_targets_of_make_are_there() -> None:
+    there = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    said = {name for page in PAGES for name in re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), flags=re.MULTILINE)}
+    assert said and said <= there, said - there
