@@ -4,6 +4,8 @@ One table; each row spoils a good data set of pairs in one way, and says what th
 """
 
 import json
+import os
+import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -113,16 +115,15 @@ def one_frame_without_entry(root: Path) -> None:
 
 
 class Hostile:
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        import os
+    def __init__(self, root: Path):
+        self.root = root
 
-        return os.system, ("echo hacked > /tmp/fewstep_hacked",)
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (f"mkdir '{self.root}/hacked'",)
 
 
 def hostile(root: Path) -> None:
-    import pickle
-
-    (root / f"noise/{LAST}.pickle").write_bytes(pickle.dumps([Hostile()]))
+    (root / f"noise/{LAST}.pickle").write_bytes(pickle.dumps([Hostile(root)]))
 
 
 NOISE, TEXT, KEY = {"pairs": ("noise",)}, {"text": "t5_xxl"}, {"control": Keypoint()}
@@ -218,7 +219,7 @@ def test_every_mistake_has_its_name(
     with pytest.raises(ValueError, match=training_says):
         data = replace(Folder(str(toy), text=None), **settings).open()
         data.batch(torch.arange(len(data)))
-    assert not Path("/tmp/fewstep_hacked").exists()
+    assert not (toy / "hacked").exists()
 
 
 def test_there_are_twenty_kinds() -> None:
