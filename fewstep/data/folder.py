@@ -12,13 +12,11 @@ one made anew: an edge of the teacher's own output is not what the output was as
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,15 +24,12 @@ from torch import Tensor
 
 from fewstep.batch import Batch, Condition
 from fewstep.config import kind
-from fewstep.data import cache, layout, order, parts, video
+from fewstep.data import layout, order, parts, video
 from fewstep.data.contract import BadSamples
 from fewstep.data.controls import AnyControl, Pixels, Span, made_of, seed_of
-from fewstep.data.layout import Layout, Part, some
-from fewstep.data.packs import Packs, has_packs, open_packs
+from fewstep.data.layout import Layout
+from fewstep.data.samples import Sample, buckets_of, captions_of, each, packs_of, refuse, samples_of
 from fewstep.data.sizes import Fit, Resize, fit, nearest_shape
-
-_PROBE_THREADS = 8  # headers are small reads from disk: waiting, not work
-_Answer = TypeVar("_Answer")
 
 
 @kind("folder", group="data")
@@ -124,17 +119,6 @@ class Folder:
         return FolderData(self)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One sample: its files by the folder of their part, and which frames of them."""
-
-    stem: str
-    files: Mapping[str, Path]
-    span: Span = field(default_factory=Span)
-    header: video.Header | None = None  # of its video, if that is read
-    rows: Mapping[str, int] = field(default_factory=dict[str, int])  # its rows in the parts that are packed, by folder
-
-
 class FolderData:
     """The samples of a `Folder`, checked. `stems` and `captions` have one entry per sample, as `batch` counts them."""
 
@@ -142,10 +126,10 @@ class FolderData:
         """`samples`, if given, are known and checked already: those of shards."""
         self.spec = spec
         self.layout = place or Layout.open(spec.dataset_dir)
-        self.packs = {} if samples is not None else _packs(spec, self.layout)
+        self.packs = {} if samples is not None else packs_of(spec, self.layout)
         self.left_out: dict[str, str] = {}  # samples whose clip cannot be opened, and why; data.max_bad of them at the most
-        self.samples = _samples(spec, self.layout, self.packs, self.left_out) if samples is None else samples
-        self._bucket = _buckets_of(spec, self.samples)
+        self.samples = samples_of(spec, self.layout, self.packs, self.left_out) if samples is None else samples
+        self._bucket = buckets_of(spec, self.samples)
         self._members = [(self._bucket == bucket).nonzero()[:, 0] for bucket in self._bucket.unique().tolist()]
         self._negative = self._read_negative()
         self._like, self._first = self._read_first()
@@ -188,8 +172,8 @@ class FolderData:
         problem = self.layout.missing(layout.CAPTIONS, stems)
         if problem:
             raise ValueError(f"{self.layout.root}: {problem}")
-        texts, problems = _captions(self.layout, stems)
-        _refuse(self.layout, problems)
+        texts, problems = captions_of(self.layout, stems)
+        refuse(self.layout, problems)
         return [texts[sample.stem] for sample in self.samples]
 
     def batch(self, index: Tensor) -> Batch:
@@ -202,7 +186,7 @@ class FolderData:
                 "trainer.batch_size or a multiple of it"
             )
         read, bad = dict[int, dict[str, Tensor]](), dict[int, str]()
-        for row, found in zip(wanted, _each(self._tried, wanted, self.spec.num_threads), strict=True):
+        for row, found in zip(wanted, each(self._tried, wanted, self.spec.num_threads), strict=True):
             if isinstance(found, str):
                 bad |= {place: found for place, other in enumerate(rows) if other == row}
             else:
@@ -384,274 +368,6 @@ class _Memory:
         return {name: column[index] for name, column in self._columns.items()}
 
 
-# ---- what can be told before reading -------------------------------------------------------------------------------
-
-
-def _packs(spec: Folder, place: Layout) -> dict[str, Packs]:
-    """The parts of a sample that lie in packs, by folder."""
-    if place.form != "flat":
-        return {}
-    folders = [part.folder for part in _needed(spec) if part not in (layout.NOISE, layout.PATH)]
-    folders += [layout.LATENTS.folder] if spec.x0 == "latents" else []
-    return {folder: open_packs(place.root / folder) for folder in folders if has_packs(place.root / folder)}
-
-
-def _missing(place: Layout, part: Part, stems: Sequence[str], packs: Mapping[str, Packs]) -> str | None:
-    if part.folder not in packs:
-        return place.missing(part, stems)
-    there = packs[part.folder].by_stem()
-    lacking = [stem for stem in stems if stem not in there]
-    return f"{len(lacking)} of {len(stems)} lack a row in {part.folder}/packs: {some(lacking)}" if lacking else None
-
-
-def _buckets_of(spec: Folder, samples: Sequence[Sample]) -> Tensor:
-    """The number of each sample's bucket; all 0 where all samples are of one size."""
-    if not spec.buckets or spec.x0 != "pixels":
-        return torch.zeros(len(samples), dtype=torch.int64)
-    return torch.tensor([nearest_shape(s.header.size, spec.buckets) for s in samples if s.header is not None])
-
-
-def _samples(spec: Folder, place: Layout, packs: Mapping[str, Packs], left_out: dict[str, str]) -> tuple[Sample, ...]:
-    """Every sample with its files, or one ValueError with all that is wrong. Fills `left_out`."""
-    problems = [f"data.{key}: {message}" for key, message in spec.problems() if not key.startswith("warn:")]
-    _refuse(place, problems)
-    lead = place.pixels() if spec.x0 == "pixels" else layout.LATENTS
-    needed = _needed(spec)
-    stems = list(packs[lead.folder].by_stem() if lead.folder in packs else place.files(lead))
-    if not stems:
-        hint = "" if spec.x0 == "pixels" else ". Make them with: fewstep prepare latents, or set data.x0=pixels"
-        raise ValueError(f"{place.root}: has no {place.named(lead)}{hint}")
-    for part in needed:
-        problem = _missing(place, part, stems, packs)
-        problems += [f"{problem}{_remedy(part, spec)}"] if problem else []
-    if spec.text is not None and place.files(layout.CAPTIONS):  # Transfer1's pairs have embeddings and no captions
-        problem = place.missing(layout.CAPTIONS, stems)
-        problems += [problem] if problem else _captions(place, stems)[1]
-    files = {part.folder: place.files(part) for part in (lead, *needed) if part.folder not in packs}
-    if spec.x0 == "latents":
-        problems += _packed_problems(spec, place, packs) if "latents" in packs else _latent_problems(spec, files["latents"])
-        _refuse(place, problems)
-        if "latents" in packs:
-            return _packed_samples(packs, files)
-        rows = {folder: found.by_stem() for folder, found in packs.items()}
-        return tuple(
-            Sample(stem, _of_stem(files, stem), rows={folder: found[stem][0] for folder, found in rows.items()})
-            for stem in stems
-        )
-    files["videos"] = files.pop(lead.folder)  # pictures are clips of one frame from here on
-    headers, unreadable = _headers(files["videos"])
-    if len(unreadable) <= spec.max_bad and headers:
-        left_out |= unreadable
-        stems = [stem for stem in stems if stem not in unreadable]
-    else:
-        told = list(unreadable.values())
-        problems += told[:5] + ([f"{len(told) - 5} more videos cannot be read"] if len(told) > 5 else [])
-    problems += _size_problems(spec, headers)
-    if spec.control is not None and spec.control.suffix == ".mp4" and spec.control_from == "files":
-        problems += _control_problems(spec.control.folder, files[spec.control.folder], headers)
-    spans, wrong = _spans(spec, headers)
-    problems += wrong
-    _refuse(place, problems)
-    rows = {folder: found.by_stem() for folder, found in packs.items()}
-    return tuple(
-        Sample(stem, _of_stem(files, stem), span, headers[stem], {folder: found[stem][0] for folder, found in rows.items()})
-        for stem in stems
-        for span in spans.get(stem, ())
-    )
-
-
-def _of_stem(files: Mapping[str, Mapping[str, Path]], stem: str) -> dict[str, Path]:
-    return {folder: paths[stem] for folder, paths in files.items()}
-
-
-def _packed_samples(packs: Mapping[str, Packs], files: Mapping[str, Mapping[str, Path]]) -> tuple[Sample, ...]:
-    """One sample for each row of the latents, a window of a clip or a whole one."""
-    by_window = {name: {(r.stem, r.start): n for n, r in enumerate(p.rows)} for name, p in packs.items()}
-    out: list[Sample] = []
-    for label in packs["latents"].rows:
-        rows = {name: found.get((label.stem, label.start), found.get((label.stem, 0))) for name, found in by_window.items()}
-        span = Span(label.start, int(label.facts.get("num_frames", 1)), int(label.facts.get("stride", 1)))
-        known = {name: row for name, row in rows.items() if row is not None}
-        assert known.keys() == rows.keys(), label  # `_packed_problems` has seen to it
-        out.append(Sample(label.stem, _of_stem(files, label.stem), span, rows=known))
-    return tuple(out)
-
-
-def _packed_problems(spec: Folder, place: Layout, packs: Mapping[str, Packs]) -> list[str]:
-    """Rows of different shapes, of clips that changed since, or without the same window of their control."""
-    main, again, problems = packs["latents"], "Run fewstep prepare latents again", list[str]()
-    names = [f"{label.stem}@{label.start}" if label.start else label.stem for label in main.rows]
-    problems += _odd_ones("shape", dict(zip(names, main.shapes, strict=True)), again)
-    videos = place.files(layout.VIDEOS)
-    sizes = {stem: path.stat().st_size for stem, path in videos.items()}
-    stale = [
-        label.stem
-        for label in main.rows
-        if "bytes" in label.facts and sizes.get(label.stem) not in (None, label.facts["bytes"])
-    ]
-    if stale:
-        problems.append(f"{len(stale)} of {len(names)} latents are of another file than videos/ holds: {some(stale)}. {again}")
-    if spec.num_frames is not None:
-        odd = [n for n, label in zip(names, main.rows, strict=True) if label.facts.get("num_frames") != spec.num_frames]
-        if odd:
-            problems.append(f"{len(odd)} of {len(names)} latents are not of {spec.num_frames} frames: {some(odd)}. {again}")
-    if spec.pairs and main.made_from.get("num_frames", "whole") != "whole":
-        problems.append("its latents are of windows, but a pair is the whole clip its noise belongs to. Encode whole clips")
-    for folder, other in packs.items():
-        if folder.endswith("_latents"):
-            there = {(label.stem, label.start) for label in other.rows}
-            lacking = [n for n, label in zip(names, main.rows, strict=True) if (label.stem, label.start) not in there]
-            problems += (
-                [f"{len(lacking)} of {len(names)} lack a row in {folder}/packs: {some(lacking)}. {again}"] if lacking else []
-            )
-            unlike = [k for k, v in main.made_from.items() if k != "part" and other.made_from.get(k) != v]
-            problems += [f"{folder}/ and latents/ were made with another {', '.join(unlike)}. {again}"] if unlike else []
-    return problems
-
-
-def _needed(spec: Folder) -> list[Part]:
-    """What a sample must have besides its clip."""
-    needed: list[Part] = []
-    if spec.text is not None:
-        needed.append(layout.text(spec.text))
-    if spec.control is not None and spec.x0 == "latents":
-        needed.append(layout.control_latents(spec.control.folder))
-    elif spec.control is not None and spec.control_from == "files":
-        needed.append(layout.control(spec.control.folder, spec.control.suffix))
-    return needed + [{"noise": layout.NOISE, "path": layout.PATH}[name] for name in spec.pairs]
-
-
-def _remedy(part: Part, spec: Folder) -> str:
-    if part in (layout.NOISE, layout.PATH):
-        return ". A teacher makes clips and what they came from together: fewstep pairs"
-    if part.folder == spec.text:
-        return ". Embed the captions: fewstep prepare text, or set data.text=none"
-    if part.folder.endswith("_latents"):
-        return ". Encode them: fewstep prepare latents"
-    return ". Make them with: fewstep prepare controls" + (", or set data.control_from=video" if callable(spec.control) else "")
-
-
-def _refuse(place: Layout, problems: Sequence[str]) -> None:
-    if problems:
-        raise ValueError("\n".join(f"{place.root}: {problem}" for problem in problems))
-
-
-def _captions(place: Layout, stems: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Captions by stem, and what is wrong with any."""
-    files, texts, problems = place.files(layout.CAPTIONS), dict[str, str](), list[str]()
-    for stem in stems:
-        try:
-            texts[stem] = files[stem].read_text(encoding="utf-8").strip()
-        except UnicodeDecodeError:
-            problems.append(f"the caption of {stem} is not UTF-8 text")
-    empty = [stem for stem, text in texts.items() if not text]
-    if empty:
-        problems.append(f"{len(empty)} of {len(stems)} captions are empty: {some(empty)}. Write one, or remove the clip")
-    return texts, problems
-
-
-def _headers(files: Mapping[str, Path]) -> tuple[dict[str, video.Header], dict[str, str]]:
-    """Headers by stem, and by stem what is wrong with the files that have none."""
-
-    def ask(path: Path) -> video.Header | str:
-        try:
-            return video.probe(path)
-        except ValueError as error:
-            return str(error)
-
-    answers = dict(zip(files, _each(ask, list(files.values()), _PROBE_THREADS), strict=True))
-    wrong = {stem: answer for stem, answer in answers.items() if isinstance(answer, str)}
-    return {stem: answer for stem, answer in answers.items() if isinstance(answer, video.Header)}, wrong
-
-
-def _size_problems(spec: Folder, headers: Mapping[str, video.Header]) -> list[str]:
-    if spec.video_size is not None or spec.buckets or not headers:
-        return []
-    return _odd_ones("size", {s: h.size for s, h in headers.items()}, "Set data.video_size or data.buckets to resize them")
-
-
-def _control_problems(name: str, files: Mapping[str, Path], headers: Mapping[str, video.Header]) -> list[str]:
-    """Control videos that do not go frame by frame with their clip."""
-    found, unreadable = _headers({stem: path for stem, path in files.items() if stem in headers})
-    problems = list(unreadable.values())[:5]
-    for what, of in (("num_frames", lambda h: h.num_frames), ("size", lambda h: h.size), ("fps", lambda h: round(h.fps, 2))):
-        odd = [f"{s} ({of(found[s])}, its clip {of(h)})" for s, h in headers.items() if s in found and of(found[s]) != of(h)]
-        if odd:
-            problems.append(
-                f"{len(odd)} of {len(files)} {name}/*.mp4 differ from their clip in {what}: {some(odd)}. Make them again"
-            )
-    return problems
-
-
-def _spans(spec: Folder, headers: Mapping[str, video.Header]) -> tuple[dict[str, list[Span]], list[str]]:
-    """The windows of each clip, in order, and what is wrong with clips that are too short or of the wrong length."""
-    lengths = {stem: header.num_frames for stem, header in headers.items()}
-    if spec.num_frames is None:
-        whole = {stem: [Span(0, length)] for stem, length in lengths.items()}
-        if spec.sequence_interval > 1:
-            whole = {s: [Span(0, -(-n // spec.sequence_interval), spec.sequence_interval)] for s, n in lengths.items()}
-        hint = "A pair is a whole clip: make these again" if spec.pairs else "Set data.num_frames for windows of one length"
-        return whole, _odd_ones("num_frames", lengths, hint)
-    if spec.pairs:
-        odd = [f"{stem} ({num})" for stem, num in lengths.items() if num != spec.num_frames]
-        problem = (
-            f"{len(odd)} of {len(lengths)} clips do not have {spec.num_frames} frames: {some(odd)}. A pair is the whole clip "
-            "its noise belongs to, never a window of it: make these again, or set data.num_frames to what the teacher made"
-        )
-        return {stem: [Span(0, num)] for stem, num in lengths.items()}, [problem] if odd else []
-    reach = (spec.num_frames - 1) * spec.sequence_interval + 1  # frames of the file that a window lies over
-    spans = {
-        stem: [
-            Span(start, spec.num_frames, spec.sequence_interval)
-            for start in range(0, num - reach + 1, spec.start_frame_interval)
-        ]
-        for stem, num in lengths.items()
-    }
-    short = [f"{stem} ({lengths[stem]})" for stem, windows in spans.items() if not windows]
-    if not short or (spec.skip_short and len(short) < len(spans)):
-        return spans, []
-    return spans, [
-        f"{len(short)} of {len(spans)} clips are shorter than a window of {reach} frames (num_frames {spec.num_frames}, every "
-        f"{spec.sequence_interval}): {some(short)}. Set data.skip_short=true to leave them out, or a smaller data.num_frames"
-    ]
-
-
-def _latent_problems(spec: Folder, files: Mapping[str, Path]) -> list[str]:
-    """Cache files that differ in shape, origin or length; other formats tell nothing before they are read."""
-    entries, problems = dict[str, cache.Entry](), list[str]()
-    for stem, path in files.items():
-        if path.suffix != ".safetensors":
-            continue
-        try:
-            entries[stem] = cache.header(path)
-        except ValueError as error:
-            problems.append(str(error))
-    again = "Encode them again: fewstep prepare latents"
-    problems += _odd_ones("shape", {s: entry.shapes.get("latents") for s, entry in entries.items()}, again)
-    origins = {s: ", ".join(f"{k} {v}" for k, v in sorted(entry.made_from.items())) for s, entry in entries.items()}
-    problems += _odd_ones("origin", origins, again)
-    if spec.num_frames is not None:
-        odd = [s for s, entry in entries.items() if entry.facts.get("num_frames", spec.num_frames) != spec.num_frames]
-        if odd:
-            problems.append(
-                f"{len(odd)} of {len(entries)} latents are not of {spec.num_frames} frames: {some(odd)}. Latents are of whole "
-                "clips: set data.num_frames=none, or to their length"
-            )
-    return problems
-
-
-def _odd_ones(what: str, values: Mapping[str, Any], hint: str) -> list[str]:  # values of any kind that can be compared
-    """A problem if not all values are equal: those that differ from the commonest one, by name."""
-    if len(set(values.values())) < 2:
-        return []
-    usual = Counter(values.values()).most_common(1)[0][0]
-    odd = [f"{stem} ({value})" for stem, value in values.items() if value != usual]
-    return [f"{len(odd)} of {len(values)} differ from the others in {what} ({usual}): {some(odd)}. {hint}"]
-
-
-# ---- what is read --------------------------------------------------------------------------------------------------
-
-
 def _of(span: Span) -> tuple[int, int, int]:
     return span.start, span.count, span.stride
 
@@ -669,10 +385,3 @@ def _floats(column: Tensor) -> Tensor:
 
 def _optional(value: Tensor | None, change: Callable[[Tensor], Tensor]) -> Tensor | None:
     return None if value is None else change(value)
-
-
-def _each(do: Callable[[Any], _Answer], values: Sequence[Any], num_threads: int) -> list[_Answer]:  # values of do's argument
-    if num_threads <= 1 or len(values) <= 1:
-        return [do(value) for value in values]
-    with ThreadPoolExecutor(num_threads) as pool:
-        return list(pool.map(do, values))

@@ -25,11 +25,11 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.config import kind
-from fewstep.data import folder as folders
 from fewstep.data import layout, video
 from fewstep.data.atomic import replacing
-from fewstep.data.folder import Folder, FolderData, Sample
+from fewstep.data.folder import Folder, FolderData
 from fewstep.data.layout import Layout, some
+from fewstep.data.samples import Sample, parts_of, size_problems, spans_of
 
 INDEX, FORMAT = "index.json", 1
 _AGAIN = "Write it again: fewstep prepare shards"
@@ -185,7 +185,7 @@ def _samples(spec: Shards, index: Index) -> tuple[Sample, ...]:
     root = spec.dataset_dir
     problems = [f"data.{key}: {message}" for key, message in spec.problems() if not key.startswith("warn:")]
     lead = layout.VIDEOS.folder if spec.x0 == "pixels" else layout.LATENTS.folder
-    needed = [lead, *(part.folder for part in folders._needed(spec))]
+    needed = [lead, *(part.folder for part in parts_of(spec))]
     for part in needed:
         lacking = [stem for stem, members in index.samples.items() if part not in members]
         if lacking:
@@ -198,8 +198,8 @@ def _samples(spec: Shards, index: Index) -> tuple[Sample, ...]:
     if lead == layout.LATENTS.folder:
         return tuple(Sample(stem, parts) for stem, parts in files.items())
     headers = {stem: header for stem, members in index.samples.items() if (header := members[lead].header) is not None}
-    spans, wrong = folders._spans(spec, headers)
-    wrong += folders._size_problems(spec, headers)
+    spans, wrong = spans_of(spec, headers)
+    wrong += size_problems(spec, headers)
     if spec.control is not None and spec.control.folder in needed:
         name = spec.control.folder
         odd = [s for s, h in headers.items() if index.samples[s][name].header not in (None, h)]

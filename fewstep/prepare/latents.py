@@ -20,9 +20,10 @@ from torch import Tensor
 from fewstep.batch import Batch
 from fewstep.config import choices
 from fewstep.data import layout
-from fewstep.data.folder import Folder, FolderData, Sample
+from fewstep.data.folder import Folder, FolderData
 from fewstep.data.layout import some
 from fewstep.data.packs import Label, Writer
+from fewstep.data.samples import Sample
 from fewstep.networks.codecs import Codec
 from fewstep.prepare.progress import tracked
 

@@ -123,7 +123,7 @@ def seeds_of(target: str, home: Path) -> list[bytes]:
 
 
 def reader_of(target: str, home: Path) -> Callable[[bytes], object]:
-    from fewstep.data import arrays, cache, folder, keypoints, masks, parts, video
+    from fewstep.data import arrays, cache, keypoints, masks, parts, samples, video
     from fewstep.data.layout import Layout
 
     def at(name: str, data: bytes) -> Path:
@@ -146,7 +146,7 @@ def reader_of(target: str, home: Path) -> Callable[[bytes], object]:
 
     def read_caption(data: bytes) -> object:
         at("metas/a.txt", data)
-        texts, problems = folder._captions(Layout(home), ["a"])
+        texts, problems = samples.captions_of(Layout(home), ["a"])
         if problems:
             raise ValueError(problems[0])
         return texts["a"]
