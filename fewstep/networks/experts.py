@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
-from fewstep.batch import Condition, join
+from fewstep.batch import Condition
 from fewstep.config import kind
 from fewstep.diffusion import Cache, Denoiser, Path, Prediction
+from fewstep.diffusion.guidance import with_and_without
 from fewstep.diffusion.path import spread
 from fewstep.networks.contract import AnyNetwork, Network, refuse_cache
 from fewstep.networks.upstream import told_by_pipeline
@@ -149,11 +150,9 @@ class _GuidedApart:
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
     ) -> Prediction:
-        both = self.inner(torch.cat([x_t, x_t]), torch.cat([t, t]), join(cond, self.negative), taps=taps, cache=cache)
-        (x, _), (with_text, without) = both.x_t.chunk(2), both.velocity.chunk(2)
-        w = spread(torch.where(self.inner.is_high(t, cond), self.high, self.low), x).to(x.dtype)
-        features = tuple(feature.chunk(2)[0] for feature in both.features)
-        return Prediction(x, t, self.path, without + w * (with_text - without), features)
+        first, without = with_and_without(self.inner, self.negative, x_t, t, cond, taps=taps, cache=cache)
+        w = spread(torch.where(self.inner.is_high(t, cond), self.high, self.low), first.x_t).to(first.x_t.dtype)
+        return replace(first, velocity=without + w * (first.velocity - without))
 
 
 @kind("experts", group="network")
