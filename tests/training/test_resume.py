@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 from fewstep.networks.weights import read_tensors
-
-pytestmark = pytest.mark.xdist_group("resume")  # the undisturbed run is trained once
 
 MAX_ITER = 60
 TOY = """
@@ -201,19 +199,6 @@ def test_killed_again_and_again(tmp_path: Path, undisturbed: Job, async_write: s
 
 
 # --- disks ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 def assert_told(status: int, told: str, job: Job) -> None:
