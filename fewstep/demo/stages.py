@@ -40,11 +40,19 @@ class Plan:
     kd_iters: int
     dmd2_iters: int
     batch_size: int = 32
-    many_pairs: bool = False  # a KD that learns from all of the world's prompts
+    num_train: int = 24_000  # clips of --from-scratch; its iterations are the recipes' own, or as many as this
+    scratch_iters: int | None = None
 
 
 PLANS: dict[Size, Plan] = {
-    "quick": Plan(num_world=256, num_pairs=128, num_real=512, num_eval=128, sets=1, kd_iters=60, dmd2_iters=60, batch_size=16),
+    "quick": Plan(
+        *(256, 128, 512, 128, 1),
+        kd_iters=60,
+        dmd2_iters=60,
+        batch_size=16,
+        num_train=256,
+        scratch_iters=40,
+    ),
     "default": Plan(1024, 1024, 2048, 512, 3, kd_iters=250, dmd2_iters=350),
     "long": Plan(6144, 6144, 2048, 512, 3, kd_iters=2500, dmd2_iters=4000),
 }
@@ -85,7 +93,7 @@ def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
     students = {name: str(out / "students" / name) for name in ("4step", "1step")}
     runs = {name: f"toyworld/basic/toy_dmd2_{name}" for name in students}
     return [
-        *(_scratch(out, toy) if from_scratch else ()),
+        *(_scratch(out, toy, plan) if from_scratch else ()),
         Stage(
             "world",
             "a small world with physics is rendered: prompts to learn from, and clips nobody learns from",
@@ -189,64 +197,41 @@ def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
     ]
 
 
-def _scratch(out: Path, toy: str) -> list[Stage]:
+def _scratch(out: Path, toy: str, plan: Plan) -> list[Stage]:
     """The tokenizer, the text encoder and the teacher, as the shipped ones were made: hours on two cores."""
-    train = str(out / "train")
-    runs = "toyworld/basic"
+    data, runs = str(out / "train"), "toyworld/basic"
+
+    def train(recipe: str) -> tuple[str, ...]:
+        short = () if plan.scratch_iters is None else (f"trainer.max_iter={plan.scratch_iters}", "optim.warmup_iters=2")
+        return ("fewstep", "train", f"experiment={recipe}", f"data.dataset_dir={data}", *short)
+
+    def release(part: str, run: str, where: str, *more: str) -> tuple[str, ...]:
+        return (sys.executable, "-m", "fewstep.recipes.toy_release", part, f"{runs}/{run}", *more, "--out", f"{toy}/{where}")
+
+    clips = ("--out", data, "--num", str(plan.num_train), "--seed", str(SERIES["train"]), "--only", "videos,metas,edge")
+    words = (sys.executable, "-m", "fewstep.prepare.toy_words", f"{data}/metas", "--out", f"{toy}/text_encoder")
     return [
         Stage(
             "scratch_world",
             "the clips that tokenizer and teacher learn from",
-            (("fewstep", "prepare", "toyworld", "--out", train, "--num", "24000", "--seed", str(SERIES["train"])),),
+            (("fewstep", "prepare", "toyworld", *clips),),
         ),
-        Stage(
-            "scratch_tokenizer",
-            "a video tokenizer, and an encoder of captions",
-            (
-                ("fewstep", "train", "experiment=toy_tokenizer", f"data.dataset_dir={train}"),
-                (sys.executable, "-m", "fewstep.prepare.toy_words", f"{train}/metas", "--out", f"{toy}/text_encoder"),
-            ),
-        ),
+        Stage("scratch_tokenizer", "a video tokenizer, and an encoder of captions", (train("toy_tokenizer"), words)),
         Stage(
             "scratch_codec",
             "latents are measured, and the tokenizer put in its place",
-            (
-                (
-                    sys.executable,
-                    "-m",
-                    "fewstep.recipes.toy_release",
-                    "tokenizer",
-                    f"{runs}/toy_tokenizer",
-                    train,
-                    "--out",
-                    f"{toy}/vae",
-                ),
-            ),
+            (release("tokenizer", "toy_tokenizer", "vae", data),),
         ),
         Stage(
             "scratch_latents",
             "the teacher's data",
             (
-                ("fewstep", "prepare", "text", train, "--encoder", toy),
-                ("fewstep", "prepare", "latents", train, "--codec", toy),
+                ("fewstep", "prepare", "text", data, "--encoder", toy),
+                ("fewstep", "prepare", "latents", data, "--codec", toy),
             ),
         ),
-        Stage("scratch_teacher", "the teacher", (("fewstep", "train", "experiment=toy_teacher", f"data.dataset_dir={train}"),)),
-        Stage(
-            "scratch_release",
-            "the teacher is put in its place",
-            (
-                (
-                    sys.executable,
-                    "-m",
-                    "fewstep.recipes.toy_release",
-                    "transformer",
-                    f"{runs}/toy_teacher",
-                    "--out",
-                    f"{toy}/transformer",
-                ),
-            ),
-        ),
+        Stage("scratch_teacher", "the teacher", (train("toy_teacher"),)),
+        Stage("scratch_release", "the teacher is put in its place", (release("transformer", "toy_teacher", "transformer"),)),
     ]
 
 

@@ -88,6 +88,17 @@ def _save(module: Any, out: Path) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # where it lay on this machine is nobody's business
     for path in out.iterdir():
         path.chmod(0o644)
+    _index(out.parent)
+
+
+def _index(pipeline: Path) -> None:
+    """What diffusers opens a pipeline's folder by, of the parts that lie in it."""
+    parts = {name: pipeline / name / "config.json" for name in ("transformer", "vae")}
+    configs = {name: json.loads(path.read_text()) for name, path in parts.items() if path.is_file()}
+    version = max(config["_diffusers_version"] for config in configs.values())
+    index = {"_class_name": "DiffusionPipeline", "_diffusers_version": version}
+    index |= {name: ["diffusers", config["_class_name"]] for name, config in configs.items()}
+    (pipeline / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "evaluation"))
 import chromium
 
+import fewstep
+
 FRAMES = "[...document.querySelectorAll('.gallery')].map(g => +g.dataset.at)"
 NAMES = (
     *("frechet_teacher", "frechet_ratio_4step", "frechet_ratio_1step", "frechet_teacher_4calls", "frechet_teacher_1call"),
@@ -88,3 +90,16 @@ def test_the_page_opens_without_complaint_and_every_clip_is_there(made: Path) ->
         assert page.js("document.querySelectorAll('canvas.live').length") == 8 * 7 + 4 * 2
         before = page.js(FRAMES)
         page.wait(f"JSON.stringify({FRAMES}) !== '{json.dumps(before, separators=(',', ':'))}'")
+
+
+@pytest.mark.slow
+def test_from_scratch_it_makes_every_part_of_the_stack_and_uses_it(tmp_path: Path) -> None:
+    done = quick(tmp_path, "--from-scratch")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    made, shipped = tmp_path / "demo" / "toy", Path(fewstep.__file__).parent / "toy"
+    assert sorted(path.name for path in made.iterdir()) == sorted(path.name for path in shipped.iterdir())
+    assert str(shipped) not in done.stdout and "fewstep/toy" not in done.stdout  # no command names the shipped one
+    codec = (made / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert codec != (shipped / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert (tmp_path / "demo" / "students" / "1step" / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == codec
+    assert json.loads((tmp_path / "demo" / "summary.json").read_text())["frechet_tokenizer"] > 50  # of 40 steps
