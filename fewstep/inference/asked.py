@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fewstep.config import ConfigError
+from fewstep.inference.specs import Control, control_of, given_of, read_specs
 
 SAMPLERS = ("auto", "euler", "heun", "dpmpp_2m", "unipc", "res_2ab")
 # Accepted, so that a command pastes, and without effect: what each would switch off or on is not here.
@@ -39,14 +40,8 @@ WITHOUT_EFFECT = {
 }
 _COSMOS_ONLY = (
     "checkpoint_dir", "diffusion_transformer_dir", "tokenizer_dir", "input_image_or_video_path", "video_save_name",
-    "video_save_folder", "batch_input_path", "controlnet_specs", "use_distilled", "num_video_frames", *WITHOUT_EFFECT,
+    "video_save_folder", "batch_input_path", "use_distilled", "num_video_frames", *WITHOUT_EFFECT,
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Control:
-    source: Path | None = None  # None: made from the input video
-    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +86,10 @@ class Asked:
     force: bool = False
     save_noise: bool = False
     wants_student: bool = False
+    chunk_frames: int | None = None  # frames made at once; longer clips are made chunk after chunk. None: a student's own
+    overlap: int | None = None  # frames of the chunk before that a chunk begins with; None: 1
+    image_encoder: str | None = None
+    shard: bool = False  # each process holds a part of the weights
 
 
 def read_command(arguments: Sequence[str], say: Any = None) -> Asked:
@@ -99,13 +98,20 @@ def read_command(arguments: Sequence[str], say: Any = None) -> Asked:
     spoken = [argument for argument in arguments if argument not in ("-", "--")]
     options = vars(_parser().parse_args(spoken))
     said = {name for name in _COSMOS_ONLY if any(re.match(f"--{name}(=|$)", argument) for argument in spoken)}
+    specs: dict[str, Control] = {}
+    for option in ("controlnet_specs", "spec"):
+        if options[option] is not None:
+            more, specs = read_specs(options[option], "-i" if option == "spec" else f"--{option}", tell)
+            options = vars(_parser().parse_args([*more, *spoken]))  # what the command says itself comes last and counts
+            said |= {option}
     for name, why in WITHOUT_EFFECT.items():
         if options.pop(name):
             tell(f"warning: --{name} has no effect: {why}")
-    specs = _specs(options.pop("controlnet_specs"))
-    for name, value in specs.pop("scalars", {}).items():  # T1: other scalars of the file act as arguments
-        if options.get(name) is None:
-            options[name] = value
+    for option in ("controlnet_specs", "spec"):
+        options.pop(option)
+    inference_type = options.pop("inference_type")
+    if inference_type is not None and options["num_input_frames"] is None:
+        options["num_input_frames"] = given_of(inference_type)
     guidance = options.pop("guidance")
     scale = options.pop("guidance_scale")
     if guidance is not None and scale is not None:
@@ -113,12 +119,18 @@ def read_command(arguments: Sequence[str], say: Any = None) -> Asked:
     w = float(next((value for value in (guidance, scale) if value is not None), 1.0))
     if guidance is not None and said:
         w = float(guidance) + 1
-        told = f"--{min(said)}"
+        told = f"--{min(said)}" if said != {"spec"} else "-i"
         tell(
             f"guidance {float(guidance):g} is read as Cosmos writes it, because of {told}: "
             f"w = {w:g} in uncond + w (cond - uncond)"
         )
-    model = options.pop("model")
+    model, released = options.pop("model"), options.pop("released")
+    if model is None and released is not None:
+        raise ConfigError(
+            f"--model {released}: names of released models are not known; give its folder: fewstep generate FOLDER"
+        )
+    if released is not None:
+        tell(f"warning: --model {released} has no effect: the model is {model}")
     folder, transformer = options.pop("checkpoint_dir"), options.pop("diffusion_transformer_dir")
     if model is None and transformer is not None:
         model = str(Path(folder or "checkpoints") / transformer)
@@ -135,6 +147,7 @@ def read_command(arguments: Sequence[str], say: Any = None) -> Asked:
 _ASKED = (
     "out", "num_steps", "sampler", "shift", "sigma_max", "num_frames", "height", "width", "fps", "codec", "text_encoder",
     "max_tokens", "tile", "device", "precision", "quality", "force", "save_noise", "wants_student",
+    "chunk_frames", "overlap", "image_encoder", "shard",
 )  # fmt: skip
 
 
@@ -161,7 +174,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--control", action="append", default=[], help="NAME=FILE.mp4, or edge or vis alone: made from --input")
     add("--controlnet_specs", type=Path, help="Transfer1's json of controls")
-    add("--out", "--video_save_folder", "--output_dir", "--save_root", dest="out", type=Path, default=Path("outputs"))
+    add("-i", "--spec", dest="spec", type=Path, help="Predict2.5's and Transfer2.5's json of one clip")
+    add("--inference-type", "--inference_type", dest="inference_type", help="Predict2.5: text2world, image2world, video2world")
+    add("--model", dest="released", help=argparse.SUPPRESS)
+    add("-o", "--out", "--video_save_folder", "--output_dir", "--save_root", dest="out", type=Path, default=Path("outputs"))
     add("--name", "--video_save_name", dest="name", help="of the file, without .mp4; of several: NAME_0000, ..")
     add("--num-steps", "--num_steps", "--steps", "--num_inference_steps", dest="num_steps", type=int)
     add("--guidance", type=float, help="w in uncond + w (cond - uncond), 1 is off; g of Cosmos in a command with Cosmos' names")
@@ -171,11 +187,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--shift", type=float, help="of a teacher's grid")
     add("--sigma-max", "--sigma_max", type=float, dest="sigma_max")
     add("--num-frames", "--num_video_frames", "--num_frames", dest="num_frames", type=int)
+    names = ("--chunk-frames", "--chunk_size", "--num_frames_per_chunk", "--num_video_frames_per_chunk")
+    add(*names, dest="chunk_frames", type=int, help="frames made at once; a student's own. Longer clips: chunk after chunk")
+    names = ("--overlap", "--chunk_overlap", "--num_conditional_frames", "--num_ar_conditional_frames")
+    add(*names, dest="overlap", type=int, help="frames that a chunk takes from the one before, 1")
     add("--height", type=int)
     add("--width", type=int)
     add("--fps", type=float)
     add("--codec", "--tokenizer_dir", dest="codec", help="folder or hub id of the autoencoder; the model's own")
     add("--text-encoder", "--text_encoder", dest="text_encoder", help="folder or hub id; the model's own")
+    add("--image-encoder", "--image_encoder", dest="image_encoder", help="of Wan 2.1 I2V: a pipeline's folder or hub id")
     add("--max-tokens", type=int, dest="max_tokens")
     add("--tile", type=int, help="pixels along a tile of the codec, to save memory; not exact")
     add("--device")
@@ -195,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep OUT/noise/NAME.pickle, of variance 1",
     )
+    add("--shard", action="store_true", help="torchrun's processes hold a part of the weights each, instead of all of them")
     add("--use_distilled", dest="wants_student", action="store_true", help="refuse a model that is no student")
     add(
         "--force",
@@ -291,7 +313,7 @@ def _row(request: Request, row: Mapping[str, Any], path: Path) -> Request:
     if row.get("control_overrides"):
         control = dict(request.control)
         for name, told in row["control_overrides"].items():
-            control[name] = _told(name, told, control.get(name, Control()))
+            control[name] = control_of(name, told, control.get(name, Control()), lambda text: None)
         changes["control"] = control
     return replace(request, **changes)
 
@@ -299,28 +321,3 @@ def _row(request: Request, row: Mapping[str, Any], path: Path) -> Request:
 def _control(text: str) -> tuple[str, Control]:
     name, _, path = text.partition("=")
     return name, Control(Path(path) if path else None)
-
-
-def _specs(path: Path | None) -> dict[str, Any]:
-    """The controls of Transfer1's spec file by name; what is no control under "scalars"."""
-    if path is None:
-        return {}
-    try:
-        told = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"--controlnet_specs {path}: {error}") from None
-    controls: dict[str, Any] = {name: _told(name, value, Control()) for name, value in told.items() if isinstance(value, dict)}
-    names = {"input_video_path": "source", "negative_prompt": "negative", "prompt": "prompt", "seed": "seed", "fps": "fps"}
-    names |= {"num_steps": "num_steps", "sigma_max": "sigma_max", "guidance": "guidance"}
-    scalars = {names[name]: value for name, value in told.items() if name in names}
-    if "source" in scalars:
-        scalars["source"] = Path(scalars["source"])
-    return {**controls, "scalars": scalars}
-
-
-def _told(name: str, told: Mapping[str, Any], before: Control) -> Control:
-    weight = told.get("control_weight", before.weight)
-    if not isinstance(weight, int | float):
-        raise ConfigError(f"control {name}: its weight is {weight!r}; maps of weights (.pt files) are not read, only numbers")
-    source = told.get("input_control")
-    return Control(Path(source) if source else before.source, float(weight))

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,75 +20,167 @@ import torch
 from torch import Tensor
 
 from fewstep.batch import Condition
-from fewstep.config import choices
-from fewstep.data import arrays, controls, video
+from fewstep.data import arrays, video
 from fewstep.data.atomic import replacing
 from fewstep.diffusion import EDM, Rng, guided, samplers, times
 from fewstep.diffusion.rollout import start
 from fewstep.inference.asked import Asked, Request, read_command
+from fewstep.inference.chunks import Chunk, chunks_of
+from fewstep.inference.conditions import (
+    Parts,
+    Shot,
+    check_given,
+    conditions,
+    footage,
+    has_place_for_frames,
+    takes_frames,
+    texts_of,
+)
 from fewstep.inference.model import Envelope, Model, open_model
 from fewstep.inference.pairs import to_uint8
 from fewstep.networks.codecs import Autoencoder, open_codec
+from fewstep.networks.contract import Network
+from fewstep.networks.vision import ClipVision
+from fewstep.parallel import World, join_world, leave_world, place
 
 TEACHER_STEPS = 35
+_ADDED = ("chunk_frames", "overlap", "image_encoder")  # where they are not told, a clip's paper is what it was without them
 FIRST_SIGMA, LAST_SIGMA = 80.0, 0.002  # of Cosmos 1's grids
 
 
 def main(arguments: Sequence[str]) -> int:
     """The command; the number of clips that were new."""
     asked = read_command(list(arguments))
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    return generate(asked, rank, size, say=lambda text: print(text, file=sys.stderr, flush=True))
+    if not asked.shard or size == 1:
+        return generate(asked, rank, size, say=say)
+    world = join_world("cpu" if asked.device == "cpu" else "auto")
+    try:
+        return generate(replace(asked, device=str(world.device)), rank, size, world=world, say=say)
+    finally:
+        leave_world()
 
 
-@dataclass(frozen=True)
-class Shot:
-    """Frames, size and rate of every clip of one command."""
+def generate(
+    asked: Asked,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    world: World | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> int:
+    """Makes this rank's share of the clips and returns how many were new.
 
-    num_frames: int
-    height: int
-    width: int
-    fps: float
-
-
-def generate(asked: Asked, rank: int = 0, world_size: int = 1, *, say: Callable[[str], None] = lambda text: None) -> int:
-    """Makes this rank's share of the clips and returns how many were new."""
+    world: the processes that hold a shard of the weights each (--shard). They ask the network side by side, so that all make
+    as many clips: one that has none left makes the last clip again, and writes nothing.
+    """
     taken = [request.name for request in asked.requests]
     twice = sorted({name for name in taken if taken.count(name) > 1})
     if twice:
         raise ValueError(f"two clips are called '{twice[0]}': they would be one file")
-    mine = list(asked.requests[rank::world_size])
-    paper = {request.name: _paper(asked, request) for request in mine}
+    paper = {request.name: _paper(asked, request) for request in asked.requests}
+    mine = asked.requests if world is not None else asked.requests[rank::world_size]
     todo = [request for request in mine if not _is_made(asked.out, request.name, paper[request.name])]
     for request in todo:
         _look_for_files(request)
     if not todo:
         return 0
+    num_new = len(todo)
+    if world is not None:
+        world.barrier()  # all have looked at what is there, before one writes
+        num_new = len(todo[rank::world_size])
+        todo = [todo[min(i, len(todo) - 1)] for i in range(rank, len(todo) + -len(todo) % world_size, world_size)]
     device = torch.device(asked.device or (f"cuda:{_local_rank()}" if torch.cuda.is_available() else "cpu"))
     model = open_model(asked.model)
     _check_student(asked, model, say)
     shot = _shot(asked, model)
-    for warning in beyond(model.envelope, shot) if rank == 0 else ():
+    chunks = _chunks(asked, model, shot)
+    window = chunks[0].num_frames
+    for warning in beyond(model.envelope, replace(shot, num_frames=window)) if rank == 0 else ():
         say(f"warning: {warning}")
-    codec = _codec(asked, model, device)
-    latent_shape = codec.shape(shot.num_frames, shot.height, shot.width)
-    words = _texts(todo, asked, model, device)
-    if asked.precision == "bf16":
-        model.network.module.to(torch.bfloat16)
-    model.network.module.to(device)
+    parts = Parts(
+        model, _codec(asked, model, device), texts_of(todo, asked, model, device), device, _pictures(asked, model, device)
+    )
+    if len(chunks) > 1:
+        check_given(chunks[1].overlap, window, parts, "--overlap")
+        if rank == 0:
+            say(
+                f"{shot.num_frames} frames in {len(chunks)} chunks of {window}, {chunks[1].overlap} of them from the one before"
+            )
+    _place(asked, model, device, world)
     for number, request in enumerate(todo, 1):
         began = time.monotonic()
-        cond, negative = _conditions(request, words, model, codec, shot, latent_shape, device)
-        rng = Rng.of_samples([request.seed], device)
-        noise = rng.normal(latent_shape)
-        with torch.no_grad():
-            latents = sample(asked, model, noise, cond, negative, rng)
-            frames = to_uint8(codec.decode(latents))[0]
+        pixels, noise = _clip(asked, request, parts, shot, chunks)
+        if number > num_new:
+            break
         if asked.save_noise:
             arrays.write_pickle(asked.out / "noise" / f"{request.name}.pickle", noise[0].cpu().numpy())
-        made = _write(asked, request, frames, shot.fps, paper[request.name], time.monotonic() - began)
-        say(f"{number} of {len(todo)}: {made} ({time.monotonic() - began:.1f} s)")
-    return len(todo)
+        made = _write(asked, request, to_uint8(pixels)[0], shot.fps, paper[request.name], time.monotonic() - began)
+        say(f"{number} of {num_new}: {made} ({time.monotonic() - began:.1f} s)")
+    return num_new
+
+
+@torch.no_grad()
+def _clip(asked: Asked, request: Request, parts: Parts, shot: Shot, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
+    """Pixels 1 3 T H W of the clip, and the noise of its last chunk."""
+    codec, network = parts.codec, parts.model.network
+    channels, frames, height, width = codec.shape(chunks[0].num_frames, shot.height, shot.width)
+    front = _frames_in_front(network, frames)
+    latent_shape = (channels, front + frames, height, width)
+    seen = footage(request, parts, shot, chunks[0].num_frames)
+    made: list[Tensor] = []
+    noise = torch.empty(0)
+    for chunk in chunks:
+        cond, negative = conditions(request, parts, shot, latent_shape, seen, chunk)
+        rng = Rng(0, chunk.number, [request.seed], parts.device)  # of the first chunk that of a clip by itself
+        noise = rng.normal(latent_shape)
+        latents = sample(asked, parts.model, noise, cond, negative, rng)[:, :, front:]
+        pixels = codec.decode(latents)
+        made.append(pixels[:, :, chunk.overlap :].cpu())
+        if chunk is not chunks[-1]:
+            seen = replace(seen, begins=pixels[:, :, -chunks[1].overlap :].clamp(-1, 1))
+    return torch.cat(made, 2)[:, :, : shot.num_frames], noise
+
+
+def _frames_in_front(network: Network, frames: int) -> int:
+    """Latent frames that CogVideoX 1.5, which works on pairs of them, makes in front and drops after, as upstream does."""
+    config: Any = getattr(network.module, "config", {})
+    return -frames % (getattr(config, "patch_size_t", None) or 1)
+
+
+def _chunks(asked: Asked, model: Model, shot: Shot) -> list[Chunk]:
+    """All at once, unless --chunk-frames says how many at a time; a student made for given frames takes its own number."""
+    window = asked.chunk_frames
+    if window is None and model.sampler is not None and has_place_for_frames(model):
+        window = _known(asked, model).num_frames
+    chunks = chunks_of(shot.num_frames, window or shot.num_frames, 1 if asked.overlap is None else asked.overlap)
+    if len(chunks) == 1:
+        return chunks
+    if not takes_frames(model):
+        raise ValueError(
+            f"--chunk-frames {window}: a clip of {shot.num_frames} frames would be made chunk after chunk, each from the last "
+            "frames of the one before; this network cannot be given frames"
+        )
+    if asked.save_noise:
+        raise ValueError(
+            "--save-noise: a clip made in several chunks has no one noise; leave it out, or ask for a shorter clip"
+        )
+    return chunks
+
+
+def _place(asked: Asked, model: Model, device: torch.device, world: World | None) -> None:
+    """The network on its device, or its shard; in the precision of compute."""
+    network, dtype = model.network, torch.bfloat16 if asked.precision == "bf16" else torch.float32
+    if world is None:
+        if asked.precision == "bf16":
+            network.module.to(torch.bfloat16)
+        network.module.to(device)
+    else:
+        place(network.module, network.blocks, world, mode="fsdp", compute=dtype, trained=False)
 
 
 def sample(asked: Asked, model: Model, noise: Tensor, cond: Condition, negative: Condition | None, rng: Rng) -> Tensor:
@@ -149,10 +241,14 @@ def _check_student(asked: Asked, model: Model, say: Callable[[str], None]) -> No
             say(f"warning: --{name.replace('_', '-')} has no effect: a student takes the steps it was trained for")
 
 
-def _shot(asked: Asked, model: Model) -> Shot:
+def _known(asked: Asked, model: Model) -> Envelope:
+    """What a student was trained on, in pixels."""
     known = model.envelope
-    if known.num_frames is None and known.latent_shape is not None:
-        known = _in_pixels(known, asked, model)
+    return _in_pixels(known, asked, model) if known.num_frames is None and known.latent_shape is not None else known
+
+
+def _shot(asked: Asked, model: Model) -> Shot:
+    known = _known(asked, model)
     values = {name: getattr(asked, name) or getattr(known, name) for name in ("num_frames", "height", "width")}
     missing = [f"--{name.replace('_', '-')}" for name, value in values.items() if value is None]
     if missing:
@@ -184,198 +280,31 @@ def _codec(asked: Asked, model: Model, device: torch.device) -> Autoencoder:
     return open_codec(_codec_address(asked, model), scale=scale, tile=asked.tile, dtype=dtype, device=device)
 
 
-@dataclass(frozen=True)
-class _Text:
-    embedding: Tensor  # 1 N D
-    mask: Tensor | None
-    pooled: Tensor | None = None
-
-
-def _texts(requests: Sequence[Request], asked: Asked, model: Model, device: torch.device) -> Mapping[str, _Text]:
-    """Every text that will be needed, by itself; then the encoder is let go, which is larger than many a network."""
-    from fewstep.networks.text import QwenImage, open_text_encoder
-
-    if all(request.label is not None for request in requests):
-        return {}
-    wanted = {r.prompt for r in requests if r.embedding is None and r.label is None}
-    if asked.guidance != 1.0:
-        wanted |= {r.negative for r in requests if r.negative_embedding is None and r.embedding is None}
-    if not wanted:
-        return {}
-    address = asked.text_encoder
-    if address is None:
-        if model.folder is None or (model.folder.is_dir() and not (model.folder / "text_encoder").is_dir()):
-            raise ValueError(f"{asked.model} has no text encoder beside it: give --text-encoder, or --embedding FILE")
-        address = str(model.folder)
-    encoder: Any = open_text_encoder(address, max_tokens=asked.max_tokens, device=device)  # Any: some have pooled vectors, too
-    prompts = sorted(wanted)
-    pooled: Tensor | None = None
-    if hasattr(encoder, "encode_pooled"):
-        embeddings, masks, pooled = encoder.encode_pooled(prompts)
-    else:
-        embeddings, masks = encoder.encode(prompts)
-    # Most families attend to the padding of their prompts; told of a mask, they would answer otherwise than upstream.
-    masked = isinstance(encoder, QwenImage) or type(encoder).__name__ == "WordsEncoder"
-    return {
-        prompt: _Text(
-            embeddings[i : i + 1].to(device),
-            masks[i : i + 1].to(device) if masked else None,
-            None if pooled is None else pooled[i : i + 1].to(device),
-        )
-        for i, prompt in enumerate(prompts)
-    }
-
-
-def _embedded(path: Path, device: torch.device) -> _Text:
-    found = arrays.read_one(path, "text").float()
-    found = found[0] if found.ndim == 3 else found
-    if found.ndim != 2:
-        raise ValueError(f"{path}: an embedding has shape (tokens, channels), not {tuple(found.shape)}")
-    return _Text(found[None].to(device), None)
-
-
-def _conditions(
-    request: Request,
-    words: Mapping[str, _Text],
-    model: Model,
-    codec: Autoencoder,
-    shot: Shot,
-    latent_shape: tuple[int, int, int, int],
-    device: torch.device,
-) -> tuple[Condition, Condition | None]:
-    """What leads the clip, and what guidance pushes away from."""
-    cond = Condition(fps=torch.tensor([shot.fps], device=device))
-    if request.label is not None:
-        cond = replace(cond, label=torch.tensor([request.label], device=device))
-        return cond, replace(cond, label=torch.full_like(torch.tensor([0], device=device), -1))
-    text = words[request.prompt] if request.embedding is None else _embedded(request.embedding, device)
-    cond = replace(cond, text=text.embedding, text_mask=text.mask, pooled=text.pooled)
-    if request.num_input_frames:
-        cond = _given(cond, request, model, codec, shot, latent_shape, device)
-    if request.control:
-        cond = replace(cond, control=_controls(request, model, codec, shot, device))
-    return cond, _negative(request, words, cond, device)
-
-
-def _negative(request: Request, words: Mapping[str, _Text], cond: Condition, device: torch.device) -> Condition | None:
-    assert cond.text is not None
-    if request.negative_embedding is not None:
-        text = _embedded(request.negative_embedding, device)
-    elif request.negative in words:
-        text = words[request.negative]
-    elif request.embedding is not None:  # how Cosmos 1 drops text
-        text = _Text(torch.zeros_like(cond.text), cond.text_mask)
-    else:
+def _pictures(asked: Asked, model: Model, device: torch.device) -> ClipVision | None:
+    """The encoder of pictures, where the network reads what it says."""
+    config: Any = getattr(getattr(model.network, "high", model.network).module, "config", {})
+    if getattr(config, "image_dim", None) is None or (asked.image_encoder is None and model.folder is None):
         return None
-    embedding, mask = text.embedding, text.mask
-    short = cond.text.shape[1] - embedding.shape[1]
-    if short < 0:
-        embedding, mask = embedding[:, : cond.text.shape[1]], None if mask is None else mask[:, : cond.text.shape[1]]
-    elif short:
-        embedding = torch.nn.functional.pad(embedding, (0, 0, 0, short))
-        mask = None if mask is None else torch.nn.functional.pad(mask, (0, short))
-    return replace(cond, text=embedding, text_mask=mask, pooled=text.pooled)
+    from fewstep.networks.vision import open_image_encoder
 
-
-def _given(
-    cond: Condition,
-    request: Request,
-    model: Model,
-    codec: Autoencoder,
-    shot: Shot,
-    latent_shape: tuple[int, int, int, int],
-    device: torch.device,
-) -> Condition:
-    assert request.source is not None
-    num, time_ratio = request.num_input_frames, codec.form.time if codec.form.sees_time else 1
-    if (num - 1) % time_ratio:
-        fits = num - (num - 1) % time_ratio
-        raise ValueError(f"--num-input-frames {num}: this codec takes 1 + k * {time_ratio}, {fits} for instance")
-    if num >= shot.num_frames:
-        raise ValueError(f"--num-input-frames {num}: nothing is left to be made of {shot.num_frames} frames")
-    shown = _pixels(request.source, shot, num, device)
-    network: Any = getattr(model.network, "high", model.network)  # Any: of two experts either reads the picture
-    config: Any = getattr(network.module, "config", {})
-    if type(network).__name__ == "Wan" and config.in_channels > config.out_channels:
-        from fewstep.networks.wan import start_from
-
-        if config.image_dim is not None:
-            raise ValueError(
-                "Wan 2.1 I2V also reads its picture's CLIP features, which generate does not make: use TI2V or 2.2"
-            )
-        grey = shown.new_zeros(1, 3, shot.num_frames - num, shot.height, shot.width)
-        return replace(cond, beside=start_from(codec.encode(torch.cat([shown, grey], 2))))
-    rest = shown[:, :, -1:].expand(-1, -1, shot.num_frames - num, -1, -1)  # not seen: the codec is causal, the mask hides it
-    frames = codec.encode(torch.cat([shown, rest], 2))
-    mask = torch.zeros(1, latent_shape[1], device=device)
-    mask[:, : 1 + (num - 1) // time_ratio] = 1
-    return replace(cond, frames=frames, frame_mask=mask)
-
-
-def _controls(request: Request, model: Model, codec: Autoencoder, shot: Shot, device: torch.device) -> dict[str, Tensor]:
-    network: Any = model.network  # Any: only networks with control branches have names of them
-    known = getattr(network, "controls", ())
-    wrong = sorted(set(request.control) - set(known))
-    if wrong:
-        raise ValueError(f"control '{wrong[0]}': this network is led by {', '.join(known) or 'no control'}")
-    weights = {name: control.weight for name, control in request.control.items()}
-    total = max(1.0, sum(weights.values()))
-    network.module.weights = {name: weights.get(name, 0.0) / total for name in known}
-    found: dict[str, Tensor] = {}
-    for name, control in request.control.items():
-        found[name] = codec.encode(_control_pixels(name, control.source, request, shot, device))
-    for name in known:
-        found.setdefault(name, torch.zeros_like(next(iter(found.values()))))
-    return found
-
-
-def _control_pixels(name: str, source: Path | None, request: Request, shot: Shot, device: torch.device) -> Tensor:
-    if source is not None:
-        return _pixels(source, shot, shot.num_frames, device)
-    if request.source is None:
-        raise ValueError(f"control '{name}' has no file, and there is no --input to make it from: --control {name}=FILE.mp4")
-    kinds = choices("control")
-    if name not in ("edge", "vis"):
-        raise ValueError(f"control '{name}' cannot be made from a video here, only edge and vis can: fewstep prepare controls")
-    frames = _frames(request.source, shot, shot.num_frames)
-    return _tensor(controls.made_of(kinds[name](), frames, request.seed), device)
-
-
-def _pixels(path: Path, shot: Shot, num: int, device: torch.device) -> Tensor:
-    return _tensor(_frames(path, shot, num), device)
-
-
-def _frames(path: Path, shot: Shot, num: int) -> np.ndarray:
-    """uint8 T H W 3: the first `num` frames, resized; a picture is a clip of one frame that stands still."""
-    if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp"):
-        import cv2
-
-        picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
-        if picture is None:
-            raise ValueError(f"{path}: is no picture that can be read")
-        sized = cv2.resize(picture, (shot.width, shot.height), interpolation=cv2.INTER_AREA)
-        return np.repeat(np.ascontiguousarray(sized[None, :, :, ::-1]), num, 0)
-    return video.read(path, 0, num, size=(shot.height, shot.width)).frames
-
-
-def _tensor(frames: np.ndarray, device: torch.device) -> Tensor:
-    """1 3 T H W in -1..1."""
-    return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].to(device).float() / 127.5 - 1
+    dtype = torch.bfloat16 if asked.precision == "bf16" else torch.float32
+    return open_image_encoder(asked.image_encoder or str(model.folder), dtype=dtype, device=device)
 
 
 def _paper(asked: Asked, request: Request) -> dict[str, Any]:
     """How the clip is made: what would make it another one."""
-    left_out = {"out", "requests", "device", "force", "save_noise", "wants_student"}
+    left_out = {"out", "requests", "device", "force", "save_noise", "wants_student", "shard"}
     told = {name: value for name, value in asdict(asked).items() if name not in left_out}
+    told = {name: value for name, value in told.items() if value is not None or name not in _ADDED}
     return json.loads(json.dumps(told | {"clip": asdict(request)}, default=str))
 
 
-def _place(out: Path, name: str) -> tuple[Path, Path]:
+def _files(out: Path, name: str) -> tuple[Path, Path]:
     return out / f"{name}.mp4", out / f"{name}.png"
 
 
 def _is_made(out: Path, name: str, paper: Mapping[str, Any]) -> bool:
-    if not any(path.is_file() for path in _place(out, name)):
+    if not any(path.is_file() for path in _files(out, name)):
         return False
     told = out / f"{name}.json"
     before = json.loads(told.read_text()).get("made") if told.is_file() else None
@@ -406,7 +335,7 @@ def _write(asked: Asked, request: Request, frames: np.ndarray, fps: float, paper
     for suffix, text in ((".txt", request.prompt + "\n"), (".json", json.dumps(about, indent=1) + "\n")):
         with replacing(asked.out / f"{request.name}{suffix}") as beside:
             beside.write_text(text, encoding="utf-8")
-    clip, picture = _place(asked.out, request.name)
+    clip, picture = _files(asked.out, request.name)
     if len(frames) == 1:
         import cv2
 

@@ -100,6 +100,11 @@ class CogVideoX:
         )
 
 
+def from_picture(latent: Tensor, num_frames: int) -> Tensor:
+    """cond.beside of CogVideoX I2V, B C T H W: the picture's latent B C 1 H W, then zeros."""
+    return nn.functional.pad(latent, (0, 0, 0, 0, 0, num_frames - latent.shape[2]))
+
+
 @kind("cogvideox", group="network")
 @dataclass(frozen=True)
 class CogVideoXSpec:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fewstep.config import ConfigError
-from fewstep.inference.asked import Control, read_command
+from fewstep.inference.asked import WITHOUT_EFFECT, Control, read_command
 
 SEED_COMMAND = (  # posttraining_video2world.md, "Running the inference"
     "--checkpoint_dir checkpoints --diffusion_transformer_dir Cosmos-Predict1-7B-Video2World_post-trained "
@@ -57,6 +57,94 @@ def test_every_name_of_the_predict1_and_transfer1_tools_is_known(tmp_path: Path,
     first, second = asked.requests
     assert (first.name, first.prompt, first.source, first.num_input_frames, first.seed) == ("x_0000", "a", Path("a.mp4"), 1, 1)
     assert (second.name, second.source, second.seed, second.negative) == ("x_0001", None, 2, "n")
+
+
+CONTROL = {"edge": Control()}
+# Each argument of the inference commands in the seeds' documents and in the READMEs that these name: what it becomes. A name
+# with a dot is a field of the clip. docs/coming-from-cosmos.md has the same names.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "--checkpoint_dir C --diffusion_transformer_dir D": {"model": "C/D"},
+    "--tokenizer_dir t": {"codec": "t"},
+    "--input_image_or_video_path a.jpg": {".source": Path("a.jpg"), ".num_input_frames": 1},
+    "--input_video_path a.mp4 --control edge": {".source": Path("a.mp4"), ".num_input_frames": 0, ".control": CONTROL},
+    "--input_image_or_video_path a.mp4 --num_input_frames 9": {".num_input_frames": 9},
+    "--prompt red": {".prompt": "red"},
+    "--negative_prompt n": {".negative": "n"},
+    "--num_steps 35": {"num_steps": 35},
+    "--num_video_frames 121": {"num_frames": 121},
+    "--height 704": {"height": 704},
+    "--width 1280": {"width": 1280},
+    "--fps 24": {"fps": 24.0},
+    "--seed 1": {".seed": 1},
+    "--sigma_max 70": {"sigma_max": 70.0},
+    "--guidance 7": {"guidance": 7.0},
+    "--guidance 7 --video_save_name a": {"guidance": 8.0},
+    "--guidance_scale 3.0": {"guidance": 3.0},
+    "--video_save_name v": {".name": "v"},
+    "--video_save_folder o": {"out": Path("o")},
+    "-o o": {"out": Path("o")},
+    "--num_gpus 1": {"shard": False},
+    "--use_distilled": {"wants_student": True},
+    "--save_input_noise": {"save_noise": True},
+    "--inference-type=text2world": {".num_input_frames": 0},
+    "--inference-type=video2world --input_path a.mp4": {".num_input_frames": 5},
+    "--model=2B/distilled": {"model": "m"},
+    "--num_frames_per_chunk 93 --num_ar_conditional_frames 5": {"chunk_frames": 93, "overlap": 5},
+    "--chunk_size 77 --chunk_overlap 1": {"chunk_frames": 77, "overlap": 1},
+    "--num_conditional_frames 1": {"overlap": 1},
+    **{f"--{name}": {"model": "m"} for name in WITHOUT_EFFECT},
+}
+
+
+@pytest.mark.parametrize("words", ARGUMENTS)
+def test_each_argument_of_the_seeds_inference_commands_is_known_and_mapped_in_the_docs(words: str) -> None:
+    told: list[str] = []
+    model = [] if "diffusion_transformer_dir" in words else ["m"]
+    asked = read_command([*model, *words.split()], told.append)
+    for name, value in ARGUMENTS[words].items():
+        found = getattr(asked.requests[0], name[1:]) if name.startswith(".") else getattr(asked, name)
+        assert found == value, name
+    page = (Path(__file__).parents[2] / "docs" / "coming-from-cosmos.md").read_text()
+    for word in words.replace("=", " ").split():
+        if word.startswith("-") and word != "--control":
+            assert f"`{word}" in page or f" {word}" in page, word
+    if words[2:] in WITHOUT_EFFECT:
+        assert told == [f"warning: {words} has no effect: {WITHOUT_EFFECT[words[2:]]}"]
+
+
+def test_a_specification_of_predict2_5_and_transfer2_5_is_read(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text('{"prompt": "a robot"}')
+    spec = {
+        "name": "robot",
+        "prompt_path": str(tmp_path / "p.json"),
+        "video_path": "in.mp4",
+        "guidance": 3,
+        "seed": 2025,
+        "num_steps": 4,
+        "edge": {"control_path": "e.mp4", "control_weight": 0.5, "canny_threshold": "high"},
+        "vis": {"control_weight": 0.5},
+    }
+    (tmp_path / "s.json").write_text(json.dumps(spec))
+    told: list[str] = []
+    asked = read_command(["folder", "-i", str(tmp_path / "s.json"), "-o", "out", "--model=edge/distilled"], told.append)
+    assert (asked.model, asked.out, asked.num_steps, asked.guidance) == ("folder", Path("out"), 4, 4.0)
+    (request,) = asked.requests
+    assert (request.name, request.prompt, request.source, request.seed) == ("robot", "a robot", Path("in.mp4"), 2025)
+    assert request.control == {"edge": Control(Path("e.mp4"), 0.5, "high"), "vis": Control(None, 0.5)}
+    assert "because of -i" in told[0] and "--model edge/distilled has no effect" in told[1]
+    (tmp_path / "s.json").write_text(json.dumps({"inference_type": "image2world", "input_path": "a.png", "prompt": "x"}))
+    (request,) = read_command(["m", "-i", str(tmp_path / "s.json")]).requests
+    assert (request.num_input_frames, request.source) == (1, Path("a.png"))
+    for wrong, said in (
+        ({"resolution": "720"}, "unrecognized arguments: --resolution=720"),
+        ({"edge": {"mask_path": "m.mp4"}}, "control edge: has 'mask_path', which is not read"),
+        ({"inference_type": "x2y"}, "is none of text2world"),
+    ):
+        (tmp_path / "s.json").write_text(json.dumps(wrong))
+        with pytest.raises(ConfigError, match=said):
+            read_command(["m", "-i", str(tmp_path / "s.json")])
+    with pytest.raises(ConfigError, match="names of released models are not known"):
+        read_command(["--model=2B/distilled", "--prompt", "a"])
 
 
 def test_controls_by_name_and_by_a_spec_file(tmp_path: Path) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,6 +137,67 @@ def test_processes_divide_the_clips_and_make_what_one_makes(student: Path, tmp_p
     alone = [str(student), "--prompt", "rolls", "--seed", "9"]  # the third's seed
     made(tmp_path / "alone", *alone)
     assert (tmp_path / "alone" / "output.mp4").read_bytes() == (tmp_path / "one" / "p_0002.mp4").read_bytes()
+
+
+@torch.no_grad()
+def test_a_longer_clip_is_made_chunk_after_chunk(student: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    asked = [str(student), "--prompt", "a red ball", "--seed", "3", "--num-frames", "20", "--overlap", "5"]
+    made(tmp_path, *asked, told=told)
+    assert told[0] == "20 frames in 4 chunks of 9, 5 of them from the one before"
+    assert "trained on" not in "".join(told)
+    model, codec = open_model(student), open_codec(student)
+    text, mask = open_text_encoder(student).encode(["a red ball"])
+    assert model.sampler is not None
+    clips: list[Tensor] = []
+    for chunk in range(4):
+        cond = Condition(text=text, text_mask=mask, fps=torch.tensor([8.0]))
+        if chunk:
+            begins = clips[-1][:, :, -5:].clamp(-1, 1)
+            frames = codec.encode(torch.cat([begins, begins[:, :, -1:].expand(-1, -1, 4, -1, -1)], 2))
+            cond = replace(cond, frames=frames, frame_mask=torch.tensor([[1.0, 1.0, 0.0]]))
+        rng = Rng(0, chunk, [3])
+        clips.append(codec.decode(model.sampler(model.network, rng.normal((2, 3, 4, 4)), cond, rng)))
+    whole = torch.cat([clips[0], *(clip[:, :, 5:] for clip in clips[1:])], 2)[:, :, :20]
+    wanted = ((whole.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()[0]
+    np.testing.assert_array_equal(video.read(tmp_path / "output.mp4").frames, wanted)
+    with pytest.raises(ValueError, match="--overlap 3: this codec takes 1"):
+        made(tmp_path, *asked[:-1], "3", "--name", "b")
+    with pytest.raises(ValueError, match="made in several chunks has no one noise"):
+        made(tmp_path, *asked, "--save-noise", "--name", "b")
+
+
+def test_two_processes_divide_the_clips_or_the_weights_and_make_the_same_files(student: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a ball\na red ball\nrolls\n")
+    asked = [str(student), "--prompts", str(tmp_path / "p.txt"), "--quality", "lossless"]
+    assert made(tmp_path / "one", *asked[:-2]) == 3
+    code = (
+        "import sys, torch; torch.set_num_threads(1); from fewstep.cli import main;"
+        f"asked = ['generate', *{asked!r}, '--device', 'cpu', '--out'];"
+        f"bad = main([*asked, {str(tmp_path / 'divided')!r}]) or main([*asked, {str(tmp_path / 'sharded')!r}, '--shard']);"
+        "sys.exit(bad)"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code],
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
+    for folder in ("divided", "sharded"):
+        assert sorted(path.name for path in (tmp_path / folder).glob("*.mp4")) == [f"p_{i:04d}.mp4" for i in range(3)]
+        for path in (tmp_path / "one").glob("*.mp4"):
+            assert (tmp_path / folder / path.name).read_bytes() == path.read_bytes(), (folder, path.name)
+    assert [text.count(" of 1: ") + text.count(" of 2: ") for text in said] == [4, 2]  # each file by one process, once
 
 
 def test_a_killed_command_goes_on_and_another_one_does_not_mix_in(student: Path, tmp_path: Path) -> None:

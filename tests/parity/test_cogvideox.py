@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from torch import Tensor
 
 from fewstep.batch import Condition
 from fewstep.diffusion import guided, samplers
-from fewstep.networks.cogvideox import CogVideoX, CogVideoXSpec
+from fewstep.networks.cogvideox import CogVideoX, CogVideoXSpec, from_picture
 from fewstep.parallel import World, place
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers 0.42 with numpy 2
@@ -50,6 +50,13 @@ def test_the_path_is_the_shifted_table_that_ends_in_pure_noise(spec: CogVideoXSp
     assert float(a[-1]) == 0.0
 
 
+def same_gradients(net: CogVideoX, ours: Tensor, theirs: Tensor) -> None:
+    weights = list(net.module.parameters())
+    got, wanted = (torch.autograd.grad(x0.square().sum(), weights) for x0 in (ours, theirs))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def rotary(net: CogVideoX, frames: int) -> Any:
     """As the pipeline computes it, asked for pixels."""
     made = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=net.module, scheduler=scheduler_of(B5))
@@ -70,11 +77,7 @@ def test_the_answer_is_the_upstream_v_at_the_entry_of_its_table(spec: CogVideoXS
     torch.testing.assert_close(answer.x0, x0, rtol=0, atol=1e-5)
     torch.testing.assert_close(answer.eps, (1 - level).sqrt() * x + level.sqrt() * v, rtol=0, atol=1e-5)
 
-    weights = list(net.module.parameters())
-    ours = torch.autograd.grad(answer.x0.square().sum(), weights)
-    theirs = torch.autograd.grad(x0.square().sum(), weights)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    same_gradients(net, answer.x0, x0)
 
 
 def test_pure_noise_and_clean_data_are_read_right() -> None:
@@ -95,7 +98,9 @@ def test_image_to_video_reads_its_picture_beside_the_latents() -> None:
         ofs=torch.full((1,), 2.0), image_rotary_emb=rotary(net, 3), return_dict=False,
     )[0].transpose(1, 2)  # fmt: skip
     level = scheduler_of(B5).alphas_cumprod[[899, 399]].float()[:, None, None, None, None]
-    torch.testing.assert_close(answer.x0, level.sqrt() * x - (1 - level).sqrt() * v, rtol=0, atol=1e-5)
+    x0 = level.sqrt() * x - (1 - level).sqrt() * v
+    torch.testing.assert_close(answer.x0, x0, rtol=0, atol=1e-5)
+    same_gradients(net, answer.x0, x0)
 
 
 def test_taps_are_the_blocks_own_outputs_of_the_clip() -> None:
@@ -120,22 +125,59 @@ def test_recomputed_blocks_give_the_same_answer_and_gradients() -> None:
         torch.testing.assert_close(grads[1][name], grad, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("spec", [B2, B5], ids=["2b", "5b"])
+ASKED: dict[str, Any] = {
+    "height": 32, "width": 48, "num_inference_steps": 5, "guidance_scale": 6.0, "output_type": "latent", "return_dict": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", [B2, B5, B15], ids=["2b", "5b", "1.5"])
 def test_ode_sampling_is_the_upstream_pipeline_with_its_own_ddim(spec: CogVideoXSpec) -> None:
-    net, noise, text, negative = network(spec), draw(*SHAPE, seed=5), draw(2, 7, 12, seed=2), draw(2, 7, 12, seed=3)
+    net, text, negative = network(spec), draw(2, 7, 12, seed=2), draw(2, 7, 12, seed=3)
+    noise = draw(2, 4, 4 if spec.patch_t else 3, 4, 6, seed=5)
     scheduler = scheduler_of(spec)
     made = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=net.module, scheduler=scheduler)
     made.set_progress_bar_config(disable=True)
     theirs = made(
-        prompt_embeds=text, negative_prompt_embeds=negative, height=32, width=48, num_frames=9, num_inference_steps=5,
-        guidance_scale=6.0, latents=noise.transpose(1, 2), output_type="latent", return_dict=False,
+        prompt_embeds=text, negative_prompt_embeds=negative, num_frames=4 * noise.shape[2] - 3,
+        latents=noise.transpose(1, 2), **ASKED,
     )[0].transpose(1, 2)  # fmt: skip
+    torch.testing.assert_close(sampled(net, noise, scheduler, Condition(text=text), Condition(text=negative)), theirs, **CLOSE)
+
+
+CLOSE = {"rtol": 0, "atol": 1e-4}
+
+
+@torch.no_grad()
+def sampled(net: CogVideoX, noise: Tensor, scheduler: Any, cond: Condition, negative: Condition) -> Tensor:
     times = (scheduler.timesteps.double() + 1) / 1000
     assert float(times[0]) == 1.0
+    return samplers.few_step(guided(net, negative, 6.0), noise, times, cond, renoise="ode")
+
+
+@pytest.mark.parametrize("spec", [replace(B5, learned_positions=True), replace(B15, motion_dim=8)], ids=["5b", "1.5"])
+def test_image_to_video_is_the_upstream_pipeline(spec: CogVideoXSpec) -> None:
+    net, text, negative = network(spec, has_picture=True), draw(1, 7, 12, seed=2), draw(1, 7, 12, seed=3)
+    torch.manual_seed(1)
+    vae = AutoencoderKLCogVideoX(
+        block_out_channels=(4, 4, 4, 4), layers_per_block=1, latent_channels=4, norm_num_groups=2, temporal_compression_ratio=4,
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4, scaling_factor=0.7,
+    ).eval()  # fmt: skip
+    noise, picture = draw(1, 4, 4 if spec.patch_t else 3, 4, 6, seed=5), draw(1, 3, 32, 48, seed=7).clamp(-1, 1)
+    scheduler = scheduler_of(spec)
+    made = CogVideoXImageToVideoPipeline(
+        tokenizer=None, text_encoder=None, vae=vae, transformer=net.module, scheduler=scheduler
+    )
+    made.set_progress_bar_config(disable=True)
     with torch.no_grad():
-        teacher = guided(net, Condition(text=negative), 6.0)
-        ours = samplers.few_step(teacher, noise, times, Condition(text=text), renoise="ode")
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+        posterior = vae.encode(picture[:, :, None]).latent_dist
+    drawn = posterior.sample(torch.Generator().manual_seed(8))  # the pipeline draws; our codec takes the middle
+    theirs = made(
+        image=picture / 2 + 0.5, prompt_embeds=text, negative_prompt_embeds=negative, num_frames=4 * noise.shape[2] - 3,
+        latents=noise.transpose(1, 2), generator=torch.Generator().manual_seed(8), **ASKED,
+    )[0].transpose(1, 2)  # fmt: skip
+    beside = from_picture(0.7 * drawn, noise.shape[2])
+    cond, other = (Condition(text=words, beside=beside) for words in (text, negative))
+    torch.testing.assert_close(sampled(net, noise, scheduler, cond, other), theirs, **CLOSE)
 
 
 def test_what_does_not_fit_is_said() -> None:

@@ -1,6 +1,8 @@
 """The Cosmos adapter against the upstream class called by hand: same weights, equal answers and gradients."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +18,7 @@ SMALL = CosmosSpec(
 SHAPE = (2, 4, 3, 8, 8)
 
 
-def network(**changes: object) -> Cosmos:
-    from dataclasses import replace
-
+def network(**changes: Any) -> Cosmos:
     torch.manual_seed(0)
     return replace(SMALL, **changes).build()
 
@@ -93,6 +93,85 @@ def test_the_edm_family_is_preconditioned_as_karras_writes_it() -> None:
         wanted = 0.25 / total**2 * x[row] + s * 0.5 / total * raw[0]
         # x0 is read back from a velocity of size x / sigma: float32 keeps about 1e-6 of the state's size.
         torch.testing.assert_close(answer.x0[row], wanted, rtol=0, atol=2e-6 * float(x[row].abs().max()) + 1e-6)
+
+
+EDM_1: dict[str, Any] = {
+    "family": "edm", "sigma_data": 0.5, "use_fps": True, "clean_time": None, "learnable_positions": True, "padding_mask": True,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "predict1 text": {**EDM_1, "frame_mask": False},
+    "predict1": EDM_1,
+    "predict2 text": {"frame_mask": False, "rope_scale": (1.0, 4.0, 4.0), "padding_mask": True},
+    "predict2": {"use_fps": True, "padding_mask": True},
+    "predict2.5": {"text_projection_from": 24, "padding_mask": True},
+    "predict2.5 14B": {"text_projection_from": 24, "padding_mask": True, "clean_time": None},
+}
+
+
+def x0_by_hand(net: Cosmos, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    """The class of diffusers called for each row as the pipelines call it, with a time for every frame."""
+    told: list[Tensor] = []
+    for row in range(len(x)):
+        sigma = (t[row].expand(3) if t.ndim == 2 else t[row : row + 1].expand(3)).double()
+        mask = torch.zeros(3) if cond.frame_mask is None else cond.frame_mask[row]
+        is_given = mask.bool()[:, None, None]
+        level = sigma.float()[:, None, None]
+        if net.family == "edm":
+            total = (sigma**2 + 0.25).sqrt().float()[:, None, None]
+            shown, time = x[row] / total, sigma.clamp(min=1e-5).log() / 4
+        else:
+            shown, time = x[row], sigma
+        if cond.frames is not None:
+            scale = 0.5 if net.family == "edm" else 1.0
+            shown = torch.where(is_given, cond.frames[row] / scale, shown)
+            if net.clean_time is not None and net.family == "flow":
+                time = torch.where(mask.bool(), net.clean_time, time)
+        more: dict[str, Any] = {"padding_mask": torch.zeros(1, 1, 8, 8)}
+        if net.module.config.in_channels == 5:  # type: ignore[union-attr]
+            more["condition_mask"] = mask[None, None, :, None, None].expand(1, 1, 3, 8, 8)
+        if net.use_fps:
+            more["fps"] = 12.0
+        assert cond.text is not None
+        raw = net.module(
+            shown[None], time.float()[None, None, :, None, None], cond.text[row : row + 1], return_dict=False, **more
+        )[0][0]
+        if net.family == "edm":
+            told.append(0.25 / total**2 * x[row] + level * 0.5 / total * raw)
+        else:
+            told.append(x[row] - level * raw)
+    return torch.stack(told)
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["one time", "a time for each frame"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_answers_and_learns_as_the_class_called_by_hand_to_both_ends(family: str, each: bool) -> None:
+    net = network(**FAMILIES[family])
+    end = net.path.t_max
+    t = torch.tensor([[0.0, 0.4, end], [end, end, 0.0]] if each else [end, 0.0], dtype=torch.float64)
+    level = (t if each else t[:, None]).float()[:, None, :, None, None]
+    x, _, given = inputs()
+    if net.family == "edm":
+        x = x * (level**2 + 0.25).sqrt()
+    width = 24 if "2.5" in family else 32
+    has_frames = "text" not in family
+    cond = replace(given, text=given.text[..., :width], fps=torch.tensor([12.0, 12.0]))  # type: ignore[index]
+    cond = cond if has_frames else replace(cond, frames=None, frame_mask=None)
+    answer, wanted = net(x, t, cond), x0_by_hand(net, x, t, cond)
+    free = torch.ones(2, 1, 3, 1, 1) if cond.frame_mask is None else cond.frame_mask[:, None, :, None, None] == 0
+    # x0 is read back from a velocity of size x / t: float32 keeps about 1e-6 of the state's size.
+    torch.testing.assert_close(answer.x0 * free, wanted * free, rtol=0, atol=2e-6 * float(x.abs().max()) + 2e-6)
+    at_0 = (level == 0) & (free > 0)
+    torch.testing.assert_close(answer.x0 * at_0, x * at_0, rtol=0, atol=1e-5)
+    if net.family == "flow":
+        at_1 = (level == 1) & (free > 0)
+        torch.testing.assert_close(answer.eps * at_1, x * at_1, rtol=0, atol=1e-5)
+
+    weights = list(net.module.parameters())
+    ours = torch.autograd.grad((answer.x0 * free).square().sum(), weights)
+    theirs = torch.autograd.grad((wanted * free).square().sum(), weights)
+    assert sum(float(g.norm()) > 0 for g in ours) > len(weights) // 2
+    for (name, _), a, b in zip(net.module.named_parameters(), ours, theirs, strict=True):
+        assert (a - b).norm() <= 2e-4 * b.norm() + 1e-6, name
 
 
 def test_taps_are_the_blocks_own_outputs() -> None:

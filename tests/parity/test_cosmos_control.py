@@ -56,7 +56,8 @@ def upstream_inputs(x: Tensor, t: Tensor, cond: Condition) -> dict[str, Any]:
     mask = indicator.expand(-1, 1, -1, *x.shape[-2:])
     return {
         "latents": mask * cond.frames + (1 - mask) * x,
-        "timestep": indicator * CLEAN_TIME + (1 - indicator) * t.float().reshape(-1, 1, 1, 1, 1),
+        "timestep": indicator * CLEAN_TIME
+        + (1 - indicator) * (t if t.ndim == 2 else t[:, None]).float()[:, None, :, None, None],
         "encoder_hidden_states": cond.text,
         "condition_mask": mask,
         "padding_mask": torch.zeros(1, 1, 64, 64),
@@ -95,6 +96,20 @@ def test_transfer2_5_is_the_two_upstream_networks_called_as_their_pipeline_does(
     upstream = by_hand(net, x, t, cond)
     torch.testing.assert_close(answer.velocity * free, upstream * free, rtol=0, atol=1e-6)
     torch.testing.assert_close(answer.x0[0, :, 0], cond.frames[0, :, 0], rtol=0, atol=1e-5)
+    gradients_agree(answer.velocity * free, upstream * free, net)
+
+
+def test_transfer2_5_reads_a_time_for_every_frame_to_both_ends() -> None:
+    net = network(text_projection_from=48)
+    x, cond = draw(*SHAPE), condition(text_dim=48)
+    t = torch.tensor([[0.5, 0.0, 1.0], [1.0, 1.0, 0.0]], dtype=torch.float64)
+    answer, upstream = net(x, t, cond), by_hand(net, x, t, cond)
+    assert cond.frame_mask is not None
+    free, level = cond.frame_mask[:, None, :, None, None] == 0, t.float()[:, None, :, None, None]
+    torch.testing.assert_close(answer.velocity * free, upstream * free, rtol=0, atol=2e-6)
+    at_0, at_1 = (level == 0) & free, (level == 1) & free
+    torch.testing.assert_close(answer.x0 * at_0, x * at_0, rtol=0, atol=1e-6)
+    torch.testing.assert_close(answer.eps * at_1, x * at_1, rtol=0, atol=1e-6)
     gradients_agree(answer.velocity * free, upstream * free, net)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fewstep.batch import Condition
+from fewstep.diffusion import guided, samplers
 from fewstep.networks.cosmos import Cosmos
 from fewstep.networks.cosmos_control import CosmosControlSpec
 from fewstep.networks.cosmos_keys import match, original_names
@@ -98,15 +99,16 @@ class Embedded:
         size = where.norm(dim=-1, keepdim=True)
         self.places = (where / (1e-6 + size * math.sqrt(1 / where.shape[-1]))).flatten(0, 2)
         half = HEADS * DIM // 2
-        angle = time[:, None] * torch.exp(-math.log(10000) * torch.arange(half) / half)
+        time = time[:, None] if time.ndim == 1 else time.repeat_interleave(h * v, 1)  # of every token
+        angle = time[..., None] * torch.exp(-math.log(10000) * torch.arange(half) / half)
         waves = torch.cat([angle.cos(), angle.sin()], -1)
         self.bias = linear(w, "t_embedder.1.linear_2", functional.silu(linear(w, "t_embedder.1.linear_1", waves)))
         self.time = rms(waves, w["affline_norm.weight"])
 
     def modulated(self, w: Weights, x: Tensor, parts: int) -> tuple[Tensor, Tensor]:
         """(the normalised x, scaled and shifted; the gate)"""
-        made = linear(w, "2", linear(w, "1", functional.silu(self.time))) + self.bias[:, : parts * x.shape[-1]]
-        shift, scale, *gate = made[:, None].chunk(parts, -1)
+        made = linear(w, "2", linear(w, "1", functional.silu(self.time))) + self.bias[..., : parts * x.shape[-1]]
+        shift, scale, *gate = made.chunk(parts, -1)
         x = functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
         return x, gate[0] if gate else x
 
@@ -172,6 +174,40 @@ def _is_of(name: str, control: str) -> bool:
     return name.startswith(("base.", f"branches.{control}."))
 
 
+def x0_by_hand(net: Cosmos, x: Tensor, sigma: Tensor, cond: Condition, weights: Mapping[str, float]) -> Tensor:
+    """`published` under Karras' preconditioning; given frames enter clean, at the spread of 1."""
+    named = {control: originals(net, control) for control in weights}
+    s = (sigma if sigma.ndim == 2 else sigma[:, None]).float()[:, None, :, None, None]
+    total, channel = (s**2 + 0.25).sqrt(), torch.zeros(x.shape[0], 1, 3, 8, 8)
+    shown = x / total
+    if cond.frame_mask is not None and cond.frames is not None:
+        channel = cond.frame_mask[:, None, :, None, None].expand(-1, 1, -1, 8, 8)
+        shown = torch.where(channel.bool(), cond.frames / 0.5, shown)
+    raw = published(
+        under(named[next(iter(weights))], "base_model.net."),
+        {control: under(named[control], "net.") for control in weights},
+        weights,
+        x=shown,
+        time=(sigma.clamp(min=1e-5).log() / 4).float(),
+        text=cond.text,
+        mask=channel,
+        fps=12.0,
+        hints=cond.control,
+    )
+    return 0.25 / total**2 * x + s * 0.5 / total * raw
+
+
+def same_gradients(net: Cosmos, ours: Tensor, theirs: Tensor) -> None:
+    parameters = list(net.module.parameters())
+    first = torch.autograd.grad(ours.square().sum(), parameters)
+    second = torch.autograd.grad(theirs.square().sum(), parameters)
+    for (name, _), a, b in zip(net.module.named_parameters(), first, second, strict=True):
+        assert (a - b).norm() <= 2e-4 * b.norm() + 1e-6, name
+
+
+FPS = torch.tensor([12.0, 12.0])
+
+
 @pytest.mark.parametrize(
     ("controls", "weights"), [(("edge",), None), (("seg",), (0.5,)), (("depth", "vis"), (1.0, 3.0))], ids=str
 )
@@ -179,35 +215,54 @@ def test_it_is_the_published_network_with_equal_gradients(controls: tuple[str, .
     net = network(*controls, weights=weights)
     mask = torch.tensor([[1.0, 0, 0], [0, 0, 0]])
     frames, hints = draw(*SHAPE, seed=3), {name: draw(*SHAPE, seed=5 + i) for i, name in enumerate(controls)}
-    text, fps, sigma = draw(2, 7, 32, seed=2), torch.tensor([12.0, 12.0]), torch.tensor([5.0, 0.4], dtype=torch.float64)
+    sigma = torch.tensor([5.0, 0.4], dtype=torch.float64)
     x = draw(*SHAPE) * (sigma**2 + 0.25).sqrt().float().reshape(-1, 1, 1, 1, 1)
-    answer = net(x, sigma, Condition(text=text, frames=frames, frame_mask=mask, control=hints, fps=fps))
-
-    named = {control: originals(net, control) for control in controls}
-    channel = mask[:, None, :, None, None].expand(-1, 1, -1, 8, 8)
-    total = (sigma**2 + 0.25).sqrt().float().reshape(-1, 1, 1, 1, 1)
-    raw = published(
-        under(named[controls[0]], "base_model.net."),
-        {control: under(named[control], "net.") for control in controls},
-        dict(zip(controls, {None: (1.0,), (0.5,): (0.5,), (1.0, 3.0): (0.25, 0.75)}[weights])),
-        x=torch.where(channel.bool(), frames / 0.5, x / total),
-        time=(sigma.log() / 4).float(),
-        text=text,
-        mask=channel,
-        fps=12.0,
-        hints=hints,
-    )
-    s = sigma.float().reshape(-1, 1, 1, 1, 1)
-    wanted = 0.25 / total**2 * x + s * 0.5 / total * raw
-    free = channel == 0
+    cond = Condition(text=draw(2, 7, 32, seed=2), frames=frames, frame_mask=mask, control=hints, fps=FPS)
+    answer = net(x, sigma, cond)
+    counted = dict(zip(controls, {None: (1.0,), (0.5,): (0.5,), (1.0, 3.0): (0.25, 0.75)}[weights]))
+    wanted = x0_by_hand(net, x, sigma, cond, counted)
+    free = mask[:, None, :, None, None] == 0
     torch.testing.assert_close(answer.x0 * free, wanted * free, rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(answer.x0[0, :, 0], frames[0, :, 0], rtol=0, atol=1e-5)
+    same_gradients(net, answer.x0 * free, wanted * free)
 
-    parameters = list(net.module.parameters())
-    ours = torch.autograd.grad((answer.x0 * free).square().sum(), parameters)
-    theirs = torch.autograd.grad((wanted * free).square().sum(), parameters)
-    for (name, _), a, b in zip(net.module.named_parameters(), ours, theirs, strict=True):
-        assert (a - b).norm() <= 2e-4 * b.norm() + 1e-6, name
+
+def test_every_frame_may_carry_its_own_time_to_both_ends() -> None:
+    net = network("edge")
+    sigma = torch.tensor([[0.0, 0.4, 80.0], [80.0, 5.0, 0.0]], dtype=torch.float64)
+    x = draw(*SHAPE) * (sigma**2 + 0.25).sqrt().float()[:, None, :, None, None]
+    cond = Condition(text=draw(2, 7, 32, seed=2), control={"edge": draw(*SHAPE, seed=5)}, fps=FPS)
+    answer, wanted = net(x, sigma, cond), x0_by_hand(net, x, sigma, cond, {"edge": 1.0})
+    torch.testing.assert_close(answer.x0, wanted, rtol=0, atol=1e-6 * float(x.abs().max()))
+    torch.testing.assert_close(answer.x0[0, :, 0], x[0, :, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(answer.x0[1, :, 2], x[1, :, 2], rtol=0, atol=1e-5)
+    same_gradients(net, answer.x0, wanted)
+
+
+def test_sampling_is_the_published_network_in_the_loop_of_predict1s_pipeline() -> None:
+    """No library has a pipeline for it; the loop is diffusers' CosmosTextToWorldPipeline, its scheduler their own."""
+    from diffusers import EDMEulerScheduler
+
+    net, weights = network("edge"), {"edge": 1.0}
+    scheduler = EDMEulerScheduler(
+        sigma_min=0.002, sigma_max=80, sigma_data=0.5, sigma_schedule="karras", final_sigmas_type="sigma_min"
+    )
+    scheduler.set_timesteps(5)
+    hints = {"edge": draw(*SHAPE, seed=5)}
+    cond = Condition(text=draw(2, 7, 32, seed=2), control=hints, fps=FPS)
+    negative = replace(cond, text=draw(2, 7, 32, seed=3))
+    x = start = 80 * draw(*SHAPE)
+    with torch.no_grad():
+        for sigma, t in zip(scheduler.sigmas[:-1], scheduler.timesteps, strict=True):
+            level = sigma.double().expand(2)
+            with_text, without = (x0_by_hand(net, x, level, words, weights) for words in (cond, negative))
+            x0 = with_text + 3.0 * (with_text - without)
+            x = scheduler.step(x0, t, x, return_dict=False, pred_original_sample=x0)[0]
+        states: list[Tensor] = []
+        grid = scheduler.sigmas[:-1].double()
+        samplers.euler(guided(net, negative, 4.0), start, grid, cond, on_state=lambda t, x: states.append(x))
+    assert (x - start).abs().max() > 1
+    torch.testing.assert_close(states[-1], x, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("wrap", ["released", "distilled"])

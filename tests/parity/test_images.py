@@ -123,6 +123,16 @@ def test_sit_is_asked_from_noise_to_data() -> None:
     s = 1 - T.float()[:, None, None, None]
     torch.testing.assert_close(answer.x0, x + (1 - s) * upstream, rtol=0, atol=1e-5)
     torch.testing.assert_close(answer.eps, x - s * upstream, rtol=0, atol=1e-5)
+    same_gradients(net, answer.x0, x + (1 - s) * upstream)
+
+
+@pytest.mark.parametrize("spec", [FLUX, QWEN, DIT, replace(DIT, family="flow")], ids=["flux", "qwen", "dit", "sit"])
+def test_at_time_0_the_state_is_the_picture_and_at_the_end_it_is_noise(spec: Any) -> None:
+    net, x = built(spec), draw(*SQUARE)
+    answer = net(x, torch.tensor([0.0, 1.0], dtype=torch.float64), replace(told(), label=torch.tensor([1, 2])))
+    torch.testing.assert_close(answer.x0[0], x[0], rtol=0, atol=1e-6)
+    if spec is not DIT:  # its table keeps 0.006 of the picture; test_dit_.. has its eps there
+        torch.testing.assert_close(answer.eps[1], x[1], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("spec", [FLUX, QWEN, DIT], ids=["flux", "qwen", "dit"])
@@ -215,7 +225,8 @@ def test_ode_sampling_is_the_upstream_dit_pipeline_with_ddim() -> None:
     times = (scheduler.timesteps.double() + 1) / 1000
     with torch.no_grad():
         ours = samplers.few_step(guided(net, none, 4.0), noise, times, cond, renoise="ode")
-    torch.testing.assert_close(ours, vae.latents, rtol=1e-4, atol=1e-4)
+    assert vae.latents.abs().max() > 100  # an untrained network from a = 0.006: beyond unit size, float32 counts by value
+    torch.testing.assert_close(ours, vae.latents, rtol=1e-5, atol=1e-4)
 
 
 def test_what_is_missing_or_does_not_fit_is_said() -> None:

@@ -48,8 +48,8 @@ def draw(*shape: int, seed: int = 1) -> Tensor:
 
 def same_gradients(net: Any, ours: Tensor, theirs: Tensor) -> None:
     weights = list(net.module.parameters())
-    got = torch.autograd.grad(ours.square().sum(), weights, allow_unused=True)
-    wanted = torch.autograd.grad(theirs.square().sum(), weights, allow_unused=True)
+    got = torch.autograd.grad(ours.square().sum(), weights, allow_unused=True, retain_graph=True)
+    wanted = torch.autograd.grad(theirs.square().sum(), weights, allow_unused=True, retain_graph=True)
     for a, b in zip(got, wanted, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
@@ -98,6 +98,7 @@ def test_given_frames_enter_clean_at_time_0_and_are_kept() -> None:
         upstream = net.module(shown, temp_ts[None], text[row : row + 1], return_dict=False)[0]
         free = slice(int(mask[row].sum()), None)
         torch.testing.assert_close(answer.velocity[row, :, free], upstream[0, :, free], rtol=0, atol=1e-6)
+        same_gradients(net, answer.velocity[row, :, free], upstream[0, :, free])
     torch.testing.assert_close(answer.x0[0, :, 0], frames[0, :, 0], rtol=0, atol=1e-6)
 
 
@@ -119,6 +120,16 @@ def test_image_to_video_reads_its_picture_beside_the_latents_and_as_features() -
     same_gradients(net, answer.velocity, upstream)
     other = net(x, torch.tensor([0.9, 0.4], dtype=torch.float64), replace(cond, image=-image))
     assert (answer.velocity - other.velocity).abs().max() > 1e-5
+
+    ends = torch.tensor([[0.0, 0.5, 1.0], [1.0, 1.0, 0.0]], dtype=torch.float64)  # a time for each frame
+    answer = net(x, ends, cond)
+    upstream = net.module(
+        torch.cat([x, mask, latents], 1), (1000 * ends).float().repeat_interleave(2 * 3, 1), text,
+        encoder_hidden_states_image=image, return_dict=False,
+    )[0]  # fmt: skip
+    torch.testing.assert_close(answer.velocity, upstream, rtol=0, atol=1e-6)
+    torch.testing.assert_close(answer.x0[0, :, 0], x[0, :, 0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(answer.eps[0, :, 2], x[0, :, 2], rtol=0, atol=1e-6)
 
 
 def test_padding_is_shown_as_zeros() -> None:
@@ -290,9 +301,48 @@ def test_the_5b_image_to_video_is_the_upstream_pipeline() -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
-def experts(boundary: float = 0.875) -> Experts:
+def experts(boundary: float = 0.875, **changes: Any) -> Experts:
     torch.manual_seed(0)
-    return ExpertsSpec(SMALL, SMALL, boundary).build()
+    spec = replace(SMALL, **changes)
+    return ExpertsSpec(spec, spec, boundary).build()
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["one time", "a time for each frame"])
+def test_two_experts_answer_and_learn_as_the_two_classes_called_by_hand(each: bool) -> None:
+    net, x, text = experts(), draw(*SHAPE), draw(2, 7, 16, seed=2)
+    t = torch.tensor([[0.1, 0.5, 1.0], [0.3, 0.0, 0.8]] if each else [1.0, 0.0], dtype=torch.float64)
+    answer = net(x, t, Condition(text=text))
+    told = (1000 * t).float()
+    told = told.repeat_interleave(2 * 3, 1) if each else told
+    rows = [
+        module(x[i : i + 1], told[i : i + 1], text[i : i + 1], return_dict=False)[0]
+        for i, module in enumerate((net.high.module, net.low.module))  # the noisiest frame decides
+    ]
+    upstream = torch.cat(rows)
+    torch.testing.assert_close(answer.velocity, upstream, rtol=0, atol=1e-6)
+    level = (t if each else t[:, None]).float()[:, None, :, None, None]
+    torch.testing.assert_close(answer.x0, x - level * upstream, rtol=0, atol=1e-6)
+    same_gradients(net, answer.velocity, upstream)
+
+
+def test_two_experts_from_an_image_are_the_upstream_pipeline() -> None:
+    """Wan 2.2 I2V A14B: no features of the picture, its latents beside the state of either expert."""
+    net, vae = experts(0.9, beside_channels=8), tiny_vae(4)
+    noise, picture = draw(*SHAPE, seed=5)[:1], draw(1, 3, 32, 48, seed=7).clamp(-1, 1)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    made = image_pipeline(net.high, vae, scheduler, transformer_2=net.low.module, boundary_ratio=0.9)
+    text, negative = text_pair()
+    theirs = made(
+        image=picture / 2 + 0.5, prompt_embeds=text[:1], negative_prompt_embeds=negative[:1], height=32, width=48, num_frames=9,
+        num_inference_steps=6, guidance_scale=4.0, guidance_scale_2=3.0, latents=noise, output_type="latent", return_dict=False,
+    )[0]  # fmt: skip
+    grid = scheduler.sigmas[:-1].double()
+    assert bool((grid >= 0.9).any()) and bool((grid < 0.9).any())
+    beside = start_from(encoded(vae, torch.cat([picture[:, :, None], torch.zeros(1, 3, 8, 32, 48)], 2)))
+    cond, other = (Condition(text=words[:1], beside=beside) for words in (text, negative))
+    with torch.no_grad():
+        ours = samplers.euler(guided_apart(net, other, 4.0, 3.0), noise, grid, cond)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("low", [5.0, 3.0])

@@ -1,0 +1,275 @@
+"""What leads a clip: texts, labels, first frames, pictures beside the latents, control videos - as the Condition of a network.
+
+The arguments say what (asked.py); here files are read and encoded. Of a long clip each chunk has its own (chunks.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.batch import Condition
+from fewstep.config import choices
+from fewstep.data import arrays, controls, video
+from fewstep.inference.asked import Asked, Request
+from fewstep.inference.chunks import Chunk
+from fewstep.inference.model import Model
+from fewstep.inference.pairs import to_uint8
+from fewstep.networks.codecs import Autoencoder
+from fewstep.networks.vision import ClipVision
+
+
+@dataclass(frozen=True)
+class Shot:
+    """Frames, size and rate of every clip of one command."""
+
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+
+
+@dataclass(frozen=True)
+class Text:
+    embedding: Tensor  # 1 N D
+    mask: Tensor | None
+    pooled: Tensor | None = None
+
+
+def texts_of(requests: Sequence[Request], asked: Asked, model: Model, device: torch.device) -> Mapping[str, Text]:
+    """Every text that will be needed, by itself; then the encoder is let go, which is larger than many a network."""
+    from fewstep.networks.text import QwenImage, open_text_encoder
+
+    if all(request.label is not None for request in requests):
+        return {}
+    wanted = {r.prompt for r in requests if r.embedding is None and r.label is None}
+    if asked.guidance != 1.0:
+        wanted |= {r.negative for r in requests if r.negative_embedding is None and r.embedding is None}
+    if not wanted:
+        return {}
+    address = asked.text_encoder
+    if address is None:
+        if model.folder is None or (model.folder.is_dir() and not (model.folder / "text_encoder").is_dir()):
+            raise ValueError(f"{asked.model} has no text encoder beside it: give --text-encoder, or --embedding FILE")
+        address = str(model.folder)
+    encoder: Any = open_text_encoder(address, max_tokens=asked.max_tokens, device=device)  # Any: some have pooled vectors, too
+    prompts = sorted(wanted)
+    pooled: Tensor | None = None
+    if hasattr(encoder, "encode_pooled"):
+        embeddings, masks, pooled = encoder.encode_pooled(prompts)
+    else:
+        embeddings, masks = encoder.encode(prompts)
+    # Most families attend to the padding of their prompts; told of a mask, they would answer otherwise than upstream.
+    masked = isinstance(encoder, QwenImage) or type(encoder).__name__ == "WordsEncoder"
+    return {
+        prompt: Text(
+            embeddings[i : i + 1].to(device),
+            masks[i : i + 1].to(device) if masked else None,
+            None if pooled is None else pooled[i : i + 1].to(device),
+        )
+        for i, prompt in enumerate(prompts)
+    }
+
+
+def _embedded(path: Path, device: torch.device) -> Text:
+    found = arrays.read_one(path, "text").float()
+    found = found[0] if found.ndim == 3 else found
+    if found.ndim != 2:
+        raise ValueError(f"{path}: an embedding has shape (tokens, channels), not {tuple(found.shape)}")
+    return Text(found[None].to(device), None)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the conditions of every clip of one command are made with."""
+
+    model: Model
+    codec: Autoencoder
+    words: Mapping[str, Text]
+    device: torch.device
+    pictures: ClipVision | None = None  # for networks that read features of their picture
+
+
+@dataclass(frozen=True)
+class Footage:
+    """The pixels that one clip is made from, 1 3 T H W in -1..1, and its controls whole, uint8 T H W 3."""
+
+    begins: Tensor | None  # the frames that are given
+    controls: Mapping[str, np.ndarray]
+
+
+def footage(request: Request, parts: Parts, shot: Shot, window: int) -> Footage:
+    """Reads the files of a clip; `window` frames at a time are made of it."""
+    begins = None
+    if request.num_input_frames:
+        check_given(request.num_input_frames, window, parts, "--num-input-frames")
+        assert request.source is not None
+        begins = _tensor(_frames(request.source, shot, request.num_input_frames), parts.device)
+    return Footage(begins, {name: _control_frames(name, request, shot) for name in _wanted(request, parts.model)})
+
+
+def conditions(
+    request: Request, parts: Parts, shot: Shot, latent_shape: tuple[int, int, int, int], seen: Footage, chunk: Chunk
+) -> tuple[Condition, Condition | None]:
+    """What leads one chunk (of a short clip, the only one), and what guidance pushes away from."""
+    device = parts.device
+    cond = Condition(fps=torch.tensor([shot.fps], device=device))
+    if request.label is not None:
+        cond = replace(cond, label=torch.tensor([request.label], device=device))
+        return cond, replace(cond, label=torch.full_like(torch.tensor([0], device=device), -1))
+    text = parts.words[request.prompt] if request.embedding is None else _embedded(request.embedding, device)
+    cond = replace(cond, text=text.embedding, text_mask=text.mask, pooled=text.pooled)
+    if seen.begins is not None:
+        cond = _given(cond, seen.begins, parts, chunk.num_frames, latent_shape)
+    elif is_of_pictures(parts.model):
+        raise ValueError("this network makes a clip that begins with a picture: give --input FILE")
+    if request.control:
+        found = {name: _tensor(chunk.of(frames), device) for name, frames in seen.controls.items()}
+        cond = replace(cond, control=_controls(request, parts, found))
+    return cond, _negative(request, parts.words, cond, device)
+
+
+def _negative(request: Request, words: Mapping[str, Text], cond: Condition, device: torch.device) -> Condition | None:
+    assert cond.text is not None
+    if request.negative_embedding is not None:
+        text = _embedded(request.negative_embedding, device)
+    elif request.negative in words:
+        text = words[request.negative]
+    elif request.embedding is not None:  # how Cosmos 1 drops text
+        text = Text(torch.zeros_like(cond.text), cond.text_mask)
+    else:
+        return None
+    embedding, mask = text.embedding, text.mask
+    short = cond.text.shape[1] - embedding.shape[1]
+    if short < 0:
+        embedding, mask = embedding[:, : cond.text.shape[1]], None if mask is None else mask[:, : cond.text.shape[1]]
+    elif short:
+        embedding = torch.nn.functional.pad(embedding, (0, 0, 0, short))
+        mask = None if mask is None else torch.nn.functional.pad(mask, (0, short))
+    return replace(cond, text=embedding, text_mask=mask, pooled=text.pooled)
+
+
+def is_of_pictures(model: Model) -> bool:
+    """Whether the network reads the latents of a picture on channels of their own (I2V): one picture, the first frame."""
+    network = _one_of(model)
+    config: Any = getattr(network.module, "config", {})
+    return type(network).__name__ in ("Wan", "CogVideoX") and config.in_channels > config.out_channels
+
+
+def has_place_for_frames(model: Model) -> bool:
+    """Whether channels of the network tell it of given frames or of a picture: it was taught to go on from them."""
+    network = _one_of(model)
+    if type(network).__name__ == "Cosmos":
+        return network.base.config.in_channels > network.base.config.out_channels
+    return is_of_pictures(model)
+
+
+def takes_frames(model: Model) -> bool:
+    """Whether frames can be given to this network at all. Wan T2V is told by their time only, which 2.2 5B was taught."""
+    known = type(_one_of(model)).__name__
+    return has_place_for_frames(model) or known not in ("Cosmos", "CogVideoX", "Unet", "Flux", "QwenImage", "Dit")
+
+
+def check_given(num: int, window: int, parts: Parts, option: str) -> None:
+    """Refuses a number of given frames that the codec or the network cannot be shown."""
+    time = parts.codec.form.time if parts.codec.form.sees_time else 1
+    if (num - 1) % time:
+        raise ValueError(f"{option} {num}: this codec takes 1 + k * {time}, {num - (num - 1) % time} for instance")
+    if num >= window:
+        raise ValueError(f"{option} {num}: nothing is left to be made of {window} frames")
+    if num > 1 and is_of_pictures(parts.model):
+        raise ValueError(f"{option} {num}: this network begins with one picture, 1")
+
+
+def _one_of(model: Model) -> Any:  # Any: an adapter over a class of diffusers
+    """The network; of two experts either reads what is given."""
+    return getattr(model.network, "high", model.network)
+
+
+def _given(
+    cond: Condition, begins: Tensor, parts: Parts, num_frames: int, latent_shape: tuple[int, int, int, int]
+) -> Condition:
+    """With `begins`, 1 3 T H W, as the first frames of a clip of `num_frames`."""
+    network, codec = _one_of(parts.model), parts.codec
+    config: Any = getattr(network.module, "config", {})
+    num, rest = begins.shape[2], num_frames - begins.shape[2]
+    if is_of_pictures(parts.model) and type(network).__name__ == "CogVideoX":
+        from fewstep.networks.cogvideox import from_picture
+
+        latent = codec.encode(begins)
+        told: Any = codec.module.config
+        if told.invert_scale_latents:  # 1.5 I2V was taught with the picture, and it alone, divided by the scale
+            latent = latent / told.scaling_factor**2
+        return replace(cond, beside=from_picture(latent, latent_shape[1]))
+    if is_of_pictures(parts.model):
+        from fewstep.networks.wan import start_from
+
+        grey = begins.new_zeros(1, 3, rest, *begins.shape[3:])
+        cond = replace(cond, beside=start_from(codec.encode(torch.cat([begins, grey], 2))))
+        if config.image_dim is None:
+            return cond
+        if parts.pictures is None:
+            raise ValueError("Wan 2.1 I2V also reads its picture's CLIP features: give --image-encoder, a pipeline's folder")
+        return replace(cond, image=parts.pictures.encode(to_uint8(begins)[:, 0]).to(parts.device))
+    rest_of_it = begins[:, :, -1:].expand(-1, -1, rest, -1, -1)  # not seen: the codec is causal, the mask hides it
+    mask = torch.zeros(1, latent_shape[1], device=parts.device)
+    mask[:, : 1 + (num - 1) // (codec.form.time if codec.form.sees_time else 1)] = 1
+    return replace(cond, frames=codec.encode(torch.cat([begins, rest_of_it], 2)), frame_mask=mask)
+
+
+def _wanted(request: Request, model: Model) -> Sequence[str]:
+    """The controls of this clip, in the order of the request; refuses those that the network has no branch for."""
+    known = getattr(model.network, "controls", ())
+    wrong = sorted(set(request.control) - set(known))
+    if wrong:
+        raise ValueError(f"control '{wrong[0]}': this network is led by {', '.join(known) or 'no control'}")
+    return tuple(request.control)
+
+
+def _controls(request: Request, parts: Parts, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    network: Any = parts.model.network  # Any: only networks with control branches have names of them
+    weights = {name: control.weight for name, control in request.control.items()}
+    total = max(1.0, sum(weights.values()))
+    network.module.weights = {name: weights.get(name, 0.0) / total for name in network.controls}
+    found = {name: parts.codec.encode(shown) for name, shown in pixels.items()}
+    for name in network.controls:
+        found.setdefault(name, torch.zeros_like(next(iter(found.values()))))
+    return found
+
+
+def _control_frames(name: str, request: Request, shot: Shot) -> np.ndarray:
+    source = request.control[name].source
+    if source is not None:
+        return _frames(source, shot, shot.num_frames)
+    if request.source is None:
+        raise ValueError(f"control '{name}' has no file, and there is no --input to make it from: --control {name}=FILE.mp4")
+    if name not in ("edge", "vis"):
+        raise ValueError(f"control '{name}' cannot be made from a video here, only edge and vis can: fewstep prepare controls")
+    frames, preset = _frames(request.source, shot, shot.num_frames), request.control[name].preset
+    if preset not in (None, *controls.CANNY):
+        raise ValueError(f"control '{name}': its preset {preset!r} is none of {', '.join(controls.CANNY)}")
+    return controls.made_of(choices("control")[name](**({} if preset is None else {"preset": preset})), frames, request.seed)
+
+
+def _frames(path: Path, shot: Shot, num: int) -> np.ndarray:
+    """uint8 T H W 3: the first `num` frames, resized; a picture is a clip of one frame that stands still."""
+    if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp"):
+        import cv2
+
+        picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
+        if picture is None:
+            raise ValueError(f"{path}: is no picture that can be read")
+        sized = cv2.resize(picture, (shot.width, shot.height), interpolation=cv2.INTER_AREA)
+        return np.repeat(np.ascontiguousarray(sized[None, :, :, ::-1]), num, 0)
+    return video.read(path, 0, num, size=(shot.height, shot.width)).frames
+
+
+def _tensor(frames: np.ndarray, device: torch.device) -> Tensor:
+    """1 3 T H W in -1..1."""
+    return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].to(device).float() / 127.5 - 1

@@ -1,0 +1,52 @@
+"""Pictures to features: the CLIP vision model that Wan 2.1 I2V reads its picture with, over the class of transformers.
+
+encoder = open_image_encoder("wan2.1-i2v-14b-480p")     # a pipeline's folder or hub id: image_encoder/, image_processor/
+features = encoder.encode(pictures)                     # uint8 B H W 3 -> B N D, what its last but one layer says
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class ClipVision:
+    module: nn.Module
+    processor: Any  # Any: transformers' image processors have no common type
+
+    @torch.no_grad()
+    def encode(self, pictures: np.ndarray) -> Tensor:
+        weight = next(self.module.parameters())
+        shown = self.processor(images=list(pictures), return_tensors="pt").pixel_values
+        return self.module(shown.to(weight.device, weight.dtype), output_hidden_states=True).hidden_states[-2].float()
+
+
+def open_image_encoder(
+    address: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> ClipVision:
+    """The image encoder of the pipeline in a folder or at a hub id. Frozen, in eval mode."""
+    import transformers
+
+    folder = Path(address)
+    missing = [part for part in ("image_encoder", "image_processor") if folder.is_dir() and not (folder / part).is_dir()]
+    if missing:
+        raise ValueError(
+            f"no image encoder at {address}: it has no {missing[0]}/, which the folder of a Wan 2.1 I2V pipeline has"
+        )
+    # Resizes with PIL, as CLIP was taught; transformers' other one needs torchvision. Before 5.0 there was one class only.
+    reader = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    processor = reader.from_pretrained(str(address), subfolder="image_processor")
+    loaded: Any = transformers.CLIPVisionModel.from_pretrained(  # Any: a pair, as the loading info is asked for
+        str(address), subfolder="image_encoder", dtype=dtype, output_loading_info=True
+    )
+    module, info = loaded
+    wrong = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
+    if wrong:
+        raise ValueError(f"{address}: the weights of its image_encoder lack {', '.join(map(str, wrong[:4]))}")
+    return ClipVision(module.to(device).eval().requires_grad_(False), processor)
