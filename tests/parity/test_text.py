@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.networks.text import Clip, PooledClip, open_text_encoder
+from fewstep.training.export_diffusers import PIPELINE
 
 PROMPTS = ["a red ball rolls", "", "the the the ball &amp;amp;  rolls \n down and down and down and down"]
 SPECIAL = ["<pad>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
@@ -185,6 +186,15 @@ def test_qwen_embeds_as_predict_2_5(tmp_path: Path) -> None:
     equal(found, Cosmos2_5_PredictBasePipeline._get_prompt_embeds(pipeline, list(PROMPTS)))  # type: ignore[arg-type]
     assert mask.shape == (3, 512)
     assert int(mask[1].sum()) < int(mask[0].sum()) < 512
+
+    room: dict[str, Any] = {}  # what an exported student's own pipeline makes of the same prompts
+    exec(compile(PIPELINE.read_text(), "pipeline.py", "exec"), room)
+    student = room["StudentPipeline"]
+    holder = SimpleNamespace(text_encoder=model, tokenizer=words, student={}, folder=tmp_path / "none")
+    holder._reason1 = lambda prompts: student._reason1(holder, prompts)
+    exported, no_mask = student._embed(holder, list(PROMPTS))
+    equal(exported, found)
+    assert no_mask is None
 
 
 @torch.no_grad()
