@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +22,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fewstep.networks import hub
 from fewstep.networks.cosmos_control import Controlled, CosmosControlSpec
-from fewstep.networks.cosmos_keys import Generation, generation_of, num_branches, original_names
+from fewstep.networks.cosmos_keys import Generation, generation_of, num_branches, odd_names, original_names, refuse_apart
 from fewstep.networks.cosmos_models import MODELS
 from fewstep.networks.tensor_files import SUFFIXES, Stored, open_tensors, write_safetensors
 from fewstep.networks.weights import Collected, Piece, collect, pieces_of, tell
@@ -70,6 +70,8 @@ def convert(
         if union is not None:
             return [_write_torch(out, union, dtype, f"the union of {' and '.join(place for _, place, _ in pieces)}")]
     found = collect(pieces, lora_scale=lora_scale)
+    for file in found.files:
+        _refuse_odd(file.tensors, file.source)
     tell(found)
     if out.suffix in (".pt", ".pth"):
         return [_write_torch(out, _originally_named(found), dtype, "original names")]
@@ -121,7 +123,7 @@ def _pieces(source: str | None, base: str | None, control: Sequence[str]) -> lis
     if base is not None and not control:
         raise ValueError("convert: --base wants the --control to put beside it")
     address = source if source is not None else "+".join([base or "", *control])
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", address) and Path(address).suffix not in SUFFIXES and not Path(address).parent.is_dir():
+    if hub.is_hub_id(address) and Path(address).suffix not in SUFFIXES and not Path(address).parent.is_dir():
         address = _downloaded(address)
     pieces = pieces_of(address)
     if pieces is None:
@@ -133,12 +135,10 @@ def _pieces(source: str | None, base: str | None, control: Sequence[str]) -> lis
 
 def _downloaded(name: str) -> str:
     """The folder of a model of the hub, in the hub's own cache."""
-    from huggingface_hub import snapshot_download
+    import huggingface_hub
 
-    try:
-        return snapshot_download(name, allow_patterns=["*.safetensors", "*.json"])
-    except (OSError, ValueError) as error:  # no network, no such model, no permission: all of them are one of the two
-        raise ValueError(f"convert: there is no '{name}' here, and the hub did not give it: {error}") from error
+    with hub.asking(name):
+        return huggingface_hub.snapshot_download(name, allow_patterns=["*.safetensors", "*.json"])
 
 
 # --- one file
@@ -149,6 +149,8 @@ def _union(pieces: Sequence[Piece]) -> dict[str, Stored] | None:
     files = [open_tensors(place, part) for _, place, part in pieces]
     if len(files) != 2 or any(generation_of(file.tensors) != "1" for file in files) or num_branches(files[1].tensors) != 1:
         return None
+    for file in files:
+        _refuse_odd(file.tensors, file.source)
     base, control = files
     tensors = dict(base.tensors)
     if not any(name.startswith("base_model.") for name in tensors):  # a transformer alone: the name it has beside a branch
@@ -162,7 +164,18 @@ def _union(pieces: Sequence[Piece]) -> dict[str, Stored] | None:
 def _originally_named(found: Collected) -> dict[str, Stored]:
     generation: Generation = found.generation or _generation_of_ours(found.tensors)
     names = original_names(found.tensors, generation)
+    _refuse_odd(names.values(), " and ".join(file.source for file in found.files))
+    refuse_apart({name: stored.read for name, stored in found.tensors.items()})
     return {names[name]: stored for name, stored in found.tensors.items() if name in names}
+
+
+def _refuse_odd(names: Iterable[str], source: str) -> None:
+    """Refuses a file under original names that lacks some, or has others."""
+    missing, extra = odd_names(list(names))
+    problems = [f"  missing: {name}" for name in missing] + [f"  no weight of Cosmos: {name}" for name in extra]
+    if problems:
+        shown = "\n".join(problems[:12]) + (f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else "")
+        raise ValueError(f"convert: '{source}' does not hold the weights of a Cosmos network, whole and no others:\n{shown}")
 
 
 def _generation_of_ours(names: Mapping[str, Stored]) -> Generation:

@@ -26,6 +26,7 @@ from fewstep.diffusion import EDM, Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import spread, working_dtype
 from fewstep.diffusion.precondition import edm_preconditioning
 from fewstep.diffusion.prediction import keep_given
+from fewstep.networks import hub
 from fewstep.networks.contract import refuse_cache
 from fewstep.networks.upstream import tapped
 
@@ -270,11 +271,18 @@ def _one_padding(padding: Tensor | None, height: int, width: int, like: Tensor) 
 
 
 def from_folder(cls: Any, address: str, subfolder: str) -> Any:  # Any: whatever diffusers class it is
-    """The diffusers model at a hub id or in a folder; a pipeline's folder holds it in `subfolder`."""
-    folder = FilePath(address)
-    if folder.is_dir() and not (folder / "config.json").is_file() and (folder / subfolder / "config.json").is_file():
-        return cls.from_pretrained(str(folder), subfolder=subfolder)
-    return cls.from_pretrained(address)
+    """The diffusers model at a hub id or in a folder; a pipeline holds it in `subfolder`."""
+    folder, part = FilePath(address), {"subfolder": subfolder}
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return cls.from_pretrained(str(folder))
+        if not (folder / subfolder / "config.json").is_file():
+            raise ValueError(f"no {cls.__name__} in '{address}': it has neither config.json nor {subfolder}/config.json")
+        return cls.from_pretrained(str(folder), **part)
+    if not hub.is_hub_id(address):
+        raise ValueError(f"no {cls.__name__} at '{address}': there is no such folder, and it is no name on the hub")
+    with hub.asking(address):
+        return cls.from_pretrained(address, **(part if hub.has_file(address, f"{subfolder}/config.json") else {}))
 
 
 def supply_resize() -> None:

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fewstep.config import kind
 from fewstep.networks.cosmos import Cosmos, CosmosSpec, framed, from_folder, supply_resize
@@ -129,7 +131,7 @@ class CosmosControlSpec(CosmosSpec):
 
         supply_resize()
         if self.branches is not None:
-            return from_folder(CosmosControlNetModel, self.branches[number], "controlnet")
+            return _tied(from_folder(CosmosControlNetModel, self.branches[number], "controlnet"), base)
         config = base.config
         branch = CosmosControlNetModel(
             n_controlnet_blocks=self.num_control_blocks,
@@ -166,6 +168,7 @@ def _fresh(branch: Any, base: Any) -> nn.Module:
             if own == "patch_embed" and not base.config.concat_padding_mask:
                 weights = _with_padding_channel(weights, copy)
             copy.load_state_dict(weights)
+    _tied(branch, base)
     for i, block in enumerate(branch.control_blocks):
         block.load_state_dict(base.transformer_blocks[i * base.config.controlnet_block_every_n].state_dict(), strict=False)
         for projection in (block.before_proj, block.after_proj):
@@ -173,6 +176,25 @@ def _fresh(branch: Any, base: Any) -> nn.Module:
                 nn.init.zeros_(projection.weight)
                 nn.init.zeros_(projection.bias)
     return branch
+
+
+def _tied(branch: Any, base: Any) -> nn.Module:
+    """The branch with the very modules of its base in the place of those it repeats, wherever the two are equal.
+
+    Originally they are one, and training must not take them apart. What was trained apart elsewhere stays two.
+    """
+    for own, other in SHARED.items():
+        part, copy = getattr(base, own, None), getattr(branch, other, None)
+        if part is not None and copy is not None and _are_equal(part.state_dict(), copy.state_dict()):
+            setattr(branch, other, part)
+    return branch
+
+
+def _are_equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    if {name: tensor.shape for name, tensor in one.items()} != {name: tensor.shape for name, tensor in other.items()}:
+        return False
+    # Tensors without contents, on which sizes are counted and memory is planned, stand for equal ones.
+    return all(t.is_meta or isinstance(t, FakeTensor) or torch.equal(t, other[name]) for name, t in one.items())
 
 
 def _with_padding_channel(weights: Mapping[str, Tensor], embed: Any) -> dict[str, Tensor]:

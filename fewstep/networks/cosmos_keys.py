@@ -12,11 +12,15 @@ The original files differ in their wrapping, too:
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from fewstep.networks.cosmos_control import SHARED
+from fewstep.networks.cosmos_transfer1 import HINT_WIDTHS
 
 Generation = Literal["1", "2"]
 Table = tuple[tuple[str, str], ...]  # (original, ours), starts of names; # is a block's number
@@ -94,6 +98,17 @@ BRANCH_2: Table = (
     ("control_embedder.proj.1.", "patch_embed.proj."),
     *((f"control_blocks.#.{theirs}", f"control_blocks.#.{ours}") for theirs, ours in _CONTROL_BLOCK_2),
 )
+
+# What stands behind a start, where it is not "weight" alone.
+_ENDS: dict[str, tuple[str, ...]] = {
+    "t_embedder.1.": ("linear_1.weight", "linear_2.weight"),
+    "extra_pos_embedder.": ("pos_emb_t", "pos_emb_h", "pos_emb_w"),
+    **dict.fromkeys(("crossattn_proj.", "img_context_proj."), ("0.weight", "0.bias")),
+    **dict.fromkeys(("input_hint_block.#.", "zero_blocks.block#."), ("weight", "bias")),
+    **dict.fromkeys(("control_blocks.#.before_proj.", "control_blocks.#.after_proj."), ("weight", "bias")),
+}
+# Not in every network, but whole where they are: positions that are learned, projected text, the features of a picture.
+_OPTIONAL = ("extra_pos_embedder.", "crossattn_proj.", "_img", "img_context_proj.")
 
 # Beside the weights: the counters and tables of the training, and the state of Transformer Engine.
 _NO_WEIGHTS = re.compile(r"(^|\.)(logvar\.|pos_embedder\.|conditioner\.|accum_)|_extra_state$")
@@ -177,6 +192,46 @@ def original_names(ours: Iterable[str], generation: Generation) -> dict[str, str
     return found
 
 
+def odd_names(names: Collection[str]) -> tuple[list[str], list[str]]:
+    """Of an original file: the names it lacks, and those that are none. How many blocks it has, it says itself."""
+    generation = generation_of(names)
+    if generation is None or any("lora" in name for name in names):  # ours, or adapters, which lie wherever they were put
+        return [], []
+    inside: dict[str | int, dict[str, str]] = {}  # part: the name in it: the file's
+    for name, (part, plain) in _parts(names, generation).items():
+        if part is not None:
+            inside.setdefault(part, {})[plain] = name
+    missing: list[str] = []
+    extra: list[str] = []
+    for part, have in inside.items():
+        first, second = (TRANSFORMER_1, TRANSFORMER_2) if part == "base" else (BRANCH_1, BRANCH_2)
+        wanted = _wanted(have, first if generation == "1" else second)
+        plain, name = next(iter(have.items()))
+        several = isinstance(part, int) and not name.endswith(plain)  # of a file of several branches
+        start = "net." if several else name.removesuffix(plain)
+        missing += [start + (_number(lacks, int(part)) if several else lacks) for lacks in wanted if lacks not in have]
+        extra += [name for plain, name in have.items() if plain not in wanted]
+    return missing, extra
+
+
+def _wanted(have: Collection[str], table: Table) -> list[str]:
+    """Every name of a network of this table, with as many blocks as the names there speak of."""
+    blocks = [int(found.group(1)) for name in have if (found := re.match(r"(?:control_)?blocks\.(?:block)?(\d+)\.", name))]
+    wanted: list[str] = []
+    for start, _ in table:
+        if start.startswith("input_hint_block."):
+            numbers = list(range(0, 2 * len(HINT_WIDTHS) + 1, 2))  # the odd ones are activations
+        elif ".before_proj." in start:
+            numbers = [0]  # the later ones go on from the one before
+        else:
+            numbers = list(range(max(blocks, default=0) + 1)) if "#" in start else [0]
+        names = [start.replace("#", str(number)) + end for number in numbers for end in _ENDS.get(start, ("weight",))]
+        kind = next((kind for kind in _OPTIONAL if kind in start), None)
+        if kind is None or any(kind in name for name in have):
+            wanted += names
+    return wanted
+
+
 def generation_of(names: Collection[str]) -> Generation | None:
     """Which table fits; None for names that are not of an original Cosmos file."""
     for name in names:
@@ -234,17 +289,30 @@ def _part_1(name: str, is_control: bool) -> tuple[str | int | None, str]:
     return part, plain
 
 
-def repeated(names: Collection[str], controls: Sequence[str]) -> dict[str, str]:
+def repeated(names: Collection[str], controls: Sequence[str], beside: Collection[str] = ()) -> dict[str, str]:
     """What Transfer2.5's branches repeat of their base: name in the branch -> name in the base, both ours."""
     more: dict[str, str] = {}
     for control in controls:
-        if not any(name.startswith(f"branches.{control}.") for name in names):
+        if not any(name.startswith(f"branches.{control}.") for name in (*names, *beside)):
             continue
         for own, again in SHARED.items():
             start = f"base.{own}."
             there = [name.removeprefix(start) for name in names if name.startswith(start)]
             more |= {f"branches.{control}.{again}.{rest}": f"{start}{rest}" for rest in there}
     return {name: base for name, base in more.items() if name not in names}
+
+
+def refuse_apart(tensors: Mapping[str, Callable[[], Tensor]]) -> None:
+    """Refuses a Transfer2.5 branch that has come away from what it repeats of its base: the original format holds that once."""
+    mark = SHARED["patch_embed"]  # a branch of Transfer1 has embeddings of its own
+    found = [name.split(".", 3) for name in tensors if name.startswith("branches.")]
+    controls = list(dict.fromkeys(parts[1] for parts in found if parts[2] == mark))
+    for again, own in repeated([name for name in tensors if name.startswith("base.")], controls, tensors).items():
+        if again in tensors and not torch.equal(tensors[again](), tensors[own]()):
+            raise ValueError(
+                f"{again} differs from {own}, which it should repeat: the original Cosmos format holds the two as one. Write "
+                "safetensors or a folder of diffusers, which hold both"
+            )
 
 
 def _number(name: str, branch: int) -> str:

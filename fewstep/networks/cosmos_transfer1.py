@@ -21,6 +21,8 @@ HINT_WIDTHS = (16, 16, 32, 32, 96, 96, 256)
 class Transfer1Branch(nn.Module):
     """Made from its base, whose first `num_blocks` blocks it copies."""
 
+    _keep_in_fp32_modules = ("learnable_pos_embed",)  # as its base's class: parallel/shard.py
+
     def __init__(self, base: Any, num_blocks: int, hint_channels: int):
         super().__init__()
         config = base.config

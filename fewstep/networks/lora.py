@@ -331,6 +331,23 @@ def merged(base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scale: fl
     return out
 
 
+def by_module(adapters: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Adapters by the module of diffusers they belong to, and named as in it: transformer, transformer_2 (the second expert),
+    controlnet or, where there are several branches, controlnet_NAME."""
+    branches = {name.split(".")[1] for name in adapters if name.startswith("branches.")}
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in adapters.items():
+        first, _, rest = name.partition(".")
+        part, inside = "transformer", name
+        if first == "branches":
+            branch, _, inside = rest.partition(".")
+            part = "controlnet" if len(branches) == 1 else f"controlnet_{branch}"
+        elif first in ("base", "transformer", "transformer_2"):
+            part, inside = ("transformer" if first == "base" else first), rest
+        found.setdefault(part, {})[inside] = tensor
+    return found
+
+
 def as_diffusers(adapters: Mapping[str, Tensor], scale: float = 1.0, prefix: str = "transformer") -> dict[str, Tensor]:
     """What diffusers' load_lora_weights and load_lora_adapter read; with prefix "base_model.model", peft.
 

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fewstep.batch import Condition
 from fewstep.diffusion import Path, Prediction
 from fewstep.diffusion.prediction import coefficients_for
+from fewstep.networks import hub
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -61,19 +62,11 @@ def enters_in_compute_dtype(
 def told_by_pipeline(address: str, part: str = "scheduler") -> dict[str, Any]:
     """What the pipeline in a diffusers folder or at a hub id says of its scheduler, or with part "" of itself; {} where the
     folder is that of a network alone."""
-    from diffusers import DiffusionPipeline
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin
-
     folder = FilePath(address)
+    name = "scheduler/scheduler_config.json" if part == "scheduler" else "model_index.json"
     if folder.is_dir():
-        name = "scheduler/scheduler_config.json" if part == "scheduler" else "model_index.json"
         return json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
-    told: Any = (
-        SchedulerMixin.load_config(address, subfolder="scheduler")  # type: ignore[attr-defined]
-        if part == "scheduler"
-        else DiffusionPipeline.load_config(address)
-    )
-    return dict(told)
+    return hub.read_json(address, name) or {}
 
 
 def needed(cond: Condition, field: str, network: str, what: str) -> Tensor:

@@ -187,6 +187,11 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
         for name in own
         if name in tensors and own[name].shape != tensors[name].shape
     ]
+    first: dict[int, str] = {}  # a tensor that two parts of the network share has two names, and must be one in the file
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if other != name and {name, other} <= tensors.keys() and not torch.equal(tensors[name], tensors[other]):
+            problems.append(f"  {name}: is {other} in the network, but another tensor in the weights")
     if problems:
         shown = "\n".join(problems[:12]) + (f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise ValueError(f"the weights at '{source}' do not fit the network:\n{shown}")

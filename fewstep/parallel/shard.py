@@ -37,6 +37,8 @@ def place(
 ) -> None:
     """Changes `module` in place: on its device, sharded or whole; frozen weights in `compute`, trained ones in fp32.
 
+    Those that a class wants in fp32 (`kept_in_fp32`) stay so; sharded, the modules outside of the blocks that hold nothing
+    else. What lies inside a block is gathered with it, in `compute`.
     adapters: parts of a frozen module that are trained all the same.
     remember: called at the forward of a block, gives what to enter for it and for its recomputation in backward; a module that
     answers in several ways must be recomputed as it answered.
@@ -44,8 +46,9 @@ def place(
     module.requires_grad_(trained).train(trained)
     for part in adapters:
         part.requires_grad_(True)
-    for parameter in module.parameters():  # not module.to(): a rounded buffer (frequencies, tables) is another network
-        if not parameter.requires_grad:  # all of a frozen network, and what a trained one keeps frozen
+    kept = kept_in_fp32(module)
+    for name, parameter in module.named_parameters():  # not module.to(): a rounded buffer (a table) is another network
+        if not parameter.requires_grad and name not in kept:  # all of a frozen one, and what a trained one keeps frozen
             parameter.data = parameter.data.to(compute)
     if checkpointing:
         for block in blocks:
@@ -59,6 +62,9 @@ def place(
     # cast_forward_inputs would round the time of a frame to bf16: t = 0.999 becomes 1.0, pure noise.
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = world.mesh if world.mesh.shape[0] > 1 else world.mesh["shard"]
+    exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for part in _holding_only(kept, module, blocks):
+        fully_shard(part, mesh=mesh, mp_policy=exact, reshard_after_forward=True)
     for part in (*blocks, module):
         # By default the outermost weights stay gathered after a forward, until a backward frees them. Ours are written between
         # (a step, the average) and change requires_grad with the turn, neither of which a gathered copy would see.
@@ -66,6 +72,33 @@ def place(
     # FSDP fixes the precision of gradients at the first forward, from the weights that require one then. A critic is first
     # asked in the student's turn: its gradients would stay bf16 for ever. So it is done here, while all of them do.
     module._get_fsdp_state()._lazy_init()  # type: ignore[operator, union-attr]  # there is no public way; torch 2.6 .. 2.13
+
+
+def kept_in_fp32(module: nn.Module) -> set[str]:
+    """Names of the parameters that compute in fp32 whatever the rest does, because the class they belong to reads them so.
+
+    A class says it as diffusers' classes do: `_keep_in_fp32_modules` lists parts of names. Wan keeps its norms, tables and the
+    embedding of the time, Cosmos its learnt positions.
+    """
+    found: set[str] = set()
+    for at, part in module.named_modules():
+        listed = set(getattr(part, "_keep_in_fp32_modules", None) or ())
+        if listed:
+            found |= {f"{at}.{n}" if at else n for n, _ in part.named_parameters() if listed & set(n.split("."))}
+    return found
+
+
+def _holding_only(names: set[str], module: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """The outermost modules outside of the blocks all of whose parameters, one at least, are among `names`."""
+    found: list[nn.Module] = []
+    inside = {id(part) for block in blocks for part in block.modules()}
+    taken: set[str] = set()
+    for at, part in module.named_modules():
+        own = {f"{at}.{name}" for name, _ in part.named_parameters()}
+        if at and own and own <= names and not own & taken and id(part) not in inside:
+            found.append(part)
+            taken |= own
+    return found
 
 
 def average_gradients(parameters: Iterable[Tensor], world: World, bucket_bytes: int = 64 * 2**20) -> None:

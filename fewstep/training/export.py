@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -22,8 +23,8 @@ from torch import Tensor
 
 from fewstep.config import ConfigError, parse
 from fewstep.config.text import read_text, read_yaml_mapping
-from fewstep.inference.model import Model, _Nets, envelope_of, know_every_kind, of_run
-from fewstep.networks.lora import Lora, as_diffusers, as_kohya
+from fewstep.inference.model import Envelope, Model, _Nets, envelope_of, know_every_kind, of_run
+from fewstep.networks.lora import Lora, as_diffusers, as_kohya, by_module
 from fewstep.networks.weights import locate, read
 from fewstep.training.checkpoint import read_progress, replace_text
 from fewstep.training.model_card import model_card
@@ -46,8 +47,13 @@ def export(address: str, out: Path, form: Form = "auto", base: Path | None = Non
     folder, role = locate(address)
     if base is not None and not (base / "model_index.json").is_file():
         raise ValueError(f"--base {base}: is no folder of a diffusers pipeline, it has no model_index.json")
+    usual, why = _usual_form(folder.parent.parent)
+    if form == "diffusers" and usual != "diffusers" and why:
+        raise ValueError(f"--format diffusers: {why}. Take --format {usual}")
     if form == "auto":
-        form = "diffusers" if _is_diffusers(folder.parent.parent) else "safetensors"
+        form = usual
+        if why:
+            print(f"note: --format {form}, because {why}", file=sys.stderr)
     if base is not None and form != "diffusers":
         raise ValueError(f"--base has no effect with --format {form}: only a diffusers folder holds a pipeline")
     _refuse_strangers(out)
@@ -73,7 +79,8 @@ def _write(address: str, folder: Path, role: str, out: Path, form: Form, base: P
     told: dict[str, Any] = json.loads((run / "student.json").read_text())
     about = {"source": str(run.name), "role": role, "step": read_progress(folder).step, **told}
     config = read_yaml_mapping(read_text(run / "config.yaml"), str(run / "config.yaml"))
-    about |= {"envelope": asdict(envelope_of(config, told))}
+    known = _recorded(told) if "envelope" in told else envelope_of(config, told)  # runs of 0.1 did not record it
+    about |= {"envelope": asdict(known), "notes": []}
     if form == "safetensors" and not _is_lora(config):
         _save(read(address), out / "student.safetensors", about)
     else:
@@ -89,11 +96,11 @@ def _write(address: str, folder: Path, role: str, out: Path, form: Form, base: P
         elif form == "diffusers":
             from fewstep.training.export_diffusers import write_folder
 
-            about = write_folder(model, about, out, base)
+            about = write_folder(replace(model, envelope=known), about, out, base)
         elif form == "pt-original":
             _write_original(address, folder, role, out)
         elif form == "lora":
-            _write_lora(address, config, out)
+            about["notes"] += _write_lora(address, config, out)
     replace_text(out / "student.json", json.dumps(about, indent=1) + "\n")
     replace_text(out / "config.yaml", (run / "config.yaml").read_text())
     summary = run / "summary.json"
@@ -108,15 +115,33 @@ def _save(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, Any]) -
     save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, path, metadata=told)
 
 
-def _write_lora(address: str, config: Mapping[str, Any], out: Path) -> None:
+def _write_lora(address: str, config: Mapping[str, Any], out: Path) -> list[str]:
+    """One file for each module of diffusers that has adapters; what a reader must know of them."""
     from safetensors.torch import save_file
 
-    role = parse(_Nets, {"networks": config["networks"]}).networks.student
+    nets = parse(_Nets, {"networks": config["networks"]}).networks
+    role, kind = nets.student, getattr(nets.teacher, "kind", "")  # @kind sets it
     if not isinstance(role, Lora):
         raise ValueError("--format lora: this run's student is a full network; networks.student=lora trains adapters")
-    adapters = read(address)
-    save_file(as_diffusers(adapters, role.scale), out / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
-    save_file(as_kohya(adapters, role.scale), out / "kohya_lora.safetensors", metadata={"format": "pt"})
+    notes: list[str] = []
+    for part, adapters in by_module(read(address)).items():
+        stem = {"transformer": "", "transformer_2": "transformer_2_"}.get(part, f"{part}_")
+        if part.startswith("controlnet"):  # of no class that takes adapters by itself
+            named, note = as_diffusers(adapters, role.scale, prefix=""), _OF_A_BRANCH
+        else:
+            named, note = as_diffusers(adapters, role.scale, prefix="unet" if kind == "unet" else "transformer"), _OF_THE_SECOND
+            save_file(as_kohya(adapters, role.scale), out / f"{stem}kohya_lora.safetensors", metadata={"format": "pt"})
+        file = f"{stem}pytorch_lora_weights.safetensors" if stem else "pytorch_lora_weights.safetensors"
+        save_file(named, out / file, metadata={"format": "pt"})
+        notes += [note.format(file=file)] if stem else []
+    return notes
+
+
+_OF_A_BRANCH = (
+    "`{file}` holds the adapters of the control branch, in peft's names. diffusers' class for it does not load adapters: put "
+    "them in with `peft.inject_adapter_in_model` and `peft.set_peft_model_state_dict`, or export the student merged."
+)
+_OF_THE_SECOND = "`{file}` is for the low-noise expert: `load_lora_weights(..., load_into_transformer_2=True)`."
 
 
 def _write_original(address: str, folder: Path, role: str, out: Path) -> None:
@@ -142,24 +167,42 @@ def _write_original(address: str, folder: Path, role: str, out: Path) -> None:
 def in_original_names(model: Model) -> dict[str, Tensor]:
     """The weights of a Cosmos network, named as in the released files."""
     from fewstep.networks.cosmos import Cosmos
-    from fewstep.networks.cosmos_keys import original_names
+    from fewstep.networks.cosmos_keys import original_names, refuse_apart
 
     if not isinstance(model.network, Cosmos):
         raise ValueError(f"--format pt-original: {type(model.network).__name__} is no Cosmos network, and has no such names")
     state = model.network.module.state_dict()
     names = original_names(state, "1" if model.network.family == "edm" else "2")
+    refuse_apart({name: (lambda tensor=tensor: tensor) for name, tensor in state.items()})
     return {names[name]: tensor.contiguous().clone() for name, tensor in state.items() if name in names}
 
 
-def _is_diffusers(run: Path) -> bool:
-    """Whether the run's network is a class of diffusers, as far as its paper tells: nothing is built."""
+def _recorded(told: Mapping[str, Any]) -> Envelope:
+    """The envelope that the training wrote down."""
+    known = dict(told["envelope"])
+    shape = known.pop("latent_shape")
+    return Envelope(latent_shape=None if shape is None else tuple(shape), num_inference_steps=len(told["times"]), **known)
+
+
+def _usual_form(run: Path) -> tuple[Form, str]:
+    """What --format auto writes, as far as the run's paper tells (nothing is built); and why that is no folder of diffusers."""
     paper = run / "student.json"
-    kind = (json.loads(paper.read_text()).get("network") or {}).get("kind") if paper.is_file() else None
+    network = (json.loads(paper.read_text()).get("network") or {}) if paper.is_file() else {}
     from fewstep.config import choices
 
     know_every_kind()
-    cls = choices("network").get(str(kind))
-    return cls is not None and "pretrained" in getattr(cls, "__dataclass_fields__", {})
+    cls = choices("network").get(str(network.get("kind")))
+    if cls is None or "pretrained" not in getattr(cls, "__dataclass_fields__", {}):
+        return "safetensors", ""
+    controls = network.get("controls") or ()
+    if network.get("style") == "transfer1":
+        why = (
+            "diffusers has no class for the control branch of Cosmos-Transfer1, and so no pipeline that could run this student"
+        )
+        return ("pt-original" if len(controls) == 1 else "safetensors"), why
+    if len(controls) > 1:
+        return "pt-original", f"diffusers' pipeline of Transfer2.5 has one control branch, and this network has {len(controls)}"
+    return "diffusers", ""
 
 
 def _is_lora(config: Mapping[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.batch import Batch
 from fewstep.config import check
 from fewstep.data.contract import Dataset
 from fewstep.data.loader import Feed, first_batch
@@ -74,7 +75,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
 
     # --- what is cheap to check comes before what is dear to load
     data = run.data.open()
-    _check_data(run, data)
+    first = _check_data(run, data)
     options = run.checkpoint
     checkpoints = Checkpoints(folder / "checkpoints", world, options.keep_last, options.keep_every, options.async_write)
     latest = checkpoints.latest()
@@ -102,7 +103,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
     progress = Progress() if latest is None else _restore(checkpoints, latest, roles)
     earlier_s = progress.wall_s
     if world.is_main:
-        write_papers(run, folder, sampler)
+        write_papers(run, folder, sampler, first)
     world.barrier()
     monitor = _monitor(run, nets, data, sampler, world)
 
@@ -194,8 +195,8 @@ def _train(run: Run, world: World) -> dict[str, Any]:
 # --- parts of the above, in its order ---------------------------------------------------------------------------------
 
 
-def _check_data(run: Run, data: Dataset) -> None:
-    """Refuses data whose first batch lacks what it declares, and lets the method look at it before any weight is read."""
+def _check_data(run: Run, data: Dataset) -> Batch:
+    """The first batch; refuses one that lacks what it declares, and lets the method look before any weight is read."""
     first = first_batch(data, run.trainer.batch_size)
     lacking = sorted(name for name in run.method.needs if getattr(first, name) is None)
     if lacking:
@@ -205,6 +206,7 @@ def _check_data(run: Run, data: Dataset) -> None:
     look = getattr(run.method, "check", None)
     if look is not None:
         look(first)
+    return first
 
 
 def _place(run: Run, whole: Whole, world: World) -> None:

@@ -44,6 +44,7 @@ def model_card(about: Mapping[str, Any], config: Mapping[str, Any], summary: Map
     said = "\n".join(f"| {key} | {value:.6g} |" for key, value in sorted(scores.items()))
     scored = f"| last value of the run | |\n|---|---|\n{said}" if said else "The run recorded none."
     source = data.get("dataset_dir") or data.get("kind", "not recorded")
+    notes = "".join(f"\n{note}\n" for note in about.get("notes") or ())
     kind = method.get("kind", summary.get("method", "not recorded"))
     return f"""---
 library_name: {"diffusers" if form == "diffusers" else "pytorch"}
@@ -55,7 +56,7 @@ A student of {len(about["times"])} network call{"s" if len(about["times"]) > 1 e
 {about.get("step", "?")} iterations; weights: `{about.get("role", "student")}`.
 
 {_OPENS.get(form, "")}
-
+{notes}
 ## Envelope
 
 Trained in this envelope only. Other frames, sizes or steps may look right and be wrong.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fewstep.networks.contract import Network
-from fewstep.parallel import World, average_gradients
+from fewstep.parallel import World, average_gradients, kept_in_fp32
 from fewstep.training import ema as averaging
 from fewstep.training.ema import Ema
 from fewstep.training.errors import TrainingError
@@ -27,6 +27,10 @@ class TrainedRole:
         self.name, self.network, self.optim = name, network, optim
         module = network.module
         self.live = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        # A weight that two parts of the network share is saved under both names: whoever reads them knows nothing of the other.
+        first = {id(p): n for n, p in self.live.items()}
+        every = module.named_parameters(remove_duplicate=False)
+        self.shared = {n: first[id(p)] for n, p in every if id(p) in first and n != first[id(p)]}
         if not self.live:
             raise ValueError(f"networks.{name}: not one of its weights is trainable")
         # One and the same tensor where compute is fp32, and where it is FSDP that gathers in `compute`. Otherwise the module
@@ -35,8 +39,9 @@ class TrainedRole:
         self.rounds = compute != torch.float32 and not any(isinstance(p, DTensor) for p in self.live.values())
         if self.rounds:
             self.weights = {n: nn.Parameter(p.detach().float()) for n, p in self.live.items()}
-            for live in self.live.values():
-                live.data = live.data.to(compute)
+            kept = kept_in_fp32(module)
+            for n, live in self.live.items():
+                live.data = live.data.to(torch.float32 if n in kept else compute)
         self.optimizer = optim.build(self.weights.values())
         self.average_config = average if average is not None and average.profile != "none" else None
         self.average = {n: w.detach().clone() for n, w in self.weights.items()} if self.average_config else {}
@@ -97,11 +102,15 @@ class TrainedRole:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that must be saved, by name; the very tensors, so that loading fills them in place."""
-        state = {f"weights.{n}": w for n, w in self.weights.items()}
-        state |= {f"ema.{n}": a for n, a in self.average.items()}
+        state = {f"weights.{n}": w for n, w in self._under_all_names(self.weights).items()}
+        state |= {f"ema.{n}": a for n, a in self._under_all_names(self.average).items()}
         state |= {f"optim.{n}": s for n, s in state_of(self.optimizer, self.weights).items()}
-        frozen = {n: p for n, p in self.network.module.state_dict(keep_vars=True).items() if n not in self.weights}
+        trained = self._under_all_names(self.weights)
+        frozen = {n: p for n, p in self.network.module.state_dict(keep_vars=True).items() if n not in trained}
         return state | {f"buffers.{n}": b for n, b in frozen.items()}
+
+    def _under_all_names(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return values | {alias: values[name] for alias, name in self.shared.items() if name in values}
 
     def loaded(self) -> None:
         """To be called after `state()` was filled from a checkpoint."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import fewstep
+from fewstep.batch import Batch
 from fewstep.config import dump, to_yaml
 from fewstep.diffusion import StudentSampler
 from fewstep.parallel import World
@@ -21,8 +22,8 @@ from fewstep.training.checkpoint import Progress, replace_text
 from fewstep.training.run import Run
 
 
-def write_papers(run: Run, folder: Path, sampler: StudentSampler | None) -> None:
-    """What is to be done, on what, and how its student is meant to be built and sampled."""
+def write_papers(run: Run, folder: Path, sampler: StudentSampler | None, first: Batch) -> None:
+    """What is to be done, on what, and how its student is meant to be built and sampled. first: a batch of its data."""
     (folder / "previews").mkdir(parents=True, exist_ok=True)
     replace_text(folder / "config.yaml", to_yaml(run))
     replace_text(folder / "env.json", json.dumps(environment(), indent=1) + "\n")
@@ -36,8 +37,27 @@ def write_papers(run: Run, folder: Path, sampler: StudentSampler | None) -> None
         "path": _named(sampler.path),
         "guidance": 1.0,
         "network": _named(network),
+        "envelope": envelope(run, first),
     }
     replace_text(folder / "student.json", json.dumps(about, indent=1) + "\n")
+
+
+def envelope(run: Run, first: Batch) -> dict[str, Any]:
+    """What the student is trained on, under the names of inference/model.py: so that it is known when the data are gone."""
+    data, x0 = run.data, first.x0
+    height, width = getattr(data, "video_size", None) or (None, None)  # no part of the contract: of folders of clips
+    told: dict[str, Any] = {"num_frames": getattr(data, "num_frames", None), "height": height, "width": width}
+    told |= {"latent_shape": None, "fps": None}
+    guidance = getattr(run.method, "guidance", None)  # of methods with a teacher
+    told |= {"guidance_in_teacher": None if guidance is None else float(guidance)}
+    if x0 is None or x0.ndim != 5:
+        return told
+    channels, frames, height, width = x0.shape[1:]
+    if first.cond.fps is not None:
+        told |= {"fps": round(float(first.cond.fps[0]), 3)}
+    if getattr(data, "x0", None) == "pixels" or channels == 3:
+        return told | {"num_frames": frames, "height": height, "width": width}
+    return told | {"latent_shape": [channels, frames, height, width]}
 
 
 def _named(config: Any) -> dict[str, Any]:  # Any: whatever is registered with @kind, which gives it the attribute

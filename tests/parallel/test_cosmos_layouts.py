@@ -11,7 +11,7 @@ WORKER = """
 import sys, torch
 from fewstep.batch import Condition
 from fewstep.networks.cosmos_control import CosmosControlSpec
-from fewstep.parallel import World, join_world, leave_world, place
+from fewstep.parallel import World, join_world, kept_in_fp32, leave_world, place
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
@@ -19,7 +19,8 @@ torch.use_deterministic_algorithms(True)
 def network(**changes):
     torch.manual_seed(0)
     net = CosmosControlSpec(latent_channels=4, num_heads=2, head_dim=16, num_layers=2, mlp_ratio=2, text_dim=32,
-                            adaln_lora_dim=4, max_size=(8, 32, 32), num_control_blocks=1, hint_channels=8, **changes).build()
+                            adaln_lora_dim=4, max_size=(8, 32, 32), num_control_blocks=1, hint_channels=8,
+                            learnable_positions=True, **changes).build()
     for parameter in net.module.parameters():
         if parameter.abs().sum() == 0:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -30,12 +31,15 @@ x, edge, text = (torch.randn(*shape, generator=draw) for shape in ((2, 4, 3, 8, 
 cond, t = Condition(text=text, control={"edge": edge}), torch.tensor([0.999, 0.3], dtype=torch.float64)
 world = join_world("cpu", 1, 60)
 alone = World(0, 1, torch.device("cpu"), None)
-for train, style, dtype in (("control", "transfer2_5", torch.bfloat16), ("all", "transfer1", torch.float32)):
+both = (("transfer1", torch.float32), ("transfer2_5", torch.float32))
+for train, style, dtype in (("control", "transfer2_5", torch.bfloat16), *(("all", *one) for one in both)):
     sharded, whole = network(train=train, style=style), network(train=train, style=style)
     place(sharded.module, sharded.blocks, world, mode="fsdp", compute=dtype, trained=True, checkpointing=True)
     place(whole.module, whole.blocks, alone, mode="ddp", compute=dtype, trained=True)
-    for parameter in whole.module.parameters():
-        parameter.data = parameter.data.to(dtype)
+    kept = kept_in_fp32(whole.module)
+    assert any("learnable_pos_embed" in name for name in kept)
+    for name, parameter in whole.module.named_parameters():
+        parameter.data = parameter.data if name in kept else parameter.data.to(dtype)
     answers = [net(x, t, cond).velocity for net in (sharded, whole)]
     for answer in answers:
         answer.square().sum().backward()
