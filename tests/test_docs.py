@@ -1,8 +1,10 @@
 """What the documents promise is there: every file they name, and the verb, options, recipe and settings of every command."""
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,8 @@ from typing import Any
 import pytest
 import typer
 
-from fewstep.cli import app
-from fewstep.config import compose, read_command, recipes
+from fewstep.cli import app, main
+from fewstep.config import compose, read_command
 from fewstep.inference import asked
 from fewstep.training.fit import split_words
 from fewstep.training.run import Run
@@ -71,10 +73,34 @@ def split(command: str) -> tuple[str, list[str]]:
 def test_every_file_that_a_page_names_is_there(page: Path) -> None:
     text = page.read_text()
     named = {path for path in OWN_PATH.findall(text) if "." in Path(path).name} - THEIRS
-    linked = {target for target in re.findall(r"\]\(([^)#:]+)\)", text) if not target.startswith("http")}
     missing = [path for path in named if not (ROOT / path).exists()]
-    missing += [target for target in linked if not (page.parent / target).exists()]
+    for target, _, heading in (link.partition("#") for link in re.findall(r"\]\(([^):]+)\)", text)):
+        other = page.parent / target if target else page
+        if not other.exists() or (heading and heading not in headings(other)):
+            missing.append(f"{target}#{heading}")
     assert not missing, missing
+
+
+def headings(page: Path) -> set[str]:
+    """As links name them: lower case, words joined by dashes."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    text = (ROOT / "README.md").read_text()
+    lost = [page for page in ROOT.glob("docs/*.md") if page.relative_to(ROOT).as_posix() not in text]
+    assert not lost, lost
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(ROOT).as_posix() for page in PAGES])
+def test_what_a_page_imports_of_ours_is_there(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fewstep"):
+                module = import_module(node.module or "")
+                missing = [name.name for name in node.names if not hasattr(module, name.name)]
+                assert not missing, f"{node.module}: {missing}"
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page}: {command}" for page, command in COMMANDS])
@@ -102,7 +128,15 @@ def test_a_run_that_a_page_starts_can_be_composed(page: str, command: str) -> No
     _, words = split(command)
     settings = [word for word in words if word not in ("...", "a.b=c", "--json")]
     assert compose(read_command(split_words(settings)[0]), Run).job.name
-    assert recipes()
+
+
+LISTS = sorted({command for _, command in COMMANDS if split(command)[0] == "ls"})
+
+
+@pytest.mark.parametrize("command", LISTS)
+def test_a_list_that_a_page_names_has_rows(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", *split(command)[1]]) == 0
+    assert capsys.readouterr().out
 
 
 def test_the_targets_of_make_are_there() -> None:
