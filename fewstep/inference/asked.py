@@ -89,6 +89,7 @@ class Asked:
     chunk_frames: int | None = None  # frames made at once; longer clips are made chunk after chunk. None: a student's own
     overlap: int | None = None  # frames of the chunk before that a chunk begins with; None: 1
     image_encoder: str | None = None
+    network: str | None = None  # which published one the weights of MODEL are; None: as their shapes say
     shard: bool = False  # each process holds a part of the weights
 
 
@@ -147,7 +148,7 @@ def read_command(arguments: Sequence[str], say: Any = None) -> Asked:
 _ASKED = (
     "out", "num_steps", "sampler", "shift", "sigma_max", "num_frames", "height", "width", "fps", "codec", "text_encoder",
     "max_tokens", "tile", "device", "precision", "quality", "force", "save_noise", "wants_student",
-    "chunk_frames", "overlap", "image_encoder", "shard",
+    "chunk_frames", "overlap", "image_encoder", "network", "shard",
 )  # fmt: skip
 
 
@@ -159,7 +160,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fewstep generate", description="Videos from a student or a teacher.", allow_abbrev=False)
     add = parser.add_argument
-    add("model", nargs="?", help="a run, RUN@ITER:ROLE, a folder of fewstep export, or a diffusers folder or hub id")
+    add("model", nargs="?", help="a run, a folder of fewstep export or of diffusers, a hub id, Cosmos weights")
+    add("--network", help="which published Cosmos network MODEL is, where it is files of weights whose shapes fit several")
     add("--prompt", help="text of one clip")
     add("--prompts", "--prompt_file", "--batch_input_path", dest="prompts", type=Path, help=".txt, one a line; or .jsonl")
     add("--negative-prompt", "--negative_prompt", dest="negative", help="what guidance pushes away from")

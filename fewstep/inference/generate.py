@@ -44,7 +44,12 @@ from fewstep.networks.vision import ClipVision
 from fewstep.parallel import World, join_world, leave_world, place
 
 TEACHER_STEPS = 35
-_ADDED = ("chunk_frames", "overlap", "image_encoder")  # where they are not told, a clip's paper is what it was without them
+_ADDED = (
+    "chunk_frames",
+    "overlap",
+    "image_encoder",
+    "network",
+)  # where they are not told, a clip's paper is what it was without them
 FIRST_SIGMA, LAST_SIGMA = 80.0, 0.002  # of Cosmos 1's grids
 
 
@@ -95,7 +100,8 @@ def generate(
         num_new = len(todo[rank::world_size])
         todo = [todo[min(i, len(todo) - 1)] for i in range(rank, len(todo) + -len(todo) % world_size, world_size)]
     device = torch.device(asked.device or (f"cuda:{_local_rank()}" if torch.cuda.is_available() else "cpu"))
-    model = open_model(asked.model)
+    led_by = sorted({name for request in asked.requests for name in request.control})
+    model = open_model(asked.model, controls=led_by, known=asked.network)
     _check_student(asked, model, say)
     shot = _shot(asked, model)
     chunks = _chunks(asked, model, shot)

@@ -3,6 +3,7 @@
 open_model("runs/kd@latest:student.ema")    a run's student; RUN:teacher is the teacher it had
 open_model("student")                       a folder that `fewstep export` wrote
 open_model("wan2.1-t2v-1.3b")               a pipeline of diffusers, folder or hub id: a teacher
+open_model("base_model.pt+edge_control.pt") weights of a published Cosmos network, in any form that weights.py reads: a teacher
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from fewstep.diffusion.path import AnyPath
 from fewstep.networks.contract import AnyNetwork, Network
 from fewstep.networks.lora import Lora, merged
 from fewstep.networks.roles import Networks, build
-from fewstep.networks.weights import load_into, locate, read
+from fewstep.networks.weights import Piece, collect, load_into, locate, pieces_of, read, tell
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,12 @@ class Model:
     about: Mapping[str, Any] = field(default_factory=dict[str, Any])  # of the paper that came with it
 
 
-def open_model(address: str | Path) -> Model:
-    """The model at `address`, in eval mode and frozen."""
+def open_model(address: str | Path, *, controls: Sequence[str] = (), known: str | None = None) -> Model:
+    """The model at `address`, in eval mode and frozen.
+
+    controls: what leads it, for a branch whose files do not say. known: which published network files of weights hold; None: as
+    their shapes say.
+    """
     know_every_kind()
     text = str(address)
     folder = Path(text)
@@ -62,7 +67,10 @@ def open_model(address: str | Path) -> Model:
     elif _is_run(text):
         model = of_run(text)
     else:
-        model = _teacher(text)
+        pieces = None if _of_diffusers(folder) else pieces_of(text)
+        if pieces is None and known is not None:
+            raise ValueError(f"--network {known}: {text} says itself what it is; the name is for files of weights")
+        model = _teacher(text, controls) if pieces is None else _of_files(pieces, controls, known)
     model.network.module.eval().requires_grad_(False)
     return model
 
@@ -201,14 +209,46 @@ def _from(spec: Any, folder: Path) -> Any:  # Any: whatever is registered in gro
     return replace(spec, pretrained=str(folder), **branches)
 
 
-def _teacher(address: str) -> Model:
+def _teacher(address: str, controls: Sequence[str] = ()) -> Model:
     """The denoiser of a pipeline of diffusers."""
-    spec = spec_of(address)
+    spec = spec_of(address, controls)
     folder = Path(address)
     return Model(spec.build(), spec, folder=folder)
 
 
-def spec_of(address: str) -> Any:  # Any: whatever is registered in group "network"
+def _of_files(pieces: Sequence[Piece], controls: Sequence[str], known: str | None) -> Model:
+    """The published Cosmos network whose weights these are; it has no codec and no text encoder beside it."""
+    from fewstep.networks.convert import _model_of
+    from fewstep.networks.cosmos_models import MODELS
+
+    if known is not None and known not in MODELS:
+        raise ValueError(f"--network {known}: is none of {', '.join(MODELS)}")
+    if len(controls) == 1 and not any(name for name, _, _ in pieces):
+        pieces = [*pieces[:-1], (controls[0], *pieces[-1][1:])]
+    found = collect(pieces)
+    tell(found)
+    name, module = _model_of(found, known)
+    spec: Any = MODELS[name]
+    if hasattr(spec, "branches"):
+        spec = replace(spec, controls=tuple(module.branches))  # type: ignore[arg-type]  # a ModuleDict
+    network = spec.build()
+    load_into(network.module, {n: stored.read() for n, stored in found.tensors.items()}, " and ".join(p[1] for p in pieces))
+    return Model(network, spec)
+
+
+def _of_diffusers(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("model_index.json", "transformer", "unet", "config.json"))
+
+
+def _branches(folder: Path, controls: Sequence[str]) -> dict[str, Path]:
+    """The control branches beside a transformer, by name: controlnet_NAME, or controlnet, which is what is asked for."""
+    found = {path.name.removeprefix("controlnet_"): path for path in sorted(folder.glob("controlnet_*")) if path.is_dir()}
+    if not found and (folder / "controlnet").is_dir():
+        found = {controls[0] if len(controls) == 1 else "control": folder / "controlnet"}
+    return found
+
+
+def spec_of(address: str, controls: Sequence[str] = ()) -> Any:  # Any: whatever is registered in group "network"
     """The configuration of the network in a diffusers folder or hub id, by the classes it names."""
     from fewstep.config import choices
 
@@ -219,6 +259,18 @@ def spec_of(address: str) -> Any:  # Any: whatever is registered in group "netwo
         is_first = pipeline in ("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline")
         if is_first or config.get("extra_pos_embed_type") == "learnable":
             return kinds["cosmos"](pretrained=address, family="edm", sigma_data=0.5, use_fps=True, clean_time=None)
+        branches = _branches(Path(address), controls)
+        if branches:
+            told = json.loads((next(iter(branches.values())) / "config.json").read_text())
+            return kinds["cosmos_control"](
+                pretrained=address,
+                latent_channels=config["out_channels"],
+                num_layers=config["num_layers"],
+                num_control_blocks=told["n_controlnet_blocks"],
+                hint_channels=told["in_channels"] - 2,  # beside the masks of given frames and of padding
+                controls=tuple(branches),
+                branches=tuple(map(str, branches.values())),
+            )
         return kinds["cosmos"](pretrained=address, use_fps=pipeline == "Cosmos2VideoToWorldPipeline")
     known = {
         "WanTransformer3DModel": "experts",  # two of them, or the one

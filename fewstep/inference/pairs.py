@@ -242,7 +242,7 @@ def command(
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    teacher = open_model(model).network
+    teacher = open_model(model, controls=[] if control is None else [control]).network
     teacher.module.to(device)
     source = Folder(
         str(dataset),

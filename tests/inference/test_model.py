@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from fewstep.batch import Condition
 from fewstep.inference.model import know_every_kind, open_model, spec_of
+from fewstep.networks.cosmos_control import CosmosControlSpec
+from fewstep.networks.cosmos_keys import original_names
+from fewstep.networks.cosmos_models import MODELS, transfer1_7b
 
 
 def folder(tmp_path: Path, pipeline: str, network: str, part: str = "transformer", index: Any = None, **config: Any) -> str:
@@ -48,3 +54,62 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"it has no transformer/, no unet/ and no config\.json"):
         open_model(tmp_path / "empty")
+
+
+SIZES: dict[str, Any] = {
+    "latent_channels": 4, "num_heads": 2, "head_dim": 16, "num_layers": 4, "mlp_ratio": 2, "text_dim": 16, "adaln_lora_dim": 4,
+    "max_size": (8, 16, 16), "num_control_blocks": 2, "hint_channels": 8,
+}  # fmt: skip
+
+
+def random(network: Any) -> Any:
+    torch.manual_seed(0)
+    for weight in network.module.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    return network
+
+
+def same_answer(network: Any, other: Any, control: str, t: float) -> None:
+    draw = torch.Generator().manual_seed(1)
+    x, hint = (torch.randn(1, 4, 3, 8, 8, generator=draw) for _ in range(2))
+    cond = Condition(text=torch.randn(1, 5, 16, generator=draw), control={control: hint}, fps=torch.tensor([24.0]))
+    at = torch.tensor([t], dtype=torch.float64)
+    torch.testing.assert_close(other(x, at, cond).velocity, network(x, at, cond).velocity, rtol=0, atol=1e-5)
+
+
+def test_a_pipeline_of_transfer2_5_is_led_by_the_control_that_is_asked_for(tmp_path: Path) -> None:
+    network = random(CosmosControlSpec(**SIZES, controls=("depth",)).build())
+    network.base.save_pretrained(tmp_path / "transformer")
+    network.module.branches["depth"].save_pretrained(tmp_path / "controlnet")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "Cosmos2_5_TransferPipeline"}))
+    model = open_model(tmp_path, controls=["depth"])
+    assert model.network.controls == ("depth",)  # type: ignore[attr-defined]
+    same_answer(network, model.network, "depth", 0.7)
+    (tmp_path / "controlnet").rename(tmp_path / "controlnet_depth")  # as convert names several
+    same_answer(network, open_model(tmp_path).network, "depth", 0.7)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["base and control", "one file"])
+def test_original_weights_are_a_teacher(together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = replace(
+        transfer1_7b("edge"), **{**SIZES, "num_control_blocks": 3, "num_heads": 2, "head_dim": 12}, rope_scale=(2.0, 1.0, 1.0)
+    )
+    monkeypatch.setitem(MODELS, "small", spec)  # type: ignore[arg-type]
+    network = random(replace(spec, controls=("seg",)).build())
+    state = network.module.state_dict()
+    names = original_names(state, "1")
+    file = {names[name]: tensor.clone() for name, tensor in state.items() if name in names}
+    base = {name: tensor for name, tensor in file.items() if name.startswith("base_model.")}
+    torch.save(file if together else base, tmp_path / "a.pt")
+    torch.save({name: tensor for name, tensor in file.items() if name not in base}, tmp_path / "b.pt")
+    address = str(tmp_path / "a.pt") + ("" if together else f"+{tmp_path / 'b.pt'}")
+    model = open_model(address, controls=["seg"])
+    assert (model.spec.controls, model.sampler, model.folder) == (("seg",), None, None)
+    same_answer(network, model.network, "seg", 5.0)
+    assert open_model(address, controls=["seg"], known="small").spec == model.spec
+    with pytest.raises(ValueError, match="the nearest is transfer1_7b"):
+        open_model(address, controls=["seg"], known="transfer1_7b")
+    with pytest.raises(ValueError, match="--network nothing: is none of predict1_7b"):
+        open_model(address, known="nothing")
+    with pytest.raises(ValueError, match=r"--network small: .* says itself what it is"):
+        open_model(folder(tmp_path, "WanPipeline", "WanTransformer3DModel"), known="small")
