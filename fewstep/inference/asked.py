@@ -90,6 +90,7 @@ class Asked:
     overlap: int | None = None  # frames of the chunk before that a chunk begins with; None: 1
     image_encoder: str | None = None
     network: str | None = None  # which published one the weights of MODEL are; None: as their shapes say
+    guidance_low: float | None = None  # w of the low-noise one of two experts; None: the same
     shard: bool = False  # each process holds a part of the weights
 
 
@@ -148,7 +149,7 @@ def read_command(arguments: Sequence[str], say: Any = None) -> Asked:
 _ASKED = (
     "out", "num_steps", "sampler", "shift", "sigma_max", "num_frames", "height", "width", "fps", "codec", "text_encoder",
     "max_tokens", "tile", "device", "precision", "quality", "force", "save_noise", "wants_student",
-    "chunk_frames", "overlap", "image_encoder", "network", "shard",
+    "chunk_frames", "overlap", "image_encoder", "network", "guidance_low", "shard",
 )  # fmt: skip
 
 
@@ -184,6 +185,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-steps", "--num_steps", "--steps", "--num_inference_steps", dest="num_steps", type=int)
     add("--guidance", type=float, help="w in uncond + w (cond - uncond), 1 is off; g of Cosmos in a command with Cosmos' names")
     add("--guidance_scale", "--guidance-scale", type=float, dest="guidance_scale", help="w, as diffusers and FastGen have it")
+    names = ("--guidance-low", "--guidance_scale_2")
+    add(*names, type=float, dest="guidance_low", help="w of Wan A14B's low-noise expert; --guidance is the other's")
     add("--seed", type=int, help="of the first clip; each further one has one more")
     add("--sampler", choices=SAMPLERS, default="auto", help="of a teacher; auto: res_2ab on EDM, unipc elsewhere")
     add("--shift", type=float, help="of a teacher's grid")

@@ -49,7 +49,7 @@ def texts_of(requests: Sequence[Request], asked: Asked, model: Model, device: to
     if all(request.label is not None for request in requests):
         return {}
     wanted = {r.prompt for r in requests if r.embedding is None and r.label is None}
-    if asked.guidance != 1.0:
+    if asked.guidance != 1.0 or asked.guidance_low is not None:
         wanted |= {r.negative for r in requests if r.negative_embedding is None and r.embedding is None}
     if not wanted:
         return {}

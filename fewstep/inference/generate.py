@@ -40,6 +40,7 @@ from fewstep.inference.model import Envelope, Model, open_model
 from fewstep.inference.pairs import to_uint8
 from fewstep.networks.codecs import Autoencoder, open_codec
 from fewstep.networks.contract import Network
+from fewstep.networks.experts import Experts, guided_apart
 from fewstep.networks.vision import ClipVision
 from fewstep.parallel import World, join_world, leave_world, place
 
@@ -208,7 +209,12 @@ def sample(asked: Asked, model: Model, noise: Tensor, cond: Condition, negative:
         grid = times.on_flow(num, path, 5.0 if asked.shift is None else asked.shift)
         solver = asked.sampler if asked.sampler != "auto" else "unipc"
     x = start(path, noise, float(grid[0]))
-    return getattr(samplers, solver)(guided(network, negative, asked.guidance), x, grid, cond)
+    led = guided(network, negative, asked.guidance)
+    if asked.guidance_low is not None:
+        if not isinstance(network, Experts) or negative is None:
+            raise ValueError(f"--guidance-low: {asked.model} is no pair of experts, one for high and one for low noise")
+        led = guided_apart(network, negative, asked.guidance, asked.guidance_low)
+    return getattr(samplers, solver)(led, x, grid, cond)
 
 
 def beyond(envelope: Envelope, shot: Shot) -> list[str]:

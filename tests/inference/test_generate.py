@@ -22,8 +22,8 @@ from fewstep.config import dump
 from fewstep.data import arrays, video
 from fewstep.diffusion import Rng, guided, samplers, times
 from fewstep.inference.asked import read_command
-from fewstep.inference.generate import generate
-from fewstep.inference.model import open_model
+from fewstep.inference.generate import generate, sample
+from fewstep.inference.model import Model, open_model
 from fewstep.networks.codecs import open_codec
 from fewstep.networks.cosmos import CosmosSpec
 from fewstep.networks.cosmos_control import CosmosControlSpec
@@ -137,6 +137,28 @@ def test_processes_divide_the_clips_and_make_what_one_makes(student: Path, tmp_p
     alone = [str(student), "--prompt", "rolls", "--seed", "9"]  # the third's seed
     made(tmp_path / "alone", *alone)
     assert (tmp_path / "alone" / "output.mp4").read_bytes() == (tmp_path / "one" / "p_0002.mp4").read_bytes()
+
+
+@torch.no_grad()
+def test_the_low_noise_expert_may_have_a_guidance_of_its_own() -> None:
+    from fewstep.networks.experts import ExpertsSpec, guided_apart
+    from fewstep.networks.wan import WanSpec
+
+    torch.manual_seed(0)
+    wan = WanSpec(
+        num_heads=2, head_dim=12, num_layers=1, ffn_dim=16, text_dim=8, text_tokens=4, freq_dim=8, latent_channels=4,
+        max_positions=16,
+    )  # fmt: skip
+    spec = ExpertsSpec(wan, wan)
+    network, draw = spec.build(), torch.Generator().manual_seed(1)
+    noise, text, other = (torch.randn(1, *shape, generator=draw) for shape in ((4, 2, 4, 4), (4, 8), (4, 8)))
+    cond, negative = Condition(text=text), Condition(text=other)
+    asked = read_command(["m", "--guidance", "4", "--guidance_scale_2", "3", "--num-steps", "4", "--sampler", "euler"])
+    made = sample(asked, Model(network, spec), noise, cond, negative, Rng.of_samples([0]))
+    wanted = samplers.euler(guided_apart(network, negative, 4.0, 3.0), noise, times.shifted(4, 5.0), cond)
+    torch.testing.assert_close(made, wanted, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="--guidance-low: m is no pair of experts"):
+        sample(asked, Model(network.low, wan), noise, cond, negative, Rng.of_samples([0]))
 
 
 @torch.no_grad()
