@@ -240,6 +240,20 @@ def _of_diffusers(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("model_index.json", "transformer", "unet", "config.json"))
 
 
+def _published(config: Mapping[str, Any]) -> Any:  # Any: a CosmosSpec, whose room is opened where it is needed
+    """The published Cosmos network with the dimensions of this config.json, beside which no pipeline says how it is asked."""
+    from fewstep.networks.cosmos_models import MODELS
+
+    def told(spec: Any) -> tuple[Any, ...]:
+        has_mask, projects = spec.frame_mask, spec.text_projection_from is not None
+        return spec.num_heads, spec.num_layers, list(spec.rope_scale), has_mask, projects
+
+    has_mask = config.get("in_channels", 0) > config.get("out_channels", 0)
+    names = ("num_attention_heads", "num_layers", "rope_scale")
+    ours = (*(config.get(name) for name in names), has_mask, bool(config.get("use_crossattn_projection")))
+    return next((spec for spec in MODELS.values() if not hasattr(spec, "branches") and told(spec) == ours), None)
+
+
 def _branches(folder: Path, controls: Sequence[str]) -> dict[str, Path]:
     """The control branches beside a transformer, by name: controlnet_NAME, or controlnet, which is what is asked for."""
     found = {path.name.removeprefix("controlnet_"): path for path in sorted(folder.glob("controlnet_*")) if path.is_dir()}
@@ -271,6 +285,9 @@ def spec_of(address: str, controls: Sequence[str] = ()) -> Any:  # Any: whatever
                 controls=tuple(branches),
                 branches=tuple(map(str, branches.values())),
             )
+        published = None if pipeline else _published(config)
+        if published is not None:
+            return replace(published, pretrained=address)
         return kinds["cosmos"](pretrained=address, use_fps=pipeline == "Cosmos2VideoToWorldPipeline")
     known = {
         "WanTransformer3DModel": "experts",  # two of them, or the one

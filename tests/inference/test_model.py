@@ -41,6 +41,21 @@ def test_a_pipelines_folder_names_its_network_and_how_it_is_asked(tmp_path: Path
         assert spec_of(folder(tmp_path, "P", network)).kind == kind
 
 
+@pytest.mark.parametrize("name", ["predict2_2b", "predict2_14b", "predict2_5_2b", "predict2_5_14b", "predict1_7b"])
+def test_a_published_network_alone_in_its_folder_is_asked_as_it_was_taught(name: str, tmp_path: Path) -> None:
+    """As `fewstep convert` writes it: no pipeline beside it says that Predict2 reads the rate of frames, and 2.5 does not."""
+    know_every_kind()
+    with torch.device("meta"):
+        module: Any = MODELS[name].build().module
+    module.save_config(tmp_path)
+    found = spec_of(str(tmp_path))
+    wanted = MODELS[name]
+    assert (found.family, found.sigma_data, found.use_fps, found.clean_time) == (
+        wanted.family, wanted.sigma_data, wanted.use_fps, wanted.clean_time,
+    )  # fmt: skip
+    assert found.pretrained == str(tmp_path)
+
+
 def test_a_unet_lies_in_a_folder_of_its_own(tmp_path: Path) -> None:
     know_every_kind()
     assert spec_of(folder(tmp_path, "StableDiffusionXLPipeline", "UNet2DConditionModel", "unet")).kind == "unet"
