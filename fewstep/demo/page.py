@@ -159,7 +159,8 @@ def _student_gates(name: str, summary: dict[str, float], bounds: tuple[float, fl
     ):
         yield f"{who}: {what}", summary[f"{key}_{name}"], bound, better, summary[f"{key}_{name}_spread"]
     for key in ("recall", "coverage"):
-        share = summary[f"{key}_{name}"] / summary[f"{key}_teacher"]
+        most = summary[f"{key}_teacher"]
+        share = summary[f"{key}_{name}"] / most if most else 1.0  # of nothing, nothing can be lost
         yield f"{who}: {key}, as a share of the teacher's", share, 0.85, "higher"
     points = 100 * (summary["adherence_teacher"] - summary[f"adherence_{name}"])
     yield f"{who}: adherence, points below the teacher's", points, 10.0, "lower"
