@@ -2,11 +2,9 @@
 
     python benchmarks/overhead.py [--cycles 30]
 
-Both are measured in one process and in turns. The data set is the clock: the loop asks it for a batch once per iteration, so
-that the time between two requests is one whole iteration as users run it (noise, losses, backward, clipping, checks, step,
-average, logging). At the start of each cycle the data set first does the bare calls of that cycle, on networks of its own, and
-times them. `finetune`: a cycle is one forward and backward. `dmd2`: a student turn and a critic turn; student forward and
-backward, critic and teacher forward; student forward, critic forward and backward.
+Loop and bare calls take turns in one process (common/interleaved.py). An iteration is one as users run it: noise, losses,
+backward, clipping, checks, step, average, logging. `finetune`: one forward and backward. `dmd2`: a student turn and a critic
+turn; student forward and backward, critic and teacher forward; student forward, critic forward and backward.
 """
 
 from __future__ import annotations
@@ -15,20 +13,15 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor
+from common.interleaved import CLOCK, DEVICE, PREPARED, Ratio, Timed, TimedData, now, ratio
 
 import fewstep
 from fewstep.batch import Batch, Condition
-from fewstep.config import kind
 from fewstep.diffusion import Rng
 from fewstep.methods import DMD2, Finetune
 from fewstep.networks.contract import Network
@@ -37,18 +30,9 @@ from fewstep.networks.tiny import TinySpec
 from fewstep.training.loop import train
 from fewstep.training.run import Checkpoint, Job, Run, Trainer
 
-BOUND, GOAL_S, WARM_UP = 1.05, 0.050, 3
+BOUND, GOAL_S, WARM_UP = 1.05, 0.050, 4
 NETWORK = TinySpec("dit", channels=4, width=48, depth=1, num_heads=4)
 SIDE = 16  # latents are C T SIDE SIDE
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-Clock = Callable[[], float]
-
-
-def now() -> float:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 class Bare:
@@ -69,13 +53,15 @@ class Bare:
         network.module.zero_grad()
         network(self.x, self.t, Condition()).velocity.square().mean().backward()
 
-    def cycle(self, name: str) -> None:
-        self.learn(self.student)
-        if name == "dmd2":
-            self.look(self.critic)
-            self.look(self.teacher)
+    def turn(self, name: str) -> None:
+        if name == "critic":
             self.look(self.student)
             self.learn(self.critic)
+            return
+        self.learn(self.student)
+        if name == "student":
+            self.look(self.critic)
+            self.look(self.teacher)
 
 
 def calibrate() -> int:
@@ -95,66 +81,24 @@ def calibrate() -> int:
     return frames
 
 
-class Timed:
-    """One data set, and the clock."""
-
-    def __init__(self, name: str, frames: int):
-        self.name, self.bare = name, Bare(frames)
-        self.samples = Rng(1, 0, range(8)).normal((4, frames, SIDE, SIDE))
-        self.per_cycle, self.asked = (
-            (1 if name == "finetune" else 2),
-            -1,
-        )  # the first request is the loop's own look at the data
-        self.left = self.cycle_s = 0.0
-        self.pairs: list[tuple[float, float]] = []  # bare, loop
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def batch(self, index: Tensor) -> Batch:
-        if self.asked > 0:
-            self.cycle_s += now() - self.left
-        if self.asked >= 0 and self.asked % self.per_cycle == 0:
-            if self.asked > 0:
-                self.pairs.append((self.bare_s, self.cycle_s))
-            began = now()
-            self.bare.cycle(self.name)
-            self.bare_s, self.cycle_s = now() - began, 0.0
-        self.asked += 1
-        self.left = now()
-        return Batch(x0=self.samples[index])
-
-
-OPENED: dict[str, Timed] = {}
-
-
-@kind("timed", group="data")
-@dataclass(frozen=True)
-class TimedData:
-    fields: ClassVar[frozenset[str]] = frozenset({"x0"})
-
-    name: str
-    frames: int
-
-    def open(self) -> Timed:
-        OPENED[self.name] = Timed(self.name, self.frames)
-        return OPENED[self.name]
-
-
-def measure(name: str, frames: int, cycles: int) -> list[tuple[float, float]]:
-    """Seconds of the bare calls and of the loop, for each cycle."""
+def measure(name: str, frames: int, cycles: int) -> Ratio:
     method = Finetune() if name == "finetune" else DMD2(t_list=(1.0,), student_update_freq=2)
     per_cycle = 1 if name == "finetune" else 2
+    kinds = [name if name == "finetune" else method.turn(step).name for step in range(per_cycle * cycles + WARM_UP)]
     run = Run(
         job=Job(project="benchmarks", group="overhead", name=name),
         method=method,
         networks=Networks(NETWORK, Full(), Full()),
-        data=TimedData(name, frames),
-        trainer=Trainer(max_iter=per_cycle * (cycles + WARM_UP) + 1, batch_size=1, log_every=10),
+        data=TimedData(name),
+        trainer=Trainer(max_iter=len(kinds) + 1, batch_size=1, log_every=10),
         checkpoint=Checkpoint(save_iter=10**9),
     )
+    bare = Bare(frames)
+    samples = Batch(x0=Rng(1, 0, range(8)).normal((4, frames, SIDE, SIDE)))
+    timed = PREPARED[name] = Timed(samples, lambda step: bare.turn(kinds[min(step, len(kinds) - 1)]))
     train(run)
-    return OPENED[name].pairs[WARM_UP:]
+    del PREPARED[name]
+    return ratio(timed.bare_s[WARM_UP:], timed.loop_s[WARM_UP:], kinds[WARM_UP:])
 
 
 def main() -> None:
@@ -169,15 +113,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["OUTPUT_ROOT"] = folder
         for name in ("finetune", "dmd2"):
-            pairs = measure(name, frames, options.cycles)
-            ratios = sorted(loop / bare for bare, loop in pairs)
-            quarter = len(ratios) // 4
-            parts[name] = {
-                "value": round(statistics.median(ratios), 4),
-                "spread": [round(ratios[quarter], 4), round(ratios[-1 - quarter], 4)],
-                "bare_ms": round(1e3 * statistics.median(bare for bare, _ in pairs), 2),
-                "loop_ms": round(1e3 * statistics.median(loop for _, loop in pairs), 2),
-            }
+            parts[name] = measure(name, frames, options.cycles).as_json()
             print(f"{name}: {parts[name]}", file=sys.stderr)
     worst = max(parts, key=lambda name: parts[name]["value"])
     device = torch.cuda.get_device_name(0) if DEVICE.type == "cuda" else f"{platform.machine()}, {options.threads} thread(s)"
@@ -191,6 +127,7 @@ def main() -> None:
                 "better": "lower",
                 "runs": options.cycles,
                 "spread": parts[worst]["spread"],
+                "clock": CLOCK,
                 "device": device,
                 "versions": {"fewstep": fewstep.__version__, "python": platform.python_version(), "torch": torch.__version__},
                 "parts": parts,
