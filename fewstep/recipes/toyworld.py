@@ -23,6 +23,7 @@ from fewstep.diffusion.times import LogitNormal, Shifted, shifted
 from fewstep.methods import DMD2, KD, Autoencode, Finetune
 from fewstep.networks.cosmos import CosmosSpec
 from fewstep.networks.cosmos_control import CosmosControlSpec
+from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks
 from fewstep.networks.tokenizer import TokenizerSpec
 from fewstep.networks.weights import output_root
@@ -36,6 +37,7 @@ SHIPPED = str(Path(fewstep.__file__).parent / "toy")  # a pipeline's folder: tra
 WORLD, PAIRS = "world", "pairs"  # of the demo, below the output root: clips with captions, and what the teacher made of them
 GUIDANCE = 2.0  # of the teacher; baked into every student
 STUDENT_SHIFT = 3.0  # of the students' times
+LORA_LR = 5.0  # times the learning rate of full weights
 TEACHER = CosmosSpec(
     num_heads=5,
     head_dim=32,
@@ -181,3 +183,28 @@ def toy_dmd2_4step() -> Run:
 def toy_dmd2_1step() -> Run:
     """One-step DMD2 against the toy teacher, from the student of toy_kd_1step."""
     return _dmd2("toy_dmd2_1step", 1, "toy_kd_1step")
+
+
+def _dmd2_lora(name: str, num_steps: int) -> Run:
+    """From the teacher itself: adapters lie over its weights, and a student of KD would have to be extracted into them."""
+    run, adapters = _dmd2(name, num_steps, ""), Lora(rank=32)
+    assert run.critic_optim is not None
+    return replace(
+        run,
+        job=_job(name),
+        networks=replace(run.networks, student=adapters, critic=adapters),
+        optim=replace(run.optim, lr=LORA_LR * run.optim.lr),
+        critic_optim=replace(run.critic_optim, lr=LORA_LR * run.critic_optim.lr),
+    )
+
+
+@recipe("toy_dmd2_4step_lora")
+def toy_dmd2_4step_lora() -> Run:
+    """Four-step DMD2 with student and critic as adapters on the toy teacher, and from it (benchmarks/lora_roles.py)."""
+    return _dmd2_lora("toy_dmd2_4step_lora", 4)
+
+
+@recipe("toy_dmd2_1step_lora")
+def toy_dmd2_1step_lora() -> Run:
+    """The same for one step."""
+    return _dmd2_lora("toy_dmd2_1step_lora", 1)

@@ -99,7 +99,8 @@ def test_experts_that_do_not_fit_together_are_refused() -> None:
 
 def test_a_phased_student_begins_as_its_teacher_twice(tmp_path: Path) -> None:
     """From the teacher itself, from the address of one network, and from that of two: at the start it answers as they do."""
-    teacher, pair, (x, cond) = replace(WAN, num_layers=1), ExpertsSpec(*[replace(WAN, num_layers=1)] * 2, 0.9), inputs()
+    teacher, (x, cond) = replace(WAN, num_layers=1), inputs()
+    pair = ExpertsSpec(teacher, teacher, 0.9)
     nets = build(Networks(teacher=teacher, student=Full(pair)), ("student", "teacher"), seed=1)
     student = nets["student"]
     assert isinstance(student, Experts)
