@@ -44,6 +44,62 @@ PLANS: tuple[StoredPlan, ...] = (
         needed_gib=61.43,
         largest=(("activations", 39.53), ("teacher weights", 15.14)),
     ),
+    # Of the other controls: the same.
+    StoredPlan(
+        recipe="DISTILL_CTRL_7Bv1_edge_fsdp_kd_train",
+        network="cosmos_control",
+        overrides=(),
+        shape="16x16x88x160",
+        gpus=8,
+        gpu="h100",
+        peak_gib=41.08,
+        needed_gib=43.82,
+        largest=(("activations", 25.85), ("student optimizer", 7.57)),
+    ),
+    StoredPlan(
+        recipe="DISTILL_CTRL_7Bv1_edge_fsdp_dmd2_train",
+        network="cosmos_control",
+        overrides=(),
+        shape="16x16x88x160",
+        gpus=8,
+        gpu="h100",
+        peak_gib=70.08,
+        needed_gib=73.68,
+        largest=(("activations", 43.15), ("critic optimizer", 7.57)),
+    ),
+    StoredPlan(
+        recipe="dmd2_trigflow_distill_cosmos_predict2_2B_bidirectional_TnI2V",
+        network="cosmos",
+        overrides=("text=512x100352",),
+        shape="16x24x88x160",  # 704 x 1280, 93 frames
+        gpus=4,
+        gpu="h100",
+        peak_gib=44.95,
+        needed_gib=47.80,
+        largest=(("activations", 29.83), ("critic optimizer", 3.84)),
+    ),
+    StoredPlan(
+        recipe="video2world_7b_example_cosmos_nemo_assets",
+        network="cosmos",
+        overrides=(),
+        shape="16x16x88x160",
+        gpus=8,
+        gpu="h100",
+        peak_gib=38.05,
+        needed_gib=40.69,
+        largest=(("activations", 20.92), ("student optimizer", 6.74)),
+    ),
+    StoredPlan(
+        recipe="video2world_7b_lora_example_cosmos_nemo_assets",
+        network="cosmos",
+        overrides=(),
+        shape="16x16x60x106",  # 480 x 848
+        gpus=4,
+        gpu="h100",
+        peak_gib=25.70,
+        needed_gib=27.97,
+        largest=(("teacher weights", 13.48), ("activations", 12.11)),
+    ),
 )
 
 

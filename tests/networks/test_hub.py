@@ -135,6 +135,7 @@ def test_without_a_network(
 ) -> None:
     _point_to("http://127.0.0.1:9", tmp_path, monkeypatch)  # the port of discard, where nobody listens
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
+    monkeypatch.setattr("time.sleep", lambda _: None)  # the library tries five times more, ever later
     why = "HF_HUB_OFFLINE is set" if is_offline else "the hub cannot be reached"
     wanted = f"there is no 'team/pipeline' here, nor in the hub's cache, and {why}. Download it where there is a network"
     with pytest.raises(ValueError) as refusal:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fewstep.batch import Condition
 from fewstep.networks.analytic import MixtureSpec
 from fewstep.networks.cosmos import CosmosSpec
-from fewstep.networks.lora import Backbone, Lora, Shared, as_diffusers, as_kohya, extract, merged, target_names
+from fewstep.networks.lora import Backbone, Lora, Shared, as_diffusers, as_kohya, by_module, extract, merged, target_names
 from fewstep.networks.roles import Full, Networks, build, wholes
 from fewstep.networks.tiny import TinySpec
 from fewstep.parallel import World, place
@@ -321,3 +321,19 @@ def test_a_full_role_beside_adapters_is_a_copy_of_the_teacher_alone() -> None:
     assert list(nets) == ["student", "critic", "teacher"]
     assert not any("lora" in name for name, _ in nets["student"].module.named_parameters())
     assert len(wholes(nets)) == 2
+
+
+def test_adapters_are_told_apart_by_the_module_of_diffusers_they_lie_in() -> None:
+    names = {
+        "base.transformer_blocks.0.attn1.to_q": ("transformer", "transformer_blocks.0.attn1.to_q"),
+        "branches.edge.control_blocks.0.attn1.to_q": ("controlnet", "control_blocks.0.attn1.to_q"),
+        "transformer.blocks.0.attn1.to_q": ("transformer", "blocks.0.attn1.to_q"),  # two experts
+        "transformer_2.blocks.0.attn1.to_q": ("transformer_2", "blocks.0.attn1.to_q"),
+        "transformer_blocks.1.attn1.to_q": ("transformer", "transformer_blocks.1.attn1.to_q"),  # one network, as it is
+        "blocks.0.attn1.to_q": ("transformer", "blocks.0.attn1.to_q"),
+    }
+    for name, (part, inside) in names.items():
+        tensor = torch.randn(2, 3)
+        assert by_module({f"{name}.lora_A.weight": tensor}) == {part: {f"{inside}.lora_A.weight": tensor}}
+    two = by_module({f"branches.{control}.x.lora_A.weight": torch.zeros(1) for control in ("edge", "depth")})
+    assert set(two) == {"controlnet_edge", "controlnet_depth"}

@@ -141,7 +141,7 @@ def test_the_published_networks_have_the_names_of_their_table_and_no_others(name
 def test_a_branch_that_has_come_away_from_its_base_does_not_go_out_as_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    state = dict(module("transfer2.5").state_dict())
+    state = {name: tensor.clone() for name, tensor in module("transfer2.5").state_dict().items()}
     state["branches.edge.time_embed.norm.weight"] = state["branches.edge.time_embed.norm.weight"] + 1
     save_file(state, tmp_path / "ours.safetensors")
     assert main(["convert", str(tmp_path / "ours.safetensors"), str(tmp_path / "x.pt")]) == 1
