@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import typer
 
 from fewstep.cli import app, main
-from fewstep.config import compose, read_command
+from fewstep.config import build_recipe, choices, compose, fields_help, read_command, recipes
 from fewstep.inference import asked
 from fewstep.training.fit import split_words
 from fewstep.training.run import Run
@@ -21,7 +22,7 @@ from fewstep.training.run import Run
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/**/*.md"))]
 OWN_PATH = re.compile(r"(?<![\w./-])((?:docs|tests|fewstep|benchmarks|examples)/[\w./-]*\w)")
-THEIRS = {"examples/inference.py"}  # of Cosmos-Predict2.5
+THEIRS = {"examples/inference.py", "trainer.fsdp"}  # of Cosmos-Predict2.5 and FastGen
 START = re.compile(r"(?:^|\s)(?:torchrun\s.*-m\s+fewstep(?:\.train)?|python -m fewstep(?:\.\w+)*|fewstep)(?=\s)")
 
 
@@ -128,6 +129,32 @@ def test_a_run_that_a_page_starts_can_be_composed(page: str, command: str) -> No
     _, words = split(command)
     settings = [word for word in words if word not in ("...", "a.b=c", "--json")]
     assert compose(read_command(split_words(settings)[0]), Run).job.name
+
+
+def settings() -> tuple[set[str], dict[str, set[str]]]:
+    """The keys of all recipes' runs, and of `method.`, `data.`, `networks.ROLE.` what any of their kinds has."""
+    import fewstep.recipes  # noqa: F401  makes every name known
+
+    ours = [name for name, found in recipes().items() if found.module.startswith("fewstep.recipes.")]  # not those of tests
+    groups = {"method": ("method",), "data": ("data",), "networks": ("role", "network")}
+    kinds = {room: [cls for group in of for cls in choices(group).values()] for room, of in groups.items()}
+    named = {room: {field.name for cls in found for field in fields(cls)} for room, found in kinds.items()}
+    return {row.key for name in ours for row in fields_help(build_recipe(name))}, named
+
+
+def test_every_setting_that_a_page_names_is_there() -> None:
+    known, kinds = settings()
+    rooms = sorted({key.split(".")[0] for key in known if "." in key})
+    named = re.compile(rf"(?<![\w./-])((?:{'|'.join(rooms)})(?:\.[a-z_0-9]+)+)(?![\w/])")
+    wrong = [
+        f"{page.name}: {key}"
+        for page in PAGES
+        for key in named.findall(page.read_text())
+        if not key.endswith((".md", ".py")) and key not in THEIRS
+        if not any(other == key or other.startswith(f"{key}.") for other in known)
+        if key.split(".")[-1] not in kinds.get(key.split(".")[0], set())
+    ]
+    assert not wrong, wrong
 
 
 LISTS = sorted({command for _, command in COMMANDS if split(command)[0] == "ls"})
