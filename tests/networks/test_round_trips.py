@@ -148,3 +148,23 @@ def test_a_branch_that_has_come_away_from_its_base_does_not_go_out_as_one(
     told = capsys.readouterr().err
     assert "branches.edge.time_embed.norm.weight differs from base.time_embed.norm.weight" in told
     assert not (tmp_path / "x.pt").exists()
+
+
+def test_a_published_base_becomes_the_folder_of_which_a_fresh_branch_is_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The road of CTRL_.._pretrain: base_model.pt -> a folder of diffusers -> the network whose branch is to be trained."""
+    spec = SPECS["transfer1"][0]
+    assert isinstance(spec, CosmosControlSpec)
+    monkeypatch.setattr("fewstep.networks.convert.MODELS", {"small": SPECS["predict1"][0]})
+    save("transfer1", original("transfer1"), tmp_path)
+    place = tmp_path / "nvidia/Cosmos-Transfer1-7B"
+    assert main(["convert", str(place / "base_model.pt"), str(place / "base_model")]) == 0
+    wanted = module("transfer1").base.state_dict()
+    made: Any = replace(spec, pretrained=str(place / "base_model"), train="control").build().module
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in made.base.state_dict().items())
+    branch = made.branches["edge"].state_dict()
+    copied = {n: t for n, t in branch.items() if n.startswith("control_blocks.")}
+    assert all(torch.equal(t, wanted[n.replace("control_blocks.", "transformer_blocks.")]) for n, t in copied.items())
+    assert len(copied) > 20 and not branch["after.0.weight"].any()
+    assert {name.split(".")[0] for name, p in made.named_parameters() if p.requires_grad} == {"branches"}
