@@ -79,6 +79,17 @@ PLANS: tuple[StoredPlan, ...] = (
         largest=(("activations", 29.83), ("critic optimizer", 3.84)),
     ),
     StoredPlan(
+        recipe="dmd2_trigflow_distill_cosmos_transfer2p5_2B_bidirectional_edge",
+        network="cosmos_control",
+        overrides=("text=512x100352",),
+        shape="16x24x88x160",
+        gpus=8,
+        gpu="h100",
+        peak_gib=47.02,
+        needed_gib=49.93,
+        largest=(("activations", 36.47), ("critic optimizer", 2.57)),
+    ),
+    StoredPlan(
         recipe="video2world_7b_example_cosmos_nemo_assets",
         network="cosmos",
         overrides=(),
