@@ -14,7 +14,11 @@ from fewstep.diffusion import Cache, Denoiser
 class Network(Denoiser, Protocol):
     @property
     def module(self) -> nn.Module:
-        """What is sharded, optimised and saved. The Denoiser around it is none of these: times and x_t stay exact there."""
+        """What is sharded, optimised and saved. The Denoiser around it is none of these: times and x_t stay exact there.
+
+        A class within that wants some weights in fp32 whatever the rest computes in lists parts of their names in
+        `_keep_in_fp32_modules`, as diffusers' classes do; parallel/shard.py keeps them.
+        """
         ...
 
     @property

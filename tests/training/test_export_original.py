@@ -24,6 +24,7 @@ from fewstep.networks.cosmos_control import SHARED, CosmosControlSpec
 from fewstep.networks.cosmos_keys import Generation, original_names
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks
+from fewstep.networks.unet import UnetSpec
 from fewstep.networks.weights import load_into, read
 from fewstep.training.ema import Ema
 from fewstep.training.health import Health
@@ -60,13 +61,15 @@ def original(table: str, dtype: torch.dtype) -> dict[str, Tensor]:
     return {theirs: state[ours].to(dtype) for ours, theirs in original_names(state, generation).items()}
 
 
-def trained(root: Path, networks: Networks, text: int, lr: float, controls: tuple[str, ...] = ()) -> Path:
+def trained(
+    root: Path, networks: Networks, text: int, lr: float, controls: tuple[str, ...] = (), shape: tuple[int, ...] = SHAPE
+) -> Path:
     """`fewstep train` of one iteration, and its folder."""
     run = Run(
         job=Job(name="tiny"),
         method=Finetune(),
         networks=networks,
-        data=Mock(shape=SHAPE, text=(3, text), controls=controls, num=4, fps=24.0, noise=False),
+        data=Mock(shape=shape, text=(3, text), controls=controls, num=4, fps=24.0, noise=False),
         optim=Optim(lr=lr, weight_decay=0.0),
         ema=Ema(beta=0.5),
         trainer=Trainer(max_iter=1, batch_size=1, num_threads=1, log_every=1),
@@ -230,3 +233,27 @@ def test_adapters_of_a_controlled_network_are_named_as_in_the_classes_of_diffuse
         answer = base(hidden_states=x, block_controlnet_hidden_states=residuals, return_dict=False, **shared)[0]
     torch.testing.assert_close(answer, wanted, rtol=0, atol=1e-4)
     assert (wanted - unled).abs().max() > 1e-2  # they do something
+
+
+def test_adapters_of_a_unet_are_named_as_pipelines_of_sdxl_read_them(tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    spec = UnetSpec(
+        widths=(8, 16), with_attention=(False, True), layers_per_block=1, transformer_layers=(1, 1), num_heads=(2, 2),
+        norm_groups=4, text_dim=12, pooled_dim=None, sample_size=8,
+    )  # fmt: skip
+    run = trained(tmp_path, Networks(teacher=spec, student=Lora(rank=2)), 12, 0.5, shape=(4, 1, 8, 8))
+    assert main(["export", str(run), "--out", str(tmp_path / "out"), "--format", "lora"]) == 0
+    file = load_file(tmp_path / "out/pytorch_lora_weights.safetensors")
+    assert all(name.startswith("unet.") for name in file)
+    teacher: Any = open_model(f"{run}:teacher").network.module
+    plain: Any = UNet2DConditionModel.from_config(teacher.config)
+    plain.load_state_dict(teacher.state_dict())
+    plain.load_lora_adapter(file, prefix="unet")
+    student: Any = open_model(str(run)).network.module
+    draw = torch.Generator().manual_seed(3)
+    asked = (torch.randn(1, 4, 8, 8, generator=draw), torch.tensor([500.0]), torch.randn(1, 3, 12, generator=draw))
+    with torch.no_grad():
+        wanted, before = student(*asked, return_dict=False)[0], teacher(*asked, return_dict=False)[0]
+        torch.testing.assert_close(plain(*asked, return_dict=False)[0], wanted, rtol=0, atol=1e-4)
+    assert (wanted - before).abs().max() > 1e-2
