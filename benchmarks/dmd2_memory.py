@@ -10,8 +10,7 @@ a critic turn, with the optimisers' states there from the start, as in a run tha
     tensors   the most that tensors held, after torch's profiler, in two more turns. On a GPU the same number as `bytes`.
 
 Blocks of 1 MiB and more are mapped apart, so that the process holds what its tensors hold, and small ones' gaps. With `--heap`
-they lie in glibc's heap as `train` sets it for speed: there (2.36) an aligned block does not fit into the hole that an equal
-one left, and the peak is higher by what is lost so.
+they lie in glibc's heap as `train` sets it for speed, and the holes between blocks that stay are resident as well.
 
 The plan (`fewstep plan`) of the same run is made in a third process. Checkpointing is on, as in every recipe that needs the
 memory.
@@ -152,7 +151,8 @@ def measure(run: Run, heap: bool) -> dict[str, int]:
     step.take(range(2))
     found = {"bytes": resident()[1] - before, "before": before}
     found["tensors"] = in_tensors(step, range(2, 4)) if DEVICE.type == "cpu" else found["bytes"]
-    found["parameters"] = sum(p.numel() for p in step.nets["teacher"].module.parameters() if not p.requires_grad)
+    weights = step.nets["teacher"].module.named_parameters()
+    found["parameters"] = sum(p.numel() for name, p in weights if ".lora_" not in name)  # of the teacher
     return found
 
 
