@@ -79,6 +79,17 @@ PLANS: tuple[StoredPlan, ...] = (
         largest=(("activations", 29.83), ("critic optimizer", 3.84)),
     ),
     StoredPlan(
+        recipe="dmd2_trigflow_distill_cosmos_predict2_14B_bidirectional_TnI2V",
+        network="cosmos",
+        overrides=("text=512x100352",),
+        shape="16x24x88x160",
+        gpus=32,
+        gpu="h200",
+        peak_gib=79.31,
+        needed_gib=83.19,
+        largest=(("activations", 63.44), ("critic optimizer", 3.35)),
+    ),
+    StoredPlan(
         recipe="dmd2_trigflow_distill_cosmos_transfer2p5_2B_bidirectional_edge",
         network="cosmos_control",
         overrides=("text=512x100352",),
