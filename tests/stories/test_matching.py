@@ -33,7 +33,6 @@ def summary_of(output_root: Path, name: str) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("matching")
 @pytest.mark.parametrize("name", BOUNDS)
 def test_a_relative_recovers_the_known_distribution(name: str, output_root: Path) -> None:
     found, (after, before) = summary_of(output_root, name), BOUNDS[name]
@@ -42,8 +41,8 @@ def test_a_relative_recovers_the_known_distribution(name: str, output_root: Path
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("matching")
 def test_with_the_gan_the_student_is_nearer_to_the_data_than_its_biased_teacher(output_root: Path) -> None:
+    """Three distances to the data: the teacher's own, its student's, and that of a student with a GAN that sees data."""
     import torch
 
     from fewstep.diffusion import Rng
@@ -57,8 +56,8 @@ def test_with_the_gan_the_student_is_nearer_to_the_data_than_its_biased_teacher(
     teacher = float(energy_distance(samples(BIASED, 5), samples(MIXTURE, 77)))
     alone = summary_of(output_root, "analytic_dmd2_biased")["energy_distance"]
     with_gan = summary_of(output_root, "analytic_dmd2_gan")["energy_distance"]
-    assert with_gan < 0.4 * teacher, (with_gan, teacher)
-    assert with_gan < 0.7 * alone, (with_gan, alone)  # a four-step student is narrower than its too wide teacher by itself
+    assert abs(alone / teacher - 1) < 0.15, (alone, teacher)  # distribution matching alone learns the bias
+    assert with_gan < 0.5 * teacher, (with_gan, alone, teacher)
 
 
 @pytest.mark.parametrize("name", [*BOUNDS, "analytic_biased", "analytic_dmd2_biased", "analytic_dmd2_gan"])
