@@ -181,13 +181,9 @@ def _chunks(asked: Asked, model: Model, shot: Shot) -> list[Chunk]:
 
 def _place(asked: Asked, model: Model, device: torch.device, world: World | None) -> None:
     """The network on its device, or its shard; in the precision of compute."""
-    network, dtype = model.network, torch.bfloat16 if asked.precision == "bf16" else torch.float32
-    if world is None:
-        if asked.precision == "bf16":
-            network.module.to(torch.bfloat16)
-        network.module.to(device)
-    else:
-        place(network.module, network.blocks, world, mode="fsdp", compute=dtype, trained=False)
+    network, compute = model.network, torch.bfloat16 if asked.precision == "bf16" else torch.float32
+    alone = World(0, 1, device, None)
+    place(network.module, network.blocks, world or alone, mode="fsdp", compute=compute, trained=False)
 
 
 def sample(asked: Asked, model: Model, noise: Tensor, cond: Condition, negative: Condition | None, rng: Rng) -> Tensor:

@@ -144,7 +144,11 @@ def sampler_of(told: Mapping[str, Any]) -> StudentSampler:
 
 
 def envelope_of(config: Mapping[str, Any], told: Mapping[str, Any]) -> Envelope:
-    """What the run's configuration and its data tell; where the data is gone, what the configuration says alone."""
+    """What the training wrote down. Runs of 0.1 did not: what their configuration and their data tell, or it alone."""
+    if "envelope" in told:
+        known = dict(told["envelope"])
+        shape = known.pop("latent_shape")
+        return Envelope(latent_shape=None if shape is None else tuple(shape), num_inference_steps=len(told["times"]), **known)
     know_every_kind()
     import fewstep.data.folder
     import fewstep.data.shards

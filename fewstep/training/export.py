@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fewstep.config import ConfigError, parse
 from fewstep.config.text import read_text, read_yaml_mapping
-from fewstep.inference.model import Envelope, Model, _Nets, envelope_of, know_every_kind, of_run
+from fewstep.inference.model import Model, _Nets, envelope_of, know_every_kind, of_run
 from fewstep.networks.lora import Lora, as_diffusers, as_kohya, by_module
 from fewstep.networks.weights import locate, read
 from fewstep.training.checkpoint import read_progress, replace_text
@@ -79,7 +79,7 @@ def _write(address: str, folder: Path, role: str, out: Path, form: Form, base: P
     told: dict[str, Any] = json.loads((run / "student.json").read_text())
     about = {"source": str(run.name), "role": role, "step": read_progress(folder).step, **told}
     config = read_yaml_mapping(read_text(run / "config.yaml"), str(run / "config.yaml"))
-    known = _recorded(told) if "envelope" in told else envelope_of(config, told)  # runs of 0.1 did not record it
+    known = envelope_of(config, told)
     about |= {"envelope": asdict(known), "notes": []}
     if form == "safetensors" and not _is_lora(config):
         _save(read(address), out / "student.safetensors", about)
@@ -175,13 +175,6 @@ def in_original_names(model: Model) -> dict[str, Tensor]:
     names = original_names(state, "1" if model.network.family == "edm" else "2")
     refuse_apart({name: (lambda tensor=tensor: tensor) for name, tensor in state.items()})
     return {names[name]: tensor.contiguous().clone() for name, tensor in state.items() if name in names}
-
-
-def _recorded(told: Mapping[str, Any]) -> Envelope:
-    """The envelope that the training wrote down."""
-    known = dict(told["envelope"])
-    shape = known.pop("latent_shape")
-    return Envelope(latent_shape=None if shape is None else tuple(shape), num_inference_steps=len(told["times"]), **known)
 
 
 def _usual_form(run: Path) -> tuple[Form, str]:

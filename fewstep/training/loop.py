@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from fewstep.networks.lora import Shared
 from fewstep.networks.roles import Whole, build, wholes
 from fewstep.networks.weights import load_into, locate, read
 from fewstep.parallel import World, is_joined, join_world, leave_world, place
+from fewstep.training.alone import alone_in
 from fewstep.training.checkpoint import Checkpoints, Progress, replace_text
 from fewstep.training.errors import Interrupted, TrainingError
 from fewstep.training.guard import refuse_non_finite
@@ -56,7 +58,8 @@ def train(run: Run) -> dict[str, Any]:
     if world.device.type == "cpu":
         keep_freed_memory()
     try:
-        return _train(run, world)
+        with alone_in(run.job.folder()) if world.is_main else nullcontext():
+            return _train(run, world)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

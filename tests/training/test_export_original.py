@@ -184,8 +184,9 @@ def test_what_it_was_trained_on_is_known_without_the_data(tmp_path: Path) -> Non
     (run / "config.yaml").write_text(config.replace("kind: mock", "kind: gone"))  # a data set of the user's, not here any more
     assert main(["export", str(run), "--out", str(tmp_path / "out"), "--format", "safetensors"]) == 0
     assert "| latents | 2 x 2 x 4 x 4 |" in (tmp_path / "out/README.md").read_text()
-    envelope = open_model(tmp_path / "out").envelope
-    assert (envelope.latent_shape, envelope.fps, envelope.num_inference_steps) == (SHAPE, 24.0, 35)
+    for address in (tmp_path / "out", run):
+        envelope = open_model(address).envelope
+        assert (envelope.latent_shape, envelope.fps, envelope.num_inference_steps) == (SHAPE, 24.0, 35)
 
 
 # --- adapters of a controlled network ---------------------------------------------------------------------------------
