@@ -7,12 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "evaluation"))
 import chromium
 
 import fewstep
+from fewstep.batch import Condition
+from fewstep.diffusion import Rng
+from fewstep.inference.model import open_model
+from fewstep.networks.codecs import open_codec
+from fewstep.networks.text import open_text_encoder
 
+TOY, SHAPE = Path(fewstep.__file__).parent / "toy", (16, 5, 4, 4)
 FRAMES = "[...document.querySelectorAll('.gallery')].map(g => +g.dataset.at)"
 NAMES = (
     *("frechet_teacher", "frechet_ratio_4step", "frechet_ratio_1step", "frechet_teacher_4calls", "frechet_teacher_1call"),
@@ -79,6 +87,42 @@ def test_the_same_command_again_does_nothing_and_another_size_is_refused(made: P
     assert other.returncode == 1 and "holds another demo" in other.stderr
 
 
+PLAIN = """
+import sys
+sys.modules["fewstep"] = None
+import torch
+torch.set_num_threads(1)
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+student, given, out = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(student, custom_pipeline=f"{student}/pipeline.py", trust_remote_code=True)
+given = load_file(given)
+renoise = [given[name] for name in sorted(given) if name.startswith("renoise")] or None
+pixels = pipe(["a red sphere rolls to the left."], latents=given["noise"], renoise=renoise, output_type="pt").frames
+save_file({"pixels": pixels.contiguous()}, out)
+"""
+
+
+@pytest.mark.parametrize("student", ["4step", "1step"])
+def test_plain_diffusers_makes_our_frames(made: Path, tmp_path: Path, student: str) -> None:
+    model, encoder, codec = open_model(made / "students" / student), open_text_encoder(TOY), open_codec(TOY)
+    assert model.sampler is not None
+    text, mask = encoder.encode(["a red sphere rolls to the left."])
+    rng, again = Rng.of_samples([5]), Rng.of_samples([5])
+    with torch.no_grad():
+        latents = model.sampler(model.network, rng.normal(SHAPE), Condition(text=text, text_mask=mask), rng)
+        ours = (codec.decode(latents) / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+    given = {"noise": again.normal(SHAPE)}
+    if model.sampler.renoise == "fresh":
+        given |= {f"renoise{i}": again.normal(SHAPE) for i in range(len(model.sampler.times) - 1)}
+    save_file(given, tmp_path / "given.safetensors")
+    files = (made / "students" / student, tmp_path / "given.safetensors", tmp_path / "out.safetensors")
+    subprocess.run([sys.executable, "-c", PLAIN, *map(str, files)], check=True, cwd=tmp_path)
+    theirs = load_file(tmp_path / "out.safetensors")["pixels"]
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+    assert float(ours.std()) > 0.05
+
+
 @pytest.mark.skipif(chromium.found() is None, reason="no Chromium here: apt-get install chromium")
 def test_the_page_opens_without_complaint_and_every_clip_is_there(made: Path) -> None:
     with chromium.browser() as page:
@@ -96,7 +140,7 @@ def test_the_page_opens_without_complaint_and_every_clip_is_there(made: Path) ->
 def test_from_scratch_it_makes_every_part_of_the_stack_and_uses_it(tmp_path: Path) -> None:
     done = quick(tmp_path, "--from-scratch")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    made, shipped = tmp_path / "demo" / "toy", Path(fewstep.__file__).parent / "toy"
+    made, shipped = tmp_path / "demo" / "toy", TOY
     assert sorted(path.name for path in made.iterdir()) == sorted(path.name for path in shipped.iterdir())
     assert str(shipped) not in done.stdout and "fewstep/toy" not in done.stdout  # no command names the shipped one
     codec = (made / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
