@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,9 +68,11 @@ PREPARED: dict[str, Timed] = {}
 class TimedData:
     """What PREPARED holds under this name."""
 
-    fields: ClassVar[frozenset[str]] = frozenset({"x0", "negative"})
-
     name: str
+
+    @property
+    def fields(self) -> frozenset[str]:
+        return frozenset({"x0", "negative"})
 
     def open(self) -> Timed:
         return PREPARED[self.name]
