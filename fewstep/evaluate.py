@@ -52,6 +52,7 @@ class Job:
     text: str = "t5_xxl"
     max_tokens: int = 40
     batch_size: int = 64
+    codec: str | None = None  # None: the one beside the model
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def run(job: Job) -> dict[str, Any]:
         sources = _sets_of(Path(job.what), job)
     else:
         data, model = opened(job), open_model(job.what)
-        codec = open_codec(str(model.folder or job.what))
+        codec = codec_of(model, job)
         how, candidates = job.how, list[dict[str, Any]]()
         if job.calls is not None:
             how, candidates = best_of(model, codec, data, job, known.features)
@@ -100,6 +101,15 @@ def over_sets(records: Sequence[Record]) -> dict[str, Value]:
         within = statistics.mean(part.spread for part in parts)
         out[name] = Value(statistics.mean(values), max(within, between), sum(part.num for part in parts), values)
     return out
+
+
+def codec_of(model: Model, job: Job) -> Codec:
+    """The one that was named, or the one that came with the model."""
+    if job.codec is None and model.folder is None:
+        raise ValueError(
+            f"{job.what}: has no codec beside it. Add --codec ADDRESS, of the data it was trained on, or export it first"
+        )
+    return open_codec(job.codec or str(model.folder))
 
 
 # ---- clips -----------------------------------------------------------------------------------------------------------
@@ -207,8 +217,8 @@ def speed(address: str, prompts: Path, how: Making, num: int = 32, repeats: int 
 
     torch.set_num_threads(1)
     model = open_model(address)
-    codec = open_codec(str(model.folder or address))
     job = replace(Job(address, prompts, prompts, Path("-")), num=num, batch_size=num, max_tokens=max_tokens)
+    codec = codec_of(model, job)
     data, rates = opened(job), list[float]()
     generated(model, codec, data, job, replace(how, num_steps=min(2, how.num_steps)), num, 0)  # warm
     for _ in range(repeats):
