@@ -211,7 +211,7 @@ def _keep(clips: np.ndarray, job: Job) -> None:
         video.write(job.out.with_suffix("") / f"{n:02d}.mp4", clip, 16.0, quality="lossless")
 
 
-def speed(address: str, prompts: Path, how: Making, num: int = 32, repeats: int = 3, max_tokens: int = 40) -> Value:
+def speed(address: str, prompts: Path, how: Making, num: int = 16, repeats: int = 3, max_tokens: int = 40) -> Value:
     """Clips per second, noise to pixels, on one thread; the spread is over repeats."""
     import time
 

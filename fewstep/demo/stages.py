@@ -38,7 +38,7 @@ class Plan:
     num_eval: int  # clips in an evaluation set
     sets: int
     kd_iters: int
-    dmd2_iters: int
+    dmd2_iters: tuple[int, int]  # of four steps and of one, which is asked less often: as many as take the same time
     batch_size: int = 32
     num_train: int = 24_000  # clips of --from-scratch; its iterations are the recipes' own, or as many as this
     scratch_iters: int | None = None
@@ -48,13 +48,13 @@ PLANS: dict[Size, Plan] = {
     "quick": Plan(
         *(256, 128, 512, 128, 1),
         kd_iters=60,
-        dmd2_iters=60,
+        dmd2_iters=(60, 60),
         batch_size=16,
         num_train=256,
         scratch_iters=40,
     ),
-    "default": Plan(1024, 1024, 2048, 512, 3, kd_iters=250, dmd2_iters=350),
-    "long": Plan(6144, 6144, 2048, 512, 3, kd_iters=2500, dmd2_iters=4000),
+    "default": Plan(1024, 1024, 2048, 512, 3, kd_iters=250, dmd2_iters=(290, 380)),
+    "long": Plan(6144, 6144, 2048, 512, 3, kd_iters=2500, dmd2_iters=(4000, 5200)),
 }
 STEPS = 35  # of the teacher's solver
 
@@ -88,6 +88,9 @@ def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
     def score(name: str, what: str, *more: str) -> tuple[str, ...]:
         where = ("--prompts", held, "--real", real, "--out", str(out / "scores" / f"{name}.json"))
         return ("fewstep", "evaluate", what, *where, "--num", str(plan.num_eval), "--sets", str(plan.sets), *more)
+
+    def few(name: str, calls: int) -> tuple[str, ...]:
+        return score(name, toy, "--calls", str(calls), "--guidance", str(GUIDANCE))
 
     teacher = ("--steps", str(STEPS), "--sampler", "unipc", "--guidance", str(GUIDANCE))
     students = {name: str(out / "students" / name) for name in ("4step", "1step")}
@@ -138,7 +141,7 @@ def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
         Stage(
             "dmd2",
             "distribution matching: students learn from the difference of two scores",
-            (train("toy_dmd2_4step", plan.dmd2_iters), train("toy_dmd2_1step", plan.dmd2_iters)),
+            (train("toy_dmd2_4step", plan.dmd2_iters[0]), train("toy_dmd2_1step", plan.dmd2_iters[1])),
         ),
         Stage(
             "export",
@@ -173,15 +176,8 @@ def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
             "teacher",
             "scores of the teacher: its pairs, and the best it can do with few network calls",
             (
-                score("teacher", pairs),
-                (
-                    "sh",
-                    "-c",
-                    " && ".join(
-                        shlex.join(score(f"teacher_{n}call{'s' * (n > 1)}", toy, "--calls", str(n), *teacher[4:]))
-                        for n in (4, 1)
-                    ),
-                ),
+                ("sh", "-c", f"{shlex.join(score('teacher', pairs))} && {shlex.join(few('teacher_1call', 1))}"),
+                few("teacher_4calls", 4),
             ),
         ),
         Stage(
