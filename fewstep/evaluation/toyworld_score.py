@@ -108,7 +108,7 @@ def reference(source: Source, cache: Path | None = None, net: FeatureNet | None 
     if path.is_file():
         return Reference(**load_file(path))
     made = _reference(read_clips(source, net.size[0]), net)
-    with replacing(path) as beside:
+    with replacing(path, shared=True) as beside:  # models are scored side by side
         save_file({f.name: getattr(made, f.name).contiguous() for f in fields(made)}, beside)
     return made
 

@@ -213,8 +213,11 @@ def _claim(out: Path, about: dict[str, object]) -> None:
             raise ValueError(f"{out}: holds pairs made otherwise: {'; '.join(other)}. Choose another --out, or remove it")
         return
     if out.is_dir() and any(not entry.name.startswith(".") for entry in list(out.iterdir())):
+        if path.is_file():  # another rank has just marked it
+            _claim(out, about)
+            return
         raise ValueError(f"{out}: is not empty and has no {ABOUT}. Choose a new folder for --out")
-    with replacing(path) as beside:
+    with replacing(path, shared=True) as beside:  # every rank does, at about the same moment
         beside.write_text(json.dumps(about, indent=1) + "\n")
 
 
