@@ -51,6 +51,7 @@ SCORES = (
         "lower",
         True,
     ),
+    Score("frechet_random_net", "Frechet distance, untrained network", "A witness nobody tuned, extrapolated.", "lower"),
     Score("mmd", "MMD", "The same question, without assuming that features are Gaussian.", "lower"),
     Score("precision", "Precision", "Share of clips that look like some real clip.", "higher"),
     Score("recall", "Recall", "Share of real clips that lie among the made ones: low where variety was lost.", "higher"),
@@ -105,9 +106,9 @@ def summarised(told: dict[str, Any], rates: dict[str, Measured]) -> dict[str, fl
         out.update({name: value, f"{name}_spread": spread, f"{name}_n": num})
 
     for who in TITLES:
-        for score in ("frechet", "mmd", "precision", "recall", "coverage", "adherence", "count", "gravity_ratio"):
-            found = told[who]["scores"][score]
-            put(f"{score}_{who}", found["value"], found["spread"], found["num"])
+        for score in SCORES:
+            found = told[who]["scores"][score.name]
+            put(f"{score.name}_{who}", found["value"], found["spread"], found["num"])
     teacher = told["teacher"]["scores"]["frechet"]
     for name in STUDENTS:
         mine, few = told[name]["scores"]["frechet"], told[FEW[name]]["scores"]["frechet"]
@@ -274,6 +275,8 @@ LIMITS = (
     "here for a method need not hold at 7 billion; that the code paths, formats and commands are the same ones does.",
     "The distance is that of a small network trained on this world's own labels. It over-weighs noise and says nothing about "
     "natural video. All distances are against 2048 held-out real clips, extrapolated to infinitely many made ones.",
+    "The tokenizer learned to look right to a network of the same form as the one that scores (from other clips and other "
+    "first weights). The untrained network's distance beside it is a witness without a part in any training.",
     "Teacher and students share one tokenizer; what it blurs, all of them blur. Its own distance is the floor of theirs.",
 )
 

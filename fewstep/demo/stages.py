@@ -2,7 +2,8 @@
 
     world  ->  teacher's pairs  ->  KD  ->  DMD2  ->  export  ->  plain diffusers  ->  scores  ->  report
 
-Two commands of a stage run side by side, each on one thread: on two cores that is faster than one on two threads.
+A stage has lanes, which run side by side, and a lane commands, one after the other; each command has one thread. On two cores
+that is faster than one command on two threads, and the lanes are cut to end together.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Literal
 
 import fewstep
 from fewstep.data.atomic import replacing
-from fewstep.recipes.toyworld import GUIDANCE, STUDENT_SHIFT
+from fewstep.recipes.toyworld import EYE, GUIDANCE, STUDENT_SHIFT
 
 TOY = Path(os.path.relpath(Path(fewstep.__file__).parent / "toy"))  # short in the commands one reads
 Size = Literal["quick", "default", "long"]
@@ -54,28 +55,36 @@ PLANS: dict[Size, Plan] = {
         scratch_iters=40,
     ),
     "default": Plan(1024, 1024, 2048, 512, 3, kd_iters=250, dmd2_iters=(290, 380)),
-    "long": Plan(6144, 6144, 2048, 512, 3, kd_iters=2500, dmd2_iters=(4000, 5200)),
+    "long": Plan(3072, 3072, 2048, 512, 3, kd_iters=800, dmd2_iters=(1700, 2300)),
 }
 STEPS = 35  # of the teacher's solver
+
+
+Command = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Stage:
     name: str
     about: str
-    commands: tuple[tuple[str, ...], ...]  # run side by side
+    lanes: tuple[tuple[Command, ...], ...]
+
+    @classmethod
+    def of(cls, name: str, about: str, *commands: Command) -> Stage:
+        """Commands side by side, a lane each."""
+        return cls(name, about, tuple((command,) for command in commands))
 
 
 def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
     plan, toy = PLANS[size], str(out / "toy" if from_scratch else TOY)
     world, held, real, pairs = (str(out / name) for name in ("world", "heldout", "real", "pairs"))
 
-    def render(name: str, num: int, *only: str) -> tuple[str, ...]:
+    def render(name: str, num: int, *only: str) -> Command:
         extra = ("--only", ",".join(only)) if only else ()
         where = ("--out", str(out / name), "--num", str(num), "--seed", str(SERIES[name]), "--workers", "1")
         return ("fewstep", "prepare", "toyworld", *where, *extra)
 
-    def train(recipe: str, iters: int) -> tuple[str, ...]:
+    def train(recipe: str, iters: int) -> Command:
         sizes = (
             f"trainer.max_iter={iters}",
             f"trainer.batch_size={plan.batch_size}",
@@ -85,46 +94,48 @@ def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
         other = (f"networks.teacher.pretrained={toy}",) if from_scratch else ()
         return ("fewstep", "train", f"experiment={recipe}", *sizes, *shown, *other)
 
-    def score(name: str, what: str, *more: str) -> tuple[str, ...]:
+    def score(name: str, what: str, *more: str) -> Command:
         where = ("--prompts", held, "--real", real, "--out", str(out / "scores" / f"{name}.json"))
         return ("fewstep", "evaluate", what, *where, "--num", str(plan.num_eval), "--sets", str(plan.sets), *more)
 
-    def few(name: str, calls: int) -> tuple[str, ...]:
+    def few(name: str, calls: int) -> Command:
         return score(name, toy, "--calls", str(calls), "--guidance", str(GUIDANCE))
 
     teacher = ("--steps", str(STEPS), "--sampler", "unipc", "--guidance", str(GUIDANCE))
     students = {name: str(out / "students" / name) for name in ("4step", "1step")}
-    runs = {name: f"toyworld/basic/toy_dmd2_{name}" for name in students}
+
+    def export(name: str) -> Command:
+        where = ("--out", students[name], "--format", "diffusers", "--base", toy)
+        return ("fewstep", "export", f"toyworld/basic/toy_dmd2_{name}", *where)
+
+    def sample(name: str) -> Command:
+        alone = str(Path(__file__).with_name("plain_diffusers.py"))
+        return (sys.executable, alone, students[name], str(Path(held) / "metas"), str(out / "samples" / name))
+
     return [
         *(_scratch(out, toy, plan) if from_scratch else ()),
         Stage(
             "world",
-            "a small world with physics is rendered: prompts to learn from, and clips nobody learns from",
+            "a small world is rendered: prompts to learn from, and clips nobody learns from. Captions become embeddings, clips "
+            "latents of the video tokenizer",
             (
-                render("world", plan.num_world, "videos", "metas", "edge"),
-                render("real", plan.num_real, "videos", "metas"),
+                (
+                    render("world", plan.num_world, "videos", "metas", "edge"),
+                    ("fewstep", "prepare", "text", world, "--encoder", toy),
+                    ("fewstep", "prepare", "latents", world, "--codec", toy),
+                ),
+                (
+                    render("real", plan.num_real, "videos", "metas"),
+                    render("heldout", plan.num_eval, "videos", "metas"),
+                    ("fewstep", "prepare", "text", held, "--encoder", toy),
+                    score("real", held),
+                ),
             ),
         ),
-        Stage(
-            "text",
-            "captions become embeddings",
-            (
-                ("fewstep", "prepare", "text", world, "--encoder", toy),
-                render("heldout", plan.num_eval, "videos", "metas"),
-            ),
-        ),
-        Stage(
-            "latents",
-            "clips become latents of the video tokenizer",
-            (
-                ("fewstep", "prepare", "latents", world, "--codec", toy),
-                ("fewstep", "prepare", "text", held, "--encoder", toy),
-            ),
-        ),
-        Stage(
+        Stage.of(
             "pairs",
             f"the teacher makes clips from noise, {STEPS} steps with guidance: {2 * STEPS} network calls each",
-            tuple(
+            *(
                 (
                     *(f"RANK={rank}", "WORLD_SIZE=2", "fewstep", "pairs", toy, world, "--out", pairs),
                     *("--num", str(plan.num_pairs), *teacher, "--path-times", "4", "--student-shift", str(STUDENT_SHIFT)),
@@ -133,101 +144,99 @@ def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
                 for rank in range(2)
             ),
         ),
-        Stage(
+        Stage.of(
             "kd",
             "knowledge distillation: students regress onto the teacher's clips",
-            (train("toy_kd_4step", plan.kd_iters), train("toy_kd_1step", plan.kd_iters)),
+            train("toy_kd_4step", plan.kd_iters),
+            train("toy_kd_1step", plan.kd_iters),
         ),
-        Stage(
+        Stage.of(
             "dmd2",
             "distribution matching: students learn from the difference of two scores",
-            (train("toy_dmd2_4step", plan.dmd2_iters[0]), train("toy_dmd2_1step", plan.dmd2_iters[1])),
+            train("toy_dmd2_4step", plan.dmd2_iters[0]),
+            train("toy_dmd2_1step", plan.dmd2_iters[1]),
         ),
         Stage(
             "export",
-            "students become folders of diffusers",
-            tuple(
-                ("fewstep", "export", runs[name], "--out", students[name], "--format", "diffusers", "--base", toy)
-                for name in students
-            ),
+            "students become folders of diffusers, and plain diffusers, without fewstep, samples them",
+            tuple((export(name), sample(name)) for name in students),
         ),
         Stage(
-            "diffusers",
-            "plain diffusers, without fewstep, samples them",
-            tuple(
-                (
-                    *(sys.executable, str(Path(__file__).with_name("plain_diffusers.py")), students[name]),
-                    *(str(Path(held) / "metas"), str(out / "samples" / name)),
-                )
-                for name in students
-            ),
-        ),
-        Stage(
-            "references",
-            "scores of what a student could at best be: real clips, and real clips through the tokenizer",
-            (score("real", held), score("tokenizer", f"codec:{toy}")),
-        ),
-        Stage(
-            "students",
-            "scores of the students",
-            tuple(score(name, students[name]) for name in students),
-        ),
-        Stage(
-            "teacher",
-            "scores of the teacher: its pairs, and the best it can do with few network calls",
+            "scores",
+            "scores of the students; of their teacher, by its pairs and by the best it can do with few network calls; and of "
+            "what a student could at best be: real clips through the tokenizer",
             (
-                ("sh", "-c", f"{shlex.join(score('teacher', pairs))} && {shlex.join(few('teacher_1call', 1))}"),
-                few("teacher_4calls", 4),
+                (few("teacher_4calls", 4), few("teacher_1call", 1)),
+                (
+                    *(score(name, students[name]) for name in students),
+                    score("teacher", pairs),
+                    score("tokenizer", f"codec:{toy}"),
+                ),
             ),
         ),
-        Stage(
+        Stage.of(
             "report",
             "one page to look at",
             (
-                (
-                    *(sys.executable, "-m", "fewstep.demo.page", str(out), "--size", size),
-                    *(("--toy", toy) if from_scratch else ()),
-                ),
+                *(sys.executable, "-m", "fewstep.demo.page", str(out), "--size", size),
+                *(("--toy", toy) if from_scratch else ()),
             ),
         ),
     ]
 
 
 def _scratch(out: Path, toy: str, plan: Plan) -> list[Stage]:
-    """The tokenizer, the text encoder and the teacher, as the shipped ones were made: hours on two cores."""
+    """The tokenizer, the text encoder, the teacher and its control branch, as the shipped ones: hours on two cores."""
     data, runs = str(out / "train"), "toyworld/basic"
 
-    def train(recipe: str) -> tuple[str, ...]:
+    def train(recipe: str, *more: str) -> Command:
         short = () if plan.scratch_iters is None else (f"trainer.max_iter={plan.scratch_iters}", "optim.warmup_iters=2")
-        return ("fewstep", "train", f"experiment={recipe}", f"data.dataset_dir={data}", *short)
+        return ("fewstep", "train", f"experiment={recipe}", f"data.dataset_dir={data}", *more, *short)
 
-    def release(part: str, run: str, where: str, *more: str) -> tuple[str, ...]:
+    def release(part: str, run: str, where: str, *more: str) -> Command:
         return (sys.executable, "-m", "fewstep.recipes.toy_release", part, f"{runs}/{run}", *more, "--out", f"{toy}/{where}")
 
     clips = ("--out", data, "--num", str(plan.num_train), "--seed", str(SERIES["train"]), "--only", "videos,metas,edge")
+    eye = (sys.executable, "-m", "fewstep.evaluation.train_toyfeatures", "--seed", "1", "--out", str(out / EYE))
+    eye += () if plan.scratch_iters is None else ("--num", "256", "--epochs", "1")
     words = (sys.executable, "-m", "fewstep.prepare.toy_words", f"{data}/metas", "--out", f"{toy}/text_encoder")
     return [
-        Stage(
+        Stage.of(
             "scratch_world",
-            "the clips that tokenizer and teacher learn from",
-            (("fewstep", "prepare", "toyworld", *clips),),
+            "the clips that tokenizer and teacher learn from, and the eye to which the tokenizer's are to look right",
+            ("fewstep", "prepare", "toyworld", *clips),
+            eye,
         ),
-        Stage("scratch_tokenizer", "a video tokenizer, and an encoder of captions", (train("toy_tokenizer"), words)),
-        Stage(
-            "scratch_codec",
-            "latents are measured, and the tokenizer put in its place",
-            (release("tokenizer", "toy_tokenizer", "vae", data),),
-        ),
+        Stage.of("scratch_tokenizer", "a video tokenizer, and an encoder of captions", train("toy_tokenizer"), words),
         Stage(
             "scratch_latents",
-            "the teacher's data",
+            "captions become embeddings; the tokenizer is put in its place, clips and their edges become latents",
             (
-                ("fewstep", "prepare", "text", data, "--encoder", toy),
-                ("fewstep", "prepare", "latents", data, "--codec", toy),
+                (("fewstep", "prepare", "text", data, "--encoder", toy),),
+                (
+                    release("tokenizer", "toy_tokenizer", "vae", data),
+                    ("fewstep", "prepare", "latents", data, "--codec", toy, "--control", "edge"),
+                ),
             ),
         ),
-        Stage("scratch_teacher", "the teacher", (train("toy_teacher"),)),
-        Stage("scratch_release", "the teacher is put in its place", (release("transformer", "toy_teacher", "transformer"),)),
+        Stage.of(
+            "scratch_teacher",
+            "the teacher; beside it the tokenizer's decoder learns on, which leaves every latent what it is",
+            train("toy_teacher"),
+            train("toy_decoder", f"networks.student.network.pretrained={toy}/vae"),
+        ),
+        Stage(
+            "scratch_control",
+            "both are put in their places; then a branch by which edges lead the teacher, which stays as it is",
+            (
+                (
+                    release("transformer", "toy_teacher", "transformer"),
+                    release("decoder", "toy_decoder", "vae"),
+                    train("toy_edge", f"networks.student.network.pretrained={toy}"),
+                    release("control", "toy_edge", "controlnet_edge"),
+                ),
+            ),
+        ),
     ]
 
 
@@ -236,7 +245,7 @@ def demo(out: Path = Path("demo"), size: Size = "default", from_scratch: bool = 
     _claim(out, size, from_scratch)
     began = time.monotonic()
     for order, stage in enumerate(stages(out, size, from_scratch)):
-        _run(stage, out, order)
+        run(stage, out, order)
     report = out / "report.html"
     summary = json.loads((out / "summary.json").read_text())
     print(f"\n{json.dumps({k: v for k, v in summary.items() if k in _SHOWN}, indent=1)}")
@@ -266,7 +275,8 @@ def _claim(out: Path, size: Size, from_scratch: bool) -> None:
         beside.write_text(json.dumps(about) + "\n")
 
 
-def _run(stage: Stage, out: Path, order: int) -> None:
+def run(stage: Stage, out: Path, order: int) -> None:
+    """Runs a stage unless it is done. Raises ValueError if a command fails; the other lanes go on to their ends first."""
     marker = out / "stages" / f"{stage.name}.json"
     print(f"\n--- {stage.name}: {stage.about}", flush=True)
     if marker.is_file():
@@ -274,34 +284,59 @@ def _run(stage: Stage, out: Path, order: int) -> None:
         return
     environment = os.environ | {"OUTPUT_ROOT": str(out), "OMP_NUM_THREADS": "1"}
     began = time.monotonic()
-    for command in stage.commands:
-        print(f"$ {shown(command)}", flush=True)
-    running = [_started(command, environment) for command in stage.commands]
-    told = [threading.Thread(target=_relay, args=(process, n, len(running))) for n, process in enumerate(running)]
+    lanes = [_Lane(lane, environment, f"[{n + 1}] " if len(stage.lanes) > 1 else "") for n, lane in enumerate(stage.lanes)]
     try:
-        for thread in told:
-            thread.start()
-        failed = [process.wait() for process in running]
+        for lane in lanes:
+            lane.start()
+        for lane in lanes:
+            lane.join()
     except BaseException:  # Ctrl-C above all: each command saves what it has
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
+        for lane in lanes:
+            lane.stop()
         raise
-    finally:
-        for thread in told:
-            thread.join()
-    if any(failed):
+    if any(lane.failed for lane in lanes):
         raise ValueError(f"stage '{stage.name}' failed, see above. The same `fewstep demo` goes on from here")
     about = {
         "name": stage.name,
         "order": order,
-        "commands": [shown(c) for c in stage.commands],
+        "commands": [shown(command) for lane in stage.lanes for command in lane],
         "seconds": round(time.monotonic() - began, 1),
     }
     with replacing(marker) as beside:
         beside.write_text(json.dumps(about | {"about": stage.about}, indent=1) + "\n")
     print(f"    {about['seconds']} s", flush=True)
+
+
+class _Lane(threading.Thread):
+    """Runs its commands one after the other, up to the first that fails, and passes on what they say."""
+
+    def __init__(self, commands: Sequence[Command], environment: dict[str, str], mark: str):
+        super().__init__()
+        self.commands, self.environment, self.mark = commands, environment, mark
+        self.failed, self._stopped = False, False
+        self._running: subprocess.Popen[str] | None = None
+
+    def run(self) -> None:
+        for command in self.commands:
+            if self._stopped:
+                return
+            print(f"{self.mark}$ {shown(command)}", flush=True)
+            with _started(command, self.environment) as process:
+                self._running = process
+                if self._stopped:  # meanwhile
+                    process.terminate()
+                assert process.stdout is not None
+                for line in process.stdout:
+                    print(f"    {self.mark}{line.rstrip()}", flush=True)
+            if process.returncode != 0:
+                self.failed = True
+                return
+
+    def stop(self) -> None:
+        self._stopped = True
+        if self._running is not None:
+            self._running.terminate()
+        self.join()
 
 
 def shown(command: Sequence[str]) -> str:
@@ -316,15 +351,6 @@ def _started(command: Sequence[str], environment: dict[str, str]) -> subprocess.
     rest = list(command)[len(names) :]
     if rest[0] == "fewstep":
         rest = [sys.executable, "-m", *rest]
-    elif rest[0] == "sh":
-        rest[-1] = rest[-1].replace("fewstep evaluate", f"{shlex.quote(sys.executable)} -m fewstep evaluate")
     return subprocess.Popen(
         rest, env=environment | names, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
-
-
-def _relay(process: subprocess.Popen[str], number: int, num: int) -> None:
-    assert process.stdout is not None
-    mark = f"[{number + 1}] " if num > 1 else ""
-    for line in process.stdout:
-        print(f"    {mark}{line.rstrip()}", flush=True)

@@ -37,6 +37,7 @@ SEED, SEED_GRAVITY, SEED_STATISTICS, SEED_HELD_OUT, SEED_HELD_OUT_GRAVITY = (
     7_100_003,
     7_100_004,
 )
+APART = 10  # from one --seed to the next
 GRAVITIES = (0.25, 2.5)
 _MOTIONS: tuple[Motion, ...] = ("thrown", "tossed", "dropped", "rolls", "slides", "stands")
 _PER_COLOUR = 1 + len(_MOTIONS) + 3 + 6  # box, motion, side, places
@@ -284,21 +285,22 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--frames", type=int, default=17)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0, help="another: other first weights, other clips")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     world = World(height=given.height, width=given.width, num_frames=given.frames)
     various = replace(world, gravity_scale=GRAVITIES)
     start = time.monotonic()
-    half = given.num // 2
-    own, own_labels = labels_of(world, stream(world, SEED, range(half)))
-    others, other_labels = labels_of(world, stream(various, SEED_GRAVITY, range(given.num - half)))
+    half, apart = given.num // 2, APART * given.seed
+    own, own_labels = labels_of(world, stream(world, SEED + apart, range(half)))
+    others, other_labels = labels_of(world, stream(various, SEED_GRAVITY + apart, range(given.num - half)))
     clips = torch.cat([own, others])
     labels = Labels(*(torch.cat([getattr(own_labels, f.name), getattr(other_labels, f.name)]) for f in fields(Labels)))
     reference, _ = labels_of(world, stream(world, SEED_STATISTICS, range(2048)))
     print(f"{given.num} + {len(reference)} clips rendered in {time.monotonic() - start:.0f} s", flush=True)
 
     start = time.monotonic()
-    trainee = train_features(clips, labels, given.epochs)
+    trainee = train_features(clips, labels, given.epochs, given.seed)
     train_s = time.monotonic() - start
     net = statistics(trainee.folded(), reference)
     witness = statistics(toyfeatures.untrained(net.size), reference)

@@ -259,11 +259,17 @@ def _published(config: Mapping[str, Any]) -> Any:  # Any: a CosmosSpec, whose ro
 
 
 def _branches(folder: Path, controls: Sequence[str]) -> dict[str, Path]:
-    """The control branches beside a transformer, by name: controlnet_NAME, or controlnet, which is what is asked for."""
+    """The control branches beside a transformer, by name: controlnet_NAME, or controlnet, which is what is asked for.
+
+    Where the folder's index names other parts only, the pipeline is whole without them: those come along that are asked for.
+    """
     found = {path.name.removeprefix("controlnet_"): path for path in sorted(folder.glob("controlnet_*")) if path.is_dir()}
     if not found and (folder / "controlnet").is_dir():
         found = {controls[0] if len(controls) == 1 else "control": folder / "controlnet"}
-    return found
+    index = folder / "model_index.json"
+    if not index.is_file() or any(part.startswith("controlnet") for part in json.loads(index.read_text())):
+        return found
+    return {name: path for name, path in found.items() if name in controls}
 
 
 def spec_of(address: str, controls: Sequence[str] = ()) -> Any:  # Any: whatever is registered in group "network"

@@ -1,9 +1,17 @@
 """Autoencode: what makes the toy world's tokenizer. Pixels are to survive encoding, a little noise, and decoding.
 
-loss = mean over pixels of w (|e| + 2 e^2), e = D(E(x) + noise) - x, and `prior` times the mean square of the latents. Weights
-w = 1 + motion |x - mean over time of x| (greatest of the three colours): what moves is a small share of a picture, and all that
-a world model is about. Noise of a fixed width with a pull of the latents to zero is a variational autoencoder whose posterior
-has that width (Kingma and Welling 2014, arXiv:1312.6114), without the second head.
+loss = mean over pixels of w (|e| + 2 e^2), e = D(E(x) + noise) - x, and `whiten` times (|C - I|^2 + |m|^2) / channels, with m
+and C the mean and covariance of the latents' channels over the clips and places of a batch (of a rank's own part of it).
+Weights w = 1 + motion |x - mean over time of x| (greatest of the three colours): what moves is a small share of a picture, and
+all that a world model is about.
+
+Without the pull to unit covariance an encoder says the same few things in all of its channels: the noise makes repeating worth
+while, and what the decoder does not read teaches the encoder nothing.
+
+With `look` above 0 a teacher that is an eye (networks/eye.py) looks at x and x + e, and `look` times what it sees otherwise is
+added: the mean over its layers of |a(x + e) - a(x)| / |a(x)|, the activations' absolute values summed over the batch. Pixels
+alone ask for the mean of what may have been, a blur; that a blurred ball is no ball an eye can tell (Johnson et al. 2016,
+arXiv:1603.08155).
 """
 
 from __future__ import annotations
@@ -25,12 +33,13 @@ from fewstep.methods.contract import Nets, Terms, Turn
 @dataclass(frozen=True)
 class Autoencode:
     noise: float = 0.1  # standard deviation of the noise on the latents while training
-    prior: float = 1e-3  # weight of the latents' mean square
+    whiten: float = 0.02  # weight of the latents' departure from channels of unit spread that tell different things
+    look: float = 0.0  # weight of what the teacher, an eye, sees otherwise
     motion: float = 8.0  # how much more a pixel counts that differs from its own mean over time
 
     @property
     def roles(self) -> tuple[str, ...]:
-        return ("student",)
+        return ("student", "teacher") if self.look else ("student",)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -48,9 +57,11 @@ class Autoencode:
         error = made - pixels
         weight = 1 + self.motion * (pixels - pixels.mean(2, keepdim=True)).abs().amax(1, keepdim=True)
         rebuilt = (weight * (error.abs() + 2 * error**2)).mean()
+        seen = {"look": (_seen_otherwise(nets.teacher, made, pixels), self.look)} if self.look else {}
         yield Terms.of(
             rebuilt=rebuilt,
-            prior=(latents.square().mean(), self.prior),
+            **seen,
+            whiten=(departure(latents), self.whiten),
             watch={"psnr_db": psnr_db(error.detach()), "latent_std": latents.detach().std()},
         )
 
@@ -58,9 +69,25 @@ class Autoencode:
         return None  # its result is no student of anything
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        for name in ("noise", "prior", "motion"):
+        for name in ("noise", "whiten", "look", "motion"):
             if getattr(self, name) < 0:
                 yield name, f"must be 0 or more, not {getattr(self, name)}"
+
+
+def _seen_otherwise(eye: Any, made: Tensor, pixels: Tensor) -> Tensor:
+    with torch.no_grad():
+        wanted = eye.look(pixels)
+    apart = [(a - b).abs().sum() / b.abs().sum() for a, b in zip(eye.look(made), wanted, strict=True)]
+    return torch.stack(apart).mean()
+
+
+def departure(latents: Tensor) -> Tensor:
+    """How far the channels (dim 1) are from mean 0 and covariance I, a mean over them."""
+    channels = latents.transpose(0, 1).flatten(1)
+    mean = channels.mean(1, keepdim=True)
+    covariance = (channels - mean) @ (channels - mean).T / channels.shape[1]
+    unit = torch.eye(len(channels), dtype=latents.dtype, device=latents.device)
+    return ((covariance - unit).square().sum() + mean.square().sum()) / len(channels)
 
 
 def psnr_db(error: Tensor) -> Tensor:

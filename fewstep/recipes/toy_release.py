@@ -2,6 +2,7 @@
 
     python -m fewstep.recipes.toy_release tokenizer toyworld/basic/toy_tokenizer datasets/toyworld/train --out fewstep/toy/vae
     python -m fewstep.recipes.toy_release transformer toyworld/basic/toy_teacher --out fewstep/toy/transformer
+    python -m fewstep.recipes.toy_release control toyworld/basic/toy_edge --out fewstep/toy/controlnet_edge
 
 The tokenizer's folder carries the mean and spread of each latent channel, measured on clips of the data set, so that a
 diffusion model sees latents of unit spread whoever encodes them.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,8 +34,10 @@ def tokenizer(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
 ) -> None:
     """The video tokenizer, with the statistics of its latents."""
+    from fewstep.recipes.toyworld import LATENT_CHANNELS
+
     torch.set_num_threads(1)
-    made = TokenizerSpec().build()
+    made = TokenizerSpec(latent_channels=LATENT_CHANNELS).build()
     load_into(made.module, read(run), run)
     vae: Any = made.module.vae
     vae.eval().half().float()  # measured as it will be used: with the weights that are written
@@ -79,6 +83,21 @@ def transformer(
     load_into(made.module, read(run), run)
     _save(made.module, out)
     print(f"{out}: {sum(p.numel() for p in made.module.parameters()):,} weights")
+
+
+@app.command()
+def control(
+    run: Annotated[str, typer.Argument(help="The finished run of toy_edge.")],
+    out: Annotated[Path, typer.Option(help="Folder to write, beside transformer/.")],
+) -> None:
+    """The teacher's control branch. The pipeline's index does not name it: it is there for those who ask."""
+    from fewstep.recipes.toyworld import LED
+
+    made = replace(LED, pretrained=str(out.parent)).build()
+    load_into(made.module, read(run), run)
+    branches: Any = made.module.branches
+    _save(branches["edge"], out)
+    print(f"{out}: {sum(p.numel() for p in branches.parameters()):,} weights, of them those it shares with its teacher")
 
 
 def _save(module: Any, out: Path) -> None:

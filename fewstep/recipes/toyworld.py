@@ -1,18 +1,23 @@
 """The toy world, from pixels to a teacher: the recipes that made the weights shipped in fewstep/toy/.
 
 fewstep prepare toyworld --out datasets/toyworld/train --num 24000 --seed 11 --only videos,metas,edge
+python -m fewstep.evaluation.train_toyfeatures --seed 1 --out eye.safetensors      (below the output root)
 fewstep train experiment=toy_tokenizer
 python -m fewstep.prepare.toy_words datasets/toyworld/train/metas --out fewstep/toy/text_encoder
 fewstep prepare text datasets/toyworld/train --encoder fewstep/toy
-fewstep prepare latents datasets/toyworld/train --codec fewstep/toy
+fewstep prepare latents datasets/toyworld/train --codec fewstep/toy --control edge
 fewstep train experiment=toy_teacher
+fewstep train experiment=toy_decoder
+fewstep train experiment=toy_edge
+
+After each training a command of recipes/toy_release.py puts the weights where they are shipped; docs/log.md has them all.
 """
 
 from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import fewstep
 from fewstep.config import recipe
@@ -23,6 +28,7 @@ from fewstep.diffusion.times import LogitNormal, Shifted, shifted
 from fewstep.methods import DMD2, KD, Autoencode, Finetune
 from fewstep.networks.cosmos import CosmosSpec
 from fewstep.networks.cosmos_control import CosmosControlSpec
+from fewstep.networks.eye import EyeSpec
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks
 from fewstep.networks.tokenizer import TokenizerSpec
@@ -35,10 +41,13 @@ from fewstep.training.run import Checkpoint, Job, Run, Trainer
 TRAIN = "datasets/toyworld/train"
 SHIPPED = str(Path(fewstep.__file__).parent / "toy")  # a pipeline's folder: transformer/, vae/, text_encoder/
 WORLD, PAIRS = "world", "pairs"  # of the demo, below the output root: clips with captions, and what the teacher made of them
+EYE = "eye.safetensors"  # below the output root, too: what the tokenizer's clips should look right to
 GUIDANCE = 2.0  # of the teacher; baked into every student
 STUDENT_SHIFT = 3.0  # of the students' times
 LORA_LR = 5.0  # times the learning rate of full weights
+LATENT_CHANNELS = 8
 TEACHER = CosmosSpec(
+    latent_channels=LATENT_CHANNELS,
     num_heads=5,
     head_dim=32,
     num_layers=6,
@@ -48,6 +57,13 @@ TEACHER = CosmosSpec(
     rope_scale=(1.0, 1.0, 1.0),
     padding_mask=False,
 )
+LED = CosmosControlSpec(
+    **{f.name: getattr(TEACHER, f.name) for f in fields(TEACHER)},
+    controls=("edge",),
+    num_control_blocks=1,
+    hint_channels=LATENT_CHANNELS,
+    train="control",
+)
 
 
 def _job(name: str, *after: str) -> Job:
@@ -56,15 +72,18 @@ def _job(name: str, *after: str) -> Job:
 
 @recipe("toy_tokenizer")
 def toy_tokenizer() -> Run:
-    """The toy world's video tokenizer: 17 x 32 x 32 pixels to 5 x 4 x 4 latents of 16 channels."""
+    """The toy world's video tokenizer: 17 x 32 x 32 pixels to 5 x 4 x 4 latents of 8 channels."""
     return Run(
         job=_job("toy_tokenizer"),
-        method=Autoencode(),
-        networks=Networks(student=Full(TokenizerSpec(), init="random")),
+        method=Autoencode(noise=0.05, look=1.0),
+        networks=Networks(
+            teacher=EyeSpec(str(output_root() / EYE)),
+            student=Full(TokenizerSpec(latent_channels=LATENT_CHANNELS), init="random"),
+        ),
         data=Folder(TRAIN, text=None),
         optim=Optim(lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4, schedule="cosine", warmup_iters=200, clip=1.0),
         ema=Ema(beta=0.999),
-        trainer=Trainer(max_iter=5000, batch_size=4, num_threads=1, log_every=100),
+        trainer=Trainer(max_iter=10000, batch_size=8, num_threads=1, log_every=100),
         checkpoint=Checkpoint(save_iter=500),
         health=Health(every=None),
     )
@@ -77,8 +96,11 @@ def toy_decoder() -> Run:
     return replace(
         first,
         job=_job("toy_decoder"),
-        networks=Networks(student=Full(TokenizerSpec(pretrained=f"{SHIPPED}/vae", trains="decoder"), init="random")),
-        trainer=replace(first.trainer, max_iter=12000),
+        networks=replace(
+            first.networks,
+            student=Full(TokenizerSpec(pretrained=f"{SHIPPED}/vae", trains="decoder"), init="random"),
+        ),
+        trainer=replace(first.trainer, max_iter=12000, batch_size=4),
         checkpoint=Checkpoint(save_iter=500),
     )
 
@@ -93,7 +115,7 @@ def toy_teacher() -> Run:
         data=Folder(TRAIN, x0="latents", max_tokens=40, mask_text=True, negative="zeros"),
         optim=Optim(lr=1.2e-3, betas=(0.9, 0.99), weight_decay=0.01, schedule="cosine", warmup_iters=500, clip=1.0),
         ema=Ema(beta=0.9995),
-        trainer=Trainer(max_iter=10500, batch_size=32, num_threads=1, log_every=100),
+        trainer=Trainer(max_iter=20000, batch_size=32, num_threads=1, log_every=100),
         checkpoint=Checkpoint(save_iter=500),
         health=Health(every=None),
     )
@@ -102,16 +124,14 @@ def toy_teacher() -> Run:
 @recipe("toy_edge")
 def toy_edge() -> Run:
     """A control branch for the toy teacher, which stays frozen: clips led by the edges of another (Transfer2.5's form)."""
-    spec: dict[str, Any] = {f.name: getattr(TEACHER, f.name) for f in fields(TEACHER)} | {"pretrained": SHIPPED}
-    led = CosmosControlSpec(**spec, controls=("edge",), num_control_blocks=1, hint_channels=16, train="control")
     return Run(
         job=_job("toy_edge"),
         method=Finetune(times=LogitNormal(), drop_condition=0.1, given=(0.7, 0.15, 0.15)),
-        networks=Networks(student=Full(led, init="random")),
+        networks=Networks(student=Full(replace(LED, pretrained=SHIPPED), init="random")),
         data=Folder(TRAIN, x0="latents", max_tokens=40, mask_text=True, negative="zeros", control=Edge("medium")),
         optim=Optim(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, schedule="cosine", warmup_iters=100, clip=1.0),
         ema=Ema(beta=0.999),
-        trainer=Trainer(max_iter=3000, batch_size=32, num_threads=1, log_every=100),
+        trainer=Trainer(max_iter=1800, batch_size=32, num_threads=1, log_every=100),
         checkpoint=Checkpoint(save_iter=500),
         health=Health(every=None),
     )

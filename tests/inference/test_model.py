@@ -96,12 +96,25 @@ def test_a_pipeline_of_transfer2_5_is_led_by_the_control_that_is_asked_for(tmp_p
     network = random(CosmosControlSpec(**SIZES, controls=("depth",)).build())
     network.base.save_pretrained(tmp_path / "transformer")
     network.module.branches["depth"].save_pretrained(tmp_path / "controlnet")
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "Cosmos2_5_TransferPipeline"}))
+    index = {"_class_name": "Cosmos2_5_TransferPipeline", "controlnet": ["diffusers", "CosmosControlNetModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
     model = open_model(tmp_path, controls=["depth"])
     assert model.network.controls == ("depth",)  # type: ignore[attr-defined]
     same_answer(network, model.network, "depth", 0.7)
     (tmp_path / "controlnet").rename(tmp_path / "controlnet_depth")  # as convert names several
     same_answer(network, open_model(tmp_path).network, "depth", 0.7)
+
+
+def test_a_branch_that_the_index_does_not_name_comes_along_when_it_is_asked_for(tmp_path: Path) -> None:
+    network = random(CosmosControlSpec(**SIZES, controls=("edge",)).build())
+    network.module.base.save_pretrained(tmp_path / "transformer")
+    network.module.branches["edge"].save_pretrained(tmp_path / "controlnet_edge")
+    index = {"_class_name": "DiffusionPipeline", "transformer": ["diffusers", "CosmosTransformer3DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert getattr(open_model(tmp_path).network, "controls", ()) == ()
+    same_answer(network, open_model(tmp_path, controls=["edge"]).network, "edge", 0.6)
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"controlnet_edge": ["diffusers", "CosmosControlNetModel"]}))
+    same_answer(network, open_model(tmp_path).network, "edge", 0.6)
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["base and control", "one file"])

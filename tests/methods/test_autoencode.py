@@ -1,20 +1,21 @@
-"""Autoencode: the loss by hand, the noise it adds, and that a decoder trained alone leaves every latent what it was."""
+"""Autoencode: the loss by hand, its noise, whitening against numpy, an eye, a decoder that leaves every latent as it was."""
 
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from fewstep.batch import Batch
 from fewstep.diffusion import RectifiedFlow, Rng
 from fewstep.methods import Autoencode
-from fewstep.methods.autoencode import psnr_db
+from fewstep.methods.autoencode import departure, psnr_db
 from fewstep.methods.contract import Nets
 
 
 class Off:
-    """Makes pixels that are off by 0.5, from latents that are all 3."""
+    """Makes pixels that are off by 0.5, from latents that are all 3: each channel has covariance 0 where 1 is asked."""
 
     path = RectifiedFlow()
 
@@ -33,14 +34,41 @@ class Off:
 def test_the_loss_is_that_of_the_formula() -> None:
     pixels = torch.zeros(2, 3, 4, 1, 1, dtype=torch.float64)
     pixels[:, 1, 0] = 1.0  # its mean over time is 1/4: it differs by 3/4 in one frame and by 1/4 in three
-    net, method = Off(), Autoencode(noise=0.2, prior=0.01, motion=8.0)
+    net, method = Off(), Autoencode(noise=0.2, whiten=0.01, motion=8.0)
     (terms,) = method.losses(method.turn(0), Nets({"student": net}), Batch(x0=pixels), Rng(0, 0, torch.arange(2)))  # type: ignore[dict-item]
     weight = 1 + 8 * (0.75 + 3 * 0.25) / 4
-    torch.testing.assert_close(terms.total.item(), weight * (0.5 + 2 * 0.25) + 0.01 * 9, atol=1e-12, rtol=0)
+    torch.testing.assert_close(terms.total.item(), weight * (0.5 + 2 * 0.25) + 0.01 * (1 + 9), atol=1e-12, rtol=0)
     terms.total.backward()
     torch.testing.assert_close(net.error.grad.item(), weight * (1 + 4 * 0.5), atol=1e-12, rtol=0)
     assert abs(net.noise.std().item() - 0.2) < 0.01  # of 25,000 numbers: known to 0.0009
     torch.testing.assert_close(terms.watch["psnr_db"].item(), 10 * math.log10(4 / 0.25), atol=1e-9, rtol=0)
+
+
+class Sees:
+    """Two layers: the pixels, and twice their mean over the colours."""
+
+    def look(self, pixels):
+        return [pixels, 2 * pixels.mean(1, keepdim=True)]
+
+
+def test_what_an_eye_sees_otherwise_is_added() -> None:
+    pixels = torch.full((2, 3, 4, 1, 1), -0.5, dtype=torch.float64)
+    pixels[:, 0] = 1.0  # mean over the colours 0: the second layer is told of the error alone
+    pixels[0] = 1.0  # but in the first clip, where it is 2
+    net, method = Off(), Autoencode(whiten=0.0, look=0.3)
+    assert method.roles == ("student", "teacher") and Autoencode().roles == ("student",)
+    nets = Nets({"student": net, "teacher": Sees()})
+    (terms,) = method.losses(method.turn(0), nets, Batch(x0=pixels), Rng(0, 0, torch.arange(2)))  # type: ignore[dict-item]
+    wanted = (0.5 / ((1 + 2 / 3) / 2) + 1.0 / (2 / 2)) / 2  # off by 0.5 of 5/6 on average, and by 1 of 1
+    torch.testing.assert_close(terms.total.item(), 1 * (0.5 + 2 * 0.25) + 0.3 * wanted, atol=1e-12, rtol=0)
+
+
+def test_whitening_asks_for_channels_that_tell_different_things() -> None:
+    latents = torch.randn(3, 4, 2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 + 1
+    channels = latents.numpy().swapaxes(0, 1).reshape(4, -1)
+    apart = np.cov(channels, bias=True) - np.eye(4)
+    expected = ((apart**2).sum() + (channels.mean(1) ** 2).sum()) / 4
+    torch.testing.assert_close(departure(latents).item(), expected, atol=1e-12, rtol=0)
 
 
 def test_psnr_is_of_the_whole_batch() -> None:
@@ -48,7 +76,12 @@ def test_psnr_is_of_the_whole_batch() -> None:
 
 
 def test_negative_settings_are_refused() -> None:
-    assert [key for key, _ in Autoencode(noise=-1.0, prior=-1.0, motion=-1.0).problems()] == ["noise", "prior", "motion"]
+    assert [key for key, _ in Autoencode(noise=-1.0, whiten=-1.0, look=-1.0, motion=-1.0).problems()] == [
+        "noise",
+        "whiten",
+        "look",
+        "motion",
+    ]
 
 
 @pytest.mark.parametrize("trains", ["all", "decoder"])

@@ -20,7 +20,7 @@ from fewstep.inference.model import open_model
 from fewstep.networks.codecs import open_codec
 from fewstep.networks.text import open_text_encoder
 
-TOY, SHAPE = Path(fewstep.__file__).parent / "toy", (16, 5, 4, 4)
+TOY, SHAPE = Path(fewstep.__file__).parent / "toy", (8, 5, 4, 4)
 FRAMES = "[...document.querySelectorAll('.gallery')].map(g => +g.dataset.at)"
 NAMES = (
     *("frechet_teacher", "frechet_ratio_4step", "frechet_ratio_1step", "frechet_teacher_4calls", "frechet_teacher_1call"),
