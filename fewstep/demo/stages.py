@@ -40,6 +40,7 @@ class Plan:
     sets: int
     kd_iters: int
     dmd2_iters: tuple[int, int]  # of four steps and of one, which is asked less often: as many as take the same time
+    pull_1step: float = GUIDANCE  # guidance in the scores the one-step student learns from: more makes up for a short training
     batch_size: int = 32
     num_train: int = 24_000  # clips of --from-scratch; its iterations are the recipes' own, or as many as this
     scratch_iters: int | None = None
@@ -54,7 +55,7 @@ PLANS: dict[Size, Plan] = {
         num_train=256,
         scratch_iters=40,
     ),
-    "default": Plan(1024, 1024, 2048, 512, 3, kd_iters=250, dmd2_iters=(290, 380)),
+    "default": Plan(1024, 1024, 2048, 512, 3, kd_iters=250, dmd2_iters=(290, 380), pull_1step=3.0),
     "long": Plan(3072, 3072, 2048, 512, 3, kd_iters=800, dmd2_iters=(1700, 2300)),
 }
 STEPS = 35  # of the teacher's solver
@@ -84,7 +85,7 @@ def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
         where = ("--out", str(out / name), "--num", str(num), "--seed", str(SERIES[name]), "--workers", "1")
         return ("fewstep", "prepare", "toyworld", *where, *extra)
 
-    def train(recipe: str, iters: int) -> Command:
+    def train(recipe: str, iters: int, *more: str) -> Command:
         sizes = (
             f"trainer.max_iter={iters}",
             f"trainer.batch_size={plan.batch_size}",
@@ -92,7 +93,7 @@ def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
         )
         shown = (f"trainer.log_every={max(1, min(20, iters // 4))}",)
         other = (f"networks.teacher.pretrained={toy}",) if from_scratch else ()
-        return ("fewstep", "train", f"experiment={recipe}", *sizes, *shown, *other)
+        return ("fewstep", "train", f"experiment={recipe}", *more, *sizes, *shown, *other)
 
     def score(name: str, what: str, *more: str) -> Command:
         where = ("--prompts", held, "--real", real, "--out", str(out / "scores" / f"{name}.json"))
@@ -109,7 +110,7 @@ def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
         return ("fewstep", "export", f"toyworld/basic/toy_dmd2_{name}", *where)
 
     def sample(name: str) -> Command:
-        alone = str(Path(__file__).with_name("plain_diffusers.py"))
+        alone = os.path.relpath(Path(__file__).with_name("plain_diffusers.py"))
         return (sys.executable, alone, students[name], str(Path(held) / "metas"), str(out / "samples" / name))
 
     return [
@@ -154,7 +155,7 @@ def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
             "dmd2",
             "distribution matching: students learn from the difference of two scores",
             train("toy_dmd2_4step", plan.dmd2_iters[0]),
-            train("toy_dmd2_1step", plan.dmd2_iters[1]),
+            train("toy_dmd2_1step", plan.dmd2_iters[1], f"method.guidance={plan.pull_1step:g}"),
         ),
         Stage(
             "export",

@@ -138,9 +138,7 @@ def _facts(report: Report) -> str:
             )
         )
     if report.stages:
-        facts.append(
-            ("start to end", _duration(sum(stage.seconds for stage in report.stages)), f"{len(report.stages)} commands")
-        )
+        facts.append(("start to end", _duration(sum(stage.seconds for stage in report.stages)), f"{len(report.stages)} stages"))
     body = "".join(f"<div><dt>{name}</dt><dd>{value}<small>{about}</small></dd></div>" for name, value, about in facts)
     return f'<dl class="facts">{body}</dl>' if facts else ""
 
@@ -410,7 +408,7 @@ def _stages(report: Report) -> str:
         for stage in report.stages
     )
     return (
-        f'<h2>How it was made</h2><p class="soft">{len(report.stages)} commands, {_duration(total)} in all.</p>'
+        f'<h2>How it was made</h2><p class="soft">{len(report.stages)} stages, {_duration(total)} in all.</p>'
         f'<div class="time" aria-hidden="true">{bar}</div><ol class="stages">{items}</ol>'
     )
 
