@@ -23,6 +23,7 @@ FAMILIES: Mapping[str, str] = {  # network= : what it is, in a line
     "dit": "DiT, SiT (family=flow); DiTTransformer2DModel; VP, eps, or rectified flow",
     "tiny": "networks of ours, trained from nothing: the toy world's, and an MLP for points",
     "tokenizer": "the toy world's video tokenizer",
+    "eye": "what that tokenizer's clips are to look right to: convolutions that know the toy world",
     "gaussian_mixture": "the analytic teacher: exact answers, no weights",
 }
 
