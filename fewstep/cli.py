@@ -398,14 +398,13 @@ def evaluate(
     codec: Annotated[str | None, typer.Option(help="Of a model that has none beside it: a folder of diffusers.")] = None,
 ) -> None:
     """Score clips against real ones. Today: those of the toy world, by its own feature network and probes."""
-    from fewstep.evaluate import Job
+    from fewstep.evaluate import Job, line
     from fewstep.evaluate import run as score
     from fewstep.inference import pairs as making
 
     how = making.asked(steps, sampler, shift, guidance, None, 1.0, 0, 0, "18")
     told = score(Job(what, prompts, real, out, num, sets, calls, how, codec=codec))
-    shown = {name: found for name, found in told["scores"].items() if name in ("frechet", "recall", "coverage", "adherence")}
-    print(f"{out}: " + "  ".join(f"{name} {v['value']:.3g} +- {v['spread']:.2g}" for name, v in shown.items()))
+    print(f"{out}: {line(told)}")
 
 
 @app.command()

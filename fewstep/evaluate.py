@@ -12,6 +12,7 @@ The scores are those of the toy world (its own feature network and probes) until
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -57,17 +58,20 @@ class Job:
 
 def run(job: Job) -> dict[str, Any]:
     """Scores what the job names, writes its JSON, and returns what that says."""
+    for name in ("num", "sets", "calls"):
+        if (value := getattr(job, name)) is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, not {value}")
     torch.set_num_threads(1)
-    known = toyworld_score.reference(job.real, cache=job.out.parent / "cache")
     told: dict[str, Any] = {"what": job.what}
     records: list[Record] = []
-    if job.what.startswith("codec:"):
-        codec, data = open_codec(job.what.removeprefix("codec:")), opened(job)
-        sources = iter([(_through(codec, data, job), data.captions()[: job.num])])
-    elif _is_clips(job.what):
+    if _is_clips(job.what):
         sources = _sets_of(Path(job.what), job)
+        known = _reference(job)
+    elif job.what.startswith("codec:"):
+        codec, data, known = open_codec(job.what.removeprefix("codec:")), opened(job), _reference(job)
+        sources = iter([(_through(codec, data, job), data.captions()[: job.num])])
     else:
-        data, model = opened(job), open_model(job.what)
+        model, data, known = open_model(job.what), opened(job), _reference(job)
         codec = codec_of(model, job)
         how, candidates = job.how, list[dict[str, Any]]()
         if job.calls is not None:
@@ -84,23 +88,58 @@ def run(job: Job) -> dict[str, Any]:
         "feature_net": records[0].name,
         "num_reference": records[0].num_reference,
         "notes": sorted({note for record in records for note in record.notes}),
-        "scores": {name: value._asdict() for name, value in over_sets(records).items()},
+        "scores": {name: _written(value) for name, value in over_sets(records).items()},
     }
     with replacing(job.out) as beside:
         beside.write_text(json.dumps(told, indent=1) + "\n")
     return told
 
 
+def _reference(job: Job) -> toyworld_score.Reference:
+    return toyworld_score.reference(job.real, cache=job.out.parent / "cache")
+
+
 def over_sets(records: Sequence[Record]) -> dict[str, Value]:
-    """Mean over the sets; the spread is that within a set, or the deviation between sets if that is larger."""
+    """Mean over the sets; the spread is that within a set, or the deviation between sets if that is larger.
+
+    A set in which there was nothing to measure (no flight, for gravity) has nan, and no part in the mean; nan is also the mean
+    over none.
+    """
     out: dict[str, Value] = {}
     for name in records[0].scores:
         parts = [record[name] for record in records]
-        values = tuple(part.value for part in parts)
-        between = statistics.stdev(values) if len(values) > 1 else 0.0
-        within = statistics.mean(part.spread for part in parts)
-        out[name] = Value(statistics.mean(values), max(within, between), sum(part.num for part in parts), values)
+        values = [part.value for part in parts if math.isfinite(part.value)]
+        within = [part.spread for part in parts if math.isfinite(part.spread)]
+        spreads = ([statistics.mean(within)] if within else []) + ([statistics.stdev(values)] if len(values) > 1 else [])
+        out[name] = Value(
+            statistics.mean(values) if values else math.nan,
+            max(spreads, default=math.nan),
+            sum(part.num for part in parts),
+            tuple(part.value for part in parts),
+        )
     return out
+
+
+def _written(value: Value) -> dict[str, Any]:
+    """As JSON, which knows no nan: null is what could not be measured."""
+
+    def number(x: float) -> float | None:
+        return x if math.isfinite(x) else None
+
+    return {
+        "value": number(value.value),
+        "spread": number(value.spread),
+        "num": value.num,
+        "per_set": [number(x) for x in value.per_set],
+    }
+
+
+def line(told: dict[str, Any]) -> str:
+    """The scores one looks at first, and what makes them less than they seem."""
+    shown = ((name, told["scores"][name]) for name in ("frechet", "recall", "coverage", "adherence"))
+    known = ((name, v["value"], v["spread"]) for name, v in shown if v["value"] is not None)
+    text = "  ".join(f"{name} {value:.3g}" + ("" if spread is None else f" +- {spread:.2g}") for name, value, spread in known)
+    return "\n".join([text, *(f"  note: {note}" for note in told["notes"])])
 
 
 def codec_of(model: Model, job: Job) -> Codec:

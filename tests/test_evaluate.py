@@ -1,11 +1,16 @@
 """What `fewstep evaluate` decides before anything is scored."""
 
+import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fewstep
-from fewstep.evaluate import Job, codec_of
+from fewstep.data import video
+from fewstep.evaluate import Job, codec_of, line, over_sets, run
+from fewstep.evaluation.toyworld_score import Record, Value
 from fewstep.inference.model import Model, open_model
 
 TOY = str(Path(fewstep.__file__).parent / "toy")
@@ -19,3 +24,38 @@ def test_a_model_without_a_codec_asks_for_one_and_takes_the_one_that_is_named() 
         codec_of(bare, Job("somebody/run", here, here, here))
     named = codec_of(bare, Job("somebody/run", here, here, here, codec=TOY))
     assert named.fingerprint == codec_of(whole, Job(TOY, here, here, here)).fingerprint
+
+
+def test_a_set_in_which_nothing_could_be_measured_has_no_part_in_the_mean() -> None:
+    nan = math.nan
+
+    def record(value: float, spread: float) -> Record:
+        return Record("toy", {"gravity": Value(value, spread, 3, (value,))}, 8, ())
+
+    both = over_sets([record(1.0, 0.1), record(2.0, 0.3)])["gravity"]
+    assert both == Value(1.5, pytest.approx(math.sqrt(0.5)), 6, (1.0, 2.0))  # type: ignore[comparison-overlap]
+    one = over_sets([record(1.0, 0.1), record(nan, nan)])["gravity"]
+    assert one[:3] == (1.0, 0.1, 6) and math.isnan(one.per_set[1])
+    none = over_sets([record(nan, nan), record(nan, nan)])["gravity"]
+    assert math.isnan(none.value) and math.isnan(none.spread)
+
+
+def test_clips_in_which_nothing_falls_are_scored_all_the_same(tmp_path: Path) -> None:
+    """What a collapsed student makes: no object, so no flight, and no gravity to be fitted. (JSON knows no nan.)"""
+    rng = np.random.default_rng(0)
+    for where, noise in (("grey", 2), ("real", 60)):
+        for n in range(24):
+            clip = np.clip(128 + noise * rng.standard_normal((17, 32, 32, 3)), 0, 255).astype(np.uint8)
+            video.write(tmp_path / where / "videos" / f"{n}.mp4", clip, 16.0, quality="lossless")
+            (tmp_path / where / "metas").mkdir(exist_ok=True)
+            (tmp_path / where / "metas" / f"{n}.txt").write_text("a red sphere is dropped.")
+    out = tmp_path / "scores.json"
+    told = run(Job(str(tmp_path / "grey"), tmp_path / "grey", tmp_path / "real", out, num=12, sets=2))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    assert json.loads(out.read_text(), parse_constant=refuse) == json.loads(json.dumps(told))
+    assert told["scores"]["gravity_ratio"]["value"] is None
+    assert told["scores"]["adherence"]["value"] == 0.0 and told["scores"]["frechet"]["value"] > 10
+    assert "adherence 0" in line(told)

@@ -98,11 +98,11 @@ def main(out: Path, size: str, toy: str) -> None:
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def summarised(told: dict[str, Any], rates: dict[str, Measured]) -> dict[str, float]:
-    """Every number with NAME_spread and NAME_n."""
-    out: dict[str, float] = {}
+def summarised(told: dict[str, Any], rates: dict[str, Measured]) -> dict[str, Any]:
+    """Every number with NAME_spread and NAME_n; None is what could not be measured (no flight, no gravity)."""
+    out: dict[str, Any] = {}
 
-    def put(name: str, value: float, spread: float, num: int) -> None:
+    def put(name: str, value: float | None, spread: float | None, num: int) -> None:
         out.update({name: value, f"{name}_spread": spread, f"{name}_n": num})
 
     for who in TITLES:
@@ -173,7 +173,11 @@ def _student_gates(name: str, summary: dict[str, float], bounds: tuple[float, fl
 def model_of(name: str, told: dict[str, Any], rate: Measured | None) -> Model:
     kinds: dict[str, Any] = {"real": "real", "tokenizer": "codec"}
     known = {score.name for score in SCORES}
-    scores = {key: Measured(v["value"], v["spread"], v["num"]) for key, v in told["scores"].items() if key in known}
+    scores = {
+        key: Measured(v["value"], math.nan if v["spread"] is None else v["spread"], v["num"])
+        for key, v in told["scores"].items()
+        if key in known and v["value"] is not None  # no flight, no gravity
+    }
     calls, guidance = told.get("num_calls"), told.get("guidance")
     if name == "teacher":
         calls, guidance = 2 * STEPS, GUIDANCE
