@@ -22,7 +22,7 @@ from typing import Literal
 
 import fewstep
 from fewstep.data.atomic import replacing
-from fewstep.recipes.toyworld import EYE, GUIDANCE, STUDENT_SHIFT
+from fewstep.recipes.toyworld import EYE, GUIDANCE, STUDENT_SHIFT, toy_tokenizer
 
 TOY = Path(os.path.relpath(Path(fewstep.__file__).parent / "toy"))  # short in the commands one reads
 Size = Literal["quick", "default", "long"]
@@ -194,6 +194,9 @@ def _scratch(out: Path, toy: str, plan: Plan) -> list[Stage]:
         short = () if plan.scratch_iters is None else (f"trainer.max_iter={plan.scratch_iters}", "optim.warmup_iters=2")
         return ("fewstep", "train", f"experiment={recipe}", f"data.dataset_dir={data}", *more, *short)
 
+    def on_both_cores(command: Command, batch_size: int) -> Command:
+        return ("torchrun", "--standalone", "--nproc_per_node", "2", "-m", *command, f"trainer.batch_size={batch_size // 2}")
+
     def release(part: str, run: str, where: str, *more: str) -> Command:
         return (sys.executable, "-m", "fewstep.recipes.toy_release", part, f"{runs}/{run}", *more, "--out", f"{toy}/{where}")
 
@@ -208,7 +211,11 @@ def _scratch(out: Path, toy: str, plan: Plan) -> list[Stage]:
             ("fewstep", "prepare", "toyworld", *clips),
             eye,
         ),
-        Stage.of("scratch_tokenizer", "a video tokenizer, and an encoder of captions", train("toy_tokenizer"), words),
+        Stage(
+            "scratch_tokenizer",
+            "an encoder of captions, and a video tokenizer",
+            ((words, on_both_cores(train("toy_tokenizer"), toy_tokenizer().trainer.batch_size)),),
+        ),
         Stage(
             "scratch_latents",
             "captions become embeddings; the tokenizer is put in its place, clips and their edges become latents",
@@ -347,11 +354,12 @@ def shown(command: Sequence[str]) -> str:
 
 
 def _started(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    """`fewstep` is this very one, and NAME=value before a command is its environment, as in a shell."""
+    """`fewstep` and `torchrun` are this very Python's, and NAME=value before a command is its environment, as in a shell."""
     names = dict(part.split("=", 1) for part in command if part.split("=")[0] in ("RANK", "WORLD_SIZE"))
     rest = list(command)[len(names) :]
-    if rest[0] == "fewstep":
-        rest = [sys.executable, "-m", *rest]
+    modules = {"fewstep": "fewstep", "torchrun": "torch.distributed.run"}
+    if rest[0] in modules:
+        rest = [sys.executable, "-m", modules[rest[0]], *rest[1:]]
     return subprocess.Popen(
         rest, env=environment | names, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )

@@ -3,17 +3,18 @@
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "methods"))
 
 from common.interleaved import Timed, ratio
+from counting import Counting
 from dmd2_step import Floor
 
 from fewstep.batch import Batch
@@ -27,26 +28,6 @@ from fewstep.networks.heads import Conv3dSpec
 
 SPEC = CosmosSpec(latent_channels=2, num_heads=1, head_dim=12, num_layers=3, text_dim=8, adaln_lora_dim=4, max_size=(4, 16, 16))
 BATCH = Mock((2, 2, 8, 8), (3, 8), num=1).open().batch(torch.arange(1))
-
-
-@dataclass(frozen=True)
-class Counting:
-    """A network that keeps count of calls, of rows, of those with a graph, and of the blocks that ran."""
-
-    inner: Any
-    counts: Counter[str]
-
-    @property
-    def path(self) -> Any:
-        return self.inner.path
-
-    def idle_after(self, tap: int) -> Sequence[nn.Module]:
-        return self.inner.idle_after(tap)
-
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Any, *, taps: Sequence[int] = (), cache: Any = None) -> Any:
-        answer = self.inner(x_t, t, cond, taps=taps, cache=cache)
-        self.counts.update(calls=1, rows=len(x_t), graphs=int(answer.velocity.requires_grad))
-        return answer
 
 
 def counting(trains: Sequence[str], spec: CosmosSpec) -> dict[str, Any]:

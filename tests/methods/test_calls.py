@@ -1,13 +1,17 @@
 """How often each network is asked, and how far: the calls an algorithm cannot avoid, and no other."""
 
+import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from counting import Counting
 
 from fewstep.batch import Batch, Condition
 from fewstep.diffusion import Rng, features, on_path
@@ -23,26 +27,6 @@ from fewstep.networks.roles import Networks, build
 from fewstep.networks.tiny import TinySpec
 
 DIT = TinySpec("dit", channels=2, width=16, depth=4, num_heads=2, num_labels=2)
-
-
-@dataclass(frozen=True)
-class Counting:
-    """A network that keeps count of calls, of rows, and of those with a graph."""
-
-    inner: Any
-    counts: Counter[str]
-
-    @property
-    def path(self) -> Any:
-        return self.inner.path
-
-    def idle_after(self, tap: int) -> Sequence[nn.Module]:
-        return self.inner.idle_after(tap)
-
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Any = None) -> Any:
-        answer = self.inner(x_t, t, cond, taps=taps, cache=cache)
-        self.counts.update(calls=1, rows=len(x_t), graphs=int(answer.velocity.requires_grad))
-        return answer
 
 
 def counted(method: DMD2, turn: str, shared: bool) -> dict[str, Counter[str]]:
