@@ -71,8 +71,8 @@ def run(job: Job) -> dict[str, Any]:
         codec, data, known = open_codec(job.what.removeprefix("codec:")), opened(job), _reference(job)
         sources = iter([(_through(codec, data, job), data.captions()[: job.num])])
     else:
-        model, data, known = open_model(job.what), opened(job), _reference(job)
-        codec = codec_of(model, job)
+        model, data = open_model(job.what), opened(job)
+        codec, known = codec_of(model, job), _reference(job)
         how, candidates = job.how, list[dict[str, Any]]()
         if job.calls is not None:
             how, candidates = best_of(model, codec, data, job, known.features)
