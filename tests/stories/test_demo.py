@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,20 @@ def test_a_few_clips_tell_of_the_shipped_weights_what_many_told(made: Path) -> N
             apart = math.hypot(few[f"{key}_spread"], many[f"{key}_spread"])
             assert abs(few[key] - many[key]) < 3 * apart, (key, few[key], many[key], apart)
     assert few["frechet_tokenizer_n"] < many["frechet_tokenizer_n"] / 3
+
+
+def test_what_a_collapsed_student_does_not_show_is_left_out_of_the_page(made: Path, tmp_path: Path) -> None:
+    """No object, no flight, no gravity: `evaluate` writes null. (JSON knows no nan, and neither do browsers.)"""
+    out = Path(shutil.copytree(made, tmp_path / "demo"))
+    path = out / "scores" / "1step.json"
+    told = json.loads(path.read_text())
+    told["scores"]["gravity_ratio"] = {"value": None, "spread": None, "num": 0, "per_set": [None]}
+    path.write_text(json.dumps(told))
+    subprocess.run([sys.executable, "-m", "fewstep.demo.page", str(out), "--size", "quick"], check=True, capture_output=True)
+    summary = json.loads((out / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert summary["gravity_ratio_1step"] is None and summary["gravity_ratio_1step_n"] == 0
+    before, after = ((folder / "report.html").read_text() for folder in (made, out))
+    assert after.count("<td>&ndash;</td>") == before.count("<td>&ndash;</td>") + 1
 
 
 def test_plain_diffusers_sampled_the_exported_students(made: Path) -> None:

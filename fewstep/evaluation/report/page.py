@@ -165,7 +165,7 @@ def _gallery(gallery: Gallery, supply: Iterator[tuple[Film, Encoded]], colours: 
         )
     total = max(clip.num_frames for clip in made)
     is_wide = max(clip.width / clip.height for clip in made) > 1.3
-    least, most = ("14rem", "30rem") if is_wide else ("8.4rem", "14rem")
+    least, most = ("14rem", "30rem") if is_wide else ("8rem", "14rem")
     exact = all(clip.is_exact for clip in made)
     size = ", ".join(sorted({f"{clip.width} x {clip.height}" for clip in made}))
     kept = "every pixel as it was made" if exact else "compressed for this page: judge fine detail from the files"
