@@ -411,7 +411,7 @@ def evaluate(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Two minutes: every stage, too short to be good.")] = False,
-    long: Annotated[bool, typer.Option("--long", help="An hour on two cores: as good as it gets here.")] = False,
+    long: Annotated[bool, typer.Option("--long", help="Half an hour on two cores: as good as it gets here.")] = False,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Train tokenizer and teacher, too: hours.")] = False,
 ) -> None:
     """The miniature, end to end, with a report. Interrupted, the same command goes on where it was."""
