@@ -102,6 +102,8 @@ class Feed:
         else:
             if self._waiting and self._waiting[0][0] != place:  # a roll-back
                 self._drop()
+            if not self._waiting:  # what is asked for is read wherever it lies; ahead of that, nothing beyond the end
+                self._submit(place)
             self._fill(place)
             fed = self._waiting.popleft()[1].result()
             self._fill(self._after(place))
@@ -133,12 +135,16 @@ class Feed:
     # ---- ahead -----------------------------------------------------------------------------------------------------
 
     def _fill(self, place: _Place) -> None:
+        """Reads ahead from `place` on, or from behind what is being read."""
+        if self._waiting:
+            place = self._after(self._waiting[-1][0])
+        while len(self._waiting) < self._ahead and place.samples < self._end:
+            self._submit(place)
+            place = self._after(place)
+
+    def _submit(self, place: _Place) -> None:
         assert self._pool is not None
-        for _, _ in self._waiting:
-            place = self._after(place)
-        while len(self._waiting) < self._ahead and (place.samples < self._end or not self._waiting):
-            self._waiting.append((place, self._pool.submit(self._read, place)))
-            place = self._after(place)
+        self._waiting.append((place, self._pool.submit(self._read, place)))
 
     def _after(self, place: _Place) -> _Place:
         last = place.micro + 1 == len(self._rows)
