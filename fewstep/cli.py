@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewstep import __version__
+from fewstep import TOY, __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 _CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # ClickException: typer has carried its own click since 0.20
@@ -236,12 +236,14 @@ def prepare_toyworld(
     size: Annotated[int, typer.Option(help="Pixels along each side.")] = 32,
     workers: Annotated[int, typer.Option(help="Processes that render; 0 renders in this one.")] = 2,
     only: Annotated[str | None, typer.Option(help="Only these folders, with commas: videos,metas,edge")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Of captions, a folder or hub id; the toy world's own.")] = None,
 ) -> None:
-    """Render the toy world: videos, captions, edge, vis, depth, seg and keypoint files, and what is in each clip."""
+    """Render the toy world: videos, captions and their embeddings, edge, vis, depth, seg and keypoint files."""
     from fewstep.data.toyworld import World
     from fewstep.prepare.toyworld import write
 
-    made = write(out, num, seed, World(height=size, width=size), workers, only.split(",") if only is not None else None)
+    world, names = World(height=size, width=size), only.split(",") if only is not None else None
+    made = write(out, num, seed, world, workers, names, encoder or TOY)
     print(f"{out}: {num} clips, {made} of them new")
 
 

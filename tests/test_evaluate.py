@@ -13,7 +13,7 @@ from fewstep.evaluate import Job, codec_of, line, over_sets, run
 from fewstep.evaluation.toyworld_score import Record, Value
 from fewstep.inference.model import Model, open_model
 
-TOY = str(Path(fewstep.__file__).parent / "toy")
+TOY = str(fewstep.TOY)
 
 
 def test_a_model_without_a_codec_asks_for_one_and_takes_the_one_that_is_named() -> None:

@@ -24,7 +24,7 @@ import fewstep
 from fewstep.data.atomic import replacing
 from fewstep.recipes.toyworld import EYE, GUIDANCE, STUDENT_SHIFT, toy_tokenizer
 
-TOY = Path(os.path.relpath(Path(fewstep.__file__).parent / "toy"))  # short in the commands one reads
+TOY = Path(os.path.relpath(fewstep.TOY))  # short in the commands one reads
 Size = Literal["quick", "default", "long"]
 SERIES = {"world": 7_400_000, "heldout": 7_400_001, "real": 7_400_002, "train": 11}  # no clip is in two of them
 

@@ -5,10 +5,11 @@
     edge|vis|depth/clip_000000.mp4 lossless; vis is the preset "very_low": the others leave nothing of 32 pixels
     seg/clip_000000.pickle         masks, in the layout of Cosmos-Transfer1
     keypoint/clip_000000.pickle    centres and corners, in a layout like that of its people
+    t5_xxl/clip_000000.pickle      the caption, embedded
     toyworld.json                  the world, the seed, and what is in each clip
 
-Grey of the depth video is linear in 1 / depth, from `near_m` (white) to `far_m` (black) of toyworld.json. Text embeddings are
-written by `fewstep prepare text`. Clips depend on (world, seed, number) alone: a rerun adds what is missing, to the same bytes.
+Grey of the depth video is linear in 1 / depth, from `near_m` (white) to `far_m` (black) of toyworld.json. Clips depend on
+(world, seed, number) alone: a rerun adds what is missing, to the same bytes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from fewstep.data.controls import Edge, Vis, grey_of_depth
 from fewstep.data.layout import Layout, Part
 from fewstep.data.toyclips import Clip
 from fewstep.data.toyworld import Event, Scene, World
+from fewstep.networks.text import open_text_encoder
+from fewstep.prepare import text
 from fewstep.prepare.progress import tracked
 
 EDGE, VIS = Edge("medium"), Vis("very_low")
@@ -39,7 +42,8 @@ PARTS = (
     *(layout.VIDEOS, layout.CAPTIONS),
     *(layout.control(control.folder, control.suffix) for control in (EDGE, VIS)),
     *(DEPTH, SEG, KEYPOINT),
-)
+)  # of a clip
+TEXT = layout.text("t5_xxl")
 INDEX = "toyworld.json"
 
 _Label = dict[str, Any]  # texts, numbers and lists of them, as json has them
@@ -54,14 +58,17 @@ def write(
     world: World = World(),  # noqa: B008  # frozen
     workers: int = 0,
     only: Iterable[str] | None = None,
+    encoder: str | Path | None = None,
 ) -> int:
     """Writes clips 0 .. num - 1 of the series `seed` to `out`, but for those that are there; how many it made.
 
-    `only` names the folders wanted (videos, metas, edge ..); None: all of them.
+    `only` names the folders wanted (videos, metas, edge ..); None: all of them. `encoder`, a folder or hub id, embeds the
+    captions, unless `only` leaves them out; None: they are not embedded.
 
     `workers` processes render and write, or this one if 0. Refuses a folder that holds other clips than these.
     """
-    wanted = _wanted(only)
+    wanted, embeds = _wanted(only)
+    opened = open_text_encoder(encoder) if embeds and encoder is not None else None  # before anything is rendered
     place, known = _claimed(out, num, seed, world)
     there = [place.files(part) for part in wanted]
     todo = [index for index in range(num) if not all(stem_of(index) in files for files in there)]
@@ -69,6 +76,8 @@ def write(
     made = {label["index"]: label for label in tracked(_done(jobs, workers), len(jobs), f"rendering {out}")}
     labels = known | made | {index: _label(world, seed, index) for index in range(num) if index not in known | made}
     _write_index(out, num, seed, world, [labels[index] for index in range(num)])
+    if opened is not None:
+        text.write(out, opened, folder=TEXT.folder)
     return len(jobs)
 
 
@@ -86,14 +95,16 @@ def depth_range_m(world: World) -> tuple[float, float]:
 # ---- parts of the above --------------------------------------------------------------------------------------------
 
 
-def _wanted(only: Iterable[str] | None) -> tuple[Part, ...]:
+def _wanted(only: Iterable[str] | None) -> tuple[tuple[Part, ...], bool]:
+    """What is written of each clip, and whether captions are embedded; those that are, are written."""
     if only is None:
-        return PARTS
-    names, known = set(only), {part.folder: part for part in PARTS}
+        return PARTS, True
+    names, known = set(only), [part.folder for part in (*PARTS, TEXT)]
     unknown = sorted(names - set(known))
     if unknown or not names:
         raise ValueError(f"--only: there is no {', '.join(unknown) or 'name in it'}; it takes {', '.join(known)}")
-    return tuple(part for part in PARTS if part.folder in names)
+    embeds = TEXT.folder in names
+    return tuple(part for part in PARTS if part.folder in names or (embeds and part is layout.CAPTIONS)), embeds
 
 
 def _claimed(out: Path, num: int, seed: int, world: World) -> tuple[Layout, _Labels]:

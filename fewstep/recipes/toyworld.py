@@ -16,7 +16,6 @@ After each training a command of recipes/toy_release.py puts the weights where t
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Literal
 
 import fewstep
@@ -39,7 +38,7 @@ from fewstep.training.optim import Optim
 from fewstep.training.run import Checkpoint, Job, Run, Trainer
 
 TRAIN = "datasets/toyworld/train"
-SHIPPED = str(Path(fewstep.__file__).parent / "toy")  # a pipeline's folder: transformer/, vae/, text_encoder/
+SHIPPED = str(fewstep.TOY)
 WORLD, PAIRS = "world", "pairs"  # of the demo, below the output root: clips with captions, and what the teacher made of them
 EYE = "eye.safetensors"  # below the output root, too: what the tokenizer's clips should look right to
 GUIDANCE = 2.0  # of the teacher; baked into every student

@@ -12,7 +12,7 @@ from fewstep.networks.text import open_text_encoder
 from fewstep.networks.words import GAP, WordsConfig, WordsEncoder, WordsModel, open_words
 from fewstep.prepare.toy_words import train
 
-SHIPPED = Path(fewstep.__file__).parent / "toy" / "text_encoder"
+SHIPPED = fewstep.TOY / "text_encoder"
 CAPTIONS = ["a red sphere is thrown to the right, a blue box slides to the left. They collide.", "a green box is dropped."]
 
 

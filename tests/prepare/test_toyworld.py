@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -11,14 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import fewstep
 from fewstep import cli
 from fewstep.data import keypoints, masks, toyclips, toyscenes, video
 from fewstep.data.controls import Edge, Vis, depth_of_grey
 from fewstep.data.toyworld import World
+from fewstep.networks.words import open_words
 from fewstep.prepare.toyworld import PARTS, depth_range_m, stem_of, write
 
 WORLD = World(num_frames=9)
+FILMS, PICKLES = ("videos", "edge", "vis", "depth"), ("t5_xxl", "seg", "keypoint")
+SEEDS = {"metas": ".txt"} | dict.fromkeys(FILMS, ".mp4") | dict.fromkeys(PICKLES, ".pickle")  # their folder layout
 NUM, SEED = 5, 3
 
 
@@ -89,6 +95,37 @@ def test_a_rerun_makes_only_what_is_missing_to_the_same_bytes(folder: Path, tmp_
     assert content(tmp_path / "grown") == before
 
 
+def test_captions_are_embedded_by_the_shipped_encoder(folder: Path, tmp_path: Path) -> None:
+    """Told by the weights alone: padded or not, the embedding of a caption is what its network puts out."""
+    out = tmp_path / "set"
+    assert write(out, 3, SEED, WORLD, only=["t5_xxl"], encoder=fewstep.TOY) == 3
+    assert sorted(path.name for path in out.iterdir()) == ["metas", "t5_xxl", "toyworld.json"]
+    model = open_words(fewstep.TOY / "text_encoder").module
+    for index in range(3):
+        name = stem_of(index)
+        caption = (folder / "metas" / f"{name}.txt").read_text()
+        assert (out / "metas" / f"{name}.txt").read_text() == caption
+        words = re.findall(r"[a-z]+|[.,]", caption.lower())
+        with torch.no_grad():
+            wanted = model(torch.tensor([[2 + model.config.words.index(word) for word in words]]))[0]
+        (found,) = pickle.loads((out / "t5_xxl" / f"{name}.pickle").read_bytes())
+        assert found.dtype == np.float16
+        assert found.shape == wanted.shape
+        assert np.abs(found - wanted.numpy()).max() < 2e-3  # half a bit of float16 at 2 to 4
+    before = content(out)
+    assert write(out, 3, SEED, WORLD, only=["t5_xxl"], encoder=fewstep.TOY) == 0
+    assert content(out) == before
+    assert write(out, 4, SEED, WORLD, only=["videos"], encoder=fewstep.TOY) == 4
+    assert not (out / "t5_xxl" / "clip_000003.pickle").exists()
+
+
+def test_an_encoder_that_is_none_is_refused_before_anything_is_rendered(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no text encoder at .*empty: it has no config\.json"):
+        write(tmp_path / "set", 1, SEED, WORLD, encoder=tmp_path / "empty")
+    assert not (tmp_path / "set").exists()
+
+
 def test_worker_processes_change_nothing(folder: Path, tmp_path: Path) -> None:
     assert write(tmp_path / "set", NUM, SEED, WORLD, workers=2) == NUM
     assert content(tmp_path / "set") == content(folder)
@@ -148,6 +185,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert cli.main(words) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'set'}: 2 clips, 2 of them new\n"
     assert video.probe(tmp_path / "set" / "videos" / "clip_000001.mp4").size == (16, 16)
+    told = {part: sorted(path.name for path in (tmp_path / "set" / part).glob("clip_*")) for part in SEEDS}
+    assert told == {part: [f"clip_00000{n}{suffix}" for n in range(2)] for part, suffix in SEEDS.items()}
     assert cli.main([*words[:-4], "--size", "32"]) == 1
     assert "holds clips of another world" in capsys.readouterr().err
 

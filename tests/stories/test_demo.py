@@ -21,7 +21,7 @@ from fewstep.inference.model import open_model
 from fewstep.networks.codecs import open_codec
 from fewstep.networks.text import open_text_encoder
 
-TOY, SHAPE = Path(fewstep.__file__).parent / "toy", (8, 5, 4, 4)
+TOY, SHAPE = fewstep.TOY, (8, 5, 4, 4)
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 FRAMES = "[...document.querySelectorAll('.gallery')].map(g => +g.dataset.at)"
 NAMES = (

@@ -1,7 +1,5 @@
 """The shipped control branch: clips of the toy teacher follow the edges they are led by, and not those of other clips."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
@@ -17,7 +15,7 @@ from fewstep.inference.pairs import Making, solve, to_uint8
 from fewstep.networks.codecs import open_codec
 from fewstep.networks.text import open_text_encoder
 
-TOY = Path(fewstep.__file__).parent / "toy"
+TOY = fewstep.TOY
 SERIES, NUM = 7_400_009, 24  # clips that neither the teacher nor its branch has seen
 
 
