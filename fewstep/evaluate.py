@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from fewstep.data.layout import Layout
 from fewstep.diffusion import Rng
 from fewstep.evaluation import toyfeatures, toyworld_score
 from fewstep.evaluation.frechet import frechet_distance
-from fewstep.evaluation.toyworld_score import Record, Value
+from fewstep.evaluation.toyworld_score import Record, Value, over_sets
 from fewstep.inference.model import Model, open_model
 from fewstep.inference.pairs import Making, SamplerName, solve, to_uint8
 from fewstep.networks.codecs import Codec, open_codec
@@ -88,7 +88,7 @@ def run(job: Job) -> dict[str, Any]:
         "feature_net": records[0].name,
         "num_reference": records[0].num_reference,
         "notes": sorted({note for record in records for note in record.notes}),
-        "scores": {name: _written(value) for name, value in over_sets(records).items()},
+        "scores": {name: _written(over_sets([record[name] for record in records])) for name in records[0].scores},
     }
     with replacing(job.out) as beside:
         beside.write_text(json.dumps(told, indent=1) + "\n")
@@ -97,27 +97,6 @@ def run(job: Job) -> dict[str, Any]:
 
 def _reference(job: Job) -> toyworld_score.Reference:
     return toyworld_score.reference(job.real, cache=job.out.parent / "cache")
-
-
-def over_sets(records: Sequence[Record]) -> dict[str, Value]:
-    """Mean over the sets; the spread is that within a set, or the deviation between sets if that is larger.
-
-    A set in which there was nothing to measure (no flight, for gravity) has nan, and no part in the mean; nan is also the mean
-    over none.
-    """
-    out: dict[str, Value] = {}
-    for name in records[0].scores:
-        parts = [record[name] for record in records]
-        values = [part.value for part in parts if math.isfinite(part.value)]
-        within = [part.spread for part in parts if math.isfinite(part.spread)]
-        spreads = ([statistics.mean(within)] if within else []) + ([statistics.stdev(values)] if len(values) > 1 else [])
-        out[name] = Value(
-            statistics.mean(values) if values else math.nan,
-            max(spreads, default=math.nan),
-            sum(part.num for part in parts),
-            tuple(part.value for part in parts),
-        )
-    return out
 
 
 def _written(value: Value) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import pytest
 
 import fewstep
 from fewstep.data import video
-from fewstep.evaluate import Job, codec_of, line, over_sets, run
-from fewstep.evaluation.toyworld_score import Record, Value
+from fewstep.evaluate import Job, codec_of, line, run
+from fewstep.evaluation.toyworld_score import Value, over_sets
 from fewstep.inference.model import Model, open_model
 
 TOY = str(fewstep.TOY)
@@ -29,14 +29,11 @@ def test_a_model_without_a_codec_asks_for_one_and_takes_the_one_that_is_named() 
 def test_a_set_in_which_nothing_could_be_measured_has_no_part_in_the_mean() -> None:
     nan = math.nan
 
-    def record(value: float, spread: float) -> Record:
-        return Record("toy", {"gravity": Value(value, spread, 3, (value,))}, 8, ())
-
-    both = over_sets([record(1.0, 0.1), record(2.0, 0.3)])["gravity"]
+    both = over_sets([Value(1.0, 0.1, 3), Value(2.0, 0.3, 3)])
     assert both == Value(1.5, pytest.approx(math.sqrt(0.5)), 6, (1.0, 2.0))  # type: ignore[comparison-overlap]
-    one = over_sets([record(1.0, 0.1), record(nan, nan)])["gravity"]
-    assert one[:3] == (1.0, 0.1, 6) and math.isnan(one.per_set[1])
-    none = over_sets([record(nan, nan), record(nan, nan)])["gravity"]
+    one = over_sets([Value(1.0, 0.1, 3), Value(nan, nan, 0)])
+    assert one[:3] == (1.0, 0.1, 3) and math.isnan(one.per_set[1])
+    none = over_sets([Value(nan, nan, 0), Value(nan, nan, 0)])
     assert math.isnan(none.value) and math.isnan(none.spread)
 
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -52,8 +54,8 @@ class Value(NamedTuple):
 
     value: float
     spread: float  # standard error of one set by half-sampling its clips, or the deviation between the sets if that is larger
-    num: int  # clips (groups, flights) in the smallest set that it is about
-    per_set: tuple[float, ...]
+    num: int  # clips (groups, flights) that it is about, of all sets
+    per_set: tuple[float, ...] = ()  # of several sets
 
 
 @dataclass(frozen=True)
@@ -195,28 +197,32 @@ def score(
     wanted = probes.asked(prompts)
     notes: list[str] = []
     columns = [_scores_of(clips, wanted, known, net, draws, seed, notes) for seed, clips in enumerate(sets)]
-    scores = {name: _over_sets([column[name] for column in columns]) for name in columns[0]}
+    scores = {name: over_sets([column[name] for column in columns]) for name in columns[0]}
     if groups is not None:
         scores["seed_diversity"] = _seed_diversity(groups, net, draws)
     return Record(toyfeatures.name(net), scores, len(known.features), tuple(dict.fromkeys(notes)))
 
 
-class _One(NamedTuple):
-    value: float
-    stderr: float
-    num: int
+def over_sets(parts: Sequence[Value]) -> Value:
+    """Mean over the sets; the spread is that within a set, or the deviation between sets if that is larger.
 
-
-def _over_sets(parts: Sequence[_One]) -> Value:
-    values = [part.value for part in parts]
-    within = float(np.mean([part.stderr for part in parts]))
-    between = float(np.std(values, ddof=1)) if len(values) > 1 else within
-    return Value(float(np.mean(values)), float(np.fmax(within, between)), min(p.num for p in parts), tuple(values))
+    A set in which there was nothing to measure (no flight, for gravity) has nan, and no part in the mean; nan is also the mean
+    over none.
+    """
+    values = [part.value for part in parts if math.isfinite(part.value)]
+    within = [part.spread for part in parts if math.isfinite(part.spread)]
+    spreads = ([statistics.mean(within)] if within else []) + ([statistics.stdev(values)] if len(values) > 1 else [])
+    return Value(
+        statistics.mean(values) if values else math.nan,
+        max(spreads, default=math.nan),
+        sum(part.num for part in parts),
+        tuple(part.value for part in parts),
+    )
 
 
 def _scores_of(
     clips: Tensor, wanted: probes.Asked, known: Reference, net: FeatureNet, draws: int, seed: int, notes: list[str]
-) -> dict[str, _One]:
+) -> dict[str, Value]:
     made, witness = _features(clips, net)
     real, real_witness = Remembered(known.features), Remembered(known.random_features)
     limit = frechet_extrapolated(made, real, scales=_SCALES, seed=seed)
@@ -228,9 +234,9 @@ def _scores_of(
     num = min(len(made), len(known.features))
     same = known.features[:num]
 
-    def of_set(measure: Callable[[Tensor], float], rows: Tensor) -> _One:
+    def of_set(measure: Callable[[Tensor], float], rows: Tensor) -> Value:
         spread = half_sampled(lambda some: measure(_tensor(some)), rows, draws=draws, seed=seed)
-        return _One(spread.value, spread.stderr, len(rows))
+        return Value(spread.value, spread.stderr, len(rows))
 
     def extrapolated(rows: Tensor, against: Remembered) -> FrechetLimit:
         return frechet_extrapolated(rows, against, scales=_SCALES, draws=4, seed=seed)
@@ -245,12 +251,12 @@ def _scores_of(
     neighbours = SubsetNeighbours(same, made[:num])
     halves = _halves(lambda pick, real: neighbours.of(real, pick), num, draws, seed)
     for place, name in enumerate(whole._fields):
-        out[name] = _One(whole[place], float(np.std(halves[:, place], ddof=1)), num)
+        out[name] = Value(whole[place], float(np.std(halves[:, place], ddof=1)), num)
     out["vendi"] = of_set(vendi, made)
     return out | _probed(probes.parse(clips), wanted, known, draws, seed)
 
 
-def _probed(parsed: probes.Parsed, wanted: probes.Asked, known: Reference, draws: int, seed: int) -> dict[str, _One]:
+def _probed(parsed: probes.Parsed, wanted: probes.Asked, known: Reference, draws: int, seed: int) -> dict[str, Value]:
     """Means over clips and medians over flights."""
     num = len(parsed.found)
     colours = probes.colours_as_asked(parsed, wanted)
@@ -268,14 +274,14 @@ def _probed(parsed: probes.Parsed, wanted: probes.Asked, known: Reference, draws
         "permanence": probes.permanence(parsed),
         "flights": np.bincount(flights.clip, minlength=num).astype(np.float64),
     }
-    out: dict[str, _One] = {}
+    out: dict[str, Value] = {}
     for name, values in per_clip.items():
         finite = values[~np.isnan(values)]
         if len(finite) < 4:
-            out[name] = _One(float(finite.mean()) if len(finite) else float("nan"), float("nan"), len(finite))
+            out[name] = Value(float(finite.mean()) if len(finite) else float("nan"), float("nan"), len(finite))
             continue
         spread = half_sampled(lambda some: float(some.mean()), finite, draws=draws, seed=seed)
-        out[name] = _One(spread.value, spread.stderr, len(finite))
+        out[name] = Value(spread.value, spread.stderr, len(finite))
     real = float(known.pull_px.median()) if len(known.pull_px) else float("nan")
     for name, values in (("gravity", flights.gravity), ("gravity_ratio", flights.pull_px / real)):
         is_known = ~np.isnan(values)
@@ -287,16 +293,16 @@ def _adheres(parsed: probes.Parsed, wanted: probes.Asked) -> NDArray[np.bool_]:
     return probes.colours_as_asked(parsed, wanted) & probes.shapes_as_asked(parsed, wanted)
 
 
-def _median_over_flights(clip: NDArray[np.integer], values: probes.Floats, num: int, draws: int, seed: int) -> _One:
+def _median_over_flights(clip: NDArray[np.integer], values: probes.Floats, num: int, draws: int, seed: int) -> Value:
     """The median over flights; halves are halves of the clips, since flights of a clip are not independent."""
     if len(values) < 4:
-        return _One(float("nan"), float("nan"), len(values))
+        return Value(float("nan"), float("nan"), len(values))
 
     def median(pick: Tensor, _: Tensor) -> tuple[float]:
         some = values[np.isin(clip, pick.numpy())]
         return (float(np.median(some)) if len(some) else float("nan"),)
 
-    return _One(float(np.median(values)), float(np.nanstd(_halves(median, num, draws, seed), ddof=1)), len(values))
+    return Value(float(np.median(values)), float(np.nanstd(_halves(median, num, draws, seed), ddof=1)), len(values))
 
 
 def _halves(measure: Callable[[Tensor, Tensor], tuple[float, ...]], num: int, draws: int, seed: int) -> NDArray[np.float64]:

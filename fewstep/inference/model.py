@@ -222,7 +222,7 @@ def _teacher(address: str, controls: Sequence[str] = ()) -> Model:
 
 def _of_files(pieces: Sequence[Piece], controls: Sequence[str], known: str | None) -> Model:
     """The published Cosmos network whose weights these are; it has no codec and no text encoder beside it."""
-    from fewstep.networks.convert import _model_of
+    from fewstep.networks.convert import model_of
     from fewstep.networks.cosmos_models import MODELS
 
     if known is not None and known not in MODELS:
@@ -231,7 +231,7 @@ def _of_files(pieces: Sequence[Piece], controls: Sequence[str], known: str | Non
         pieces = [*pieces[:-1], (controls[0], *pieces[-1][1:])]
     found = collect(pieces)
     tell(found)
-    name, module = _model_of(found, known)
+    name, module = model_of(found, known)
     spec: Any = MODELS[name]
     if hasattr(spec, "branches"):
         spec = replace(spec, controls=tuple(module.branches))  # type: ignore[arg-type]  # a ModuleDict

@@ -196,7 +196,7 @@ def _write_torch(out: Path, tensors: Mapping[str, Stored], dtype: Dtype, about: 
 
 
 def _write_folder(out: Path, found: Collected, model: str | None, dtype: Dtype) -> list[Written]:
-    name, module = _model_of(found, model)
+    name, module = model_of(found, model)
     controls = list(getattr(module, "branches", {}))
     if controls and not hasattr(module.branches[controls[0]], "save_config"):  # type: ignore[index]
         raise ValueError(
@@ -249,7 +249,7 @@ def _write_shards(folder: Path, tensors: Mapping[str, Stored], dtype: Dtype) -> 
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _model_of(found: Collected, name: str | None) -> tuple[str, nn.Module]:
+def model_of(found: Collected, name: str | None) -> tuple[str, nn.Module]:
     """The module, without weights, that these tensors fill: the one published model that fits, or the one that was named."""
     shapes = {n: stored.shape for n, stored in found.tensors.items()}
     controls = tuple(dict.fromkeys(n.split(".")[1] for n in shapes if n.startswith("branches.")))
