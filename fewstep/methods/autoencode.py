@@ -12,6 +12,14 @@ With `look` above 0 a teacher that is an eye (networks/eye.py) looks at x and x 
 added: the mean over its layers of |a(x + e) - a(x)| / |a(x)|, the activations' absolute values summed over the batch. Pixels
 alone ask for the mean of what may have been, a blur; that a blurred ball is no ball an eye can tell (Johnson et al. 2016,
 arXiv:1603.08155).
+
+With `fool` above 0 a critic (networks/clip_critic.py) learns to tell D(E(x) + noise) from x, with a hinge loss, on the clips of
+the very same iteration. The gradient g of the terms above on the made pixels becomes
+
+    g + fool |g| / |h| h,        h the gradient of -mean of the critic's logits
+
+so that `fool` means the same whatever the critic's scale (Esser et al. 2021, arXiv:2012.09841, weigh alike, by the gradients on
+the last layer). A blur that is the same in every clip is little error in each, and is the first thing a critic finds.
 """
 
 from __future__ import annotations
@@ -27,6 +35,9 @@ from fewstep.batch import Batch
 from fewstep.config import kind
 from fewstep.diffusion import Path, Rng
 from fewstep.methods.contract import Nets, Terms, Turn
+from fewstep.methods.gan import Gan
+
+HINGE = Gan(form="hinge")
 
 
 @kind("autoencode", group="method")
@@ -35,18 +46,19 @@ class Autoencode:
     noise: float = 0.1  # standard deviation of the noise on the latents while training
     whiten: float = 0.02  # weight of the latents' departure from channels of unit spread that tell different things
     look: float = 0.0  # weight of what the teacher, an eye, sees otherwise
+    fool: float = 0.0  # what the critic's gradient on pixels has of the length of all others'
     motion: float = 8.0  # how much more a pixel counts that differs from its own mean over time
 
     @property
     def roles(self) -> tuple[str, ...]:
-        return ("student", "teacher") if self.look else ("student",)
+        return ("student", *(("teacher",) if self.look else ()), *(("critic",) if self.fool else ()))
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"x0"})
 
     def turn(self, step: int) -> Turn:
-        return Turn("student", ("student",))
+        return Turn("student", ("student", "critic") if self.fool else ("student",))
 
     def losses(self, turn: Turn, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Terms]:
         assert batch.x0 is not None
@@ -58,18 +70,25 @@ class Autoencode:
         weight = 1 + self.motion * (pixels - pixels.mean(2, keepdim=True)).abs().amax(1, keepdim=True)
         rebuilt = (weight * (error.abs() + 2 * error**2)).mean()
         seen = {"look": (_seen_otherwise(nets.teacher, made, pixels), self.look)} if self.look else {}
+        if self.fool:
+            _also_fool(nets.critic, made, self.fool)
         yield Terms.of(
             rebuilt=rebuilt,
             **seen,
             whiten=(departure(latents), self.whiten),
             watch={"psnr_db": psnr_db(error.detach()), "latent_std": latents.detach().std()},
         )
+        if self.fool:
+            critic: Any = nets.critic
+            real, fake = critic.judge(torch.cat([pixels, made.detach()])).chunk(2)
+            watch = {"logit_real": real.detach().mean(), "logit_fake": fake.detach().mean()}
+            yield Terms.of(critic=HINGE.tells(fake, real), watch=watch)
 
     def sampler(self, path: Path) -> None:
         return None  # its result is no student of anything
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        for name in ("noise", "whiten", "look", "motion"):
+        for name in ("noise", "whiten", "look", "fool", "motion"):
             if getattr(self, name) < 0:
                 yield name, f"must be 0 or more, not {getattr(self, name)}"
 
@@ -79,6 +98,17 @@ def _seen_otherwise(eye: Any, made: Tensor, pixels: Tensor) -> Tensor:
         wanted = eye.look(pixels)
     apart = [(a - b).abs().sum() / b.abs().sum() for a, b in zip(eye.look(made), wanted, strict=True)]
     return torch.stack(apart).mean()
+
+
+def _also_fool(critic: Any, made: Tensor, share: float) -> None:
+    """Adds the critic's part to whatever gradient comes back to the made pixels; the critic's own gradients are left alone."""
+    pixels = made.detach().requires_grad_(True)
+    (h,) = torch.autograd.grad(HINGE.fools(critic.judge(pixels)), pixels)
+
+    def with_more(g: Tensor) -> Tensor:
+        return g + share * (g.square().sum() / h.square().sum().clamp(min=1e-24)).sqrt() * h
+
+    made.register_hook(with_more)  # pyright: ignore[reportUnknownMemberType]  # torch types its hooks loosely
 
 
 def departure(latents: Tensor) -> Tensor:

@@ -23,6 +23,15 @@ from fewstep.networks.contract import refuse_cache
 
 STRIDES = ((1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 1, 1))  # t, h, w, of the feature network of the toy world
 DIFFERENCES = 3.0  # times those of neighbouring frames, which are a third of the colours' own deviation
+VIEWS = 9  # channels of in_time
+
+
+def in_time(pixels: Tensor) -> Tensor:
+    """Colours (B 3 T H W in -1..1) with their first and second differences in time: B 9 T H W."""
+    colours = pixels / 2
+    first = functional.pad(colours.diff(dim=2), (0, 0, 0, 0, 1, 0))
+    second = functional.pad(colours.diff(n=2, dim=2), (0, 0, 0, 0, 1, 1))
+    return torch.cat([colours, DIFFERENCES * first, DIFFERENCES * second], 1)
 
 
 class _Convolutions(nn.Module):
@@ -34,10 +43,7 @@ class _Convolutions(nn.Module):
         )
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        colours = pixels / 2
-        first = functional.pad(colours.diff(dim=2), (0, 0, 0, 0, 1, 0))
-        second = functional.pad(colours.diff(n=2, dim=2), (0, 0, 0, 0, 1, 1))
-        x = torch.cat([colours, DIFFERENCES * first, DIFFERENCES * second], 1)
+        x = in_time(pixels)
         seen: list[Tensor] = []
         for conv in self.convs:
             x = functional.silu(conv(x))

@@ -25,6 +25,7 @@ from fewstep.data.folder import Folder
 from fewstep.diffusion.path import floats
 from fewstep.diffusion.times import LogitNormal, Shifted, shifted
 from fewstep.methods import DMD2, KD, Autoencode, Finetune
+from fewstep.networks.clip_critic import ClipCriticSpec
 from fewstep.networks.cosmos import CosmosSpec
 from fewstep.networks.cosmos_control import CosmosControlSpec
 from fewstep.networks.eye import EyeSpec
@@ -90,16 +91,20 @@ def toy_tokenizer() -> Run:
 
 @recipe("toy_decoder")
 def toy_decoder() -> Run:
-    """The tokenizer's decoder alone, trained on: sharper clips from the same latents."""
+    """The tokenizer's decoder alone, trained on: clips that a critic takes for real, from the same latents."""
     first = toy_tokenizer()
     return replace(
         first,
         job=_job("toy_decoder"),
+        method=Autoencode(noise=0.05, look=1.0, fool=0.5),
         networks=replace(
             first.networks,
             student=Full(TokenizerSpec(pretrained=f"{SHIPPED}/vae", trains="decoder"), init="random"),
+            critic=Full(ClipCriticSpec(), init="random"),
         ),
-        trainer=replace(first.trainer, max_iter=12000, batch_size=4),
+        optim=replace(first.optim, lr=4e-4, betas=(0.5, 0.99)),
+        critic_optim=Optim(lr=4e-4, betas=(0.5, 0.99), weight_decay=0.0, clip=None),
+        trainer=replace(first.trainer, max_iter=8000, batch_size=4),
         checkpoint=Checkpoint(save_iter=500),
     )
 

@@ -63,6 +63,42 @@ def test_what_an_eye_sees_otherwise_is_added() -> None:
     torch.testing.assert_close(terms.total.item(), 1 * (0.5 + 2 * 0.25) + 0.3 * wanted, atol=1e-12, rtol=0)
 
 
+class Judges:
+    """One logit a clip: `slope` times its mean."""
+
+    path = RectifiedFlow()
+
+    def __init__(self, slope: float) -> None:
+        self.slope = torch.full((), slope, dtype=torch.float64, requires_grad=True)
+
+    def judge(self, pixels):
+        return self.slope * pixels.mean((1, 2, 3, 4))
+
+
+@pytest.mark.parametrize("slope", [1e-3, 40.0])
+def test_a_critic_adds_its_part_to_the_gradient_on_pixels_whatever_its_scale(slope: float) -> None:
+    """All pixels are 0.5 too high, so g is the same number everywhere; the critic says "higher", so h is its negative."""
+    pixels = torch.zeros(2, 3, 4, 1, 1, dtype=torch.float64)
+    net, critic, method = Off(), Judges(slope), Autoencode(whiten=0.0, fool=0.25)
+    assert method.roles == ("student", "critic") and method.turn(0).trains == ("student", "critic")
+    nets = Nets({"student": net, "critic": critic})
+    turns = method.losses(method.turn(0), nets, Batch(x0=pixels), Rng(0, 0, torch.arange(2)))  # type: ignore[dict-item]
+    first = next(turns)
+    torch.testing.assert_close(first.total.item(), 0.5 + 2 * 0.25, atol=1e-12, rtol=0)  # as without a critic
+    first.total.backward()
+    torch.testing.assert_close(net.error.grad.item(), (1 + 4 * 0.5) * (1 - 0.25), atol=1e-12, rtol=0)
+    assert critic.slope.grad is None  # it learns from its own loss alone
+    (second,) = turns
+    real, fake = 0.0, 0.5 * slope
+    wanted = max(0.0, 1 + fake) + max(0.0, 1 - real)
+    torch.testing.assert_close(second.total.item(), wanted, atol=1e-12, rtol=0)
+    net.error.grad = None
+    second.total.backward()
+    torch.testing.assert_close(critic.slope.grad.item(), 0.5, atol=1e-12, rtol=0)  # of relu(1 + slope * 0.5)
+    assert net.error.grad is None  # and teaches the tokenizer nothing
+    assert (second.watch["logit_real"].item(), second.watch["logit_fake"].item()) == (real, pytest.approx(fake))
+
+
 def test_whitening_asks_for_channels_that_tell_different_things() -> None:
     latents = torch.randn(3, 4, 2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 + 1
     channels = latents.numpy().swapaxes(0, 1).reshape(4, -1)
@@ -76,10 +112,11 @@ def test_psnr_is_of_the_whole_batch() -> None:
 
 
 def test_negative_settings_are_refused() -> None:
-    assert [key for key, _ in Autoencode(noise=-1.0, whiten=-1.0, look=-1.0, motion=-1.0).problems()] == [
+    assert [key for key, _ in Autoencode(noise=-1.0, whiten=-1.0, look=-1.0, fool=-1.0, motion=-1.0).problems()] == [
         "noise",
         "whiten",
         "look",
+        "fool",
         "motion",
     ]
 
