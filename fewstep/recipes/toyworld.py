@@ -96,7 +96,7 @@ def toy_decoder() -> Run:
     return replace(
         first,
         job=_job("toy_decoder"),
-        method=Autoencode(noise=0.05, look=1.0, fool=0.5),
+        method=Autoencode(noise=0.05, look=1.0, fool=1.0),
         networks=replace(
             first.networks,
             student=Full(TokenizerSpec(pretrained=f"{SHIPPED}/vae", trains="decoder"), init="random"),
