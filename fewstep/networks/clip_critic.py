@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
-from fewstep.batch import Condition
 from fewstep.config import kind
-from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
-from fewstep.networks.contract import refuse_cache
+from fewstep.networks.contract import NoDenoiser
 from fewstep.networks.eye import VIEWS, in_time
 
 STRIDES = ((1, 2, 2), (1, 1, 1), (2, 2, 2), (2, 1, 1))  # t, h, w
@@ -39,12 +38,9 @@ class _Patches(nn.Module):
 
 
 @dataclass(frozen=True)
-class ClipCritic:
+class ClipCritic(NoDenoiser):
     module: nn.Module
-
-    @property
-    def path(self) -> Path:
-        return RectifiedFlow()  # it has none: it denoises nothing
+    name: ClassVar[str] = "a clip critic"
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -53,14 +49,6 @@ class ClipCritic:
     def judge(self, pixels: Tensor) -> Tensor:
         """Logits (B 1 t h w) of pixels (B 3 T H W in -1..1), high where they look real."""
         return self.module(pixels)
-
-    def __call__(
-        self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
-    ) -> Prediction:
-        raise ValueError("a clip critic denoises nothing: it is the critic of method=autoencode")
-
-    def new_cache(self, like: Tensor) -> Cache:
-        return refuse_cache("a clip critic")
 
 
 @kind("clip_critic", group="network")

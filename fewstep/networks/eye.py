@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fewstep.batch import Condition
 from fewstep.config import kind
-from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
-from fewstep.networks.contract import refuse_cache
+from fewstep.networks.contract import NoDenoiser
 
 STRIDES = ((1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 1, 1))  # t, h, w, of the feature network of the toy world
 DIFFERENCES = 3.0  # times those of neighbouring frames, which are a third of the colours' own deviation
@@ -52,12 +50,9 @@ class _Convolutions(nn.Module):
 
 
 @dataclass(frozen=True)
-class Eye:
+class Eye(NoDenoiser):
     module: nn.Module
-
-    @property
-    def path(self) -> Path:
-        return RectifiedFlow()  # it has none: it denoises nothing
+    name: ClassVar[str] = "an eye"
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -66,14 +61,6 @@ class Eye:
     def look(self, pixels: Tensor) -> list[Tensor]:
         """What each layer says of pixels (B 3 T H W in -1..1)."""
         return self.module(pixels)
-
-    def __call__(
-        self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
-    ) -> Prediction:
-        raise ValueError("an eye denoises nothing: it is the teacher of method=autoencode")
-
-    def new_cache(self, like: Tensor) -> Cache:
-        return refuse_cache("an eye")
 
 
 @kind("eye", group="network")
@@ -86,7 +73,7 @@ class EyeSpec:
     def build(self) -> Eye:
         from safetensors import safe_open
 
-        if not FilePath(self.weights).is_file():
+        if not Path(self.weights).is_file():
             raise ValueError(
                 f"no eye at {self.weights}. Make it with: python -m fewstep.evaluation.train_toyfeatures --seed 1 "
                 f"--out {self.weights}"

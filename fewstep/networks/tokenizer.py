@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.batch import Condition
 from fewstep.config import kind
-from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
-from fewstep.networks.contract import refuse_cache
+from fewstep.networks.contract import NoDenoiser
 
 
 class _Reconstruct(nn.Module):
@@ -41,12 +39,9 @@ class _Reconstruct(nn.Module):
 
 
 @dataclass(frozen=True)
-class Tokenizer:
+class Tokenizer(NoDenoiser):
     module: nn.Module
-
-    @property
-    def path(self) -> Path:
-        return RectifiedFlow()  # of the models that will live on its latents
+    name: ClassVar[str] = "a tokenizer"
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -62,14 +57,6 @@ class Tokenizer:
     def reconstruct(self, pixels: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Pixels (B 3 T H W in -1..1) after the round trip with `noise` added on the way, and the latents without it."""
         return self.module(pixels, noise)
-
-    def __call__(
-        self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
-    ) -> Prediction:
-        raise ValueError("a tokenizer denoises nothing: train it with method=autoencode")
-
-    def new_cache(self, like: Tensor) -> Cache:
-        return refuse_cache("a tokenizer")
 
 
 @kind("tokenizer", group="network")
