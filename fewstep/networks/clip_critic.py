@@ -26,7 +26,7 @@ SLOPE = 0.2  # below 0
 class _Patches(nn.Module):
     def __init__(self, channels: Sequence[int]):
         super().__init__()
-        sizes = zip((VIEWS, *channels), channels, STRIDES, strict=False)
+        sizes = zip((VIEWS, *channels[:-1]), channels, STRIDES, strict=True)
         self.convs = nn.ModuleList(spectral_norm(nn.Conv3d(a, b, 3, stride, padding=1)) for a, b, stride in sizes)
         self.logit = spectral_norm(nn.Conv3d(channels[-1], 1, 1))
 
