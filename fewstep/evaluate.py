@@ -168,7 +168,10 @@ def best_of(model: Model, codec: Codec, data: FolderData, job: Job, real: Tensor
     """
     assert job.calls is not None
     num, table = min(RANKING, job.num), list[tuple[float, Making]]()
-    for how in ways_of(job.calls, job.how.guidance):
+    ways = ways_of(job.calls, job.how.guidance)
+    if len(ways) == 1:
+        return ways[0], []  # nothing to choose
+    for how in ways:
         clips = generated(model, codec, data, job, how, num, job.sets)
         table.append((frechet_distance(toyfeatures.features(torch.from_numpy(clips)), real), how))
     table.sort(key=lambda row: row[0])

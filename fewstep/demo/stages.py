@@ -1,6 +1,6 @@
 """The stages of the demo: each is public commands, printed before they run; finished ones are not run again.
 
-    world  ->  teacher's pairs  ->  KD  ->  DMD2  ->  export  ->  plain diffusers  ->  scores  ->  report
+    world  ->  latents  ->  teacher's pairs  ->  KD  ->  DMD2  ->  export  ->  plain diffusers  ->  scores  ->  report
 
 A stage has lanes, which run side by side, and a lane commands, one after the other; each command has one thread. On two cores
 that is faster than one command on two threads, and the lanes are cut to end together.
@@ -117,20 +117,24 @@ def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
         *(_scratch(out, toy, plan) if from_scratch else ()),
         Stage(
             "world",
-            "a small world is rendered: prompts to learn from, and clips nobody learns from. Captions become embeddings, clips "
-            "latents of the video tokenizer",
+            "a small world is rendered: prompts to learn from, and clips nobody learns from",
             (
                 (
+                    render("heldout", plan.num_eval, "videos", "metas"),
                     render("world", plan.num_world, "videos", "metas", "edge"),
+                ),
+                (render("real", plan.num_real, "videos", "metas"),),
+            ),
+        ),
+        Stage(
+            "latents",
+            "captions become embeddings, clips latents of the video tokenizer; real clips are compared with others",
+            (
+                (
                     ("fewstep", "prepare", "text", world, "--encoder", toy),
                     ("fewstep", "prepare", "latents", world, "--codec", toy),
                 ),
-                (
-                    render("real", plan.num_real, "videos", "metas"),
-                    render("heldout", plan.num_eval, "videos", "metas"),
-                    ("fewstep", "prepare", "text", held, "--encoder", toy),
-                    score("real", held),
-                ),
+                (("fewstep", "prepare", "text", held, "--encoder", toy), score("real", held)),
             ),
         ),
         Stage.of(
