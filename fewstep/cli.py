@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
             return _fail(f"{_CLICK_ERROR.format_message(error)} (fewstep --help lists the verbs)", 2)
         from fewstep.training.errors import TrainingError
 
+        if isinstance(error, (FileExistsError, NotADirectoryError)) and error.filename:
+            return _fail(f"{error.filename}: is a file, where a folder is wanted. Choose another name, or move it", 1)
         if isinstance(error, (ValueError, TrainingError, OSError)):  # a message for the user; anything else is our bug
             return _fail(str(error), 1)
         raise
@@ -393,10 +395,10 @@ def evaluate(
     num: Annotated[int, typer.Option(help="Clips in a set.")] = 512,
     sets: Annotated[int, typer.Option(help="Sets, each from noise of its own.")] = 3,
     calls: Annotated[int | None, typer.Option(help="Of a teacher: the best it can do with so many network calls.")] = None,
-    steps: Annotated[int, typer.Option(help="Of a teacher's solver.")] = 35,
-    sampler: Annotated[str, typer.Option(help="euler, heun, dpmpp_2m, unipc or res_2ab")] = "unipc",
-    shift: Annotated[float, typer.Option(help="Of the time grid, in flow time.")] = 1.0,
-    guidance: Annotated[float, typer.Option(help="w in uncond + w (cond - uncond).")] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="Of a teacher's solver; 35.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="A teacher's: euler, heun, dpmpp_2m, unipc or res_2ab; unipc.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Of a teacher's time grid, in flow time; 1.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="A teacher's: w in uncond + w (cond - uncond); 1, none.")] = None,
     codec: Annotated[str | None, typer.Option(help="Of a model that has none beside it: a folder of diffusers.")] = None,
 ) -> None:
     """Score clips against real ones. Today: those of the toy world, by its own feature network and probes."""
@@ -404,9 +406,12 @@ def evaluate(
     from fewstep.evaluate import run as score
     from fewstep.inference import pairs as making
 
-    how = making.asked(steps, sampler, shift, guidance, None, 1.0, 0, 0, "18")
-    told = score(Job(what, prompts, real, out, num, sets, calls, how, codec=codec))
-    print(f"{out}: {line(told)}")
+    options = {"--steps": steps, "--sampler": sampler, "--shift": shift, "--guidance": guidance}
+    told = tuple(name for name, value in options.items() if value is not None)
+    w, grid = 1.0 if guidance is None else guidance, 1.0 if shift is None else shift
+    how = making.asked(35 if steps is None else steps, sampler or "unipc", grid, w, None, 1.0, 0, 0, "18")
+    found = score(Job(what, prompts, real, out, num, sets, calls, how, codec=codec, told=told))
+    print(f"{out}: {line(found)}")
 
 
 @app.command()

@@ -30,7 +30,7 @@ from fewstep.data.layout import Layout
 from fewstep.diffusion import Rng
 from fewstep.evaluation import toyfeatures, toyworld_score
 from fewstep.evaluation.frechet import frechet_distance
-from fewstep.evaluation.toyworld_score import Record, Value, over_sets
+from fewstep.evaluation.toyworld_score import LEAST, Record, Value, over_sets
 from fewstep.inference.model import Model, open_model
 from fewstep.inference.pairs import Making, SamplerName, solve, to_uint8
 from fewstep.networks.codecs import Codec, open_codec
@@ -54,6 +54,7 @@ class Job:
     max_tokens: int = 40
     batch_size: int = 64
     codec: str | None = None  # None: the one beside the model
+    told: tuple[str, ...] = ()  # options of `how` that were asked for, to be refused where they would have no effect
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -61,17 +62,27 @@ def run(job: Job) -> dict[str, Any]:
     for name in ("num", "sets", "calls"):
         if (value := getattr(job, name)) is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, not {value}")
+    if job.num < LEAST:
+        raise ValueError(f"--num {job.num}: a set needs at least {LEAST} clips, and better hundreds")
     torch.set_num_threads(1)
     told: dict[str, Any] = {"what": job.what}
     records: list[Record] = []
     if _is_clips(job.what):
+        _refuse_making(job, "holds clips that are made already")
         sources = _sets_of(Path(job.what), job)
         known = _reference(job)
     elif job.what.startswith("codec:"):
+        _refuse_making(job, "is a codec, which takes no steps")
+        if job.what == "codec:":
+            raise ValueError("codec: which one? codec:FOLDER, of an autoencoder of diffusers or of its pipeline")
         codec, data, known = open_codec(job.what.removeprefix("codec:")), opened(job), _reference(job)
         sources = iter([(_through(codec, data, job), data.captions()[: job.num])])
     else:
         model, data = open_model(job.what), opened(job)
+        if model.sampler is not None:
+            _refuse_making(job, f"is a student, which takes the {len(model.sampler.times)} steps it was trained for")
+        if job.calls is not None and (found := [name for name in job.told if name != "--guidance"]):
+            raise ValueError(f"--calls: finds steps, sampler and shift by itself; leave out {', '.join(found)}")
         codec, known = codec_of(model, job), _reference(job)
         how, candidates = job.how, list[dict[str, Any]]()
         if job.calls is not None:
@@ -87,12 +98,23 @@ def run(job: Job) -> dict[str, Any]:
     told |= {
         "feature_net": records[0].name,
         "num_reference": records[0].num_reference,
-        "notes": sorted({note for record in records for note in record.notes}),
+        "notes": sorted({*_few_sets(job, len(records)), *(note for record in records for note in record.notes)}),
         "scores": {name: _written(over_sets([record[name] for record in records])) for name in records[0].scores},
     }
     with replacing(job.out) as beside:
         beside.write_text(json.dumps(told, indent=1) + "\n")
     return told
+
+
+def _refuse_making(job: Job, why: str) -> None:
+    """Options that only a teacher's sampling heeds would be told to one who thinks they were heeded."""
+    told = ["--calls"] * (job.calls is not None) + list(job.told)
+    if told:
+        raise ValueError(f"{', '.join(told)}: {job.what} {why}. Leave it out: it is for a teacher")
+
+
+def _few_sets(job: Job, num: int) -> list[str]:
+    return [f"{num} of {job.sets} sets: {job.what} holds no more clips."] * (num < job.sets)
 
 
 def _reference(job: Job) -> toyworld_score.Reference:
@@ -138,7 +160,7 @@ def generated(model: Model, codec: Codec, data: FolderData, job: Job, how: Makin
     """`num` clips of evaluation set `number`: row i from the same noise whatever the model."""
     parts: list[np.ndarray] = []
     for rows in torch.arange(num).split(job.batch_size):
-        parts.append(to_uint8(codec.decode(latents(model, codec, data, rows, SEEDS + number, how))))
+        parts.append(to_uint8(codec.decode(latents(model, codec, data, rows, SEEDS + number, how)), job.what))
     return np.concatenate(parts)
 
 
@@ -207,7 +229,7 @@ def opened(job: Job) -> FolderData:
 @torch.no_grad()
 def _through(codec: Codec, data: FolderData, job: Job) -> np.ndarray:
     batches = (data.batch(rows).x0 for rows in torch.arange(job.num).split(job.batch_size))
-    return np.concatenate([to_uint8(codec.decode(codec.encode(pixels))) for pixels in batches if pixels is not None])
+    return np.concatenate([to_uint8(codec.decode(codec.encode(pixels)), job.what) for pixels in batches if pixels is not None])
 
 
 def _is_clips(what: str) -> bool:

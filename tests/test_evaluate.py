@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 import fewstep
 from fewstep.data import video
+from fewstep.diffusion import StudentSampler
 from fewstep.evaluate import Job, codec_of, line, run
 from fewstep.evaluation.toyworld_score import Value, over_sets
 from fewstep.inference.model import Model, open_model
@@ -24,6 +26,30 @@ def test_a_model_without_a_codec_asks_for_one_and_takes_the_one_that_is_named() 
         codec_of(bare, Job("somebody/run", here, here, here))
     named = codec_of(bare, Job("somebody/run", here, here, here, codec=TOY))
     assert named.fingerprint == codec_of(whole, Job(TOY, here, here, here)).fingerprint
+
+
+def test_what_would_have_no_effect_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A score is of what was asked for: options of a teacher's sampling are refused elsewhere, not passed over."""
+    whole = open_model(TOY)
+    student = replace(whole, sampler=StudentSampler((1.0, 0.5), whole.network.path, "fresh"))
+    monkeypatch.setattr("fewstep.evaluate.open_model", lambda _: student)
+    monkeypatch.setattr("fewstep.evaluate.opened", lambda _: None)
+    here, clips = tmp_path / "x", tmp_path / "clips"
+    (clips / "videos").mkdir(parents=True)
+    job = Job("a/student", here, here, here)
+    with pytest.raises(ValueError, match=r"^--calls: a/student is a student, which takes the 2 steps it was trained for"):
+        run(replace(job, calls=4))
+    with pytest.raises(ValueError, match=r"^--steps, --guidance: a/student is a student"):
+        run(replace(job, told=("--steps", "--guidance")))
+    with pytest.raises(ValueError, match=r"^--calls: .*clips holds clips that are made already"):
+        run(replace(job, what=str(clips), calls=4))
+    with pytest.raises(ValueError, match=r"^--shift: codec:x is a codec"):
+        run(replace(job, what="codec:x", told=("--shift",)))
+    student = whole
+    with pytest.raises(ValueError, match=r"^--calls: finds steps, sampler and shift by itself; leave out --steps"):
+        run(replace(job, calls=4, told=("--steps", "--guidance")))
+    with pytest.raises(ValueError, match=r"^--num 11: a set needs at least 12 clips"):
+        run(replace(job, num=11))
 
 
 def test_a_set_in_which_nothing_could_be_measured_has_no_part_in_the_mean() -> None:
@@ -47,7 +73,8 @@ def test_clips_in_which_nothing_falls_are_scored_all_the_same(tmp_path: Path) ->
             (tmp_path / where / "metas").mkdir(exist_ok=True)
             (tmp_path / where / "metas" / f"{n}.txt").write_text("a red sphere is dropped.")
     out = tmp_path / "scores.json"
-    told = run(Job(str(tmp_path / "grey"), tmp_path / "grey", tmp_path / "real", out, num=12, sets=2))
+    told = run(Job(str(tmp_path / "grey"), tmp_path / "grey", tmp_path / "real", out, num=12, sets=3))
+    assert told["notes"][0].startswith("2 of 3 sets: ")
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")

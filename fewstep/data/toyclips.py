@@ -6,9 +6,7 @@ Everything follows from (seed, index) alone, bit for bit, whatever the batch, th
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +16,7 @@ from fewstep.data.raycast import Camera
 from fewstep.data.toycaptions import caption
 from fewstep.data.toyscenes import specification
 from fewstep.data.toyworld import COLOURS, Event, Scene, Trajectory, World, simulate
+from fewstep.data.workers import spawned
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def stream(
         yield from map(_job, jobs)
         return
     chunk = max(1, min(16, len(jobs) // (4 * workers)))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with spawned(workers) as pool:
         yield from pool.map(_job, jobs, chunksize=chunk)
 
 

@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import fewstep
+from fewstep.config.text import read_json
 from fewstep.data.atomic import replacing
 from fewstep.recipes.toyworld import EYE, GUIDANCE, STUDENT_SHIFT, toy_tokenizer
 
@@ -77,7 +81,7 @@ class Stage:
 
 
 def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
-    plan, toy = PLANS[size], str(out / "toy" if from_scratch else TOY)
+    plan, toy, root = PLANS[size], str(out / "toy" if from_scratch else TOY), f"OUTPUT_ROOT={out}"
     world, held, real, pairs = (str(out / name) for name in ("world", "heldout", "real", "pairs"))
 
     def render(name: str, num: int, *only: str) -> Command:
@@ -93,7 +97,7 @@ def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
         )
         shown = (f"trainer.log_every={max(1, min(20, iters // 4))}",)
         other = (f"networks.teacher.pretrained={toy}",) if from_scratch else ()
-        return ("fewstep", "train", f"experiment={recipe}", *more, *sizes, *shown, *other)
+        return (root, "fewstep", "train", f"experiment={recipe}", *more, *sizes, *shown, *other)
 
     def score(name: str, what: str, *more: str) -> Command:
         where = ("--prompts", held, "--real", real, "--out", str(out / "scores" / f"{name}.json"))
@@ -107,7 +111,7 @@ def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
 
     def export(name: str) -> Command:
         where = ("--out", students[name], "--format", "diffusers", "--base", toy)
-        return ("fewstep", "export", f"toyworld/basic/toy_dmd2_{name}", *where)
+        return (root, "fewstep", "export", f"toyworld/basic/toy_dmd2_{name}", *where)
 
     def sample(name: str) -> Command:
         alone = os.path.relpath(Path(__file__).with_name("plain_diffusers.py"))
@@ -192,17 +196,19 @@ def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
 
 def _scratch(out: Path, toy: str, plan: Plan) -> list[Stage]:
     """The tokenizer, the text encoder, the teacher and its control branch, as the shipped ones: hours on two cores."""
-    data, runs = str(out / "train"), "toyworld/basic"
+    data, runs, root = str(out / "train"), "toyworld/basic", f"OUTPUT_ROOT={out}"
 
-    def train(recipe: str, *more: str) -> Command:
+    def train(recipe: str, *more: str, first: Sequence[str] = ()) -> Command:
         short = () if plan.scratch_iters is None else (f"trainer.max_iter={plan.scratch_iters}", "optim.warmup_iters=2")
-        return ("fewstep", "train", f"experiment={recipe}", f"data.dataset_dir={data}", *more, *short)
+        return (root, *first, "fewstep", "train", f"experiment={recipe}", f"data.dataset_dir={data}", *more, *short)
 
-    def on_both_cores(command: Command, batch_size: int) -> Command:
-        return ("torchrun", "--standalone", "--nproc_per_node", "2", "-m", *command, f"trainer.batch_size={batch_size // 2}")
+    def train_on_both_cores(recipe: str, batch_size: int) -> Command:
+        both = ("torchrun", "--standalone", "--nproc_per_node", "2", "-m")
+        return (*train(recipe, first=both), f"trainer.batch_size={batch_size // 2}")
 
     def release(part: str, run: str, where: str, *more: str) -> Command:
-        return (sys.executable, "-m", "fewstep.recipes.toy_release", part, f"{runs}/{run}", *more, "--out", f"{toy}/{where}")
+        made = (f"{runs}/{run}", *more, "--out", f"{toy}/{where}")
+        return (root, sys.executable, "-m", "fewstep.recipes.toy_release", part, *made)
 
     clips = ("--out", data, "--num", str(plan.num_train), "--seed", str(SERIES["train"]), "--only", "videos,metas,edge")
     eye = (sys.executable, "-m", "fewstep.evaluation.train_toyfeatures", "--seed", "1", "--out", str(out / EYE))
@@ -218,7 +224,7 @@ def _scratch(out: Path, toy: str, plan: Plan) -> list[Stage]:
         Stage(
             "scratch_tokenizer",
             "an encoder of captions, and a video tokenizer",
-            ((words, on_both_cores(train("toy_tokenizer"), toy_tokenizer().trainer.batch_size)),),
+            ((words, train_on_both_cores("toy_tokenizer", toy_tokenizer().trainer.batch_size)),),
         ),
         Stage(
             "scratch_latents",
@@ -281,7 +287,7 @@ def _claim(out: Path, size: Size, from_scratch: bool) -> None:
     """One folder is one demo: a quick one does not go on as a long one."""
     out.mkdir(parents=True, exist_ok=True)
     path, about = out / "demo.json", {"size": size, "from_scratch": from_scratch}
-    if path.is_file() and json.loads(path.read_text()) != about:
+    if path.is_file() and read_json(path, f"Remove {out}, or choose another --out") != about:
         raise ValueError(f"{out}: holds another demo ({path.read_text().strip()}). Remove it, or choose another --out")
     with replacing(path) as beside:
         beside.write_text(json.dumps(about) + "\n")
@@ -294,18 +300,17 @@ def run(stage: Stage, out: Path, order: int) -> None:
     if marker.is_file():
         print("    done earlier")
         return
-    environment = os.environ | {"OUTPUT_ROOT": str(out), "OMP_NUM_THREADS": "1"}
     began = time.monotonic()
-    lanes = [_Lane(lane, environment, f"[{n + 1}] " if len(stage.lanes) > 1 else "") for n, lane in enumerate(stage.lanes)]
-    try:
-        for lane in lanes:
-            lane.start()
-        for lane in lanes:
-            lane.join()
-    except BaseException:  # Ctrl-C above all: each command saves what it has
-        for lane in lanes:
-            lane.stop()
-        raise
+    lanes = [_Lane(lane, f"[{n + 1}] " if len(stage.lanes) > 1 else "") for n, lane in enumerate(stage.lanes)]
+    with _ended_like_ctrl_c():
+        try:
+            for lane in lanes:
+                lane.start()
+            for lane in lanes:
+                lane.join()
+        except BaseException:
+            _end(lanes)
+            raise
     if any(lane.failed for lane in lanes):
         raise ValueError(f"stage '{stage.name}' failed, see above. The same `fewstep demo` goes on from here")
     about = {
@@ -319,12 +324,39 @@ def run(stage: Stage, out: Path, order: int) -> None:
     print(f"    {about['seconds']} s", flush=True)
 
 
+@contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """Within, SIGTERM (kill, timeout, a batch system) and SIGHUP (a closed terminal) end the demo as Ctrl-C does."""
+    alone = threading.current_thread() is threading.main_thread()  # elsewhere signals are not ours
+    before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGTERM, signal.SIGHUP)} if alone else {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(lanes: Sequence[_Lane]) -> None:
+    """Tells each running command once, which saves what it has, and waits for it; interrupted again, it kills them."""
+    print("\nending: what is done is kept, a training saves a checkpoint; a second time ends at once", flush=True)
+    try:
+        for lane in lanes:
+            lane.stop(signal.SIGTERM)
+        for lane in lanes:
+            if lane.ident is not None:  # begun
+                lane.join()
+    except BaseException:
+        for lane in lanes:
+            lane.stop(signal.SIGKILL)
+        raise
+
+
 class _Lane(threading.Thread):
     """Runs its commands one after the other, up to the first that fails, and passes on what they say."""
 
-    def __init__(self, commands: Sequence[Command], environment: dict[str, str], mark: str):
+    def __init__(self, commands: Sequence[Command], mark: str):
         super().__init__()
-        self.commands, self.environment, self.mark = commands, environment, mark
+        self.commands, self.mark = commands, mark
         self.failed, self._stopped = False, False
         self._running: subprocess.Popen[str] | None = None
 
@@ -333,7 +365,7 @@ class _Lane(threading.Thread):
             if self._stopped:
                 return
             print(f"{self.mark}$ {shown(command)}", flush=True)
-            with _started(command, self.environment) as process:
+            with _started(command) as process:
                 self._running = process
                 if self._stopped:  # meanwhile
                     process.terminate()
@@ -344,26 +376,31 @@ class _Lane(threading.Thread):
                 self.failed = True
                 return
 
-    def stop(self) -> None:
+    def stop(self, number: int) -> None:
         self._stopped = True
         if self._running is not None:
-            self._running.terminate()
-        self.join()
+            self._running.send_signal(number)
 
 
 def shown(command: Sequence[str]) -> str:
     """As one would type it."""
-    told = ["python" if part == sys.executable else part for part in command]
-    return " ".join(part if part.startswith(("RANK=", "WORLD_SIZE=")) else shlex.quote(part) for part in told)
+    names, rest = _split(command)
+    told = ["python" if part == sys.executable else part for part in rest]
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in names.items()), *map(shlex.quote, told)])
 
 
-def _started(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    """`fewstep` and `torchrun` are this very Python's, and NAME=value before a command is its environment, as in a shell."""
-    names = dict(part.split("=", 1) for part in command if part.split("=")[0] in ("RANK", "WORLD_SIZE"))
-    rest = list(command)[len(names) :]
+def _split(command: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """NAME=value before a command is its environment, as in a shell."""
+    num = next(n for n, part in enumerate(command) if not re.match("[A-Z_]+=", part))
+    return dict(part.split("=", 1) for part in command[:num]), list(command[num:])
+
+
+def _started(command: Sequence[str]) -> subprocess.Popen[str]:
+    """`fewstep` and `torchrun` are this Python's. In a session of its own: Ctrl-C in a terminal is the demo's to pass on."""
+    names, rest = _split(command)
     modules = {"fewstep": "fewstep", "torchrun": "torch.distributed.run"}
     if rest[0] in modules:
         rest = [sys.executable, "-m", modules[rest[0]], *rest[1:]]
-    return subprocess.Popen(
-        rest, env=environment | names, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | names
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    return subprocess.Popen(rest, env=environment, start_new_session=True, **pipes)

@@ -39,6 +39,7 @@ from fewstep.evaluation.neighbours import SubsetNeighbours, num_zero_balls, prec
 from fewstep.evaluation.toyfeatures import Clips, FeatureNet, as_clips
 
 Source = Clips | Path | str
+LEAST = 12  # clips of a set, made or real: half of them still have five neighbours each
 _SCALES = (
     1.0,
     1.5,
@@ -194,6 +195,9 @@ def score(
     wrong = [len(one) for one in sets if len(one) != len(prompts)]
     if wrong or not sets:
         raise ValueError(f"{len(prompts)} prompts, but sets of {wrong} clips: give each set one clip for each prompt.")
+    least = min(len(known.features), *map(len, sets))
+    if least < LEAST:
+        raise ValueError(f"{least} clips are too few to score: sets, and the real clips, need {LEAST} and better hundreds.")
     wanted = probes.asked(prompts)
     notes: list[str] = []
     columns = [_scores_of(clips, wanted, known, net, draws, seed, notes) for seed, clips in enumerate(sets)]

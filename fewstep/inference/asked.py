@@ -111,6 +111,8 @@ def read_command(arguments: Sequence[str], say: Any = None) -> Asked:
             tell(f"warning: --{name} has no effect: {why}")
     for option in ("controlnet_specs", "spec"):
         options.pop(option)
+    if options["out"].suffix.lower() in (".mp4", ".png"):
+        raise ConfigError(f"--out {options['out']}: names a folder; the clip in it is output.mp4, or with --name NAME NAME.mp4")
     inference_type = options.pop("inference_type")
     if inference_type is not None and options["num_input_frames"] is None:
         options["num_input_frames"] = given_of(inference_type)

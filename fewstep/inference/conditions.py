@@ -216,7 +216,7 @@ def _given(
             return cond
         if parts.pictures is None:
             raise ValueError("Wan 2.1 I2V also reads its picture's CLIP features: give --image-encoder, a pipeline's folder")
-        return replace(cond, image=parts.pictures.encode(to_uint8(begins)[:, 0]).to(parts.device))
+        return replace(cond, image=parts.pictures.encode(to_uint8(begins, "what the clip begins with")[:, 0]).to(parts.device))
     rest_of_it = begins[:, :, -1:].expand(-1, -1, rest, -1, -1)  # not seen: the codec is causal, the mask hides it
     mask = torch.zeros(1, latent_shape[1], device=parts.device)
     mask[:, : 1 + (num - 1) // (codec.form.time if codec.form.sees_time else 1)] = 1

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fewstep.batch import Condition
+from fewstep.config.text import read_json
 from fewstep.data import arrays, video
 from fewstep.data.atomic import replacing
 from fewstep.diffusion import EDM, Rng, guided, samplers, times
@@ -126,7 +127,7 @@ def generate(
             break
         if asked.save_noise:
             arrays.write_pickle(asked.out / "noise" / f"{request.name}.pickle", noise[0].cpu().numpy())
-        made = _write(asked, request, to_uint8(pixels)[0], shot.fps, paper[request.name], time.monotonic() - began)
+        made = _write(asked, request, to_uint8(pixels, asked.model)[0], shot.fps, paper[request.name], time.monotonic() - began)
         say(f"{number} of {num_new}: {made} ({time.monotonic() - began:.1f} s)")
     return num_new
 
@@ -315,7 +316,8 @@ def _is_made(out: Path, name: str, paper: Mapping[str, Any]) -> bool:
     if not any(path.is_file() for path in _files(out, name)):
         return False
     told = out / f"{name}.json"
-    before = json.loads(told.read_text()).get("made") if told.is_file() else None
+    advice = "Remove it and its clip, or choose another --out or --name"
+    before = read_json(told, advice).get("made") if told.is_file() else None
     if before == paper:
         return True
     other = "in an unknown way" if before is None else _difference(before, paper)

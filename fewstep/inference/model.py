@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from fewstep.config import ConfigError, parse
-from fewstep.config.text import read_text, read_yaml_mapping
+from fewstep.config.text import read_json, read_text, read_yaml_mapping
 from fewstep.data.contract import AnyData
 from fewstep.diffusion import StudentSampler
 from fewstep.diffusion.path import AnyPath
+from fewstep.networks import hub
 from fewstep.networks.contract import AnyNetwork, Network
 from fewstep.networks.lora import Lora, merged
 from fewstep.networks.roles import Networks, build
@@ -115,7 +116,7 @@ def of_run(address: str) -> Model:
     nets = parse(_Nets, {"networks": config["networks"]}).networks
     if role == "teacher":
         return Model(build(nets, ("teacher",), 0)["teacher"], nets.teacher)
-    told = json.loads((run / "student.json").read_text())
+    told = read_json(run / "student.json", "It is written anew when the run goes on")
     network = student_network(nets, read(f"{place}:{role or 'student.ema'}"), address)
     role_config = nets.student
     spec = role_config.network or nets.teacher
@@ -190,7 +191,7 @@ def _is_run(address: str) -> bool:
 
 
 def _exported(folder: Path) -> Model:
-    told = json.loads((folder / "student.json").read_text())
+    told = read_json(folder / "student.json", "Export the student again")
     spec: Any = parse(_Sampling, {"path": told["path"], "network": told["network"]}).network
     if (folder / "student.safetensors").is_file():
         network = spec.build()
@@ -318,18 +319,15 @@ def _told(address: str) -> tuple[str, dict[str, Any]]:
     folder = Path(address)
     if folder.is_dir():
         index = folder / "model_index.json"
-        said = json.loads(index.read_text()).get("_class_name", "") if index.is_file() else ""
+        said = read_json(index, "Copy that folder again").get("_class_name", "") if index.is_file() else ""
+        if "StudentPipeline" in said:
+            raise ValueError(f"{folder}: a student without its student.json, which says how it is sampled. Export it again")
         for part in ("transformer", "unet", ""):
             file = folder / part / "config.json"
             if file.is_file():
-                return str(said), json.loads(file.read_text())
+                return str(said), read_json(file, "Copy that folder again")
         raise ValueError(f"no model at {address}: it has no transformer/, no unet/ and no config.json")
-    if folder.is_absolute() or address.startswith("."):
-        raise ValueError(f"no model at {address}: a run, a folder that fewstep exported, or one of diffusers is wanted")
-    from diffusers import DiffusionPipeline
-
-    from fewstep.networks.text import _hub_json
-
-    told: Any = DiffusionPipeline.load_config(address)
+    hub.expect_id(address, "model")  # it is no run either
+    told = hub.read_json(address, "model_index.json") or {}
     part = "transformer" if "transformer" in told else "unet"
-    return str(told.get("_class_name", "")), _hub_json(address, f"{part}/config.json") or {}
+    return str(told.get("_class_name", "")), hub.read_json(address, f"{part}/config.json") or {}

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fewstep.batch import Condition
 from fewstep.config import choices
+from fewstep.config.text import read_json
 from fewstep.data import arrays, cache, layout, video
 from fewstep.data.atomic import replacing
 from fewstep.data.folder import Folder, FolderData
@@ -56,7 +57,9 @@ class Making:
     quality: int | Literal["lossless"] = 18  # of the mp4
 
     def __post_init__(self) -> None:
-        if self.num_steps < max(2 * len(self.path_times), 1):
+        if self.num_steps < 1:
+            raise ValueError(f"--steps {self.num_steps}: at least 1")
+        if self.num_steps < 2 * len(self.path_times):
             raise ValueError(f"--steps {self.num_steps}: too few to keep {len(self.path_times)} states and solve between them")
         if list(self.path_times) != sorted(set(self.path_times), reverse=True):
             raise ValueError(f"--path-times must descend, from noise to the clip, not {list(self.path_times)}")
@@ -89,7 +92,7 @@ def write(
     todo = [i for i in mine if not _is_there(place, data.stems[i], source, making)]
     chunks = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
     for rows in tracked(chunks, len(chunks), f"pairs {out}, batches of {batch_size}"):
-        _write_some(place, teacher, codec, data, captions, rows, making, device)
+        _write_some(place, teacher, codec, data, captions, rows, making, device, told or "the teacher")
     return len(todo)
 
 
@@ -103,6 +106,7 @@ def _write_some(
     rows: list[int],
     making: Making,
     device: torch.device | str,
+    told: str,
 ) -> None:
     batch = data.batch(torch.tensor(rows)).to(device)
     assert batch.x0 is not None
@@ -115,7 +119,7 @@ def _write_some(
         mask = first_frames(torch.full((len(rows),), making.given_frames, device=noise.device), shape[1]).to(noise.dtype)
         cond = replace(cond, frames=codec.encode(pixels), frame_mask=mask)
     x0, states = solve(teacher, noise, cond, None if negative is None else replace(cond, text=negative.text), making)
-    frames = to_uint8(codec.decode(x0))
+    frames = to_uint8(codec.decode(x0), told)
     fps = [16.0] * len(rows) if cond.fps is None else cond.fps.tolist()
     for n, row in enumerate(rows):
         stem = data.stems[row]
@@ -144,8 +148,13 @@ def solve(
     return made.x0, made.states
 
 
-def to_uint8(pixels: Tensor) -> np.ndarray:
-    """B T H W 3 of pixels B 3 T H W in -1..1."""
+def to_uint8(pixels: Tensor, whose: str) -> np.ndarray:
+    """B T H W 3 of pixels B 3 T H W in -1..1, made by `whose`. ValueError for what is not finite: it would look black."""
+    if not bool(pixels.isfinite().all()):
+        raise ValueError(
+            f"{whose}: answers numbers that are not finite. Its weights or its codec's are damaged, or the precision is too "
+            "small for them. Nothing of these clips was written"
+        )
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
 
 
@@ -207,7 +216,7 @@ def _claim(out: Path, about: dict[str, object]) -> None:
     about = json.loads(json.dumps(about))
     path = out / ABOUT
     if path.is_file():
-        before = json.loads(path.read_text())
+        before = read_json(path, f"Remove {out} and make its pairs again")
         other = [f"{key} {before.get(key)!r}, not {about[key]!r}" for key in about if before.get(key) != about[key]]
         if other:
             raise ValueError(f"{out}: holds pairs made otherwise: {'; '.join(other)}. Choose another --out, or remove it")

@@ -21,6 +21,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fewstep.config.text import read_json
+from fewstep.networks import hub
+from fewstep.networks.folders import load
+
 FRAMES_AT_ONCE = 8  # pictures that an image autoencoder sees at once; they do not see each other
 
 
@@ -207,12 +211,7 @@ def open_codec(
     name = config.get("_class_name")
     if name not in _FORMS:
         raise ValueError(f"{address}: no codec of ours, its _class_name is {name}; known are {', '.join(sorted(_FORMS))}")
-    place = {"subfolder": subfolder} if subfolder else {}
-    module, info = getattr(diffusers, name).from_pretrained(str(address), torch_dtype=dtype, output_loading_info=True, **place)
-    wrong = {what: info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(what)}
-    if wrong:
-        told = "; ".join(f"{what.replace('_', ' ')}: {', '.join(map(str, list(keys)[:4]))}" for what, keys in wrong.items())
-        raise ValueError(f"{address}: its weights do not fit its config.json: {told}")
+    module = load(getattr(diffusers, name), str(address), subfolder, torch_dtype=dtype)
     folder = Path(address) / subfolder if subfolder else Path(address)
     return codec_of(module.to(device), scale=scale, tile=tile, statistics=folder / "mean_std.pt")
 
@@ -248,10 +247,9 @@ def _config(address: str) -> tuple[dict[str, Any], str | None]:
         for subfolder in (None, "vae"):
             path = folder / (subfolder or "") / "config.json"
             if path.is_file():
-                return json.loads(path.read_text()), subfolder
+                return read_json(path, "Copy that folder again"), subfolder
         raise ValueError(f"{address}: neither config.json nor vae/config.json is in it, so that it is no codec of diffusers")
-    if folder.exists() or folder.is_absolute() or address.startswith("."):
-        raise ValueError(f"no codec at {address}: a folder of diffusers or a hub id is wanted")
+    hub.expect_id(address, "codec")
     from diffusers import AutoencoderKL
 
     errors: list[str] = []

@@ -19,7 +19,7 @@ from fewstep.config import kind
 from fewstep.diffusion import VP, Cache, Path, Prediction
 from fewstep.diffusion.path import working_dtype
 from fewstep.networks.contract import refuse_cache
-from fewstep.networks.cosmos import from_folder
+from fewstep.networks.folders import from_folder
 from fewstep.networks.upstream import (
     enters_in_compute_dtype,
     needed,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,8 +25,8 @@ from fewstep.diffusion import EDM, Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import spread, working_dtype
 from fewstep.diffusion.precondition import edm_preconditioning
 from fewstep.diffusion.prediction import keep_given
-from fewstep.networks import hub
 from fewstep.networks.contract import refuse_cache
+from fewstep.networks.folders import from_folder
 from fewstep.networks.upstream import tapped
 
 CLEAN_TIME = 1e-4  # flow time told for given frames (Predict2 and 2.5, sigma_conditional)
@@ -268,21 +267,6 @@ def _one_padding(padding: Tensor | None, height: int, width: int, like: Tensor) 
             "data.resize=crop"
         )
     return functional.interpolate(padding[:1, None].to(like), size=(height, width), mode="nearest")
-
-
-def from_folder(cls: Any, address: str, subfolder: str) -> Any:  # Any: whatever diffusers class it is
-    """The diffusers model at a hub id or in a folder; a pipeline holds it in `subfolder`."""
-    folder, part = FilePath(address), {"subfolder": subfolder}
-    if folder.is_dir():
-        if (folder / "config.json").is_file():
-            return cls.from_pretrained(str(folder))
-        if not (folder / subfolder / "config.json").is_file():
-            raise ValueError(f"no {cls.__name__} in '{address}': it has neither config.json nor {subfolder}/config.json")
-        return cls.from_pretrained(str(folder), **part)
-    if not hub.is_hub_id(address):
-        raise ValueError(f"no {cls.__name__} at '{address}': there is no such folder, and it is no name on the hub")
-    with hub.asking(address):
-        return cls.from_pretrained(address, **(part if hub.has_file(address, f"{subfolder}/config.json") else {}))
 
 
 def supply_resize() -> None:

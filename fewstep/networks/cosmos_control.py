@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fewstep.config import kind
-from fewstep.networks.cosmos import Cosmos, CosmosSpec, framed, from_folder, supply_resize
+from fewstep.networks.cosmos import Cosmos, CosmosSpec, framed, supply_resize
+from fewstep.networks.folders import from_folder
 
 # Parts of the base that a Transfer2.5 branch holds a second time. Originally they are one and the same tensors.
 SHARED = {

@@ -20,7 +20,7 @@ from fewstep.config import kind
 from fewstep.diffusion import VP, Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import working_dtype
 from fewstep.networks.contract import refuse_cache
-from fewstep.networks.cosmos import from_folder
+from fewstep.networks.folders import from_folder
 from fewstep.networks.upstream import as_picture, enters_in_compute_dtype, needed, refuse_given, table_index, tapped
 
 

@@ -15,6 +15,15 @@ def is_hub_id(address: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", address) is not None
 
 
+def expect_id(address: str, what: str) -> None:
+    """ValueError unless `address`, at which no folder is, can be asked of the hub: what looks like a path is a mistyped one."""
+    folder = Path(address)
+    if folder.exists() or not is_hub_id(address):
+        raise ValueError(f"no {what} at '{address}': there is no such folder, and it is no name on the hub (OWNER/NAME)")
+    if folder.parent.is_dir():
+        raise ValueError(f"no {what} at '{address}': there is no such folder in {folder.parent}")
+
+
 @contextmanager
 def asking(address: str) -> Iterator[None]:
     """Within, what the hub or the library over it says when `address` does not come is told in one line, as a ValueError."""

@@ -17,8 +17,8 @@ from fewstep.diffusion import Cache, Denoiser, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.guidance import with_and_without
 from fewstep.diffusion.path import working_dtype
 from fewstep.networks.contract import refuse_cache
-from fewstep.networks.cosmos import from_folder
 from fewstep.networks.flux import as_map, packed, unpacked
+from fewstep.networks.folders import from_folder
 from fewstep.networks.upstream import as_picture, enters_in_compute_dtype, needed, refuse_given, tapped
 
 

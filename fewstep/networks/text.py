@@ -28,6 +28,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from fewstep.networks import hub
 from fewstep.networks.codecs import fingerprint_of
 
 SAMPLED = 4096  # entries of each weight that the fingerprint of a text encoder looks at: T5-11b whole would take minutes
@@ -332,9 +333,8 @@ class _Place:
     def of(cls, address: str) -> _Place:
         folder = Path(address)
         if not folder.is_dir():
-            if folder.exists() or folder.is_absolute() or address.startswith("."):
-                raise ValueError(f"no text encoder at {address}: a folder of transformers or diffusers, or a hub id, is wanted")
-            index = _hub_json(address, "model_index.json")
+            hub.expect_id(address, "text encoder")
+            index = hub.read_json(address, "model_index.json")
             return cls(address, index is not None, (index or {}).get("_class_name", ""))
         index = folder / "model_index.json"
         is_pipeline = index.is_file() or (folder / "text_encoder").is_dir()
@@ -347,14 +347,14 @@ class _Place:
     def has(self, part: str) -> bool:
         if Path(self.address).is_dir():
             return self.is_pipeline and (Path(self.address) / part / "config.json").is_file()
-        return self.is_pipeline and _hub_json(self.address, f"{part}/config.json") is not None
+        return self.is_pipeline and hub.read_json(self.address, f"{part}/config.json") is not None
 
     def config(self, part: str) -> dict[str, Any]:
         if Path(self.address).is_dir():
             path = self.folder(part) / "config.json"
             found = json.loads(path.read_text()) if path.is_file() else None
         else:
-            found = _hub_json(self.address, f"{part}/config.json" if self.is_pipeline else "config.json")
+            found = hub.read_json(self.address, f"{part}/config.json" if self.is_pipeline else "config.json")
         if found is None:
             raise ValueError(
                 f"no text encoder at {self.address}: it has no {part + '/' if self.is_pipeline else ''}config.json"
@@ -379,18 +379,3 @@ class _Place:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.address, **({"subfolder": part} if self.is_pipeline else {}))
-
-
-def _hub_json(address: str, name: str) -> dict[str, Any] | None:
-    """A json file of a hub repository; None where the repository has no such file."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return json.loads(Path(hf_hub_download(address, name)).read_text())
-    except LocalEntryNotFoundError as error:  # a kind of EntryNotFoundError: no network, and not in the cache
-        raise ValueError(f"no text encoder at {address}: no such folder, and the hub cannot be reached for it") from error
-    except EntryNotFoundError:
-        return None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ValueError(f"no text encoder at {address}: {str(error).splitlines()[0]}") from None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fewstep.config import kind
 from fewstep.networks.contract import NoDenoiser
+from fewstep.networks.folders import load
 
 
 class _Reconstruct(nn.Module):
@@ -76,7 +77,7 @@ class TokenizerSpec:
 
         torch.set_flush_denormal(True)  # dead units make denormal numbers, which cost a CPU a hundred times as much
         if self.pretrained is not None:
-            return Tokenizer(_Reconstruct(AutoencoderKLCosmos.from_pretrained(self.pretrained), self.trains))
+            return Tokenizer(_Reconstruct(load(AutoencoderKLCosmos, self.pretrained), self.trains))
         vae = AutoencoderKLCosmos(
             latent_channels=self.latent_channels,
             encoder_block_out_channels=self.channels,

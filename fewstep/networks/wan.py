@@ -26,7 +26,7 @@ from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import working_dtype
 from fewstep.diffusion.prediction import keep_given
 from fewstep.networks.contract import refuse_cache
-from fewstep.networks.cosmos import from_folder
+from fewstep.networks.folders import from_folder
 from fewstep.networks.upstream import enters_in_compute_dtype, needed, tapped, zero_padded
 
 TEXT_TOKENS = 512  # what all were taught with; beside a picture's features diffusers counts the last 512 as text, always

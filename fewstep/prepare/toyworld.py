@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from fewstep.data.controls import Edge, Vis, grey_of_depth
 from fewstep.data.layout import Layout, Part
 from fewstep.data.toyclips import Clip
 from fewstep.data.toyworld import Event, Scene, World
+from fewstep.data.workers import spawned
 from fewstep.networks.text import open_text_encoder
 from fewstep.prepare import text
 from fewstep.prepare.progress import tracked
@@ -111,6 +110,8 @@ def _claimed(out: Path, num: int, seed: int, world: World) -> tuple[Layout, _Lab
     """The folder, marked as this series' own before the first clip is written, and the labels it has already."""
     if num < 1:
         raise ValueError(f"--num must be at least 1, not {num}")
+    if seed < 0:
+        raise ValueError(f"--seed must not be negative, as {seed} is")
     path, num_before, labels = out / INDEX, 0, _Labels()
     if path.is_file():
         try:
@@ -169,7 +170,7 @@ def _done(jobs: list[_Job], workers: int) -> Iterator[_Label]:
     if workers <= 0 or len(jobs) < 2:
         yield from map(_write_clip, jobs)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_use_one_thread) as pool:
+    with spawned(workers, _use_one_thread) as pool:
         try:
             yield from pool.map(_write_clip, jobs, chunksize=max(1, min(8, len(jobs) // (4 * workers))))
         except BaseException:

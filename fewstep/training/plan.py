@@ -188,7 +188,8 @@ def _fake() -> Iterator[Any]:  # Any: torch's FakeTensorMode
     before = ModelMixin.__dict__["from_pretrained"]
 
     def from_configuration(cls: Any, address: str, **more: Any) -> Any:
-        return cls.from_config(cls.load_config(address, **{k: v for k, v in more.items() if k == "subfolder"}))
+        module = cls.from_config(cls.load_config(address, **{k: v for k, v in more.items() if k == "subfolder"}))
+        return (module, dict[str, Any]()) if more.get("output_loading_info") else module
 
     def convert(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # torch exchanges fake parameters as whole objects, and fails where anything else refers to one weakly.

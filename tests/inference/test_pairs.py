@@ -142,6 +142,22 @@ def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
         write(out, teacher, Blocks(), source, making, num=9)  # type: ignore[arg-type]
 
 
+def test_a_teacher_that_answers_nan_makes_no_pairs(tmp_path: Path) -> None:
+    """Clamped and rounded, nan is black: its pairs would look like clips of the night."""
+
+    class Broken(Pull):
+        def __call__(self, x_t, t, cond: Condition, *, taps=(), cache=None) -> Prediction:
+            return super().__call__(x_t * float("nan"), t, cond)
+
+    source, out = dataset(tmp_path / "data"), tmp_path / "out"
+    with pytest.raises(ValueError, match=r"^pull: answers numbers that are not finite"):
+        write(out, Broken(), Blocks(), source, Making(num_steps=2, sampler="euler"), told="pull")  # type: ignore[arg-type]
+    assert [path.name for path in out.rglob("*") if path.is_file()] == ["pairs.json"]
+    (out / "pairs.json").write_text('{"teacher": ')
+    with pytest.raises(ValueError, match=r"pairs\.json: damaged, no JSON: .*Remove .*out and make its pairs again"):
+        made(tmp_path, "out", source)
+
+
 def test_controls_and_given_frames_reach_the_teacher_and_stay_with_the_pair(tmp_path: Path) -> None:
     from fewstep.data.controls import Edge
 

@@ -119,7 +119,7 @@ def test_wan_2_1_begins_with_a_picture_as_upstreams_pipeline(tmp_path: Path, mon
     assert room.generate(read_command(long)) == 1
     with torch.no_grad():
         last = codec_of(vae).decode(made[0])[:, :, -1].clamp(-1, 1)
-        seen = pipe.image_processor(images=to_uint8(last[:, :, None])[0, 0], return_tensors="pt")
+        seen = pipe.image_processor(images=to_uint8(last[:, :, None], "given")[0, 0], return_tensors="pt")
         features = pipe.image_encoder(**seen, output_hidden_states=True).hidden_states[-2]
     pipe.encode_image = lambda *args: features  # of the frame in whole numbers; it refuses features beside a picture
     theirs = pipe(image=last / 2 + 0.5, **told)[0]

@@ -95,6 +95,12 @@ def test_a_rerun_makes_only_what_is_missing_to_the_same_bytes(folder: Path, tmp_
     assert content(tmp_path / "grown") == before
 
 
+def test_a_refused_seed_leaves_the_folder_free(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--seed must not be negative, as -1 is"):
+        write(tmp_path / "set", 1, -1, WORLD)
+    assert write(tmp_path / "set", 1, 1, WORLD) == 1
+
+
 def test_captions_are_embedded_by_the_shipped_encoder(folder: Path, tmp_path: Path) -> None:
     """Told by the weights alone: padded or not, the embedding of a caption is what its network puts out."""
     out = tmp_path / "set"

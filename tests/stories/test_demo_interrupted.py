@@ -1,0 +1,78 @@
+"""The demo is told to end in the middle of a stage: its commands hear of it once, and are waited for while they save."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+# Ends as a training does: at the first signal it begins to save, at a second it ends at once.
+WORKER = """
+import os, signal, sys, time
+from pathlib import Path
+told = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: told.append(1))
+Path(sys.argv[1] + ".begun").write_text(str(os.getpid()))
+while not told:
+    time.sleep(0.05)
+time.sleep(1)
+Path(sys.argv[1] + ".told").write_text(str(len(told)))
+"""
+DEMO = """
+import sys
+from pathlib import Path
+from fewstep.cli import main
+import fewstep.demo
+from fewstep.demo.stages import Stage, run
+work = [(sys.executable, sys.argv[1], sys.argv[2] + "/" + name) for name in ("a", "b")]
+fewstep.demo.demo = lambda *_: run(Stage.of("wait", "two that wait", *work), Path(sys.argv[2]), 0)
+raise SystemExit(main(["demo"]))
+"""
+
+
+@pytest.mark.parametrize("how", ["ctrl-c in a terminal", "kill", "the terminal is closed"])
+def test_each_command_is_told_once_and_saves(how: str, tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-c", DEMO, str(tmp_path / "worker.py"), str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    demo = subprocess.Popen(command, text=True, start_new_session=True, **pipes)  # type: ignore[call-overload]
+    try:
+        _wait(lambda: (tmp_path / "a.begun").exists() and (tmp_path / "b.begun").exists())
+        if how == "ctrl-c in a terminal":
+            os.killpg(demo.pid, signal.SIGINT)  # a terminal's goes to the whole group
+        else:
+            demo.send_signal(signal.SIGTERM if how == "kill" else signal.SIGHUP)
+        said, _ = demo.communicate(timeout=60)
+    finally:
+        demo.kill()
+    assert demo.returncode == 1 and "aborted" in said and "Traceback" not in said, said
+    assert [(tmp_path / f"{name}.told").read_text() for name in "ab"] == ["1", "1"], said
+    assert not (tmp_path / "stages" / "wait.json").exists()
+    for name in "ab":
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / f"{name}.begun").read_text()), 0)
+
+
+def _wait(is_so: object, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not is_so():  # type: ignore[operator]
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_what_is_printed_is_what_a_shell_would_run() -> None:
+    from fewstep.demo.stages import shown, stages
+
+    for stage in stages(Path("my demo"), "quick", from_scratch=True):
+        for lane in stage.lanes:
+            for command in lane:
+                told = shown(command)
+                needs_root = any(word in told for word in (" train experiment=", " export ", "toy_release"))
+                assert told.startswith("OUTPUT_ROOT='my demo' ") == needs_root, told
+                split = ["sh", "-c", f'for word in {told}; do echo "$word"; done']
+                words = subprocess.run(split, capture_output=True, text=True, check=True).stdout.splitlines()
+                assert words == ["python" if word == sys.executable else word for word in command]
