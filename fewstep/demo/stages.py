@@ -34,6 +34,15 @@ SERIES = {"world": 7_400_000, "heldout": 7_400_001, "real": 7_400_002, "train": 
 
 
 @dataclass(frozen=True)
+class Learning:
+    """How long a student learns. A few hundred iterations go further in small batches and long steps."""
+
+    iters: int
+    batch_size: int = 32
+    more: tuple[str, ...] = ()  # settings
+
+
+@dataclass(frozen=True)
 class Plan:
     """How much of everything."""
 
@@ -42,10 +51,8 @@ class Plan:
     num_real: int  # clips that everything is compared with
     num_eval: int  # clips in an evaluation set
     sets: int
-    kd_iters: int
-    dmd2_iters: tuple[int, int]  # of four steps and of one, which is asked less often: as many as take the same time
-    pull_1step: float = GUIDANCE  # guidance in the scores the one-step student learns from: more makes up for a short training
-    batch_size: int = 32
+    kd: tuple[Learning, Learning]  # of four steps and of one
+    dmd2: tuple[Learning, Learning]  # the same; one step is asked less often: as many iterations as take the same time
     num_train: int = 24_000  # clips of --from-scratch; its iterations are the recipes' own, or as many as this
     scratch_iters: int | None = None
 
@@ -53,14 +60,21 @@ class Plan:
 PLANS: dict[Size, Plan] = {
     "quick": Plan(
         *(256, 128, 512, 128, 1),
-        kd_iters=60,
-        dmd2_iters=(60, 60),
-        batch_size=16,
+        kd=(Learning(60, 16), Learning(60, 16)),
+        dmd2=(Learning(60, 16), Learning(60, 16)),
         num_train=256,
         scratch_iters=40,
     ),
-    "default": Plan(1024, 1024, 2048, 512, 3, kd_iters=250, dmd2_iters=(290, 380), pull_1step=3.0),
-    "long": Plan(3072, 3072, 2048, 512, 3, kd_iters=800, dmd2_iters=(1700, 2300)),
+    "default": Plan(
+        *(1024, 1024, 2048, 512, 3),
+        kd=(Learning(250), Learning(500, 16)),
+        dmd2=(Learning(290), Learning(760, 16, ("method.guidance=3", "optim.lr=3e-4", "critic_optim.lr=6e-4"))),
+    ),
+    "long": Plan(
+        *(3072, 3072, 2048, 512, 3),
+        kd=(Learning(800), Learning(800)),
+        dmd2=(Learning(1700), Learning(2300)),
+    ),
 }
 STEPS = 35  # of the teacher's solver
 
@@ -89,15 +103,15 @@ def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
         where = ("--out", str(out / name), "--num", str(num), "--seed", str(SERIES[name]), "--workers", "1")
         return ("fewstep", "prepare", "toyworld", *where, *extra)
 
-    def train(recipe: str, iters: int, *more: str) -> Command:
+    def train(recipe: str, much: Learning) -> Command:
         sizes = (
-            f"trainer.max_iter={iters}",
-            f"trainer.batch_size={plan.batch_size}",
-            f"checkpoint.save_iter={min(iters, 200)}",
+            f"trainer.max_iter={much.iters}",
+            f"trainer.batch_size={much.batch_size}",
+            f"checkpoint.save_iter={min(much.iters, 200)}",
         )
-        shown = (f"trainer.log_every={max(1, min(20, iters // 4))}",)
+        shown = (f"trainer.log_every={max(1, min(640 // much.batch_size, much.iters // 4))}",)
         other = (f"networks.teacher.pretrained={toy}",) if from_scratch else ()
-        return (root, "fewstep", "train", f"experiment={recipe}", *more, *sizes, *shown, *other)
+        return (root, "fewstep", "train", f"experiment={recipe}", *much.more, *sizes, *shown, *other)
 
     def score(name: str, what: str, *more: str) -> Command:
         where = ("--prompts", held, "--real", real, "--out", str(out / "scores" / f"{name}.json"))
@@ -156,14 +170,14 @@ def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
         Stage.of(
             "kd",
             "knowledge distillation: students regress onto the teacher's clips",
-            train("toy_kd_4step", plan.kd_iters),
-            train("toy_kd_1step", plan.kd_iters),
+            train("toy_kd_4step", plan.kd[0]),
+            train("toy_kd_1step", plan.kd[1]),
         ),
         Stage.of(
             "dmd2",
             "distribution matching: students learn from the difference of two scores",
-            train("toy_dmd2_4step", plan.dmd2_iters[0]),
-            train("toy_dmd2_1step", plan.dmd2_iters[1], f"method.guidance={plan.pull_1step:g}"),
+            train("toy_dmd2_4step", plan.dmd2[0]),
+            train("toy_dmd2_1step", plan.dmd2[1]),
         ),
         Stage(
             "export",
