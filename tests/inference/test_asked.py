@@ -183,6 +183,7 @@ def test_controls_by_name_and_by_a_spec_file(tmp_path: Path) -> None:
         (["m", "--num-input-frames", "1"], "needs --input"),
         (["m", "--prompts", "nowhere.txt"], "no such file"),
         (["m", "--num_gpus", "8"], "torchrun --nproc_per_node=8"),
+        (["m", "--out", "clip.mp4"], "clip.mp4: names a folder"),
         (["m", "--controlnet_specs", "nowhere.json"], "controlnet_specs nowhere.json"),
     ],
 )

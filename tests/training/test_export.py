@@ -272,6 +272,9 @@ def test_the_pipeline_refuses_what_its_student_was_not_trained_for(
     led = pipe("a red ball", video=video, num_given=1, output_type="latent").frames
     wanted = open_codec(base).encode(torch.cat([video, video[:, :, -1:].expand(-1, -1, 5, -1, -1)], 2))
     torch.testing.assert_close(led[:, :, 0], wanted[:, :, 0], rtol=0, atol=1e-5)
+    next(iter(pipe.transformer.parameters())).data.view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match="answers numbers that are not finite"):  # numpy would make them black
+        pipe("a red ball")
 
 
 def test_adapters_are_merged_or_written_as_such(root: Path, base: Path, tmp_path: Path) -> None:
