@@ -41,11 +41,16 @@ def test_clips_follow_the_edges_that_lead_them() -> None:
     how = Making(num_steps=12, sampler="unipc", guidance=1.0)
 
     def made(controls: tuple[str, ...], cond: Condition) -> np.ndarray:
-        return to_uint8(codec.decode(solve(open_model(TOY, controls=controls).network, noise, cond, None, how)[0]))
+        return to_uint8(
+            codec.decode(solve(open_model(TOY, controls=controls).network, noise, cond, None, how)[0]), "the teacher"
+        )
 
     led = made(("edge",), Condition(text=text, text_mask=mask, control={"edge": hint}))
     alone = made((), cond)
-    best = f1(to_uint8(codec.decode(codec.encode(torch.from_numpy(wanted).permute(0, 4, 1, 2, 3).float() / 127.5 - 1))), wanted)
+    best = f1(
+        to_uint8(codec.decode(codec.encode(torch.from_numpy(wanted).permute(0, 4, 1, 2, 3).float() / 127.5 - 1)), "the codec"),
+        wanted,
+    )
     own, others, without = f1(led, wanted), f1(led, np.roll(wanted, 1, 0)), f1(alone, wanted)
     print(f"tokenizer {best.mean():.3f}, led {own.mean():.3f}, alone {without.mean():.3f}, of others {others.mean():.3f}")
     assert beyond_chance(own - without) and beyond_chance(own - others)
