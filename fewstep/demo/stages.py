@@ -67,8 +67,8 @@ PLANS: dict[Size, Plan] = {
     ),
     "default": Plan(
         *(1024, 1024, 2048, 512, 3),
-        kd=(Learning(250), Learning(500, 16)),
-        dmd2=(Learning(290), Learning(760, 16, ("method.guidance=3", "optim.lr=3e-4", "critic_optim.lr=6e-4"))),
+        kd=(Learning(250), Learning(250)),
+        dmd2=(Learning(290), Learning(670, 16, ("method.guidance=3", "optim.lr=3e-4", "critic_optim.lr=6e-4"))),
     ),
     "long": Plan(
         *(3072, 3072, 2048, 512, 3),
