@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+# In the .venv that is made here byte code is kept.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test test-all check format bench clean
 
 help:
@@ -22,11 +25,10 @@ $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@# torch first and alone: what follows then keeps this build. On Linux the default one brings CUDA (gigabytes); set
 	@# PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels, or PIP_FIND_LINKS to a folder with one, to spare them.
+	@# Nothing is compiled ahead: of 11,000 files some 2,500 are ever imported, and Python compiles those when they are.
 	$(INSTALL) --no-compile "$$(grep '^torch==' requirements.lock)"
 	$(INSTALL) --no-compile -r requirements.lock
 	$(INSTALL) --no-deps --no-build-isolation --editable .
-	@# Byte code by all cores, where pip would take one. Some packages hold files that are no Python: no failure.
-	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $(READY)
 
 demo: $(READY)

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor
 
 from fewstep.batch import Condition
 from fewstep.config import kind
@@ -120,7 +119,11 @@ class Experts:
         return Prediction(kept[0].x_t, t, self.path, raw.velocity, tuple(raw.features))
 
     def _is_sharded(self) -> bool:
-        return dist.is_initialized() and any(isinstance(parameter, DTensor) for parameter in self.module.parameters())
+        if not dist.is_initialized():
+            return False
+        from torch.distributed.tensor import DTensor  # half a second, and every command opens this file
+
+        return any(isinstance(parameter, DTensor) for parameter in self.module.parameters())
 
 
 def for_each(network: Network, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
