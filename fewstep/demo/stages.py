@@ -321,7 +321,7 @@ def run(stage: Stage, out: Path, order: int) -> None:
             for lane in lanes:
                 lane.start()
             for lane in lanes:
-                lane.join()
+                lane.ended.wait()
         except BaseException:
             _end(lanes)
             raise
@@ -358,7 +358,7 @@ def _end(lanes: Sequence[_Lane]) -> None:
             lane.stop(signal.SIGTERM)
         for lane in lanes:
             if lane.ident is not None:  # begun
-                lane.join()
+                lane.ended.wait()
     except BaseException:
         for lane in lanes:
             lane.stop(signal.SIGKILL)
@@ -372,9 +372,16 @@ class _Lane(threading.Thread):
         super().__init__()
         self.commands, self.mark = commands, mark
         self.failed, self._stopped = False, False
+        self.ended = threading.Event()  # to be waited for: a join() that Ctrl-C breaks takes the thread for ended (Python 3.11)
         self._running: subprocess.Popen[str] | None = None
 
     def run(self) -> None:
+        try:
+            self._run()
+        finally:
+            self.ended.set()
+
+    def _run(self) -> None:
         for command in self.commands:
             if self._stopped:
                 return

@@ -23,7 +23,8 @@ time.sleep(1)
 Path(sys.argv[1] + ".told").write_text(str(len(told)))
 """
 DEMO = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background ignores
 from pathlib import Path
 from fewstep.cli import main
 import fewstep.demo
@@ -39,16 +40,16 @@ def test_each_command_is_told_once_and_saves(how: str, tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, "-c", DEMO, str(tmp_path / "worker.py"), str(tmp_path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    demo = subprocess.Popen(command, text=True, start_new_session=True, **pipes)  # type: ignore[call-overload]
-    try:
-        _wait(lambda: (tmp_path / "a.begun").exists() and (tmp_path / "b.begun").exists())
-        if how == "ctrl-c in a terminal":
-            os.killpg(demo.pid, signal.SIGINT)  # a terminal's goes to the whole group
-        else:
-            demo.send_signal(signal.SIGTERM if how == "kill" else signal.SIGHUP)
-        said, _ = demo.communicate(timeout=60)
-    finally:
-        demo.kill()
+    with subprocess.Popen(command, text=True, start_new_session=True, **pipes) as demo:  # type: ignore[call-overload]
+        try:
+            _wait(lambda: (tmp_path / "a.begun").exists() and (tmp_path / "b.begun").exists())
+            if how == "ctrl-c in a terminal":
+                os.killpg(demo.pid, signal.SIGINT)  # a terminal's goes to the whole group
+            else:
+                demo.send_signal(signal.SIGTERM if how == "kill" else signal.SIGHUP)
+            said, _ = demo.communicate(timeout=60)
+        finally:
+            demo.kill()
     assert demo.returncode == 1 and "aborted" in said and "Traceback" not in said, said
     assert [(tmp_path / f"{name}.told").read_text() for name in "ab"] == ["1", "1"], said
     assert not (tmp_path / "stages" / "wait.json").exists()

@@ -150,7 +150,7 @@ def test_no_file_of_weights_is_opened(tmp_path: Path) -> None:
     case = run(DMD2(), networks)
     other = run(DMD2(), Networks(COSMOS, Full(COSMOS, "random"), Lora(rank=4)))
     assert plan(case).parts == plan(other).parts
-    with pytest.raises(OSError, match="no file named"):
+    with pytest.raises(ValueError, match="its weights are missing"):
         spec.build()
 
 
