@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -352,10 +352,10 @@ def _ended_like_ctrl_c() -> Iterator[None]:
 
 def _end(lanes: Sequence[_Lane]) -> None:
     """Tells each running command once, which saves what it has, and waits for it; interrupted again, it kills them."""
-    print("\nending: what is done is kept, a training saves a checkpoint; a second time ends at once", flush=True)
     try:
         for lane in lanes:
             lane.stop(signal.SIGTERM)
+        _say("\nending: what is done is kept, a training saves a checkpoint; a second time ends at once")
         for lane in lanes:
             if lane.ident is not None:  # begun
                 lane.ended.wait()
@@ -363,6 +363,12 @@ def _end(lanes: Sequence[_Lane]) -> None:
         for lane in lanes:
             lane.stop(signal.SIGKILL)
         raise
+
+
+def _say(text: str) -> None:
+    """To a terminal that may be closed by now: a command that saves is listened to until it has ended."""
+    with suppress(OSError):
+        print(text, flush=True)
 
 
 class _Lane(threading.Thread):
@@ -392,7 +398,7 @@ class _Lane(threading.Thread):
                     process.terminate()
                 assert process.stdout is not None
                 for line in process.stdout:
-                    print(f"    {self.mark}{line.rstrip()}", flush=True)
+                    _say(f"    {self.mark}{line.rstrip()}")
             if process.returncode != 0:
                 self.failed = True
                 return
