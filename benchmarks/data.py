@@ -30,12 +30,12 @@ import torch
 from numpy.typing import NDArray
 
 import fewstep
-from fewstep.data import video
-from fewstep.data.folder import Folder
+from fewstep.data.files import video
+from fewstep.data.folder.dataset import Folder
 from fewstep.data.loader import Feed, Loader
-from fewstep.networks.codecs import codec_of
+from fewstep.networks.encoders.codecs import codec_of
 from fewstep.prepare import latents
-from fewstep.prepare.toyworld import write as write_toyworld
+from fewstep.toyworld.dataset import write as write_toyworld
 
 START, COUNT = 8, 17
 # name: size of the file, size wanted

@@ -38,7 +38,7 @@ from fewstep.data.mock import Mock
 from fewstep.diffusion import Rng
 from fewstep.methods import DMD2
 from fewstep.methods.contract import Nets
-from fewstep.networks.cosmos import CosmosSpec
+from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks, build, wholes
 from fewstep.parallel import World
@@ -157,7 +157,7 @@ def measure(run: Run, heap: bool) -> dict[str, int]:
 
 
 def planned(run: Run) -> dict[str, int]:
-    from fewstep.training.plan import plan
+    from fewstep.training.plan.plan import plan
 
     return {"planned": sum(plan(run).parts.values())}
 

@@ -41,7 +41,7 @@ from fewstep.data.mock import Mock
 from fewstep.diffusion import Rng, features
 from fewstep.methods import DMD2
 from fewstep.methods.dmd2_dialects import Predict25, Transfer1
-from fewstep.networks.cosmos import Cosmos, CosmosSpec
+from fewstep.networks.families.cosmos.network import Cosmos, CosmosSpec
 from fewstep.networks.heads import Conv3dSpec
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks

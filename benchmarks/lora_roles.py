@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import fewstep
-from fewstep.demo.stages import SERIES, TOY
+from fewstep.toyworld.demo.stages import SERIES, TOY
 
 BOUND = 1.15
 FULL = ("networks.student.network=none", "networks.student.init=teacher", "networks.critic=full", "job.after=[]")

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from fewstep.data import toyclips, toyworld
+from fewstep.toyworld import clips, physics
 
 _BOUND = 50.0  # clips a second at 32 x 32 on two cores: what the demo's ten minutes allow
 
@@ -25,11 +25,11 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=512, help="clips in a run")
     parser.add_argument("--runs", type=int, default=5)
     wanted = parser.parse_args()
-    world = toyworld.World(height=wanted.size, width=wanted.size)
+    world = physics.World(height=wanted.size, width=wanted.size)
     rates = []
     for run in range(wanted.runs):
         start = time.perf_counter()
-        num = sum(1 for _ in toyclips.stream(world, run, range(wanted.num), workers=wanted.workers))
+        num = sum(1 for _ in clips.stream(world, run, range(wanted.num), workers=wanted.workers))
         rates.append(num / (time.perf_counter() - start))  # with the start of the workers
         print(f"run {run}: {rates[-1]:.1f} clips/s", flush=True)
     result = {

@@ -3,4 +3,6 @@
 from pathlib import Path
 
 __version__ = "0.1.0"
-TOY = Path(__file__).parent / "toy"  # models of the toy world, shipped: a pipeline's folder with transformer/, vae/, ...
+TOY = (
+    Path(__file__).parent / "toyworld" / "stack"
+)  # models of the toy world, shipped: a pipeline's folder with transformer/, vae/, ...

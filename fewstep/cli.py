@@ -90,7 +90,7 @@ def train_command(arguments: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(run))
         print(to_yaml(run), end="")
-        from fewstep.training.fit import dryrun
+        from fewstep.training.plan.advice import dryrun
 
         print(dryrun(run), file=sys.stderr)
         print(f"dry run: {folder / 'config.yaml'} is written, nothing was trained", file=sys.stderr)
@@ -118,7 +118,7 @@ def plan(
     """
     import fewstep.recipes  # noqa: F401  makes every name known
     from fewstep.config import compose, read_command
-    from fewstep.training.fit import command, split_words
+    from fewstep.training.plan.advice import command, split_words
     from fewstep.training.run import Run
 
     words, asked = split_words(context.args)
@@ -151,8 +151,8 @@ def export(
     ] = None,
 ) -> None:
     """Write the student of a run (its moving average): plain diffusers, or other forms, with a model card."""
-    from fewstep.training.export import checked_form
-    from fewstep.training.export import export as write
+    from fewstep.export.export import checked_form
+    from fewstep.export.export import export as write
 
     for path in write(run, out, checked_form(form), base):
         print(path)
@@ -173,7 +173,7 @@ def convert(
     lora_scale: Annotated[float | None, typer.Option(help="Add adapters in the file into its weights, times this.")] = None,
 ) -> None:
     """Weights from one form into another: original Cosmos, FastGen, distributed, diffusers; base and control into one."""
-    from fewstep.networks.convert import from_words
+    from fewstep.networks.weights.convert import from_words
 
     for written in from_words(source, out, base, control or [], ctrl_type, checkpoint_dir, model, dtype, lora_scale):
         print(written)
@@ -241,8 +241,8 @@ def prepare_toyworld(
     encoder: Annotated[str | None, typer.Option(help="Of captions, a folder or hub id; the toy world's own.")] = None,
 ) -> None:
     """Render the toy world: videos, captions and their embeddings, edge, vis, depth, seg and keypoint files."""
-    from fewstep.data.toyworld import World
-    from fewstep.prepare.toyworld import write
+    from fewstep.toyworld.dataset import write
+    from fewstep.toyworld.physics import World
 
     world, names = World(height=size, width=size), only.split(",") if only is not None else None
     made = write(out, num, seed, world, workers, names, encoder or TOY)
@@ -402,9 +402,9 @@ def evaluate(
     codec: Annotated[str | None, typer.Option(help="Of a model that has none beside it: a folder of diffusers.")] = None,
 ) -> None:
     """Score clips against real ones. Today: those of the toy world, by its own feature network and probes."""
-    from fewstep.evaluate import Job, line
-    from fewstep.evaluate import run as score
     from fewstep.inference import pairs as making
+    from fewstep.inference.evaluate import Job, line
+    from fewstep.inference.evaluate import run as score
 
     options = {"--steps": steps, "--sampler": sampler, "--shift": shift, "--guidance": guidance}
     told = tuple(name for name, value in options.items() if value is not None)
@@ -422,7 +422,7 @@ def demo(
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Train tokenizer and teacher, too: hours.")] = False,
 ) -> None:
     """The miniature, end to end, with a report. Interrupted, the same command goes on where it was."""
-    from fewstep.demo import demo as show
+    from fewstep.toyworld.demo import demo as show
 
     if quick and long:
         raise ValueError("--quick and --long: choose one")

@@ -17,7 +17,8 @@ BELOW = {
     "methods": {"batch", "config", "diffusion"},
     "data": {"batch", "config"},
     "evaluation": {"batch", "config", "data"},
-    "inference": {"batch", "config", "diffusion", "parallel", "networks", "methods", "data"},
+    "inference": {"batch", "config", "diffusion", "parallel", "networks", "methods", "data", "evaluation"},
+    "export": {"batch", "config", "diffusion", "parallel", "networks", "methods", "data", "inference", "training"},
     "training": {"batch", "config", "diffusion", "parallel", "networks", "methods", "data", "evaluation", "inference"},
     "prepare": {"batch", "config", "diffusion", "parallel", "networks", "data"},
     "recipes": {
@@ -33,7 +34,14 @@ BELOW = {
         "training",
     },
 }
-TOP = {"cli", "demo", "evaluate", "train", "__main__", "__init__"}  # verbs: they may import every room
+TOP = {"cli", "toyworld", "train", "__main__", "__init__"}  # verbs: they may import every room
+YET = {  # files that still import the toy world, which nothing of the core may; this table is to become empty
+    "export/to_diffusers.py",
+    "inference/evaluate.py",
+    "methods/__init__.py",
+    "networks/encoders/text.py",
+    "recipes/__init__.py",
+}
 HEAVY = {"diffusers", "transformers", "peft", "av", "cv2", "tensorboard"}
 
 
@@ -63,6 +71,8 @@ def test_no_arrow_points_up(path: Path) -> None:
     if room in TOP:
         return
     asked = {name.split(".")[1] for name in imports(path) if name.startswith("fewstep.")}
+    if str(path.relative_to(PACKAGE)) in YET:
+        asked -= {"toyworld"}
     assert asked <= BELOW[room] | {room}, f"{path} may not import {sorted(asked - BELOW[room] - {room})}"
 
 

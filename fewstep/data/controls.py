@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.config import OneOf, kind
-from fewstep.data import keypoints, masks, video
+from fewstep.data.files import keypoints, masks, video
 
 Pixels = NDArray[np.uint8]  # T H W 3
 Strength = Literal["none", "very_low", "low", "medium", "high", "very_high"]

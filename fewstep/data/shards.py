@@ -25,11 +25,11 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.config import kind
-from fewstep.data import layout, video
 from fewstep.data.atomic import replacing
-from fewstep.data.folder import Folder, FolderData
-from fewstep.data.layout import Layout, some
-from fewstep.data.samples import Sample, parts_of, size_problems, spans_of
+from fewstep.data.files import video
+from fewstep.data.folder.dataset import Folder, FolderData, layout
+from fewstep.data.folder.layout import Layout, some
+from fewstep.data.folder.samples import Sample, parts_of, size_problems, spans_of
 
 INDEX, FORMAT = "index.json", 1
 _AGAIN = "Write it again: fewstep prepare shards"

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from fewstep.batch import Condition
 from fewstep.config import choices
-from fewstep.data import arrays, controls, video
+from fewstep.data import controls
+from fewstep.data.files import arrays, video
 from fewstep.inference.asked import Asked, Request
 from fewstep.inference.chunks import Chunk
 from fewstep.inference.model import Model
 from fewstep.inference.pairs import to_uint8
-from fewstep.networks.codecs import Autoencoder
-from fewstep.networks.vision import ClipVision
+from fewstep.networks.encoders.codecs import Autoencoder
+from fewstep.networks.encoders.vision import ClipVision
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Text:
 
 def texts_of(requests: Sequence[Request], asked: Asked, model: Model, device: torch.device) -> Mapping[str, Text]:
     """Every text that will be needed, by itself; then the encoder is let go, which is larger than many a network."""
-    from fewstep.networks.text import QwenImage, open_text_encoder
+    from fewstep.networks.encoders.text import QwenImage, open_text_encoder
 
     if all(request.label is not None for request in requests):
         return {}
@@ -200,7 +201,7 @@ def _given(
     config: Any = getattr(network.module, "config", {})
     num, rest = begins.shape[2], num_frames - begins.shape[2]
     if is_of_pictures(parts.model) and type(network).__name__ == "CogVideoX":
-        from fewstep.networks.cogvideox import from_picture
+        from fewstep.networks.families.cogvideox import from_picture
 
         latent = codec.encode(begins)
         told: Any = codec.module.config
@@ -208,7 +209,7 @@ def _given(
             latent = latent / told.scaling_factor**2
         return replace(cond, beside=from_picture(latent, latent_shape[1]))
     if is_of_pictures(parts.model):
-        from fewstep.networks.wan import start_from
+        from fewstep.networks.families.wan.network import start_from
 
         grey = begins.new_zeros(1, 3, rest, *begins.shape[3:])
         cond = replace(cond, beside=start_from(codec.encode(torch.cat([begins, grey], 2))))

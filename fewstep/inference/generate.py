@@ -21,8 +21,8 @@ from torch import Tensor
 
 from fewstep.batch import Condition
 from fewstep.config.text import read_json
-from fewstep.data import arrays, video
 from fewstep.data.atomic import replacing
+from fewstep.data.files import arrays, video
 from fewstep.diffusion import EDM, Rng, guided, samplers, times
 from fewstep.diffusion.rollout import start
 from fewstep.inference.asked import Asked, Request, read_command
@@ -39,10 +39,10 @@ from fewstep.inference.conditions import (
 )
 from fewstep.inference.model import Envelope, Model, open_model
 from fewstep.inference.pairs import to_uint8
-from fewstep.networks.codecs import Autoencoder, open_codec
 from fewstep.networks.contract import Network
-from fewstep.networks.experts import Experts, guided_apart
-from fewstep.networks.vision import ClipVision
+from fewstep.networks.encoders.codecs import Autoencoder, open_codec
+from fewstep.networks.encoders.vision import ClipVision
+from fewstep.networks.families.wan.experts import Experts, guided_apart
 from fewstep.parallel import World, join_world, leave_world, place
 
 TEACHER_STEPS = 35
@@ -294,7 +294,7 @@ def _pictures(asked: Asked, model: Model, device: torch.device) -> ClipVision | 
     config: Any = getattr(getattr(model.network, "high", model.network).module, "config", {})
     if getattr(config, "image_dim", None) is None or (asked.image_encoder is None and model.folder is None):
         return None
-    from fewstep.networks.vision import open_image_encoder
+    from fewstep.networks.encoders.vision import open_image_encoder
 
     dtype = torch.bfloat16 if asked.precision == "bf16" else torch.float32
     return open_image_encoder(asked.image_encoder or str(model.folder), dtype=dtype, device=device)

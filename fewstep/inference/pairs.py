@@ -27,16 +27,16 @@ from torch import Tensor
 from fewstep.batch import Condition
 from fewstep.config import choices
 from fewstep.config.text import read_json
-from fewstep.data import arrays, cache, layout, video
 from fewstep.data.atomic import replacing
-from fewstep.data.folder import Folder, FolderData
-from fewstep.data.layout import Layout
+from fewstep.data.files import arrays, cache, video
+from fewstep.data.folder.dataset import Folder, FolderData, layout
+from fewstep.data.folder.layout import Layout
 from fewstep.diffusion import Rng, guided, samplers, times
 from fewstep.diffusion.path import floats
 from fewstep.diffusion.rollout import start
 from fewstep.methods.given import first_frames
-from fewstep.networks.codecs import Codec
 from fewstep.networks.contract import Network
+from fewstep.networks.encoders.codecs import Codec
 
 ABOUT = "pairs.json"
 SamplerName = Literal["euler", "heun", "dpmpp_2m", "unipc", "res_2ab"]
@@ -249,7 +249,7 @@ def command(
 ) -> str:
     """What `fewstep pairs` does: opens everything, makes this rank's share, and tells it in one line."""
     from fewstep.inference.model import open_model
-    from fewstep.networks.codecs import open_codec
+    from fewstep.networks.encoders.codecs import open_codec
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if device is None:

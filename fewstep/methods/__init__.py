@@ -1,6 +1,5 @@
 """Algorithms, one file each; each a frozen dataclass whose fields are its hyper-parameters."""
 
-from fewstep.methods.autoencode import Autoencode
 from fewstep.methods.contract import Method, Nets, Terms, Turn
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.dmd2_dialects import FastGen, Predict25, Transfer1
@@ -12,6 +11,7 @@ from fewstep.methods.ladd import LADD
 from fewstep.methods.phased import PhasedDMD
 from fewstep.methods.reward import RewardDMD
 from fewstep.methods.sid import SiD
+from fewstep.toyworld.autoencode import Autoencode
 
 __all__ = [
     "DMD2",

@@ -14,10 +14,10 @@ from torch import nn
 
 from fewstep.config import OneOf, kind
 from fewstep.networks.contract import AnyNetwork, Network
-from fewstep.networks.experts import ExpertsSpec, for_each
+from fewstep.networks.families.wan.experts import ExpertsSpec, for_each
 from fewstep.networks.heads import AnyHead
 from fewstep.networks.lora import Backbone, Lora, Shared, as_adapters
-from fewstep.networks.weights import load_into, read
+from fewstep.networks.weights.addresses import load_into, read
 
 
 class Role(Protocol):
@@ -37,7 +37,7 @@ class Full:
     """A network of its own, all weights trained."""
 
     network: AnyNetwork | None = None  # None: the teacher's
-    # "teacher": a copy of its weights; "random"; or a weights address (networks/weights.py). Two experts each get those of one
+    # "teacher": a copy of its weights; "random"; or a weights address (networks/weights). Two experts each get those of one
     init: str = "teacher"
 
     def problems(self) -> Iterable[tuple[str, str]]:

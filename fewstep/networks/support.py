@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fewstep.networks.published import FAMILIES, PUBLISHED
+from fewstep.networks.families.published import FAMILIES, PUBLISHED
 
 
 @dataclass(frozen=True)

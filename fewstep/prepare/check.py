@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from fewstep.data import sheet
-from fewstep.data.survey import survey, with_settings
+from fewstep.data.check import sheet
+from fewstep.data.check.survey import survey, with_settings
 from fewstep.prepare.progress import tracked
 
 

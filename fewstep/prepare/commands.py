@@ -7,7 +7,7 @@ from typing import Any, cast, get_args
 
 import torch
 
-from fewstep.data.folder import Folder
+from fewstep.data.folder.dataset import Folder
 from fewstep.prepare import latents as latents_
 from fewstep.prepare import text as text_
 
@@ -22,7 +22,7 @@ def text(
     max_tokens: int | None,
     device: str | None,
 ) -> str:
-    from fewstep.networks.text import open_text_encoder
+    from fewstep.networks.encoders.text import open_text_encoder
 
     _refuse_unknown("--form", form, get_args(text_.Form))
     if "/" in into or into.startswith("."):
@@ -39,7 +39,7 @@ def latents(
     folder: Path, codec: str, control: str | None, dtype: str, device: str | None, opening: dict[str, Any], **windows: Any
 ) -> str:
     """`windows` are fields of Folder, `opening` what `open_codec` takes."""
-    from fewstep.networks.codecs import open_codec
+    from fewstep.networks.encoders.codecs import open_codec
 
     _refuse_unknown("--dtype", dtype, get_args(latents_.Half))
     _refuse_unknown("--resize", windows["resize"], ("stretch", "crop"))

@@ -21,10 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fewstep.data import arrays, keypoints, layout, masks, video
 from fewstep.data.atomic import replacing
 from fewstep.data.controls import Edge, Pixels, Preset, Vis, seed_of
-from fewstep.data.layout import Layout, some
+from fewstep.data.files import arrays, keypoints, masks, video
+from fewstep.data.folder import layout
+from fewstep.data.folder.layout import Layout, some
 from fewstep.prepare.latents import ahead_of, hash_of
 from fewstep.prepare.ledger import NAME, Ledger
 from fewstep.prepare.progress import tracked
@@ -136,7 +137,7 @@ class OfDepthModel:
     def __init__(self, address: str, device: str = "cpu", at_once: int = 8, quality: video.Quality | None = None):
         from transformers import AutoModelForDepthEstimation
 
-        from fewstep.networks.codecs import fingerprint_of
+        from fewstep.networks.encoders.codecs import fingerprint_of
 
         try:
             model = AutoModelForDepthEstimation.from_pretrained(address)

@@ -1,7 +1,7 @@
 """A data set's clips through a codec, once: what training reads instead of pixels.
 
 A row is what `Folder(x0="pixels", ...)` gives for a sample, encoded: the same windows, sizes and checks, with the same errors.
-Rows are made one at a time, so that no batch size changes a bit of them, and kept in 16 bits (fewstep/data/packs.py).
+Rows are made one at a time, so that no batch size changes a bit of them, and kept in 16 bits (fewstep/data/files/packs.py).
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from torch import Tensor
 
 from fewstep.batch import Batch
 from fewstep.config import choices
-from fewstep.data import layout
-from fewstep.data.folder import Folder, FolderData
-from fewstep.data.layout import some
-from fewstep.data.packs import Label, Writer
-from fewstep.data.samples import Sample
-from fewstep.networks.codecs import Codec
+from fewstep.data.files.packs import Label, Writer
+from fewstep.data.folder.dataset import Folder, FolderData, layout
+from fewstep.data.folder.layout import some
+from fewstep.data.folder.samples import Sample
+from fewstep.networks.encoders.codecs import Codec
 from fewstep.prepare.progress import tracked
 
 Half = Literal["float16", "bfloat16"]

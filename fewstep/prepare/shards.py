@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.data import cache, layout, video
 from fewstep.data.atomic import replacing
 from fewstep.data.controls import Control
-from fewstep.data.layout import Layout, Part, some
-from fewstep.data.packs import Packs, has_packs, open_packs
+from fewstep.data.files import cache, video
+from fewstep.data.files.packs import Packs, has_packs, open_packs
+from fewstep.data.folder import layout
+from fewstep.data.folder.layout import Layout, Part, some
 from fewstep.data.shards import FORMAT, INDEX, filesystem
 from fewstep.prepare.progress import tracked
 

@@ -16,12 +16,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewstep.data import layout
-from fewstep.data.arrays import write_pickle
 from fewstep.data.atomic import replacing
-from fewstep.data.layout import Layout, some
-from fewstep.data.packs import Label, Writer, has_packs
-from fewstep.networks.text import TextEncoder
+from fewstep.data.files.arrays import write_pickle
+from fewstep.data.files.packs import Label, Writer, has_packs
+from fewstep.data.folder import layout
+from fewstep.data.folder.layout import Layout, some
+from fewstep.networks.encoders.text import TextEncoder
 from fewstep.prepare.ledger import NAME, Ledger
 from fewstep.prepare.progress import tracked
 

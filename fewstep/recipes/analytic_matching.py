@@ -13,7 +13,7 @@ from fewstep.diffusion.times import Shifted
 from fewstep.inference.synthetic import MixtureSamples
 from fewstep.methods import LADD, FDistill, Gan, PhasedDMD, RewardDMD, SiD
 from fewstep.methods.reward import Toward
-from fewstep.networks.experts import ExpertsSpec
+from fewstep.networks.families.wan.experts import ExpertsSpec
 from fewstep.networks.heads import MultiscaleSpec
 from fewstep.networks.roles import Full, Networks
 from fewstep.recipes.analytic import MIXTURE, PRETRAINED, STUDENT, analytic_dmd2, analytic_dmd2_onestep, analytic_finetune

@@ -16,11 +16,11 @@ from functools import partial
 
 from fewstep.config import recipe
 from fewstep.data.controls import Control, Depth, Edge, Seg, Vis
-from fewstep.data.folder import Folder
+from fewstep.data.folder.dataset import Folder
 from fewstep.methods.dmd2_dialects import Predict25
 from fewstep.methods.gan import Gan
-from fewstep.networks.cosmos import CosmosSpec
-from fewstep.networks.cosmos_models import PREDICT2_5_2B, PREDICT2_5_14B, transfer2_5_2b
+from fewstep.networks.families.cosmos.models import PREDICT2_5_2B, PREDICT2_5_14B, transfer2_5_2b
+from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.heads import QuerySpec
 from fewstep.networks.roles import Networks
 from fewstep.training.ema import Ema

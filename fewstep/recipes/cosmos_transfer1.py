@@ -16,11 +16,11 @@ from functools import partial
 
 from fewstep.config import recipe
 from fewstep.data.controls import Control, Depth, Edge, Keypoint, Seg, Vis
-from fewstep.data.folder import Folder
+from fewstep.data.folder.dataset import Folder
 from fewstep.diffusion.times import LogNormal
 from fewstep.methods import KD, Finetune
 from fewstep.methods.dmd2_dialects import Transfer1
-from fewstep.networks.cosmos_models import transfer1_7b
+from fewstep.networks.families.cosmos.models import transfer1_7b
 from fewstep.networks.heads import Conv3dSpec
 from fewstep.networks.roles import Full, Networks
 from fewstep.training.ema import Ema

@@ -28,7 +28,7 @@ from fewstep.networks.contract import Network
 from fewstep.networks.frozen import Offloaded, to_8bit
 from fewstep.networks.lora import Shared
 from fewstep.networks.roles import Whole, build, wholes
-from fewstep.networks.weights import load_into, locate, read
+from fewstep.networks.weights.addresses import load_into, locate, read
 from fewstep.parallel import World, is_joined, join_world, leave_world, place
 from fewstep.training.alone import alone_in
 from fewstep.training.checkpoint import Checkpoints, Progress, replace_text

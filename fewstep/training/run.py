@@ -13,7 +13,7 @@ from fewstep.data.loader import Loader
 from fewstep.methods.contract import Method
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Networks
-from fewstep.networks.weights import output_root
+from fewstep.networks.weights.addresses import output_root
 from fewstep.training.ema import Ema
 from fewstep.training.health import Health
 from fewstep.training.optim import Optim

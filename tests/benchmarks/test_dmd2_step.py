@@ -23,7 +23,7 @@ from fewstep.diffusion import Rng
 from fewstep.methods import DMD2
 from fewstep.methods.contract import Nets
 from fewstep.methods.dmd2_dialects import Predict25, Transfer1
-from fewstep.networks.cosmos import CosmosSpec
+from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.heads import Conv3dSpec
 
 SPEC = CosmosSpec(latent_channels=2, num_heads=1, head_dim=12, num_layers=3, text_dim=8, adaln_lora_dim=4, max_size=(4, 16, 16))

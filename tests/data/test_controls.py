@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fewstep.config import choices
-from fewstep.data import keypoints, masks, toyclips, toyworld, video
 from fewstep.data.controls import Depth, Edge, Keypoint, Seg, Span, Strength, Vis, depth_of_grey, grey_of_depth
+from fewstep.data.files import keypoints, masks, video
+from fewstep.toyworld import clips, physics
 
 
 @pytest.fixture(scope="module")
-def toy() -> toyclips.Clip:
-    return toyclips.clip(toyworld.World(height=64, width=64, num_frames=5), 0, 0)
+def toy() -> clips.Clip:
+    return clips.clip(physics.World(height=64, width=64, num_frames=5), 0, 0)
 
 
 def picture(height: int, width: int) -> NDArray[np.uint8]:
@@ -45,7 +46,7 @@ def test_all_five_can_be_named_in_a_configuration() -> None:
         ("very_high", 300, 400),
     ],
 )
-def test_edge_is_canny_with_the_numbers_of_transfer1(toy: toyclips.Clip, preset: Strength, lower: int, upper: int) -> None:
+def test_edge_is_canny_with_the_numbers_of_transfer1(toy: clips.Clip, preset: Strength, lower: int, upper: int) -> None:
     edges = Edge(preset)(toy.rgb)
     assert edges.dtype == np.uint8
     for made, frame in zip(edges, toy.rgb, strict=True):
@@ -106,7 +107,7 @@ def test_frames_too_small_or_of_another_kind_are_refused() -> None:
         Edge()(np.zeros((1, 8, 8, 3)))  # type: ignore[arg-type]
 
 
-def test_video_controls_read_windows_at_a_size(tmp_path: Path, toy: toyclips.Clip) -> None:
+def test_video_controls_read_windows_at_a_size(tmp_path: Path, toy: clips.Clip) -> None:
     video.write(tmp_path / "a.mp4", toy.rgb, 16, "lossless")
     for control in (Edge(), Vis(), Depth()):
         assert np.array_equal(control.read(tmp_path / "a.mp4", Span(1, 2, 2), (64, 64)), toy.rgb[1:4:2])
@@ -313,8 +314,8 @@ def test_other_layouts_of_keypoints_are_refused(tmp_path: Path, content: Any, wo
 
 
 def test_things_of_the_toy_world_are_drawn_where_they_are(tmp_path: Path) -> None:
-    world = toyworld.World(height=64, width=64, num_frames=5, min_objects=2)
-    made = toyclips.clip(world, 3, 1)
+    world = physics.World(height=64, width=64, num_frames=5, min_objects=2)
+    made = clips.clip(world, 3, 1)
     phrases = [f"{body.colour} {body.shape}" for body in made.scene.bodies]
     keypoints.write_objects(tmp_path / "a.pickle", phrases, made.keypoints)
     raw = keypoints.read_raw(tmp_path / "a.pickle")

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from fewstep.config import ConfigError, check, choices, parse, to_yaml
-from fewstep.data import cache, folder, toyclips, video
-from fewstep.data.arrays import write_pickle
 from fewstep.data.contract import BadSamples
 from fewstep.data.controls import Depth, Edge, Keypoint, Seg, Vis, depth_of_grey
-from fewstep.data.folder import Folder
-from fewstep.data.toyworld import World
-from fewstep.prepare.toyworld import depth_range_m, stem_of, write
+from fewstep.data.files import cache, video
+from fewstep.data.files.arrays import write_pickle
+from fewstep.data.folder.dataset import Folder
+from fewstep.toyworld import clips
+from fewstep.toyworld.dataset import depth_range_m, stem_of, write
+from fewstep.toyworld.physics import World
 
 WORLD = World(num_frames=9)
 NUM, SEED = 4, 3
@@ -71,7 +72,7 @@ def test_the_toy_world_comes_back(source: Path) -> None:
     assert batch.cond.fps.tolist() == [16.0] * 4
     near, far = depth_range_m(WORLD)
     for row, index in enumerate([2, 0, 3, 1]):
-        made = toyclips.clip(WORLD, SEED, index)
+        made = clips.clip(WORLD, SEED, index)
         pixels = (batch.x0[row] + 1) * 127.5
         assert torch.equal(pixels.round().permute(1, 2, 3, 0).to(torch.uint8), torch.from_numpy(made.rgb))
         grey = ((batch.cond.control["depth"][row] + 1) * 127.5).round().permute(1, 2, 3, 0).numpy().astype(np.uint8)
@@ -85,7 +86,7 @@ def test_the_toy_world_comes_back(source: Path) -> None:
 
 
 def test_masks_and_keypoints_and_controls_made_on_the_way(source: Path) -> None:
-    row, made = torch.tensor([1]), toyclips.clip(WORLD, SEED, 1)
+    row, made = torch.tensor([1]), clips.clip(WORLD, SEED, 1)
     seg = spec(source, control=Seg()).open().batch(row).cond.control["seg"]
     assert torch.equal((seg > -1).any(1)[0], torch.from_numpy(made.segmentation > 0))
     drawn = spec(source, control=Keypoint()).open().batch(row).cond.control["keypoint"]
@@ -474,5 +475,5 @@ def test_settings_without_effect_are_warned_of() -> None:
     assert check(Folder("d", x0="latents", sequence_interval=2)) == [
         "sequence_interval: has no effect: latents are of whole clips, at their own size"
     ]
-    assert folder.Folder("d", path_times=(0.5,)).fields == {"x0"}
+    assert Folder("d", path_times=(0.5,)).fields == {"x0"}
     assert "path_times: has no effect" in check(Folder("d", path_times=(0.5,)))[0]

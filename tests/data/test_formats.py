@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fewstep.data.controls import Edge
-from fewstep.data.folder import Folder
+from fewstep.data.folder.dataset import Folder
 
 PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
 

@@ -84,7 +84,7 @@ def mutated(draw: Any, st: Any, seeds: list[bytes]) -> bytes:
 
 
 def seeds_of(target: str, home: Path) -> list[bytes]:
-    from fewstep.data import cache, masks, video
+    from fewstep.data.files import cache, masks, video
 
     draw = np.random.default_rng(0)
     if target == "pickle":
@@ -123,8 +123,9 @@ def seeds_of(target: str, home: Path) -> list[bytes]:
 
 
 def reader_of(target: str, home: Path) -> Callable[[bytes], object]:
-    from fewstep.data import arrays, cache, keypoints, masks, parts, samples, video
-    from fewstep.data.layout import Layout
+    from fewstep.data.files import arrays, cache, keypoints, masks, video
+    from fewstep.data.folder import parts, samples
+    from fewstep.data.folder.layout import Layout
 
     def at(name: str, data: bytes) -> Path:
         path = home / name

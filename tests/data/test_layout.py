@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.data import layout
 from fewstep.data.atomic import replacing
-from fewstep.data.layout import Layout, some
+from fewstep.data.folder import layout
+from fewstep.data.folder.layout import Layout, some
 
 
 def touch(root: Path, *names: str) -> None:

@@ -17,13 +17,13 @@ import pytest
 import torch
 
 from fewstep.cli import main
-from fewstep.data import cache, masks, video
-from fewstep.data.arrays import write_pickle
+from fewstep.data.check.survey import survey
 from fewstep.data.controls import Edge, Keypoint, Seg
-from fewstep.data.folder import Folder
-from fewstep.data.survey import survey
-from fewstep.data.toyworld import World
-from fewstep.prepare.toyworld import write
+from fewstep.data.files import cache, masks, video
+from fewstep.data.files.arrays import write_pickle
+from fewstep.data.folder.dataset import Folder
+from fewstep.toyworld.dataset import write
+from fewstep.toyworld.physics import World
 
 WORLD = World(num_frames=9)
 SHAPE = (4, 3, 8, 8)  # latents C T H W of 9 frames of 32 x 32
@@ -304,8 +304,8 @@ def test_the_sheet_stands_alone_and_escapes(toy: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_laid_over_a_frame_is_its_own_control(source: Path) -> None:
-    from fewstep.data.layout import Layout
-    from fewstep.data.sheet import _pictures
+    from fewstep.data.check.sheet import _pictures
+    from fewstep.data.folder.layout import Layout
 
     place, sample = Layout.open(source), survey(source).samples[0]
     made = _pictures(place, sample)

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from fewstep.config import ConfigError, check, choices, parse
-from fewstep.data import video
 from fewstep.data.controls import Edge
-from fewstep.data.folder import Folder
+from fewstep.data.files import video
+from fewstep.data.files.sizes import BUCKETS_720, fit, nearest_shape
+from fewstep.data.folder.dataset import Folder
 from fewstep.data.mix import Mix, Source
 from fewstep.data.order import interleaved, shares
-from fewstep.data.sizes import BUCKETS_720, fit, nearest_shape
 
 
 def pictures(seed: int, num: int, height: int, width: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.data.packs import MAKING, Label, Writer, has_packs, open_packs
+from fewstep.data.files.packs import MAKING, Label, Writer, has_packs, open_packs
 
 ORIGIN = {"codec": "a", "dtype": "float16"}
 LABELS = [Label(f"clip_{n // 2}", f"hash_{n // 2}", 8 * (n % 2), {"fps": 16.0 + n}) for n in range(10)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fewstep.data import video
+from fewstep.data.files import video
 
 HEIGHT, WIDTH = 176, 320
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fewstep.data import toyclips, toyworld, video
+from fewstep.data.files import video
+from fewstep.toyworld import clips, physics
 
 
 def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
@@ -16,7 +17,7 @@ def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
 
 @pytest.fixture(scope="module")
 def toy() -> NDArray[np.uint8]:
-    return toyclips.clip(toyworld.World(), 0, 0).rgb
+    return clips.clip(physics.World(), 0, 0).rgb
 
 
 def smooth(num: int, height: int = 64, width: int = 96) -> NDArray[np.uint8]:

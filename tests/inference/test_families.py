@@ -6,12 +6,12 @@ from typing import Any
 
 import fewstep.recipes  # noqa: F401  makes every name known
 from fewstep.inference.model import spec_of
-from fewstep.networks.cogvideox import CogVideoXSpec
-from fewstep.networks.dit import DitSpec
-from fewstep.networks.experts import ExpertsSpec
-from fewstep.networks.flux import FluxSpec
-from fewstep.networks.unet import UnetSpec
-from fewstep.networks.wan import WanSpec
+from fewstep.networks.families.cogvideox import CogVideoXSpec
+from fewstep.networks.families.dit import DitSpec
+from fewstep.networks.families.flux import FluxSpec
+from fewstep.networks.families.unet import UnetSpec
+from fewstep.networks.families.wan.experts import ExpertsSpec
+from fewstep.networks.families.wan.network import WanSpec
 
 
 def folder(place: Path, denoiser: str, index: dict[str, Any], scheduler: dict[str, Any]) -> str:

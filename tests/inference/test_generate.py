@@ -19,16 +19,16 @@ from torch import Tensor
 from fewstep.batch import Condition
 from fewstep.cli import main as cli
 from fewstep.config import dump
-from fewstep.data import arrays, video
+from fewstep.data.files import arrays, video
 from fewstep.diffusion import Rng, guided, samplers, times
 from fewstep.inference.asked import read_command
 from fewstep.inference.generate import generate, sample
 from fewstep.inference.model import Model, open_model
-from fewstep.networks.codecs import open_codec
-from fewstep.networks.cosmos import CosmosSpec
-from fewstep.networks.cosmos_control import CosmosControlSpec
-from fewstep.networks.text import open_text_encoder
-from fewstep.networks.words import WordsConfig, WordsEncoder, WordsModel
+from fewstep.networks.encoders.codecs import open_codec
+from fewstep.networks.encoders.text import open_text_encoder
+from fewstep.networks.families.cosmos.control import CosmosControlSpec
+from fewstep.networks.families.cosmos.network import CosmosSpec
+from fewstep.toyworld.words import WordsConfig, WordsEncoder, WordsModel
 
 NET = CosmosSpec(
     latent_channels=2, num_heads=2, head_dim=12, num_layers=2, mlp_ratio=2.0, text_dim=8, adaln_lora_dim=4,
@@ -141,8 +141,8 @@ def test_processes_divide_the_clips_and_make_what_one_makes(student: Path, tmp_p
 
 @torch.no_grad()
 def test_the_low_noise_expert_may_have_a_guidance_of_its_own() -> None:
-    from fewstep.networks.experts import ExpertsSpec, guided_apart
-    from fewstep.networks.wan import WanSpec
+    from fewstep.networks.families.wan.experts import ExpertsSpec, guided_apart
+    from fewstep.networks.families.wan.network import WanSpec
 
     torch.manual_seed(0)
     wan = WanSpec(
@@ -354,7 +354,7 @@ def _picture(folder: Path) -> Path:
 def test_wan_i2v_reads_its_picture_beside_its_latents(tmp_path: Path) -> None:
     from diffusers import AutoencoderKLWan
 
-    from fewstep.networks.wan import WanSpec, start_from
+    from fewstep.networks.families.wan.network import WanSpec, start_from
 
     spec = WanSpec(
         latent_channels=16, beside_channels=20, num_heads=2, head_dim=12, num_layers=1, ffn_dim=16, text_dim=8, freq_dim=8,

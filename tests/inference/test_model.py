@@ -12,9 +12,9 @@ import torch
 
 from fewstep.batch import Condition
 from fewstep.inference.model import know_every_kind, open_model, spec_of
-from fewstep.networks.cosmos_control import CosmosControlSpec
-from fewstep.networks.cosmos_keys import original_names
-from fewstep.networks.cosmos_models import MODELS, transfer1_7b
+from fewstep.networks.families.cosmos.control import CosmosControlSpec
+from fewstep.networks.families.cosmos.keys import original_names
+from fewstep.networks.families.cosmos.models import MODELS, transfer1_7b
 
 
 def folder(tmp_path: Path, pipeline: str, network: str, part: str = "transformer", index: Any = None, **config: Any) -> str:

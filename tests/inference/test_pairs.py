@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from fewstep.batch import Condition
-from fewstep.data import arrays, cache, video
-from fewstep.data.arrays import write_pickle
-from fewstep.data.folder import Folder
+from fewstep.data.files import arrays, cache, video
+from fewstep.data.files.arrays import write_pickle
+from fewstep.data.folder.dataset import Folder
 from fewstep.diffusion import Prediction, RectifiedFlow
 from fewstep.inference.pairs import Making, asked, write
 

@@ -19,8 +19,8 @@ from fewstep.diffusion.path import RectifiedFlow, TrigFlow
 from fewstep.methods import DMD2, KD
 from fewstep.methods.contract import Nets
 from fewstep.methods.gan import Gan
-from fewstep.networks.cosmos import CosmosSpec
-from fewstep.networks.cosmos_models import transfer1_7b
+from fewstep.networks.families.cosmos.models import transfer1_7b
+from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.heads import Conv2dSpec
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Networks, build

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.networks.codecs import codec_of, open_codec
+from fewstep.networks.encoders.codecs import codec_of, open_codec
 
 TINY = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 4}
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
@@ -64,7 +64,7 @@ def test_a_codec_opens_from_its_folder_and_from_a_pipelines(tmp_path: Path) -> N
 def test_latents_do_not_depend_on_the_batch_or_on_how_many_frames_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     codec, pixels = codec_of(image_vae()), clip(5, 8, 8, num=3)
     whole = codec.encode(pixels)
-    monkeypatch.setattr("fewstep.networks.codecs.FRAMES_AT_ONCE", 2)
+    monkeypatch.setattr("fewstep.networks.encoders.codecs.FRAMES_AT_ONCE", 2)
     torch.testing.assert_close(codec.encode(pixels), whole, rtol=0, atol=1e-6)
     torch.testing.assert_close(codec.encode(pixels[1:2]), whole[1:2], rtol=0, atol=1e-6)
     assert codec.shape(5, 8, 8) == whole.shape[1:]

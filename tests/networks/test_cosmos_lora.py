@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from fewstep.batch import Condition
 from fewstep.cli import main
-from fewstep.networks.cosmos import CosmosSpec
-from fewstep.networks.cosmos_keys import original_names
-from fewstep.networks.weights import load_into, read
+from fewstep.networks.families.cosmos.keys import original_names
+from fewstep.networks.families.cosmos.network import CosmosSpec
+from fewstep.networks.weights.addresses import load_into, read
 
 SPEC = CosmosSpec(
     latent_channels=4, num_heads=2, head_dim=16, num_layers=2, mlp_ratio=2, text_dim=8, adaln_lora_dim=4, max_size=(4, 8, 8),

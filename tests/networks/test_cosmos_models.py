@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.networks.cosmos import Cosmos, CosmosSpec
-from fewstep.networks.cosmos_control import CosmosControlSpec
-from fewstep.networks.cosmos_keys import generation_of, match, num_branches, original_names
-from fewstep.networks.cosmos_models import MODELS, PREDICT2_5_2B, transfer1_7b, transfer2_5_2b
-from fewstep.networks.published import PUBLISHED
+from fewstep.networks.families.cosmos.control import CosmosControlSpec
+from fewstep.networks.families.cosmos.keys import generation_of, match, num_branches, original_names
+from fewstep.networks.families.cosmos.models import MODELS, PREDICT2_5_2B, transfer1_7b, transfer2_5_2b
+from fewstep.networks.families.cosmos.network import Cosmos, CosmosSpec
+from fewstep.networks.families.published import PUBLISHED
 
-TABLE = {model.model: model for model in PUBLISHED if model.constant == "cosmos_models.MODELS"}
+TABLE = {model.model: model for model in PUBLISHED if model.constant == "cosmos.models.MODELS"}
 
 
 @cache

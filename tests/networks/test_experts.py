@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.batch import Condition
-from fewstep.networks.experts import Experts, ExpertsSpec
+from fewstep.networks.families.wan.experts import Experts, ExpertsSpec
+from fewstep.networks.families.wan.network import WanSpec
 from fewstep.networks.roles import Full, Networks, build, twin_of
 from fewstep.networks.tiny import TinySpec
-from fewstep.networks.wan import WanSpec
 
 WAN = WanSpec(
     num_heads=2,

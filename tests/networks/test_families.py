@@ -12,19 +12,19 @@ from fewstep.batch import Condition
 from fewstep.data.mock import Mock
 from fewstep.diffusion import VP
 from fewstep.methods import DMD2
-from fewstep.networks.cogvideox import CogVideoXSpec
-from fewstep.networks.dit import DitSpec
-from fewstep.networks.experts import ExpertsSpec
-from fewstep.networks.flux import FluxSpec
+from fewstep.networks.families.cogvideox import CogVideoXSpec
+from fewstep.networks.families.dit import DitSpec
+from fewstep.networks.families.flux import FluxSpec
+from fewstep.networks.families.qwen_image import QwenImageSpec
+from fewstep.networks.families.unet import UnetSpec
+from fewstep.networks.families.wan.experts import ExpertsSpec
+from fewstep.networks.families.wan.network import WanSpec
 from fewstep.networks.lora import Backbone, Lora
-from fewstep.networks.qwen_image import QwenImageSpec
 from fewstep.networks.roles import Full, Networks, build
-from fewstep.networks.unet import UnetSpec
-from fewstep.networks.wan import WanSpec
-from fewstep.networks.weights import read
+from fewstep.networks.weights.addresses import read
 from fewstep.parallel import World, place
 from fewstep.training.loop import train
-from fewstep.training.plan import fake_mode
+from fewstep.training.plan.plan import fake_mode
 from fewstep.training.run import Job, Run, Trainer
 
 WAN = WanSpec(

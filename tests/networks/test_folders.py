@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import fewstep
 from fewstep.inference.model import open_model
-from fewstep.networks.codecs import open_codec
+from fewstep.networks.encoders.codecs import open_codec
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

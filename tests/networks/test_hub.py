@@ -15,8 +15,8 @@ import torch
 from huggingface_hub import constants
 
 from fewstep.cli import main
-from fewstep.networks.cosmos import CosmosSpec
-from fewstep.networks.upstream import told_by_pipeline
+from fewstep.networks.families.cosmos.network import CosmosSpec
+from fewstep.networks.families.upstream import told_by_pipeline
 
 SMALL = CosmosSpec(
     latent_channels=2, num_heads=2, head_dim=12, num_layers=1, mlp_ratio=2, text_dim=8, adaln_lora_dim=4, max_size=(4, 8, 8)

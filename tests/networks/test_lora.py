@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.batch import Condition
 from fewstep.networks.analytic import MixtureSpec
-from fewstep.networks.cosmos import CosmosSpec
+from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.lora import Backbone, Lora, Shared, as_diffusers, as_kohya, by_module, extract, merged, target_names
 from fewstep.networks.roles import Full, Networks, build, wholes
 from fewstep.networks.tiny import TinySpec
@@ -217,7 +217,7 @@ def test_cosmos_adapters_are_read_by_diffusers_itself(tmp_path: Path) -> None:
     upstream.load_lora_adapter(str(tmp_path), weight_name="pytorch_lora_weights.safetensors")
     x, t, cond = inputs(text=32, channels=4)
     x, cond = x.float(), replace(cond, text=cond.text.float())  # type: ignore[union-attr]
-    from fewstep.networks.cosmos import Cosmos
+    from fewstep.networks.families.cosmos.network import Cosmos
 
     want = nets["student"](x, t, cond).velocity
     torch.testing.assert_close(Cosmos(upstream)(x, t, cond).velocity, want, rtol=0, atol=2e-6)

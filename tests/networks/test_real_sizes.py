@@ -1,6 +1,6 @@
 """Every published network besides Cosmos, built without weights: its number of parameters is the published one.
 
-The numbers are those of fewstep/networks/published.py: from the safetensors metadata of the published checkpoints as third
+The numbers are those of networks/families/published.py: from the safetensors metadata of the published checkpoints as third
 parties quote it (exact numbers), or held here against the model card (rounded ones, met to the digits given).
 """
 
@@ -15,10 +15,10 @@ import torch
 from fewstep.batch import Condition
 from fewstep.config import choices
 from fewstep.config.types import kind_of
-from fewstep.networks.published import CHECKPOINT, FAMILIES, PUBLISHED, Published
+from fewstep.networks.families.published import CHECKPOINT, FAMILIES, PUBLISHED, Published
 
 DOCS = Path(__file__).parents[2] / "docs/models.md"
-HERE = {model.model: model for model in PUBLISHED if model.constant != "cosmos_models.MODELS"}
+HERE = {model.model: model for model in PUBLISHED if model.constant != "cosmos.models.MODELS"}
 ROUNDED = {  # billions on the model card, or of the checkpoint of which it is a variant
     "Wan 2.1 I2V 14B": 16.4,
     "Wan 2.1 FLF2V 14B": 16.4,

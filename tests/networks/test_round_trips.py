@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.cli import main
-from fewstep.networks.cosmos import CosmosSpec
-from fewstep.networks.cosmos_control import SHARED, CosmosControlSpec
-from fewstep.networks.cosmos_keys import Generation, odd_names, original_names
-from fewstep.networks.cosmos_models import MODELS
-from fewstep.networks.weights import load_into, read
+from fewstep.networks.families.cosmos.control import SHARED, CosmosControlSpec
+from fewstep.networks.families.cosmos.keys import Generation, odd_names, original_names
+from fewstep.networks.families.cosmos.models import MODELS
+from fewstep.networks.families.cosmos.network import CosmosSpec
+from fewstep.networks.weights.addresses import load_into, read
 
 PREDICT2 = CosmosSpec(
     latent_channels=4, num_heads=2, head_dim=16, num_layers=2, mlp_ratio=2, text_dim=8, adaln_lora_dim=4, max_size=(4, 8, 8),
@@ -156,7 +156,7 @@ def test_a_published_base_becomes_the_folder_of_which_a_fresh_branch_is_a_copy(
     """The road of CTRL_.._pretrain: base_model.pt -> a folder of diffusers -> the network whose branch is to be trained."""
     spec = SPECS["transfer1"][0]
     assert isinstance(spec, CosmosControlSpec)
-    monkeypatch.setattr("fewstep.networks.convert.MODELS", {"small": SPECS["predict1"][0]})
+    monkeypatch.setattr("fewstep.networks.weights.convert.MODELS", {"small": SPECS["predict1"][0]})
     save("transfer1", original("transfer1"), tmp_path)
     place = tmp_path / "nvidia/Cosmos-Transfer1-7B"
     assert main(["convert", str(place / "base_model.pt"), str(place / "base_model")]) == 0

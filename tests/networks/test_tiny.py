@@ -9,7 +9,7 @@ from fewstep.batch import Condition
 from fewstep.diffusion import EDM, VP, RectifiedFlow, TrigFlow
 from fewstep.networks.analytic import GaussianMixture
 from fewstep.networks.tiny import Tiny, TinySpec
-from fewstep.networks.weights import load_into
+from fewstep.networks.weights.addresses import load_into
 
 F64 = torch.float64
 NONE = Condition()

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed import checkpoint as dcp
 
-from fewstep.networks.weights import load_into, locate, output_root, read
+from fewstep.networks.weights.addresses import load_into, locate, output_root, read
 
 
 def network():

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
 from fewstep.cli import main
-from fewstep.networks.convert import convert
-from fewstep.networks.cosmos import CosmosSpec
-from fewstep.networks.cosmos_control import CosmosControlSpec
-from fewstep.networks.cosmos_keys import Generation, original_names
+from fewstep.networks.families.cosmos.control import CosmosControlSpec
+from fewstep.networks.families.cosmos.keys import Generation, original_names
+from fewstep.networks.families.cosmos.network import CosmosSpec
+from fewstep.networks.files.tensor_files import open_tensors, read_metadata, write_safetensors
 from fewstep.networks.roles import Networks, build
-from fewstep.networks.tensor_files import open_tensors, read_metadata, write_safetensors
-from fewstep.networks.weights import load_into, read
+from fewstep.networks.weights.addresses import load_into, read
+from fewstep.networks.weights.convert import convert
 
 FLOW = CosmosSpec(
     latent_channels=4, num_heads=2, head_dim=16, num_layers=2, mlp_ratio=2, text_dim=8, adaln_lora_dim=4, max_size=(4, 8, 8),
@@ -270,8 +270,8 @@ def test_folders_of_diffusers_and_sharded_safetensors(tmp_path: Path) -> None:
 def test_a_folder_is_written_that_diffusers_opens(sharded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers import CosmosControlNetModel, CosmosTransformer3DModel
 
-    monkeypatch.setattr("fewstep.networks.convert.SHARD_BYTES", 20_000 if sharded else 10**9)
-    monkeypatch.setattr("fewstep.networks.convert.MODELS", {"small": FLOW, "first": FIRST, "small_transfer": TRANSFER2})
+    monkeypatch.setattr("fewstep.networks.weights.convert.SHARD_BYTES", 20_000 if sharded else 10**9)
+    monkeypatch.setattr("fewstep.networks.weights.convert.MODELS", {"small": FLOW, "first": FIRST, "small_transfer": TRANSFER2})
     made = module(FLOW)
     torch.save(original(made, "2"), tmp_path / "model.pt")
     convert(f"{tmp_path}/model.pt", tmp_path / "out")
@@ -296,7 +296,7 @@ def test_a_folder_is_written_that_diffusers_opens(sharded: bool, tmp_path: Path,
 
 def test_which_model_it_is_must_be_clear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = replace(FLOW, rope_scale=(1.0, 4.0, 4.0))
-    monkeypatch.setattr("fewstep.networks.convert.MODELS", {"small": FLOW, "wide": wide})
+    monkeypatch.setattr("fewstep.networks.weights.convert.MODELS", {"small": FLOW, "wide": wide})
     torch.save(original(module(FLOW), "2"), tmp_path / "model.pt")
     with pytest.raises(ValueError, match="fit small and wide, which differ in their positions; say which with --model"):
         convert(f"{tmp_path}/model.pt", tmp_path / "out")
@@ -312,7 +312,7 @@ def test_which_model_it_is_must_be_clear(tmp_path: Path, monkeypatch: pytest.Mon
     convert(f"{tmp_path}/deep.pt", tmp_path / "deep", model=str(tmp_path / "like"))
     fills(replace(FLOW, num_layers=3), tmp_path / "deep", module(replace(FLOW, num_layers=3)))
     with pytest.raises(ValueError, match="diffusers has no branch of Cosmos-Transfer1"):
-        monkeypatch.setattr("fewstep.networks.convert.MODELS", {"led": TRANSFER1})
+        monkeypatch.setattr("fewstep.networks.weights.convert.MODELS", {"led": TRANSFER1})
         torch.save(original(module(TRANSFER1), "1"), tmp_path / "led.pt")
         convert(f"{tmp_path}/led.pt", tmp_path / "led")
 
@@ -401,7 +401,7 @@ def test_what_is_written_is_whole_or_not_there(tmp_path: Path, monkeypatch: pyte
     def full(self: Any, *args: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fewstep.networks.tensor_files.Path.open", full)
+    monkeypatch.setattr("fewstep.networks.files.tensor_files.Path.open", full)
     for out in ("out.safetensors", "new.safetensors"):
         with pytest.raises(OSError, match="No space left"):
             convert(f"{tmp_path}/model.pt", tmp_path / out)
@@ -437,8 +437,8 @@ def test_wrong_use_is_told_apart(
 MEASURE = """
 import sys, threading, time
 from pathlib import Path
-from fewstep.networks.convert import convert
-import fewstep.networks.tensor_files, diffusers, torch, safetensors.torch
+from fewstep.networks.weights.convert import convert
+import fewstep.networks.files.tensor_files, diffusers, torch, safetensors.torch
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
 before, top, going = anonymous(), [0.0], [True]

@@ -10,7 +10,7 @@ import pytest
 WORKER = """
 import sys, torch
 from fewstep.batch import Condition
-from fewstep.networks.cosmos_control import CosmosControlSpec
+from fewstep.networks.families.cosmos.control import CosmosControlSpec
 from fewstep.parallel import World, join_world, kept_in_fp32, leave_world, place
 
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from fewstep.batch import Condition
-from fewstep.networks.experts import ExpertsSpec
+from fewstep.networks.families.wan.experts import ExpertsSpec
 from fewstep.networks.tiny import TinySpec
 from fewstep.parallel import join_world, place
 

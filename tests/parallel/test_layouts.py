@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.networks.weights import read_tensors
+from fewstep.networks.weights.addresses import read_tensors
 
 WORKER = '''
 import os, sys, json

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.networks.codecs import Autoencoder, codec_of
+from fewstep.networks.encoders.codecs import Autoencoder, codec_of
 
 ATTENTION = {"attention_resolutions": (8,), "resolution": 64}
 COSMOS = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.batch import Condition
 from fewstep.diffusion import guided, samplers
-from fewstep.networks.cogvideox import CogVideoX, CogVideoXSpec, from_picture
+from fewstep.networks.families.cogvideox import CogVideoX, CogVideoXSpec, from_picture
 from fewstep.parallel import World, place
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers 0.42 with numpy 2

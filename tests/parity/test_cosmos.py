@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.batch import Condition
-from fewstep.networks.cosmos import CLEAN_TIME, Cosmos, CosmosSpec
+from fewstep.networks.families.cosmos.network import CLEAN_TIME, Cosmos, CosmosSpec
 
 SMALL = CosmosSpec(
     latent_channels=4, num_heads=2, head_dim=16, num_layers=3, mlp_ratio=2, text_dim=32, adaln_lora_dim=4, max_size=(8, 32, 32),

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fewstep.batch import Condition
 from fewstep.config import ConfigError, check
-from fewstep.networks.cosmos import CLEAN_TIME, Cosmos, CosmosSpec
-from fewstep.networks.cosmos_control import CosmosControlSpec
+from fewstep.networks.families.cosmos.control import CosmosControlSpec
+from fewstep.networks.families.cosmos.network import CLEAN_TIME, Cosmos, CosmosSpec
 from fewstep.networks.roles import twin_of
 
 SMALL = CosmosControlSpec(

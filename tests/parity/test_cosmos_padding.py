@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fewstep.batch import Condition
-from fewstep.data.sizes import fit
-from fewstep.networks.cosmos import CosmosSpec
+from fewstep.data.files.sizes import fit
+from fewstep.networks.families.cosmos.network import CosmosSpec
 
 SPEC = CosmosSpec(
     latent_channels=4, num_heads=2, head_dim=16, num_layers=2, mlp_ratio=2, text_dim=32, adaln_lora_dim=4, max_size=(8, 32, 32)

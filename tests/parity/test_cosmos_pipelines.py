@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fewstep.batch import Condition
 from fewstep.diffusion import EDM, Denoiser, guided, on_path, samplers
-from fewstep.networks.cosmos import Cosmos, CosmosSpec, supply_resize
-from fewstep.networks.cosmos_control import CosmosControlSpec
+from fewstep.networks.families.cosmos.control import CosmosControlSpec
+from fewstep.networks.families.cosmos.network import Cosmos, CosmosSpec, supply_resize
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # upstream's own
 

@@ -16,10 +16,10 @@ from torch.nn import functional
 
 from fewstep.batch import Condition
 from fewstep.diffusion import guided, samplers
-from fewstep.networks.cosmos import Cosmos
-from fewstep.networks.cosmos_control import CosmosControlSpec
-from fewstep.networks.cosmos_keys import match, original_names
-from fewstep.networks.weights import load_into
+from fewstep.networks.families.cosmos.control import CosmosControlSpec
+from fewstep.networks.families.cosmos.keys import match, original_names
+from fewstep.networks.families.cosmos.network import Cosmos
+from fewstep.networks.weights.addresses import load_into
 
 HEADS, DIM, LAYERS, CONTROLLED, ROPE = 2, 12, 4, 3, (2.0, 1.5, 1.0)
 SMALL = CosmosControlSpec(

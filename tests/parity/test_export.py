@@ -14,13 +14,13 @@ from torch import Tensor
 from fewstep.batch import Condition
 from fewstep.diffusion import VP, RectifiedFlow, Rng, StudentSampler
 from fewstep.diffusion.times import shifted
+from fewstep.export.to_diffusers import write_folder
 from fewstep.inference.model import Envelope, Model
-from fewstep.networks.codecs import open_codec
-from fewstep.networks.cosmos_control import CosmosControlSpec
-from fewstep.networks.flux import FluxSpec
-from fewstep.networks.unet import UnetSpec
-from fewstep.networks.wan import WanSpec
-from fewstep.training.export_diffusers import write_folder
+from fewstep.networks.encoders.codecs import open_codec
+from fewstep.networks.families.cosmos.control import CosmosControlSpec
+from fewstep.networks.families.flux import FluxSpec
+from fewstep.networks.families.unet import UnetSpec
+from fewstep.networks.families.wan.network import WanSpec
 
 FLOW = tuple(shifted(4, 5.0).tolist())
 VAE = {"base_dim": 3, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}

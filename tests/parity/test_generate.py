@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep.batch import Condition
-from fewstep.data import arrays, video
+from fewstep.data.files import arrays, video
 from fewstep.diffusion import guided, samplers
 from fewstep.inference import generate as room
 from fewstep.inference.asked import Control, Request, read_command
@@ -23,11 +23,11 @@ from fewstep.inference.chunks import chunks_of
 from fewstep.inference.conditions import Parts, Shot, Text
 from fewstep.inference.model import Model
 from fewstep.inference.pairs import to_uint8
-from fewstep.networks.codecs import codec_of
-from fewstep.networks.cogvideox import CogVideoXSpec
-from fewstep.networks.cosmos import supply_resize
-from fewstep.networks.cosmos_control import CosmosControlSpec
-from fewstep.networks.wan import WanSpec
+from fewstep.networks.encoders.codecs import codec_of
+from fewstep.networks.families.cogvideox import CogVideoXSpec
+from fewstep.networks.families.cosmos.control import CosmosControlSpec
+from fewstep.networks.families.cosmos.network import supply_resize
+from fewstep.networks.families.wan.network import WanSpec
 
 pytestmark = pytest.mark.filterwarnings(  # upstream's own
     "ignore:__array__ implementation:DeprecationWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fewstep.batch import Condition
 from fewstep.diffusion import guided, samplers
-from fewstep.networks.dit import Dit, DitSpec
-from fewstep.networks.flux import Flux, FluxSpec, packed, unpacked
-from fewstep.networks.qwen_image import QwenImage, QwenImageSpec, guided_at_length
+from fewstep.networks.families.dit import Dit, DitSpec
+from fewstep.networks.families.flux import Flux, FluxSpec, packed, unpacked
+from fewstep.networks.families.qwen_image import QwenImage, QwenImageSpec, guided_at_length
 from fewstep.parallel import World, place
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers 0.42 with numpy 2

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.networks.cosmos import CosmosSpec
-from fewstep.networks.cosmos_control import CosmosControlSpec
-from fewstep.networks.wan import WanSpec
+from fewstep.networks.families.cosmos.control import CosmosControlSpec
+from fewstep.networks.families.cosmos.network import CosmosSpec
+from fewstep.networks.families.wan.network import WanSpec
 from fewstep.parallel import World, kept_in_fp32, place
 from fewstep.training.optim import Optim
 from fewstep.training.role import TrainedRole

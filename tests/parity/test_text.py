@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.networks.text import Clip, PooledClip, open_text_encoder
-from fewstep.training.export_diffusers import PIPELINE
+from fewstep.export.to_diffusers import PIPELINE
+from fewstep.networks.encoders.text import Clip, PooledClip, open_text_encoder
 
 PROMPTS = ["a red ball rolls", "", "the the the ball &amp;amp;  rolls \n down and down and down and down"]
 SPECIAL = ["<pad>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.batch import Condition
 from fewstep.diffusion import VP, guided, samplers
-from fewstep.networks.unet import Unet, UnetSpec
+from fewstep.networks.families.unet import Unet, UnetSpec
 from fewstep.parallel import World, place
 
 pytestmark = [

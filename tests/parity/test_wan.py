@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from fewstep.batch import Condition
 from fewstep.diffusion import guided, samplers
-from fewstep.networks.experts import Experts, ExpertsSpec, guided_apart
-from fewstep.networks.wan import Wan, WanSpec, start_from
+from fewstep.networks.families.wan.experts import Experts, ExpertsSpec, guided_apart
+from fewstep.networks.families.wan.network import Wan, WanSpec, start_from
 from fewstep.parallel import World, place
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers 0.42 with numpy 2

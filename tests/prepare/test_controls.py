@@ -11,16 +11,17 @@ import pytest
 import torch
 
 from fewstep import cli
-from fewstep.data import keypoints, masks, toyclips, video
-from fewstep.data.arrays import write_pickle
 from fewstep.data.controls import Depth, Edge, Keypoint, Seg, Vis, seed_of
-from fewstep.data.folder import Folder
-from fewstep.data.toyworld import World
+from fewstep.data.files import keypoints, masks, video
+from fewstep.data.files.arrays import write_pickle
+from fewstep.data.folder.dataset import Folder
 from fewstep.prepare.controls import OfDepthModel, OfFiles, OfFrames, Told, grey_of_inverse, write
-from fewstep.prepare.toyworld import stem_of
+from fewstep.toyworld import clips
+from fewstep.toyworld.dataset import stem_of
+from fewstep.toyworld.physics import World
 
 WORLD, NUM = World(num_frames=5), 3
-CLIPS = [toyclips.clip(WORLD, 0, n) for n in range(NUM)]
+CLIPS = [clips.clip(WORLD, 0, n) for n in range(NUM)]
 
 
 @pytest.fixture

@@ -22,11 +22,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.data import cache, packs, video
-from fewstep.data.folder import Folder
-from fewstep.data.toyworld import World
-from fewstep.networks.codecs import Codec, codec_of
-from fewstep.prepare import controls, latents, shards, text, toyworld
+from fewstep.data.files import cache, packs, video
+from fewstep.data.folder.dataset import Folder
+from fewstep.networks.encoders.codecs import Codec, codec_of
+from fewstep.prepare import controls, latents, shards, text
+from fewstep.toyworld import dataset
+from fewstep.toyworld.physics import World
 
 WORLD, NUM = World(num_frames=3), 4
 
@@ -52,7 +53,7 @@ def image_codec() -> Codec:
 
 
 COMMANDS: dict[str, Callable[[Path, Codec], int]] = {
-    "toyworld": lambda out, codec: toyworld.write(out / "new", NUM, 1, WORLD),
+    "toyworld": lambda out, codec: dataset.write(out / "new", NUM, 1, WORLD),
     "text": lambda out, codec: text.write(out, Words()).made,
     "text packed": lambda out, codec: text.write(out, Words(), form="packed").made,
     "latents": lambda out, codec: latents.write(Folder(str(out), text=None), codec, ahead=0).made,
@@ -65,7 +66,7 @@ COMMANDS: dict[str, Callable[[Path, Codec], int]] = {
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("toy") / "set"
-    toyworld.write(out, NUM, 0, WORLD)
+    dataset.write(out, NUM, 0, WORLD)
     (out / "seg").rename(out / "files")
     for name in ("edge", "depth", "vis", "keypoint"):
         shutil.rmtree(out / name)

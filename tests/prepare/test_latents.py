@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from fewstep import cli
-from fewstep.data import video
 from fewstep.data.controls import Edge, Seg
-from fewstep.data.folder import Folder
-from fewstep.data.toyworld import World
-from fewstep.networks.codecs import Autoencoder, codec_of
+from fewstep.data.files import video
+from fewstep.data.folder.dataset import Folder
+from fewstep.networks.encoders.codecs import Autoencoder, codec_of
 from fewstep.prepare import latents
-from fewstep.prepare.toyworld import stem_of
-from fewstep.prepare.toyworld import write as write_toyworld
+from fewstep.toyworld.dataset import stem_of
+from fewstep.toyworld.dataset import write as write_toyworld
+from fewstep.toyworld.physics import World
 
 NUM, SEED = 3, 5
 

@@ -15,16 +15,16 @@ import torch
 
 from fewstep import cli
 from fewstep.batch import Batch
-from fewstep.data import cache, video
-from fewstep.data.arrays import write_pickle
 from fewstep.data.controls import Edge, Keypoint, Seg
-from fewstep.data.folder import Folder
-from fewstep.data.packs import Label, Writer
+from fewstep.data.files import cache, video
+from fewstep.data.files.arrays import write_pickle
+from fewstep.data.files.packs import Label, Writer
+from fewstep.data.folder.dataset import Folder
 from fewstep.data.shards import Shards
-from fewstep.data.toyworld import World
 from fewstep.prepare import shards
-from fewstep.prepare.toyworld import stem_of
-from fewstep.prepare.toyworld import write as write_toyworld
+from fewstep.toyworld.dataset import stem_of
+from fewstep.toyworld.dataset import write as write_toyworld
+from fewstep.toyworld.physics import World
 
 NUM = 5
 SHAPE = (4, 3, 8, 8)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fewstep import cli
-from fewstep.data import video
-from fewstep.data.arrays import write_pickle
-from fewstep.data.folder import Folder
+from fewstep.data.files import video
+from fewstep.data.files.arrays import write_pickle
+from fewstep.data.folder.dataset import Folder
 from fewstep.prepare import text
 
 CAPTIONS = {"a": "a red ball", "b": "a blue box rolls", "c": "a red ball", "d": "nothing"}
@@ -202,7 +202,7 @@ def test_a_folder_for_each_sample(tmp_path: Path) -> None:
 
 
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fewstep.networks.text.open_text_encoder", lambda *_, **__: Words())
+    monkeypatch.setattr("fewstep.networks.encoders.text.open_text_encoder", lambda *_, **__: Words())
     words = ["prepare", "text", str(folder), "--encoder", "x", "--negative", "blurry"]
     assert cli.main(words) == 0
     assert capsys.readouterr().out == f"{folder / 't5_xxl'}: 4 captions, 4 of them new\n"

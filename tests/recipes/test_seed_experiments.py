@@ -13,7 +13,7 @@ from fewstep.cli import main
 from fewstep.config import check, compose, originals, parse, read_command, recipes, to_yaml
 from fewstep.config.text import read_yaml_mapping
 from fewstep.networks import roles
-from fewstep.networks.cosmos_models import MODELS
+from fewstep.networks.families.cosmos.models import MODELS
 from fewstep.networks.lora import Lora
 from fewstep.training.run import Run
 

@@ -18,8 +18,8 @@ import fewstep
 from fewstep.batch import Condition
 from fewstep.diffusion import Rng
 from fewstep.inference.model import open_model
-from fewstep.networks.codecs import open_codec
-from fewstep.networks.text import open_text_encoder
+from fewstep.networks.encoders.codecs import open_codec
+from fewstep.networks.encoders.text import open_text_encoder
 
 TOY, SHAPE = fewstep.TOY, (8, 5, 4, 4)
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -104,7 +104,9 @@ def test_what_a_collapsed_student_does_not_show_is_left_out_of_the_page(made: Pa
     told = json.loads(path.read_text())
     told["scores"]["gravity_ratio"] = {"value": None, "spread": None, "num": 0, "per_set": [None]}
     path.write_text(json.dumps(told))
-    subprocess.run([sys.executable, "-m", "fewstep.demo.page", str(out), "--size", "quick"], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "fewstep.toyworld.demo.page", str(out), "--size", "quick"], check=True, capture_output=True
+    )
     summary = json.loads((out / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert summary["gravity_ratio_1step"] is None and summary["gravity_ratio_1step_n"] == 0
     before, after = ((folder / "report.html").read_text() for folder in (made, out))
@@ -112,7 +114,7 @@ def test_what_a_collapsed_student_does_not_show_is_left_out_of_the_page(made: Pa
 
 
 def test_plain_diffusers_sampled_the_exported_students(made: Path) -> None:
-    from fewstep.data import video
+    from fewstep.data.files import video
 
     for student in ("4step", "1step"):
         frames = video.read(made / "samples" / student / "00.mp4").frames
@@ -184,7 +186,7 @@ def test_from_scratch_it_makes_every_part_of_the_stack_and_uses_it(tmp_path: Pat
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     made, shipped = tmp_path / "demo" / "toy", TOY
     assert sorted(path.name for path in made.iterdir()) == sorted(path.name for path in shipped.iterdir())
-    assert str(shipped) not in done.stdout and "fewstep/toy" not in done.stdout  # no command names the shipped one
+    assert str(shipped) not in done.stdout and "fewstep/toyworld/stack" not in done.stdout  # no command names the shipped one
     codec = (made / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
     assert codec != (shipped / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
     assert (tmp_path / "demo" / "students" / "1step" / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == codec

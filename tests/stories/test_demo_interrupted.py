@@ -27,10 +27,10 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background ignores
 from pathlib import Path
 from fewstep.cli import main
-import fewstep.demo
-from fewstep.demo.stages import Stage, run
+import fewstep.toyworld.demo
+from fewstep.toyworld.demo.stages import Stage, run
 work = [(sys.executable, sys.argv[1], sys.argv[2] + "/" + name) for name in ("a", "b")]
-fewstep.demo.demo = lambda *_: run(Stage.of("wait", "two that wait", *work), Path(sys.argv[2]), 0)
+fewstep.toyworld.demo.demo = lambda *_: run(Stage.of("wait", "two that wait", *work), Path(sys.argv[2]), 0)
 raise SystemExit(main(["demo"]))
 """
 
@@ -66,7 +66,7 @@ def _wait(is_so: object, seconds: float = 60) -> None:
 
 
 def test_what_is_printed_is_what_a_shell_would_run() -> None:
-    from fewstep.demo.stages import shown, stages
+    from fewstep.toyworld.demo.stages import shown, stages
 
     for stage in stages(Path("my demo"), "quick", from_scratch=True):
         for lane in stage.lanes:

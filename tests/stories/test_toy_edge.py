@@ -6,14 +6,14 @@ import torch
 import fewstep
 from fewstep.batch import Condition
 from fewstep.data.controls import Edge
-from fewstep.data.toyclips import stream
-from fewstep.data.toyworld import World
 from fewstep.diffusion import Rng
 from fewstep.evaluation import canny_f1
 from fewstep.inference.model import open_model
 from fewstep.inference.pairs import Making, solve, to_uint8
-from fewstep.networks.codecs import open_codec
-from fewstep.networks.text import open_text_encoder
+from fewstep.networks.encoders.codecs import open_codec
+from fewstep.networks.encoders.text import open_text_encoder
+from fewstep.toyworld.clips import stream
+from fewstep.toyworld.physics import World
 
 TOY = fewstep.TOY
 SERIES, NUM = 7_400_009, 24  # clips that neither the teacher nor its branch has seen

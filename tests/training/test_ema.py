@@ -13,7 +13,7 @@ from fewstep.methods import DMD2
 from fewstep.networks.analytic import MixtureSpec
 from fewstep.networks.roles import Full, Networks
 from fewstep.networks.tiny import TinySpec
-from fewstep.networks.weights import read
+from fewstep.networks.weights.addresses import read
 from fewstep.training import ema
 from fewstep.training.ema import Ema, gamma_of
 from fewstep.training.loop import train

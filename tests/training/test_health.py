@@ -19,7 +19,7 @@ from fewstep.methods import Nets, Terms, Turn
 from fewstep.networks.analytic import GaussianMixture, MixtureSpec
 from fewstep.networks.roles import Full, Networks
 from fewstep.networks.tiny import TinySpec
-from fewstep.networks.weights import read_tensors
+from fewstep.networks.weights.addresses import read_tensors
 from fewstep.training.checkpoint import read_progress
 from fewstep.training.errors import TrainingError
 from fewstep.training.health import Alarm, Health, Monitor, compare

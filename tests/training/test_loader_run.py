@@ -16,15 +16,15 @@ import pytest
 import torch
 
 from fewstep.data.contract import BadSamples
-from fewstep.data.folder import Folder
+from fewstep.data.folder.dataset import Folder
 from fewstep.data.loader import Loader
 from fewstep.data.order import samples_at
-from fewstep.data.toyworld import World
 from fewstep.methods import Finetune
 from fewstep.networks.roles import Full, Networks
 from fewstep.networks.tiny import TinySpec
-from fewstep.networks.weights import read_tensors
-from fewstep.prepare.toyworld import write
+from fewstep.networks.weights.addresses import read_tensors
+from fewstep.toyworld.dataset import write
+from fewstep.toyworld.physics import World
 from fewstep.training.health import Health
 from fewstep.training.loop import train
 from fewstep.training.optim import Optim
@@ -84,7 +84,7 @@ def test_a_clip_that_goes_bad_is_left_out_and_counted(toy: Path, tmp_path: Path,
             raise ValueError("videos/clip_000003.mp4: damaged near frame 3")
         return read(self, sample)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("fewstep.data.folder.FolderData._read", damaged)
+    monkeypatch.setattr("fewstep.data.folder.dataset.FolderData._read", damaged)
     monkeypatch.setattr("fewstep.training.loop._feed", _after(begun, "fewstep.training.loop", "_feed"))
     train(replace(base, data=replace(base.data, max_bad=2)))  # two windows of one clip
     assert lines(base)[-1]["data/bad"] == 2
@@ -114,7 +114,7 @@ SCRIPT = """
 import json, os, time
 from dataclasses import dataclass
 from fewstep.config import kind, recipe
-from fewstep.data.folder import Folder
+from fewstep.data.folder.dataset import Folder
 from fewstep.data.loader import Loader
 from fewstep.methods import Finetune
 from fewstep.networks.roles import Full, Networks

@@ -19,7 +19,7 @@ from fewstep.methods import DMD2, KD, Finetune, Nets, Terms, Turn
 from fewstep.networks.analytic import MixtureSpec
 from fewstep.networks.roles import Full, Networks, build
 from fewstep.networks.tiny import TinySpec
-from fewstep.networks.weights import read
+from fewstep.networks.weights.addresses import read
 from fewstep.training.ema import Ema
 from fewstep.training.errors import TrainingError
 from fewstep.training.loop import train

@@ -18,7 +18,7 @@ from fewstep.methods import DMD2, KD, Finetune
 from fewstep.networks.lora import Lora, merged
 from fewstep.networks.roles import Full, Networks
 from fewstep.networks.tiny import TinySpec
-from fewstep.networks.weights import read
+from fewstep.networks.weights.addresses import read
 from fewstep.recipes.analytic import MIXTURE
 from fewstep.training.ema import Ema
 from fewstep.training.loop import train

@@ -12,7 +12,7 @@ from fewstep.methods import DMD2
 from fewstep.networks.analytic import MixtureSpec
 from fewstep.networks.roles import Full, Networks
 from fewstep.networks.tiny import TinySpec
-from fewstep.networks.weights import read
+from fewstep.networks.weights.addresses import read
 from fewstep.training.loop import train
 from fewstep.training.optim import Optim
 from fewstep.training.run import Checkpoint, Job, Run, Trainer

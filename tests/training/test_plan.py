@@ -12,21 +12,21 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 
-from fewstep.data.folder import Folder
+from fewstep.data.folder.dataset import Folder
 from fewstep.data.mock import Mock
 from fewstep.diffusion import Rng
 from fewstep.methods import DMD2, KD, Finetune
 from fewstep.methods.contract import Nets
 from fewstep.networks.analytic import MixtureSpec
-from fewstep.networks.cosmos import CosmosSpec
-from fewstep.networks.cosmos_control import CosmosControlSpec
+from fewstep.networks.families.cosmos.control import CosmosControlSpec
+from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks, build, wholes
 from fewstep.networks.tiny import TinySpec
 from fewstep.parallel import World
-from fewstep.training import fit, loop
-from fewstep.training.fit import advice, command, dryrun
-from fewstep.training.plan import first_batch, look, plan
+from fewstep.training import loop
+from fewstep.training.plan.advice import advice, command, dryrun
+from fewstep.training.plan.plan import first_batch, look, plan
 from fewstep.training.role import TrainedRole
 from fewstep.training.run import Parallel, Run, Trainer
 
@@ -171,7 +171,7 @@ def test_changes_add_up_where_one_is_not_enough(monkeypatch: pytest.MonkeyPatch)
         gib -= 2 * isinstance(run.networks.critic, Lora)
         return SimpleNamespace(run=run, on=lambda gpus: SimpleNamespace(needed_gib=gib / gpus))
 
-    monkeypatch.setattr(fit, "look", needs)
+    monkeypatch.setattr("fewstep.training.plan.advice.look", needs)
     found = look(CASES["kd"], first_batch(CASES["kd"]))
     for limit, said in (
         (8.5, "it fits with trainer.checkpointing=true"),

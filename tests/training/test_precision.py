@@ -20,7 +20,7 @@ from fewstep.methods import Finetune
 from fewstep.networks.analytic import MixtureSpec
 from fewstep.networks.roles import Full, Networks, build
 from fewstep.networks.tiny import TinySpec
-from fewstep.networks.weights import read
+from fewstep.networks.weights.addresses import read
 from fewstep.training import ema
 from fewstep.training.ema import Ema
 from fewstep.training.loop import train

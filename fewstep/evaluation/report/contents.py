@@ -29,7 +29,7 @@ Better = Literal["lower", "higher", "as real"]
 
 
 class Measurement(Protocol):
-    """A number with its spread and the count it is about; `toyworld_score.Value` is one."""
+    """A number with its spread and the count it is about; `the toy world's Value` is one."""
 
     @property
     def value(self) -> float: ...

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.data.video import write
+from fewstep.data.files.video import write
 
 _SMALL = 128 * 128  # pixels; above, lossless costs too much and is not needed to see single pixels
 

@@ -1,0 +1,90 @@
+"""Arrays in files, in each of the formats that the seeds and this project write; none of them can run code.
+
+| suffix | written by | holds |
+|---|---|---|
+| .pickle | Cosmos-Transfer1, Cosmos-Predict1 | one numpy array, or a list of one |
+| .pth | FastGen | one tensor, or a dictionary of them |
+| .npy | anyone | one array |
+| .safetensors | this project | named tensors |
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from tokenize import TokenError
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.data.atomic import replacing
+from fewstep.data.files import cache
+from fewstep.data.files.safe_pickle import load as load_pickle
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a file by name; an array that has no name is called "". Dtypes stay as they are."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return cache.read(path).tensors
+    if path.suffix == ".npy":
+        try:
+            # Mapped first: a header that claims more than the file holds is refused before memory is taken for it.
+            return {"": torch.from_numpy(np.array(np.load(path, mmap_mode="r", allow_pickle=False)))}
+        except FileNotFoundError:
+            raise
+        except (ValueError, EOFError, TypeError, TokenError, SyntaxError, OverflowError, OSError) as error:
+            raise ValueError(f"{path}: not a .npy array ({error}). Write it again with numpy.save") from None
+    value = load_pickle(path) if path.suffix == ".pickle" else _torch_file(path)
+    if isinstance(value, (list, tuple)):
+        if len(value) != 1:
+            raise ValueError(f"{path}: holds {len(value)} arrays, where one array or a list of one is wanted")
+        value = value[0]
+    named = dict(value) if isinstance(value, Mapping) else {"": value}
+    out: dict[str, Tensor] = {}
+    for name, array in named.items():
+        tensor = _tensor(array)
+        if tensor is None:
+            what = f"a {type(array).__name__}" + (f" named {name!r}" if name else "")
+            raise ValueError(f"{path}: holds {what}, not an array of numbers")
+        out[str(name)] = tensor
+    return out
+
+
+def read_one(path: str | os.PathLike[str], name: str = "") -> Tensor:
+    """The only array of a file, or the one called `name` if there are several."""
+    found = read(path)
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if name not in found:
+        raise ValueError(f"{path}: holds {', '.join(sorted(found)) or 'nothing'}, but no {name or 'single array'}")
+    return found[name]
+
+
+def write_pickle(path: str | os.PathLike[str], value: Any) -> None:  # plain data: what safe_pickle reads back
+    """Writes numpy arrays and plain containers as a pickle, for the layouts whose readers know nothing else."""
+    with replacing(path) as beside:
+        beside.write_bytes(pickle.dumps(value, protocol=4))
+
+
+def _tensor(value: Any) -> Tensor | None:  # whatever a file held
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return torch.from_numpy(np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("=")))
+    return value if isinstance(value, Tensor) else None
+
+
+def _torch_file(path: Path) -> Any:  # as the file has it: tensors and plain containers
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on its own file formats
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch passes on whatever its readers raise: RuntimeError, UnpicklingError, KeyError, ...
+        why = str(error).split("\n")[0][:120]
+        raise ValueError(f"{path}: not tensors that can be read without running code ({why}). Write it again") from None

@@ -1,0 +1,310 @@
+"""Packs: thousands of small samples in a few memory-mapped files, made once, read in microseconds.
+
+    DIR/latents/packs/00000.safetensors     one tensor `data`, rows one after another; what each row is stands in the header
+
+    with Writer(folder, {"codec": "9f2c...", "dtype": "float16"}) as writer:
+        for label in labels:
+            writer.put(label, lambda: encode(label))           # not called for rows that are there
+    packs = open_packs(folder, made_from={"codec": "9f2c..."})   # ValueError if another codec made it
+    packs.read(0), packs.rows[0].stem
+
+A row is known by its label: sample, first frame, and the hash of the bytes it was made from. So a clip that changed is made
+again, and a clip that only moved is not. Rows that wait for a full pack lie in `.making/`, each whole or not there: a command
+that is killed and run again makes no row twice, and its packs have the bytes of one that was never killed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from fewstep.data.atomic import replacing
+from fewstep.data.files import cache
+
+FOLDER, MAKING, LOCK = "packs", ".making", ".lock"
+_AGAIN = "Delete it and prepare it again"
+
+
+@dataclass(frozen=True)
+class Label:
+    """Which sample a row is of, and what it was made from."""
+
+    stem: str
+    content: str  # hash of the bytes it was made from
+    start: int = 0  # first frame of its window in the file; 0 for whole clips and texts
+    facts: Mapping[str, float] = field(default_factory=dict[str, float])  # what a reader wants to know: fps, num_frames
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        return self.stem, self.start, self.content
+
+
+@dataclass(frozen=True)
+class Packs:
+    """The rows of all packs of a folder, in the order of (stem, start). Opening reads headers alone."""
+
+    folder: Path
+    made_from: Mapping[str, str]
+    rows: tuple[Label, ...]
+    shapes: tuple[tuple[int, ...], ...]  # of each row
+    _places: tuple[tuple[int, int, int], ...]  # file, first and last + 1 along its first axis
+    _data: tuple[Tensor, ...]  # mapped: a row costs memory while it is used
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, row: int) -> Tensor:
+        """A row, in the precision of the file: C T H W for latents, tokens D for texts."""
+        file, begin, end = self._places[row]
+        part = self._data[file][begin:end]
+        return (part[0] if len(self.shapes[row]) < part.ndim else part).clone()
+
+    def stacked(self, rows: Sequence[int]) -> Tensor:
+        """Rows of one shape as one tensor."""
+        return torch.stack([self.read(row) for row in rows])
+
+    def by_stem(self) -> dict[str, list[int]]:
+        """The rows of each sample; a clip with several windows has as many."""
+        out: dict[str, list[int]] = {}
+        for number, row in enumerate(self.rows):
+            out.setdefault(row.stem, []).append(number)
+        return out
+
+
+def has_packs(folder: str | os.PathLike[str]) -> bool:
+    """Whether a part of a data set, DIR/latents for instance, is packed."""
+    return bool(_files(Path(folder) / FOLDER))
+
+
+def open_packs(folder: str | os.PathLike[str], made_from: Mapping[str, str] | None = None) -> Packs:
+    """The packs of a part; refuses damaged ones, two of different origin, and those not made from what `made_from` says."""
+    place = Path(folder) / FOLDER
+    files = _files(place)
+    if not files:
+        raise FileNotFoundError(f"{place}: no packs there")
+    packs = [_Pack.open(file) for file in files]
+    for pack in packs:
+        _refuse_other(pack.path, pack.made_from, packs[0].made_from | dict(made_from or {}))
+    found = sorted(
+        (label.stem, label.start, file, number) for file, pack in enumerate(packs) for number, label in enumerate(pack.labels)
+    )
+    twice = [here[0] for here, after in pairwise(found) if here[:2] == after[:2]]
+    if twice:
+        raise ValueError(f"{place}: holds two rows of {twice[0]}. Run the same `fewstep prepare` again: it drops the stale one")
+    spots = [(file, *packs[file].spans[number]) for _, _, file, number in found]
+    return Packs(
+        folder=Path(folder),
+        made_from=packs[0].made_from,
+        rows=tuple(packs[file].labels[number] for _, _, file, number in found),
+        shapes=tuple(packs[file].row_shape(number) for _, _, file, number in found),
+        _places=tuple(spots),
+        _data=tuple(pack.data for pack in packs),
+    )
+
+
+class Writer:
+    """Adds rows to the packs of a folder, one process at a time; what is there already is not made again.
+
+    Rows go into packs in the order of `put`, rows of one shape together, about `pack_bytes` to a pack. With `lengths_differ`
+    the first axis of a row counts tokens, and rows of different lengths share a pack.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        made_from: Mapping[str, str],
+        *,
+        pack_bytes: int = 2**28,
+        lengths_differ: bool = False,
+    ):
+        self.place, self.made_from = Path(folder) / FOLDER, dict(made_from)
+        self.pack_bytes, self.lengths_differ = pack_bytes, lengths_differ
+        self.made = 0  # rows that `put` had to make
+        self._lock: IO[bytes] | None = None
+        self._packed: set[tuple[str, int, str]] = set()
+        self._waiting: dict[tuple[int, ...], list[Label]] = {}  # by shape of a row
+        self._waiting_bytes: dict[tuple[int, ...], int] = {}
+
+    def __enter__(self) -> Writer:
+        self.place.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.place / LOCK).open("wb")
+        try:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{self.place}: another process writes here at this moment. Wait for it, or end it") from None
+            for file in _files(self.place):
+                pack = _Pack.open(file)
+                _refuse_other(file, pack.made_from, dict.fromkeys(pack.made_from, "left out") | self.made_from)
+                self._packed |= {label.key for label in pack.labels}
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        assert self._lock is not None
+        try:
+            if kind is None:
+                for group in list(self._waiting):
+                    self._write(group)
+                shutil.rmtree(self.place / MAKING, ignore_errors=True)
+        finally:
+            self._lock.close()
+
+    def has(self, label: Label) -> bool:
+        """Whether a row is packed, or waits for a full pack."""
+        return label.key in self._packed or self._loose(label).is_file()
+
+    def keep_only(self, labels: Collection[Label]) -> int:
+        """Drops every packed row that is none of `labels`: clips that changed or are gone. How many there were."""
+        wanted, dropped = {label.key for label in labels}, 0
+        for file in _files(self.place):
+            pack = _Pack.open(file)
+            live = [number for number, label in enumerate(pack.labels) if label.key in wanted]
+            if len(live) == len(pack.labels):
+                continue
+            dropped += len(pack.labels) - len(live)
+            if live:
+                rows = [pack.data[slice(*pack.spans[number])].clone() for number in live]
+                _write_pack(file, [pack.labels[number] for number in live], rows, self.made_from, pack.lengths_differ)
+            else:
+                file.unlink()
+        self._packed &= wanted
+        return dropped
+
+    def put(self, label: Label, make: Callable[[], Tensor]) -> None:
+        """A row, made by `make` unless it is there. Refuses numbers that are not finite (an overflow of 16 bits, too)."""
+        if label.key in self._packed:
+            return
+        path = self._loose(label)
+        # A damaged or foreign file among those that wait is ours alone: it is made again.
+        entry = _loose_or_none(path, self.made_from | {"content": label.content})
+        if entry is None:
+            tensor = make()
+            if not bool(torch.isfinite(tensor).all()):
+                num = int((~torch.isfinite(tensor)).sum())
+                raise ValueError(f"{label.stem}: {num} of {tensor.numel()} numbers are not finite in {tensor.dtype}")
+            cache.write(path, {"data": tensor}, made_from=self.made_from | {"content": label.content}, facts=label.facts)
+            self.made += 1
+            shape = tuple(tensor.shape)
+        else:
+            shape = entry.shapes["data"]
+        group = shape[1:] if self.lengths_differ else shape
+        self._waiting.setdefault(group, []).append(label)
+        self._waiting_bytes[group] = self._waiting_bytes.get(group, 0) + path.stat().st_size
+        self._packed.add(label.key)
+        if self._waiting_bytes[group] >= self.pack_bytes:
+            self._write(group)
+
+    def _write(self, group: tuple[int, ...]) -> None:
+        """What waits becomes the next pack; then it need not wait any more."""
+        labels = self._waiting.pop(group)
+        del self._waiting_bytes[group]
+        parts = [cache.read(self._loose(label)).tensors["data"] for label in labels]
+        if not self.lengths_differ:
+            parts = [part[None] for part in parts]
+        numbers = [int(file.stem) for file in _files(self.place)]
+        _write_pack(
+            self.place / f"{max(numbers, default=-1) + 1:05d}.safetensors", labels, parts, self.made_from, self.lengths_differ
+        )
+        for label in labels:
+            self._loose(label).unlink()
+
+    def _loose(self, label: Label) -> Path:
+        return self.place / MAKING / f"{label.stem}.{label.start}.safetensors"
+
+
+# ---- one file ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Pack:
+    path: Path
+    made_from: dict[str, str]
+    labels: tuple[Label, ...]
+    spans: tuple[tuple[int, int], ...]
+    data: Tensor
+    lengths_differ: bool  # a row is several entries of the first axis, and not just one
+
+    def row_shape(self, number: int) -> tuple[int, ...]:
+        begin, end = self.spans[number]
+        return (end - begin, *self.data.shape[1:]) if self.lengths_differ else tuple(self.data.shape[1:])
+
+    @classmethod
+    def open(cls, path: Path) -> _Pack:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                told = json.loads((file.metadata() or {})["pack"])
+                data = file.get_tensor("data")  # mapped, not read
+            labels = tuple(Label(**row) for row in told["rows"])
+            spans = tuple((int(begin), int(end)) for begin, end in told["spans"])
+            made_from, lengths = {str(k): str(v) for k, v in told["made_from"].items()}, bool(told["lengths_differ"])
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: damaged or no pack ({str(error)[:120] or type(error).__name__}). {_AGAIN}") from None
+        right = len(spans) == len(labels) and all(0 <= begin < end <= len(data) for begin, end in spans)
+        if not right or not (lengths or all(end == begin + 1 for begin, end in spans)) or not data.is_floating_point():
+            raise ValueError(f"{path}: damaged, its index does not fit its data {tuple(data.shape)}. {_AGAIN}")
+        return cls(path, made_from, labels, spans, data, lengths)
+
+
+def _write_pack(
+    path: Path, labels: Sequence[Label], parts: Sequence[Tensor], made_from: Mapping[str, str], lengths_differ: bool
+) -> None:
+    """One file of rows: `parts` are joined along their first axis, equal content once."""
+    from safetensors.torch import save_file
+
+    places, spans, kept, end = dict[tuple[str, int], tuple[int, int]](), list[tuple[int, int]](), list[Tensor](), 0
+    for label, part in zip(labels, parts, strict=True):
+        key = label.content, label.start
+        if key not in places:
+            places[key] = end, end + len(part)
+            end += len(part)
+            kept.append(part)
+        spans.append(places[key])
+    told = {
+        "made_from": dict(made_from),
+        "rows": [asdict(label) for label in labels],
+        "spans": spans,
+        "lengths_differ": lengths_differ,
+    }
+    with replacing(path) as beside:
+        save_file({"data": torch.cat(kept)}, beside, metadata={"pack": json.dumps(told, sort_keys=True)})
+
+
+def _refuse_other(path: Path, found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+    wrong = [key for key in sorted(found.keys() | wanted.keys()) if key in wanted and found.get(key) != wanted[key]]
+    if wrong:
+        told = ", ".join(f"{key} is {found.get(key, 'unknown')!r}, not {wanted[key]!r}" for key in wrong)
+        raise ValueError(f"{path}: made from something else: {told}. Ask for what it was made from, or remove {path.parent}")
+
+
+def _loose_or_none(path: Path, made_from: Mapping[str, str]) -> cache.Entry | None:
+    try:
+        entry = cache.header(path, made_from=made_from)
+    except (FileNotFoundError, ValueError):
+        return None
+    return entry if "data" in entry.shapes else None
+
+
+def _files(place: Path) -> list[Path]:
+    return sorted(path for path in _visible(place) if path.suffix == ".safetensors" and path.stem.isdigit())
+
+
+def _visible(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [Path(entry.path) for entry in os.scandir(folder) if not entry.name.startswith(".") and entry.is_file()]

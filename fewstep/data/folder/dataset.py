@@ -1,0 +1,389 @@
+"""A folder of clips, or of pairs made by a teacher, as a data set. Names and formats: docs/formats.md.
+
+    Folder("datasets/robots", num_frames=17, video_size=(704, 1280), text=None)      # windows of clips, as pixels
+    Folder("datasets/kd", x0="latents", pairs=("noise",), control=Edge())            # what KD learns from
+
+Everything that can be told without decoding is checked by `open()`, for all samples at once and by name: partners, frame
+counts, sizes, rates, captions. The first sample is read whole. What needs reading is checked when it is read.
+
+A pair is the whole clip its noise belongs to, never a window of it, and its control is the file the teacher was given, never
+one made anew: an edge of the teacher's own output is not what the output was asked to follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.batch import Batch, Condition
+from fewstep.config import kind
+from fewstep.data import order
+from fewstep.data.contract import BadSamples
+from fewstep.data.controls import AnyControl, Pixels, Span, made_of, seed_of
+from fewstep.data.files import video
+from fewstep.data.files.sizes import Fit, Resize, fit, nearest_shape
+from fewstep.data.folder import layout, parts
+from fewstep.data.folder.layout import Layout
+from fewstep.data.folder.samples import Sample, buckets_of, captions_of, each, packs_of, refuse, samples_of
+
+
+@kind("folder", group="data")
+@dataclass(frozen=True)
+class Folder:
+    """Clips and their captions, controls and pairs, in the folder layout of the seeds."""
+
+    dataset_dir: str  # holds videos/ (or latents/), or a folder for each sample
+    x0: Literal["pixels", "latents"] = "pixels"  # pixels: B 3 T H W in -1..1; latents: what `fewstep prepare latents` made
+    num_frames: int | None = None  # of a window; none: whole clips, which must then be equally long
+    sequence_interval: int = 1  # every k-th frame of the file
+    start_frame_interval: int = 1  # frames between the starts of two windows
+    video_size: tuple[int, int] | None = None  # height, width to resize to; none: as the files are
+    resize: Resize = "stretch"  # Predict1 stretches; crop keeps the aspect and cuts the margins; pad keeps it and mirrors them
+    buckets: tuple[tuple[int, int], ...] = ()  # sizes; a clip goes to the one nearest in shape. 720 of Transfer1: docs/data.md
+    bucket_block: int = 8  # samples in a row of one bucket: trainer.batch_size or a multiple of it
+    skip_short: bool = False  # leave out clips shorter than a window instead of refusing them
+    control: AnyControl | None = None  # edge, vis, depth, seg or keypoint
+    control_from: Literal["files", "video"] = "files"  # video: made from the frames when they are read (edge and vis)
+    text: str | None = "t5_xxl"  # folder of text embeddings; none: no text
+    mask_text: bool = (
+        False  # tell the network which tokens are padding. Cosmos, Wan and CogVideoX attend to it; Qwen-Image does not
+    )
+    max_tokens: int = 512  # longer embeddings are cut, shorter ones padded with zeros (T5 of Cosmos 1)
+    negative: str | None = None  # zeros (how Cosmos 1 drops text), or a file with an embedding, relative to dataset_dir
+    pairs: tuple[Literal["noise", "path"], ...] = ()  # what of its teacher's work each sample must have
+    path_times: tuple[float, ...] = ()  # times of the states, for files that do not say; FastGen: 0.999, 0.937, 0.833, 0.624
+    max_bad: int = 0  # samples that cannot be read are left out, named and counted, up to this many; 0: the first ends the run
+    ram_gib: float = 4.0  # samples stay in memory after their first read if all of them fit in this much
+    num_threads: int = 1  # samples read at once
+
+    @property
+    def fields(self) -> frozenset[str]:
+        pairs = {"path", "path_times"} if "path" in self.pairs else set[str]()
+        return frozenset({"x0"} | pairs | ({"noise"} & set(self.pairs)) | ({"negative"} if self.negative else set[str]()))
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        for name in ("sequence_interval", "start_frame_interval", "max_tokens", "num_threads"):
+            if getattr(self, name) < 1:
+                yield name, f"must be at least 1, not {getattr(self, name)}"
+        if self.num_frames is not None and self.num_frames < 1:
+            yield "num_frames", f"must be at least 1, or none for whole clips, not {self.num_frames}"
+        if self.video_size is not None and min(self.video_size) < 1:
+            yield "video_size", f"must be (height, width) in pixels, not {self.video_size}"
+        if self.max_bad < 0:
+            yield "max_bad", f"must be at least 0, not {self.max_bad}"
+        if self.buckets and self.video_size is not None:
+            yield "buckets", "and video_size are two ways to say one thing: leave one out"
+        if any(min(size) < 1 for size in self.buckets):
+            yield "buckets", f"must be (height, width) in pixels each, not {self.buckets}"
+        if self.bucket_block < 1:
+            yield "bucket_block", f"must be at least 1, not {self.bucket_block}"
+        elif not self.buckets and self.bucket_block != type(self).bucket_block:
+            yield "warn:bucket_block", "has no effect without buckets"
+        for name in ("text", "negative"):
+            value = getattr(self, name)
+            if value is not None and (".." in Path(value).parts or Path(value).is_absolute() or not value):
+                yield name, f"must lie within dataset_dir, but is {value!r}"
+        if self.negative and self.text is None:
+            yield "negative", "needs the embeddings it is the negative of: set text, t5_xxl for instance"
+        windows = ("sequence_interval", "start_frame_interval", "video_size", "skip_short", "buckets")
+        changed = [name for name in windows if getattr(self, name) != getattr(type(self), name)]
+        if self.x0 == "latents":
+            yield from ((f"warn:{name}", "has no effect: latents are of whole clips, at their own size") for name in changed)
+        elif self.pairs:
+            yield from (
+                (name, "must be left alone with pairs: the noise belongs to the whole clip as it is") for name in changed
+            )
+        if self.path_times and "path" not in self.pairs:
+            yield "warn:path_times", "has no effect: set pairs=[path] to read states"
+        if list(self.path_times) != sorted(set(self.path_times), reverse=True):
+            yield (
+                "path_times",
+                f"must descend, as the states lie on the way from noise to the clip, but is {list(self.path_times)}",
+            )
+        if self.control_from == "video":
+            if self.control is None:
+                yield "warn:control_from", "has no effect: set control, edge for instance"
+            elif not callable(self.control):
+                yield "control_from", f"is video, but {self.control.folder} cannot be made from frames: prepare its files"
+            if self.x0 == "latents":
+                yield "control_from", "is video, but latents have no frames to make a control from: encode the control's files"
+            if self.pairs:
+                yield "control_from", "is video, but the control of a pair is the file its teacher was given: set files"
+
+    def open(self) -> FolderData:
+        return FolderData(self)
+
+
+class FolderData:
+    """The samples of a `Folder`, checked. `stems` and `captions` have one entry per sample, as `batch` counts them."""
+
+    def __init__(self, spec: Folder, place: Layout | None = None, samples: tuple[Sample, ...] | None = None):
+        """`samples`, if given, are known and checked already: those of shards."""
+        self.spec = spec
+        self.layout = place or Layout.open(spec.dataset_dir)
+        self.packs = {} if samples is not None else packs_of(spec, self.layout)
+        self.left_out: dict[str, str] = {}  # samples whose clip cannot be opened, and why; data.max_bad of them at the most
+        self.samples = samples_of(spec, self.layout, self.packs, self.left_out) if samples is None else samples
+        self._bucket = buckets_of(spec, self.samples)
+        self._members = [(self._bucket == bucket).nonzero()[:, 0] for bucket in self._bucket.unique().tolist()]
+        self._negative = self._read_negative()
+        self._like, self._first = self._read_first()
+        self._memory = _Memory(self._first, len(self.samples), spec.ram_gib if len(self._members) == 1 else 0.0)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def max_bad(self) -> int:
+        return self.spec.max_bad
+
+    @property
+    def block(self) -> int:
+        """Samples of one bucket come in blocks of this many; 0: all samples are of one size."""
+        return self.spec.bucket_block if len(self._members) > 1 else 0
+
+    def samples_at(self, position: Tensor, seed: int) -> Tensor:
+        """The sample for each position: blocks of one bucket each, and in each bucket every sample once per epoch of it."""
+        if not self.block:
+            return order.samples_at(position, len(self), seed)
+        blocks = tuple(-(-len(members) // self.block) for members in self._members)
+        bucket, place = order.interleaved(position, blocks, self.block, seed)
+        out = torch.empty_like(position)
+        for number, members in enumerate(self._members):
+            here = bucket == number
+            if bool(here.any()):
+                own = order.samples_at(place[here], len(members), seed * len(blocks) + number)
+                out[here] = members[own]
+        return out
+
+    @property
+    def stems(self) -> list[str]:
+        """The name of each sample's files; a clip with several windows comes as often."""
+        return [sample.stem for sample in self.samples]
+
+    def captions(self) -> list[str]:
+        """The caption of each sample, from metas/*.txt or */prompt.txt; refuses missing and empty ones."""
+        stems = list(dict.fromkeys(self.stems))
+        problem = self.layout.missing(layout.CAPTIONS, stems)
+        if problem:
+            raise ValueError(f"{self.layout.root}: {problem}")
+        texts, problems = captions_of(self.layout, stems)
+        refuse(self.layout, problems)
+        return [texts[sample.stem] for sample in self.samples]
+
+    def batch(self, index: Tensor) -> Batch:
+        rows = index.tolist()
+        wanted = [row for row in dict.fromkeys(rows) if not self._memory.has(row)]
+        buckets = self._bucket[index].unique().tolist() if rows else []
+        if len(buckets) > 1:
+            raise ValueError(
+                f"{self.layout.root}: samples of {len(buckets)} buckets cannot be in one batch. Set data.bucket_block to "
+                "trainer.batch_size or a multiple of it"
+            )
+        read, bad = dict[int, dict[str, Tensor]](), dict[int, str]()
+        for row, found in zip(wanted, each(self._tried, wanted, self.spec.num_threads), strict=True):
+            if isinstance(found, str):
+                bad |= {place: found for place, other in enumerate(rows) if other == row}
+            else:
+                read[row] = found
+        if bad:
+            raise BadSamples(bad)
+        columns = self._memory.stacked(rows, read)
+        cond = Condition(
+            text=_optional(columns.get("text"), torch.Tensor.float),
+            text_mask=columns.get("text_mask") if self.spec.mask_text else None,
+            control={} if self.spec.control is None else {self.spec.control.folder: _floats(columns["control"])},
+            fps=columns.get("fps"),
+            padding=columns.get("padding"),
+        )
+        negative = None
+        if self._negative is not None:
+            text, mask = (part.expand(len(rows), *part.shape).contiguous() for part in self._negative)
+            negative = replace(cond, text=text.float(), text_mask=mask if self.spec.mask_text else None)
+        return Batch(
+            x0=_floats(columns["x0"]),
+            noise=columns.get("noise"),
+            path=columns.get("path"),
+            path_times=columns.get("path_times"),
+            cond=cond,
+            negative=negative,
+            index=index.clone(),
+        )
+
+    # ---- one sample ------------------------------------------------------------------------------------------------
+
+    def _tried(self, row: int) -> dict[str, Tensor] | str:
+        """A sample, or what is wrong with it: damage, and files that went away."""
+        try:
+            return self._checked(row)
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    def _read_first(self) -> tuple[str, dict[str, Tensor]]:
+        """The first sample that can be read, and its name; or what is wrong if none of max_bad others can."""
+        wrong: list[str] = []
+        for sample in self.samples[: self.spec.max_bad + 1]:
+            try:
+                return sample.stem, self._read(sample)
+            except (ValueError, OSError) as error:
+                if not self.spec.max_bad:
+                    raise
+                wrong.append(str(error))
+        raise ValueError(f"{self.layout.root}: the first {len(wrong)} samples cannot be read:\n" + "\n".join(wrong[:5]))
+
+    def _checked(self, row: int) -> dict[str, Tensor]:
+        """A sample of the same shapes as the first one; otherwise they could not be in one batch."""
+        sample = self.samples[row]
+        record = self._read(sample)
+        for name, wanted in self._first.items():
+            found = record.get(name)
+            # Sizes follow from the bucket; what else could differ is the number of frames.
+            axes = {"x0": 1, "control": 1, "padding": 0}.get(name) if self.block else None
+            if found is None or found.shape[:axes] != wanted.shape[:axes]:
+                told = "is not there" if found is None else f"has shape {tuple(found.shape)}"
+                raise ValueError(
+                    f"{self.layout.root}: '{name}' of {sample.stem} {told}, but {tuple(wanted.shape)} in "
+                    f"{self._like}. Samples of one data set have the same shapes: remove this one or prepare it again"
+                )
+        return record
+
+    def _read(self, sample: Sample) -> dict[str, Tensor]:
+        """The tensors of a sample as they are stored: uint8 T H W 3, or latents C T H W in their own precision."""
+        spec, record = self.spec, dict[str, Tensor]()
+        if spec.x0 == "pixels":
+            assert sample.header is not None, sample
+            fitted = self._fit(sample)
+            frames = video.read(sample.files["videos"], *_of(sample.span), size=fitted.scaled)
+            record["x0"] = _tensor(fitted(frames.frames))
+            record |= {"fps": torch.tensor(frames.fps)} if frames.fps else {}
+            record |= {"padding": torch.from_numpy(fitted.padding())} if spec.resize == "pad" else {}
+        else:
+            record["x0"], fps = self._latents(sample, layout.LATENTS.folder)
+            record |= {} if fps is None else {"fps": torch.tensor(float(fps))}
+        if spec.control is not None:
+            record["control"] = self._read_control(sample, record["x0"])
+        if spec.text is not None:
+            record["text"], record["text_mask"] = self._embedding(sample)
+        like = {"latents" if spec.x0 == "latents" else "frames": record["x0"]}
+        if "noise" in spec.pairs:
+            record["noise"] = parts.noise(sample.files["noise"])
+            parts.refuse_foreign_noise(sample.files["noise"], record["noise"], **like)
+        if "path" in spec.pairs:
+            record["path"], record["path_times"] = parts.states(sample.files["path"], spec.path_times)
+            parts.refuse_foreign_noise(sample.files["path"], record["path"][0], **like)  # the first state is nearly noise
+        return record
+
+    def _latents(self, sample: Sample, folder: str) -> tuple[Tensor, float | None]:
+        """Latents and the fps of their clip, from a pack or a file of their own."""
+        if folder in self.packs:
+            packs, row = self.packs[folder], sample.rows[folder]
+            return parts.checked_latents(packs.folder / sample.stem, packs.read(row)), packs.rows[row].facts.get("fps")
+        return parts.latents(sample.files[folder]), parts.fact(sample.files[folder], "fps")
+
+    def _embedding(self, sample: Sample) -> tuple[Tensor, Tensor]:
+        folder = self.spec.text
+        assert folder is not None
+        if folder in self.packs:
+            packs = self.packs[folder]
+            return parts.padded(packs.folder / sample.stem, packs.read(sample.rows[folder]), self.spec.max_tokens)
+        return parts.embedding(sample.files[folder], self.spec.max_tokens)
+
+    def _read_control(self, sample: Sample, x0: Tensor) -> Tensor:
+        spec = self.spec
+        assert spec.control is not None
+        if spec.x0 == "latents":
+            folder = layout.control_latents(spec.control.folder).folder
+            latents, _ = self._latents(sample, folder)
+            if latents.shape[1:] != x0.shape[1:]:
+                raise ValueError(
+                    f"{self.layout.root / folder / sample.stem}: is {tuple(latents.shape)}, which does not fit its clip "
+                    f"{tuple(x0.shape)}. Encode it again"
+                )
+            return latents
+        if spec.control_from == "video":
+            return _tensor(made_of(spec.control, x0.numpy(), seed_of(sample.stem, sample.span.start)))
+        fitted = self._fit(sample)
+        path = sample.files[spec.control.folder]
+        made = spec.control.read(path, sample.span, fitted.scaled)
+        assert made.shape == (sample.span.count, *fitted.scaled, 3), (path, made.shape)
+        return _tensor(fitted(made))
+
+    def _fit(self, sample: Sample) -> Fit:
+        assert sample.header is not None, sample
+        spec, own = self.spec, sample.header.size
+        return fit(own, spec.buckets[nearest_shape(own, spec.buckets)] if spec.buckets else spec.video_size, spec.resize)
+
+    @contextmanager
+    def _file(self, name: str) -> Iterator[Path]:
+        """A file of the data set that belongs to no sample."""
+        yield self.layout.root / name
+
+    def _read_negative(self) -> tuple[Tensor, Tensor] | None:
+        spec = self.spec
+        if spec.negative is None:
+            return None
+        assert spec.text is not None
+        text, mask = self._embedding(self.samples[0])
+        if spec.negative == "zeros":
+            # Every token counts: a network that masks its padding would have nothing left to attend to.
+            return torch.zeros_like(text), torch.ones_like(mask)
+        with self._file(spec.negative) as path:
+            other, other_mask = parts.embedding(path, spec.max_tokens)
+        if other.shape != text.shape:
+            raise ValueError(
+                f"{self.layout.root / spec.negative}: embeds in {other.shape[1]} numbers, but {spec.text}/ in {text.shape[1]}: "
+                "embed it with the same encoder"
+            )
+        return other, other_mask
+
+
+class _Memory:
+    """Samples that were read once, if there is room for all of them; else nothing."""
+
+    def __init__(self, first: Mapping[str, Tensor], num: int, gib: float):
+        needed = num * sum(tensor.nbytes for tensor in first.values())
+        # torch.empty takes no memory until it is written: it grows with what is read.
+        fits = needed <= gib * 2**30
+        self._columns = {n: torch.empty((num, *t.shape), dtype=t.dtype) for n, t in first.items()} if fits else None
+        self._there = torch.zeros(num, dtype=torch.bool)
+
+    def has(self, row: int) -> bool:
+        return bool(self._there[row])
+
+    def stacked(self, rows: Sequence[int], read: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The columns of `rows`, those in `read` among them, which are kept from now on if there is room."""
+        if self._columns is None:
+            names = next(iter(read.values())).keys()
+            return {name: torch.stack([read[row][name] for row in rows]) for name in names}
+        for row, record in read.items():
+            for name, column in self._columns.items():
+                column[row] = record[name]
+            self._there[row] = True
+        index = torch.tensor(rows)
+        return {name: column[index] for name, column in self._columns.items()}
+
+
+def _of(span: Span) -> tuple[int, int, int]:
+    return span.start, span.count, span.stride
+
+
+def _tensor(frames: Pixels) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(frames))
+
+
+def _floats(column: Tensor) -> Tensor:
+    """float32, B C T H W: pixels in -1..1, latents as they are."""
+    if column.dtype != torch.uint8:
+        return column.float()
+    return column.permute(0, 4, 1, 2, 3).to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+
+
+def _optional(value: Tensor | None, change: Callable[[Tensor], Tensor]) -> Tensor | None:
+    return None if value is None else change(value)

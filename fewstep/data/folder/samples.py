@@ -1,0 +1,310 @@
+"""The samples of a folder, and all that is wrong with them, told by name before anything is decoded.
+
+Partners, frame counts, sizes, rates, captions and packed rows are checked for all samples at once; whoever opens a data set
+reads one message with every problem in it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fewstep.data.controls import Span
+from fewstep.data.files import cache, video
+from fewstep.data.files.packs import Packs, has_packs, open_packs
+from fewstep.data.files.sizes import nearest_shape
+from fewstep.data.folder import layout
+from fewstep.data.folder.layout import Layout, Part, some
+
+if TYPE_CHECKING:
+    from fewstep.data.folder.dataset import Folder  # which opens itself with what stands here
+
+_PROBE_THREADS = 8  # headers are small reads from disk: waiting, not work
+_Answer = TypeVar("_Answer")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample: its files by the folder of their part, and which frames of them."""
+
+    stem: str
+    files: Mapping[str, Path]
+    span: Span = field(default_factory=Span)
+    header: video.Header | None = None  # of its video, if that is read
+    rows: Mapping[str, int] = field(default_factory=dict[str, int])  # its rows in the parts that are packed, by folder
+
+
+def packs_of(spec: Folder, place: Layout) -> dict[str, Packs]:
+    """The parts of a sample that lie in packs, by folder."""
+    if place.form != "flat":
+        return {}
+    folders = [part.folder for part in parts_of(spec) if part not in (layout.NOISE, layout.PATH)]
+    folders += [layout.LATENTS.folder] if spec.x0 == "latents" else []
+    return {folder: open_packs(place.root / folder) for folder in folders if has_packs(place.root / folder)}
+
+
+def _missing(place: Layout, part: Part, stems: Sequence[str], packs: Mapping[str, Packs]) -> str | None:
+    if part.folder not in packs:
+        return place.missing(part, stems)
+    there = packs[part.folder].by_stem()
+    lacking = [stem for stem in stems if stem not in there]
+    return f"{len(lacking)} of {len(stems)} lack a row in {part.folder}/packs: {some(lacking)}" if lacking else None
+
+
+def buckets_of(spec: Folder, samples: Sequence[Sample]) -> Tensor:
+    """The number of each sample's bucket; all 0 where all samples are of one size."""
+    if not spec.buckets or spec.x0 != "pixels":
+        return torch.zeros(len(samples), dtype=torch.int64)
+    return torch.tensor([nearest_shape(s.header.size, spec.buckets) for s in samples if s.header is not None])
+
+
+def samples_of(spec: Folder, place: Layout, packs: Mapping[str, Packs], left_out: dict[str, str]) -> tuple[Sample, ...]:
+    """Every sample with its files, or one ValueError with all that is wrong. Fills `left_out`."""
+    problems = [f"data.{key}: {message}" for key, message in spec.problems() if not key.startswith("warn:")]
+    refuse(place, problems)
+    lead = place.pixels() if spec.x0 == "pixels" else layout.LATENTS
+    needed = parts_of(spec)
+    stems = list(packs[lead.folder].by_stem() if lead.folder in packs else place.files(lead))
+    if not stems:
+        hint = "" if spec.x0 == "pixels" else ". Make them with: fewstep prepare latents, or set data.x0=pixels"
+        raise ValueError(f"{place.root}: has no {place.named(lead)}{hint}")
+    for part in needed:
+        problem = _missing(place, part, stems, packs)
+        problems += [f"{problem}{_remedy(part, spec)}"] if problem else []
+    if spec.text is not None and place.files(layout.CAPTIONS):  # Transfer1's pairs have embeddings and no captions
+        problem = place.missing(layout.CAPTIONS, stems)
+        problems += [problem] if problem else captions_of(place, stems)[1]
+    files = {part.folder: place.files(part) for part in (lead, *needed) if part.folder not in packs}
+    if spec.x0 == "latents":
+        problems += _packed_problems(spec, place, packs) if "latents" in packs else _latent_problems(spec, files["latents"])
+        refuse(place, problems)
+        if "latents" in packs:
+            return _packed_samples(packs, files)
+        rows = {folder: found.by_stem() for folder, found in packs.items()}
+        return tuple(
+            Sample(stem, _of_stem(files, stem), rows={folder: found[stem][0] for folder, found in rows.items()})
+            for stem in stems
+        )
+    files["videos"] = files.pop(lead.folder)  # pictures are clips of one frame from here on
+    headers, unreadable = _headers(files["videos"])
+    if len(unreadable) <= spec.max_bad and headers:
+        left_out |= unreadable
+        stems = [stem for stem in stems if stem not in unreadable]
+    else:
+        told = list(unreadable.values())
+        problems += told[:5] + ([f"{len(told) - 5} more videos cannot be read"] if len(told) > 5 else [])
+    problems += size_problems(spec, headers)
+    if spec.control is not None and spec.control.suffix == ".mp4" and spec.control_from == "files":
+        problems += _control_problems(spec.control.folder, files[spec.control.folder], headers)
+    spans, wrong = spans_of(spec, headers)
+    problems += wrong
+    refuse(place, problems)
+    rows = {folder: found.by_stem() for folder, found in packs.items()}
+    return tuple(
+        Sample(stem, _of_stem(files, stem), span, headers[stem], {folder: found[stem][0] for folder, found in rows.items()})
+        for stem in stems
+        for span in spans.get(stem, ())
+    )
+
+
+def _of_stem(files: Mapping[str, Mapping[str, Path]], stem: str) -> dict[str, Path]:
+    return {folder: paths[stem] for folder, paths in files.items()}
+
+
+def _packed_samples(packs: Mapping[str, Packs], files: Mapping[str, Mapping[str, Path]]) -> tuple[Sample, ...]:
+    """One sample for each row of the latents, a window of a clip or a whole one."""
+    by_window = {name: {(r.stem, r.start): n for n, r in enumerate(p.rows)} for name, p in packs.items()}
+    out: list[Sample] = []
+    for label in packs["latents"].rows:
+        rows = {name: found.get((label.stem, label.start), found.get((label.stem, 0))) for name, found in by_window.items()}
+        span = Span(label.start, int(label.facts.get("num_frames", 1)), int(label.facts.get("stride", 1)))
+        known = {name: row for name, row in rows.items() if row is not None}
+        assert known.keys() == rows.keys(), label  # `_packed_problems` has seen to it
+        out.append(Sample(label.stem, _of_stem(files, label.stem), span, rows=known))
+    return tuple(out)
+
+
+def _packed_problems(spec: Folder, place: Layout, packs: Mapping[str, Packs]) -> list[str]:
+    """Rows of different shapes, of clips that changed since, or without the same window of their control."""
+    main, again, problems = packs["latents"], "Run fewstep prepare latents again", list[str]()
+    names = [f"{label.stem}@{label.start}" if label.start else label.stem for label in main.rows]
+    problems += _odd_ones("shape", dict(zip(names, main.shapes, strict=True)), again)
+    videos = place.files(layout.VIDEOS)
+    sizes = {stem: path.stat().st_size for stem, path in videos.items()}
+    stale = [
+        label.stem
+        for label in main.rows
+        if "bytes" in label.facts and sizes.get(label.stem) not in (None, label.facts["bytes"])
+    ]
+    if stale:
+        problems.append(f"{len(stale)} of {len(names)} latents are of another file than videos/ holds: {some(stale)}. {again}")
+    if spec.num_frames is not None:
+        odd = [n for n, label in zip(names, main.rows, strict=True) if label.facts.get("num_frames") != spec.num_frames]
+        if odd:
+            problems.append(f"{len(odd)} of {len(names)} latents are not of {spec.num_frames} frames: {some(odd)}. {again}")
+    if spec.pairs and main.made_from.get("num_frames", "whole") != "whole":
+        problems.append("its latents are of windows, but a pair is the whole clip its noise belongs to. Encode whole clips")
+    for folder, other in packs.items():
+        if folder.endswith("_latents"):
+            there = {(label.stem, label.start) for label in other.rows}
+            lacking = [n for n, label in zip(names, main.rows, strict=True) if (label.stem, label.start) not in there]
+            problems += (
+                [f"{len(lacking)} of {len(names)} lack a row in {folder}/packs: {some(lacking)}. {again}"] if lacking else []
+            )
+            unlike = [k for k, v in main.made_from.items() if k != "part" and other.made_from.get(k) != v]
+            problems += [f"{folder}/ and latents/ were made with another {', '.join(unlike)}. {again}"] if unlike else []
+    return problems
+
+
+def parts_of(spec: Folder) -> list[Part]:
+    """What a sample must have besides its clip."""
+    needed: list[Part] = []
+    if spec.text is not None:
+        needed.append(layout.text(spec.text))
+    if spec.control is not None and spec.x0 == "latents":
+        needed.append(layout.control_latents(spec.control.folder))
+    elif spec.control is not None and spec.control_from == "files":
+        needed.append(layout.control(spec.control.folder, spec.control.suffix))
+    return needed + [{"noise": layout.NOISE, "path": layout.PATH}[name] for name in spec.pairs]
+
+
+def _remedy(part: Part, spec: Folder) -> str:
+    if part in (layout.NOISE, layout.PATH):
+        return ". A teacher makes clips and what they came from together: fewstep pairs"
+    if part.folder == spec.text:
+        return ". Embed the captions: fewstep prepare text, or set data.text=none"
+    if part.folder.endswith("_latents"):
+        return ". Encode them: fewstep prepare latents"
+    return ". Make them with: fewstep prepare controls" + (", or set data.control_from=video" if callable(spec.control) else "")
+
+
+def refuse(place: Layout, problems: Sequence[str]) -> None:
+    if problems:
+        raise ValueError("\n".join(f"{place.root}: {problem}" for problem in problems))
+
+
+def captions_of(place: Layout, stems: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Captions by stem, and what is wrong with any."""
+    files, texts, problems = place.files(layout.CAPTIONS), dict[str, str](), list[str]()
+    for stem in stems:
+        try:
+            texts[stem] = files[stem].read_text(encoding="utf-8").strip()
+        except UnicodeDecodeError:
+            problems.append(f"the caption of {stem} is not UTF-8 text")
+    empty = [stem for stem, text in texts.items() if not text]
+    if empty:
+        problems.append(f"{len(empty)} of {len(stems)} captions are empty: {some(empty)}. Write one, or remove the clip")
+    return texts, problems
+
+
+def _headers(files: Mapping[str, Path]) -> tuple[dict[str, video.Header], dict[str, str]]:
+    """Headers by stem, and by stem what is wrong with the files that have none."""
+
+    def ask(path: Path) -> video.Header | str:
+        try:
+            return video.probe(path)
+        except ValueError as error:
+            return str(error)
+
+    answers = dict(zip(files, each(ask, list(files.values()), _PROBE_THREADS), strict=True))
+    wrong = {stem: answer for stem, answer in answers.items() if isinstance(answer, str)}
+    return {stem: answer for stem, answer in answers.items() if isinstance(answer, video.Header)}, wrong
+
+
+def size_problems(spec: Folder, headers: Mapping[str, video.Header]) -> list[str]:
+    if spec.video_size is not None or spec.buckets or not headers:
+        return []
+    return _odd_ones("size", {s: h.size for s, h in headers.items()}, "Set data.video_size or data.buckets to resize them")
+
+
+def _control_problems(name: str, files: Mapping[str, Path], headers: Mapping[str, video.Header]) -> list[str]:
+    """Control videos that do not go frame by frame with their clip."""
+    found, unreadable = _headers({stem: path for stem, path in files.items() if stem in headers})
+    problems = list(unreadable.values())[:5]
+    for what, of in (("num_frames", lambda h: h.num_frames), ("size", lambda h: h.size), ("fps", lambda h: round(h.fps, 2))):
+        odd = [f"{s} ({of(found[s])}, its clip {of(h)})" for s, h in headers.items() if s in found and of(found[s]) != of(h)]
+        if odd:
+            problems.append(
+                f"{len(odd)} of {len(files)} {name}/*.mp4 differ from their clip in {what}: {some(odd)}. Make them again"
+            )
+    return problems
+
+
+def spans_of(spec: Folder, headers: Mapping[str, video.Header]) -> tuple[dict[str, list[Span]], list[str]]:
+    """The windows of each clip, in order, and what is wrong with clips that are too short or of the wrong length."""
+    lengths = {stem: header.num_frames for stem, header in headers.items()}
+    if spec.num_frames is None:
+        whole = {stem: [Span(0, length)] for stem, length in lengths.items()}
+        if spec.sequence_interval > 1:
+            whole = {s: [Span(0, -(-n // spec.sequence_interval), spec.sequence_interval)] for s, n in lengths.items()}
+        hint = "A pair is a whole clip: make these again" if spec.pairs else "Set data.num_frames for windows of one length"
+        return whole, _odd_ones("num_frames", lengths, hint)
+    if spec.pairs:
+        odd = [f"{stem} ({num})" for stem, num in lengths.items() if num != spec.num_frames]
+        problem = (
+            f"{len(odd)} of {len(lengths)} clips do not have {spec.num_frames} frames: {some(odd)}. A pair is the whole clip "
+            "its noise belongs to, never a window of it: make these again, or set data.num_frames to what the teacher made"
+        )
+        return {stem: [Span(0, num)] for stem, num in lengths.items()}, [problem] if odd else []
+    reach = (spec.num_frames - 1) * spec.sequence_interval + 1  # frames of the file that a window lies over
+    spans = {
+        stem: [
+            Span(start, spec.num_frames, spec.sequence_interval)
+            for start in range(0, num - reach + 1, spec.start_frame_interval)
+        ]
+        for stem, num in lengths.items()
+    }
+    short = [f"{stem} ({lengths[stem]})" for stem, windows in spans.items() if not windows]
+    if not short or (spec.skip_short and len(short) < len(spans)):
+        return spans, []
+    return spans, [
+        f"{len(short)} of {len(spans)} clips are shorter than a window of {reach} frames (num_frames {spec.num_frames}, every "
+        f"{spec.sequence_interval}): {some(short)}. Set data.skip_short=true to leave them out, or a smaller data.num_frames"
+    ]
+
+
+def _latent_problems(spec: Folder, files: Mapping[str, Path]) -> list[str]:
+    """Cache files that differ in shape, origin or length; other formats tell nothing before they are read."""
+    entries, problems = dict[str, cache.Entry](), list[str]()
+    for stem, path in files.items():
+        if path.suffix != ".safetensors":
+            continue
+        try:
+            entries[stem] = cache.header(path)
+        except ValueError as error:
+            problems.append(str(error))
+    again = "Encode them again: fewstep prepare latents"
+    problems += _odd_ones("shape", {s: entry.shapes.get("latents") for s, entry in entries.items()}, again)
+    origins = {s: ", ".join(f"{k} {v}" for k, v in sorted(entry.made_from.items())) for s, entry in entries.items()}
+    problems += _odd_ones("origin", origins, again)
+    if spec.num_frames is not None:
+        odd = [s for s, entry in entries.items() if entry.facts.get("num_frames", spec.num_frames) != spec.num_frames]
+        if odd:
+            problems.append(
+                f"{len(odd)} of {len(entries)} latents are not of {spec.num_frames} frames: {some(odd)}. Latents are of whole "
+                "clips: set data.num_frames=none, or to their length"
+            )
+    return problems
+
+
+def _odd_ones(what: str, values: Mapping[str, Any], hint: str) -> list[str]:  # values of any kind that can be compared
+    """A problem if not all values are equal: those that differ from the commonest one, by name."""
+    if len(set(values.values())) < 2:
+        return []
+    usual = Counter(values.values()).most_common(1)[0][0]
+    odd = [f"{stem} ({value})" for stem, value in values.items() if value != usual]
+    return [f"{len(odd)} of {len(values)} differ from the others in {what} ({usual}): {some(odd)}. {hint}"]
+
+
+def each(do: Callable[[Any], _Answer], values: Sequence[Any], num_threads: int) -> list[_Answer]:  # values of do's argument
+    if num_threads <= 1 or len(values) <= 1:
+        return [do(value) for value in values]
+    with ThreadPoolExecutor(num_threads) as pool:
+        return list(pool.map(do, values))

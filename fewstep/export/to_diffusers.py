@@ -1,0 +1,199 @@
+"""A student as a folder of diffusers: its network, the parts of the pipeline it belongs to, and its schedule.
+
+The scheduler is one of diffusers where one takes the student's steps (schedulers.py): then upstream's own pipeline samples it,
+too. Where it needs a loop of its own - every Cosmos network, and a noise that is taken again - pipeline.py in the folder is
+that loop; it imports torch and diffusers only.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewstep.diffusion import StudentSampler
+from fewstep.diffusion.path import floats
+from fewstep.export.schedulers import scheduler_of
+from fewstep.inference.model import Envelope, Model
+
+PIPELINE = Path(__file__).with_name("student_pipeline.py.txt")
+LEFT_OUT = ("transformer", "unet", "scheduler", "controlnet", "safety_checker")  # of a base: ours, or nobody's
+WORDS = "fewstep_words"
+
+
+def write_folder(model: Model, about: Mapping[str, Any], out: Path, base: Path | None) -> dict[str, Any]:
+    """Writes the folder and returns what student.json should say."""
+    assert model.sampler is not None
+    network: Any = model.network  # Any: an adapter over a class of diffusers
+    parts = _parts(network)
+    index: dict[str, Any] = {"_class_name": "", "_diffusers_version": _version()}
+    for name, part in parts.items():
+        part.save_pretrained(str(out / name))
+        index[name] = ["diffusers", type(part).__name__]
+    base_class = "" if base is None else _copy(base, out, index)
+    predicts = "v" if type(network).__name__ == "CogVideoX" else getattr(network, "predicts", "eps")
+    scheduler = scheduler_of(model.sampler, network.path, base_class, predicts)
+    if scheduler is not None:
+        scheduler.save_pretrained(str(out / "scheduler"))
+        index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    asked = _asked(network)
+    is_cosmos = asked is not None and asked["family"] in ("flow", "edm")
+    if asked is not None:
+        (out / "pipeline.py").write_text(_pipeline(out))
+    if base_class and scheduler is not None and not is_cosmos:
+        index["_class_name"] = base_class
+    elif asked is not None:
+        index["_class_name"] = ["pipeline", "StudentPipeline"]
+    else:
+        raise ValueError(
+            f"--format diffusers: {type(network).__name__} with renoise={model.sampler.renoise} and times "
+            f"{list(model.sampler.times)} needs "
+            + ("--base, the pipeline's folder" if scheduler is not None else "a scheduler that diffusers does not have")
+            + "; --format safetensors always works"
+        )
+    steps = schedule(model.sampler, network)
+    solver = {"ode": "ode", "fresh": "sde"}.get(model.sampler.renoise, "same") if len(steps) > 1 else "ode"
+    told: dict[str, Any] = {"num_inference_steps": len(steps), "guidance_scale": 1.0, "solver": solver}
+    told["denoising_timesteps"] = [round(1000 * step["flow_time"]) for step in steps]
+    index["dmd2_config"] = told
+    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    more = {"schedule": steps, "network_family": asked, "latent_scale": _scale(network)}
+    config, known = next(iter(parts.values())).config, model.envelope.latent_shape
+    more["latent_channels"] = config.out_channels if known is None else known[0]
+    more["envelope"] = dict(about.get("envelope") or {}) | _pixels(model.envelope, out, index)
+    return {**about, **more}
+
+
+def schedule(sampler: StudentSampler, network: Any) -> list[dict[str, float]]:
+    """Per call: a and s of the state on the sampler's path, the time and the scale of the state for the network."""
+    times = torch.tensor(sampler.times, dtype=torch.float64)
+    a, s, _, _ = sampler.path.coefficients(times)
+    if sampler.path == network.path:
+        network_times, scale = times, torch.ones_like(times)
+    else:  # as on_path does it
+        network_times = network.path.time_of(s / a)
+        inner_a, inner_s, _, _ = network.path.coefficients(network_times)
+        scale = torch.hypot(inner_a, inner_s) / torch.hypot(a, s)
+    columns = {"a": a, "s": s, "network_time": network_times, "scale": scale, "flow_time": s / (a + s)}
+    return [dict(zip(columns, row)) for row in zip(*map(floats, columns.values()), strict=True)]
+
+
+def _parts(network: Any) -> dict[str, Any]:
+    """The modules of diffusers in this network, by the names their pipelines give them."""
+    module: nn.Module = network.module
+    if hasattr(module, "base") and hasattr(module, "branches"):
+        branches: Any = list(module.branches.values())  # type: ignore[operator]
+        if len(branches) != 1 or not hasattr(branches[0], "save_pretrained"):
+            raise ValueError(
+                "--format diffusers: diffusers has control branches of Transfer2.5, one at a time; this network has "
+                f"{len(branches)} of class {type(branches[0]).__name__}. Take --format safetensors or pt-original"
+            )
+        return {"transformer": module.base, "controlnet": branches[0]}
+    if hasattr(module, "transformer_2"):
+        return {"transformer": module.transformer, "transformer_2": module.transformer_2}
+    if not hasattr(module, "save_pretrained"):
+        raise ValueError(f"--format diffusers: {type(module).__name__} is no class of diffusers; take --format safetensors")
+    return {"unet" if "UNet" in type(module).__name__ else "transformer": module}
+
+
+def _asked(network: Any) -> dict[str, Any] | None:
+    """How the folder's own pipeline asks the network; None where it does not know its family."""
+    name = type(network).__name__
+    if name == "Cosmos":
+        fields = ("family", "sigma_data", "use_fps", "clean_time")
+        return {field: getattr(network, field) for field in fields}
+    if name == "Wan" and network.module.config.in_channels == network.module.config.out_channels:
+        return {"family": "wan", "whole_times": network.whole_times, "text_tokens": network.text_tokens}
+    return None
+
+
+def _scale(network: Any) -> float:
+    """Of the latents: an EDM network's state has the spread of its data."""
+    return network.sigma_data if getattr(network, "family", "flow") == "edm" else 1.0
+
+
+def _copy(base: Path, out: Path, index: dict[str, Any]) -> str:
+    """Puts the base's other parts into `out`, without copying where the file system can link; its pipeline's class."""
+    told = json.loads((base / "model_index.json").read_text())
+    for name, value in told.items():
+        folder = base / name
+        if name.startswith("_") or name in LEFT_OUT or not folder.is_dir() or (out / name).exists():
+            if not name.startswith("_") and not folder.is_dir() and name not in LEFT_OUT and not isinstance(value, list):
+                index[name] = value  # a setting of the pipeline
+            continue
+        shutil.copytree(folder, out / name, copy_function=_linked)
+        index[name] = value
+    if not any(name in told for name in ("text_encoder",)) and (base / "text_encoder").is_dir():
+        shutil.copytree(base / "text_encoder", out / "text_encoder", copy_function=_linked)
+    if _is_words(out):
+        index.pop("text_encoder", None)  # no class of transformers: pipeline.py reads it
+    said = told.get("_class_name", "")
+    return said if isinstance(said, str) else ""
+
+
+def _linked(source: str, target: str) -> None:
+    try:
+        Path(target).hardlink_to(Path(source).resolve())
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _is_words(out: Path) -> bool:
+    config = out / "text_encoder" / "config.json"
+    return config.is_file() and json.loads(config.read_text()).get("model_type") == WORDS
+
+
+def _pipeline(out: Path) -> str:
+    """pipeline.py; with the toy world's text encoder, whose code diffusers and transformers do not have."""
+    return PIPELINE.read_text() + (f"\n\n{words_code()}\n" if _is_words(out) else "")
+
+
+def words_code() -> str:
+    """The encoder of words as code that stands alone: its file, without what belongs to this project's contracts."""
+    import fewstep.toyworld.words as room
+
+    tree = ast.parse(Path(room.__file__).read_text())
+    imports = "import re\nfrom dataclasses import asdict\nfrom functools import cached_property\n\nfrom torch import nn\n"
+    kept: list[ast.stmt] = []
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            node.body = [part for part in node.body if getattr(part, "name", "") not in ("fingerprint", "_fingerprint", "save")]
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Assign):
+            for part in ast.walk(node):  # types of ours and torch's, which pipeline.py does not import
+                if isinstance(part, ast.FunctionDef):
+                    part.returns = None
+                    for argument in (*part.args.args, *part.args.kwonlyargs):
+                        argument.annotation = None
+            kept.append(node)
+    return imports + "\n\n" + "\n\n\n".join(ast.unparse(node) for node in kept)
+
+
+def _pixels(envelope: Envelope, out: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    """Frames, height and width of the latents it was trained on, and the other way round, where the folder has its codec."""
+    if "vae" not in index:
+        return {}
+    from fewstep.networks.encoders.codecs import open_codec
+
+    form = open_codec(out / "vae").form
+    if envelope.latent_shape is not None and envelope.num_frames is None:
+        _, frames, height, width = envelope.latent_shape
+        time = 1 + (frames - 1) * form.time if form.sees_time else frames
+        return {"num_frames": time, "height": height * form.space, "width": width * form.space}
+    if envelope.latent_shape is None and None not in (envelope.num_frames, envelope.height, envelope.width):
+        frames, height, width = envelope.num_frames, envelope.height, envelope.width
+        assert frames and height and width
+        time = 1 + (frames - 1) // form.time if form.sees_time else frames
+        return {"latent_shape": [form.channels, time, height // form.space, width // form.space]}
+    return {}
+
+
+def _version() -> str:
+    import diffusers
+
+    return diffusers.__version__

@@ -1,0 +1,381 @@
+"""Text encoders: prompts to embeddings, over the models of transformers.
+
+    encoder = open_text_encoder("wan2.1-t2v-1.3b")         # a folder or hub id; of a whole pipeline, its text_encoder/
+    embeddings, mask = encoder.encode(["a red ball rolls"])     # B N D, B N: true where a token of the prompt is
+
+How a family treats its prompts is part of its weights' meaning, and is read from the pipeline's model_index.json:
+
+    T5, UMT5     padded to 512; padding is masked inside and comes out as 0 (Cosmos 1, Predict2, Wan). CogVideoX (226) and
+                 Flux (512) mask nothing: their padding has embeddings of its own, which the networks were trained to see.
+    CLIP         77 tokens; the last layer (Stable Diffusion 1.5), or two encoders' last but one side by side (SDXL),
+                 which also has a pooled vector: encode_pooled
+    Qwen2.5-VL   "Reason1" of Predict2.5: each of 28 layers standardised along its channels, all side by side: 100352 numbers
+                 for each of 512 tokens. With the pipeline of Qwen-Image, its template and last layer.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.networks.encoders.codecs import fingerprint_of
+from fewstep.networks.files import hub
+
+SAMPLED = 4096  # entries of each weight that the fingerprint of a text encoder looks at: T5-11b whole would take minutes
+PROMPTS_AT_ONCE = 8
+REASON1_SYSTEM = "You are a helpful assistant who will provide prompts to an image generator."
+QWEN_IMAGE_TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+QWEN_IMAGE_DROPPED = 34  # tokens of the template before the prompt
+
+
+class TextEncoder(Protocol):
+    @property
+    def dim(self) -> int:
+        """Channels of one token's embedding."""
+        ...
+
+    @property
+    def max_tokens(self) -> int: ...
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings B N D, and B N true where a token of the prompt is."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies weights, tokenizer and settings: embeddings made under another fingerprint are not ours."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class _Encoder(ABC):
+    module: nn.Module
+    tokenizer: Any  # Any: transformers' tokenizers have no common type
+    max_tokens: int
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        if not prompts:
+            raise ValueError(f"{type(self).__name__}: no prompt to encode; an empty text is a prompt, too")
+        parts = [list(prompts[i : i + PROMPTS_AT_ONCE]) for i in range(0, len(prompts), PROMPTS_AT_ONCE)]
+        with torch.no_grad():
+            embeddings, masks = zip(*[self._encode(part) for part in parts], strict=True)
+        most = max(value.shape[1] for value in embeddings)  # they differ where a family does not pad to a fixed length
+        pad = nn.functional.pad
+        whole = torch.cat([pad(value.float(), (0, 0, 0, most - value.shape[1])) for value in embeddings])
+        return whole, torch.cat([pad(mask.bool(), (0, most - mask.shape[1])) for mask in masks])
+
+    @property
+    def fingerprint(self) -> str:
+        """Of 4096 entries of each weight at even distances, the tokenizer, and the settings."""
+        return self._fingerprint
+
+    @cached_property  # no protocol has such a member
+    def _fingerprint(self) -> str:
+        settings = {"class": type(self).__name__, "tokenizer": _tokenizer_text(self.tokenizer), **self._settings()}
+        return fingerprint_of(self.module, settings, sampled=SAMPLED)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @abstractmethod
+    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings B L D and masks B L of a few prompts."""
+
+    def _settings(self) -> dict[str, Any]:
+        return {"max_tokens": self.max_tokens}
+
+    def _padded(self, tokenizer: Any, prompts: list[str], max_tokens: int) -> Any:  # Any: as above
+        return tokenizer(prompts, padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt").to(
+            self.device
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class T5(_Encoder):
+    masks_padding: bool = True
+    cleans: bool = False  # Wan undoes html entities and runs of white space
+
+    @property
+    def dim(self) -> int:
+        return cast(Any, self.module).config.d_model
+
+    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        if self.cleans:
+            prompts = [cleaned(prompt) for prompt in prompts]
+        tokens = self._padded(self.tokenizer, prompts, self.max_tokens)
+        mask = tokens.attention_mask.bool()
+        if not self.masks_padding:
+            return self.module(tokens.input_ids)[0], mask
+        found = self.module(tokens.input_ids, attention_mask=mask).last_hidden_state
+        return torch.where(mask[..., None], found, 0), mask
+
+    def _settings(self) -> dict[str, Any]:
+        return {"max_tokens": self.max_tokens, "masks_padding": self.masks_padding, "cleans": self.cleans}
+
+
+@dataclass(frozen=True, eq=False)
+class Clip(_Encoder):
+    """One or two CLIP text models; `module` holds them, `tokenizer` is a list as long."""
+
+    @property
+    def dim(self) -> int:
+        return sum(cast(Any, part).config.hidden_size for part in self._parts)
+
+    @property
+    def _parts(self) -> list[nn.Module]:
+        return list(cast(nn.ModuleList, self.module))
+
+    def encode_pooled(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """As `encode`, and B P: the last encoder's projected embedding of the whole prompt."""
+        embeddings, mask = self.encode(prompts)
+        with torch.no_grad():
+            tokens = self._padded(self.tokenizer[-1], list(prompts), self.max_tokens)
+            found = self._parts[-1](tokens.input_ids)
+        pooled = found.text_embeds if hasattr(found, "text_embeds") else found.pooler_output  # with and without projection
+        return embeddings, mask, pooled.float()
+
+    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        found: list[Tensor] = []
+        masks: list[Tensor] = []
+        for part, tokenizer in zip(self._parts, self.tokenizer, strict=True):
+            tokens = self._padded(tokenizer, prompts, self.max_tokens)
+            said = part(tokens.input_ids, output_hidden_states=True)
+            found.append(said.hidden_states[-2] if len(self._parts) > 1 else said.last_hidden_state)
+            masks.append(tokens.attention_mask)
+        return torch.cat(found, -1), masks[0]
+
+
+@dataclass(frozen=True, eq=False)
+class PooledClip(_Encoder):
+    """Flux: CLIP gives the pooled vector only, T5 the tokens."""
+
+    t5: T5
+    clip: nn.Module
+    clip_tokenizer: Any
+
+    @property
+    def dim(self) -> int:
+        return self.t5.dim
+
+    def encode_pooled(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """As `encode`, and B P: CLIP's embedding of the whole prompt."""
+        embeddings, mask = self.encode(prompts)
+        with torch.no_grad():
+            tokens = self._padded(self.clip_tokenizer, list(prompts), self.clip_tokenizer.model_max_length)
+            return embeddings, mask, self.clip(tokens.input_ids).pooler_output.float()
+
+    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        return self.t5._encode(prompts)
+
+    def _settings(self) -> dict[str, Any]:
+        return {**self.t5._settings(), "clip_tokenizer": _tokenizer_text(self.clip_tokenizer)}
+
+
+@dataclass(frozen=True, eq=False)
+class Reason1(_Encoder):
+    """Predict2.5's use of Qwen2.5-VL. Padding is attended to, inside and by the network: the mask only tells where it is."""
+
+    @property
+    def dim(self) -> int:
+        config = _text_config(self.module)
+        return config.hidden_size * config.num_hidden_layers
+
+    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        rows = [self._chat(prompt) for prompt in prompts]
+        ids, mask = (torch.tensor([row[i] for row in rows], device=self.device) for i in (0, 1))
+        # No attention mask, as upstream; and the logits of one token instead of 512, which nobody wants.
+        layers = self.module(ids, output_hidden_states=True, logits_to_keep=1).hidden_states[1:]
+        parts = [(x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-8) for x in layers]
+        return torch.cat(parts, -1), mask
+
+    def _chat(self, prompt: str) -> tuple[list[int], list[int]]:
+        said = [("system", REASON1_SYSTEM), ("user", prompt)]
+        tokens = self.tokenizer.apply_chat_template(
+            [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said],
+            tokenize=True,
+            add_generation_prompt=False,
+            add_vision_id=False,
+            max_length=self.max_tokens,
+            truncation=True,
+            padding="max_length",
+            return_dict=True,
+        )
+        return list(tokens["input_ids"]), list(tokens["attention_mask"])
+
+
+@dataclass(frozen=True, eq=False)
+class QwenImage(_Encoder):
+    """Qwen-Image: the last layer, without the template's own tokens; as long as the longest prompt."""
+
+    @property
+    def dim(self) -> int:
+        return _text_config(self.module).hidden_size
+
+    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        texts = [QWEN_IMAGE_TEMPLATE.format(prompt) for prompt in prompts]
+        most = self.max_tokens + QWEN_IMAGE_DROPPED
+        tokens = self.tokenizer(texts, max_length=most, padding=True, truncation=True, return_tensors="pt").to(self.device)
+        found = self.module(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            output_hidden_states=True,
+            logits_to_keep=1,
+        ).hidden_states[-1]
+        kept = [row[mask.bool()][QWEN_IMAGE_DROPPED:] for row, mask in zip(found, tokens.attention_mask, strict=True)]
+        masks = [torch.ones(len(row), device=row.device) for row in kept]
+        pad = nn.utils.rnn.pad_sequence
+        return pad(kept, batch_first=True), pad(masks, batch_first=True)
+
+
+def cleaned(prompt: str) -> str:
+    """As Wan cleans its prompts, where ftfy is absent: html entities undone (twice), white space single."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt)).strip()).strip()
+
+
+# ---- opening -------------------------------------------------------------------------------------------------------
+
+
+def open_text_encoder(
+    address: str | Path,
+    *,
+    max_tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> TextEncoder:
+    """The text encoder in a folder or hub id; of a pipeline its text_encoder/ (and _2). Frozen, in eval mode."""
+    place = _Place.of(str(address))
+    config = place.config("text_encoder")
+    family = config.get("model_type")
+    if family == "fewstep_words":
+        from fewstep.toyworld.words import open_words  # pyright: ignore[reportMissingImports]
+
+        return open_words(place.folder("text_encoder"))
+    if family not in ("t5", "umt5", "clip_text_model", "qwen2_5_vl"):
+        raise ValueError(
+            f"{address}: no text encoder of ours, its model_type is {family}; known are t5, umt5, clip_text_model, "
+            "qwen2_5_vl, fewstep_words"
+        )
+    pipeline = place.pipeline
+    module = place.model("text_encoder", dtype, device)
+    tokenizer = place.tokenizer("tokenizer")
+    if family in ("t5", "umt5"):
+        is_plain = pipeline.startswith("CogVideoX")
+        num = max_tokens or (226 if is_plain else 512)
+        return T5(module, tokenizer, num, masks_padding=not is_plain, cleans=pipeline.startswith("Wan") or family == "umt5")
+    if family == "qwen2_5_vl":
+        if pipeline.startswith("QwenImage"):
+            return QwenImage(module, tokenizer, max_tokens or 1024)
+        return Reason1(module, tokenizer, max_tokens or 512)
+    if not place.has("text_encoder_2"):
+        return Clip(_frozen(nn.ModuleList([module])), [tokenizer], max_tokens or tokenizer.model_max_length)
+    second, other = place.model("text_encoder_2", dtype, device), place.tokenizer("tokenizer_2")
+    if place.config("text_encoder_2").get("model_type") == "t5":
+        t5 = T5(second, other, max_tokens or 512, masks_padding=False)
+        return PooledClip(_frozen(nn.ModuleList([second, module])), other, t5.max_tokens, t5, module, tokenizer)
+    both = _frozen(nn.ModuleList([module, second]))
+    return Clip(both, [tokenizer, other], max_tokens or tokenizer.model_max_length)
+
+
+def _frozen(module: nn.Module) -> nn.Module:
+    return module.eval().requires_grad_(False)
+
+
+def _text_config(module: nn.Module) -> Any:  # Any: transformers' configurations have no common type
+    config = cast(Any, module).config
+    return getattr(config, "text_config", config)
+
+
+def _tokenizer_text(tokenizer: Any) -> str:
+    """All that decides how it cuts words, as text."""
+    many = tokenizer if isinstance(tokenizer, list) else [tokenizer]
+    told = [json.loads(one.backend_tokenizer.to_str()) if one.is_fast else one.get_vocab() for one in many]
+    for one in told:
+        for name in ("padding", "truncation"):  # a fast tokenizer keeps those of its last call
+            one.pop(name, None)
+    return json.dumps(told, sort_keys=True)
+
+
+_MODELS = {
+    "T5EncoderModel": "T5EncoderModel",
+    "T5ForConditionalGeneration": "T5EncoderModel",  # the encoder half of google-t5/t5-11b
+    "T5Model": "T5EncoderModel",
+    "UMT5EncoderModel": "UMT5EncoderModel",
+    "UMT5ForConditionalGeneration": "UMT5EncoderModel",
+    "CLIPTextModel": "CLIPTextModel",
+    "CLIPTextModelWithProjection": "CLIPTextModelWithProjection",
+    "Qwen2_5_VLForConditionalGeneration": "Qwen2_5_VLForConditionalGeneration",
+}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A folder or hub id with either a pipeline in it or one encoder beside its tokenizer."""
+
+    address: str
+    is_pipeline: bool
+    pipeline: str  # class of the pipeline, or ""
+
+    @classmethod
+    def of(cls, address: str) -> _Place:
+        folder = Path(address)
+        if not folder.is_dir():
+            hub.expect_id(address, "text encoder")
+            index = hub.read_json(address, "model_index.json")
+            return cls(address, index is not None, (index or {}).get("_class_name", ""))
+        index = folder / "model_index.json"
+        is_pipeline = index.is_file() or (folder / "text_encoder").is_dir()
+        said = json.loads(index.read_text()).get("_class_name", "") if index.is_file() else ""
+        return cls(address, is_pipeline, said if isinstance(said, str) else said[-1])
+
+    def folder(self, part: str) -> Path:
+        return Path(self.address) / part if self.is_pipeline else Path(self.address)
+
+    def has(self, part: str) -> bool:
+        if Path(self.address).is_dir():
+            return self.is_pipeline and (Path(self.address) / part / "config.json").is_file()
+        return self.is_pipeline and hub.read_json(self.address, f"{part}/config.json") is not None
+
+    def config(self, part: str) -> dict[str, Any]:
+        if Path(self.address).is_dir():
+            path = self.folder(part) / "config.json"
+            found = json.loads(path.read_text()) if path.is_file() else None
+        else:
+            found = hub.read_json(self.address, f"{part}/config.json" if self.is_pipeline else "config.json")
+        if found is None:
+            raise ValueError(
+                f"no text encoder at {self.address}: it has no {part + '/' if self.is_pipeline else ''}config.json"
+            )
+        return found
+
+    def model(self, part: str, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+        import transformers
+
+        name = next((_MODELS[name] for name in self.config(part).get("architectures") or () if name in _MODELS), None)
+        if name is None:
+            asked = self.config(part).get("architectures")
+            raise ValueError(f"{self.address}: its {part} is a {asked}; known are {', '.join(_MODELS)}")
+        place = {"subfolder": part} if self.is_pipeline else {}
+        module, info = getattr(transformers, name).from_pretrained(self.address, dtype=dtype, output_loading_info=True, **place)
+        wrong = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
+        if wrong:
+            raise ValueError(f"{self.address}: the weights of its {part} lack {', '.join(map(str, wrong[:4]))}")
+        return _frozen(module.to(device))
+
+    def tokenizer(self, part: str) -> Any:  # Any: as above
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.address, **({"subfolder": part} if self.is_pipeline else {}))

@@ -1,0 +1,79 @@
+"""Adapters (LoRA) that lie beside the weights in an original Cosmos file: found, and added into the weights.
+
+to_q_lora.net.0, to_q_lora.net.1          Predict1's own: down, up; beside to_q.0
+q_proj.lora_A.default, q_proj.lora_B.default   PEFT, in Predict2 and 2.5: down, up; beside q_proj.base_layer
+
+W' = W + scale up down        the scale is a setting of the training (Predict1: scale, PEFT: alpha / rank), and in no file
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fewstep.networks.files.tensor_files import Stored
+
+_OWN = re.compile(r"(?P<layer>.*\.to_(?:q|k|v|out))_lora\.net\.(?P<side>[01])\.weight$")
+_PEFT = re.compile(r"(?P<layer>.*)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight$")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    weight: str  # the name of the weight it changes, as that is called without adapters
+    held: str  # the name under which the file holds that weight
+    down: str
+    up: str
+
+
+def adapters(tensors: Mapping[str, Stored]) -> list[Adapter]:
+    """The adapters among the tensors of a file that also holds the weights they change; half an adapter is refused.
+
+    A file of adapters alone has none: it is what a role of adapters starts from.
+    """
+    sides: dict[tuple[str, str], dict[int, str]] = {}
+    for name in tensors:
+        if found := _OWN.match(name):
+            sides.setdefault((f"{found['layer']}.0.weight", f"{found['layer']}.0.weight"), {})[int(found["side"])] = name
+        elif found := _PEFT.match(name):
+            held = f"{found['layer']}.base_layer.weight"
+            held = held if held in tensors else f"{found['layer']}.weight"
+            sides.setdefault((f"{found['layer']}.weight", held), {})["AB".index(found["side"])] = name
+    made: list[Adapter] = []
+    for (weight, held), pair in sides.items():
+        if held not in tensors:
+            continue
+        if len(pair) < 2:
+            raise ValueError(f"the adapter {next(iter(pair.values()))} lacks its other half")
+        made.append(Adapter(weight, held, pair[0], pair[1]))
+    return made
+
+
+def merged(tensors: Mapping[str, Stored], scale: float) -> dict[str, Stored]:
+    """The tensors with their adapters added in, and named as if there had never been any."""
+    found = {adapter.held: adapter for adapter in adapters(tensors)}
+    beside = {name for adapter in found.values() for name in (adapter.down, adapter.up)}
+    plain: dict[str, Stored] = {}
+    for name, stored in tensors.items():
+        if name in beside:
+            continue
+        adapter = found.get(name)
+        if adapter is None:
+            plain[name.replace(".base_layer.", ".")] = stored
+            continue
+        down, up = tensors[adapter.down], tensors[adapter.up]
+        if up.shape[:1] + down.shape[1:] != stored.shape or down.shape[0] != up.shape[1]:
+            raise ValueError(
+                f"the adapter of {adapter.weight} does not fit it: {up.shape} times {down.shape} for {stored.shape}"
+            )
+        plain[adapter.weight] = Stored(stored.shape, stored.dtype, partial(_added, stored, down, up, scale))
+    return plain
+
+
+def _added(weight: Stored, down: Stored, up: Stored, scale: float) -> Tensor:
+    low = up.read().double() @ down.read().double()
+    return torch.add(weight.read().double(), low, alpha=scale).to(weight.dtype)

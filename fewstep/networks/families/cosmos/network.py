@@ -1,0 +1,287 @@
+"""Cosmos-Predict on the real diffusers class, `CosmosTransformer3DModel`.
+
+Two families share it. Predict2 and Predict2.5 are rectified flows: the raw output is the velocity, its time is s in [0, 1]
+(Predict2's own code speaks of sigma = s / (1 - s) and divides its state by 1 + sigma: the same network input and output).
+Predict1 is EDM (Karras et al. 2022): x0 = c_skip x + c_out F(c_in x, ln(sigma) / 4).
+
+Given frames enter clean and are told by the mask channel; the answer keeps them. In most flow networks they also carry a time
+of their own next to 0 (`clean_time`); Predict1 tells them the time of the others. Every frame may carry its own noise level.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fewstep.batch import Condition
+from fewstep.config import kind
+from fewstep.diffusion import EDM, Cache, Path, Prediction, RectifiedFlow
+from fewstep.diffusion.path import spread, working_dtype
+from fewstep.diffusion.precondition import edm_preconditioning
+from fewstep.diffusion.prediction import keep_given
+from fewstep.networks.contract import refuse_cache
+from fewstep.networks.families.upstream import tapped
+from fewstep.networks.files.folders import from_folder
+
+CLEAN_TIME = 1e-4  # flow time told for given frames (Predict2 and 2.5, sigma_conditional)
+
+
+@dataclass(frozen=True)
+class Cosmos:
+    module: nn.Module  # CosmosTransformer3DModel, or a Controlled one (control.py)
+    family: Literal["flow", "edm"] = "flow"
+    sigma_data: float = 1.0  # edm only: Predict1 and Transfer1 0.5
+    use_fps: bool = False  # Predict1 and Predict2 turn the rate of frames into positions; Predict2.5 does not
+    clean_time: float | None = CLEAN_TIME  # flow only; None: given frames are told the time of the others
+    controls: tuple[str, ...] = ()  # which of cond.control a Controlled module reads
+    # Where adapters lie unless the role says otherwise: as in Predict2.5's own LoRA post-training
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+
+    @property
+    def path(self) -> Path:
+        return RectifiedFlow() if self.family == "flow" else EDM(sigma_data=self.sigma_data)
+
+    @property
+    def base(self) -> Any:  # Any: a diffusers class, whose stubs know nothing of its config and blocks
+        """The CosmosTransformer3DModel, without its control branches."""
+        return self.module.base if self.controls else self.module
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        branches: Any = self.module.branches.values() if self.controls else ()  # type: ignore[operator]
+        return (*self.base.transformer_blocks, *(block for branch in branches for block in branch.control_blocks))
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
+    ) -> Prediction:
+        x = x_t.to(working_dtype(x_t))
+        if self.family == "flow":
+            raw, features = self._ask(x, x, t, cond, taps)
+            answer = Prediction(x, t, self.path, raw, features)
+        else:
+            c = edm_preconditioning(t.clamp(min=1e-5), self.sigma_data)
+            c_in, c_skip, c_out = (spread(value, x).to(x.dtype) for value in (c.c_in, c.c_skip, c.c_out))
+            raw, features = self._ask(x, c_in * x, c.c_noise, cond, taps)
+            answer = Prediction.of("x0", c_skip * x + c_out * raw, x, t, self.path, features)
+        return keep_given(answer, cond.frames, cond.frame_mask)
+
+    def idle_after(self, tap: int) -> Sequence[nn.Module]:
+        """Blocks that the output of block `tap` does not depend on: those of the base behind it, not those of its controls."""
+        return tuple(self.base.transformer_blocks[tap + 1 :])
+
+    def new_cache(self, like: Tensor) -> Cache:
+        return refuse_cache("CosmosTransformer3DModel")
+
+    def _ask(
+        self, x: Tensor, scaled: Tensor, time: Tensor, cond: Condition, taps: Sequence[int]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The raw output in x's type, and the tapped blocks' outputs as B C T H W."""
+        config = self.base.config
+        if cond.text is None:
+            raise ValueError("Cosmos reads its prompt from cond.text (B, tokens, channels), and the batch has none")
+        num, _, frames, height, width = scaled.shape
+        extra: dict[str, Any] = {}
+        if config.in_channels > config.out_channels:
+            mask = torch.zeros(num, frames, device=x.device) if cond.frame_mask is None else cond.frame_mask
+            is_given = mask.bool()
+            if cond.frames is not None:
+                scaled = torch.where(is_given[:, None, :, None, None], self._shown(cond.frames.to(x)), scaled)
+                if self.clean_time is not None and self.family == "flow":
+                    shown_time = torch.full((), self.clean_time, dtype=time.dtype, device=time.device)
+                    time = torch.where(is_given, shown_time, time if time.ndim == 2 else time[:, None])
+            extra["condition_mask"] = mask[:, None, :, None, None].expand(-1, 1, -1, height, width).to(x.dtype)
+        elif cond.frame_mask is not None:
+            raise ValueError(
+                "this Cosmos network has no channel that tells given frames (a text-to-world one), but some are given"
+            )
+        if config.concat_padding_mask or self.controls:
+            supply_resize()
+            extra["padding_mask"] = _one_padding(cond.padding, height, width, x)
+        if self.use_fps and cond.fps is not None:
+            extra["fps"] = _one_rate(cond.fps)
+        if self.controls:
+            extra["controls"] = self._controls(cond, scaled)
+        if time.ndim == 2:
+            time = time.expand(num, frames)[:, None, :, None, None]
+        with tapped(self.base.transformer_blocks, taps) as seen:
+            raw = self.module(
+                hidden_states=scaled,
+                timestep=time.float(),  # float32: bf16 would round 0.999 to 1
+                encoder_hidden_states=self._context(cond.text, config),
+                attention_mask=self._text_mask(cond.text_mask, config),
+                return_dict=False,
+                **extra,
+            )[0]
+        patch_t, patch_h, patch_w = config.patch_size
+        grid = (frames // patch_t, height // patch_h, width // patch_w)
+        return raw.to(x.dtype), tuple(seen[i].unflatten(1, grid).permute(0, 4, 1, 2, 3) for i in taps)
+
+    def _shown(self, frames: Tensor) -> Tensor:
+        """Clean frames as the network wants to see them: EDM nets see everything at unit spread."""
+        return frames if self.family == "flow" else frames / self.sigma_data
+
+    def _controls(self, cond: Condition, like: Tensor) -> dict[str, Tensor]:
+        missing = [name for name in self.controls if name not in cond.control]
+        if missing:
+            have = ", ".join(cond.control) or "none"
+            raise ValueError(f"this network is led by the control '{missing[0]}', but the batch has {have}")
+        for name in self.controls:
+            if cond.control[name].shape != like.shape:
+                raise ValueError(
+                    f"control '{name}' has shape {tuple(cond.control[name].shape)}, but must have that of the latents, "
+                    f"{tuple(like.shape)}: it is the control video, encoded like the video"
+                )
+        return {name: cond.control[name].to(like) for name in self.controls}
+
+    @staticmethod
+    def _context(text: Tensor, config: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """The text; beside it, for networks that also attend to a picture, the zeros that stand for no picture."""
+        if not config.img_context_dim_in:
+            return text
+        return text, text.new_zeros(text.shape[0], config.img_context_num_tokens, config.img_context_dim_in)
+
+    @staticmethod
+    def _text_mask(mask: Tensor | None, config: Any) -> Tensor | None:
+        if mask is None or not config.img_context_dim_in:
+            return None if mask is None else mask.bool()
+        if not bool(mask.all()):
+            raise ValueError("diffusers' Cosmos with a picture context takes no text mask: give cond.text without text_mask")
+        return None
+
+
+@kind("cosmos", group="network")
+@dataclass(frozen=True)
+class CosmosSpec:
+    """A CosmosTransformer3DModel: from a diffusers folder or hub id, or random of the size given."""
+
+    pretrained: str | None = None  # folder with config.json and weights (its transformer/ subfolder is found), or a hub id
+    family: Literal["flow", "edm"] = "flow"
+    sigma_data: float = 1.0
+    use_fps: bool = False
+    clean_time: float | None = CLEAN_TIME  # Predict2.5 14B None; no meaning for edm
+    latent_channels: int = 16
+    num_heads: int = 16
+    head_dim: int = 128
+    num_layers: int = 28
+    mlp_ratio: float = 4.0
+    text_dim: int = 1024  # of the embeddings inside; with text_projection_from, what they are projected to
+    text_projection_from: int | None = None  # Predict2.5: 100352
+    adaln_lora_dim: int = 256
+    max_size: tuple[int, int, int] = (128, 240, 240)
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    rope_scale: tuple[float, float, float] = (1.0, 3.0, 3.0)  # t, h, w; Predict2.5
+    padding_mask: bool = True  # the channel that tells padded pixels
+    learnable_positions: bool = False  # Predict1 True
+    frame_mask: bool = True  # the channel that tells given frames; text-to-world networks have none
+    image_context_dim: int | None = None  # Transfer2.5 1152: a second cross-attention, to the features of a picture
+    image_context_tokens: int = 256
+
+    @property
+    def path(self) -> Path:
+        return RectifiedFlow() if self.family == "flow" else EDM(sigma_data=self.sigma_data)
+
+    def build(self) -> Cosmos:
+        return Cosmos(self.transformer(), self.family, self.sigma_data, self.use_fps, self.clean_time)
+
+    def transformer(self, **more: Any) -> nn.Module:
+        """The CosmosTransformer3DModel; `more` are further words of its configuration."""
+        from diffusers import CosmosTransformer3DModel
+
+        if self.pretrained is not None:
+            module = from_folder(CosmosTransformer3DModel, self.pretrained, "transformer")
+            module.register_to_config(**more)
+        else:
+            module = CosmosTransformer3DModel(
+                in_channels=self.latent_channels + int(self.frame_mask),
+                out_channels=self.latent_channels,
+                num_attention_heads=self.num_heads,
+                attention_head_dim=self.head_dim,
+                num_layers=self.num_layers,
+                mlp_ratio=self.mlp_ratio,
+                text_embed_dim=self.text_dim,
+                adaln_lora_dim=self.adaln_lora_dim,
+                max_size=self.max_size,
+                patch_size=self.patch_size,
+                rope_scale=self.rope_scale,
+                concat_padding_mask=self.padding_mask,
+                extra_pos_embed_type="learnable" if self.learnable_positions else None,
+                use_crossattn_projection=self.text_projection_from is not None,
+                crossattn_proj_in_channels=self.text_projection_from or 1024,
+                encoder_hidden_states_channels=self.text_dim,
+                img_context_dim_in=self.image_context_dim,
+                img_context_num_tokens=self.image_context_tokens,
+                img_context_dim_out=self.num_heads * self.head_dim,
+                **more,
+            )
+        return framed(module)
+
+
+def framed(module: nn.Module) -> nn.Module:
+    """The module with what its door needs, where FSDP may stand: see the two hooks."""
+    module.register_forward_pre_hook(_enter_in_compute_dtype, with_kwargs=True)
+    module.register_forward_hook(_leave_whole)
+    return module
+
+
+def _leave_whole(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """The answer as a tensor of its own: FSDP warns of one that is a view, which upstream's is."""
+    return (output[0].clone(),) if isinstance(output, tuple) else output
+
+
+def _enter_in_compute_dtype(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Tensors come in the type the weights have at that moment; times stay as they are.
+
+    Only inside the call are the weights those of compute: under FSDP they are sharded fp32 before and gathered bf16 in it.
+    """
+    dtype = module.patch_embed.proj.weight.dtype
+    return args, {name: value if name == "timestep" else _cast(value, dtype) for name, value in kwargs.items()}
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:  # Any: a tensor, several, or a plain argument
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    return tuple(_cast(part, dtype) for part in value) if isinstance(value, tuple) else value
+
+
+def _one_rate(fps: Tensor) -> float:
+    """The one rate of all rows: upstream turns a single number into positions."""
+    low, high = fps.min().item(), fps.max().item()
+    if low != high:
+        raise ValueError(f"clips of {low:g} and {high:g} frames per second in one batch: Cosmos takes one rate at a time")
+    return float(low)
+
+
+def _one_padding(padding: Tensor | None, height: int, width: int, like: Tensor) -> Tensor:
+    """(1, 1, height, width), 1 where a picture was padded: upstream takes one mask for all rows of a batch."""
+    if padding is None:
+        return torch.zeros(1, 1, height, width, dtype=like.dtype, device=like.device)
+    if bool((padding != padding[:1]).any()):
+        raise ValueError(
+            "pictures padded in different ways in one batch: Cosmos takes one mask at a time. Set trainer.batch_size=1, or "
+            "data.resize=crop"
+        )
+    return functional.interpolate(padding[:1, None].to(like), size=(height, width), mode="nearest")
+
+
+def supply_resize() -> None:
+    """diffusers' Cosmos calls torchvision for one nearest-neighbour resize of the padding mask, and dies with a NameError
+    where torchvision is absent. This supplies that one call, there and nowhere else."""
+    from diffusers.models.controlnets import controlnet_cosmos
+    from diffusers.models.transformers import transformer_cosmos
+
+    if hasattr(transformer_cosmos, "transforms"):
+        return
+
+    def resize(mask: Tensor, size: list[int], interpolation: object) -> Tensor:
+        return nn.functional.interpolate(mask, size=size, mode="nearest")
+
+    functional = types.SimpleNamespace(resize=resize)
+    modes = types.SimpleNamespace(NEAREST="nearest")
+    for module in (transformer_cosmos, controlnet_cosmos):
+        module.__dict__["transforms"] = types.SimpleNamespace(functional=functional, InterpolationMode=modes)

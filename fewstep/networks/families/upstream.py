@@ -1,0 +1,120 @@
+"""What the adapters of diffusers classes share: tapped blocks, precision at the door, pictures as clips of one frame."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path as FilePath
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fewstep.batch import Condition
+from fewstep.diffusion import Path, Prediction
+from fewstep.diffusion.prediction import coefficients_for
+from fewstep.networks.files import hub
+
+_M = TypeVar("_M", bound=nn.Module)
+
+
+@contextmanager
+def tapped(blocks: Sequence[nn.Module], taps: Sequence[int]) -> Iterator[dict[int, Any]]:
+    """Within, what the blocks in `taps` return is collected, by number."""
+    wrong = [tap for tap in taps if not 0 <= tap < len(blocks)]
+    if wrong:
+        raise ValueError(f"tap {wrong[0]} is no block of this network, whose blocks are 0 .. {len(blocks) - 1}")
+    seen: dict[int, Any] = {}
+
+    def keep(i: int) -> Any:
+        return lambda module, inputs, output: seen.__setitem__(i, output)
+
+    handles = [blocks[i].register_forward_hook(keep(i)) for i in taps]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def enters_in_compute_dtype(
+    module: _M, weight: Callable[[_M], Tensor], exact: Sequence[str] = ("timestep", "guidance", "added_cond_kwargs")
+) -> _M:
+    """`module`, whose tensor arguments but those in `exact` come in the type that `weight` has at that moment.
+
+    Only inside the call are the weights those of compute: under FSDP they are sharded fp32 before and gathered bf16 in it.
+    A time in bf16 would be another time: 0.999 becomes 1.
+    """
+
+    def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        dtype = weight(module).dtype
+        return args, {
+            name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() and name not in exact else value
+            for name, value in kwargs.items()
+        }
+
+    module.register_forward_pre_hook(enter, with_kwargs=True)
+    return module
+
+
+def told_by_pipeline(address: str, part: str = "scheduler") -> dict[str, Any]:
+    """What the pipeline in a diffusers folder or at a hub id says of its scheduler, or with part "" of itself; {} where the
+    folder is that of a network alone."""
+    folder = FilePath(address)
+    name = "scheduler/scheduler_config.json" if part == "scheduler" else "model_index.json"
+    if folder.is_dir():
+        return json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+    return hub.read_json(address, name) or {}
+
+
+def needed(cond: Condition, field: str, network: str, what: str) -> Tensor:
+    """The field of the condition, which this network cannot do without."""
+    value = getattr(cond, field)
+    if value is None:
+        raise ValueError(f"{network} reads {what} from cond.{field}, and the batch has none")
+    return value
+
+
+def zero_padded(text: Tensor, mask: Tensor | None) -> Tensor:
+    """The text with zeros where no token is: for networks that attend to their padding, and were taught with zeros there."""
+    return text if mask is None else torch.where(mask.bool()[..., None], text, 0.0)
+
+
+def as_picture(x: Tensor, t: Tensor, network: str) -> tuple[Tensor, Tensor]:
+    """x as B C H W and t as (B,), from a picture or a clip of one frame."""
+    if x.ndim == 5 and x.shape[2] == 1:
+        return x[:, :, 0], t[:, 0] if t.ndim == 2 else t
+    if x.ndim == 4 and t.ndim == 1:
+        return x, t
+    raise ValueError(
+        f"{network} makes pictures, B C H W or B C 1 H W, but was given {tuple(x.shape)} at times {tuple(t.shape)}"
+    )
+
+
+def one_time(t: Tensor, network: str) -> Tensor:
+    """t as (B,), for networks that are told one time for a whole clip."""
+    if t.ndim == 1:
+        return t
+    if not isinstance(t, FakeTensor) and bool((t != t[:, :1]).any()):  # fakes, on which memory is planned, hold no numbers
+        raise ValueError(f"{network} is told one time for the whole clip, so its frames cannot carry noise levels of their own")
+    return t[:, 0]
+
+
+def of_v(v: Tensor, x_t: Tensor, t: Tensor, path: Path, features: tuple[Tensor, ...] = ()) -> Prediction:
+    """The prediction whose v = a eps - s x0 (Salimans & Ho 2022, arXiv:2202.00512) is `v`, on a path with a^2 + s^2 = 1: there
+    the velocity is v times the speed at which the angle grows, at both ends too."""
+    _, _, da, ds = coefficients_for(path, t, x_t)
+    return Prediction(x_t, t, path, torch.hypot(da, ds) * v, features)
+
+
+def table_index(t: Tensor, num_steps: int = 1000) -> Tensor:
+    """What a network taught on a DDPM table is told at time t of VP: entry i stands at t = (i + 1) / num_steps. float32."""
+    return (num_steps * t.double() - 1).clamp(min=0).float()
+
+
+def refuse_given(cond: Condition, network: str) -> None:
+    """For networks that know no given frames: nothing tells them which frames are clean."""
+    if cond.frame_mask is not None:
+        raise ValueError(f"{network} cannot be led by given frames (cond.frame_mask), nothing in it tells them from noisy ones")

@@ -1,0 +1,188 @@
+"""Two networks that share the noise levels between them, as one: Wan 2.2 A14B.
+
+Above the boundary the expert for high noise is asked, below it the one for low noise, row by row. They are one module with
+the parts `transformer` (high) and `transformer_2` (low), as diffusers names them, so that a role is saved and trained whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fewstep.batch import Condition
+from fewstep.config import kind
+from fewstep.diffusion import Cache, Denoiser, Path, Prediction
+from fewstep.diffusion.guidance import with_and_without
+from fewstep.diffusion.path import spread
+from fewstep.networks.contract import AnyNetwork, Network, refuse_cache
+from fewstep.networks.families.upstream import told_by_pipeline
+from fewstep.networks.families.wan.network import A14B_I2V, T2V_14B, WanSpec
+
+
+class _Raw(NamedTuple):
+    """What an expert says, as tensors only: FSDP looks for them in what its root returns."""
+
+    velocity: Tensor
+    features: tuple[Tensor, ...]
+
+
+class Pair(nn.Module):
+    """The common root. Calls go through its forward, because that is where FSDP gathers the weights outside the blocks."""
+
+    def __init__(self, high: nn.Module, low: nn.Module):
+        super().__init__()
+        self.transformer, self.transformer_2 = high, low
+
+    def forward(self, ask: Callable[[], _Raw]) -> _Raw:
+        return ask()
+
+
+@dataclass(frozen=True)
+class Experts:
+    module: nn.Module  # Pair
+    high: Network
+    low: Network
+    boundary: float  # in the path's own time; the high-noise expert answers from there upwards
+
+    @property
+    def path(self) -> Path:
+        return self.high.path
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """Those of the high-noise expert, then those of the low-noise one. A tap i is block i of whichever is asked."""
+        return (*self.high.blocks, *self.low.blocks)
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        found: Any = self.high  # Any: not every network names layers for LoRA
+        return found.lora_targets
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
+    ) -> Prediction:
+        if isinstance(t, FakeTensor):  # memory is planned on tensors that hold no numbers: one expert is at work at a time
+            return self._ask(self.high, x_t, t, cond, taps)
+        is_high = self.is_high(t, cond)
+        asked = [(self.high, is_high), (self.low, ~is_high)]
+        if self._is_sharded():
+            # Every rank must enter the same blocks, or the gathering of their weights waits for ever. A rank with no row for an
+            # expert that another rank asks shows it one of its own rows, and the answer counts nothing.
+            wanted = torch.stack([rows.any() for _, rows in asked]).to(device=x_t.device, dtype=torch.int32)
+            dist.all_reduce(wanted, dist.ReduceOp.MAX)
+            asked = [pair for pair, is_asked in zip(asked, wanted.tolist()) if is_asked]
+        else:
+            asked = [(expert, rows) for expert, rows in asked if bool(rows.any())]
+        if len(asked) == 1 and bool(asked[0][1].all()):
+            return self._ask(asked[0][0], x_t, t, cond, taps)
+        answers = [(rows, self._part(expert, rows, x_t, t, cond, taps)) for expert, rows in asked]
+        first = answers[0][1]
+        velocity = first.velocity.new_zeros(x_t.shape)
+        features = [feature.new_zeros(x_t.shape[0], *feature.shape[1:]) for feature in first.features]
+        for rows, answer in answers:
+            place = rows.nonzero()[:, 0]
+            count = len(place)  # 0 where the row shown counts nothing
+            nothing = 0.0 if count else 0 * sum(part.sum() for part in (answer.velocity, *answer.features))
+            velocity = velocity.index_copy(0, place, answer.velocity[:count]) + nothing
+            features = [all_.index_copy(0, place, part[:count]) for all_, part in zip(features, answer.features, strict=True)]
+        return Prediction(x_t.to(velocity.dtype), t, self.path, velocity, tuple(features))
+
+    def is_high(self, t: Tensor, cond: Condition) -> Tensor:
+        """(B,), true where the high-noise expert is asked: the noisiest frame decides, given frames have no say."""
+        if t.ndim == 2:
+            t = t if cond.frame_mask is None else torch.where(cond.frame_mask.bool(), 0.0, t.double())
+            t = t.amax(1)
+        return t >= self.boundary
+
+    def new_cache(self, like: Tensor) -> Cache:
+        return refuse_cache("a pair of experts")
+
+    def _part(self, expert: Network, rows: Tensor, x_t: Tensor, t: Tensor, cond: Condition, taps: Sequence[int]) -> Prediction:
+        place = rows.nonzero()[:, 0] if bool(rows.any()) else torch.zeros(1, dtype=torch.long, device=x_t.device)
+        return self._ask(expert, x_t[place], t[place], cond.rows(place), taps)
+
+    def _ask(self, expert: Network, x_t: Tensor, t: Tensor, cond: Condition, taps: Sequence[int]) -> Prediction:
+        kept: list[Prediction] = []
+
+        def ask() -> _Raw:
+            answer = expert(x_t, t, cond, taps=taps)
+            kept.append(answer)
+            return _Raw(answer.velocity, answer.features)
+
+        raw = self.module(ask)
+        return Prediction(kept[0].x_t, t, self.path, raw.velocity, tuple(raw.features))
+
+    def _is_sharded(self) -> bool:
+        if not dist.is_initialized():
+            return False
+        from torch.distributed.tensor import DTensor  # half a second, and every command opens this file
+
+        return any(isinstance(parameter, DTensor) for parameter in self.module.parameters())
+
+
+def for_each(network: Network, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """`weights` as they are, or, where they are those of one network and `network` is two experts, for either of them."""
+    names = ("transformer", "transformer_2")
+    if not isinstance(network, Experts) or any(key.split(".")[0] in names for key in weights):
+        return weights
+    return {f"{name}.{key}": tensor for name in names for key, tensor in weights.items()}
+
+
+def guided_apart(experts: Experts, negative: Condition, high: float, low: float) -> Denoiser:
+    """uncond + w (cond - uncond) with a w for each expert, as upstream samples A14B (guidance_scale, guidance_scale_2)."""
+    return _GuidedApart(experts, negative, high, low)
+
+
+@dataclass(frozen=True)
+class _GuidedApart:
+    inner: Experts
+    negative: Condition
+    high: float
+    low: float
+
+    @property
+    def path(self) -> Path:
+        return self.inner.path
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
+    ) -> Prediction:
+        first, without = with_and_without(self.inner, self.negative, x_t, t, cond, taps=taps, cache=cache)
+        w = spread(torch.where(self.inner.is_high(t, cond), self.high, self.low), first.x_t).to(first.x_t.dtype)
+        return replace(first, velocity=without + w * (first.velocity - without))
+
+
+@kind("experts", group="network")
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """Two networks on one path, by noise level."""
+
+    high: AnyNetwork = T2V_14B  # Wan 2.2 T2V A14B
+    low: AnyNetwork = replace(T2V_14B, subfolder="transformer_2")
+    boundary: float = 0.875  # Wan 2.2 T2V A14B; I2V 0.9
+
+    @classmethod
+    def of(cls, address: str) -> WanSpec | ExpertsSpec:
+        """The network of a Wan pipeline: two experts where it says between which noise levels, else the one."""
+        boundary = told_by_pipeline(address, "").get("boundary_ratio")
+        high = WanSpec(pretrained=address)
+        return high if boundary is None else cls(high, replace(high, subfolder="transformer_2"), boundary)
+
+    def build(self) -> Experts:
+        high, low = self.high.build(), self.low.build()
+        if high.path != low.path or len(high.blocks) != len(low.blocks):
+            raise ValueError(
+                f"two experts must agree in path and number of blocks, but have {high.path} with {len(high.blocks)} blocks "
+                f"and {low.path} with {len(low.blocks)}"
+            )
+        return Experts(Pair(high.module, low.module), high, low, self.boundary)
+
+
+A14B = ExpertsSpec()  # Wan 2.2 T2V
+I2V_A14B = ExpertsSpec(A14B_I2V, replace(A14B_I2V, subfolder="transformer_2"), 0.9)  # Wan 2.2

@@ -1,0 +1,178 @@
+"""Wan 2.1 and 2.2 on the real diffusers class, `WanTransformer3DModel`: rectified flows asked at 1000 t.
+
+    T2V            text only
+    I2V (14B)      the picture comes on 20 more channels (cond.beside: 4 of mask, 16 of latents), and in 2.1 also as features
+                   (cond.image); every frame is generated, the first too
+    TI2V (2.2 5B)  given frames (cond.frames, cond.frame_mask) enter clean, at a time of their own, 0; the answer keeps them
+
+Every frame may carry its own noise level: the class takes a time per token. That costs a modulation of 6 x width numbers for
+each token instead of one for each clip, so one time per clip is passed as one.
+
+The two experts of 2.2 A14B are two of these networks (experts.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.batch import Condition
+from fewstep.config import kind
+from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
+from fewstep.diffusion.path import working_dtype
+from fewstep.diffusion.prediction import keep_given
+from fewstep.networks.contract import refuse_cache
+from fewstep.networks.families.upstream import enters_in_compute_dtype, needed, tapped, zero_padded
+from fewstep.networks.files.folders import from_folder
+
+TEXT_TOKENS = 512  # what all were taught with; beside a picture's features diffusers counts the last 512 as text, always
+FRAMES_PER_LATENT = 4  # of the Wan VAEs; the first latent holds one frame
+
+
+@dataclass(frozen=True)
+class Wan:
+    module: nn.Module  # WanTransformer3DModel
+    whole_times: bool = False  # ask at floor(1000 t), as upstream's UniPC sampler does
+    text_tokens: int = TEXT_TOKENS  # shorter texts are padded with zeros, which it attends to
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        has_picture = self.module.config.image_dim is not None  # type: ignore[union-attr]
+        ours = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+        return (*ours, "add_k_proj", "add_v_proj") if has_picture else ours
+
+    @property
+    def path(self) -> Path:
+        return RectifiedFlow()
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return tuple(self.module.blocks)  # type: ignore[arg-type]
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
+    ) -> Prediction:
+        x = x_t.to(working_dtype(x_t))
+        config: Any = self.module.config  # Any: diffusers' FrozenDict
+        num, channels, frames, height, width = x.shape
+        if channels != config.out_channels:
+            raise ValueError(f"this Wan network works on latents of {config.out_channels} channels, but was given {channels}")
+        text = self._text(cond, TEXT_TOKENS if config.image_dim is not None else self.text_tokens)
+        shown, time = x, 1000 * t.double()
+        if self.whole_times:
+            time = (time + 1e-4).floor()  # their sigmas are float32: 937 may read 936.99995
+        if cond.frames is not None and cond.frame_mask is not None:
+            is_given = cond.frame_mask.bool()
+            shown = torch.where(is_given[:, None, :, None, None], cond.frames.to(x), x)
+            time = torch.where(is_given, 0.0, time if time.ndim == 2 else time[:, None])
+        extra: dict[str, Any] = {}
+        if config.in_channels > config.out_channels:
+            shown = torch.cat([shown, self._beside(cond, x, config.in_channels - config.out_channels)], 1)
+        elif cond.beside is not None:
+            raise ValueError("this Wan network has no channels for a picture (cond.beside); those made for I2V have")
+        if config.image_dim is not None:
+            extra["encoder_hidden_states_image"] = needed(cond, "image", "Wan 2.1 I2V", "the features of its picture")
+        patch_t, patch_h, patch_w = config.patch_size
+        grid = (frames // patch_t, height // patch_h, width // patch_w)
+        if time.ndim == 2:  # one for every token
+            time = time.expand(num, frames)[:, ::patch_t].repeat_interleave(grid[1] * grid[2], 1)
+        with tapped(self.blocks, taps) as seen:
+            raw = self.module(
+                hidden_states=shown, timestep=time.float(), encoder_hidden_states=text, return_dict=False, **extra
+            )[0]
+        features = tuple(seen[i].unflatten(1, grid).permute(0, 4, 1, 2, 3) for i in taps)
+        answer = Prediction(x, t, self.path, raw.to(x.dtype), features)
+        return keep_given(answer, cond.frames, cond.frame_mask)
+
+    def new_cache(self, like: Tensor) -> Cache:
+        return refuse_cache("WanTransformer3DModel")
+
+    @staticmethod
+    def _text(cond: Condition, tokens: int) -> Tensor:
+        text = zero_padded(needed(cond, "text", "Wan", "its prompt (B, tokens, channels)"), cond.text_mask)
+        if text.shape[1] > tokens:
+            raise ValueError(f"Wan reads prompts of {tokens} tokens at the most, and cond.text has {text.shape[1]}")
+        return nn.functional.pad(text, (0, 0, 0, tokens - text.shape[1]))
+
+    @staticmethod
+    def _beside(cond: Condition, x: Tensor, channels: int) -> Tensor:
+        beside = needed(cond, "beside", "Wan I2V", f"its picture ({channels} channels, see wan.start_from)")
+        wanted = (x.shape[0], channels, *x.shape[2:])
+        if beside.shape != wanted:
+            raise ValueError(f"cond.beside has shape {tuple(beside.shape)}, but this network reads {wanted} beside its latents")
+        return beside.to(x)
+
+
+def start_from(latents: Tensor, *, last: bool = False) -> Tensor:
+    """cond.beside of Wan I2V, B 20 T H W: 4 channels of mask, then `latents`, the codec's of a clip that is mid-grey (0) but
+    for its first frame, and its last one if `last`.
+
+    Four mask channels, because a latent frame holds four frames of pixels; the first latent repeats its only one.
+    """
+    num, _, frames, height, width = latents.shape
+    mask = latents.new_zeros(num, FRAMES_PER_LATENT, frames, height, width)
+    mask[:, :, 0] = 1
+    if last:
+        mask[:, -1, -1] = 1
+    return torch.cat([mask, latents], 1)
+
+
+@kind("wan", group="network")
+@dataclass(frozen=True)
+class WanSpec:
+    """A WanTransformer3DModel: from a diffusers folder or hub id, or random of the size given; that of 2.1 T2V 1.3B."""
+
+    pretrained: str | None = None  # folder with config.json and weights (its transformer/ subfolder is found), or a hub id
+    subfolder: str = "transformer"  # of a pipeline's folder; the low-noise expert of A14B lies in transformer_2
+    whole_times: bool = False
+    latent_channels: int = 16  # 2.2 5B 48
+    beside_channels: int = 0  # I2V 14B and A14B: 20
+    num_heads: int = 12  # 14B 40, 5B 24
+    head_dim: int = 128
+    num_layers: int = 30  # 14B 40
+    ffn_dim: int = 8960  # 14B 13824, 5B 14336
+    text_dim: int = 4096  # UMT5-XXL
+    text_tokens: int = TEXT_TOKENS
+    freq_dim: int = 256
+    image_dim: int | None = None  # 2.1 I2V 1280, CLIP ViT-H
+    image_tokens: int | None = None  # of both pictures together, where first and last frame are given: 514; else None
+    max_positions: int = 1024
+
+    @property
+    def path(self) -> Path:
+        return RectifiedFlow()
+
+    def build(self) -> Wan:
+        from diffusers import WanTransformer3DModel
+
+        if self.pretrained is not None:
+            module = from_folder(WanTransformer3DModel, self.pretrained, self.subfolder)
+        else:
+            module = WanTransformer3DModel(
+                num_attention_heads=self.num_heads,
+                attention_head_dim=self.head_dim,
+                in_channels=self.latent_channels + self.beside_channels,
+                out_channels=self.latent_channels,
+                text_dim=self.text_dim,
+                freq_dim=self.freq_dim,
+                ffn_dim=self.ffn_dim,
+                num_layers=self.num_layers,
+                image_dim=self.image_dim,
+                added_kv_proj_dim=None if self.image_dim is None else self.num_heads * self.head_dim,
+                rope_max_seq_len=self.max_positions,
+                pos_embed_seq_len=self.image_tokens,
+            )
+        return Wan(enters_in_compute_dtype(module, lambda wan: wan.patch_embedding.weight), self.whole_times, self.text_tokens)
+
+
+# The published networks.
+T2V_1_3B = WanSpec()  # Wan 2.1
+T2V_14B = WanSpec(num_heads=40, num_layers=40, ffn_dim=13824)  # Wan 2.1, and each expert of 2.2 T2V A14B
+I2V_14B = replace(T2V_14B, beside_channels=20, image_dim=1280)  # Wan 2.1
+FLF2V_14B = replace(I2V_14B, image_tokens=514)  # Wan 2.1, from first and last frame: 257 features of each
+TI2V_5B = WanSpec(latent_channels=48, num_heads=24, ffn_dim=14336)  # Wan 2.2
+A14B_I2V = replace(T2V_14B, beside_channels=20)  # each expert of Wan 2.2 I2V A14B

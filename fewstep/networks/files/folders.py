@@ -1,0 +1,56 @@
+"""A model of diffusers, in a folder or on the hub; what is wrong with its files is told by file, and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fewstep.networks.files import hub
+
+WRONG = ("missing_keys", "mismatched_keys", "unexpected_keys")  # of diffusers' loading info
+
+
+def from_folder(cls: Any, address: str, subfolder: str) -> Any:  # Any: whatever diffusers class it is
+    """The diffusers model at a hub id or in a folder; a pipeline holds it in `subfolder`."""
+    folder = Path(address)
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return load(cls, address)
+        if not (folder / subfolder / "config.json").is_file():
+            raise ValueError(f"no {cls.__name__} in '{address}': it has neither config.json nor {subfolder}/config.json")
+        return load(cls, address, subfolder)
+    hub.expect_id(address, cls.__name__)
+    with hub.asking(address):
+        return load(cls, address, subfolder if hub.has_file(address, f"{subfolder}/config.json") else None)
+
+
+def load(cls: Any, address: str, subfolder: str | None = None, **how: Any) -> Any:
+    """`cls.from_pretrained`, which alone would give fresh random values to weights that the files lack."""
+    place = {"subfolder": subfolder} if subfolder else {}
+    try:
+        module, info = cls.from_pretrained(address, output_loading_info=True, **place, **how)
+    except (OSError, ValueError):
+        _look(Path(address) / (subfolder or ""))
+        raise
+    told = [f"{what.replace('_', ' ')}: {', '.join(map(str, list(info[what])[:4]))}" for what in WRONG if info.get(what)]
+    if told:
+        where = f"{address}/{subfolder}" if subfolder else address
+        raise ValueError(f"{where}: its weights do not fit its config.json: {'; '.join(told)}")
+    return module
+
+
+def _look(folder: Path) -> None:
+    """ValueError for a folder without weights, or with a file of them that was cut short."""
+    from safetensors import SafetensorError, safe_open
+
+    if not folder.is_dir():
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and not list(folder.glob("*.bin")):
+        name = "diffusion_pytorch_model.safetensors"
+        raise ValueError(f"{folder}: its weights are missing ({name}). Copy that folder again, whole")
+    for file in files:
+        try:
+            safe_open(file, "pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: damaged, perhaps cut short ({error}). Copy it again") from None

@@ -1,0 +1,199 @@
+"""Weights are addresses, resolved here and nowhere else.
+
+    RUN@latest:student.ema       of a run folder (absolute, or below the output root): the EMA of its student
+    RUN@500:critic               the critic after 500 iterations; without :ROLE the student.ema, without @ITER the latest
+    FILE or FOLDER               tensors of others in any form that tensor_files.py reads: original Cosmos, FastGen, diffusers,
+                                 safetensors, distributed checkpoints, parts of tensor parallelism; FILE:ema of several sets
+    BASE+CONTROL                 a base and its control branch as two files; several branches as BASE+edge=FILE+depth=FILE
+
+Loading is strict: a missing, extra or misshapen tensor is refused by name.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from fewstep.networks.families.cosmos.keys import Generation, match, num_branches, repeated
+from fewstep.networks.families.cosmos.lora_files import adapters, merged
+from fewstep.networks.files.tensor_files import Reader, Stored, TensorFile, is_tensor_file, load_distributed, open_tensors
+
+
+def output_root() -> Path:
+    return Path(os.environ.get("OUTPUT_ROOT") or "checkpoints")
+
+
+def read(address: str, like: nn.Module | None = None) -> dict[str, Tensor]:
+    """Name -> tensor for the address, on the CPU; tensors of others come under our names, still mapped from their file.
+
+    like: the module that is to hold them; it says what its control branches are called. What was found is told.
+    """
+    pieces = pieces_of(address)
+    if pieces is None:
+        folder, role = locate(address)
+        name, _, part = role.partition(".")
+        return read_tensors(folder, f"{name}.{part or 'weights'}.", f"{name}.buffers.")
+    found = collect(pieces, like)
+    tell(found)
+    return {name: stored.read() for name, stored in found.tensors.items()}
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The tensors of one or more files under our names; what no table knows keeps its own, for the refusal to name it."""
+
+    tensors: Mapping[str, Stored]
+    files: tuple[TensorFile, ...]
+    generation: Generation | None  # whose original names they had; None: ours
+    unused: tuple[str, ...]  # entries beside the weights
+
+
+Piece = tuple[str, str, str | None]  # a control's name or "", the place, which of several sets of weights
+
+
+def pieces_of(address: str) -> list[Piece] | None:
+    """The files that make up an address; None where it names a run."""
+    words = [address] if Path(address).exists() else address.split("+")
+    pieces: list[Piece] = []
+    for word in words:
+        name, equals, place = word.partition("=")
+        if not equals or "/" in name or Path(word).exists():
+            name, place = "", word
+        part: str | None = None
+        if not Path(place).exists() and ":" in place:
+            place, _, part = place.rpartition(":")
+        if not is_tensor_file(place):
+            if len(words) == 1:
+                return None
+            raise ValueError(f"no weights at '{address}': '{place}' is no file of tensors")
+        pieces.append((name, place, part))
+    return pieces
+
+
+def collect(pieces: Sequence[Piece], like: nn.Module | None = None, lora_scale: float | None = None) -> Collected:
+    """What the pieces hold together: one file, or a base and its branches.
+
+    lora_scale: how much adapters in them count, which no file says; they are added into the weights.
+    """
+    files = [_without_adapters(open_tensors(place, part), lora_scale) for _, place, part in pieces]
+    controls = _controls(files, pieces, like)
+    merged: dict[str, Stored] = {}
+    unused: list[str] = []
+    generation: Generation | None = None
+    for number, file in enumerate(files):
+        is_base = len(files) > 1 and number == 0 and num_branches(file.tensors) == 0
+        found = match(file.tensors, () if is_base else controls[number - 1 :] if number else controls)
+        generation, start = generation or found.generation, ""
+        if is_base:
+            start = "base."
+        elif number and found.generation is None:
+            start = f"branches.{controls[number - 1]}."
+        ours = {name: file.tensors[theirs] for name, theirs in found.sources.items()}
+        ours = {n if n.startswith(("base.", "branches.")) else f"{start}{n}": stored for n, stored in ours.items()}
+        ours |= {name: file.tensors[name] for name in found.unknown}
+        twice = sorted(ours.keys() & merged.keys())
+        if twice:
+            raise ValueError(f"'{files[0].source}' and '{file.source}' both hold '{twice[0]}' and {len(twice) - 1} more")
+        merged |= ours
+        unused += found.unused
+    if len(files) > 1 and generation == "2":
+        merged |= {name: merged[base] for name, base in repeated(merged, controls).items()}
+    return Collected(merged, tuple(files), generation, tuple(unused))
+
+
+def _without_adapters(file: TensorFile, scale: float | None) -> TensorFile:
+    num = len(adapters(file.tensors))
+    if num and scale is None:
+        raise ValueError(
+            f"'{file.source}' holds {num} adapters (LoRA) beside its weights, and no file says how much they count. Add them "
+            f"into the weights with: fewstep convert {file.source} OUT.safetensors --lora-scale 1 (Predict1: its `scale`, 1 in "
+            "the example; PEFT: alpha / rank)"
+        )
+    return file if scale is None else replace(file, tensors=merged(file.tensors, scale))
+
+
+def _controls(files: Sequence[TensorFile], pieces: Sequence[Piece], like: nn.Module | None) -> list[str]:
+    """What the branches in these files are to be called: as told, as the module calls them, or plainly."""
+    told = [name for name, _, _ in pieces if name]
+    if not told and like is not None:
+        told = list(dict.fromkeys(n.split(".")[1] for n in like.state_dict() if n.startswith("branches.")))
+    wanted = max(len(files) - 1, *(num_branches(file.tensors) for file in files))
+    return told or ["control", *(f"control_{i}" for i in range(2, wanted + 1))][:wanted]
+
+
+def tell(found: Collected) -> None:
+    """What was found, in one line, by the one process that speaks."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    places = " + ".join(f"{file.source}{f':{file.part}' if file.part else ''}" for file in found.files)
+    beside = len(found.unused) + sum(file.ignored for file in found.files)
+    kind = f", named as Cosmos {found.generation} names them" if found.generation else ""
+    print(f"weights: {len(found.tensors)} tensors from {places}{kind}; {beside} other entries left", file=sys.stderr)
+
+
+def locate(address: str) -> tuple[Path, str]:
+    """The checkpoint folder and the role that a run address names."""
+    place, _, role = address.partition(":")
+    place, _, iteration = place.partition("@")
+    role = role or "student.ema"
+    run = next((root for root in (Path(place), output_root() / place) if root.is_dir()), None)
+    if run is None:
+        raise ValueError(f"no weights at '{address}': neither '{place}' nor '{output_root() / place}' is a folder")
+    if (run / ".metadata").is_file():  # the checkpoint folder itself
+        return run, role
+    checkpoints = run / "checkpoints" if (run / "checkpoints").is_dir() else run
+    if iteration and iteration != "latest":
+        name = f"iter_{int(iteration):09d}" if iteration.isdigit() else iteration
+    else:
+        pointer = checkpoints / "latest_checkpoint.txt"
+        if not pointer.is_file():
+            raise ValueError(f"no weights at '{address}': {run} holds no finished checkpoint yet")
+        name = pointer.read_text().strip()
+    if not (checkpoints / name / ".metadata").is_file():
+        have = sorted(path.name for path in checkpoints.glob("iter_*") if path.is_dir())
+        raise ValueError(f"no weights at '{address}': {checkpoints} has no {name}; it has {', '.join(have) or 'none'}")
+    return checkpoints / name, role
+
+
+def read_tensors(folder: Path, prefix: str, *more: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose names start with `prefix`, and those with the prefixes of `more` where there are
+    any, named without them; sharded ones come whole."""
+    reader = Reader(folder)
+    found = reader.contents.state_dict_metadata
+    tensors = {name: about for name, about in found.items() if isinstance(about, TensorStorageMetadata)}
+    wanted = {name: about for name, about in tensors.items() if name.startswith((prefix, *more))}
+    if not any(name.startswith(prefix) for name in wanted):
+        parts = sorted({".".join(name.split(".")[:2]) for name in found if ".optim." not in name})
+        raise ValueError(f"{folder} holds no '{prefix[:-1]}'; it holds {', '.join(parts)}")
+    state = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in wanted.items()}
+    load_distributed(reader, state)
+    return {next(name.removeprefix(p) for p in (prefix, *more) if name.startswith(p)): t for name, t in state.items()}
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> int:
+    """Puts every tensor into `module` and returns their number; refuses unless names and shapes match exactly."""
+    own = module.state_dict()
+    problems = [f"  missing in the weights: {name}" for name in own if name not in tensors]
+    problems += [f"  not in the network: {name}" for name in tensors if name not in own]
+    problems += [
+        f"  {name}: the network wants {tuple(own[name].shape)}, the weights have {tuple(tensors[name].shape)}"
+        for name in own
+        if name in tensors and own[name].shape != tensors[name].shape
+    ]
+    first: dict[int, str] = {}  # a tensor that two parts of the network share has two names, and must be one in the file
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if other != name and {name, other} <= tensors.keys() and not torch.equal(tensors[name], tensors[other]):
+            problems.append(f"  {name}: is {other} in the network, but another tensor in the weights")
+    if problems:
+        shown = "\n".join(problems[:12]) + (f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else "")
+        raise ValueError(f"the weights at '{source}' do not fit the network:\n{shown}")
+    module.load_state_dict(dict(tensors), strict=True)
+    return len(own)

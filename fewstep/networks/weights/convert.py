@@ -1,0 +1,350 @@
+"""Weights from one form into another: original Cosmos, diffusers' folders, safetensors, the parts of parallel training.
+
+    OUT.pt            the names of the original Cosmos code, as one file of torch.save
+    OUT.safetensors   our names: the address of networks.teacher_init, networks.student.init, ..
+    OUT/              a folder that diffusers opens: config.json beside the weights; transformer/ and controlnet/ where there
+                      are branches
+
+Tensors are mapped and written one by one: a 14B file needs the memory of its largest tensor. OUT appears when it is complete.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fewstep.networks.families.cosmos.control import Controlled, CosmosControlSpec
+from fewstep.networks.families.cosmos.keys import (
+    Generation,
+    generation_of,
+    num_branches,
+    odd_names,
+    original_names,
+    refuse_apart,
+)
+from fewstep.networks.families.cosmos.models import MODELS
+from fewstep.networks.files import hub
+from fewstep.networks.files.tensor_files import SUFFIXES, Stored, open_tensors, write_safetensors
+from fewstep.networks.weights.addresses import Collected, Piece, collect, pieces_of, tell
+
+SHARD_BYTES = 5 * 10**9
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Dtype = Literal["keep", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Written:
+    path: Path
+    num_tensors: int
+    num_parameters: int
+    about: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.num_tensors} tensors, {self.num_parameters:,} numbers, {self.about}"
+
+
+def convert(
+    source: str | None,
+    out: Path | None,
+    *,
+    base: str | None = None,
+    control: Sequence[str] = (),
+    model: str | None = None,
+    dtype: Dtype = "keep",
+    lora_scale: float | None = None,
+) -> list[Written]:
+    """What was written. `source`, or `base` and `control` which are put together; `out` says by its ending into what."""
+    pieces = _pieces(source, base, control)
+    if out is None:
+        if len(pieces) != 2:
+            raise ValueError(
+                "convert: say what to write: OUT.pt, OUT.safetensors or OUT/ (only a base and its control have a usual place)"
+            )
+        out = Path(pieces[0][1]).parent / "checkpoints_teacher" / Path(pieces[1][1]).name
+    if out.exists() and any(Path(place).resolve() == out.resolve() for _, place, _ in pieces):
+        raise ValueError(f"convert: '{out}' is what is read; write it elsewhere")
+    if out.suffix in (".pt", ".pth") and len(pieces) > 1 and lora_scale is None:
+        union = _union(pieces)
+        if union is not None:
+            return [_write_torch(out, union, dtype, f"the union of {' and '.join(place for _, place, _ in pieces)}")]
+    found = collect(pieces, lora_scale=lora_scale)
+    for file in found.files:
+        _refuse_odd(file.tensors, file.source)
+    tell(found)
+    if out.suffix in (".pt", ".pth"):
+        return [_write_torch(out, _originally_named(found), dtype, "original names")]
+    if out.suffix == ".safetensors":
+        with _replacing(out) as beside:
+            write_safetensors(beside, found.tensors, _dtype(dtype))
+        return [_written(out, found.tensors, "our names")]
+    if out.suffix:
+        raise ValueError(f"convert: cannot write '{out}': it must end in .pt or .safetensors, or be a folder for diffusers")
+    return _write_folder(out, found, model, dtype)
+
+
+def from_words(
+    source: str | None,
+    out: Path | None,
+    base: str | None,
+    control: Sequence[str],
+    ctrl_type: str | None,
+    checkpoint_dir: str,
+    model: str | None,
+    dtype: str,
+    lora_scale: float | None = None,
+) -> list[Written]:
+    """What the words of the command line ask for."""
+    if dtype not in ("keep", *DTYPES):
+        raise ValueError(f"convert: --dtype {dtype} is none of keep, {', '.join(DTYPES)}")
+    if ctrl_type is not None:
+        if base is not None or control:
+            raise ValueError("convert: --ctrl-type names both files; leave --base and --control out")
+        base, branch = teacher_pieces(ctrl_type, checkpoint_dir)
+        control = [branch]
+        lacking = [file for file in (base, branch) if not Path(file).is_file()]
+        if lacking:
+            raise ValueError(f"convert: there is no {' and no '.join(lacking)}")
+    if base is not None and source is not None and out is None:
+        source, out = None, Path(source)  # one word beside --base is what to write
+    return convert(source, out, base=base, control=control, model=model, dtype=dtype, lora_scale=lora_scale)  # type: ignore[arg-type]
+
+
+def teacher_pieces(ctrl_type: str, checkpoint_dir: str) -> tuple[str, str]:
+    """Where the seeds' download puts the base of Cosmos-Transfer1 7B and one of its controls."""
+    folder = Path(checkpoint_dir) / "nvidia/Cosmos-Transfer1-7B"
+    return str(folder / "base_model.pt"), str(folder / f"{ctrl_type}_control.pt")
+
+
+def _pieces(source: str | None, base: str | None, control: Sequence[str]) -> list[Piece]:
+    if (source is None) == (base is None):
+        raise ValueError("convert: give either SRC, or --base with --control")
+    if base is not None and not control:
+        raise ValueError("convert: --base wants the --control to put beside it")
+    address = source if source is not None else "+".join([base or "", *control])
+    if hub.is_hub_id(address) and Path(address).suffix not in SUFFIXES and not Path(address).parent.is_dir():
+        address = _downloaded(address)
+    pieces = pieces_of(address)
+    if pieces is None:
+        raise ValueError(
+            f"convert: '{address}' is no file or folder of weights; the weights of a run go out with: fewstep export {address}"
+        )
+    return pieces
+
+
+def _downloaded(name: str) -> str:
+    """The folder of a model of the hub, in the hub's own cache."""
+    import huggingface_hub
+
+    with hub.asking(name):
+        return huggingface_hub.snapshot_download(name, allow_patterns=["*.safetensors", "*.json"])
+
+
+# --- one file
+
+
+def _union(pieces: Sequence[Piece]) -> dict[str, Stored] | None:
+    """Everything that the original files hold under their own names, as the seeds' script joins them; None for other files."""
+    files = [open_tensors(place, part) for _, place, part in pieces]
+    if len(files) != 2 or any(generation_of(file.tensors) != "1" for file in files) or num_branches(files[1].tensors) != 1:
+        return None
+    for file in files:
+        _refuse_odd(file.tensors, file.source)
+    base, control = files
+    tensors = dict(base.tensors)
+    if not any(name.startswith("base_model.") for name in tensors):  # a transformer alone: the name it has beside a branch
+        tensors = {
+            f"base_model.{name if name.startswith('net.') else f'net.{name}'}": stored for name, stored in tensors.items()
+        }
+    collect(pieces)  # refuses what both hold
+    return tensors | dict(control.tensors)
+
+
+def _originally_named(found: Collected) -> dict[str, Stored]:
+    generation: Generation = found.generation or _generation_of_ours(found.tensors)
+    names = original_names(found.tensors, generation)
+    _refuse_odd(names.values(), " and ".join(file.source for file in found.files))
+    refuse_apart({name: stored.read for name, stored in found.tensors.items()})
+    return {names[name]: stored for name, stored in found.tensors.items() if name in names}
+
+
+def _refuse_odd(names: Iterable[str], source: str) -> None:
+    """Refuses a file under original names that lacks some, or has others."""
+    missing, extra = odd_names(list(names))
+    problems = [f"  missing: {name}" for name in missing] + [f"  no weight of Cosmos: {name}" for name in extra]
+    if problems:
+        shown = "\n".join(problems[:12]) + (f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else "")
+        raise ValueError(f"convert: '{source}' does not hold the weights of a Cosmos network, whole and no others:\n{shown}")
+
+
+def _generation_of_ours(names: Mapping[str, Stored]) -> Generation:
+    return "1" if any("learnable_pos_embed." in name or ".after.0." in name for name in names) else "2"
+
+
+def _write_torch(out: Path, tensors: Mapping[str, Stored], dtype: Dtype, about: str) -> Written:
+    kind = _dtype(dtype)
+    made = {name: stored.read() for name, stored in tensors.items()}
+    if kind is not None:
+        made = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in made.items()}
+    with _replacing(out) as beside:
+        torch.save({name: tensor.contiguous() for name, tensor in made.items()}, beside)
+    return _written(out, tensors, about)
+
+
+# --- a folder for diffusers
+
+
+def _write_folder(out: Path, found: Collected, model: str | None, dtype: Dtype) -> list[Written]:
+    name, module = model_of(found, model)
+    controls = list(getattr(module, "branches", {}))
+    if controls and not hasattr(module.branches[controls[0]], "save_config"):  # type: ignore[index]
+        raise ValueError(
+            "convert: diffusers has no branch of Cosmos-Transfer1; write OUT.safetensors for us, or OUT.pt, originally named"
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"convert: '{out}' exists and is not empty; remove it or write elsewhere")
+    parts: dict[str, tuple[Any, dict[str, Stored]]] = {}
+    if controls:
+        parts["transformer"] = module.base, _under(found.tensors, "base.")  # type: ignore[assignment]
+        for control in controls:
+            folder = "controlnet" if len(controls) == 1 else f"controlnet_{control}"
+            parts[folder] = module.branches[control], _under(found.tensors, f"branches.{control}.")  # type: ignore[index]
+    else:
+        parts["."] = module, dict(found.tensors)
+    written: list[Written] = []
+    with _replacing(out) as beside:
+        for folder, (part, tensors) in parts.items():
+            part.save_config(beside / folder)
+            _write_shards(beside / folder, tensors, dtype)
+            written.append(_written(out / folder if folder != "." else out, tensors, f"{type(part).__name__} of {name}"))
+    return written
+
+
+def _under(tensors: Mapping[str, Stored], start: str) -> dict[str, Stored]:
+    return {name.removeprefix(start): stored for name, stored in tensors.items() if name.startswith(start)}
+
+
+def _write_shards(folder: Path, tensors: Mapping[str, Stored], dtype: Dtype) -> None:
+    import json
+
+    shards: list[dict[str, Stored]] = [{}]
+    sizes = [0]
+    for name, stored in tensors.items():
+        if sizes[-1] and sizes[-1] + stored.num_bytes > SHARD_BYTES:
+            shards.append({})
+            sizes.append(0)
+        shards[-1][name] = stored
+        sizes[-1] += stored.num_bytes
+    stem = "diffusion_pytorch_model"
+    if len(shards) == 1:
+        write_safetensors(folder / f"{stem}.safetensors", tensors, _dtype(dtype))
+        return
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / file, shard, _dtype(dtype))
+        places |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def model_of(found: Collected, name: str | None) -> tuple[str, nn.Module]:
+    """The module, without weights, that these tensors fill: the one published model that fits, or the one that was named."""
+    shapes = {n: stored.shape for n, stored in found.tensors.items()}
+    controls = tuple(dict.fromkeys(n.split(".")[1] for n in shapes if n.startswith("branches.")))
+    if name is not None and name not in MODELS:
+        module = _of_folder(Path(name), controls)
+        if {n: tuple(tensor.shape) for n, tensor in module.state_dict().items()} != shapes:
+            raise ValueError(_unfit(name, module, shapes))
+        return name, module
+    fits: dict[str, nn.Module] = {}
+    nearest: tuple[int, str, nn.Module] | None = None
+    for known, spec in MODELS.items():
+        if name is not None and known != name:
+            continue
+        if isinstance(spec, CosmosControlSpec) != bool(controls):
+            continue
+        if isinstance(spec, CosmosControlSpec):
+            spec = replace(spec, controls=controls)
+        with torch.device("meta"):
+            module = spec.build().module
+        own = {n: tuple(tensor.shape) for n, tensor in module.state_dict().items()}
+        if own == shapes:
+            fits[known] = module
+        wrong = len(own.items() ^ shapes.items())
+        if nearest is None or wrong < nearest[0]:
+            nearest = wrong, known, module
+    if len(fits) == 1:
+        return next(iter(fits.items()))
+    if fits:
+        raise ValueError(
+            f"convert: the weights fit {' and '.join(fits)}, which differ in their positions; say which with --model"
+        )
+    if nearest is None:
+        raise ValueError(f"convert: no published model{f' called {name}' if name else ''} has such branches")
+    raise ValueError(_unfit(nearest[1], nearest[2], shapes))
+
+
+def _of_folder(folder: Path, controls: Sequence[str]) -> nn.Module:
+    """The model whose config.json this is, for sizes never published; with controls, those of transformer/ and controlnet/."""
+    from diffusers import CosmosControlNetModel, CosmosTransformer3DModel
+
+    def empty(cls: Any, place: Path) -> Any:  # Any: diffusers' classes
+        if not (place / "config.json").is_file():
+            raise ValueError(f"convert: --model {folder} is neither a folder with a config.json nor one of {', '.join(MODELS)}")
+        with torch.device("meta"):
+            return cls.from_config(cls.load_config(str(place)))
+
+    if not controls:
+        return empty(CosmosTransformer3DModel, folder)
+    base = empty(CosmosTransformer3DModel, folder / "transformer")
+    branches = {name: empty(CosmosControlNetModel, folder / "controlnet") for name in controls}
+    return Controlled(base, branches, dict.fromkeys(controls, 1.0), freezes_base=False)
+
+
+def _unfit(name: str, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    own = {n: tuple(tensor.shape) for n, tensor in module.state_dict().items()}
+    problems = [f"  missing: {n}" for n in own if n not in shapes]
+    problems += [f"  not in it: {n}" for n in shapes if n not in own]
+    problems += [f"  {n}: wants {own[n]}, has {shapes[n]}" for n in own if n in shapes and own[n] != shapes[n]]
+    shown = "\n".join(problems[:12]) + (f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else "")
+    return (
+        f"convert: the weights fit none of the published models; the nearest is {name}:\n{shown}\nFor a model of other "
+        "dimensions, give --model FOLDER with its config.json, or write OUT.safetensors, which needs none"
+    )
+
+
+# --- both
+
+
+def _dtype(name: Dtype) -> torch.dtype | None:
+    return DTYPES.get(name)
+
+
+def _written(path: Path, tensors: Mapping[str, Stored], about: str) -> Written:
+    return Written(path, len(tensors), sum(math.prod(stored.shape) for stored in tensors.values()), about)
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """The name under which a file or folder is to be written; it takes its place when the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        yield beside
+        if target.is_dir():
+            target.rmdir()  # empty, as was checked
+        beside.replace(target)
+    except BaseException:
+        if beside.is_dir():
+            shutil.rmtree(beside)
+        beside.unlink(missing_ok=True)
+        raise

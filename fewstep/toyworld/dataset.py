@@ -1,0 +1,219 @@
+"""The toy world as a data set on disk, in the folder layout of the seeds.
+
+    videos/clip_000000.mp4         lossless: 17 frames of 32 x 32 at 16 fps
+    metas/clip_000000.txt          its caption
+    edge|vis|depth/clip_000000.mp4 lossless; vis is the preset "very_low": the others leave nothing of 32 pixels
+    seg/clip_000000.pickle         masks, in the layout of Cosmos-Transfer1
+    keypoint/clip_000000.pickle    centres and corners, in a layout like that of its people
+    t5_xxl/clip_000000.pickle      the caption, embedded
+    toyworld.json                  the world, the seed, and what is in each clip
+
+Grey of the depth video is linear in 1 / depth, from `near_m` (white) to `far_m` (black) of toyworld.json. Clips depend on
+(world, seed, number) alone: a rerun adds what is missing, to the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewstep.data.atomic import replacing
+from fewstep.data.controls import Edge, Vis, grey_of_depth
+from fewstep.data.files import keypoints, masks, video
+from fewstep.data.folder import layout
+from fewstep.data.folder.layout import Layout, Part
+from fewstep.networks.encoders.text import open_text_encoder
+from fewstep.prepare import text
+from fewstep.prepare.progress import tracked
+from fewstep.toyworld import captions, clips, physics, scenes
+from fewstep.toyworld.clips import Clip
+from fewstep.toyworld.physics import Event, Scene, World
+from fewstep.toyworld.workers import spawned
+
+EDGE, VIS = Edge("medium"), Vis("very_low")
+DEPTH, SEG, KEYPOINT = (
+    layout.control(name, suffix) for name, suffix in (("depth", ".mp4"), ("seg", ".pickle"), ("keypoint", ".pickle"))
+)
+PARTS = (
+    *(layout.VIDEOS, layout.CAPTIONS),
+    *(layout.control(control.folder, control.suffix) for control in (EDGE, VIS)),
+    *(DEPTH, SEG, KEYPOINT),
+)  # of a clip
+TEXT = layout.text("t5_xxl")
+INDEX = "toyworld.json"
+
+_Label = dict[str, Any]  # texts, numbers and lists of them, as json has them
+_Labels = dict[int, _Label]
+_Job = tuple[World, int, int, Layout, tuple[Part, ...]]
+
+
+def write(
+    out: Path,
+    num: int,
+    seed: int = 0,
+    world: World = World(),  # noqa: B008  # frozen
+    workers: int = 0,
+    only: Iterable[str] | None = None,
+    encoder: str | Path | None = None,
+) -> int:
+    """Writes clips 0 .. num - 1 of the series `seed` to `out`, but for those that are there; how many it made.
+
+    `only` names the folders wanted (videos, metas, edge ..); None: all of them. `encoder`, a folder or hub id, embeds the
+    captions, unless `only` leaves them out; None: they are not embedded.
+
+    `workers` processes render and write, or this one if 0. Refuses a folder that holds other clips than these.
+    """
+    wanted, embeds = _wanted(only)
+    opened = open_text_encoder(encoder) if embeds and encoder is not None else None  # before anything is rendered
+    place, known = _claimed(out, num, seed, world)
+    there = [place.files(part) for part in wanted]
+    todo = [index for index in range(num) if not all(stem_of(index) in files for files in there)]
+    jobs = [(world, seed, index, place, wanted) for index in todo]
+    made = {label["index"]: label for label in tracked(_done(jobs, workers), len(jobs), f"rendering {out}")}
+    labels = known | made | {index: _label(world, seed, index) for index in range(num) if index not in known | made}
+    _write_index(out, num, seed, world, [labels[index] for index in range(num)])
+    if opened is not None:
+        text.write(out, opened, folder=TEXT.folder)
+    return len(jobs)
+
+
+def stem_of(index: int) -> str:
+    return f"clip_{index:06d}"
+
+
+def depth_range_m(world: World) -> tuple[float, float]:
+    """The nearest floor in the picture, and the wall: what the depth video's white and black mean."""
+    camera = world.camera
+    floor = camera.y_m * camera.focal_px / (camera.height - camera.cy_px)
+    return min(floor, world.lanes_m[0] - max(*world.sphere_sizes_m, *world.box_sizes_m)), world.stage.wall_z_m
+
+
+# ---- parts of the above --------------------------------------------------------------------------------------------
+
+
+def _wanted(only: Iterable[str] | None) -> tuple[tuple[Part, ...], bool]:
+    """What is written of each clip, and whether captions are embedded; those that are, are written."""
+    if only is None:
+        return PARTS, True
+    names, known = set(only), [part.folder for part in (*PARTS, TEXT)]
+    unknown = sorted(names - set(known))
+    if unknown or not names:
+        raise ValueError(f"--only: there is no {', '.join(unknown) or 'name in it'}; it takes {', '.join(known)}")
+    embeds = TEXT.folder in names
+    return tuple(part for part in PARTS if part.folder in names or (embeds and part is layout.CAPTIONS)), embeds
+
+
+def _claimed(out: Path, num: int, seed: int, world: World) -> tuple[Layout, _Labels]:
+    """The folder, marked as this series' own before the first clip is written, and the labels it has already."""
+    if num < 1:
+        raise ValueError(f"--num must be at least 1, not {num}")
+    if seed < 0:
+        raise ValueError(f"--seed must not be negative, as {seed} is")
+    path, num_before, labels = out / INDEX, 0, _Labels()
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text())
+            num_before, labels = int(before["num"]), {int(label["index"]): label for label in before["clips"]}
+            other = [key for key, value in _plain({"seed": seed, "world": asdict(world)}).items() if before[key] != value]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: damaged ({error!r}). Remove {out} and prepare it again") from None
+        if other:
+            raise ValueError(
+                f"{out}: holds clips of another {' and '.join(other)}. Choose another --out, or remove that folder"
+            )
+        if num_before > num:
+            raise ValueError(f"{out}: was begun with --num {num_before}. Ask for at least as many, or choose another --out")
+    elif out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
+        raise ValueError(f"{out}: is not empty and has no {INDEX}. Choose a new folder for --out")
+    if num_before < num:
+        _write_index(out, num, seed, world, [])
+    return Layout(out), labels
+
+
+def _write_index(out: Path, num: int, seed: int, world: World, labels: list[_Label]) -> None:
+    near, far = depth_range_m(world)
+    told = {"format": 1, "num": num, "seed": seed, "world": asdict(world)}
+    told |= {"depth": {"near_m": near, "far_m": far}, "edge": EDGE.preset, "vis": VIS.preset}
+    clips = ",\n".join(f"  {json.dumps(label)}" for label in labels)
+    with replacing(out / INDEX) as beside:
+        beside.write_text(f'{json.dumps(told, indent=1)[:-2]},\n "clips": [\n{clips}\n ]\n}}\n')
+
+
+def _label(world: World, seed: int, index: int) -> _Label:
+    """What is in a clip, without rendering it: about 3 ms."""
+    scene = scenes.specification(world, seed, index)
+    path = physics.simulate(world, scene)
+    return _label_of(index, scene, captions.caption(world, scene, path), path.events)
+
+
+def _label_of(index: int, scene: Scene, caption: str, events: tuple[Event, ...]) -> _Label:
+    told = {
+        "stem": stem_of(index),
+        "index": index,
+        "caption": caption,
+        "gravity": scene.gravity,
+        "objects": [asdict(body) | {"motion": body.motion, "side": body.side} for body in scene.bodies],
+        "events": [asdict(event) for event in events],
+    }
+    return _plain(told)
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    """As json gives it back: tuples become lists."""
+    return json.loads(json.dumps(value))
+
+
+def _done(jobs: list[_Job], workers: int) -> Iterator[_Label]:
+    if workers <= 0 or len(jobs) < 2:
+        yield from map(_write_clip, jobs)
+        return
+    with spawned(workers, _use_one_thread) as pool:
+        try:
+            yield from pool.map(_write_clip, jobs, chunksize=max(1, min(8, len(jobs) // (4 * workers))))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _use_one_thread() -> None:
+    import cv2
+    import torch
+
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+
+
+def _write_clip(job: _Job) -> _Label:
+    world, seed, index, place, wanted = job
+    made = clips.clip(world, seed, index)
+    stem, rgb, phrases = stem_of(index), made.rgb, _phrases(made.scene)
+
+    def film(part: Part, frames: Callable[[], np.ndarray]) -> None:
+        if part in wanted:
+            video.write(place.file(part, stem), frames(), made.fps, quality="lossless")
+
+    film(layout.VIDEOS, lambda: rgb)
+    for control in (EDGE, VIS):
+        film(layout.control(control.folder, control.suffix), lambda control=control: control(rgb))
+    film(DEPTH, lambda: grey_of_depth(made.depth, *depth_range_m(world)))
+    if SEG in wanted:
+        masks.write(place.file(SEG, stem), [(phrase, made.segmentation == n + 1) for n, phrase in enumerate(phrases)])
+    if KEYPOINT in wanted:
+        keypoints.write_objects(place.file(KEYPOINT, stem), phrases, made.keypoints)
+    if layout.CAPTIONS in wanted:
+        _write_caption(place.file(layout.CAPTIONS, stem), made)
+    return _label_of(index, made.scene, made.caption, made.events)
+
+
+def _phrases(scene: Scene) -> list[str]:
+    return [f"{body.colour} {body.shape}" for body in scene.bodies]
+
+
+def _write_caption(path: Path, made: Clip) -> None:
+    with replacing(path) as beside:
+        beside.write_text(made.caption + "\n", encoding="utf-8")

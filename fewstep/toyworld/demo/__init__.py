@@ -1,0 +1,5 @@
+"""`fewstep demo`: the mission in miniature. The toy world's teacher becomes a four-step and a one-step student."""
+
+from fewstep.toyworld.demo.stages import Size, demo
+
+__all__ = ["Size", "demo"]

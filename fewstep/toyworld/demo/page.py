@@ -1,0 +1,294 @@
+"""The demo's last stage: summary.json and report.html from what the others left.
+
+python -m fewstep.toyworld.demo.page demo --size default
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fewstep
+from fewstep.data.atomic import replacing
+from fewstep.data.files import video
+from fewstep.evaluation.report import Chart, Film, Gallery, Gate, Measured, Model, Report, Row, Score, Stage, curves_of, write
+from fewstep.inference.evaluate import Job, generated, opened, speed
+from fewstep.inference.model import open_model
+from fewstep.inference.pairs import Making
+from fewstep.networks.encoders.codecs import open_codec
+from fewstep.toyworld.demo.stages import GUIDANCE, STEPS, TOY
+
+STUDENTS = ("4step", "1step")
+NUM_SHOWN = 8
+BOUNDS = {  # (ratio to the teacher's distance, share of the gap closed): set before the numbers were known
+    "default": {"4step": (1.5, 0.60), "1step": (2.0, 0.50)},
+    "long": {"4step": (1.2, 0.85), "1step": (1.5, 0.75)},
+}
+FEW = {"4step": "teacher_4calls", "1step": "teacher_1call"}  # what a student has to beat
+TITLES = {
+    "real": "real clips",
+    "tokenizer": "tokenizer",
+    "teacher": f"teacher, {STEPS} steps",
+    "teacher_4calls": "teacher, 4 calls",
+    "teacher_1call": "teacher, 1 call",
+    "4step": "student, 4 steps",
+    "1step": "student, 1 step",
+}
+SCORES = (
+    Score(
+        "frechet",
+        "Toy Frechet distance",
+        "How far the clips' features lie from real ones, n-corrected; 0 is real.",
+        "lower",
+        True,
+    ),
+    Score("frechet_random_net", "Frechet distance, untrained network", "A witness nobody tuned, extrapolated.", "lower"),
+    Score("mmd", "MMD", "The same question, without assuming that features are Gaussian.", "lower"),
+    Score("precision", "Precision", "Share of clips that look like some real clip.", "higher"),
+    Score("recall", "Recall", "Share of real clips that lie among the made ones: low where variety was lost.", "higher"),
+    Score("coverage", "Coverage", "Share of real clips with a made one close by.", "higher"),
+    Score("adherence", "Adherence", "Share of clips in which exactly the asked colours and shapes are found.", "higher", True),
+    Score("count", "Count", "Share of clips with as many objects as asked.", "higher"),
+    Score("second_difference_px", "Jerkiness", "Second differences of the objects' paths, in pixels.", "as real"),
+    Score("permanence", "Permanence", "Share of frames in which an object that was there still is.", "higher"),
+    Score("gravity_ratio", "Gravity", "Fitted acceleration of free flights, as a share of the real one.", "as real"),
+)
+
+
+def main(out: Path, size: str, toy: str) -> None:
+    told = {name: json.loads((out / "scores" / f"{name}.json").read_text()) for name in TITLES}
+    torch.set_num_threads(1)
+    rates = measured_speed(out, toy)
+    show_teacher(out, toy)
+    summary = summarised(told, rates) | {"size": size, "seconds": seconds(out)}
+    with replacing(out / "summary.json") as beside:
+        beside.write_text(json.dumps(summary, indent=1) + "\n")
+    report = Report(
+        title="A many-step world model becomes a one-step and a four-step student",
+        summary=_summary_text(summary),
+        galleries=galleries(out),
+        gates=gates(summary, size),
+        models=[model_of(name, told[name], rates.get(name)) for name in TITLES],
+        scores=SCORES,
+        charts=charts(out),
+        stages=[Stage(s["name"], "\n".join(s["commands"]), s["seconds"]) for s in ran(out)],
+        limits=LIMITS,
+        environment={
+            "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "fewstep": fewstep.__version__,
+            "size": size,
+            "feature network": told["real"]["feature_net"],
+        },
+    )
+    write(report, out / "report.html")
+    print(f"{out}/report.html, {out}/summary.json")
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def summarised(told: dict[str, Any], rates: dict[str, Measured]) -> dict[str, Any]:
+    """Every number with NAME_spread and NAME_n; None is what could not be measured (no flight, no gravity)."""
+    out: dict[str, Any] = {}
+
+    def put(name: str, value: float | None, spread: float | None, num: int) -> None:
+        out.update({name: value, f"{name}_spread": spread, f"{name}_n": num})
+
+    for who in TITLES:
+        for score in SCORES:
+            found = told[who]["scores"][score.name]
+            put(f"{score.name}_{who}", found["value"], found["spread"], found["num"])
+    teacher = told["teacher"]["scores"]["frechet"]
+    for name in STUDENTS:
+        mine, few = told[name]["scores"]["frechet"], told[FEW[name]]["scores"]["frechet"]
+        ratio = mine["value"] / teacher["value"]
+        put(f"frechet_ratio_{name}", ratio, ratio * math.hypot(_rel(mine), _rel(teacher)), mine["num"])
+        gap = few["value"] - teacher["value"]
+        closed = (few["value"] - mine["value"]) / gap
+        # Derivatives of (f - s) / (f - t) by s, f and t.
+        parts = (mine["spread"] / gap, few["spread"] * (1 - closed) / gap, teacher["spread"] * closed / gap)
+        put(f"gap_closed_{name}", closed, math.hypot(*parts), mine["num"])
+    for who, rate in rates.items():
+        put(f"clips_per_s_{who}", rate.value, rate.spread, rate.num)
+        calls = 2 * STEPS if who == "teacher" else told[who]["num_calls"]
+        put(f"network_calls_{who}", calls, 0.0, 1)
+    return out
+
+
+def _rel(found: dict[str, Any]) -> float:
+    return found["spread"] / found["value"]
+
+
+def measured_speed(out: Path, toy: str) -> dict[str, Measured]:
+    """Clips per second, noise to pixels, on one thread, one model after the other; kept once measured."""
+    kept = out / "scores" / "speed.json"
+    if not kept.is_file():
+        how = {"teacher": (toy, Making(num_steps=STEPS, sampler="unipc", guidance=GUIDANCE))}
+        how |= {name: (str(out / "students" / name), Making()) for name in STUDENTS}
+        found = {name: speed(address, out / "heldout", making)[:3] for name, (address, making) in how.items()}
+        with replacing(kept) as beside:
+            beside.write_text(json.dumps(found) + "\n")
+    return {name: Measured(*row) for name, row in json.loads(kept.read_text()).items()}
+
+
+def gates(summary: dict[str, float], size: str) -> list[Gate]:
+    bounds = BOUNDS.get(size, BOUNDS["default"])
+    out = [Gate(*row) for name in STUDENTS for row in _student_gates(name, summary, bounds[name])]
+    tokenizer = summary["frechet_teacher"] / summary["frechet_tokenizer"]
+    out.append(Gate("teacher: distance, as a multiple of the tokenizer's", tokenizer, 3.0, "lower"))
+    few = summary["frechet_teacher_4calls"] / summary["frechet_teacher"]
+    out.append(Gate("teacher at 4 calls: distance, as a multiple of its own at 35 steps", few, 2.0, "higher"))
+    return out
+
+
+def _student_gates(name: str, summary: dict[str, float], bounds: tuple[float, float]) -> Iterable[tuple[Any, ...]]:
+    who = TITLES[name]
+    for key, bound, better, what in (
+        ("frechet_ratio", bounds[0], "lower", "distance, as a multiple of the teacher's"),
+        ("gap_closed", bounds[1], "higher", "share of the gap closed"),
+    ):
+        yield f"{who}: {what}", summary[f"{key}_{name}"], bound, better, summary[f"{key}_{name}_spread"]
+    for key in ("recall", "coverage"):
+        most = summary[f"{key}_teacher"]
+        share = summary[f"{key}_{name}"] / most if most else 1.0  # of nothing, nothing can be lost
+        yield f"{who}: {key}, as a share of the teacher's", share, 0.85, "higher"
+    points = 100 * (summary["adherence_teacher"] - summary[f"adherence_{name}"])
+    yield f"{who}: adherence, points below the teacher's", points, 10.0, "lower"
+
+
+# ---- page ------------------------------------------------------------------------------------------------------------
+
+
+def model_of(name: str, told: dict[str, Any], rate: Measured | None) -> Model:
+    kinds: dict[str, Any] = {"real": "real", "tokenizer": "codec"}
+    known = {score.name for score in SCORES}
+    scores = {
+        key: Measured(v["value"], math.nan if v["spread"] is None else v["spread"], v["num"])
+        for key, v in told["scores"].items()
+        if key in known and v["value"] is not None  # no flight, no gravity
+    }
+    calls, guidance = told.get("num_calls"), told.get("guidance")
+    if name == "teacher":
+        calls, guidance = 2 * STEPS, GUIDANCE
+    return Model(
+        kind=kinds.get(name, "teacher" if name.startswith("teacher") else "student"),
+        name=TITLES[name],
+        num_calls=calls,
+        guidance=guidance,
+        scores=scores,
+        clips_per_s=rate,
+        line="teacher, best sampler" if name.startswith("teacher") else "",
+        note=told.get("sampler", "unipc, guidance baked in pairs" if name == "teacher" else ""),
+        is_featured=name in ("tokenizer", "teacher", *STUDENTS),
+    )
+
+
+def show_teacher(out: Path, toy: str) -> None:
+    """The teacher's clips for the first held-out prompts, from the noise the students had; kept once made."""
+    folder = out / "scores" / "teacher_shown"
+    if (folder / f"{NUM_SHOWN - 1:02d}.mp4").is_file():
+        return
+    how = Making(num_steps=STEPS, sampler="unipc", guidance=GUIDANCE)
+    job = Job(toy, out / "heldout", out / "real", out / "scores" / "teacher_shown.json", NUM_SHOWN, 1, how=how)
+    model, codec = open_model(toy), open_codec(toy)
+    clips = generated(model, codec, opened(job), job, how, NUM_SHOWN, 0)
+    for n, clip in enumerate(clips):
+        video.write(folder / f"{n:02d}.mp4", clip, 16.0, quality="lossless")
+
+
+def galleries(out: Path) -> list[Gallery]:
+    captions = [path.read_text().strip() for path in sorted((out / "heldout" / "metas").glob("*.txt"))[:NUM_SHOWN]]
+    shown = ("real", "tokenizer", "teacher_shown", "teacher_4calls", "4step", "teacher_1call", "1step")
+    kinds: dict[str, Any] = {"real": "real", "tokenizer": "codec", "4step": "student", "1step": "student"}
+    rows = [
+        Row(
+            caption,
+            [
+                Film(
+                    TITLES.get(name, TITLES["teacher"]),
+                    _read(out / "scores" / name / f"{n:02d}.mp4"),
+                    kinds.get(name, "teacher"),
+                )
+                for name in shown
+                if (out / "scores" / name / f"{n:02d}.mp4").is_file()
+            ],
+        )
+        for n, caption in enumerate(captions)
+    ]
+    found = [Gallery("Held-out prompts, the same noise for all", rows, fps=16, about="Nobody learned from these prompts.")]
+    plain = [
+        Row(
+            (out / "samples" / "4step" / f"{n:02d}.txt").read_text().strip(),
+            [
+                Film(
+                    TITLES.get(name, TITLES["teacher"]),
+                    _read(out / "samples" / name / f"{n:02d}.mp4"),
+                    "student",
+                    about="plain diffusers",
+                )
+                for name in STUDENTS
+            ],
+        )
+        for n in range(4)
+    ]
+    return [*found, Gallery("Exported, and sampled by plain diffusers", plain, fps=16)]
+
+
+def _read(path: Path) -> np.ndarray:
+    return video.read(path).frames
+
+
+def charts(out: Path) -> list[Chart]:
+    runs = out / "toyworld" / "basic"
+    names = ("toy_kd_4step", "toy_kd_1step", "toy_dmd2_4step", "toy_dmd2_1step")
+    return [chart for name in names for chart in curves_of(runs / name, name)]
+
+
+def ran(out: Path) -> list[dict[str, Any]]:
+    found = [json.loads(path.read_text()) for path in (out / "stages").glob("*.json")]
+    return sorted(found, key=lambda stage: stage.get("order", 0))
+
+
+def seconds(out: Path) -> dict[str, float]:
+    return {stage["name"]: stage["seconds"] for stage in ran(out)}
+
+
+def _summary_text(s: dict[str, float]) -> str:
+    faster = {name: s[f"clips_per_s_{name}"] / s["clips_per_s_teacher"] for name in STUDENTS}
+    return (
+        f"The teacher asks its network {2 * STEPS} times for a clip and lies {s['frechet_teacher']:.0f} from real clips. The "
+        f"four-step student lies {s['frechet_4step']:.0f} away and is {faster['4step']:.0f} times as fast; the one-step one "
+        f"{s['frechet_1step']:.0f} away and {faster['1step']:.0f} times as fast. The teacher itself, at 4 calls and at 1, lies "
+        f"{s['frechet_teacher_4calls']:.0f} and {s['frechet_teacher_1call']:.0f} away."
+    )
+
+
+LIMITS = (
+    "A toy: clips of 17 frames of 32 x 32 pixels, a closed language of 26 words, a teacher of 2.8 million weights. What holds "
+    "here for a method need not hold at 7 billion; that the code paths, formats and commands are the same ones does.",
+    "The distance is that of a small network trained on this world's own labels. It over-weighs noise and says nothing about "
+    "natural video. All distances are against 2048 held-out real clips, extrapolated to infinitely many made ones.",
+    "The tokenizer learned to look right to a network of the same form as the one that scores (from other clips and other "
+    "first weights). The untrained network's distance beside it is a witness without a part in any training.",
+    "Teacher and students share one tokenizer; what it blurs, all of them blur. Its own distance is the floor of theirs.",
+)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--size", default="default")
+    parser.add_argument("--toy", default=str(TOY))
+    given = parser.parse_args()
+    main(given.out, given.size, given.toy)

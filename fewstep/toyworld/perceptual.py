@@ -1,0 +1,88 @@
+"""A network that looks at pixels: what a tokenizer's clips should look like to it is what the real ones look like.
+
+A stack of 3D convolutions over colours and their first and second differences in time, as `python -m
+fewstep.toyworld.train_features --seed 1 --out FILE` writes it. It takes the role of a teacher of `autoencode`. The network
+that scores must be another one, or the score would be what was learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fewstep.config import kind
+from fewstep.networks.contract import NoDenoiser
+
+STRIDES = ((1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 1, 1))  # t, h, w, of the feature network of the toy world
+DIFFERENCES = 3.0  # times those of neighbouring frames, which are a third of the colours' own deviation
+VIEWS = 9  # channels of in_time
+
+
+def in_time(pixels: Tensor) -> Tensor:
+    """Colours (B 3 T H W in -1..1) with their first and second differences in time: B 9 T H W."""
+    colours = pixels / 2
+    first = functional.pad(colours.diff(dim=2), (0, 0, 0, 0, 1, 0))
+    second = functional.pad(colours.diff(n=2, dim=2), (0, 0, 0, 0, 1, 1))
+    return torch.cat([colours, DIFFERENCES * first, DIFFERENCES * second], 1)
+
+
+class _Convolutions(nn.Module):
+    def __init__(self, weights: Sequence[Tensor]):
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Conv3d(weight.shape[1], weight.shape[0], 3, stride, padding=1)
+            for weight, stride in zip(weights, STRIDES, strict=True)
+        )
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        x = in_time(pixels)
+        seen: list[Tensor] = []
+        for conv in self.convs:
+            x = functional.silu(conv(x))
+            seen.append(x)
+        return seen
+
+
+@dataclass(frozen=True)
+class Eye(NoDenoiser):
+    module: nn.Module
+    name: ClassVar[str] = "an eye"
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.module.convs)  # type: ignore[arg-type]
+
+    def look(self, pixels: Tensor) -> list[Tensor]:
+        """What each layer says of pixels (B 3 T H W in -1..1)."""
+        return self.module(pixels)
+
+
+@kind("eye", group="network")
+@dataclass(frozen=True)
+class EyeSpec:
+    """The feature network of a file that train_features wrote."""
+
+    weights: str
+
+    def build(self) -> Eye:
+        from safetensors import safe_open
+
+        if not Path(self.weights).is_file():
+            raise ValueError(
+                f"no eye at {self.weights}. Make it with: python -m fewstep.toyworld.train_features --seed 1 "
+                f"--out {self.weights}"
+            )
+        with safe_open(self.weights, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith("convs.")]  # noqa: SIM118
+            found: dict[str, Any] = {name: file.get_tensor(name).float() for name in names}
+        if len(found) != 2 * len(STRIDES):
+            raise ValueError(f"{self.weights}: {len(found) // 2} convolutions, where an eye has {len(STRIDES)}")
+        module = _Convolutions([found[f"convs.{i}.weight"] for i in range(len(STRIDES))])
+        module.load_state_dict(found)
+        return Eye(module)

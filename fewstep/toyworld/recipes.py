@@ -1,0 +1,234 @@
+"""The toy world, from pixels to a teacher: the recipes that made the weights shipped in fewstep/toyworld/stack/.
+
+fewstep prepare toyworld --out datasets/toyworld/train --num 24000 --seed 11 --only videos,metas,edge
+python -m fewstep.toyworld.train_features --seed 1 --out eye.safetensors      (below the output root)
+fewstep train experiment=toy_tokenizer
+python -m fewstep.toyworld.train_words datasets/toyworld/train/metas --out fewstep/toyworld/stack/text_encoder
+fewstep prepare text datasets/toyworld/train --encoder fewstep/toyworld/stack
+fewstep prepare latents datasets/toyworld/train --codec fewstep/toyworld/stack --control edge
+fewstep train experiment=toy_teacher
+fewstep train experiment=toy_decoder
+fewstep train experiment=toy_edge
+
+After each training a command of recipes/toy_release.py puts the weights where they are shipped; docs/log.md has them all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Literal
+
+import fewstep
+from fewstep.config import recipe
+from fewstep.data.controls import Edge
+from fewstep.data.folder.dataset import Folder
+from fewstep.diffusion.path import floats
+from fewstep.diffusion.times import LogitNormal, Shifted, shifted
+from fewstep.methods import DMD2, KD, Autoencode, Finetune
+from fewstep.networks.families.cosmos.control import CosmosControlSpec
+from fewstep.networks.families.cosmos.network import CosmosSpec
+from fewstep.networks.lora import Lora
+from fewstep.networks.roles import Full, Networks
+from fewstep.networks.weights.addresses import output_root
+from fewstep.toyworld.clip_critic import ClipCriticSpec
+from fewstep.toyworld.perceptual import EyeSpec
+from fewstep.toyworld.tokenizer import TokenizerSpec
+from fewstep.training.ema import Ema
+from fewstep.training.health import Health
+from fewstep.training.optim import Optim
+from fewstep.training.run import Checkpoint, Job, Run, Trainer
+
+TRAIN = "datasets/toyworld/train"
+SHIPPED = str(fewstep.TOY)
+WORLD, PAIRS = "world", "pairs"  # of the demo, below the output root: clips with captions, and what the teacher made of them
+EYE = "eye.safetensors"  # below the output root, too: what the tokenizer's clips should look right to
+GUIDANCE = 2.0  # of the teacher; baked into every student
+STUDENT_SHIFT = 3.0  # of the students' times
+LORA_LR = 5.0  # times the learning rate of full weights
+LATENT_CHANNELS = 8
+TEACHER = CosmosSpec(
+    latent_channels=LATENT_CHANNELS,
+    num_heads=5,
+    head_dim=32,
+    num_layers=6,
+    text_dim=64,
+    adaln_lora_dim=32,
+    max_size=(8, 8, 8),
+    rope_scale=(1.0, 1.0, 1.0),
+    padding_mask=False,
+)
+LED = CosmosControlSpec(
+    **{f.name: getattr(TEACHER, f.name) for f in fields(TEACHER)},
+    controls=("edge",),
+    num_control_blocks=1,
+    hint_channels=LATENT_CHANNELS,
+    train="control",
+)
+
+
+def _job(name: str, *after: str) -> Job:
+    return Job(project="toyworld", group="basic", name=name, after=after)
+
+
+@recipe("toy_tokenizer")
+def toy_tokenizer() -> Run:
+    """The toy world's video tokenizer: 17 x 32 x 32 pixels to 5 x 4 x 4 latents of 8 channels."""
+    return Run(
+        job=_job("toy_tokenizer"),
+        method=Autoencode(noise=0.05, look=1.0),
+        networks=Networks(
+            teacher=EyeSpec(str(output_root() / EYE)),
+            student=Full(TokenizerSpec(latent_channels=LATENT_CHANNELS), init="random"),
+        ),
+        data=Folder(TRAIN, text=None),
+        optim=Optim(lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4, schedule="cosine", warmup_iters=200, clip=1.0),
+        ema=Ema(beta=0.999),
+        trainer=Trainer(max_iter=10000, batch_size=8, num_threads=1, log_every=100),
+        checkpoint=Checkpoint(save_iter=500),
+        health=Health(every=None),
+    )
+
+
+@recipe("toy_decoder")
+def toy_decoder() -> Run:
+    """The tokenizer's decoder alone, trained on: clips that a critic takes for real, from the same latents."""
+    first = toy_tokenizer()
+    return replace(
+        first,
+        job=_job("toy_decoder"),
+        method=Autoencode(noise=0.05, look=1.0, fool=1.0),
+        networks=replace(
+            first.networks,
+            student=Full(TokenizerSpec(pretrained=f"{SHIPPED}/vae", trains="decoder"), init="random"),
+            critic=Full(ClipCriticSpec(), init="random"),
+        ),
+        optim=replace(first.optim, lr=4e-4, betas=(0.5, 0.99)),
+        critic_optim=Optim(lr=4e-4, betas=(0.5, 0.99), weight_decay=0.0, clip=None),
+        trainer=replace(first.trainer, max_iter=8000, batch_size=4),
+        checkpoint=Checkpoint(save_iter=500),
+    )
+
+
+@recipe("toy_teacher")
+def toy_teacher() -> Run:
+    """The toy world's teacher: a rectified flow, led by text and by 0, 1 or 2 given latent frames."""
+    return Run(
+        job=_job("toy_teacher"),
+        method=Finetune(times=LogitNormal(), drop_condition=0.1, given=(0.7, 0.15, 0.15)),
+        networks=Networks(student=Full(TEACHER, init="random")),
+        data=Folder(TRAIN, x0="latents", max_tokens=40, mask_text=True, negative="zeros"),
+        optim=Optim(lr=1.2e-3, betas=(0.9, 0.99), weight_decay=0.01, schedule="cosine", warmup_iters=500, clip=1.0),
+        ema=Ema(beta=0.9995),
+        trainer=Trainer(max_iter=20000, batch_size=32, num_threads=1, log_every=100),
+        checkpoint=Checkpoint(save_iter=500),
+        health=Health(every=None),
+    )
+
+
+@recipe("toy_edge")
+def toy_edge() -> Run:
+    """A control branch for the toy teacher, which stays frozen: clips led by the edges of another (Transfer2.5's form)."""
+    return Run(
+        job=_job("toy_edge"),
+        method=Finetune(times=LogitNormal(), drop_condition=0.1, given=(0.7, 0.15, 0.15)),
+        networks=Networks(student=Full(replace(LED, pretrained=SHIPPED), init="random")),
+        data=Folder(TRAIN, x0="latents", max_tokens=40, mask_text=True, negative="zeros", control=Edge("medium")),
+        optim=Optim(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, schedule="cosine", warmup_iters=100, clip=1.0),
+        ema=Ema(beta=0.999),
+        trainer=Trainer(max_iter=1800, batch_size=32, num_threads=1, log_every=100),
+        checkpoint=Checkpoint(save_iter=500),
+        health=Health(every=None),
+    )
+
+
+# --- students ---------------------------------------------------------------------------------------------------------
+
+
+def _pairs(*pairs: Literal["noise", "path"]) -> Folder:
+    return Folder(str(output_root() / PAIRS), x0="latents", max_tokens=40, mask_text=True, pairs=pairs)
+
+
+def _kd(name: str, num_steps: int) -> Run:
+    t_list = tuple(floats(shifted(num_steps, STUDENT_SHIFT)))
+    return Run(
+        job=_job(name),
+        method=KD(student_sample_steps=num_steps, t_list=t_list),
+        networks=Networks(teacher=replace(TEACHER, pretrained=SHIPPED)),
+        data=_pairs("noise" if num_steps == 1 else "path"),
+        optim=Optim(lr=5e-4, betas=(0.9, 0.99), schedule="cosine", warmup_iters=20, clip=1.0),
+        ema=Ema(beta=0.98),
+        trainer=Trainer(max_iter=400, batch_size=32, num_threads=1, log_every=20),
+        checkpoint=Checkpoint(save_iter=200),
+        health=Health(every=None),
+    )
+
+
+@recipe("toy_kd_4step")
+def toy_kd_4step() -> Run:
+    """Four-step KD on states of the toy teacher's ODE (`fewstep pairs ... --path-times`)."""
+    return _kd("toy_kd_4step", 4)
+
+
+@recipe("toy_kd_1step")
+def toy_kd_1step() -> Run:
+    """One-step KD on the toy teacher's noise/clip pairs."""
+    return _kd("toy_kd_1step", 1)
+
+
+def _dmd2(name: str, num_steps: int, start: str) -> Run:
+    teacher = replace(TEACHER, pretrained=SHIPPED)
+    kd = f"toyworld/basic/{start}@latest:student.ema"
+    return Run(
+        job=_job(name, start),
+        method=DMD2(
+            t_list=tuple(floats(shifted(num_steps, STUDENT_SHIFT))),
+            student_update_freq=2,
+            guidance=GUIDANCE,
+            times=Shifted(shift=1.0),
+        ),
+        networks=Networks(teacher=teacher, student=Full(teacher, init=kd), critic=Full()),
+        data=Folder(str(output_root() / WORLD), x0="latents", max_tokens=40, mask_text=True, negative="zeros"),
+        optim=Optim(lr=2e-4, betas=(0.0, 0.99), schedule="cosine", warmup_iters=10, clip=1.0),
+        critic_optim=Optim(lr=4e-4, betas=(0.0, 0.99), clip=1.0),
+        ema=Ema(beta=0.98),
+        trainer=Trainer(max_iter=600, batch_size=32, num_threads=1, log_every=20),
+        checkpoint=Checkpoint(save_iter=200),
+        health=Health(every=None),
+    )
+
+
+@recipe("toy_dmd2_4step")
+def toy_dmd2_4step() -> Run:
+    """Four-step DMD2 against the toy teacher, from the student of toy_kd_4step."""
+    return _dmd2("toy_dmd2_4step", 4, "toy_kd_4step")
+
+
+@recipe("toy_dmd2_1step")
+def toy_dmd2_1step() -> Run:
+    """One-step DMD2 against the toy teacher, from the student of toy_kd_1step."""
+    return _dmd2("toy_dmd2_1step", 1, "toy_kd_1step")
+
+
+def _dmd2_lora(name: str, num_steps: int) -> Run:
+    """From the teacher itself: adapters lie over its weights, and a student of KD would have to be extracted into them."""
+    run, adapters = _dmd2(name, num_steps, ""), Lora(rank=32)
+    assert run.critic_optim is not None
+    return replace(
+        run,
+        job=_job(name),
+        networks=replace(run.networks, student=adapters, critic=adapters),
+        optim=replace(run.optim, lr=LORA_LR * run.optim.lr),
+        critic_optim=replace(run.critic_optim, lr=LORA_LR * run.critic_optim.lr),
+    )
+
+
+@recipe("toy_dmd2_4step_lora")
+def toy_dmd2_4step_lora() -> Run:
+    """Four-step DMD2 with student and critic as adapters on the toy teacher, and from it (benchmarks/lora_roles.py)."""
+    return _dmd2_lora("toy_dmd2_4step_lora", 4)
+
+
+@recipe("toy_dmd2_1step_lora")
+def toy_dmd2_1step_lora() -> Run:
+    """The same for one step."""
+    return _dmd2_lora("toy_dmd2_1step_lora", 1)

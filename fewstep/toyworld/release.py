@@ -1,0 +1,124 @@
+"""Puts what the toy recipes trained where the package ships it: half precision, in the layout of diffusers.
+
+    python -m fewstep.toyworld.release tokenizer toyworld/basic/toy_tokenizer TRAIN --out fewstep/toyworld/stack/vae
+    python -m fewstep.toyworld.release transformer toyworld/basic/toy_teacher --out fewstep/toyworld/stack/transformer
+    python -m fewstep.toyworld.release control toyworld/basic/toy_edge --out fewstep/toyworld/stack/controlnet_edge
+
+The tokenizer's folder carries the mean and spread of each latent channel, measured on clips of the data set, so that a
+diffusion model sees latents of unit spread whoever encodes them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from fewstep.data.folder.dataset import Folder
+from fewstep.networks.weights.addresses import load_into, read
+from fewstep.toyworld.tokenizer import TokenizerSpec
+
+app = typer.Typer(help=__doc__)
+NUM_MEASURED = 1024  # clips: the mean of a channel is known to 1 / sqrt(80 x 1024) of its spread
+
+
+@app.command()
+def tokenizer(
+    run: Annotated[str, typer.Argument(help="The finished run of toy_tokenizer.")],
+    data: Annotated[Path, typer.Argument(help="Clips on which the latents are measured.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+) -> None:
+    """The video tokenizer, with the statistics of its latents."""
+    from fewstep.toyworld.recipes import LATENT_CHANNELS
+
+    torch.set_num_threads(1)
+    made = TokenizerSpec(latent_channels=LATENT_CHANNELS).build()
+    load_into(made.module, read(run), run)
+    vae: Any = made.module.vae
+    vae.eval().half().float()  # measured as it will be used: with the weights that are written
+    clips = Folder(str(data), text=None).open()
+    index = torch.arange(min(NUM_MEASURED, len(clips)))
+    latents = torch.cat([_encoded(vae, clips.batch(some).x0) for some in index.split(16)])
+    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    _save(vae, out)
+    print(f"{out}: {len(index)} clips measured, spread of the channels {std.min():.2f} .. {std.max():.2f}")
+
+
+@app.command()
+def decoder(
+    run: Annotated[str, typer.Argument(help="The finished run of toy_decoder.")],
+    out: Annotated[Path, typer.Option(help="The tokenizer's folder, whose decoder is replaced.")],
+) -> None:
+    """A decoder that was trained on alone: encoder, statistics and so every latent stay what they are."""
+    made = TokenizerSpec(pretrained=str(out)).build()
+    before = {name: value.clone() for name, value in made.module.state_dict().items()}
+    load_into(made.module, read(run), run)
+    moved = [name for name, value in made.module.state_dict().items() if not torch.equal(value, before[name])]
+    if any(name.startswith(("vae.encoder.", "vae.quant_conv.")) for name in moved):
+        raise ValueError(f"{run}: its encoder is not that of {out}; what was trained on its latents would be void")
+    _save(made.module.vae, out)
+    print(f"{out}: {len(moved)} tensors of the decoder replaced")
+
+
+@torch.no_grad()
+def _encoded(vae: Any, pixels: torch.Tensor | None) -> torch.Tensor:
+    return vae.encode(pixels).latent_dist.mode()
+
+
+@app.command()
+def transformer(
+    run: Annotated[str, typer.Argument(help="The finished run of toy_teacher, or another of its shape.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+) -> None:
+    """The teacher: the moving average of the run's student."""
+    from fewstep.toyworld.recipes import TEACHER
+
+    made = TEACHER.build()
+    load_into(made.module, read(run), run)
+    _save(made.module, out)
+    print(f"{out}: {sum(p.numel() for p in made.module.parameters()):,} weights")
+
+
+@app.command()
+def control(
+    run: Annotated[str, typer.Argument(help="The finished run of toy_edge.")],
+    out: Annotated[Path, typer.Option(help="Folder to write, beside transformer/.")],
+) -> None:
+    """The teacher's control branch. The pipeline's index does not name it: it is there for those who ask."""
+    from fewstep.toyworld.recipes import LED
+
+    made = replace(LED, pretrained=str(out.parent)).build()
+    load_into(made.module, read(run), run)
+    branches: Any = made.module.branches
+    _save(branches["edge"], out)
+    print(f"{out}: {sum(p.numel() for p in branches.parameters()):,} weights, of them those it shares with its teacher")
+
+
+def _save(module: Any, out: Path) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    module.half().save_pretrained(str(out))
+    config = {name: value for name, value in json.loads((out / "config.json").read_text()).items() if name != "_name_or_path"}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # where it lay on this machine is nobody's business
+    for path in out.iterdir():
+        path.chmod(0o644)
+    _index(out.parent)
+
+
+def _index(pipeline: Path) -> None:
+    """What diffusers opens a pipeline's folder by, of the parts that lie in it."""
+    parts = {name: pipeline / name / "config.json" for name in ("transformer", "vae")}
+    configs = {name: json.loads(path.read_text()) for name, path in parts.items() if path.is_file()}
+    version = max(config["_diffusers_version"] for config in configs.values())
+    index = {"_class_name": "DiffusionPipeline", "_diffusers_version": version}
+    index |= {name: ["diffusers", config["_class_name"]] for name, config in configs.items()}
+    (pipeline / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    app()

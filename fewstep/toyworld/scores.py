@@ -1,0 +1,448 @@
+"""All scores of a set of toy-world clips against real ones, each with its spread over clips and its n.
+
+    real = reference(toyworld_clips)                            # once; kept on disk by its content if a folder is given
+    record = score([made_0, made_1, made_2], prompts, real)     # one set of clips for each evaluation seed
+    record.flat("teacher")["frechet_teacher_spread"]
+
+What each score means is in docs/evaluation.md, with the table of anchors (real clips, damaged ones, collapsed ones) that
+
+    python -m fewstep.toyworld.scores
+
+prints: no score means anything without what real and what bad clips get.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fewstep.evaluation.bootstrap import half_sampled
+from fewstep.evaluation.diversity import mean_pairwise_distance, vendi
+from fewstep.evaluation.frechet import FrechetLimit, Remembered, frechet_distance, frechet_extrapolated
+from fewstep.evaluation.mmd import SubsetMMD
+from fewstep.evaluation.neighbours import SubsetNeighbours, num_zero_balls, precision_recall
+from fewstep.toyworld import clips, features, physics, probes, raycast
+from fewstep.toyworld.features import Clips, FeatureNet, as_clips
+from fewstep.toyworld.physics import Body, Scene, SceneError, World
+
+Source = Clips | Path | str
+LEAST = 12  # clips of a set, made or real: half of them still have five neighbours each
+_SCALES = (
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+)  # of the extrapolation; half of 512 clips, thinned 2.5 times, are still more than the 96 features
+SEED_REFERENCE, SEED_ANCHORS = 7_200_000, 7_200_001  # series of clips of the table of anchors
+_SHIFTS = range(1, 9)  # by which captions are moved to other clips for the chance level
+
+
+class Value(NamedTuple):
+    """A score: the mean over the evaluation sets, its spread, its n, and what each set had."""
+
+    value: float
+    spread: float  # standard error of one set by half-sampling its clips, or the deviation between the sets if that is larger
+    num: int  # clips (groups, flights) that it is about, of all sets
+    per_set: tuple[float, ...] = ()  # of several sets
+
+
+@dataclass(frozen=True)
+class Record:
+    """Scores by name."""
+
+    name: str  # what `frechet` is called in a table or a plot: toy Frechet (net HASH)
+    scores: Mapping[str, Value]
+    num_reference: int
+    notes: tuple[str, ...]  # what makes a score less than it seems
+
+    def __getitem__(self, name: str) -> Value:
+        return self.scores[name]
+
+    def flat(self, who: str = "") -> dict[str, float]:
+        """NAME_who, NAME_who_spread and NAME_who_n for each score, as summary.json has them."""
+        end = f"_{who}" if who else ""
+        out: dict[str, float] = {}
+        for name, score in self.scores.items():
+            out |= {f"{name}{end}": score.value, f"{name}{end}_spread": score.spread, f"{name}{end}_n": score.num}
+        return out
+
+    def table(self) -> str:
+        """One line for each score."""
+        lines = [f"{name:22} {s.value:10.4f} +- {s.spread:.4f}  n {s.num}" for name, s in self.scores.items()]
+        return "\n".join([f"{self.name}, {self.num_reference} reference clips", *lines, *self.notes])
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the scores need to know of the real clips."""
+
+    features: Tensor  # n 96
+    random_features: Tensor  # n 96, of the untrained witness
+    pull_px: Tensor  # of each free flight, px/frame^2
+
+
+def reference(source: Source, cache: Path | None = None, net: FeatureNet | None = None) -> Reference:
+    """The real clips' side of every score: 2048 clips take some 15 s, or nothing if `cache` (a folder) knows them.
+
+    The name in the cache is a hash of the pictures or files, of the number of frames and their size, of both networks, and of
+    the code that reads them: what changes any of these is never served from an old file.
+    """
+    net = features.shipped() if net is None else net
+    if cache is None:
+        return _reference(read_clips(source, net.size[0]), net)
+    from safetensors.torch import load_file, save_file
+
+    from fewstep.data.atomic import replacing
+
+    path = Path(cache) / f"toyworld-{content_hash(source, net)}.safetensors"
+    if path.is_file():
+        return Reference(**load_file(path))
+    made = _reference(read_clips(source, net.size[0]), net)
+    with replacing(path, shared=True) as beside:  # models are scored side by side
+        save_file({f.name: getattr(made, f.name).contiguous() for f in fields(made)}, beside)
+    return made
+
+
+def _reference(clips: Tensor, net: FeatureNet) -> Reference:
+    flights = probes.flights(probes.parse(clips))
+    return Reference(*_features(clips, net), torch.from_numpy(flights.pull_px).float())
+
+
+def _features(clips: Tensor, net: FeatureNet) -> tuple[Tensor, Tensor]:
+    """By the network and by the untrained witness, at once if they read the same size."""
+    witness = features.random_net()
+    if net.size != witness.size or net.mean.device != witness.mean.device:
+        return features.features(clips, net), features.features(clips, witness)
+    made, of_witness = features.features_by(clips, [net, witness])
+    return made, of_witness
+
+
+def content_hash(source: Source, net: FeatureNet | None = None) -> str:
+    """sha256 of all that decides what is computed from `source`."""
+    digest = hashlib.sha256()
+    for own in (net, features.random_net()):
+        digest.update(features.weights_hash(own).encode())  # frames and size are in it
+    for file in (features.SHIPPED, Path(probes.__file__), Path(features.__file__), Path(__file__)):
+        digest.update(file.read_bytes())
+    if isinstance(source, (str, Path)):
+        for file in video_files(source):
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    else:
+        clips = as_clips(source).cpu().contiguous()
+        digest.update(repr(tuple(clips.shape)).encode() + clips.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def read_clips(source: Source, num_frames: int = 17) -> Tensor:
+    """Clips (B, T, H, W, 3) uint8: as they are, or the first `num_frames` frames of the mp4 files of a folder, by name.
+
+    Write toy-world clips lossless: at 32 x 32 the halved chroma of an ordinary mp4 is itself a damage the scores see.
+    """
+    if not isinstance(source, (str, Path)):
+        return as_clips(source)
+    from fewstep.data.files.video import read
+
+    clips = [read(file, count=num_frames).frames for file in video_files(source)]
+    sizes = sorted({clip.shape[1:3] for clip in clips})
+    if len(sizes) > 1:
+        raise ValueError(f"{source}: its videos have different sizes {sizes}; scores compare clips of one size.")
+    return torch.from_numpy(np.stack(clips))
+
+
+def video_files(folder: Path | str) -> list[Path]:
+    """The mp4 files of a folder, or of the data set it is, in the order of their names."""
+    from fewstep.data.folder.layout import VIDEOS, Layout
+
+    plain = sorted(file for file in Path(folder).glob("*.mp4") if not file.name.startswith("."))
+    files = plain or list(Layout.open(folder).files(VIDEOS).values())
+    if not files:
+        raise ValueError(f"{folder}: no mp4 files. Give a folder of them, or a data set with videos/")
+    return files
+
+
+def score(
+    made: Source | Sequence[Source],
+    prompts: Sequence[str],
+    real: Reference | Source,
+    *,
+    groups: Clips | None = None,
+    net: FeatureNet | None = None,
+    draws: int = 20,
+    cache: Path | None = None,
+) -> Record:
+    """Every score of `made`, one set of clips for the `prompts` or several (evaluation seeds), against `real` clips.
+
+    `groups` (P, S, T, H, W, 3) are S seeds for each of P prompts; with them comes `seed_diversity`, to be divided by the
+    teacher's. Precision and its kin compare equal numbers of clips. 512 clips take 8 s on one core.
+    """
+    net = features.shipped() if net is None else net
+    known = real if isinstance(real, Reference) else reference(real, cache, net)
+    sources = [made] if isinstance(made, (Tensor, np.ndarray, Path, str)) else list(made)
+    sets = [read_clips(source, net.size[0]) for source in sources]
+    wrong = [len(one) for one in sets if len(one) != len(prompts)]
+    if wrong or not sets:
+        raise ValueError(f"{len(prompts)} prompts, but sets of {wrong} clips: give each set one clip for each prompt.")
+    least = min(len(known.features), *map(len, sets))
+    if least < LEAST:
+        raise ValueError(f"{least} clips are too few to score: sets, and the real clips, need {LEAST} and better hundreds.")
+    wanted = probes.asked(prompts)
+    notes: list[str] = []
+    columns = [_scores_of(clips, wanted, known, net, draws, seed, notes) for seed, clips in enumerate(sets)]
+    scores = {name: over_sets([column[name] for column in columns]) for name in columns[0]}
+    if groups is not None:
+        scores["seed_diversity"] = _seed_diversity(groups, net, draws)
+    return Record(features.name(net), scores, len(known.features), tuple(dict.fromkeys(notes)))
+
+
+def over_sets(parts: Sequence[Value]) -> Value:
+    """Mean over the sets; the spread is that within a set, or the deviation between sets if that is larger.
+
+    A set in which there was nothing to measure (no flight, for gravity) has nan, and no part in the mean; nan is also the mean
+    over none.
+    """
+    values = [part.value for part in parts if math.isfinite(part.value)]
+    within = [part.spread for part in parts if math.isfinite(part.spread)]
+    spreads = ([statistics.mean(within)] if within else []) + ([statistics.stdev(values)] if len(values) > 1 else [])
+    return Value(
+        statistics.mean(values) if values else math.nan,
+        max(spreads, default=math.nan),
+        sum(part.num for part in parts),
+        tuple(part.value for part in parts),
+    )
+
+
+def _scores_of(
+    clips: Tensor, wanted: probes.Asked, known: Reference, net: FeatureNet, draws: int, seed: int, notes: list[str]
+) -> dict[str, Value]:
+    made, witness = _features(clips, net)
+    real, real_witness = Remembered(known.features), Remembered(known.random_features)
+    limit = frechet_extrapolated(made, real, scales=_SCALES, seed=seed)
+    if not limit.is_determined:
+        notes.append(f"frechet is undetermined: {len(made)} clips, thinned, are fewer than {limit.full.dims} features.")
+    copies = num_zero_balls(made)
+    if copies:
+        notes.append(f"{copies} clips have five exact copies: recall means nothing.")
+    num = min(len(made), len(known.features))
+    same = known.features[:num]
+
+    def of_set(measure: Callable[[Tensor], float], rows: Tensor) -> Value:
+        spread = half_sampled(lambda some: measure(_tensor(some)), rows, draws=draws, seed=seed)
+        return Value(spread.value, spread.stderr, len(rows))
+
+    def extrapolated(rows: Tensor, against: Remembered) -> FrechetLimit:
+        return frechet_extrapolated(rows, against, scales=_SCALES, draws=4, seed=seed)
+
+    out = {
+        "frechet": of_set(lambda rows: extrapolated(rows, real).value, made)._replace(value=limit.value),
+        "frechet_plain": of_set(lambda rows: frechet_distance(rows, real), made),
+        "frechet_random_net": of_set(lambda rows: extrapolated(rows, real_witness).value, witness),
+        "mmd": of_set(SubsetMMD(made, known.features).of, torch.arange(len(made))),
+    }
+    whole = precision_recall(same, made[:num])
+    neighbours = SubsetNeighbours(same, made[:num])
+    halves = _halves(lambda pick, real: neighbours.of(real, pick), num, draws, seed)
+    for place, name in enumerate(whole._fields):
+        out[name] = Value(whole[place], float(np.std(halves[:, place], ddof=1)), num)
+    out["vendi"] = of_set(vendi, made)
+    return out | _probed(probes.parse(clips), wanted, known, draws, seed)
+
+
+def _probed(parsed: probes.Parsed, wanted: probes.Asked, known: Reference, draws: int, seed: int) -> dict[str, Value]:
+    """Means over clips and medians over flights."""
+    num = len(parsed.found)
+    colours = probes.colours_as_asked(parsed, wanted)
+    both = parsed.found & wanted.present
+    flights = probes.flights(parsed)
+    chance = np.mean([_adheres(parsed, wanted.rows(np.roll(np.arange(num), shift))) for shift in _SHIFTS], axis=0)
+    per_clip: dict[str, probes.Floats] = {
+        "adherence": _adheres(parsed, wanted).astype(np.float64),
+        "adherence_colours": colours.astype(np.float64),
+        "adherence_chance": chance,
+        "count": (parsed.count == wanted.present.sum(1)).astype(np.float64),
+        "shape": probes.ratio((both & (parsed.is_box == wanted.is_box)).sum(1), both.sum(1)),
+        "direction": probes.sides_as_asked(parsed, wanted),
+        "second_difference_px": probes.second_difference_px(parsed),
+        "permanence": probes.permanence(parsed),
+        "flights": np.bincount(flights.clip, minlength=num).astype(np.float64),
+    }
+    out: dict[str, Value] = {}
+    for name, values in per_clip.items():
+        finite = values[~np.isnan(values)]
+        if len(finite) < 4:
+            out[name] = Value(float(finite.mean()) if len(finite) else float("nan"), float("nan"), len(finite))
+            continue
+        spread = half_sampled(lambda some: float(some.mean()), finite, draws=draws, seed=seed)
+        out[name] = Value(spread.value, spread.stderr, len(finite))
+    real = float(known.pull_px.median()) if len(known.pull_px) else float("nan")
+    for name, values in (("gravity", flights.gravity), ("gravity_ratio", flights.pull_px / real)):
+        is_known = ~np.isnan(values)
+        out[name] = _median_over_flights(flights.clip[is_known], values[is_known], num, draws, seed)
+    return out
+
+
+def _adheres(parsed: probes.Parsed, wanted: probes.Asked) -> NDArray[np.bool_]:
+    return probes.colours_as_asked(parsed, wanted) & probes.shapes_as_asked(parsed, wanted)
+
+
+def _median_over_flights(clip: NDArray[np.integer], values: probes.Floats, num: int, draws: int, seed: int) -> Value:
+    """The median over flights; halves are halves of the clips, since flights of a clip are not independent."""
+    if len(values) < 4:
+        return Value(float("nan"), float("nan"), len(values))
+
+    def median(pick: Tensor, _: Tensor) -> tuple[float]:
+        some = values[np.isin(clip, pick.numpy())]
+        return (float(np.median(some)) if len(some) else float("nan"),)
+
+    return Value(float(np.median(values)), float(np.nanstd(_halves(median, num, draws, seed), ddof=1)), len(values))
+
+
+def _halves(measure: Callable[[Tensor, Tensor], tuple[float, ...]], num: int, draws: int, seed: int) -> NDArray[np.float64]:
+    """`measure` on random halves of two sets of `num` rows (draws, values): `half_sampled` for several numbers at once."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def half() -> Tensor:
+        return torch.randperm(num, generator=generator)[: num // 2]
+
+    return np.array([measure(half(), half()) for _ in range(draws)])
+
+
+def _seed_diversity(groups: Clips, net: FeatureNet, draws: int) -> Value:
+    """Mean distance between features of one prompt's clips, over prompts."""
+    tensor = groups if isinstance(groups, Tensor) else torch.from_numpy(groups)
+    if tensor.ndim != 6 or tensor.shape[1] < 2:
+        raise ValueError(f"groups must be (prompts, seeds, T, H, W, 3) with two seeds or more, not {tuple(tensor.shape)}.")
+    found = features.features(tensor.flatten(0, 1), net).unflatten(0, tensor.shape[:2])
+    each = torch.tensor([mean_pairwise_distance(group) for group in found])
+    if len(each) < 4:
+        return Value(float(each.mean()), float("nan"), len(each), (float(each.mean()),))
+    spread = half_sampled(lambda some: float(some.mean()), each, draws=draws)
+    return Value(spread.value, spread.stderr, len(each), (spread.value,))
+
+
+def _tensor(rows: Clips) -> Tensor:
+    assert isinstance(rows, Tensor)
+    return rows
+
+
+# ---- anchors: clips whose faults are known ---------------------------------------------------------------------------
+
+
+class Anchor(NamedTuple):
+    """Clips with a known fault, and the captions they should have followed."""
+
+    name: str
+    clips: NDArray[np.uint8]
+    captions: list[str]
+
+
+def anchors(world: World, seed: int, num: int) -> Iterator[Anchor]:
+    """Real clips of the series `seed`, and the same with one fault each. Renders `num` clips seven times."""
+    series = clips.clips(world, seed, range(num))
+    real, captions = np.stack([clip.rgb for clip in series]), [clip.caption for clip in series]
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    num_frames = world.num_frames
+    pairs = np.arange(num_frames) ^ 1  # 1 0 3 2 ..., the last of an odd number stays
+    yield Anchor("real", real, captions)
+    yield Anchor("mild: blur .4, noise .01", damaged(real, 0.4, 0.01), captions)
+    yield Anchor("blur .7", damaged(real, 0.7, 0.0), captions)
+    yield Anchor("noise .03", damaged(real, 0.0, 0.03), captions)
+    yield Anchor("heavy: blur 1.2, noise .1", damaged(real, 1.2, 0.1), captions)
+    yield Anchor("adjacent frames swapped", real[:, np.where(pairs < num_frames, pairs, num_frames - 1)], captions)
+    yield Anchor("frames shuffled", np.stack([clip[rng.permutation(num_frames)] for clip in real]), captions)
+    yield Anchor("frozen", np.repeat(real[:, :1], num_frames, axis=1), captions)
+    yield Anchor("time reversed", real[:, ::-1].copy(), captions)
+    flicker = 1 + 0.1 * rng.uniform(-1, 1, (num, num_frames, 1, 1, 1))
+    yield Anchor("flicker 10 %", np.clip(real * flicker, 0, 255).round().astype(np.uint8), captions)
+    for factor in (0.25, 2.0):
+        played = clips.clips(world, seed, range(num), gravity=factor * world.gravity)
+        yield Anchor(f"gravity x{factor:g}", np.stack([clip.rgb for clip in played]), captions)
+    for metres in (0.05, 0.2):
+        yield Anchor(f"places jitter {metres:g} m", np.stack([_shaken(world, c.scene, metres, rng) for c in series]), captions)
+    yield Anchor("mean of two clips", ((real.astype(np.uint16) + np.roll(real, 1, 0)) // 2).astype(np.uint8), captions)
+    for num_scenes, metres in ((16, 0.15), (64, 0.05)):
+        scenes = [series[n % num_scenes].scene for n in range(num)]
+        again = [captions[n % num_scenes] for n in range(num)]
+        made = np.stack([clips.render(world, jittered(world, scene, metres, rng)).rgb for scene in scenes])
+        yield Anchor(f"{num_scenes} scenes, jitter {metres:g} m", made, again)
+
+
+def damaged(clips: NDArray[np.uint8], blur_px: float, noise: float, seed: int = 0) -> NDArray[np.uint8]:
+    """`clips` with a Gaussian blur of each frame and white noise of a deviation in 0..1."""
+    import cv2
+
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    out = clips.copy()
+    for clip in out:
+        for frame in clip:
+            soft = cv2.GaussianBlur(frame, (0, 0), blur_px) if blur_px else frame
+            frame[:] = np.clip(soft + rng.normal(0, 255 * noise, soft.shape), 0, 255).round()
+    return out
+
+
+def jittered(world: World, scene: Scene, metres: float, rng: np.random.Generator) -> Scene:
+    """`scene` with its starts moved by `metres` and its speeds by as many m/s; what rests or flies straight still does.
+
+    A collapsed model makes the same few scenes over and over, but never exact copies.
+    """
+    for attempt in range(50):
+        shake = metres if attempt < 25 else 0.2 * metres  # objects that nearly touch leave little room
+        bodies = tuple(_jittered(body, shake, rng) for body in scene.bodies)
+        try:
+            physics.simulate(world, replace(scene, bodies=bodies))
+        except SceneError:
+            continue
+        return replace(scene, bodies=bodies)
+    return scene
+
+
+def _jittered(body: Body, metres: float, rng: np.random.Generator) -> Body:
+    dx, dy, dvx, dvy = rng.normal(0, metres, 4)
+    (x, y), (vx, vy) = body.position, body.velocity
+    if body.on_floor:
+        return replace(body, position=(x + dx, y), velocity=(vx + dvx * (vx != 0), vy))
+    return replace(body, position=(x + dx, max(y + dy, body.size_m + 0.01)), velocity=(vx + dvx * (vx != 0), vy + dvy))
+
+
+def _shaken(world: World, scene: Scene, metres: float, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """The clip of `scene` with every object misplaced anew in every frame."""
+    places = physics.simulate(world, scene).positions.copy()
+    places[..., :2] += rng.normal(0, metres, places[..., :2].shape)
+    places[..., 1] = np.maximum(places[..., 1], [body.size_m for body in scene.bodies])
+    solids = [raycast.Solid(body.shape, body.size_m, physics.COLOURS[body.colour]) for body in scene.bodies]
+    return raycast.render(world.stage, solids, places).rgb
+
+
+def main(arguments: list[str]) -> None:
+    """Prints the anchors' scores as a table in Markdown."""
+    parser = argparse.ArgumentParser(prog="python -m fewstep.toyworld.scores", description=main.__doc__)
+    parser.add_argument("--num", type=int, default=512)
+    parser.add_argument("--reference", type=int, default=2048)
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    world = World()
+    series = clips.stream(world, SEED_REFERENCE, range(given.reference))
+    real = reference(np.stack([clip.rgb for clip in series]))
+    for n, (name, made, captions) in enumerate(anchors(world, SEED_ANCHORS, given.num)):
+        record = score(made, captions, real)
+        if n == 0:
+            print(f"{record.name}; {given.num} clips, {given.reference} reference clips")
+            print("| clips | " + " | ".join(record.scores) + " |\n|---" + "|---" * len(record.scores) + "|")
+        cells = [f"{s.value:.3g}" + (f" +- {s.spread:.1g}" if s.spread == s.spread else "") for s in record.scores.values()]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

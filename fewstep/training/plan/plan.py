@@ -1,0 +1,356 @@
+"""The memory a run will need on each GPU, without a GPU and without weights.
+
+The run's own networks are built on fake tensors (shapes, types and devices, no contents), placed by the run's own `place`,
+given the run's own optimisers and averages; then the method's own `losses` take one step of each turn, with backward, and a
+ledger keeps what is alive. So what a network saves for its backward, what checkpointing spares and which role keeps no graph is
+found, not estimated.
+
+Several GPUs: DDP holds everything on each. FSDP holds a share of each weight, gradient, optimiser state and average, and while
+a block is at work its gathered weights and unreduced gradients; those of two blocks and of what lies outside blocks are added.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.batch import Batch
+from fewstep.data.mock import Mock
+from fewstep.diffusion import Rng
+from fewstep.methods.contract import Nets, Turn
+from fewstep.networks.frozen import Offloaded, to_8bit
+from fewstep.networks.lora import Lora, Shared
+from fewstep.networks.roles import Full, Networks, Whole, build, wholes
+from fewstep.parallel import World, place
+from fewstep.training.loop import COMPUTE
+from fewstep.training.plan.ledger import HOST, PASSING, Ledger
+from fewstep.training.role import TrainedRole
+from fewstep.training.run import Run
+
+GIB = 2**30
+RESERVE_GIB = 1.5  # context, libraries' workspaces; and ..
+GAPS = 1.03  # .. what an allocator with expandable segments loses between blocks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by label ("student.weights", ..., "activations") at the worst moment of the worst turn, on one GPU."""
+
+    gpus: int
+    parts: Mapping[str, int]
+    turns: Mapping[str, int]  # the peak of each turn
+    batch: str  # shapes it was planned for
+
+    @property
+    def peak_gib(self) -> float:
+        return sum(self.parts.values()) / GIB
+
+    @property
+    def needed_gib(self) -> float:
+        """What a GPU must have: with what lies outside of tensors."""
+        return self.peak_gib * GAPS + RESERVE_GIB
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "gpus": self.gpus,
+            "peak_gib_per_gpu": self.peak_gib,
+            "needed_gib_per_gpu": self.needed_gib,
+            "parts_gib": {name: size / GIB for name, size in sorted(self.parts.items())},
+            "turns_gib": {name: size / GIB for name, size in self.turns.items()},
+            "batch": self.batch,
+        }
+
+    def __str__(self) -> str:
+        width = max(map(len, self.parts))
+        lines = [f"  {name:{width}}  {size / GIB:9.3f} GiB" for name, size in sorted(self.parts.items()) if size]
+        worst = max(self.turns, key=lambda name: self.turns[name])
+        lines.append(f"  {'sum':{width}}  {self.peak_gib:9.3f} GiB on each GPU, at the worst moment of the {worst} turn")
+        lines.append(f"  {'needed':{width}}  {self.needed_gib:9.3f} GiB, with the device's context and an allocator's gaps")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one step was seen to hold on a GPU that holds everything; how many GPUs share it is arithmetic."""
+
+    run: Run
+    at_peak: Mapping[str, int]
+    turns: Mapping[str, int]
+    held: Mapping[str, int]  # what stays between two steps
+    rounded: tuple[str, ...]  # roles whose module holds a bf16 copy of its fp32 weights: under FSDP only the gathered ones are
+    gathered: int  # weights and gradients of the blocks at work, whole, under FSDP
+    batch: str
+
+    def on(self, gpus: int) -> Plan:
+        """The plan for one of `gpus` GPUs."""
+        sharded = self.run.parallel.mode == "fsdp"
+        replicas = (self.run.parallel.num_replicas or 1) if sharded else gpus
+        if gpus % replicas:
+            raise ValueError(f"parallel.num_replicas={replicas} does not divide gpus={gpus}")
+        shards = gpus // replicas
+        if shards == 1:
+            return Plan(gpus, self.at_peak, self.turns, self.batch)
+        copies = {f"{role}.weights" for role in self.rounded}
+        parts = {name: size if name == PASSING else math.ceil(size / shards) for name, size in self.at_peak.items()}
+        parts = {name: size for name, size in parts.items() if name not in copies} | {"gathered": self.gathered}
+        less = sum(self.at_peak.values()) - sum(parts.values())
+        return Plan(gpus, parts, {name: size - less for name, size in self.turns.items()}, self.batch)
+
+
+def plan(run: Run, gpus: int = 1, batch: Batch | None = None) -> Plan:
+    """What `run` needs on each of `gpus` GPUs; `batch`: tensors of the real shapes, None: the first of the run's data."""
+    return look(run, first_batch(run) if batch is None else batch).on(gpus)
+
+
+def look(run: Run, batch: Batch) -> Found:
+    """One step of every turn, taken on fakes."""
+    ledger, world = Ledger(), World(0, 1, torch.device("cpu"), None)
+    with _fake() as fake:
+        nets = _built(run, fake)
+        placed = wholes(nets)
+        for whole in placed:
+            _place(run, whole, world)
+        compute = COMPUTE[run.trainer.precision]
+        with fake:
+            if run.trainer.frozen == "8bit":
+                to_8bit(whole.module for whole in placed if not whole.trained)
+            teacher = nets.get("teacher")
+            if run.trainer.offload_teacher and teacher is not None and not isinstance(teacher, Shared):
+                nets["teacher"] = Offloaded(teacher, torch.device("cpu"))
+            roles = {
+                name: TrainedRole(name, net, run.optim_of(name), run.ema if name == "student" else None, compute)
+                for name, net in nets.items()
+                if name != "teacher"
+            }
+            _enter(ledger, nets, placed, roles)
+            for role in roles.values():
+                # A fused step is in place and adds nothing; torch has no fake of it, and would run it on real zeros as large
+                # as weights, gradients and states.
+                if role.optimizer.defaults.get("fused"):
+                    role.optimizer.step = _no_step
+            if isinstance(nets.get("teacher"), Offloaded):
+                ledger.hold(nets["teacher"].at_home(), HOST)
+            batch = _faked(batch, fake)
+        held, gathered = dict(ledger.now), _gathered(placed, compute)  # while all that is trained asks for gradients
+        turns: dict[str, int] = {}
+        worst: dict[str, int] = {}
+        for step, turn in _turns(run).items():
+            for name, role in roles.items():
+                role.take_turn(name in turn.trains)
+            ledger.begin()
+            with ledger:
+                _step(run, turn, step, nets, roles, batch, ledger)
+            turns[turn.name] = max(ledger.peak, turns.get(turn.name, 0))
+            if ledger.peak > sum(worst.values()):
+                worst = {name: size for name, size in ledger.at_peak.items() if size}
+            for role in roles.values():
+                role.take_turn(False)
+    rounded = tuple(name for name, role in roles.items() if role.rounds)
+    return Found(run, worst, turns, held, rounded, gathered, _shapes(batch))
+
+
+def first_batch(run: Run) -> Batch:
+    """The first batch of the run's data."""
+    data = run.data.open()
+    return data.batch(torch.arange(min(run.trainer.batch_size, len(data))))
+
+
+def mock_batch(run: Run, shape: tuple[int, ...] | None, text: tuple[int, int] | None) -> Batch:
+    """A batch of the shapes that the teacher's configuration implies, for what is not given: of Cosmos 1 at 704 x 1280."""
+    teacher: Any = run.networks.teacher or run.networks.student.network  # Any: a specification tells more than it must
+    default = Mock()
+    if shape is None:
+        channels = getattr(teacher, "latent_channels", getattr(teacher, "channels", default.shape[0]))
+        shape = (channels, *default.shape[1:])
+    if text is None:
+        channels = getattr(teacher, "text_projection_from", None) or getattr(teacher, "text_dim", 1024)
+        text = (512, channels) if channels else None
+    times = tuple(getattr(run.method, "t_list", ()))  # of methods that read states of the teacher's way
+    spec = Mock(shape, text, controls=tuple(getattr(teacher, "controls", ())), path_times=times)
+    return spec.open().batch(torch.arange(run.trainer.batch_size))
+
+
+# --- fakes ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _fake() -> Iterator[Any]:  # Any: torch's FakeTensorMode
+    """Within, a pretrained network is built from its configuration, and no file of weights is opened."""
+    from diffusers import ModelMixin
+
+    before = ModelMixin.__dict__["from_pretrained"]
+
+    def from_configuration(cls: Any, address: str, **more: Any) -> Any:
+        module = cls.from_config(cls.load_config(address, **{k: v for k, v in more.items() if k == "subfolder"}))
+        return (module, dict[str, Any]()) if more.get("output_loading_info") else module
+
+    def convert(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # torch exchanges fake parameters as whole objects, and fails where anything else refers to one weakly.
+        for module in self.modules() if recurse else (self,):
+            with torch.no_grad():
+                for parameter in module._parameters.values():
+                    if parameter is not None:
+                        parameter.data = fn(parameter.data)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = fn(buffer)
+        return self
+
+    convert_before = nn.Module._apply
+    ModelMixin.from_pretrained = classmethod(from_configuration)  # type: ignore[assignment]
+    nn.Module._apply = convert  # type: ignore[assignment]
+    try:
+        with warnings.catch_warnings():
+            # torch's own, about what it does itself when a fake is made of another or copied
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
+            yield fake_mode()
+    finally:
+        ModelMixin.from_pretrained = before
+        nn.Module._apply = convert_before
+
+
+def fake_mode() -> Any:  # Any: torch's FakeTensorMode
+    """torch's own mode of fakes, whose tensors may be copied."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # the way torch.export and its memory tools go
+
+    class Mode(FakeTensorMode):
+        def __deepcopy__(self, memo: dict[int, Any]) -> Mode:
+            # A copied fake would otherwise copy its mode, and in it the bare addresses of weak references to storages, each
+            # of which then frees what the other has freed: the heap is corrupt, and something else dies of it later.
+            return self
+
+    return Mode(allow_non_fake_inputs=True)
+
+
+def _built(run: Run, fake: Any) -> dict[str, Any]:
+    """The networks of the run's method; what has no weights is built as it is."""
+
+    def unread(role: Any) -> Any:
+        if isinstance(role, Full):
+            return replace(role, network=role.network or run.networks.teacher, init="random")
+        return replace(role, init="teacher") if isinstance(role, Lora) else role
+
+    config = run.networks
+    config = replace(config, student=unread(config.student), critic=unread(config.critic), teacher_init=None)
+    with fake:
+        nets: dict[str, Any] = dict(build(config, run.method.roles, run.trainer.seed))
+    for role, net in nets.items():
+        if not any(True for _ in net.module.parameters()) and role == "teacher":
+            nets[role] = build(Networks(teacher=config.teacher), ("teacher",), run.trainer.seed)["teacher"]
+    return nets
+
+
+def _faked(batch: Batch, fake: Any) -> Batch:
+    """The batch with every large tensor as a fake; small ones (times, labels, masks) may be looked at by a method."""
+
+    def change(tensor: Tensor) -> Tensor:
+        return fake.from_tensor(tensor) if tensor.numel() > 4096 else tensor
+
+    return batch._map(change)
+
+
+def _place(run: Run, whole: Whole, world: World) -> None:
+    place(
+        whole.module,
+        tuple(whole.blocks),
+        world,
+        mode="ddp",
+        compute=COMPUTE[run.trainer.precision],
+        trained=whole.trained,
+        adapters=whole.adapters,
+        remember=whole.remember,
+        checkpointing=run.trainer.checkpointing,
+    )
+
+
+def _enter(ledger: Ledger, nets: Mapping[str, Any], placed: Iterable[Whole], roles: Mapping[str, TrainedRole]) -> None:
+    """Every tensor that stays, under its owner; and gradients, as they come."""
+    for whole in placed:
+        ledger.hold((*whole.module.parameters(), *whole.module.buffers()), "teacher.weights")
+    for name, net in nets.items():
+        if not (isinstance(net, Shared) and net.role is None):
+            ledger.hold((*net.module.parameters(), *net.module.buffers()), f"{name}.weights")
+    for name, role in roles.items():
+        for key, tensor in role.state().items():
+            part = key.split(".")[0]
+            if part != "buffers":
+                label = {"weights": "master" if role.rounds else "weights", "ema": "ema", "optim": "optimizer"}[part]
+                ledger.hold([tensor], f"{name}.{label}")
+
+        def note(parameter: Tensor, label: str = f"{name}.gradients") -> None:
+            if parameter.grad is not None:
+                ledger.hold([parameter.grad], label)
+
+        for live in role.live.values():
+            live.register_post_accumulate_grad_hook(note)
+
+
+def _no_step(closure: Any = None) -> Any:
+    return None
+
+
+def _turns(run: Run) -> dict[int, Turn]:
+    """The first step of each turn the method has."""
+    found: dict[int, Turn] = {}
+    seen: set[tuple[str, tuple[str, ...]]] = set()
+    warmup = getattr(run.method, "warmup_steps", 0)
+    for step in (*range(min(run.trainer.max_iter, 256)), *range(warmup, min(run.trainer.max_iter, warmup + 256))):
+        turn = run.method.turn(step)
+        if (turn.name, turn.trains) not in seen:
+            seen.add((turn.name, turn.trains))
+            found[step] = turn
+    return found
+
+
+def _step(
+    run: Run,
+    turn: Turn,
+    step: int,
+    nets: Mapping[str, Any],
+    roles: Mapping[str, TrainedRole],
+    batch: Batch,
+    ledger: Ledger,
+) -> None:
+    """One iteration, as the loop takes it."""
+    rng = Rng(run.trainer.seed, step, torch.arange(batch.size()), "cpu")
+    for terms in run.method.losses(turn, Nets(nets), batch, rng):
+        (terms.total / run.trainer.grad_accum).backward()
+        del terms
+        for name in turn.trains:
+            roles[name].absorb()
+            grads = [w.grad for w in roles[name].weights.values() if w.grad is not None]
+            ledger.hold(grads, f"{name}.gradients")
+    for name in turn.trains:
+        role = roles[name]
+        nn.utils.get_total_norm([w.grad for w in role.weights.values() if w.grad is not None])
+        if role.optim.states == "fp32":  # of eight bits, the step is compiled, and holds one weight's temporaries
+            role.step(role.optim.lr, torch.tensor(1e9), 0)
+
+
+# --- several GPUs -----------------------------------------------------------------------------------------------------
+
+
+def _gathered(placed: Iterable[Whole], compute: torch.dtype) -> int:
+    """Whole weights that FSDP has at once: two blocks, one at work and the next on its way, and what is in no block; and where
+    they are trained, the fp32 gradients of one block before they are shared out."""
+    most = 0
+    for whole in placed:
+        size: Callable[[Iterable[Tensor]], int] = lambda ps: sum(p.numel() for p in ps)  # noqa: E731
+        blocks = sorted((size(block.parameters()) for block in whole.blocks), reverse=True)
+        rest = size(whole.module.parameters()) - sum(blocks)
+        trained = max((size(p for p in block.parameters() if p.requires_grad) for block in whole.blocks), default=0)
+        most = max(most, (sum(blocks[:2]) + rest) * compute.itemsize + trained * 4)
+    return most
+
+
+def _shapes(batch: Batch) -> str:
+    found = {"x0": batch.x0, "text": batch.cond.text, **batch.cond.control}
+    return ", ".join(f"{name} {'x'.join(map(str, t.shape))}" for name, t in found.items() if t is not None)

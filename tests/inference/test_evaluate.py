@@ -1,0 +1,85 @@
+"""What `fewstep evaluate` decides before anything is scored."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fewstep
+from fewstep.data.files import video
+from fewstep.diffusion import StudentSampler
+from fewstep.inference.evaluate import Job, codec_of, line, run
+from fewstep.inference.model import Model, open_model
+from fewstep.toyworld.scores import Value, over_sets
+
+TOY = str(fewstep.TOY)
+
+
+def test_a_model_without_a_codec_asks_for_one_and_takes_the_one_that_is_named() -> None:
+    here = Path()
+    whole = open_model(TOY)
+    bare = Model(whole.network, whole.spec, folder=None)  # as a run's own checkpoint is
+    with pytest.raises(ValueError, match=r"somebody/run: has no codec beside it\. Add --codec"):
+        codec_of(bare, Job("somebody/run", here, here, here))
+    named = codec_of(bare, Job("somebody/run", here, here, here, codec=TOY))
+    assert named.fingerprint == codec_of(whole, Job(TOY, here, here, here)).fingerprint
+
+
+def test_what_would_have_no_effect_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A score is of what was asked for: options of a teacher's sampling are refused elsewhere, not passed over."""
+    whole = open_model(TOY)
+    student = replace(whole, sampler=StudentSampler((1.0, 0.5), whole.network.path, "fresh"))
+    monkeypatch.setattr("fewstep.inference.evaluate.open_model", lambda _: student)
+    monkeypatch.setattr("fewstep.inference.evaluate.opened", lambda _: None)
+    here, clips = tmp_path / "x", tmp_path / "clips"
+    (clips / "videos").mkdir(parents=True)
+    job = Job("a/student", here, here, here)
+    with pytest.raises(ValueError, match=r"^--calls: a/student is a student, which takes the 2 steps it was trained for"):
+        run(replace(job, calls=4))
+    with pytest.raises(ValueError, match=r"^--steps, --guidance: a/student is a student"):
+        run(replace(job, told=("--steps", "--guidance")))
+    with pytest.raises(ValueError, match=r"^--calls: .*clips holds clips that are made already"):
+        run(replace(job, what=str(clips), calls=4))
+    with pytest.raises(ValueError, match=r"^--shift: codec:x is a codec"):
+        run(replace(job, what="codec:x", told=("--shift",)))
+    student = whole
+    with pytest.raises(ValueError, match=r"^--calls: finds steps, sampler and shift by itself; leave out --steps"):
+        run(replace(job, calls=4, told=("--steps", "--guidance")))
+    with pytest.raises(ValueError, match=r"^--num 11: a set needs at least 12 clips"):
+        run(replace(job, num=11))
+
+
+def test_a_set_in_which_nothing_could_be_measured_has_no_part_in_the_mean() -> None:
+    nan = math.nan
+
+    both = over_sets([Value(1.0, 0.1, 3), Value(2.0, 0.3, 3)])
+    assert both == Value(1.5, pytest.approx(math.sqrt(0.5)), 6, (1.0, 2.0))  # type: ignore[comparison-overlap]
+    one = over_sets([Value(1.0, 0.1, 3), Value(nan, nan, 0)])
+    assert one[:3] == (1.0, 0.1, 3) and math.isnan(one.per_set[1])
+    none = over_sets([Value(nan, nan, 0), Value(nan, nan, 0)])
+    assert math.isnan(none.value) and math.isnan(none.spread)
+
+
+def test_clips_in_which_nothing_falls_are_scored_all_the_same(tmp_path: Path) -> None:
+    """What a collapsed student makes: no object, so no flight, and no gravity to be fitted. (JSON knows no nan.)"""
+    rng = np.random.default_rng(0)
+    for where, noise in (("grey", 2), ("real", 60)):
+        for n in range(24):
+            clip = np.clip(128 + noise * rng.standard_normal((17, 32, 32, 3)), 0, 255).astype(np.uint8)
+            video.write(tmp_path / where / "videos" / f"{n}.mp4", clip, 16.0, quality="lossless")
+            (tmp_path / where / "metas").mkdir(exist_ok=True)
+            (tmp_path / where / "metas" / f"{n}.txt").write_text("a red sphere is dropped.")
+    out = tmp_path / "scores.json"
+    told = run(Job(str(tmp_path / "grey"), tmp_path / "grey", tmp_path / "real", out, num=12, sets=3))
+    assert told["notes"][0].startswith("2 of 3 sets: ")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    assert json.loads(out.read_text(), parse_constant=refuse) == json.loads(json.dumps(told))
+    assert told["scores"]["gravity_ratio"]["value"] is None
+    assert told["scores"]["adherence"]["value"] == 0.0 and told["scores"]["frechet"]["value"] > 10
+    assert "adherence 0" in line(told)
