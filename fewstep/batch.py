@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fewstep.errors import UserError
+
 _Rows = TypeVar("_Rows", bound="_ByRow")
 
 
@@ -76,7 +78,7 @@ class Batch(_ByRow):
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
                 return value.shape[0]
-        raise ValueError("an empty batch: no field of it holds a tensor")
+        raise UserError("an empty batch: no field of it holds a tensor")
 
 
 def join(first: Condition, second: Condition) -> Condition:
@@ -95,14 +97,14 @@ def _paired(first: Condition, second: Condition, combine: Callable[[Tensor, Tens
             return None
         if isinstance(a, Tensor) and isinstance(b, Tensor):
             if a.shape[1:] != b.shape[1:]:
-                raise ValueError(
+                raise UserError(
                     f"cond and negative do not match in '{name}': its shapes are {tuple(a.shape)} and {tuple(b.shape)}, "
                     "and only the number of rows may differ; texts are padded to one length"
                 )
             return combine(a, b)
         if isinstance(a, Mapping) and isinstance(b, Mapping) and a.keys() == b.keys():
             return {key: pair(f"{name}.{key}", a[key], b[key]) for key in a}
-        raise ValueError(
+        raise UserError(
             f"cond and negative do not match in '{name}': one has it and the other does not. They may differ in their "
             "values, not in which fields they have; an empty text is an embedding too"
         )

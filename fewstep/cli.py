@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fewstep import TOY, __version__
+from fewstep.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 _CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # ClickException: typer has carried its own click since 0.20
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
         if isinstance(error, (FileExistsError, NotADirectoryError)) and error.filename:
             return _fail(f"{error.filename}: is a file, where a folder is wanted. Choose another name, or move it", 1)
-        if isinstance(error, (ValueError, TrainingError, OSError)):  # a message for the user; anything else is our bug
+        if isinstance(error, (UserError, TrainingError, OSError)):  # a message for the user; anything else is our bug
             return _fail(str(error), 1)
         raise
     return 0
@@ -425,7 +426,7 @@ def demo(
     from fewstep.toyworld.demo import demo as show
 
     if quick and long:
-        raise ValueError("--quick and --long: choose one")
+        raise UserError("--quick and --long: choose one")
     show(out, "quick" if quick else "long" if long else "default", from_scratch)
 
 

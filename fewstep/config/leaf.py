@@ -11,6 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fewstep.config.problems import show
 from fewstep.config.types import split, type_text
+from fewstep.errors import UserError
 
 # pydantic sees values that have their type already; it checks the constraints, and that floats are finite unless the
 # field says Annotated[float, AllowInfNan()].
@@ -26,7 +27,7 @@ def read_leaf(declared: Any, value: object) -> Any:
         result = _literal(bare, value) if get_origin(bare) is Literal else _READERS[bare](value)
     except (ValueError, ArithmeticError) as error:  # the latter: too large for a float or a Decimal
         detail = str(error) if type(error) is _UnreadableError else ""
-        raise ValueError(f"expected {type_text(declared)}, got {show(value)}{detail}") from None
+        raise UserError(f"expected {type_text(declared)}, got {show(value)}{detail}") from None
     obey(declared, result)
     return result
 
@@ -37,7 +38,7 @@ def obey(declared: Any, value: object) -> None:
         TypeAdapter[Any](declared, config=_STRICT).validate_python(value)
     except ValidationError as error:
         wishes = "; ".join(item["msg"].replace("Input should be", "must be") for item in error.errors())
-        raise ValueError(f"{wishes}, got {show(value)}") from None
+        raise UserError(f"{wishes}, got {show(value)}") from None
 
 
 def obey_rules(rules: tuple[Any, ...], value: object) -> None:

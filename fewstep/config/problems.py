@@ -5,11 +5,13 @@ from dataclasses import fields, is_dataclass
 from difflib import SequenceMatcher, get_close_matches
 from typing import Any, cast
 
+from fewstep.errors import UserError
+
 Problem = tuple[str, str]  # (dotted key, what is wrong and what to do)
 WARN = "warn:"
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """Every problem of a configuration, one per line, each line starting with its dotted key."""
 
     def __init__(self, problems: str | Sequence[Problem]):

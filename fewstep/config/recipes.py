@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from fewstep.config.problems import ConfigError, hint
 from fewstep.config.reader import read_layers
+from fewstep.errors import UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -31,7 +32,7 @@ def recipe(name: str) -> Callable[[F], F]:
             raise TypeError(f"recipe {name!r}: give every parameter of {make.__qualname__} a default")
         other = _RECIPES.get(name)
         if other is not None and _address(other.make) != _address(make):  # the same address: its module was reloaded
-            raise ValueError(f"recipe {name!r} is {_address(other.make)} already; give {_address(make)} another name")
+            raise UserError(f"recipe {name!r} is {_address(other.make)} already; give {_address(make)} another name")
         doc = (inspect.getdoc(make) or "").partition("\n")[0]
         _RECIPES[name] = Recipe(name, make, doc, make.__module__)
         return make

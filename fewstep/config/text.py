@@ -17,6 +17,7 @@ from typing import Any, cast
 import yaml
 
 from fewstep.config.problems import ConfigError, show
+from fewstep.errors import UserError
 
 _MERGE, _STR, _MAP, _SEQ = (f"tag:yaml.org,2002:{name}" for name in ("merge", "str", "map", "seq"))
 _PLAIN = re.compile(
@@ -36,11 +37,11 @@ def read_yaml(text: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f" at line {error.problem_mark.line + 1}"
-        raise ValueError(f"not YAML{line}: {error.problem or error.context}") from error
+        raise UserError(f"not YAML{line}: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"not YAML: {error}") from error
+        raise UserError(f"not YAML: {error}") from error
     except RecursionError as error:
-        raise ValueError("not YAML for this tool: nested too deep") from error
+        raise UserError("not YAML for this tool: nested too deep") from error
 
 
 def read_yaml_mapping(text: str, where: str) -> Mapping[str, Any]:
@@ -72,7 +73,7 @@ def read_json(path: Path, advice: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"damaged, no JSON: {error}"
-        raise ValueError(f"{path}: {reason}. {advice}") from None
+        raise UserError(f"{path}: {reason}. {advice}") from None
 
 
 def write_yaml(data: Any) -> str:

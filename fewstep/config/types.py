@@ -7,6 +7,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from fewstep.errors import UserError
+
 C = TypeVar("C", bound=type)
 
 _KINDS: dict[str, dict[str, type]] = {}
@@ -25,7 +27,7 @@ def kind(name: str, *, group: str) -> Callable[[C], C]:
     def register(cls: C) -> C:
         _refuse_mutable(cls)
         if not name.isidentifier() or name.lower() in ("none", "null"):
-            raise ValueError(f"{cls.__qualname__}: {name!r} is not a word that can name a kind")
+            raise UserError(f"{cls.__qualname__}: {name!r} is not a word that can name a kind")
         taken = {"kind", "group"} & {field.name for field in fields(cls)}
         if taken:
             raise TypeError(f"{cls.__qualname__}: rename the field {taken.pop()!r}, @kind uses that name")
@@ -34,7 +36,7 @@ def kind(name: str, *, group: str) -> Callable[[C], C]:
         known = _KINDS.setdefault(group, {})
         other = known.get(name)
         if other is not None and _address(other) != _address(cls):  # the same address: its module was reloaded
-            raise ValueError(f"{group}={name} is {_address(other)} already; give {_address(cls)} another name")
+            raise UserError(f"{group}={name} is {_address(other)} already; give {_address(cls)} another name")
         cls.kind, cls.group = name, group
         known[name] = cls
         return cls

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fewstep.batch import Batch
 from fewstep.config import OneOf
+from fewstep.errors import UserError
 
 
 class Dataset(Protocol):
@@ -50,7 +51,7 @@ class OnDisk(Protocol):
         ...
 
 
-class BadSamples(ValueError):  # noqa: N818  # the name says what was found
+class BadSamples(UserError):  # noqa: N818  # the name says what was found
     """Samples that cannot be read: by row of the index that was asked for, what is wrong."""
 
     def __init__(self, rows: Mapping[int, str]):

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from fewstep.config import OneOf, kind
 from fewstep.data.files import keypoints, masks, video
+from fewstep.errors import UserError
 
 Pixels = NDArray[np.uint8]  # T H W 3
 Strength = Literal["none", "very_low", "low", "medium", "high", "very_high"]
@@ -160,7 +161,7 @@ class Vis:
         def blur(picture: Pixels) -> Pixels:
             height, width = picture.shape[:2]
             if min(height, width) < smallest:
-                raise ValueError(
+                raise UserError(
                     f"vis: frames of {height} x {width} are too small for the preset {self.preset!r}: use a lower one"
                 )
             picture = _resized(picture, (height // wanted.shrink, width // wanted.shrink), cv2.INTER_AREA)
@@ -205,7 +206,7 @@ class Seg:
 
         found = masks.read(path)
         if found and found[0].shape[0] <= span.places[-1]:
-            raise ValueError(f"{path}: its masks have {found[0].shape[0]} frames, but frame {span.places[-1]} is wanted")
+            raise UserError(f"{path}: its masks have {found[0].shape[0]} frames, but frame {span.places[-1]} is wanted")
         out = paint(found, span.places, self.max_objects) if found else np.zeros((span.count, *size, 3), np.uint8)
         return np.stack([_resized(picture, size, cv2.INTER_NEAREST) for picture in out])
 
@@ -276,7 +277,7 @@ def _within_720(frames: Pixels, make: Callable[[Pixels], Pixels]) -> Pixels:
     import cv2
 
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-        raise ValueError(f"frames must be uint8 T H W 3, not {frames.dtype} {frames.shape}")
+        raise UserError(f"frames must be uint8 T H W 3, not {frames.dtype} {frames.shape}")
     height, width = frames.shape[1:3]
     shapes = (16 / 9, 4 / 3, 1, 3 / 4, 9 / 16)
     bucket = _BUCKETS[min(range(5), key=lambda n: abs(shapes[n] - width / height))]

@@ -31,6 +31,7 @@ from torch import Tensor
 from fewstep.batch import Batch
 from fewstep.data.contract import BadSamples, Dataset, OnDisk, Ordered
 from fewstep.data.order import samples_at
+from fewstep.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ class Feed:
                 return self._data.batch(torch.tensor([other]))
             except BadSamples as error:
                 self._leave_out(other, error.rows[0])
-        raise ValueError("data: no sample can be read:\n" + "\n".join(list(self._bad.values())[:5]))
+        raise UserError("data: no sample can be read:\n" + "\n".join(list(self._bad.values())[:5]))
 
     def _leave_out(self, number: int, why: str) -> None:
         with self._lock:
@@ -233,4 +234,4 @@ def refuse_too_many(num: int, allowed: int, why: str) -> None:
             if allowed
             else "\nTo leave such samples out, and count them: data.max_bad=10. All of them: fewstep check data DIR"
         )
-        raise ValueError(f"{more}{why}{hint}")
+        raise UserError(f"{more}{why}{hint}")

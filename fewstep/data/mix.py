@@ -19,6 +19,7 @@ from fewstep.batch import Batch, Condition
 from fewstep.config import kind
 from fewstep.data.contract import AnyData, BadSamples, Dataset, OnDisk, Ordered
 from fewstep.data.order import interleaved, samples_at, shares
+from fewstep.errors import UserError
 
 _CYCLE = 1000  # blocks in which weights are kept exactly, to one block
 
@@ -68,14 +69,14 @@ class MixData:
     def __init__(self, spec: Mix):
         wrong = [f"data.{key}: {message}" for key, message in spec.problems()]
         if wrong:
-            raise ValueError("\n".join(wrong))
+            raise UserError("\n".join(wrong))
         self.spec = spec
         self.sources: list[Dataset] = [source.data.open() for source in spec.sources]
         self._first = torch.tensor([0, *(len(source) for source in self.sources)]).cumsum(0)  # of each source, and the end
         self._blocks = shares(tuple(source.weight for source in spec.sources), _CYCLE)
         inner = [source.block for source in self.sources if isinstance(source, Ordered) and source.block]
         if any(spec.block % block for block in inner):
-            raise ValueError(
+            raise UserError(
                 f"data.block={spec.block} must be a multiple of {max(inner)}, the samples in a row of a source's own"
             )
 
@@ -134,7 +135,7 @@ def _joined(parts: Sequence[Any], where: str) -> Any:  # Batch, Condition, tenso
     if all(isinstance(part, Tensor) for part in parts):
         if len({part.shape[1:] for part in parts}) > 1:
             shapes = ", ".join(str(tuple(part.shape[1:])) for part in parts)
-            raise ValueError(
+            raise UserError(
                 f"data: sources differ in the shape of {where} ({shapes}). Set data.block to a multiple of trainer.batch_size, "
                 "so that a batch is of one source, or the same sizes in all"
             )
@@ -143,7 +144,7 @@ def _joined(parts: Sequence[Any], where: str) -> Any:  # Batch, Condition, tenso
         return type(first)(**{f.name: _joined([getattr(p, f.name) for p in parts], f.name) for f in fields(first)})
     if all(isinstance(part, Mapping) and part.keys() == first.keys() for part in parts):
         return {name: _joined([part[name] for part in parts], f"{where}.{name}") for name in first}
-    raise ValueError(
+    raise UserError(
         f"data: some sources have '{where}' and others do not. Give all of them the same text, control, pairs and rate, or set "
         "data.block to a multiple of trainer.batch_size, so that a batch is of one source"
     )

@@ -8,11 +8,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fewstep.errors import UserError
+
 
 def samples_at(position: Tensor, num: int, seed: int) -> Tensor:
     """The sample number for each position; every sample comes exactly once in positions e num .. (e + 1) num - 1."""
     if num < 1:
-        raise ValueError("the data set is empty")
+        raise UserError("the data set is empty")
     epochs = position // num
     out = torch.empty_like(position)
     for epoch in epochs.unique().tolist():
@@ -34,7 +36,7 @@ def interleaved(position: Tensor, blocks: tuple[int, ...], block: int, seed: int
     of source k. A source's places come one after another without a gap: each of its samples comes once in each of its epochs.
     """
     if min(blocks) < 1 or block < 1:
-        raise ValueError(f"every source needs a block, of at least one position, not {blocks} blocks of {block}")
+        raise UserError(f"every source needs a block, of at least one position, not {blocks} blocks of {block}")
     number, inside = position // block, position % block
     cycle, slot = number // sum(blocks), number % sum(blocks)
     source, place = torch.empty_like(position), torch.empty_like(position)

@@ -30,6 +30,7 @@ from fewstep.data.files import video
 from fewstep.data.folder.dataset import Folder, FolderData, layout
 from fewstep.data.folder.layout import Layout, some
 from fewstep.data.folder.samples import Sample, parts_of, size_problems, spans_of
+from fewstep.errors import UserError
 
 INDEX, FORMAT = "index.json", 1
 _AGAIN = "Write it again: fewstep prepare shards"
@@ -80,7 +81,7 @@ class ShardsData(FolderData):
         stems = list(dict.fromkeys(self.stems))
         lacking = [stem for stem in stems if layout.CAPTIONS.folder not in self._index.samples[stem]]
         if lacking:
-            raise ValueError(f"{self.spec.dataset_dir}: {len(lacking)} of {len(stems)} have no caption: {some(lacking)}")
+            raise UserError(f"{self.spec.dataset_dir}: {len(lacking)} of {len(stems)} have no caption: {some(lacking)}")
         texts = {stem: self._bytes(stem, layout.CAPTIONS.folder).decode("utf-8", "replace").strip() for stem in stems}
         return [texts[stem] for stem in self.stems]
 
@@ -127,7 +128,7 @@ class ShardsData(FolderData):
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such file, but the index has it. {_AGAIN}") from None
         if len(found) != member.size or zlib.crc32(found) != member.crc:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {stem}.{part}{member.suffix} is not what the index says. The tar is damaged or another's; {_AGAIN}"
             )
         return found
@@ -140,7 +141,7 @@ def filesystem(url: str) -> tuple[Any, str]:  # Any: fsspec carries no types
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
-        raise ValueError(f"{url}: no store that fsspec reaches here ({error})") from None
+        raise UserError(f"{url}: no store that fsspec reaches here ({error})") from None
     return fs, str(path).rstrip("/")
 
 
@@ -149,28 +150,28 @@ def read_index(url: str) -> Index:
     fs, root = filesystem(url)
     told = _read_json(fs, f"{root}/{INDEX}", f"Write it: fewstep prepare shards DIR --out {url}")
     if isinstance(told, dict) and told.get("whole") is False:
-        raise ValueError(f"{root}: is not whole, its writing was interrupted. Run fewstep prepare shards again")
+        raise UserError(f"{root}: is not whole, its writing was interrupted. Run fewstep prepare shards again")
     try:
         if told["format"] != FORMAT:
-            raise ValueError(f"format {told['format']!r}, where {FORMAT} is known")
+            raise UserError(f"format {told['format']!r}, where {FORMAT} is known")
         names, parts = [str(name) for name in told["shards"]], tuple(str(part) for part in told["parts"])
         samples: dict[str, dict[str, Member]] = {}
         for name in names:
             for row in _read_json(fs, f"{root}/{_plain(name)}.json", _AGAIN)["samples"]:
                 members = {_plain(part): member_of(name, value) for part, value in row["members"].items()}
                 if samples.setdefault(_plain(row["stem"]), members) is not members:
-                    raise ValueError(f"two samples called {row['stem']}")
+                    raise UserError(f"two samples called {row['stem']}")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{root}/{INDEX}: damaged ({str(error)[:200]}). {_AGAIN}") from None
+        raise UserError(f"{root}/{INDEX}: damaged ({str(error)[:200]}). {_AGAIN}") from None
     if len(samples) != told["num"]:
-        raise ValueError(f"{root}/{INDEX}: tells of {told['num']} samples, its shards hold {len(samples)}. {_AGAIN}")
+        raise UserError(f"{root}/{INDEX}: tells of {told['num']} samples, its shards hold {len(samples)}. {_AGAIN}")
     return Index(parts, samples)
 
 
 def member_of(shard: str, value: Mapping[str, Any]) -> Member:
     numbers = {name: int(value[name]) for name in ("offset", "size", "crc")}
     if min(numbers.values()) < 0 or not str(value["suffix"]).startswith(".") or "/" in value["suffix"]:
-        raise ValueError(f"a member with {numbers} and suffix {value['suffix']!r}")
+        raise UserError(f"a member with {numbers} and suffix {value['suffix']!r}")
     header = value.get("header")
     found = None if header is None else video.Header(int(header[0]), float(header[1]), int(header[2]), int(header[3]))
     return Member(shard, **numbers, suffix=str(value["suffix"]), header=found)
@@ -193,7 +194,7 @@ def _samples(spec: Shards, index: Index) -> tuple[Sample, ...]:
                 f"{len(lacking)} of {len(index.samples)} lack {part}: {some(lacking)}; shards have {some(index.parts, 20)}"
             )
     if problems or not index.samples:
-        raise ValueError("\n".join(f"{root}: {problem}" for problem in problems or ["its shards hold no samples"]))
+        raise UserError("\n".join(f"{root}: {problem}" for problem in problems or ["its shards hold no samples"]))
     files = {stem: {part: Path(f"{stem}{members[part].suffix}") for part in needed} for stem, members in index.samples.items()}
     if lead == layout.LATENTS.folder:
         return tuple(Sample(stem, parts) for stem, parts in files.items())
@@ -205,7 +206,7 @@ def _samples(spec: Shards, index: Index) -> tuple[Sample, ...]:
         odd = [s for s, h in headers.items() if index.samples[s][name].header not in (None, h)]
         wrong += [f"{len(odd)} of {len(headers)} {name} videos differ from their clip: {some(odd)}. {_AGAIN}"] if odd else []
     if wrong:
-        raise ValueError("\n".join(f"{root}: {problem}" for problem in wrong))
+        raise UserError("\n".join(f"{root}: {problem}" for problem in wrong))
     return tuple(Sample(stem, parts, span, headers[stem]) for stem, parts in files.items() for span in spans.get(stem, ()))
 
 
@@ -215,10 +216,10 @@ def _read_json(fs: Any, path: str, remedy: str) -> Any:  # what the file holds
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file. {remedy}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}). {remedy}") from None
+        raise UserError(f"{path}: damaged ({error}). {remedy}") from None
 
 
 def _plain(name: Any) -> str:  # a name from a file, which may be anything
     if not isinstance(name, str) or not name or name.startswith(".") or any(c in name for c in "/\\\0"):
-        raise ValueError(f"the name {name!r}, which leads elsewhere")
+        raise UserError(f"the name {name!r}, which leads elsewhere")
     return name

@@ -18,6 +18,7 @@ from fewstep.batch import Condition, join
 from fewstep.diffusion.denoiser import Cache, Denoiser
 from fewstep.diffusion.path import Path, spread
 from fewstep.diffusion.prediction import Prediction
+from fewstep.errors import UserError
 
 
 def guided(
@@ -39,7 +40,7 @@ def guided(
     if w == 1.0:
         return denoiser
     if negative is None:
-        raise ValueError(f"guidance w = {w} needs a negative condition, but the batch has none (w = 1 is off)")
+        raise UserError(f"guidance w = {w} needs a negative condition, but the batch has none (w = 1 is off)")
     return _Guided(denoiser, negative, w, interval, rescale, negative_grad)
 
 

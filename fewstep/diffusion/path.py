@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fewstep.config import OneOf, kind
+from fewstep.errors import UserError
 
 Coefficients = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -56,7 +57,7 @@ def spread(t: Tensor, like: Tensor) -> Tensor:
         return t.reshape(-1, *[1] * (like.ndim - 1))
     if t.ndim == 2 and like.ndim == 5 and t.shape[1] in (1, like.shape[2]):
         return t[:, None, :, None, None]
-    raise ValueError(
+    raise UserError(
         f"time of shape {tuple(t.shape)} does not fit data of shape {tuple(like.shape)}: "
         "give (B,), or (B, T) with one time per frame for B C T H W latents"
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.path import Path, spread, working_dtype
+from fewstep.errors import UserError
 
 Kind = Literal["x0", "eps", "velocity"]
 
@@ -40,7 +41,7 @@ class Prediction:
         elif kind == "eps":
             x0, eps = _divide(x_t - s * value, a), value
         else:
-            raise ValueError(f"a prediction is of kind 'x0', 'eps' or 'velocity', not {kind!r}")
+            raise UserError(f"a prediction is of kind 'x0', 'eps' or 'velocity', not {kind!r}")
         return cls(x_t, t, path, da * x0 + ds * eps, features)
 
     @classmethod

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fewstep.errors import UserError
+
 _MASK = 0xFFFFFFFF
 _MULTIPLY = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -46,7 +48,7 @@ class Rng:
         numbers = torch.as_tensor(rows, dtype=torch.int64).reshape(-1)
         outside = numbers[(numbers < 0) | (numbers > _SHARED_ROW)]
         if len(outside):
-            raise ValueError(f"rows and sample seeds are numbers from 0 to 2^48 - 1, not {int(outside[0])}")
+            raise UserError(f"rows and sample seeds are numbers from 0 to 2^48 - 1, not {int(outside[0])}")
         self.rows = numbers.to(device)
         self._draws = 0
         self._shared: Rng | None = None
@@ -98,7 +100,7 @@ class Rng:
     def normal_like(self, like: Tensor) -> Tensor:
         """Standard normal noise for every row of `like`, of its shape and type."""
         if like.shape[0] != len(self.rows):
-            raise ValueError(f"this Rng draws for {len(self.rows)} rows, but the tensor has {like.shape[0]}")
+            raise UserError(f"this Rng draws for {len(self.rows)} rows, but the tensor has {like.shape[0]}")
         return self.normal(like.shape[1:], like.dtype).to(like.device)
 
     def integers(self, high: int, shape: Sequence[int] = ()) -> Tensor:

@@ -23,6 +23,7 @@ from fewstep.diffusion.path import Path, working_dtype
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.rng import Rng
 from fewstep.diffusion.times import explicit
+from fewstep.errors import UserError
 
 Renoise = Literal["fresh", "same", "ode"]
 
@@ -34,7 +35,7 @@ def start(path: Path, noise: Tensor, t: float) -> Tensor:
     """
     a, s, _, _ = path.coefficients(torch.tensor(t, dtype=torch.float64))
     if t < path.t_max * (1 - 1e-6) and float(s) < 10 * float(a):
-        raise ValueError(
+        raise UserError(
             f"t = {t:g} is not pure noise on {path}, where noise is only {float(s / a):.3g} times the data: "
             f"the first time of t_list must be t_max = {path.t_max:g} or near it"
         )
@@ -60,7 +61,7 @@ def rollout(
     grid = explicit(times, denoiser.path).to(x.device)
     num_calls = len(grid) if num_calls is None else num_calls
     if not 1 <= num_calls <= len(grid):
-        raise ValueError(f"num_calls must be 1 .. {len(grid)}, the length of times, but is {num_calls}")
+        raise UserError(f"num_calls must be 1 .. {len(grid)}, the length of times, but is {num_calls}")
     x = x.to(working_dtype(x))
     first, start_scale = x, denoiser.path.coefficients(grid[0])[1].to(x.dtype)
     for i in range(num_calls):
@@ -71,7 +72,7 @@ def rollout(
             return answer
         if renoise == "fresh":
             if rng is None:
-                raise ValueError("renoise 'fresh' draws new noise between two calls and needs an rng")
+                raise UserError("renoise 'fresh' draws new noise between two calls and needs an rng")
             noise = rng.normal_like(x)
         else:
             noise = first / start_scale if renoise == "same" else answer.eps

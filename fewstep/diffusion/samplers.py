@@ -22,6 +22,7 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.path import Path, floats, working_dtype
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.rollout import few_step as few_step
+from fewstep.errors import UserError
 
 OnState = Callable[[float, Tensor], None]
 
@@ -209,7 +210,7 @@ def with_targets(times: Tensor, at: Tensor) -> Tensor:
     """`times` with every time of `at` in it, both ends kept, and as many as before where inner neighbours can give way."""
     grid, targets = floats(times), floats(at)
     if max(targets) > grid[0] or min(targets) <= 0:
-        raise ValueError(f"the times to keep, {targets}, must lie between the first time of the grid, {grid[0]}, and 0")
+        raise UserError(f"the times to keep, {targets}, must lie between the first time of the grid, {grid[0]}, and 0")
     inner = [t for t in grid[1:-1] if t not in targets]
     for target in targets:
         if inner and target not in grid:

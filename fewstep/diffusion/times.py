@@ -18,6 +18,7 @@ from torch import Tensor
 from fewstep.config import OneOf, kind
 from fewstep.diffusion.path import EDM, Path, RectifiedFlow, floats
 from fewstep.diffusion.rng import Rng
+from fewstep.errors import UserError
 
 # --- grids ------------------------------------------------------------------------------------------------------------
 
@@ -26,9 +27,9 @@ def explicit(times: Iterable[float] | Tensor, path: Path | None = None) -> Tenso
     """The times given, checked: descending, positive, and within the path."""
     grid = torch.as_tensor(times if isinstance(times, Tensor) else list(times), dtype=torch.float64)
     if grid.ndim != 1 or len(grid) == 0 or not bool((grid[1:] < grid[:-1]).all()) or not float(grid[-1]) > 0:
-        raise ValueError(f"times must be descending and above 0 (the final 0 is left out), but are {floats(grid)}")
+        raise UserError(f"times must be descending and above 0 (the final 0 is left out), but are {floats(grid)}")
     if path is not None and float(grid[0]) > path.t_max * (1 + 1e-6):  # float32(pi/2) is above pi/2
-        raise ValueError(f"the first time {float(grid[0])} is beyond the path's t_max of {path.t_max}")
+        raise UserError(f"the first time {float(grid[0])} is beyond the path's t_max of {path.t_max}")
     return grid
 
 
@@ -60,7 +61,7 @@ def converted(times: Tensor, source: Path, target: Path) -> Tensor:
     end_a, end_s, _, _ = target.coefficients(torch.tensor(target.t_max, dtype=torch.float64))
     ratio, end = float((s / a).max()), float(end_s / end_a)
     if ratio > end * (1 + 1e-6):
-        raise ValueError(f"a time with noise-to-signal ratio {ratio:.6g} lies beyond the end of {target}, which is {end:.6g}")
+        raise UserError(f"a time with noise-to-signal ratio {ratio:.6g} lies beyond the end of {target}, which is {end:.6g}")
     return explicit(_from(source, times, target), target)
 
 

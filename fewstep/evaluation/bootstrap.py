@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.errors import UserError
+
 Clips = Tensor | np.ndarray
 
 
@@ -85,7 +87,7 @@ def paired_difference(a: Clips, b: Clips, *, draws: int = 1000, level: float = 0
     """
     first, second = (torch.as_tensor(x, dtype=torch.float64).cpu() for x in (a, b))
     if first.shape != second.shape or first.ndim != 1:
-        raise ValueError(
+        raise UserError(
             f"a pair of scores per clip was expected, not shapes {tuple(first.shape)} and {tuple(second.shape)}. "
             "Score both models on the same clips, in the same order."
         )
@@ -95,9 +97,9 @@ def paired_difference(a: Clips, b: Clips, *, draws: int = 1000, level: float = 0
 def _num_clips(sets: tuple[Clips, ...], paired: bool, least: int) -> int:
     counts = [len(s) for s in sets]
     if not counts or min(counts) < least:
-        raise ValueError(f"sets of {counts} clips are too few to resample; at least {least} are needed. Evaluate more clips.")
+        raise UserError(f"sets of {counts} clips are too few to resample; at least {least} are needed. Evaluate more clips.")
     if paired and len(set(counts)) > 1:
-        raise ValueError(f"paired sets must hold the same clips, but have {counts}. Generate the missing ones.")
+        raise UserError(f"paired sets must hold the same clips, but have {counts}. Generate the missing ones.")
     return min(counts)
 
 

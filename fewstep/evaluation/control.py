@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from fewstep.errors import UserError
+
 Clip = np.ndarray | Tensor  # uint8 RGB, T H W 3
 Depth = np.ndarray | Tensor  # T H W, positive where known
 Masks = Mapping[str, np.ndarray] | Sequence[tuple[str, np.ndarray]] | np.ndarray | Tensor  # see match_masks
@@ -57,7 +59,7 @@ def blur_ssim(
     """
     made, wanted = _same_frame(made, wanted)
     if min(wanted.shape[1:3]) < 7:
-        raise ValueError(f"SSIM's window is 7 x 7, the frames are {wanted.shape[1]} x {wanted.shape[2]}. Score larger frames.")
+        raise UserError(f"SSIM's window is 7 x 7, the frames are {wanted.shape[1]} x {wanted.shape[2]}. Score larger frames.")
     scores = []
     how = (diameter, sigma_color, sigma_space)
     for frame_made, frame_wanted in zip(_blurred(made, *how), _blurred(wanted, *how)):
@@ -81,11 +83,11 @@ def canny_scores(made: Clip, wanted: Clip, low: float = 100, high: float = 200, 
     import cv2
 
     if tolerance < 0:
-        raise ValueError(f"tolerance is a number of pixels, not {tolerance}.")
+        raise UserError(f"tolerance is a number of pixels, not {tolerance}.")
     made, wanted = _same_frame(made, wanted)
     edges_made, edges_wanted = _edges(made, low, high), _edges(wanted, low, high)
     if not edges_wanted.any():
-        raise ValueError(
+        raise UserError(
             f"the wanted clip has no edge at Canny thresholds {low:g}/{high:g}. Lower them: small clips need 40/90 or less."
         )
     near_made, near_wanted = edges_made, edges_wanted
@@ -109,7 +111,7 @@ def depth_rmse(made: Depth, wanted: Depth, mode: Literal["linear", "log"] = "lin
     as published, and a clip without any is refused.
     """
     if mode not in ("linear", "log"):
-        raise ValueError(f"mode is 'linear' or 'log', not {mode!r}.")
+        raise UserError(f"mode is 'linear' or 'log', not {mode!r}.")
     ours, theirs = _depth(made, "made"), _depth(wanted, "wanted")
     ours = _cut(ours, theirs)
     if ours.shape[1:] != theirs.shape[1:]:
@@ -117,7 +119,7 @@ def depth_rmse(made: Depth, wanted: Depth, mode: Literal["linear", "log"] = "lin
     errors = []
     valid = (ours > 0) & (theirs > 0)
     if not valid.any():
-        raise ValueError("no pixel has positive depth in both clips. Pass depth or inverse depth, not normals or a mask.")
+        raise UserError("no pixel has positive depth in both clips. Pass depth or inverse depth, not normals or a mask.")
     for a, b, known in zip(ours, theirs, valid):
         if not known.any():
             errors.append(0.0)
@@ -145,12 +147,12 @@ def match_masks(made: Masks, wanted: Masks, *, threshold: float = 0.1) -> MaskMa
     """
     ours, theirs = _tubes(made, "made"), _tubes(wanted, "wanted")
     if not theirs:
-        raise ValueError("the wanted clip has no object to find. Leave this clip out, or pass its masks.")
+        raise UserError("the wanted clip has no object to find. Leave this clip out, or pass its masks.")
     if not ours:
         return MaskMatch(0.0, 0.0, (), 0, len(theirs))
     shapes = {mask.shape for mask in (*ours.values(), *theirs.values())}
     if len(shapes) > 1:
-        raise ValueError(f"masks of different shapes {sorted(shapes)}. Cut and resize the made clip before segmenting it.")
+        raise UserError(f"masks of different shapes {sorted(shapes)}. Cut and resize the made clip before segmenting it.")
     overlap = np.array([[_iou(a, b) for b in theirs.values()] for a in ours.values()])
     names_made, names_wanted = list(ours), list(theirs)
     matched = _assignment(-overlap)
@@ -171,7 +173,7 @@ def _same_frame(made: Clip, wanted: Clip) -> tuple[np.ndarray, np.ndarray]:
 def _pixels(clip: Clip, name: str) -> np.ndarray:
     array = clip.detach().cpu().numpy() if isinstance(clip, Tensor) else np.asarray(clip)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape:
-        raise ValueError(
+        raise UserError(
             f"{name} must be uint8 RGB of shape (T, H, W, 3), not {array.dtype} of shape {array.shape}. "
             "Scale to 0..255, round, and move the channels last."
         )
@@ -181,7 +183,7 @@ def _pixels(clip: Clip, name: str) -> np.ndarray:
 def _depth(depth: Depth, name: str) -> np.ndarray:
     array = depth.detach().cpu().numpy() if isinstance(depth, Tensor) else np.asarray(depth)
     if array.ndim != 3 or 0 in array.shape or array.dtype.kind not in "fiu" or not np.isfinite(array).all():
-        raise ValueError(
+        raise UserError(
             f"{name} must be finite depth of shape (T, H, W), not {array.dtype} of shape {array.shape}. "
             "Set unknown pixels to 0."
         )
@@ -190,7 +192,7 @@ def _depth(depth: Depth, name: str) -> np.ndarray:
 
 def _cut(made: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     if len(made) < len(wanted):
-        raise ValueError(
+        raise UserError(
             f"made has {len(made)} frames and wanted has {len(wanted)}. Generate as many, or pass wanted[:{len(made)}]."
         )
     return made[: len(wanted)]
@@ -242,7 +244,7 @@ def _tubes(masks: Masks, name: str) -> dict[str, np.ndarray]:
     if isinstance(masks, (np.ndarray, Tensor)):
         labels = masks.detach().cpu().numpy() if isinstance(masks, Tensor) else masks
         if labels.dtype.kind not in "iu" or labels.ndim != 3:
-            raise ValueError(
+            raise UserError(
                 f"{name}: a label array is integer T H W, not {labels.dtype} of shape {labels.shape}. Or pass {{phrase: mask}}."
             )
         return {str(label): labels == label for label in np.unique(labels) if label != 0}
@@ -250,10 +252,10 @@ def _tubes(masks: Masks, name: str) -> dict[str, np.ndarray]:
     for phrase, mask in list(masks.items()) if isinstance(masks, Mapping) else masks:
         array = np.asarray(mask)
         if array.ndim != 3 or not (array.dtype == bool or np.isin(array, (0, 1)).all()):
-            raise ValueError(f"{name}: the mask of {phrase!r} must be boolean T H W, not {array.dtype} of shape {array.shape}.")
+            raise UserError(f"{name}: the mask of {phrase!r} must be boolean T H W, not {array.dtype} of shape {array.shape}.")
         tube = array.astype(bool)
         if phrase in out and out[phrase].shape != tube.shape:
-            raise ValueError(f"{name}: masks of {phrase!r} have shapes {out[phrase].shape} and {tube.shape}. Make them equal.")
+            raise UserError(f"{name}: masks of {phrase!r} have shapes {out[phrase].shape} and {tube.shape}. Make them equal.")
         out[phrase] = out[phrase] | tube if phrase in out else tube
     return {phrase: tube for phrase, tube in out.items() if tube.any()}
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.errors import UserError
 from fewstep.evaluation.samples import Samples, as_samples
 
 
@@ -22,7 +23,7 @@ def vendi(features: Samples) -> float:
     rows = as_samples(features, "features", least=1)
     norms = rows.norm(dim=1)
     if bool((norms == 0).any()):
-        raise ValueError(
+        raise UserError(
             f"{int((norms == 0).sum())} feature rows are all zero and have no direction. Check the feature network."
         )
     # The eigenvalues of K / n are the squared singular values of the unit rows over sqrt(n): no n x n matrix.
@@ -36,7 +37,7 @@ def mean_pairwise_distance(features: Tensor | np.ndarray) -> float:
     tensor = features if isinstance(features, Tensor) else torch.as_tensor(np.asarray(features))
     groups = tensor[None] if tensor.ndim == 2 else tensor
     if groups.ndim != 3 or len(groups) == 0:
-        raise ValueError(
+        raise UserError(
             f"features have shape {tuple(tensor.shape)}; give (k, d), or (groups, k, d) for k seeds of each prompt."
         )
     return sum(float(torch.pdist(as_samples(group, "features")).mean()) for group in groups) / len(groups)

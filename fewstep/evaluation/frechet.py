@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fewstep.errors import UserError
 from fewstep.evaluation.samples import Samples, as_pair, as_samples
 
 
@@ -60,7 +61,7 @@ class Moments:
             out._take(self if self.count else other)
             return out
         if self._mean.shape != other._mean.shape:
-            raise ValueError(
+            raise UserError(
                 f"moments of {len(self._mean)} and of {len(other._mean)} columns do not merge. Use one feature network."
             )
         device = self._mean.device
@@ -74,7 +75,7 @@ class Moments:
     def compute(self) -> Gaussian:
         """The mean and the unbiased covariance; refuses fewer than two rows."""
         if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 rows, {self.count} came. Call update() with features first.")
+            raise UserError(f"a covariance needs at least 2 rows, {self.count} came. Call update() with features first.")
         return Gaussian(self._mean, self._scatter / (self.count - 1))
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -156,7 +157,7 @@ def frechet_score(a: Samples | Moments, b: Samples | Moments | Remembered) -> Fr
     mean_a, root_a, num_a = _root(a, "a")
     mean_b, root_b, num_b = (*b.root(), len(b.rows)) if isinstance(b, Remembered) else _root(b, "b")
     if mean_a.shape != mean_b.shape:
-        raise ValueError(f"a has {len(mean_a)} columns and b has {len(mean_b)}. Make both with the same feature network.")
+        raise UserError(f"a has {len(mean_a)} columns and b has {len(mean_b)}. Make both with the same feature network.")
     value = _distance(mean_a, root_a, mean_b.to(mean_a.device), root_b.to(mean_a.device))
     return FrechetScore(value, num_a, num_b, len(mean_a))
 
@@ -184,9 +185,9 @@ def frechet_extrapolated(
     a, _ = as_pair(a, known.rows[:2], ("a", "b"))
     num_b = len(known.rows)
     if len(set(scales)) < 2 or min(scales) < 1 or draws < 1:
-        raise ValueError(f"scales must be two or more different numbers >= 1 and draws >= 1, not {tuple(scales)} and {draws}.")
+        raise UserError(f"scales must be two or more different numbers >= 1 and draws >= 1, not {tuple(scales)} and {draws}.")
     if min(len(a), num_b) < 2 * max(scales):
-        raise ValueError(f"{min(len(a), num_b)} rows are too few to thin them {max(scales):g} times. Evaluate more clips.")
+        raise UserError(f"{min(len(a), num_b)} rows are too few to thin them {max(scales):g} times. Evaluate more clips.")
     generator = torch.Generator().manual_seed(seed)
 
     def thinned(num: int, scale: float) -> Tensor:

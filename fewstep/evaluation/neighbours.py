@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fewstep.errors import UserError
 from fewstep.evaluation.samples import Samples, as_pair, as_samples
 
 _ELEMENTS = 1 << 23  # of the distance block held at a time: 64 MB
@@ -92,7 +93,7 @@ def num_zero_balls(samples: Samples, k: int = 5) -> int:
 def _radii(rows: Tensor, k: int, name: str) -> Tensor:
     """The distance of every row to its k-th neighbour among the others."""
     if not 1 <= k < len(rows):
-        raise ValueError(f"{name} has {len(rows)} rows, too few for k = {k} neighbours. Evaluate more clips or lower k.")
+        raise UserError(f"{name} has {len(rows)} rows, too few for k = {k} neighbours. Evaluate more clips or lower k.")
     step = max(1, _ELEMENTS // len(rows))
     # The row itself is the nearest of all, at distance 0; hence k + 1.
     parts = [_distances(some, rows).topk(k + 1, dim=1, largest=False).values[:, k] for some in rows.split(step)]

@@ -16,6 +16,8 @@ from xml.sax.saxutils import escape
 import numpy as np
 from torch import Tensor
 
+from fewstep.errors import UserError
+
 Points = np.ndarray | Tensor | Sequence[Sequence[float]]  # n 2
 Background = Literal["none", "white"]
 
@@ -58,7 +60,7 @@ def scatter(
     About 13 bytes a point.
     """
     if not panels:
-        raise ValueError("there is no panel to draw; give scatter() at least one title with points.")
+        raise UserError("there is no panel to draw; give scatter() at least one title with points.")
     clouds = {
         name: {key: _points(points, f"{name} / {key}") for key, points in group.items()}
         if isinstance(group, Mapping)
@@ -130,11 +132,11 @@ def lines(
     Zero and negative numbers are refused on a log axis; a band that reaches them is cut at the edge of the plot.
     """
     if not series:
-        raise ValueError("there is no series to draw; give lines() at least one Series.")
+        raise UserError("there is no series to draw; give lines() at least one Series.")
     data = [_checked(one, log_x, log_y) for one in series]
     rules = dict(rules or {})
     if log_y and any(value <= 0 for value in rules.values()):
-        raise ValueError("a rule at zero or below has no place on a log axis; drop it or set log_y=False.")
+        raise UserError("a rule at zero or below has no place on a log axis; drop it or set log_y=False.")
     xs = np.concatenate([x for x, *_ in data])
     drawn = [values for _, *curves in data for values in curves]
     if x_ticks is not None:
@@ -157,7 +159,7 @@ def lines(
             y0 += 22
     y1 = height - (48 if x_label else 30)
     if x1 - x0 < 80 or y1 - y0 < 60:
-        raise ValueError(f"{width} x {height} leaves no room for the plot. Make it larger, or use labels='legend'.")
+        raise UserError(f"{width} x {height} leaves no room for the plot. Make it larger, or use labels='legend'.")
 
     def px(values: np.ndarray) -> np.ndarray:
         return x0 + across.place(values) * (x1 - x0)
@@ -225,7 +227,7 @@ class _Axis:
         finite = values[np.isfinite(values)]
         finite = finite[finite > 0] if is_log else finite
         if not len(finite):
-            raise ValueError("there is no finite number to draw. Look at what was measured before plotting it.")
+            raise UserError("there is no finite number to draw. Look at what was measured before plotting it.")
         scaled = np.log10(finite) if is_log else finite
         low, high = float(scaled.min()), float(scaled.max())
         if high - low < 1e-12 * max(abs(low), abs(high), 1e-300):
@@ -274,7 +276,7 @@ def _number(value: float, among: Sequence[float]) -> str:
 def _points(values: Points, name: str) -> np.ndarray:
     array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     if array.ndim != 2 or array.shape[1] != 2:
-        raise ValueError(f"the points of {name!r} have shape {array.shape}, not (n, 2). Pick two columns to look at.")
+        raise UserError(f"the points of {name!r} have shape {array.shape}, not (n, 2). Pick two columns to look at.")
     return array.astype(np.float64)
 
 
@@ -285,7 +287,7 @@ def _square_limits(
     if limits is None:
         finite = [points[np.isfinite(points).all(axis=1)] for points in clouds]
         if not sum(map(len, finite)):
-            raise ValueError("no point is finite. Look at what was sampled before plotting it.")
+            raise UserError("no point is finite. Look at what was sampled before plotting it.")
         # Of each cloud, so that one student run wild does not push the others into a corner by its mere number.
         low = np.min([np.quantile(points, 0.001, axis=0) for points in finite if len(points)], axis=0)
         high = np.max([np.quantile(points, 0.999, axis=0) for points in finite if len(points)], axis=0)
@@ -293,7 +295,7 @@ def _square_limits(
         limits = (low[0] - margin, high[0] + margin, low[1] - margin, high[1] + margin)
     x0, x1, y0, y1 = map(float, limits)
     if not (x1 > x0 and y1 > y0):
-        raise ValueError(f"limits must be (x low, x high, y low, y high), not {limits}.")
+        raise UserError(f"limits must be (x low, x high, y low, y high), not {limits}.")
     half = max(x1 - x0, y1 - y0) / 2
     x, y = (x0 + x1) / 2, (y0 + y1) / 2
     return x - half, x + half, y - half, y + half
@@ -302,14 +304,14 @@ def _square_limits(
 def _checked(one: Series, log_x: bool, log_y: bool) -> list[np.ndarray]:
     """x, y and, if there is a band, low and high, as float arrays of one length, by x."""
     if (one.low is None) != (one.high is None):
-        raise ValueError(f"the series {one.name!r} has one edge of a band. Give both low and high, or neither.")
+        raise UserError(f"the series {one.name!r} has one edge of a band. Give both low and high, or neither.")
     given = [one.x, one.y] if one.low is None or one.high is None else [one.x, one.y, one.low, one.high]
     arrays = [np.asarray(values, dtype=np.float64).reshape(-1) for values in given]
     if len({len(array) for array in arrays}) != 1:
-        raise ValueError(f"the series {one.name!r} has columns of lengths {[len(a) for a in arrays]}. Make them equal.")
+        raise UserError(f"the series {one.name!r} has columns of lengths {[len(a) for a in arrays]}. Make them equal.")
     for is_log, values, axis in ((log_x, arrays[0], "x"), (log_y, arrays[1], "y")):
         if is_log and (values <= 0).any():
-            raise ValueError(f"the series {one.name!r} has {axis} <= 0, which a log axis cannot show. Use log_{axis}=False.")
+            raise UserError(f"the series {one.name!r} has {axis} <= 0, which a log axis cannot show. Use log_{axis}=False.")
     order = np.argsort(arrays[0], kind="stable")
     return [array[order] for array in arrays]
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fewstep.config import ConfigError, parse
 from fewstep.config.text import read_text, read_yaml_mapping
+from fewstep.errors import UserError
 from fewstep.export.model_card import model_card
 from fewstep.inference.model import Model, _Nets, envelope_of, know_every_kind, of_run
 from fewstep.networks.lora import Lora, as_diffusers, as_kohya, by_module
@@ -35,7 +36,7 @@ Form = Literal["auto", "diffusers", "safetensors", "pt-original", "lora"]
 def checked_form(name: str) -> Form:
     """The form of this name; refuses others."""
     if name not in get_args(Form):
-        raise ValueError(f"--format {name}: is none of {', '.join(get_args(Form))}")
+        raise UserError(f"--format {name}: is none of {', '.join(get_args(Form))}")
     return cast(Form, name)
 
 
@@ -46,16 +47,16 @@ def export(address: str, out: Path, form: Form = "auto", base: Path | None = Non
     """
     folder, role = locate(address)
     if base is not None and not (base / "model_index.json").is_file():
-        raise ValueError(f"--base {base}: is no folder of a diffusers pipeline, it has no model_index.json")
+        raise UserError(f"--base {base}: is no folder of a diffusers pipeline, it has no model_index.json")
     usual, why = _usual_form(folder.parent.parent)
     if form == "diffusers" and usual != "diffusers" and why:
-        raise ValueError(f"--format diffusers: {why}. Take --format {usual}")
+        raise UserError(f"--format diffusers: {why}. Take --format {usual}")
     if form == "auto":
         form = usual
         if why:
             print(f"note: --format {form}, because {why}", file=sys.stderr)
     if base is not None and form != "diffusers":
-        raise ValueError(f"--base has no effect with --format {form}: only a diffusers folder holds a pipeline")
+        raise UserError(f"--base has no effect with --format {form}: only a diffusers folder holds a pipeline")
     _refuse_strangers(out)
     beside = out.with_name(f".{out.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
@@ -74,7 +75,7 @@ def export(address: str, out: Path, form: Form = "auto", base: Path | None = Non
 def _write(address: str, folder: Path, role: str, out: Path, form: Form, base: Path | None) -> None:
     run = folder.parent.parent
     if not (run / "student.json").is_file():
-        raise ValueError(f"{run}: has no student.json: its method makes nothing that is sampled, a tokenizer for instance")
+        raise UserError(f"{run}: has no student.json: its method makes nothing that is sampled, a tokenizer for instance")
     # As the run wrote it: its method and network may live in a file of the user's, which is not needed here.
     told: dict[str, Any] = json.loads((run / "student.json").read_text())
     about = {"source": str(run.name), "role": role, "step": read_progress(folder).step, **told}
@@ -87,7 +88,7 @@ def _write(address: str, folder: Path, role: str, out: Path, form: Form, base: P
         try:
             model = of_run(address)
         except ConfigError as error:
-            raise ValueError(
+            raise UserError(
                 f"{run}: cannot be built here, which --format {form} needs ({error}). If its network is your own, "
                 "take --format safetensors"
             ) from None
@@ -122,7 +123,7 @@ def _write_lora(address: str, config: Mapping[str, Any], out: Path) -> list[str]
     nets = parse(_Nets, {"networks": config["networks"]}).networks
     role, kind = nets.student, getattr(nets.teacher, "kind", "")  # @kind sets it
     if not isinstance(role, Lora):
-        raise ValueError("--format lora: this run's student is a full network; networks.student=lora trains adapters")
+        raise UserError("--format lora: this run's student is a full network; networks.student=lora trains adapters")
     notes: list[str] = []
     for part, adapters in by_module(read(address)).items():
         stem = {"transformer": "", "transformer_2": "transformer_2_"}.get(part, f"{part}_")
@@ -170,7 +171,7 @@ def in_original_names(model: Model) -> dict[str, Tensor]:
     from fewstep.networks.families.cosmos.network import Cosmos
 
     if not isinstance(model.network, Cosmos):
-        raise ValueError(f"--format pt-original: {type(model.network).__name__} is no Cosmos network, and has no such names")
+        raise UserError(f"--format pt-original: {type(model.network).__name__} is no Cosmos network, and has no such names")
     state = model.network.module.state_dict()
     names = original_names(state, "1" if model.network.family == "edm" else "2")
     refuse_apart({name: (lambda tensor=tensor: tensor) for name, tensor in state.items()})
@@ -206,6 +207,6 @@ def _refuse_strangers(out: Path) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise ValueError(f"--out {out}: is a file")
+        raise UserError(f"--out {out}: is a file")
     if any(out.iterdir()) and not ((out / "student.json").is_file() and not (out / "checkpoints").is_dir()):
-        raise ValueError(f"--out {out}: holds something else than an earlier export; choose a new folder")
+        raise UserError(f"--out {out}: holds something else than an earlier export; choose a new folder")

@@ -19,6 +19,7 @@ from torch import nn
 
 from fewstep.diffusion import StudentSampler
 from fewstep.diffusion.path import floats
+from fewstep.errors import UserError
 from fewstep.export.schedulers import scheduler_of
 from fewstep.inference.model import Envelope, Model
 
@@ -51,7 +52,7 @@ def write_folder(model: Model, about: Mapping[str, Any], out: Path, base: Path |
     elif asked is not None:
         index["_class_name"] = ["pipeline", "StudentPipeline"]
     else:
-        raise ValueError(
+        raise UserError(
             f"--format diffusers: {type(network).__name__} with renoise={model.sampler.renoise} and times "
             f"{list(model.sampler.times)} needs "
             + ("--base, the pipeline's folder" if scheduler is not None else "a scheduler that diffusers does not have")
@@ -90,7 +91,7 @@ def _parts(network: Any) -> dict[str, Any]:
     if hasattr(module, "base") and hasattr(module, "branches"):
         branches: Any = list(module.branches.values())  # type: ignore[operator]
         if len(branches) != 1 or not hasattr(branches[0], "save_pretrained"):
-            raise ValueError(
+            raise UserError(
                 "--format diffusers: diffusers has control branches of Transfer2.5, one at a time; this network has "
                 f"{len(branches)} of class {type(branches[0]).__name__}. Take --format safetensors or pt-original"
             )
@@ -98,7 +99,7 @@ def _parts(network: Any) -> dict[str, Any]:
     if hasattr(module, "transformer_2"):
         return {"transformer": module.transformer, "transformer_2": module.transformer_2}
     if not hasattr(module, "save_pretrained"):
-        raise ValueError(f"--format diffusers: {type(module).__name__} is no class of diffusers; take --format safetensors")
+        raise UserError(f"--format diffusers: {type(module).__name__} is no class of diffusers; take --format safetensors")
     return {"unet" if "UNet" in type(module).__name__ else "transformer": module}
 
 
@@ -171,7 +172,7 @@ def words_code() -> str:
                     for argument in (*part.args.args, *part.args.kwonlyargs):
                         argument.annotation = None
             kept.append(node)
-    return imports + "\n\n" + "\n\n\n".join(ast.unparse(node) for node in kept)
+    return imports + "\n\n" + "\n\n\n".join(ast.unparse(node) for node in kept).replace("UserError", "ValueError")
 
 
 def _pixels(envelope: Envelope, out: Path, index: Mapping[str, Any]) -> dict[str, Any]:

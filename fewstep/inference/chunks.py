@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fewstep.errors import UserError
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -33,6 +35,6 @@ def chunks_of(num_frames: int, window: int, overlap: int) -> list[Chunk]:
     if num_frames <= window:
         return [Chunk(0, 0, num_frames, 0)]
     if not 0 < overlap < window:
-        raise ValueError(f"--overlap {overlap}: of {window} frames at a time, 1 .. {window - 1} can be taken from those before")
+        raise UserError(f"--overlap {overlap}: of {window} frames at a time, 1 .. {window - 1} can be taken from those before")
     starts = range(0, num_frames - overlap, window - overlap)
     return [Chunk(i, first, window, overlap if i else 0) for i, first in enumerate(starts)]

@@ -18,6 +18,7 @@ from fewstep.batch import Condition
 from fewstep.config import choices
 from fewstep.data import controls
 from fewstep.data.files import arrays, video
+from fewstep.errors import UserError
 from fewstep.inference.asked import Asked, Request
 from fewstep.inference.chunks import Chunk
 from fewstep.inference.model import Model
@@ -57,7 +58,7 @@ def texts_of(requests: Sequence[Request], asked: Asked, model: Model, device: to
     address = asked.text_encoder
     if address is None:
         if model.folder is None or (model.folder.is_dir() and not (model.folder / "text_encoder").is_dir()):
-            raise ValueError(f"{asked.model} has no text encoder beside it: give --text-encoder, or --embedding FILE")
+            raise UserError(f"{asked.model} has no text encoder beside it: give --text-encoder, or --embedding FILE")
         address = str(model.folder)
     encoder: Any = open_text_encoder(address, max_tokens=asked.max_tokens, device=device)  # Any: some have pooled vectors, too
     prompts = sorted(wanted)
@@ -82,7 +83,7 @@ def _embedded(path: Path, device: torch.device) -> Text:
     found = arrays.read_one(path, "text").float()
     found = found[0] if found.ndim == 3 else found
     if found.ndim != 2:
-        raise ValueError(f"{path}: an embedding has shape (tokens, channels), not {tuple(found.shape)}")
+        raise UserError(f"{path}: an embedding has shape (tokens, channels), not {tuple(found.shape)}")
     return Text(found[None].to(device), None)
 
 
@@ -129,7 +130,7 @@ def conditions(
     if seen.begins is not None:
         cond = _given(cond, seen.begins, parts, chunk.num_frames, latent_shape)
     elif is_of_pictures(parts.model):
-        raise ValueError("this network makes a clip that begins with a picture: give --input FILE")
+        raise UserError("this network makes a clip that begins with a picture: give --input FILE")
     if request.control:
         found = {name: _tensor(chunk.of(frames), device) for name, frames in seen.controls.items()}
         cond = replace(cond, control=_controls(request, parts, found))
@@ -181,11 +182,11 @@ def check_given(num: int, window: int, parts: Parts, option: str) -> None:
     """Refuses a number of given frames that the codec or the network cannot be shown."""
     time = parts.codec.form.time if parts.codec.form.sees_time else 1
     if (num - 1) % time:
-        raise ValueError(f"{option} {num}: this codec takes 1 + k * {time}, {num - (num - 1) % time} for instance")
+        raise UserError(f"{option} {num}: this codec takes 1 + k * {time}, {num - (num - 1) % time} for instance")
     if num >= window:
-        raise ValueError(f"{option} {num}: nothing is left to be made of {window} frames")
+        raise UserError(f"{option} {num}: nothing is left to be made of {window} frames")
     if num > 1 and is_of_pictures(parts.model):
-        raise ValueError(f"{option} {num}: this network begins with one picture, 1")
+        raise UserError(f"{option} {num}: this network begins with one picture, 1")
 
 
 def _one_of(model: Model) -> Any:  # Any: an adapter over a class of diffusers
@@ -216,7 +217,7 @@ def _given(
         if config.image_dim is None:
             return cond
         if parts.pictures is None:
-            raise ValueError("Wan 2.1 I2V also reads its picture's CLIP features: give --image-encoder, a pipeline's folder")
+            raise UserError("Wan 2.1 I2V also reads its picture's CLIP features: give --image-encoder, a pipeline's folder")
         return replace(cond, image=parts.pictures.encode(to_uint8(begins, "what the clip begins with")[:, 0]).to(parts.device))
     rest_of_it = begins[:, :, -1:].expand(-1, -1, rest, -1, -1)  # not seen: the codec is causal, the mask hides it
     mask = torch.zeros(1, latent_shape[1], device=parts.device)
@@ -229,7 +230,7 @@ def _wanted(request: Request, model: Model) -> Sequence[str]:
     known = getattr(model.network, "controls", ())
     wrong = sorted(set(request.control) - set(known))
     if wrong:
-        raise ValueError(f"control '{wrong[0]}': this network is led by {', '.join(known) or 'no control'}")
+        raise UserError(f"control '{wrong[0]}': this network is led by {', '.join(known) or 'no control'}")
     return tuple(request.control)
 
 
@@ -249,12 +250,12 @@ def _control_frames(name: str, request: Request, shot: Shot) -> np.ndarray:
     if source is not None:
         return _frames(source, shot, shot.num_frames)
     if request.source is None:
-        raise ValueError(f"control '{name}' has no file, and there is no --input to make it from: --control {name}=FILE.mp4")
+        raise UserError(f"control '{name}' has no file, and there is no --input to make it from: --control {name}=FILE.mp4")
     if name not in ("edge", "vis"):
-        raise ValueError(f"control '{name}' cannot be made from a video here, only edge and vis can: fewstep prepare controls")
+        raise UserError(f"control '{name}' cannot be made from a video here, only edge and vis can: fewstep prepare controls")
     frames, preset = _frames(request.source, shot, shot.num_frames), request.control[name].preset
     if preset not in (None, *controls.CANNY):
-        raise ValueError(f"control '{name}': its preset {preset!r} is none of {', '.join(controls.CANNY)}")
+        raise UserError(f"control '{name}': its preset {preset!r} is none of {', '.join(controls.CANNY)}")
     return controls.made_of(choices("control")[name](**({} if preset is None else {"preset": preset})), frames, request.seed)
 
 
@@ -265,7 +266,7 @@ def _frames(path: Path, shot: Shot, num: int) -> np.ndarray:
 
         picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
         if picture is None:
-            raise ValueError(f"{path}: is no picture that can be read")
+            raise UserError(f"{path}: is no picture that can be read")
         sized = cv2.resize(picture, (shot.width, shot.height), interpolation=cv2.INTER_AREA)
         return np.repeat(np.ascontiguousarray(sized[None, :, :, ::-1]), num, 0)
     return video.read(path, 0, num, size=(shot.height, shot.width)).frames

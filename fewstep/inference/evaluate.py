@@ -28,6 +28,7 @@ from fewstep.data.files import video
 from fewstep.data.folder.dataset import Folder, FolderData
 from fewstep.data.folder.layout import Layout
 from fewstep.diffusion import Rng
+from fewstep.errors import UserError
 from fewstep.evaluation.frechet import frechet_distance
 from fewstep.inference.model import Model, open_model
 from fewstep.inference.pairs import Making, SamplerName, solve, to_uint8
@@ -61,9 +62,9 @@ def run(job: Job) -> dict[str, Any]:
     """Scores what the job names, writes its JSON, and returns what that says."""
     for name in ("num", "sets", "calls"):
         if (value := getattr(job, name)) is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, not {value}")
+            raise UserError(f"--{name} must be at least 1, not {value}")
     if job.num < LEAST:
-        raise ValueError(f"--num {job.num}: a set needs at least {LEAST} clips, and better hundreds")
+        raise UserError(f"--num {job.num}: a set needs at least {LEAST} clips, and better hundreds")
     torch.set_num_threads(1)
     told: dict[str, Any] = {"what": job.what}
     records: list[Record] = []
@@ -74,7 +75,7 @@ def run(job: Job) -> dict[str, Any]:
     elif job.what.startswith("codec:"):
         _refuse_making(job, "is a codec, which takes no steps")
         if job.what == "codec:":
-            raise ValueError("codec: which one? codec:FOLDER, of an autoencoder of diffusers or of its pipeline")
+            raise UserError("codec: which one? codec:FOLDER, of an autoencoder of diffusers or of its pipeline")
         codec, data, known = open_codec(job.what.removeprefix("codec:")), opened(job), _reference(job)
         sources = iter([(_through(codec, data, job), data.captions()[: job.num])])
     else:
@@ -82,7 +83,7 @@ def run(job: Job) -> dict[str, Any]:
         if model.sampler is not None:
             _refuse_making(job, f"is a student, which takes the {len(model.sampler.times)} steps it was trained for")
         if job.calls is not None and (found := [name for name in job.told if name != "--guidance"]):
-            raise ValueError(f"--calls: finds steps, sampler and shift by itself; leave out {', '.join(found)}")
+            raise UserError(f"--calls: finds steps, sampler and shift by itself; leave out {', '.join(found)}")
         codec, known = codec_of(model, job), _reference(job)
         how, candidates = job.how, list[dict[str, Any]]()
         if job.calls is not None:
@@ -110,7 +111,7 @@ def _refuse_making(job: Job, why: str) -> None:
     """Options that only a teacher's sampling heeds would be told to one who thinks they were heeded."""
     told = ["--calls"] * (job.calls is not None) + list(job.told)
     if told:
-        raise ValueError(f"{', '.join(told)}: {job.what} {why}. Leave it out: it is for a teacher")
+        raise UserError(f"{', '.join(told)}: {job.what} {why}. Leave it out: it is for a teacher")
 
 
 def _few_sets(job: Job, num: int) -> list[str]:
@@ -146,7 +147,7 @@ def line(told: dict[str, Any]) -> str:
 def codec_of(model: Model, job: Job) -> Codec:
     """The one that was named, or the one that came with the model."""
     if job.codec is None and model.folder is None:
-        raise ValueError(
+        raise UserError(
             f"{job.what}: has no codec beside it. Add --codec ADDRESS, of the data it was trained on, or export it first"
         )
     return open_codec(job.codec or str(model.folder))
@@ -222,7 +223,7 @@ def _named(how: Making) -> str:
 def opened(job: Job) -> FolderData:
     data = Folder(str(job.prompts), text=job.text, max_tokens=job.max_tokens, mask_text=True, negative="zeros").open()
     if len(data) < job.num:
-        raise ValueError(f"--num {job.num}: {job.prompts} has {len(data)} prompts")
+        raise UserError(f"--num {job.num}: {job.prompts} has {len(data)} prompts")
     return data
 
 
@@ -243,7 +244,7 @@ def _sets_of(folder: Path, job: Job) -> Iterator[tuple[np.ndarray, list[str]]]:
 
     files, captions = list(layout.files(VIDEOS).values()), list(layout.files(CAPTIONS).values())
     if len(files) < job.num or len(captions) != len(files):
-        raise ValueError(f"{folder}: has {len(files)} clips and {len(captions)} captions; a set needs {job.num} of both")
+        raise UserError(f"{folder}: has {len(files)} clips and {len(captions)} captions; a set needs {job.num} of both")
     for k in range(min(job.sets, len(files) // job.num)):
         part = slice(k * job.num, (k + 1) * job.num)
         yield np.stack([video.read(file).frames for file in files[part]]), [c.read_text().strip() for c in captions[part]]

@@ -25,6 +25,7 @@ from fewstep.data.atomic import replacing
 from fewstep.data.files import arrays, video
 from fewstep.diffusion import EDM, Rng, guided, samplers, times
 from fewstep.diffusion.rollout import start
+from fewstep.errors import UserError
 from fewstep.inference.asked import Asked, Request, read_command
 from fewstep.inference.chunks import Chunk, chunks_of
 from fewstep.inference.conditions import (
@@ -88,7 +89,7 @@ def generate(
     taken = [request.name for request in asked.requests]
     twice = sorted({name for name in taken if taken.count(name) > 1})
     if twice:
-        raise ValueError(f"two clips are called '{twice[0]}': they would be one file")
+        raise UserError(f"two clips are called '{twice[0]}': they would be one file")
     paper = {request.name: _paper(asked, request) for request in asked.requests}
     mine = asked.requests if world is not None else asked.requests[rank::world_size]
     todo = [request for request in mine if not _is_made(asked.out, request.name, paper[request.name])]
@@ -169,14 +170,12 @@ def _chunks(asked: Asked, model: Model, shot: Shot) -> list[Chunk]:
     if len(chunks) == 1:
         return chunks
     if not takes_frames(model):
-        raise ValueError(
+        raise UserError(
             f"--chunk-frames {window}: a clip of {shot.num_frames} frames would be made chunk after chunk, each from the last "
             "frames of the one before; this network cannot be given frames"
         )
     if asked.save_noise:
-        raise ValueError(
-            "--save-noise: a clip made in several chunks has no one noise; leave it out, or ask for a shorter clip"
-        )
+        raise UserError("--save-noise: a clip made in several chunks has no one noise; leave it out, or ask for a shorter clip")
     return chunks
 
 
@@ -209,7 +208,7 @@ def sample(asked: Asked, model: Model, noise: Tensor, cond: Condition, negative:
     led = guided(network, negative, asked.guidance)
     if asked.guidance_low is not None:
         if not isinstance(network, Experts) or negative is None:
-            raise ValueError(f"--guidance-low: {asked.model} is no pair of experts, one for high and one for low noise")
+            raise UserError(f"--guidance-low: {asked.model} is no pair of experts, one for high and one for low noise")
         led = guided_apart(network, negative, asked.guidance, asked.guidance_low)
     return getattr(samplers, solver)(led, x, grid, cond)
 
@@ -234,7 +233,7 @@ def _check_student(asked: Asked, model: Model, say: Callable[[str], None]) -> No
     own = model.sampler
     if own is None:
         if asked.wants_student:
-            raise ValueError(f"--use_distilled: {asked.model} is a teacher, nothing in it tells how a student is sampled")
+            raise UserError(f"--use_distilled: {asked.model} is a teacher, nothing in it tells how a student is sampled")
         return
     problems: list[str] = []
     if asked.num_steps not in (None, len(own.times)):
@@ -242,7 +241,7 @@ def _check_student(asked: Asked, model: Model, say: Callable[[str], None]) -> No
     if asked.guidance != 1.0:
         problems.append(f"guidance w = {asked.guidance:g}: this student was trained to do without, w = 1")
     if problems and not asked.force:
-        raise ValueError("; ".join(problems) + ". Leave it out, or see what happens with --force")
+        raise UserError("; ".join(problems) + ". Leave it out, or see what happens with --force")
     for problem in problems:
         say(f"warning: {problem}")
     for name in ("sampler", "shift", "sigma_max"):
@@ -261,7 +260,7 @@ def _shot(asked: Asked, model: Model) -> Shot:
     values = {name: getattr(asked, name) or getattr(known, name) for name in ("num_frames", "height", "width")}
     missing = [f"--{name.replace('_', '-')}" for name, value in values.items() if value is None]
     if missing:
-        raise ValueError(f"{asked.model} does not say what clips it makes: give {', '.join(missing)}")
+        raise UserError(f"{asked.model} does not say what clips it makes: give {', '.join(missing)}")
     return Shot(**values, fps=float(asked.fps or known.fps or 24))
 
 
@@ -278,7 +277,7 @@ def _codec_address(asked: Asked, model: Model) -> str:
     if asked.codec is not None:
         return asked.codec
     if model.folder is None or not ((model.folder / "vae").is_dir() or not model.folder.exists()):
-        raise ValueError(f"{asked.model} has no codec beside it: give --codec, the folder of an autoencoder or of its pipeline")
+        raise UserError(f"{asked.model} has no codec beside it: give --codec, the folder of an autoencoder or of its pipeline")
     return str(model.folder)
 
 
@@ -321,7 +320,7 @@ def _is_made(out: Path, name: str, paper: Mapping[str, Any]) -> bool:
     if before == paper:
         return True
     other = "in an unknown way" if before is None else _difference(before, paper)
-    raise ValueError(f"{out / name}: is there and was made {other}. Choose another --out or --name, or remove it")
+    raise UserError(f"{out / name}: is there and was made {other}. Choose another --out or --name, or remove it")
 
 
 def _difference(before: Mapping[str, Any], paper: Mapping[str, Any]) -> str:
@@ -336,7 +335,7 @@ def _look_for_files(request: Request) -> None:
     files |= {f"--control {name}": control.source for name, control in request.control.items()}
     for name, path in files.items():
         if path is not None and not path.is_file():
-            raise ValueError(f"{name} {path}: no such file (for clip '{request.name}')")
+            raise UserError(f"{name} {path}: no such file (for clip '{request.name}')")
 
 
 def _write(asked: Asked, request: Request, frames: np.ndarray, fps: float, paper: Mapping[str, Any], seconds: float) -> Path:

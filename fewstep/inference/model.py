@@ -24,6 +24,7 @@ from fewstep.config.text import read_json, read_text, read_yaml_mapping
 from fewstep.data.contract import AnyData
 from fewstep.diffusion import StudentSampler
 from fewstep.diffusion.path import AnyPath
+from fewstep.errors import UserError
 from fewstep.networks.contract import AnyNetwork, Network
 from fewstep.networks.files import hub
 from fewstep.networks.lora import Lora, merged
@@ -70,7 +71,7 @@ def open_model(address: str | Path, *, controls: Sequence[str] = (), known: str 
     else:
         pieces = None if _of_diffusers(folder) else pieces_of(text)
         if pieces is None and known is not None:
-            raise ValueError(f"--network {known}: {text} says itself what it is; the name is for files of weights")
+            raise UserError(f"--network {known}: {text} says itself what it is; the name is for files of weights")
         model = _teacher(text, controls) if pieces is None else _of_files(pieces, controls, known)
     model.network.module.eval().requires_grad_(False)
     return model
@@ -229,7 +230,7 @@ def _of_files(pieces: Sequence[Piece], controls: Sequence[str], known: str | Non
     from fewstep.networks.weights.convert import model_of
 
     if known is not None and known not in MODELS:
-        raise ValueError(f"--network {known}: is none of {', '.join(MODELS)}")
+        raise UserError(f"--network {known}: is none of {', '.join(MODELS)}")
     if len(controls) == 1 and not any(name for name, _, _ in pieces):
         pieces = [*pieces[:-1], (controls[0], *pieces[-1][1:])]
     found = collect(pieces)
@@ -313,7 +314,7 @@ def spec_of(address: str, controls: Sequence[str] = ()) -> Any:  # Any: whatever
     kind: Any = kinds.get(known.get(str(name), ""))
     if kind is not None:
         return kind.of(address) if hasattr(kind, "of") else kind(pretrained=address)
-    raise ValueError(f"{address}: its denoiser is a {name}, for which there is no adapter; there are {', '.join(kinds)}")
+    raise UserError(f"{address}: its denoiser is a {name}, for which there is no adapter; there are {', '.join(kinds)}")
 
 
 def _told(address: str) -> tuple[str, dict[str, Any]]:
@@ -323,12 +324,12 @@ def _told(address: str) -> tuple[str, dict[str, Any]]:
         index = folder / "model_index.json"
         said = read_json(index, "Copy that folder again").get("_class_name", "") if index.is_file() else ""
         if "StudentPipeline" in said:
-            raise ValueError(f"{folder}: a student without its student.json, which says how it is sampled. Export it again")
+            raise UserError(f"{folder}: a student without its student.json, which says how it is sampled. Export it again")
         for part in ("transformer", "unet", ""):
             file = folder / part / "config.json"
             if file.is_file():
                 return str(said), read_json(file, "Copy that folder again")
-        raise ValueError(f"no model at {address}: it has no transformer/, no unet/ and no config.json")
+        raise UserError(f"no model at {address}: it has no transformer/, no unet/ and no config.json")
     hub.expect_id(address, "model")  # it is no run either
     told = hub.read_json(address, "model_index.json") or {}
     part = "transformer" if "transformer" in told else "unet"

@@ -34,6 +34,7 @@ from fewstep.data.folder.layout import Layout
 from fewstep.diffusion import Rng, guided, samplers, times
 from fewstep.diffusion.path import floats
 from fewstep.diffusion.rollout import start
+from fewstep.errors import UserError
 from fewstep.methods.given import first_frames
 from fewstep.networks.contract import Network
 from fewstep.networks.encoders.codecs import Codec
@@ -58,11 +59,11 @@ class Making:
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
-            raise ValueError(f"--steps {self.num_steps}: at least 1")
+            raise UserError(f"--steps {self.num_steps}: at least 1")
         if self.num_steps < 2 * len(self.path_times):
-            raise ValueError(f"--steps {self.num_steps}: too few to keep {len(self.path_times)} states and solve between them")
+            raise UserError(f"--steps {self.num_steps}: too few to keep {len(self.path_times)} states and solve between them")
         if list(self.path_times) != sorted(set(self.path_times), reverse=True):
-            raise ValueError(f"--path-times must descend, from noise to the clip, not {list(self.path_times)}")
+            raise UserError(f"--path-times must descend, from noise to the clip, not {list(self.path_times)}")
 
 
 def write(
@@ -85,7 +86,7 @@ def write(
     data = source.open()
     num = len(data) if num is None else num
     if not 1 <= num <= len(data):
-        raise ValueError(f"--num {num}: {source.dataset_dir} has {len(data)} samples")
+        raise UserError(f"--num {num}: {source.dataset_dir} has {len(data)} samples")
     _claim(out, {"teacher": told, "codec": codec.fingerprint, "source": str(source.dataset_dir), **asdict(making)})
     place, captions = Layout(out), data.captions()
     mine = range(rank, num, world_size)
@@ -151,7 +152,7 @@ def solve(
 def to_uint8(pixels: Tensor, whose: str) -> np.ndarray:
     """B T H W 3 of pixels B 3 T H W in -1..1, made by `whose`. ValueError for what is not finite: it would look black."""
     if not bool(pixels.isfinite().all()):
-        raise ValueError(
+        raise UserError(
             f"{whose}: answers numbers that are not finite. Its weights or its codec's are damaged, or the precision is too "
             "small for them. Nothing of these clips was written"
         )
@@ -171,15 +172,15 @@ def asked(
 ) -> Making:
     """What a command line says, read and checked."""
     if sampler not in get_args(SamplerName):
-        raise ValueError(f"--sampler is one of {', '.join(get_args(SamplerName))}, not {sampler!r}")
+        raise UserError(f"--sampler is one of {', '.join(get_args(SamplerName))}, not {sampler!r}")
     if quality != "lossless" and not quality.isdigit():
-        raise ValueError(f"--quality is 'lossless' or a CRF from 0 to 51, not {quality!r}")
+        raise UserError(f"--quality is 'lossless' or a CRF from 0 to 51, not {quality!r}")
     at: tuple[float, ...] = ()
     if path_times is not None:
         try:
             at = tuple(float(part) for part in path_times.split(","))
         except ValueError:
-            raise ValueError(f"--path-times takes numbers with commas between, not {path_times!r}") from None
+            raise UserError(f"--path-times takes numbers with commas between, not {path_times!r}") from None
         if len(at) == 1 and at[0] > 1 and at[0].is_integer():  # not times, but their number
             at = tuple(floats(times.shifted(int(at[0]), student_shift)))
     how: Any = sampler
@@ -219,13 +220,13 @@ def _claim(out: Path, about: dict[str, object]) -> None:
         before = read_json(path, f"Remove {out} and make its pairs again")
         other = [f"{key} {before.get(key)!r}, not {about[key]!r}" for key in about if before.get(key) != about[key]]
         if other:
-            raise ValueError(f"{out}: holds pairs made otherwise: {'; '.join(other)}. Choose another --out, or remove it")
+            raise UserError(f"{out}: holds pairs made otherwise: {'; '.join(other)}. Choose another --out, or remove it")
         return
     if out.is_dir() and any(not entry.name.startswith(".") for entry in list(out.iterdir())):
         if path.is_file():  # another rank has just marked it
             _claim(out, about)
             return
-        raise ValueError(f"{out}: is not empty and has no {ABOUT}. Choose a new folder for --out")
+        raise UserError(f"{out}: is not empty and has no {ABOUT}. Choose a new folder for --out")
     with replacing(path, shared=True) as beside:  # every rank does, at about the same moment
         beside.write_text(json.dumps(about, indent=1) + "\n")
 

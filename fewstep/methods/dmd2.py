@@ -26,6 +26,7 @@ from fewstep.diffusion import Denoiser, Path, Prediction, Rng, StudentSampler, f
 from fewstep.diffusion.path import AnyPath, spread
 from fewstep.diffusion.prediction import Kind
 from fewstep.diffusion.rollout import Renoise
+from fewstep.errors import UserError
 from fewstep.methods.contract import Nets, Reduction, Terms, Turn, free_mask, reduced
 from fewstep.methods.gan import Gan
 from fewstep.methods.given import problems_of, with_given
@@ -158,7 +159,7 @@ class DMD2:
         the second part at noise of its own. Each part is normalised at its own noise, this one by the guided answer."""
         assert self.guidance_times is not None
         if batch.negative is None:
-            raise ValueError(f"guidance w = {self.guidance} needs a negative condition, but the batch has none (w = 1 is off)")
+            raise UserError(f"guidance w = {self.guidance} needs a negative condition, but the batch has none (w = 1 is off)")
         t = self.guidance_times.draw(rng, path).to(sample.device)
         x_t = path.add_noise(sample, rng.normal_like(sample), t)
         both = on_path(nets.teacher, path)(torch.cat([x_t, x_t]), torch.cat([t, t]), join(batch.cond, batch.negative))

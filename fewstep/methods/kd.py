@@ -19,6 +19,7 @@ from fewstep.config import kind
 from fewstep.diffusion import Path, Rng, StudentSampler, on_path
 from fewstep.diffusion.path import AnyPath, floats
 from fewstep.diffusion.rollout import Renoise, start
+from fewstep.errors import UserError
 from fewstep.methods.contract import Nets, Reduction, Terms, Turn, free_mask, reduced
 from fewstep.methods.given import problems_of, with_given
 
@@ -90,7 +91,7 @@ def aligned(wanted: Tensor, path_times: Tensor, tolerance: float = 1e-4) -> Tens
     wrong = (nearest > tolerance * wanted).any(-1)
     if bool(wrong.any()):
         row = int(wrong.int().argmax())
-        raise ValueError(
+        raise UserError(
             f"t_list {[round(t, 6) for t in floats(wanted)]} does not align with the stored path, whose states are at "
             f"{[round(t, 6) for t in floats(path_times[row])]} (row {row} of this batch). Choose "
             "method.t_list among these times, or make the pairs anew with these (data.path_times)"

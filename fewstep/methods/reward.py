@@ -19,6 +19,7 @@ from torch import Tensor
 from fewstep.batch import Batch, Condition
 from fewstep.config import OneOf, kind
 from fewstep.diffusion import Path
+from fewstep.errors import UserError
 from fewstep.methods.dmd2 import DMD2
 
 
@@ -40,7 +41,7 @@ class Motion:
 
     def __call__(self, x0: Tensor, cond: Condition) -> Tensor:
         if x0.ndim != 5 or x0.shape[2] < 2:
-            raise ValueError(f"reward 'motion' needs clips of two latent frames or more, B C T H W, not {tuple(x0.shape)}")
+            raise UserError(f"reward 'motion' needs clips of two latent frames or more, B C T H W, not {tuple(x0.shape)}")
         return (x0[:, :, 1:] - x0[:, :, :-1]).abs().mean((1, 2, 3, 4))
 
 
@@ -53,7 +54,7 @@ class Toward:
 
     def __call__(self, x0: Tensor, cond: Condition) -> Tensor:
         if x0.shape[1] != len(self.direction):
-            raise ValueError(f"reward.direction has {len(self.direction)} entries for data of {x0.shape[1]} channels")
+            raise UserError(f"reward.direction has {len(self.direction)} entries for data of {x0.shape[1]} channels")
         weights = torch.tensor(self.direction, dtype=x0.dtype, device=x0.device)
         return x0.flatten(2).mean(2) @ weights if x0.ndim > 2 else x0 @ weights
 

@@ -19,6 +19,7 @@ from fewstep.config import kind
 from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow, Rng
 from fewstep.diffusion.path import AnyPath, spread, working_dtype
 from fewstep.diffusion.prediction import coefficients_for
+from fewstep.errors import UserError
 from fewstep.networks.contract import refuse_cache
 
 
@@ -39,7 +40,7 @@ class GaussianMixture:
     ):
         self.means = torch.as_tensor(means, dtype=torch.float64)
         if self.means.ndim < 2:
-            raise ValueError(f"means must be (components, *shape), but has shape {tuple(self.means.shape)}")
+            raise UserError(f"means must be (components, *shape), but has shape {tuple(self.means.shape)}")
         num, ones = len(self.means), [1] * (self.means.ndim - 1)
         stds = torch.as_tensor(stds, dtype=torch.float64)
         self.stds = (stds.reshape(-1, *ones) if stds.ndim <= 1 else stds).expand_as(self.means)
@@ -49,7 +50,7 @@ class GaussianMixture:
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
         for name, value in (("weights", self.weights), ("labels", self.labels)):
             if value is not None and len(value) != num:
-                raise ValueError(f"{name} has {len(value)} entries for {num} components")
+                raise UserError(f"{name} has {len(value)} entries for {num} components")
         self.path: Path = RectifiedFlow() if path is None else path
         self.module = nn.Module()  # nothing to train
         self.blocks: tuple[nn.Module, ...] = ()
@@ -58,7 +59,7 @@ class GaussianMixture:
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
     ) -> Prediction:
         if taps:
-            raise ValueError("a Gaussian mixture has no blocks to tap")
+            raise UserError("a Gaussian mixture has no blocks to tap")
         x = x_t.to(working_dtype(x_t))
         posterior, centred, variance = self._posterior(x, t, cond)
         a, s, da, ds = (c.unsqueeze(1) if c.ndim else c for c in coefficients_for(self.path, t, x))
@@ -91,7 +92,7 @@ class GaussianMixture:
         Each axis keeps its place in units of its own spread: x0 = m + c (x_t - a m) / sqrt(a^2 c^2 + s^2).
         """
         if len(self.means) != 1:
-            raise ValueError(f"the ODE of a mixture has no closed form: this one has {len(self.means)} components")
+            raise UserError(f"the ODE of a mixture has no closed form: this one has {len(self.means)} components")
         a, s, _, _ = coefficients_for(self.path, t, x_t)
         mean, std = self.means[0].to(x_t), self.stds[0].to(x_t)
         return mean + std * (x_t - a * mean) / torch.sqrt(a**2 * std**2 + s**2)
@@ -112,7 +113,7 @@ class GaussianMixture:
         if not bool(allowed.any(1).all()):
             wrong = sorted(set(label[~allowed.any(1)].tolist()))
             known = sorted(set(self.labels.tolist()))
-            raise ValueError(f"label {wrong} is no class of this mixture, which has {known}, and -1")
+            raise UserError(f"label {wrong} is no class of this mixture, which has {known}, and -1")
         return torch.where(allowed, log_weights, float("-inf"))
 
     def _log_joint(self, x: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor, Tensor]:

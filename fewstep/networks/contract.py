@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fewstep.batch import Condition
 from fewstep.config import OneOf
 from fewstep.diffusion import Cache, Denoiser, Path, Prediction, RectifiedFlow
+from fewstep.errors import UserError
 
 
 class Network(Denoiser, Protocol):
@@ -52,7 +53,7 @@ class NoDenoiser:
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
     ) -> Prediction:
-        raise ValueError(f"{self.name} denoises nothing: it belongs to method=autoencode")
+        raise UserError(f"{self.name} denoises nothing: it belongs to method=autoencode")
 
     def new_cache(self, like: Tensor) -> Cache:
         return refuse_cache(self.name)
@@ -62,4 +63,4 @@ AnyNetwork = Annotated[NetworkSpec, OneOf("network")]  # a field that holds the 
 
 
 def refuse_cache(name: str) -> Cache:
-    raise ValueError(f"{name} is not causal: every frame sees every other, so finished frames cannot be cached")
+    raise UserError(f"{name} is not causal: every frame sees every other, so finished frames cannot be cached")

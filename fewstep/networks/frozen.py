@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fewstep.batch import Condition
 from fewstep.diffusion import Cache, Path, Prediction
+from fewstep.errors import UserError
 from fewstep.networks.contract import Network
 
 
@@ -29,7 +30,7 @@ class Offloaded:
     def __post_init__(self) -> None:
         for parameter in self.inner.module.parameters():
             if parameter.requires_grad:
-                raise ValueError("a network that is trained cannot be kept on the CPU between its calls")
+                raise UserError("a network that is trained cannot be kept on the CPU between its calls")
             home = parameter.data.cpu()
             self._home[parameter] = home.pin_memory() if self.device.type == "cuda" else home
             parameter.data = self._home[parameter]
@@ -79,7 +80,7 @@ def to_8bit(modules: Iterable[nn.Module]) -> int:
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             "trainer.frozen=8bit needs torchao: pip install 'fewstep[eight-bit]', or set trainer.frozen=compute"
         ) from error
     count = 0

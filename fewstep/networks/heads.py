@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from fewstep.config import OneOf, kind
 from fewstep.diffusion.path import working_dtype
+from fewstep.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,11 @@ class Head:
 
     def __call__(self, features: Sequence[Tensor]) -> Tensor:
         if len(features) != len(self.taps):
-            raise ValueError(f"this head reads {len(self.taps)} blocks (networks.head.taps), but was given {len(features)}")
+            raise UserError(f"this head reads {len(self.taps)} blocks (networks.head.taps), but was given {len(features)}")
         for feature in features:
             width = feature.shape[-1 if feature.ndim == 3 else 1]
             if width != self.channels:
-                raise ValueError(
+                raise UserError(
                     f"networks.head.channels is {self.channels}, but the features of the blocks it reads have {width} channels "
                     f"(shape {tuple(feature.shape)}): set networks.head.channels={width}"
                 )
@@ -151,7 +152,7 @@ def _video(feature: Tensor, head: str) -> Tensor:
     if feature.ndim == 4:
         return feature[:, :, None]
     if feature.ndim != 5:
-        raise ValueError(
+        raise UserError(
             f"networks.head={head} needs features on a grid, B C T H W or B C H W, but they are {tuple(feature.shape)}: "
             "choose attention, query or multiscale"
         )
@@ -173,7 +174,7 @@ def _shown(feature: Tensor, first_frame: int, module: nn.Module) -> Tensor:
     """The frames that are looked at, in the type of the head's weights."""
     if first_frame and feature.ndim == 5:
         if first_frame >= feature.shape[2]:
-            raise ValueError(f"networks.head.first_frame is {first_frame}, but the features have {feature.shape[2]} frames")
+            raise UserError(f"networks.head.first_frame is {first_frame}, but the features have {feature.shape[2]} frames")
         feature = feature[:, :, first_frame:]
     return feature.to(next(module.parameters()).dtype)
 
@@ -193,7 +194,7 @@ class _Conv3d(nn.Module):
     def forward(self, feature: Tensor) -> Tensor:
         feature = _video(feature, "conv3d")
         if feature.shape[2] < self.kernel[0] or min(feature.shape[3:]) + 2 < max(self.kernel[1:]):
-            raise ValueError(
+            raise UserError(
                 f"networks.head.kernel {self.kernel} does not fit features of {tuple(feature.shape[2:])} frames, height, width"
             )
         h = functional.leaky_relu(self.norm(self.enter(feature)), 0.2)

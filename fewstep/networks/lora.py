@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fewstep.batch import Condition
 from fewstep.config import kind
 from fewstep.diffusion import Cache, Path, Prediction
+from fewstep.errors import UserError
 from fewstep.networks.contract import Network
 
 
@@ -75,7 +76,7 @@ class Backbone:
         own = _matching(module, config.train, f"networks.{role}.train") if config.train else []
         clash = [name for name in own if any(_below(name, target) or _below(target, name) for target in names)]
         if clash:
-            raise ValueError(f"networks.{role}.train: {clash[0]} has an adapter already; take it out of targets or of train")
+            raise UserError(f"networks.{role}.train: {clash[0]} has an adapter already; take it out of targets or of train")
         if names:
             # peft would tell us that the module has adapters already, which is what we want.
             module.__dict__.pop("peft_config", None)
@@ -181,12 +182,12 @@ def target_names(network: Network, targets: Sequence[str] | None, key: str) -> l
         found = _matching(module, targets, key) if targets else []
         wrong = [name for name in found if name not in linear]
         if wrong:
-            raise ValueError(f"{key}: {wrong[0]} is no Linear layer: adapters are for those; put it into train instead")
+            raise UserError(f"{key}: {wrong[0]} is no Linear layer: adapters are for those; put it into train instead")
         return found
     inside = {id(layer) for block in network.blocks for layer in block.modules()}
     found = [name for name in linear if id(module.get_submodule(name)) in inside]
     if not found:
-        raise ValueError(
+        raise UserError(
             f"{key}: this network has no Linear layer in its blocks, so there is nothing to adapt. An analytic teacher has no "
             "weights at all: give the role a network of its own (full)"
         )
@@ -210,7 +211,7 @@ def _matching(module: nn.Module, endings: Sequence[str], key: str) -> list[str]:
 
             last = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
             near = difflib.get_close_matches(ending.rsplit(".", 1)[-1], last, 3, 0.4) or last[:8]
-            raise ValueError(f"{key}: no layer of this network is called '{ending}' or ends in it; there are {', '.join(near)}")
+            raise UserError(f"{key}: no layer of this network is called '{ending}' or ends in it; there are {', '.join(near)}")
         found += [name for name in some if name not in found]
     return [name for name in names if name in set(found)]
 
@@ -264,7 +265,7 @@ def extract(base: Mapping[str, Tensor], full: Mapping[str, Tensor], targets: Ite
     """
     if base.keys() != full.keys():
         odd = sorted(base.keys() ^ full.keys())
-        raise ValueError(
+        raise UserError(
             f"a LoRA is extracted from weights of the same network; these differ in {odd[0]} and {len(odd) - 1} more"
         )
     adapters: dict[str, Tensor] = {}
@@ -319,14 +320,14 @@ def merged(base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scale: fl
     out = dict(base)
     for name in adapted_layers(adapters):
         if f"{name}.weight" not in base:
-            raise ValueError(f"the adapters are for another network: it has no layer '{name}'")
+            raise UserError(f"the adapters are for another network: it has no layer '{name}'")
         weight = base[f"{name}.weight"]
         exact = torch.promote_types(weight.dtype, torch.float32)
         low_rank = adapters[name + UP].to(exact) @ adapters[name + DOWN].to(exact)
         out[f"{name}.weight"] = (weight.to(exact) + scale * low_rank).to(weight.dtype)
     for name, tensor in own_layers(adapters).items():
         if name not in base:
-            raise ValueError(f"the adapters are for another network: it has no tensor '{name}'")
+            raise UserError(f"the adapters are for another network: it has no tensor '{name}'")
         out[name] = tensor.to(base[name].dtype)
     return out
 
@@ -373,7 +374,7 @@ def as_kohya(adapters: Mapping[str, Tensor], scale: float = 1.0, prefix: str = "
 def _refuse_own(adapters: Mapping[str, Tensor], where: str) -> None:
     own = list(own_layers(adapters))
     if own:
-        raise ValueError(
+        raise UserError(
             f"{where} holds low-rank adapters only, and this role trained {len(own)} tensors in full besides ({own[0]}, ...): "
             "export it merged"
         )

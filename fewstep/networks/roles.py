@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fewstep.config import OneOf, kind
+from fewstep.errors import UserError
 from fewstep.networks.contract import AnyNetwork, Network
 from fewstep.networks.families.wan.experts import ExpertsSpec, for_each
 from fewstep.networks.heads import AnyHead
@@ -67,17 +68,17 @@ def build(config: Networks, roles: Iterable[str], seed: int) -> dict[str, Networ
             continue  # after the others: a full role is a copy of the teacher as it was
         if role == "teacher":
             if teacher is None:
-                raise ValueError("networks.teacher: this method asks a teacher, but none is configured")
+                raise UserError("networks.teacher: this method asks a teacher, but none is configured")
             nets[role] = teacher
         elif role == "head":
             if config.head is None:
-                raise ValueError("networks.head: this method trains a discriminator, but none is configured")
+                raise UserError("networks.head: this method trains a discriminator, but none is configured")
             nets[role] = _built(config.head, role, seed)  # no Denoiser, but with a module to place, train and save
         else:
             nets[role] = _role(getattr(config, role), config, teacher, role, seed)
     if adapted:
         if teacher is None:
-            raise ValueError(f"networks.{adapted[0]}: adapters lie over the teacher's weights, and there is no teacher")
+            raise UserError(f"networks.{adapted[0]}: adapters lie over the teacher's weights, and there is no teacher")
         nets |= _adapted({role: getattr(config, role) for role in adapted}, teacher, seed)
         if "teacher" in nets:
             shared = nets[adapted[0]]
@@ -128,7 +129,7 @@ def wholes(nets: Mapping[str, Network]) -> list[Whole]:
 
 def _role(role: Role, config: Networks, teacher: Network | None, name: str, seed: int) -> Network:
     if role.network is None and teacher is None:
-        raise ValueError(f"networks.{name}: has no network of its own, and there is no teacher to take after")
+        raise UserError(f"networks.{name}: has no network of its own, and there is no teacher to take after")
     if role.network is None and role.init == "teacher":
         assert teacher is not None
         return twin_of(teacher)
@@ -138,7 +139,7 @@ def _role(role: Role, config: Networks, teacher: Network | None, name: str, seed
     if role.init != "teacher":
         weights = read(role.init, network.module)
     elif teacher is None:
-        raise ValueError(f"networks.{name}.init: is teacher, and there is none: give a weights address, or random")
+        raise UserError(f"networks.{name}.init: is teacher, and there is none: give a weights address, or random")
     else:
         weights = teacher.module.state_dict()
     load_into(network.module, for_each(network, weights), f"{role.init} (networks.{name}.init)")

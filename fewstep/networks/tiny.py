@@ -21,6 +21,7 @@ from fewstep.config import kind
 from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import AnyPath, spread, working_dtype
 from fewstep.diffusion.prediction import coefficients_for, keep_given
+from fewstep.errors import UserError
 from fewstep.networks.contract import refuse_cache
 
 
@@ -38,7 +39,7 @@ class Tiny:
     ) -> Prediction:
         wrong = [tap for tap in taps if not 0 <= tap < len(self.blocks)]
         if wrong:
-            raise ValueError(f"tap {wrong[0]} is no block of this network, whose blocks are 0 .. {len(self.blocks) - 1}")
+            raise UserError(f"tap {wrong[0]} is no block of this network, whose blocks are 0 .. {len(self.blocks) - 1}")
         x = x_t.to(working_dtype(x_t))
         mask = None if cond.frame_mask is None else cond.frame_mask.to(x)
         a, s, _, _ = self.path.coefficients(t)

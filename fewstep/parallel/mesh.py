@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fewstep.errors import UserError
+
 
 @dataclass(frozen=True)
 class World:
@@ -66,9 +68,9 @@ def join_world(
     local = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if on_gpu and not torch.cuda.is_available():
-        raise ValueError("parallel.device=cuda, but torch sees no GPU here; set parallel.device=cpu or auto")
+        raise UserError("parallel.device=cuda, but torch sees no GPU here; set parallel.device=cpu or auto")
     if on_gpu and local >= torch.cuda.device_count():
-        raise ValueError(
+        raise UserError(
             f"this is process {local + 1} of its machine, which has {torch.cuda.device_count()} GPU(s): start torchrun with "
             f"--nproc_per_node={torch.cuda.device_count()}, or set parallel.device=cpu"
         )
@@ -79,7 +81,7 @@ def join_world(
         return World(0, 1, place, None)
     replicas = num_replicas or 1
     if size % replicas:
-        raise ValueError(f"parallel.num_replicas={replicas} does not divide the {size} processes of this run")
+        raise UserError(f"parallel.num_replicas={replicas} does not divide the {size} processes of this run")
     if not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
     mesh = init_device_mesh(place.type, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))

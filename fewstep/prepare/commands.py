@@ -8,6 +8,7 @@ from typing import Any, cast, get_args
 import torch
 
 from fewstep.data.folder.dataset import Folder
+from fewstep.errors import UserError
 from fewstep.prepare import latents as latents_
 from fewstep.prepare import text as text_
 
@@ -26,7 +27,7 @@ def text(
 
     _refuse_unknown("--form", form, get_args(text_.Form))
     if "/" in into or into.startswith("."):
-        raise ValueError(f"--into names a folder in {folder}, t5_xxl for instance, not {into!r}")
+        raise UserError(f"--into names a folder in {folder}, t5_xxl for instance, not {into!r}")
     opened = open_text_encoder(encoder, max_tokens=max_tokens, device=device or _best_device())
     told = text_.write(folder, opened, folder=into, prompt=prompt, form=cast(text_.Form, form))
     if negative is not None:
@@ -73,7 +74,7 @@ def controls(
         maker = controls_.OfDepthModel(model, device or _best_device(), quality=best)
     else:
         ways = {"depth": "--model with a Depth-Anything model of transformers, or --from", "keypoint": "--from"}
-        raise ValueError(f"--type {type} needs {ways.get(type, '--from')} with a folder of files, one for each clip")
+        raise UserError(f"--type {type} needs {ways.get(type, '--from')} with a folder of files, one for each clip")
     told = controls_.write(folder, maker)
     kept = f", {told.kept} that were there before are left as they are" if told.kept else ""
     return f"{folder / type}: {told.num} clips, {told.made} of them new{kept}"
@@ -90,13 +91,13 @@ def _quality(text: str | None) -> Any:  # crf, "lossless" or None
     if text is None or text == "lossless":
         return text
     if not text.isdigit() or int(text) > 51:
-        raise ValueError(f"--quality is lossless, or a crf from 0 (best) to 51, not {text!r}")
+        raise UserError(f"--quality is lossless, or a crf from 0 (best) to 51, not {text!r}")
     return int(text)
 
 
 def _refuse_unknown(option: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ValueError(f"{option} is one of {', '.join(known)}, not {value!r}")
+        raise UserError(f"{option} is one of {', '.join(known)}, not {value!r}")
 
 
 def _best_device() -> str:

@@ -26,6 +26,7 @@ from fewstep.data.controls import Edge, Pixels, Preset, Vis, seed_of
 from fewstep.data.files import arrays, keypoints, masks, video
 from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout, some
+from fewstep.errors import UserError
 from fewstep.prepare.latents import ahead_of, hash_of
 from fewstep.prepare.ledger import NAME, Ledger
 from fewstep.prepare.progress import tracked
@@ -73,7 +74,7 @@ def write(dataset_dir: str | Path, maker: Maker, ahead: int = 2) -> Told:
     part = layout.control(maker.type, ".mp4" if maker.type in ("edge", "vis", "depth") else ".pickle")
     clips = place.files(layout.VIDEOS)
     if not clips:
-        raise ValueError(f"{place.root}: has no {place.named(layout.VIDEOS)} to make controls of")
+        raise UserError(f"{place.root}: has no {place.named(layout.VIDEOS)} to make controls of")
     path = place.root / maker.type / NAME if place.form == "flat" else place.root / f"{NAME}.{maker.type}"
     made = kept = 0
     failed: list[str] = []
@@ -99,7 +100,7 @@ def write(dataset_dir: str | Path, maker: Maker, ahead: int = 2) -> Told:
             kept += state == "foreign"
             failed += [content] if state == "failed" else []
     if failed:
-        raise ValueError(f"{place.root}: {len(failed)} of {len(clips)} failed, the others are done: {some(failed, 3)}")
+        raise UserError(f"{place.root}: {len(failed)} of {len(clips)} failed, the others are done: {some(failed, 3)}")
     return Told(len(clips), made, kept)
 
 
@@ -111,7 +112,7 @@ class OfFrames:
 
     def __init__(self, type: Literal["edge", "vis"], preset: Preset = "medium", quality: video.Quality | None = None):
         if preset not in (*get_args(get_args(Preset)[0]), "random"):
-            raise ValueError(f"there is no preset {preset!r}; one of none, very_low, low, medium, high, very_high, random")
+            raise UserError(f"there is no preset {preset!r}; one of none, very_low, low, medium, high, very_high, random")
         self.type: Type = type
         self.control = Edge(preset) if type == "edge" else Vis(preset)
         self.quality: video.Quality | None = quality
@@ -142,7 +143,7 @@ class OfDepthModel:
         try:
             model = AutoModelForDepthEstimation.from_pretrained(address)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{address}: no depth model of transformers: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{address}: no depth model of transformers: {str(error).splitlines()[0]}") from None
         self.model: nn.Module = model.to(device).eval().requires_grad_(False)
         self.processor, self.device, self.at_once = _depth_processor(address), device, at_once
         self.quality: video.Quality | None = quality
@@ -182,9 +183,9 @@ class OfFiles:
 
     def __init__(self, type: Type, folder: Path, metric: bool = False, quality: video.Quality | None = None):
         if type not in _FROM:
-            raise ValueError(f"--from is for {', '.join(_FROM)}, not {type}: that is made from the frames")
+            raise UserError(f"--from is for {', '.join(_FROM)}, not {type}: that is made from the frames")
         if not folder.is_dir():
-            raise ValueError(f"--from {folder}: no such folder")
+            raise UserError(f"--from {folder}: no such folder")
         self.type: Type = type
         self.folder, self.metric = folder, metric
         self.quality: video.Quality | None = quality
@@ -195,7 +196,7 @@ class OfFiles:
         found = [self.folder / f"{stem}{suffix}" for suffix in suffixes if (self.folder / f"{stem}{suffix}").is_file()]
         if len(found) != 1:
             what = "no file" if not found else "more than one file"
-            raise ValueError(f"--from {self.folder}: has {what} for {stem}; wanted is one of {', '.join(suffixes)}")
+            raise UserError(f"--from {self.folder}: has {what} for {stem}; wanted is one of {', '.join(suffixes)}")
         return found[0]
 
     def work(self, stem: str, clip: Path) -> Any:
@@ -205,7 +206,7 @@ class OfFiles:
             own = video.probe(path)
             _refuse_other_length(path, own.num_frames, header)
             if own.size != header.size:
-                raise ValueError(f"{path}: is {own.height} x {own.width}, its clip {header.height} x {header.width}")
+                raise UserError(f"{path}: is {own.height} x {own.width}, its clip {header.height} x {header.width}")
             return video.read(path)
         if path.suffix == ".pickle":
             self._refuse_other_pickle(path, header)
@@ -214,14 +215,14 @@ class OfFiles:
         _refuse_other_length(path, len(array), header)
         if self.type == "keypoint":
             if array.ndim != 4 or array.shape[2:] != (133, 3):
-                raise ValueError(f"{path}: has shape {array.shape}, where (frames, people, 133, 3) is wanted")
+                raise UserError(f"{path}: has shape {array.shape}, where (frames, people, 133, 3) is wanted")
             return {t: [_person(body) for body in people] for t, people in enumerate(array)}
         if array.shape[1:] != header.size:
-            raise ValueError(f"{path}: has shape {array.shape}, its clip {(header.num_frames, *header.size)}")
+            raise UserError(f"{path}: has shape {array.shape}, its clip {(header.num_frames, *header.size)}")
         if self.type == "depth":
             return video.Frames(grey_of_inverse(_inverse(path, array, self.metric)), header.fps)
         if array.dtype.kind not in "iub":
-            raise ValueError(f"{path}: holds {array.dtype}; a label map has a whole number for each pixel, 0 for nothing")
+            raise UserError(f"{path}: holds {array.dtype}; a label map has a whole number for each pixel, 0 for nothing")
         return [(f"object {label}", array == label) for label in np.unique(array) if label != 0]
 
     def write(self, path: Path, made: Any) -> None:
@@ -269,7 +270,7 @@ def grey_of_inverse(inverse: NDArray[np.floating]) -> Pixels:
 def _inverse(path: Path, array: NDArray[Any], metric: bool) -> NDArray[np.float64]:
     values = array.astype(np.float64)
     if not np.isfinite(values).all() or (metric and (values <= 0).any()):
-        raise ValueError(f"{path}: depth must be finite{' and above 0, in metres' if metric else ''}. Fill its holes first")
+        raise UserError(f"{path}: depth must be finite{' and above 0, in metres' if metric else ''}. Fill its holes first")
     return 1 / values if metric else values
 
 
@@ -281,7 +282,7 @@ def _person(body: NDArray[Any]) -> dict[str, Any]:
 
 def _refuse_other_length(path: Path, num: int, header: video.Header) -> None:
     if num != header.num_frames:
-        raise ValueError(f"{path}: has {num} frames, its clip {header.num_frames}. Every frame needs its control")
+        raise UserError(f"{path}: has {num} frames, its clip {header.num_frames}. Every frame needs its control")
 
 
 def _depth_processor(address: str) -> Any:  # an image processor: they have no common type

@@ -23,6 +23,7 @@ from fewstep.data.files.packs import Label, Writer
 from fewstep.data.folder.dataset import Folder, FolderData, layout
 from fewstep.data.folder.layout import some
 from fewstep.data.folder.samples import Sample
+from fewstep.errors import UserError
 from fewstep.networks.encoders.codecs import Codec
 from fewstep.prepare.progress import tracked
 
@@ -47,10 +48,10 @@ def write(data: Folder, codec: Codec, *, dtype: Half = "float16", device: torch.
     made with another codec or other settings, and a disk without room. A clip that cannot be decoded is told of at the end.
     """
     if data.x0 != "pixels" or data.pairs or data.text is not None:
-        raise ValueError("latents are made of pixels alone: x0=pixels, no text, no pairs")
+        raise UserError("latents are made of pixels alone: x0=pixels, no text, no pairs")
     opened = replace(data, ram_gib=0.0).open()
     if opened.layout.form != "flat":
-        raise ValueError(f"{data.dataset_dir}: has a folder for each sample; latents are cached for folders with videos/ alone")
+        raise UserError(f"{data.dataset_dir}: has a folder for each sample; latents are cached for folders with videos/ alone")
     hashes, told = dict[Path, str](), Told(0, 0, 0)
     parts: list[tuple[str, Callable[[Batch], Tensor | None]]] = [("videos", lambda batch: batch.x0)]
     if data.control is not None:
@@ -71,7 +72,7 @@ def control_named(name: str) -> Any:  # whatever is registered under that name
     """The control of that name with its defaults."""
     known = choices("control")
     if name not in known:
-        raise ValueError(f"there is no control {name!r}; one of {', '.join(sorted(known))}")
+        raise UserError(f"there is no control {name!r}; one of {', '.join(sorted(known))}")
     return known[name]()
 
 
@@ -120,7 +121,7 @@ def _write_part(
             else:
                 writer.put(label, lambda frames=frames: encode(frames))
     if failed:
-        raise ValueError(
+        raise UserError(
             f"{data.layout.root}: {len(failed)} of {len(labels)} could not be encoded, the others are done: {some(failed, 3)}"
         )
     return Told(len(labels), writer.made, dropped)
@@ -172,7 +173,7 @@ def _refuse_full_disk(root: Path, num: int, shape: Sequence[int]) -> None:
     needed = num * 2 * 2 * torch.Size(shape).numel()
     free = shutil.disk_usage(root).free
     if needed > free:
-        raise ValueError(f"{root}: {num} latents of {tuple(shape)} need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
+        raise UserError(f"{root}: {num} latents of {tuple(shape)} need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
 
 
 def ahead_of(do: Callable[[_Item], _Answer], items: Iterable[_Item], num: int) -> Iterator[_Answer]:

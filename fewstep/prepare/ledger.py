@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from fewstep.errors import UserError
+
 NAME = ".made.jsonl"
 
 
@@ -34,7 +36,7 @@ class Ledger:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"{self.path.parent}: another process writes here. Wait for it, or end it") from None
+                raise UserError(f"{self.path.parent}: another process writes here. Wait for it, or end it") from None
             self._read()
         except BaseException:
             self._file.close()
@@ -69,14 +71,14 @@ class Ledger:
             lines = {str(row["name"]): str(row["content"]) for row in rows[1:]}
             made_from = dict(rows[0]["made_from"]) if rows else self.made_from
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: damaged ({error!r}). Remove it: files that are there are then kept as yours"
             ) from None
         there = [name for name in lines if self.file_of(name).is_file()]
         if rows and made_from != self.made_from and there:
             keys = sorted(key for key in made_from | self.made_from if made_from.get(key) != self.made_from.get(key))
             told = ", ".join(f"{key} {made_from.get(key)!r}, not {self.made_from.get(key)!r}" for key in keys)
-            raise ValueError(
+            raise UserError(
                 f"{self.path.parent}: {len(there)} files were made with {told}. Ask for what they were made with, write to "
                 "another folder, or remove them"
             )

@@ -24,6 +24,7 @@ from fewstep.data.files.packs import Packs, has_packs, open_packs
 from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout, Part, some
 from fewstep.data.shards import FORMAT, INDEX, filesystem
+from fewstep.errors import UserError
 from fewstep.prepare.progress import tracked
 
 _SUFFIXES = (".pickle", ".safetensors", ".npy")  # of files beside the folders that are copied: a negative prompt
@@ -84,9 +85,9 @@ def write(dataset_dir: str | Path, url: str, *, parts: Sequence[str] | None = No
     """
     place = Layout.open(dataset_dir)
     if place.form != "flat":
-        raise ValueError(f"{place.root}: has a folder for each sample; shards are written of folders with videos/ or latents/")
+        raise UserError(f"{place.root}: has a folder for each sample; shards are written of folders with videos/ or latents/")
     if shard_bytes < 1:
-        raise ValueError(f"a shard has at least one byte, not {shard_bytes}")
+        raise UserError(f"a shard has at least one byte, not {shard_bytes}")
     fs, root = filesystem(url)
     samples = _sources(place, parts)
     names = tuple(source.part for source in next(iter(samples.values())))
@@ -95,9 +96,9 @@ def write(dataset_dir: str | Path, url: str, *, parts: Sequence[str] | None = No
     changed = [key for key, value in settings.items() if before is not None and before.get(key) != value]
     if before is not None and changed:
         told = ", ".join(f"{key} {before.get(key)}, not {settings[key]}" for key in changed)
-        raise ValueError(f"{url}: holds shards with {told}. Choose another --out, or remove them")
+        raise UserError(f"{url}: holds shards with {told}. Choose another --out, or remove them")
     if before is None and fs.exists(f"{root}/000000.tar"):
-        raise ValueError(f"{url}: holds tars of someone else. Choose another --out")
+        raise UserError(f"{url}: holds tars of someone else. Choose another --out")
     fs.makedirs(root, exist_ok=True)
     groups = list(_grouped(samples, shard_bytes))
     shards, made = [f"{number:06d}" for number in range(len(groups))], 0
@@ -136,12 +137,12 @@ def _sources(place: Layout, wanted: Sequence[str] | None) -> dict[str, list[_Sou
     folders = sorted(path.name for path in place.root.iterdir() if path.is_dir() and not path.name.startswith("."))
     unknown = sorted(set(wanted or ()) - set(folders))
     if unknown:
-        raise ValueError(f"{place.root}: has no {', '.join(unknown)}; it holds {some(folders, 20)}")
+        raise UserError(f"{place.root}: has no {', '.join(unknown)}; it holds {some(folders, 20)}")
     found = {name: _of_part(place, name) for name in folders if wanted is None or name in wanted}
     found = {name: sources for name, sources in found.items() if sources}
     lead = next((name for name in (layout.VIDEOS.folder, layout.LATENTS.folder) if name in found), None)
     if lead is None:
-        raise ValueError(f"{place.root}: has neither videos nor latents to write{' among --parts' if wanted else ''}")
+        raise UserError(f"{place.root}: has neither videos nor latents to write{' among --parts' if wanted else ''}")
     stems, problems = list(found[lead]), list[str]()
     for name, sources in found.items():
         lacking = [stem for stem in stems if stem not in sources]
@@ -153,7 +154,7 @@ def _sources(place: Layout, wanted: Sequence[str] | None) -> dict[str, list[_Sou
     if dotted:
         problems.append(f"{len(dotted)} names have a dot, which ends a WebDataset name: {some(dotted)}. Rename them")
     if problems:
-        raise ValueError("\n".join(f"{place.root}: {problem}" for problem in problems))
+        raise UserError("\n".join(f"{place.root}: {problem}" for problem in problems))
     return {stem: [found[name][stem] for name in found] for stem in stems}
 
 
@@ -164,7 +165,7 @@ def _of_part(place: Layout, name: str) -> dict[str, _Source]:
         rows = packs.by_stem()
         windows = [stem for stem, numbers in rows.items() if len(numbers) > 1]
         if windows:
-            raise ValueError(f"{folder}: its packs hold windows of clips ({some(windows)}); shards hold whole ones")
+            raise UserError(f"{folder}: its packs hold windows of clips ({some(windows)}); shards hold whole ones")
         return {stem: _Source(name, ".safetensors", folder, (packs, numbers[0])) for stem, numbers in rows.items()}
     found = place.files(_part(name))
     return {stem: _Source(name, path.name[len(stem) :], path) for stem, path in found.items()}
@@ -214,7 +215,7 @@ def _write_tar(fs: Any, path: str, stems: Sequence[str], samples: dict[str, list
                     try:
                         tar.addfile(entry, io.BytesIO(content))
                     except ValueError:
-                        raise ValueError(f"{stem}: the name is too long for a tar; shorten it") from None
+                        raise UserError(f"{stem}: the name is too long for a tar; shorten it") from None
                     begin = tar.offset - (len(content) + 511) // 512 * 512
                     members[source.part] = {"offset": begin, "size": len(content), "crc": zlib.crc32(content)}
                     members[source.part]["suffix"] = source.suffix

@@ -21,6 +21,7 @@ from fewstep.data.files.arrays import write_pickle
 from fewstep.data.files.packs import Label, Writer, has_packs
 from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout, some
+from fewstep.errors import UserError
 from fewstep.networks.encoders.text import TextEncoder
 from fewstep.prepare.ledger import NAME, Ledger
 from fewstep.prepare.progress import tracked
@@ -54,9 +55,7 @@ def write(
     named = tracked(texts.items(), len(texts), f"embedding into {folder}")
     if form == "packed":
         if place.files(part):
-            raise ValueError(
-                f"{place.root / folder}: holds single files, which packs would hide. Remove them, or --form pickle"
-            )
+            raise UserError(f"{place.root / folder}: holds single files, which packs would hide. Remove them, or --form pickle")
         labels = [Label(stem, hash_of(text)) for stem, text in texts.items()]
         with Writer(place.root / folder, made_from, lengths_differ=True) as writer:
             writer.keep_only(labels)
@@ -64,7 +63,7 @@ def write(
                 writer.put(label, lambda text=text: embed(text))
         return Told(len(texts), writer.made, 0)
     if has_packs(place.root / folder):
-        raise ValueError(f"{place.root / folder}: holds packs, which would hide single files. Remove them, or --form packed")
+        raise UserError(f"{place.root / folder}: holds packs, which would hide single files. Remove them, or --form packed")
     made = kept = 0
     with Ledger(_ledger(place, folder), made_from, lambda stem: place.file(part, stem)) as ledger:
         for stem, text in named:
@@ -90,7 +89,7 @@ def embedding(encoder: TextEncoder, text: str) -> Tensor:
     num = int(told.max()) + 1 if len(told) else 1
     tokens = found[0, :num].to("cpu", torch.float16).contiguous()
     if not bool(torch.isfinite(tokens).all()):
-        raise ValueError(
+        raise UserError(
             f"the embedding of {text[:60]!r} has numbers that float16 does not hold, up to {float(found.abs().max()):g}"
         )
     return tokens
@@ -112,7 +111,7 @@ def captions(place: Layout) -> dict[str, str]:
     if empty:
         problems.append(f"{len(empty)} of {len(stems)} captions are empty: {some(empty)}. Write one, or remove the clip")
     if problems or not stems:
-        raise ValueError("\n".join(f"{place.root}: {problem}" for problem in problems or ["has no clips and no captions"]))
+        raise UserError("\n".join(f"{place.root}: {problem}" for problem in problems or ["has no clips and no captions"]))
     return texts
 
 
@@ -134,10 +133,10 @@ def _write_prompt(place: Layout, prompt: str) -> None:
     """The same caption for every clip; one that says something else is not replaced."""
     prompt, files = prompt.strip(), place.files(layout.CAPTIONS)
     if not prompt:
-        raise ValueError("--prompt is empty: give the text that all clips have")
+        raise UserError("--prompt is empty: give the text that all clips have")
     other = [stem for stem, path in files.items() if path.read_text(encoding="utf-8", errors="replace").strip() != prompt]
     if other:
-        raise ValueError(
+        raise UserError(
             f"{place.root}: {len(other)} captions in {place.named(layout.CAPTIONS)} say something else than --prompt: "
             f"{some(other)}. Leave --prompt out to embed them, or remove them"
         )

@@ -6,6 +6,7 @@ from typing import get_args
 
 import numpy as np
 
+from fewstep.errors import UserError
 from fewstep.toyworld.physics import Colour, Event, Motion, Scene, Side, Trajectory, World
 from fewstep.toyworld.raycast import Shape
 
@@ -55,7 +56,7 @@ def words(text: str) -> list[str]:
     tokens = re.findall(r"[a-z]+|[^a-z\s]", text.lower())
     unknown = sorted(set(tokens) - set(VOCABULARY))
     if unknown:
-        raise ValueError(f"not words of the toy world: {', '.join(unknown)}. It knows: {' '.join(VOCABULARY)}")
+        raise UserError(f"not words of the toy world: {', '.join(unknown)}. It knows: {' '.join(VOCABULARY)}")
     return tokens
 
 
@@ -66,7 +67,7 @@ def read_caption(text: str) -> tuple[tuple[Mention, ...], tuple[tuple[int, int],
     for clause in first.split(","):
         match = re.fullmatch(r"a (\w+) (\w+) (.+)", clause.strip())
         if match is None:
-            raise ValueError(f"cannot read {clause.strip()!r}: expected 'a COLOUR SHAPE does something'")
+            raise UserError(f"cannot read {clause.strip()!r}: expected 'a COLOUR SHAPE does something'")
         colour, shape, does = match.groups()
         found = [
             Mention(known, kind, motion, side if "{side}" in phrase else None)
@@ -77,7 +78,7 @@ def read_caption(text: str) -> tuple[tuple[Mention, ...], tuple[tuple[int, int],
             if (colour, shape, does) == (known, kind, phrase.format(side=side))
         ]
         if not found:
-            raise ValueError(f"cannot read {clause.strip()!r}. Known words: {' '.join(VOCABULARY)}")
+            raise UserError(f"cannot read {clause.strip()!r}. Known words: {' '.join(VOCABULARY)}")
         mentions.append(found[0])
     pairs = []
     for sentence in rest:
@@ -87,7 +88,7 @@ def read_caption(text: str) -> tuple[tuple[Mention, ...], tuple[tuple[int, int],
         names = re.fullmatch(r"the (\w+) (\w+) and the (\w+) (\w+) collide", sentence)
         known = {(m.colour, m.shape): n for n, m in enumerate(mentions)}
         if names is None or (names[1], names[2]) not in known or (names[3], names[4]) not in known:
-            raise ValueError(
+            raise UserError(
                 f"cannot read {sentence!r}: expected 'they collide' or 'the COLOUR SHAPE and the COLOUR SHAPE collide'"
             )
         pairs.append((known[names[1], names[2]], known[names[3], names[4]]))

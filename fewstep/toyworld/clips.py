@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fewstep.errors import UserError
 from fewstep.toyworld import raycast
 from fewstep.toyworld.captions import caption
 from fewstep.toyworld.physics import COLOURS, Event, Scene, Trajectory, World, simulate
@@ -67,7 +68,7 @@ def stream(
     """
     wanted = list(gravity) if isinstance(gravity, Sequence) else [gravity] * len(indices)
     if len(wanted) != len(indices):
-        raise ValueError(f"gravity: one number or one for each of the {len(indices)} indices, got {len(wanted)}")
+        raise UserError(f"gravity: one number or one for each of the {len(indices)} indices, got {len(wanted)}")
     jobs = [(world, seed, index, g) for index, g in zip(indices, wanted, strict=True)]
     if workers <= 0:
         yield from map(_job, jobs)

@@ -27,6 +27,7 @@ from fewstep.data.controls import Edge, Vis, grey_of_depth
 from fewstep.data.files import keypoints, masks, video
 from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout, Part
+from fewstep.errors import UserError
 from fewstep.networks.encoders.text import open_text_encoder
 from fewstep.prepare import text
 from fewstep.prepare.progress import tracked
@@ -103,7 +104,7 @@ def _wanted(only: Iterable[str] | None) -> tuple[tuple[Part, ...], bool]:
     names, known = set(only), [part.folder for part in (*PARTS, TEXT)]
     unknown = sorted(names - set(known))
     if unknown or not names:
-        raise ValueError(f"--only: there is no {', '.join(unknown) or 'name in it'}; it takes {', '.join(known)}")
+        raise UserError(f"--only: there is no {', '.join(unknown) or 'name in it'}; it takes {', '.join(known)}")
     embeds = TEXT.folder in names
     return tuple(part for part in PARTS if part.folder in names or (embeds and part is layout.CAPTIONS)), embeds
 
@@ -111,9 +112,9 @@ def _wanted(only: Iterable[str] | None) -> tuple[tuple[Part, ...], bool]:
 def _claimed(out: Path, num: int, seed: int, world: World) -> tuple[Layout, _Labels]:
     """The folder, marked as this series' own before the first clip is written, and the labels it has already."""
     if num < 1:
-        raise ValueError(f"--num must be at least 1, not {num}")
+        raise UserError(f"--num must be at least 1, not {num}")
     if seed < 0:
-        raise ValueError(f"--seed must not be negative, as {seed} is")
+        raise UserError(f"--seed must not be negative, as {seed} is")
     path, num_before, labels = out / INDEX, 0, _Labels()
     if path.is_file():
         try:
@@ -121,15 +122,13 @@ def _claimed(out: Path, num: int, seed: int, world: World) -> tuple[Layout, _Lab
             num_before, labels = int(before["num"]), {int(label["index"]): label for label in before["clips"]}
             other = [key for key, value in _plain({"seed": seed, "world": asdict(world)}).items() if before[key] != value]
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}: damaged ({error!r}). Remove {out} and prepare it again") from None
+            raise UserError(f"{path}: damaged ({error!r}). Remove {out} and prepare it again") from None
         if other:
-            raise ValueError(
-                f"{out}: holds clips of another {' and '.join(other)}. Choose another --out, or remove that folder"
-            )
+            raise UserError(f"{out}: holds clips of another {' and '.join(other)}. Choose another --out, or remove that folder")
         if num_before > num:
-            raise ValueError(f"{out}: was begun with --num {num_before}. Ask for at least as many, or choose another --out")
+            raise UserError(f"{out}: was begun with --num {num_before}. Ask for at least as many, or choose another --out")
     elif out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
-        raise ValueError(f"{out}: is not empty and has no {INDEX}. Choose a new folder for --out")
+        raise UserError(f"{out}: is not empty and has no {INDEX}. Choose a new folder for --out")
     if num_before < num:
         _write_index(out, num, seed, world, [])
     return Layout(out), labels

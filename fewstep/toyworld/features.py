@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fewstep.errors import UserError
+
 SHIPPED = Path(__file__).parent / "weights" / "toyfeatures.safetensors"
 WIDTHS = (20, 40, 64, 96)  # channels; the last is the number of features
 _STRIDES = ((1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 1, 1))  # t, h, w; the receptive field ends as 17 frames of 31 x 31 pixels
@@ -82,7 +84,7 @@ def features_by(clips: Clips, nets: Sequence[FeatureNet]) -> list[Tensor]:
     tensor = as_clips(clips)
     size = (tensor.shape[1], tensor.shape[2], tensor.shape[3])
     if size != net.size:
-        raise ValueError(
+        raise UserError(
             f"the feature network was trained on clips of {_size_text(net.size)}, these are of {_size_text(size)}. "
             "Make them in that size, or train another network: python -m fewstep.toyworld.train_features --help"
         )
@@ -99,7 +101,7 @@ def as_clips(clips: Clips) -> Tensor:
     """`clips` as a uint8 tensor (B, T, H, W, 3); refuses everything else, floats above all: 0..1 or -1..1 is not told."""
     tensor = clips if isinstance(clips, Tensor) else torch.from_numpy(np.ascontiguousarray(clips))
     if tensor.dtype != torch.uint8 or tensor.ndim != 5 or tensor.shape[-1] != 3 or len(tensor) == 0:
-        raise ValueError(f"clips must be uint8 of shape (B, T, H, W, 3), not {tensor.dtype} of shape {tuple(tensor.shape)}.")
+        raise UserError(f"clips must be uint8 of shape (B, T, H, W, 3), not {tensor.dtype} of shape {tuple(tensor.shape)}.")
     return tensor
 
 
@@ -159,7 +161,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import safe_open
 
     if not path.is_file():
-        raise ValueError(f"{path} is missing. Make it with: python -m fewstep.toyworld.train_features --out {path}")
+        raise UserError(f"{path} is missing. Make it with: python -m fewstep.toyworld.train_features --out {path}")
     with safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 

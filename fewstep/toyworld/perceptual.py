@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewstep.config import kind
+from fewstep.errors import UserError
 from fewstep.networks.contract import NoDenoiser
 
 STRIDES = ((1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 1, 1))  # t, h, w, of the feature network of the toy world
@@ -74,7 +75,7 @@ class EyeSpec:
         from safetensors import safe_open
 
         if not Path(self.weights).is_file():
-            raise ValueError(
+            raise UserError(
                 f"no eye at {self.weights}. Make it with: python -m fewstep.toyworld.train_features --seed 1 "
                 f"--out {self.weights}"
             )
@@ -82,7 +83,7 @@ class EyeSpec:
             names = [name for name in file.keys() if name.startswith("convs.")]  # noqa: SIM118
             found: dict[str, Any] = {name: file.get_tensor(name).float() for name in names}
         if len(found) != 2 * len(STRIDES):
-            raise ValueError(f"{self.weights}: {len(found) // 2} convolutions, where an eye has {len(STRIDES)}")
+            raise UserError(f"{self.weights}: {len(found) // 2} convolutions, where an eye has {len(STRIDES)}")
         module = _Convolutions([found[f"convs.{i}.weight"] for i in range(len(STRIDES))])
         module.load_state_dict(found)
         return Eye(module)

@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fewstep.errors import UserError
 from fewstep.toyworld import raycast
 from fewstep.toyworld.raycast import Camera, Shape
 
@@ -37,7 +38,7 @@ COLOURS: dict[Colour, raycast.RGB] = {  # hues at least 44 degrees apart, and no
 }
 
 
-class SceneError(ValueError):
+class SceneError(UserError):
     """A scene this world cannot play: objects that start inside one another, or come to lie on one another."""
 
 
@@ -82,7 +83,7 @@ class World:
         if any(far - near < widest for near, far in zip(self.lanes_m, self.lanes_m[1:], strict=False)):
             problems.append(f"lanes_m: ascending, at least {widest} m apart, or objects of two lanes would overlap")
         if problems:
-            raise ValueError("World: " + "; ".join(problems))
+            raise UserError("World: " + "; ".join(problems))
 
     @property
     def camera(self) -> Camera:

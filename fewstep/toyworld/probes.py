@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fewstep.errors import UserError
 from fewstep.toyworld.captions import read_caption
 from fewstep.toyworld.features import SHIPPED, Clips, as_clips, read_weights
 from fewstep.toyworld.physics import COLOURS, World
@@ -79,7 +80,7 @@ def parse(clips: Clips) -> Parsed:
     tensor = as_clips(clips)
     num_frames, height, width = tensor.shape[1:4]
     if height % 32 or width % (height // 32) or num_frames < 5:
-        raise ValueError(
+        raise UserError(
             f"the probes read 5 frames or more, 32 k pixels high and a multiple of k wide, not {num_frames} frames of "
             f"{height} x {width}. Resize the clips, or make longer ones."
         )
@@ -300,7 +301,7 @@ def asked(captions: Sequence[str]) -> Asked:
         for one in read_caption(caption)[0]:
             k = NAMES.index(one.colour)
             if out.present[row, k]:
-                raise ValueError(f"caption {caption!r} names two {one.colour} objects; the probes track one of each colour.")
+                raise UserError(f"caption {caption!r} names two {one.colour} objects; the probes track one of each colour.")
             out.present[row, k], out.is_box[row, k] = True, one.shape == "box"
             out.side[row, k] = 0 if one.side is None else -1 if one.side == "left" else 1
     return out
@@ -339,7 +340,7 @@ def _both(clips: Clips | Parsed, captions: Sequence[str] | Asked) -> tuple[Parse
     parsed = clips if isinstance(clips, Parsed) else parse(clips)
     wanted = captions if isinstance(captions, Asked) else asked(captions)
     if len(parsed.found) != len(wanted.present):
-        raise ValueError(f"{len(parsed.found)} clips and {len(wanted.present)} captions: give each clip its caption.")
+        raise UserError(f"{len(parsed.found)} clips and {len(wanted.present)} captions: give each clip its caption.")
     return parsed, wanted
 
 

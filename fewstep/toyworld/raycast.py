@@ -18,6 +18,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fewstep.errors import UserError
+
 Shape = Literal["sphere", "box"]
 Floats = NDArray[np.floating]
 Parts = tuple[Floats, ...]  # x, y, z of points, or red, green, blue: three arrays
@@ -124,7 +126,7 @@ def render(stage: Stage, solids: Sequence[Solid], positions: Floats) -> Frames:
     camera = stage.camera
     num_frames = len(positions)
     if positions.shape != (num_frames, len(solids), 3) or len(solids) > _MAX_SOLIDS:
-        raise ValueError(
+        raise UserError(
             f"positions must be (T, {len(solids)}, 3) for these solids, at most {_MAX_SOLIDS}; got {positions.shape}"
         )
     centre, fine, smooth = _background(stage)

@@ -20,6 +20,7 @@ import torch
 import typer
 
 from fewstep.data.folder.dataset import Folder
+from fewstep.errors import UserError
 from fewstep.networks.weights.addresses import load_into, read
 from fewstep.toyworld.tokenizer import TokenizerSpec
 
@@ -61,7 +62,7 @@ def decoder(
     load_into(made.module, read(run), run)
     moved = [name for name, value in made.module.state_dict().items() if not torch.equal(value, before[name])]
     if any(name.startswith(("vae.encoder.", "vae.quant_conv.")) for name in moved):
-        raise ValueError(f"{run}: its encoder is not that of {out}; what was trained on its latents would be void")
+        raise UserError(f"{run}: its encoder is not that of {out}; what was trained on its latents would be void")
     _save(made.module.vae, out)
     print(f"{out}: {len(moved)} tensors of the decoder replaced")
 

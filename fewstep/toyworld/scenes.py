@@ -8,6 +8,7 @@ from typing import get_args
 
 import numpy as np
 
+from fewstep.errors import UserError
 from fewstep.toyworld.captions import in_view
 from fewstep.toyworld.physics import COLOURS, Body, Colour, Motion, Scene, SceneError, Trajectory, World, simulate
 from fewstep.toyworld.raycast import Shape
@@ -26,7 +27,7 @@ def specification(world: World, seed: int, index: int, *, gravity: float | None 
     picture, does as its word says, and starts apart from the others. Another gravity plays the same scene.
     """
     if seed < 0 or index < 0:
-        raise ValueError(f"seed and index: not negative, got {seed}, {index}")
+        raise UserError(f"seed and index: not negative, got {seed}, {index}")
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
     low, high = world.gravity_scale
     factor = low * (high / low) ** rng.random()
@@ -50,7 +51,7 @@ def specification(world: World, seed: int, index: int, *, gravity: float | None 
         except SceneError:
             continue
         return scene
-    raise ValueError(
+    raise UserError(
         f"no presentable scene of {num_objects} objects in {_MAX_DRAWS} draws for {world}: "
         "use a gravity, duration or picture nearer to the default ones, or fewer objects"
     )

@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fewstep.errors import UserError
 from fewstep.evaluation.bootstrap import half_sampled
 from fewstep.evaluation.diversity import mean_pairwise_distance, vendi
 from fewstep.evaluation.frechet import FrechetLimit, Remembered, frechet_distance, frechet_extrapolated
@@ -157,7 +158,7 @@ def read_clips(source: Source, num_frames: int = 17) -> Tensor:
     clips = [read(file, count=num_frames).frames for file in video_files(source)]
     sizes = sorted({clip.shape[1:3] for clip in clips})
     if len(sizes) > 1:
-        raise ValueError(f"{source}: its videos have different sizes {sizes}; scores compare clips of one size.")
+        raise UserError(f"{source}: its videos have different sizes {sizes}; scores compare clips of one size.")
     return torch.from_numpy(np.stack(clips))
 
 
@@ -168,7 +169,7 @@ def video_files(folder: Path | str) -> list[Path]:
     plain = sorted(file for file in Path(folder).glob("*.mp4") if not file.name.startswith("."))
     files = plain or list(Layout.open(folder).files(VIDEOS).values())
     if not files:
-        raise ValueError(f"{folder}: no mp4 files. Give a folder of them, or a data set with videos/")
+        raise UserError(f"{folder}: no mp4 files. Give a folder of them, or a data set with videos/")
     return files
 
 
@@ -193,10 +194,10 @@ def score(
     sets = [read_clips(source, net.size[0]) for source in sources]
     wrong = [len(one) for one in sets if len(one) != len(prompts)]
     if wrong or not sets:
-        raise ValueError(f"{len(prompts)} prompts, but sets of {wrong} clips: give each set one clip for each prompt.")
+        raise UserError(f"{len(prompts)} prompts, but sets of {wrong} clips: give each set one clip for each prompt.")
     least = min(len(known.features), *map(len, sets))
     if least < LEAST:
-        raise ValueError(f"{least} clips are too few to score: sets, and the real clips, need {LEAST} and better hundreds.")
+        raise UserError(f"{least} clips are too few to score: sets, and the real clips, need {LEAST} and better hundreds.")
     wanted = probes.asked(prompts)
     notes: list[str] = []
     columns = [_scores_of(clips, wanted, known, net, draws, seed, notes) for seed, clips in enumerate(sets)]
@@ -322,7 +323,7 @@ def _seed_diversity(groups: Clips, net: FeatureNet, draws: int) -> Value:
     """Mean distance between features of one prompt's clips, over prompts."""
     tensor = groups if isinstance(groups, Tensor) else torch.from_numpy(groups)
     if tensor.ndim != 6 or tensor.shape[1] < 2:
-        raise ValueError(f"groups must be (prompts, seeds, T, H, W, 3) with two seeds or more, not {tuple(tensor.shape)}.")
+        raise UserError(f"groups must be (prompts, seeds, T, H, W, 3) with two seeds or more, not {tuple(tensor.shape)}.")
     found = features.features(tensor.flatten(0, 1), net).unflatten(0, tensor.shape[:2])
     each = torch.tensor([mean_pairwise_distance(group) for group in found])
     if len(each) < 4:

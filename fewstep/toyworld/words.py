@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fewstep.errors import UserError
+
 MODEL_TYPE = "fewstep_words"
 PAD, GAP = 0, 1  # the two tokens that are no words
 
@@ -69,11 +71,11 @@ class WordsEncoder:
         found = re.findall(r"[a-z]+|[^a-z\s]", prompt.lower())
         unknown = sorted(set(found) - set(number))
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"prompt {prompt!r}: this encoder has no word for {', '.join(unknown)}; it knows {' '.join(number)}"
             )
         if len(found) > config.max_tokens:
-            raise ValueError(f"prompt {prompt!r}: is {len(found)} tokens long, this encoder reads {config.max_tokens}")
+            raise UserError(f"prompt {prompt!r}: is {len(found)} tokens long, this encoder reads {config.max_tokens}")
         return [number[word] for word in found]
 
     def padded(self, prompts: Sequence[str]) -> Tensor:
@@ -85,7 +87,7 @@ class WordsEncoder:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         if not prompts:
-            raise ValueError("no prompt to encode; an empty text is a prompt, too")
+            raise UserError("no prompt to encode; an empty text is a prompt, too")
         tokens = self.padded(prompts)
         return self.module(tokens), tokens != PAD
 
@@ -115,7 +117,7 @@ def open_words(folder: str | Path) -> WordsEncoder:
     folder = Path(folder)
     told = json.loads((folder / "config.json").read_text())
     if told.pop("model_type", None) != MODEL_TYPE:
-        raise ValueError(f"{folder}/config.json: is not of a text encoder of words (model_type {MODEL_TYPE})")
+        raise UserError(f"{folder}/config.json: is not of a text encoder of words (model_type {MODEL_TYPE})")
     model = WordsModel(WordsConfig(**told | {"words": tuple(told["words"])})).eval().requires_grad_(False)
     model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
     return WordsEncoder(model)

@@ -23,6 +23,7 @@ from fewstep.config import check
 from fewstep.data.contract import Dataset
 from fewstep.data.loader import Feed, first_batch
 from fewstep.diffusion import Rng, StudentSampler
+from fewstep.errors import UserError
 from fewstep.methods.contract import Nets
 from fewstep.networks.contract import Network
 from fewstep.networks.frozen import Offloaded, to_8bit
@@ -204,7 +205,7 @@ def _check_data(run: Run, data: Dataset) -> Batch:
     lacking = sorted(name for name in run.method.needs if getattr(first, name) is None)
     if lacking:
         name = type(run.method).__name__
-        raise ValueError(f"data: method {name} needs {', '.join(lacking)}, which is declared, but not in the first batch")
+        raise UserError(f"data: method {name} needs {', '.join(lacking)}, which is declared, but not in the first batch")
     # `check` is no part of the contract: few methods need it.
     look = getattr(run.method, "check", None)
     if look is not None:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from fewstep.errors import UserError
+
 
 @dataclass(frozen=True)
 class Optim:
@@ -49,11 +51,11 @@ class Optim:
         try:
             from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]  # an extra
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 "optim.states=8bit needs torchao: pip install 'fewstep[eight-bit]', or set optim.states=fp32"
             ) from error
         if any(isinstance(p, DTensor) for p in parameters):
-            raise ValueError(
+            raise UserError(
                 "optim.states=8bit has no checkpoint that loads on another number of processes, so it does not go with "
                 "parallel.mode=fsdp, where every process holds a part of the states anyway: set optim.states=fp32"
             )

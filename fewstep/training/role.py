@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fewstep.errors import UserError
 from fewstep.networks.contract import Network
 from fewstep.parallel import World, average_gradients, kept_in_fp32
 from fewstep.training import ema as averaging
@@ -32,7 +33,7 @@ class TrainedRole:
         every = module.named_parameters(remove_duplicate=False)
         self.shared = {n: first[id(p)] for n, p in every if id(p) in first and n != first[id(p)]}
         if not self.live:
-            raise ValueError(f"networks.{name}: not one of its weights is trainable")
+            raise UserError(f"networks.{name}: not one of its weights is trainable")
         # One and the same tensor where compute is fp32, and where it is FSDP that gathers in `compute`. Otherwise the module
         # gets the rounded copy, and the original stays here as it was read.
         self.weights: dict[str, Tensor] = dict(self.live)

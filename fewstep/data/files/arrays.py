@@ -25,6 +25,7 @@ from torch import Tensor
 from fewstep.data.atomic import replacing
 from fewstep.data.files import cache
 from fewstep.data.files.safe_pickle import load as load_pickle
+from fewstep.errors import UserError
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -39,11 +40,11 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         except FileNotFoundError:
             raise
         except (ValueError, EOFError, TypeError, TokenError, SyntaxError, OverflowError, OSError) as error:
-            raise ValueError(f"{path}: not a .npy array ({error}). Write it again with numpy.save") from None
+            raise UserError(f"{path}: not a .npy array ({error}). Write it again with numpy.save") from None
     value = load_pickle(path) if path.suffix == ".pickle" else _torch_file(path)
     if isinstance(value, (list, tuple)):
         if len(value) != 1:
-            raise ValueError(f"{path}: holds {len(value)} arrays, where one array or a list of one is wanted")
+            raise UserError(f"{path}: holds {len(value)} arrays, where one array or a list of one is wanted")
         value = value[0]
     named = dict(value) if isinstance(value, Mapping) else {"": value}
     out: dict[str, Tensor] = {}
@@ -51,7 +52,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         tensor = _tensor(array)
         if tensor is None:
             what = f"a {type(array).__name__}" + (f" named {name!r}" if name else "")
-            raise ValueError(f"{path}: holds {what}, not an array of numbers")
+            raise UserError(f"{path}: holds {what}, not an array of numbers")
         out[str(name)] = tensor
     return out
 
@@ -62,7 +63,7 @@ def read_one(path: str | os.PathLike[str], name: str = "") -> Tensor:
     if len(found) == 1:
         return next(iter(found.values()))
     if name not in found:
-        raise ValueError(f"{path}: holds {', '.join(sorted(found)) or 'nothing'}, but no {name or 'single array'}")
+        raise UserError(f"{path}: holds {', '.join(sorted(found)) or 'nothing'}, but no {name or 'single array'}")
     return found[name]
 
 
@@ -87,4 +88,4 @@ def _torch_file(path: Path) -> Any:  # as the file has it: tensors and plain con
         raise
     except Exception as error:  # torch passes on whatever its readers raise: RuntimeError, UnpicklingError, KeyError, ...
         why = str(error).split("\n")[0][:120]
-        raise ValueError(f"{path}: not tensors that can be read without running code ({why}). Write it again") from None
+        raise UserError(f"{path}: not tensors that can be read without running code ({why}). Write it again") from None

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.data.atomic import replacing
+from fewstep.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,12 @@ def _read(path: Path, made_from: Mapping[str, str], with_tensors: bool) -> Entry
             shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
             tensors = {name: file.get_tensor(name) for name in parts} if with_tensors else {}
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or no safetensors file ({error}). Delete it and prepare it again") from None
+        raise UserError(f"{path}: damaged or no safetensors file ({error}). Delete it and prepare it again") from None
     entry = Entry(shapes, _table(path, metadata, "made_from"), _table(path, metadata, "facts"), tensors)
     wrong = [key for key, value in made_from.items() if entry.made_from.get(key) != value]
     if wrong:
         told = ", ".join(f"{key} is {entry.made_from.get(key, 'unknown')!r}, not {made_from[key]!r}" for key in wrong)
-        raise ValueError(f"{path}: made from something else: {told}. Delete it and prepare it again")
+        raise UserError(f"{path}: made from something else: {told}. Delete it and prepare it again")
     return entry
 
 
@@ -83,5 +84,5 @@ def _table(path: Path, metadata: Mapping[str, str], name: str) -> dict[str, Any]
     except json.JSONDecodeError:
         value = None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: its {name!r} is not a table. Delete it and prepare it again")
+        raise UserError(f"{path}: its {name!r} is not a table. Delete it and prepare it again")
     return value

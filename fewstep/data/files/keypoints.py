@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from fewstep.data.files.arrays import write_pickle
 from fewstep.data.files.safe_pickle import load as load_pickle
+from fewstep.errors import UserError
 
 _SEEN = 0.6  # a point below this score is not drawn (Transfer1)
 _RADIUS, _WIDTH, _AT_HEIGHT = 2, 4, 704  # px, of points and lines, at the height Transfer1 draws them
@@ -49,7 +50,7 @@ class Figure:
 def write_objects(path: str | os.PathLike[str], phrases: Sequence[str], keypoints: NDArray[np.float32]) -> None:
     """Writes the toy world's keypoints (T, N, 9, 3) of N things with their phrases."""
     if keypoints.ndim != 4 or keypoints.shape[1:] != (len(phrases), 9, 3):
-        raise ValueError(f"{path}: keypoints must be (T, {len(phrases)}, 9, 3), not {keypoints.shape}")
+        raise UserError(f"{path}: keypoints must be (T, {len(phrases)}, 9, 3), not {keypoints.shape}")
     frames = {
         frame: [{"phrase": phrase, "object-keypoints": points.copy()} for phrase, points in zip(phrases, rows, strict=True)]
         for frame, rows in enumerate(keypoints.astype(np.float32))
@@ -61,12 +62,12 @@ def read_raw(path: str | os.PathLike[str]) -> dict[int, list[dict[str, Any]]]:  
     """The tables of a file by frame, with its outer layout checked."""
     value = load_pickle(path)
     if not isinstance(value, dict) or not value:
-        raise ValueError(f"{path}: keypoints are a table from frame to a list of figures, not a {type(value).__name__}")
+        raise UserError(f"{path}: keypoints are a table from frame to a list of figures, not a {type(value).__name__}")
     for frame, figures in value.items():
         if not isinstance(frame, (int, np.integer)) or not isinstance(figures, list):
-            raise ValueError(f"{path}: entry {frame!r:.40} is not a frame number with a list of figures")
+            raise UserError(f"{path}: entry {frame!r:.40} is not a frame number with a list of figures")
         if not all(isinstance(figure, dict) for figure in figures):
-            raise ValueError(f"{path}: frame {frame} holds something else than tables of keypoints")
+            raise UserError(f"{path}: frame {frame} holds something else than tables of keypoints")
     return {int(frame): figures for frame, figures in value.items()}
 
 
@@ -75,7 +76,7 @@ def read(path: str | os.PathLike[str], frames: Sequence[int]) -> list[list[Figur
     raw = read_raw(path)
     missing = [frame for frame in frames if frame not in raw]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{path}: {len(missing)} of {len(frames)} frames have no entry (frame {missing[0]}, ...). Every frame needs one: "
             "write an empty list where nobody is seen"
         )
@@ -119,10 +120,10 @@ def _points(where: str, raw: Mapping[str, Any], key: str, counts: tuple[int, ...
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf" or value.shape not in [(n, 3) for n in counts]:
         found = "nothing" if value is None else f"a {getattr(value, 'shape', type(value).__name__)}"
         wanted = " or ".join(map(str, counts))
-        raise ValueError(f"{where}: {key!r} must be an array ({wanted}, 3) of x, y, score, but is {found}")
+        raise UserError(f"{where}: {key!r} must be an array ({wanted}, 3) of x, y, score, but is {found}")
     points = value.astype(np.float64)
     if not np.isfinite(points).all():
-        raise ValueError(f"{where}: {key!r} has numbers that are not finite. Give unseen points the score 0")
+        raise UserError(f"{where}: {key!r} has numbers that are not finite. Give unseen points the score 0")
     return points
 
 

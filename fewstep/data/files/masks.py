@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from fewstep.data.files.arrays import write_pickle
 from fewstep.data.files.safe_pickle import load as load_pickle
+from fewstep.errors import UserError
 
 _MAX_GROUPS = 8  # of 5 bits in one number: 2^39 pixels; more is damage
 _MAX_PIXELS = 2**36  # of a clip: 18 hours of 1080p at 1 fps; more is damage
@@ -59,16 +60,16 @@ def read(path: str | os.PathLike[str]) -> list[Mask]:
     """The masks of a file, still packed; refuses every other layout by name."""
     rows = load_pickle(path)
     if not isinstance(rows, list):
-        raise ValueError(f"{path}: a segmentation is a list with one entry for each object, not a {type(rows).__name__}")
+        raise UserError(f"{path}: a segmentation is a list with one entry for each object, not a {type(rows).__name__}")
     out: list[Mask] = []
     for number, row in enumerate(rows):
         where = f"{path}: object {number}"
         packed = row.get("segmentation_mask_rle") if isinstance(row, dict) else None
         if not isinstance(row, dict) or not isinstance(packed, dict) or not isinstance(row.get("phrase"), str):
-            raise ValueError(f"{where} is not {{'phrase': text, 'segmentation_mask_rle': {{'data': .., 'mask_shape': ..}}}}")
+            raise UserError(f"{where} is not {{'phrase': text, 'segmentation_mask_rle': {{'data': .., 'mask_shape': ..}}}}")
         shape = packed.get("mask_shape")
         if not isinstance(shape, (tuple, list)) or len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-            raise ValueError(
+            raise UserError(
                 f"{where}: mask_shape is {_short(shape)}, not (frames, height, width): one code holds the whole clip "
                 "(the prose of Cosmos-Transfer1 says (height, width); its code and its files do not)"
             )
@@ -76,11 +77,11 @@ def read(path: str | os.PathLike[str]) -> list[Mask]:
         try:
             ends = _ends(packed.get("data"), frames * height * width)
         except ValueError as error:
-            raise ValueError(f"{where} ({row['phrase'][:40]!r}): {error}") from None
+            raise UserError(f"{where} ({row['phrase'][:40]!r}): {error}") from None
         out.append(Mask(row["phrase"], (frames, height, width), ends))
     shapes = {mask.shape for mask in out}
     if len(shapes) > 1:
-        raise ValueError(f"{path}: its objects have masks of different shapes: {', '.join(map(str, sorted(shapes)))}")
+        raise UserError(f"{path}: its objects have masks of different shapes: {', '.join(map(str, sorted(shapes)))}")
     return out
 
 
@@ -102,7 +103,7 @@ def decode(code: Mapping[str, Any]) -> NDArray[np.bool_]:  # as `encode` gives i
     """The column of bools that a code stands for; ValueError for a code that is damaged or not of one column."""
     size = code.get("size")
     if not isinstance(size, (list, tuple)) or not size or not isinstance(size[0], int):
-        raise ValueError(f"its size is {_short(size)}, not [pixels, 1]")
+        raise UserError(f"its size is {_short(size)}, not [pixels, 1]")
     return _unpack(_ends(code, size[0]), 0, size[0])
 
 
@@ -110,10 +111,10 @@ def _ends(code: Any, pixels: int) -> NDArray[np.int64]:  # whatever the file has
     """Where each run ends, checked: as many pixels as there must be, no run of negative length."""
     if not isinstance(code, dict) or "counts" not in code or "size" not in code:
         what = f"a table with {', '.join(map(str, list(code)[:5]))}" if isinstance(code, dict) else _short(code)
-        raise ValueError(f"its data is {what}, not COCO's {{'size': [pixels, 1], 'counts': bytes}}")
+        raise UserError(f"its data is {what}, not COCO's {{'size': [pixels, 1], 'counts': bytes}}")
     size = code["size"]
     if not isinstance(size, (list, tuple)) or list(size) != [pixels, 1] or not 0 < pixels <= _MAX_PIXELS:
-        raise ValueError(f"the size of its code is {_short(size)}, not [{pixels}, 1]: the whole clip as one column")
+        raise UserError(f"the size of its code is {_short(size)}, not [{pixels}, 1]: the whole clip as one column")
     counts = code["counts"]
     if isinstance(counts, str):
         counts = counts.encode("ascii", "replace")
@@ -122,9 +123,9 @@ def _ends(code: Any, pixels: int) -> NDArray[np.int64]:  # whatever the file has
     elif isinstance(counts, list) and all(isinstance(n, int) and 0 <= n <= pixels for n in counts):
         lengths = np.array(counts, dtype=np.int64)
     else:
-        raise ValueError(f"its counts are {_short(counts)}, not bytes")
+        raise UserError(f"its counts are {_short(counts)}, not bytes")
     if (lengths < 0).any() or (lengths > pixels).any() or int(lengths.sum()) != pixels:
-        raise ValueError(f"its runs do not add up to the {pixels} pixels of mask_shape: damaged, or of another clip")
+        raise UserError(f"its runs do not add up to the {pixels} pixels of mask_shape: damaged, or of another clip")
     return lengths.cumsum()
 
 
@@ -156,13 +157,13 @@ def _to_text(lengths: NDArray[np.int64]) -> bytes:
 def _from_text(text: bytes) -> NDArray[np.int64]:
     groups = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
     if not len(groups) or (groups < 0).any() or (groups > 63).any() or groups[-1] & 32:
-        raise ValueError("its counts are not COCO's run-length code, or are cut off")
+        raise UserError("its counts are not COCO's run-length code, or are cut off")
     is_last = groups & 32 == 0
     number = np.concatenate([[0], np.cumsum(is_last)[:-1]])  # which number a group belongs to
     starts = np.concatenate([[0], np.flatnonzero(is_last)[:-1] + 1])
     place = np.arange(len(groups)) - starts[number]
     if place.max() >= _MAX_GROUPS:
-        raise ValueError("its counts have a run longer than any clip")
+        raise UserError("its counts have a run longer than any clip")
     values = np.zeros(int(number[-1]) + 1, dtype=np.int64)
     np.add.at(values, number, (groups & 31) << (5 * place))
     top = groups[is_last]

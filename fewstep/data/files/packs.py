@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fewstep.data.atomic import replacing
 from fewstep.data.files import cache
+from fewstep.errors import UserError
 
 FOLDER, MAKING, LOCK = "packs", ".making", ".lock"
 _AGAIN = "Delete it and prepare it again"
@@ -101,7 +102,7 @@ def open_packs(folder: str | os.PathLike[str], made_from: Mapping[str, str] | No
     )
     twice = [here[0] for here, after in pairwise(found) if here[:2] == after[:2]]
     if twice:
-        raise ValueError(f"{place}: holds two rows of {twice[0]}. Run the same `fewstep prepare` again: it drops the stale one")
+        raise UserError(f"{place}: holds two rows of {twice[0]}. Run the same `fewstep prepare` again: it drops the stale one")
     spots = [(file, *packs[file].spans[number]) for _, _, file, number in found]
     return Packs(
         folder=Path(folder),
@@ -143,7 +144,7 @@ class Writer:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"{self.place}: another process writes here at this moment. Wait for it, or end it") from None
+                raise UserError(f"{self.place}: another process writes here at this moment. Wait for it, or end it") from None
             for file in _files(self.place):
                 pack = _Pack.open(file)
                 _refuse_other(file, pack.made_from, dict.fromkeys(pack.made_from, "left out") | self.made_from)
@@ -195,7 +196,7 @@ class Writer:
             tensor = make()
             if not bool(torch.isfinite(tensor).all()):
                 num = int((~torch.isfinite(tensor)).sum())
-                raise ValueError(f"{label.stem}: {num} of {tensor.numel()} numbers are not finite in {tensor.dtype}")
+                raise UserError(f"{label.stem}: {num} of {tensor.numel()} numbers are not finite in {tensor.dtype}")
             cache.write(path, {"data": tensor}, made_from=self.made_from | {"content": label.content}, facts=label.facts)
             self.made += 1
             shape = tuple(tensor.shape)
@@ -254,10 +255,10 @@ class _Pack:
             spans = tuple((int(begin), int(end)) for begin, end in told["spans"])
             made_from, lengths = {str(k): str(v) for k, v in told["made_from"].items()}, bool(told["lengths_differ"])
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path}: damaged or no pack ({str(error)[:120] or type(error).__name__}). {_AGAIN}") from None
+            raise UserError(f"{path}: damaged or no pack ({str(error)[:120] or type(error).__name__}). {_AGAIN}") from None
         right = len(spans) == len(labels) and all(0 <= begin < end <= len(data) for begin, end in spans)
         if not right or not (lengths or all(end == begin + 1 for begin, end in spans)) or not data.is_floating_point():
-            raise ValueError(f"{path}: damaged, its index does not fit its data {tuple(data.shape)}. {_AGAIN}")
+            raise UserError(f"{path}: damaged, its index does not fit its data {tuple(data.shape)}. {_AGAIN}")
         return cls(path, made_from, labels, spans, data, lengths)
 
 
@@ -289,7 +290,7 @@ def _refuse_other(path: Path, found: Mapping[str, str], wanted: Mapping[str, str
     wrong = [key for key in sorted(found.keys() | wanted.keys()) if key in wanted and found.get(key) != wanted[key]]
     if wrong:
         told = ", ".join(f"{key} is {found.get(key, 'unknown')!r}, not {wanted[key]!r}" for key in wrong)
-        raise ValueError(f"{path}: made from something else: {told}. Ask for what it was made from, or remove {path.parent}")
+        raise UserError(f"{path}: made from something else: {told}. Ask for what it was made from, or remove {path.parent}")
 
 
 def _loose_or_none(path: Path, made_from: Mapping[str, str]) -> cache.Entry | None:

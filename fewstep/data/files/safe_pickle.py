@@ -23,6 +23,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from fewstep.errors import UserError
+
 MAX_BYTES = 2 << 30
 MAX_OPCODES = 2_000_000  # an empty set costs 216 bytes of memory for its one opcode, so this also bounds memory: 430 MB
 
@@ -58,7 +60,7 @@ _FOREIGN = (
 )
 
 
-class UnsafePickle(ValueError):  # noqa: N818  # the name says what the file is
+class UnsafePickle(UserError):  # noqa: N818  # the name says what the file is
     """A pickle that is damaged, too large, or asks for more than arrays, tensors and plain containers."""
 
 
@@ -172,7 +174,7 @@ class _Reader:
             try:
                 if opcode.name == "STOP":
                     if self.marked or len(self.stack) != 1:
-                        raise ValueError("the stack does not hold one object")
+                        raise UserError("the stack does not hold one object")
                     return self.stack[0]
                 self._step(opcode.name, arg)
             except _RefusalError as refusal:
@@ -215,7 +217,7 @@ class _Reader:
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
             num = int(name[-1])
             if len(stack) < num:
-                raise ValueError("stack underflow")
+                raise UserError("stack underflow")
             stack[-num:] = [tuple(stack[-num:])]
         elif name == "SETITEMS":
             items = self._pop_mark()
@@ -299,7 +301,7 @@ def _set_items(target: Any, flat: list[Any]) -> None:  # target is on the stack,
     if type(target) not in (dict, OrderedDict):
         raise _RefusalError(f"it sets items of a {type(target).__name__}")
     if len(flat) % 2:
-        raise ValueError("a key without a value")
+        raise UserError("a key without a value")
     for key, value in zip(flat[::2], flat[1::2], strict=True):
         target[_key(key)] = value
 
@@ -407,10 +409,10 @@ def _data_symbols(name: str, budget: _Budget) -> _Symbols:
         if order == "K":  # numpy 2.3 and later: C order of the axes as they lie in memory
             array = _array(raw, element, shape, "C", budget)
             if axes is None or len(_shape(axes)) != array.ndim:
-                raise ValueError("the order of axes does not fit the shape")
+                raise UserError("the order of axes does not fit the shape")
             return array.transpose(axes)
         if order not in ("C", "F"):
-            raise ValueError("unknown memory order")
+            raise UserError("unknown memory order")
         return _array(raw, element, shape, order, budget)
 
     def scalar(element: Any, raw: Any) -> Any:  # the numpy scalar of whichever type
@@ -452,13 +454,13 @@ def _dtype(code: str, state: Any) -> np.dtype:
         raise _RefusalError("a numpy dtype with fields, sub-arrays or metadata")
     dtype = np.dtype(code)
     if itemsize not in (-1, dtype.itemsize):
-        raise ValueError("a dtype whose size contradicts its code")
+        raise UserError("a dtype whose size contradicts its code")
     return dtype.newbyteorder(order) if order in "<>" else dtype
 
 
 def _shape(shape: Any) -> tuple[int, ...]:
     if type(shape) is not tuple or len(shape) > 64 or any(type(num) is not int or num < 0 for num in shape):
-        raise ValueError("not a shape")
+        raise UserError("not a shape")
     return shape
 
 
@@ -476,7 +478,7 @@ def _array(raw: Any, dtype: Any, shape: Any, order: str, budget: _Budget) -> np.
         return np.zeros(shape, dtype, order="F" if order == "F" else "C")
     flat = np.frombuffer(raw, dtype)
     if dtype.kind == "U" and flat.view(dtype.str[0] + "u4").max() > 0x10FFFF:
-        raise ValueError("text beyond Unicode")
+        raise UserError("text beyond Unicode")
     if dtype.kind == "b":
         flat = flat.view(np.uint8) != 0  # a bool must not hold 2
     native = flat.dtype.newbyteorder("=")  # torch takes no other

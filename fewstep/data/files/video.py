@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.data.atomic import replacing
+from fewstep.errors import UserError
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -75,12 +76,12 @@ def write(path: str | os.PathLike[str], frames: NDArray[np.uint8], fps: float, q
     import av
 
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
-        raise ValueError(f"{path}: frames must be uint8 T H W 3 with at least one frame, not {frames.dtype} {frames.shape}")
+        raise UserError(f"{path}: frames must be uint8 T H W 3 with at least one frame, not {frames.dtype} {frames.shape}")
     if not fps > 0:
-        raise ValueError(f"{path}: fps must be above 0, not {fps}")
+        raise UserError(f"{path}: fps must be above 0, not {fps}")
     height, width = frames.shape[1:3]
     if quality != "lossless" and (height % 2 or width % 2):
-        raise ValueError(
+        raise UserError(
             f"{path}: H.264 halves the chroma, so height and width must be even, not {height} x {width}: crop or pad by one, "
             'or pass quality="lossless"'
         )
@@ -117,10 +118,10 @@ def read(
     """
     path = Path(path)
     if start < 0 or stride < 1 or (count is not None and count < 1):
-        raise ValueError(f"{path}: start {start}, count {count}, stride {stride}: none may be negative, count and stride not 0")
+        raise UserError(f"{path}: start {start}, count {count}, stride {stride}: none may be negative, count and stride not 0")
     if is_picture(path):
         if start or (count or 1) > 1:
-            raise ValueError(f"{path}: is one picture, but frame {start + ((count or 1) - 1) * stride} is wanted")
+            raise UserError(f"{path}: is one picture, but frame {start + ((count or 1) - 1) * stride} is wanted")
         with _picture(path) as picture:
             return Frames(_pixels_of(picture, size)[None], 0.0)
     with _opened(path) as (container, stream):
@@ -129,7 +130,7 @@ def read(
             count = max((header.num_frames - start + stride - 1) // stride, 1)
         last = start + (count - 1) * stride
         if last >= header.num_frames:
-            raise ValueError(
+            raise UserError(
                 f"{path}: has {header.num_frames} frames, but frame {last} is wanted (start {start}, count {count}, stride "
                 f"{stride}). Ask for a shorter window, or leave this clip out"
             )
@@ -183,18 +184,18 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 others = ", ".join(sorted({stream.type for stream in container.streams}))
-                raise ValueError(f"{path}: has no {f'video, only {others}' if others else 'frames'}. Remove or replace it")
+                raise UserError(f"{path}: has no {f'video, only {others}' if others else 'frames'}. Remove or replace it")
             stream = container.streams.video[0]
             # None, against the stubs: FFmpeg has no decoder for what the file names.
             if stream.codec_context is None:  # pyright: ignore[reportUnnecessaryComparison]
-                raise ValueError(f"{path}: its video is in a format that FFmpeg does not know. Convert it to H.264 in mp4")
+                raise UserError(f"{path}: its video is in a format that FFmpeg does not know. Convert it to H.264 in mp4")
             small = stream.width * stream.height < _MANY_PIXELS
             stream.codec_context.thread_count = 1 if small else 0
             stream.thread_type = "AUTO"
             stream.codec_context.options = {"max_pixels": str(_MAX_PIXELS)}
             yield container, stream
     except av.FFmpegError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: not a readable video ({error.strerror}); it may be cut off or no mp4. Write or download it again"
         ) from None
 
@@ -203,12 +204,12 @@ def _header(path: Path, stream: VideoStream) -> Header:
     """From the index of the file: one entry for each frame, with its place in the file and its time."""
     entries = [(e.timestamp, e.pos + e.size) for e in stream.index_entries if not e.is_discard]
     if not entries:
-        raise ValueError(f"{path}: its video has no frames, or no index. Write it again as a plain mp4 with frames in it")
+        raise UserError(f"{path}: its video has no frames, or no index. Write it again as a plain mp4 with frames in it")
     _refuse_size(path, stream.height, stream.width)
     num_bytes = path.stat().st_size
     whole = sum(end <= num_bytes for _, end in entries)
     if whole < len(entries):
-        raise ValueError(
+        raise UserError(
             f"{path}: cut off after {num_bytes:,} bytes, only {whole} of its {len(entries)} frames are there. "
             "Write or download it again"
         )
@@ -219,7 +220,7 @@ def _header(path: Path, stream: VideoStream) -> Header:
         off = np.abs(times - times[0] - tick * np.arange(len(times))).max()
         # One unit of time is rounding (29.97 fps in milliseconds); a frame that was dropped is off by half a tick or more.
         if tick <= 0 or off > max(1.0, 0.25 * tick):
-            raise ValueError(
+            raise UserError(
                 f"{path}: has no fixed frame rate (frames come up to {off / max(tick, 1e-9):.1f} frames off time). "
                 f"Convert it first: ffmpeg -i {path.name} -vf fps={round(float(rate)) or 24} fixed.mp4"
             )
@@ -258,9 +259,9 @@ def _damaged(path: Path, header: Header, num: int, wanted: int) -> ValueError:
 
 def _sound(path: Path, header: Header, frame: VideoFrame, place: int) -> VideoFrame:
     if frame.is_corrupt:
-        raise ValueError(f"{path}: damaged near frame {place}. Write or download it again")
+        raise UserError(f"{path}: damaged near frame {place}. Write or download it again")
     if (frame.height, frame.width) != header.size:
-        raise ValueError(
+        raise UserError(
             f"{path}: frame {place} is {frame.height} x {frame.width}, but its header says {header.height} x {header.width}. "
             "Write it again at one size"
         )
@@ -302,7 +303,7 @@ def _picture(path: Path) -> Iterator[Image]:
             _refuse_size(path, picture.height, picture.width)
             yield ImageOps.exif_transpose(picture)
     except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{path}: not a readable picture ({str(error)[:120]}). Write or download it again") from None
+        raise UserError(f"{path}: not a readable picture ({str(error)[:120]}). Write or download it again") from None
 
 
 def _pixels_of(picture: Image, size: Size | None) -> NDArray[np.uint8]:
@@ -316,7 +317,7 @@ def _pixels_of(picture: Image, size: Size | None) -> NDArray[np.uint8]:
 
 def _refuse_size(path: Path, height: int, width: int) -> None:
     if min(height, width) < 1 or max(height, width) > _MAX_SIDE or height * width > _MAX_PIXELS:
-        raise ValueError(
+        raise UserError(
             f"{path}: its pictures are {height} x {width}: sides must be 1 to {_MAX_SIDE}, with {_MAX_PIXELS:,} "
             "pixels at the most"
         )

@@ -32,6 +32,7 @@ from fewstep.data.files.sizes import Fit, Resize, fit, nearest_shape
 from fewstep.data.folder import layout, parts
 from fewstep.data.folder.layout import Layout
 from fewstep.data.folder.samples import Sample, buckets_of, captions_of, each, packs_of, refuse, samples_of
+from fewstep.errors import UserError
 
 
 @kind("folder", group="data")
@@ -173,7 +174,7 @@ class FolderData:
         stems = list(dict.fromkeys(self.stems))
         problem = self.layout.missing(layout.CAPTIONS, stems)
         if problem:
-            raise ValueError(f"{self.layout.root}: {problem}")
+            raise UserError(f"{self.layout.root}: {problem}")
         texts, problems = captions_of(self.layout, stems)
         refuse(self.layout, problems)
         return [texts[sample.stem] for sample in self.samples]
@@ -183,7 +184,7 @@ class FolderData:
         wanted = [row for row in dict.fromkeys(rows) if not self._memory.has(row)]
         buckets = self._bucket[index].unique().tolist() if rows else []
         if len(buckets) > 1:
-            raise ValueError(
+            raise UserError(
                 f"{self.layout.root}: samples of {len(buckets)} buckets cannot be in one batch. Set data.bucket_block to "
                 "trainer.batch_size or a multiple of it"
             )
@@ -236,7 +237,7 @@ class FolderData:
                 if not self.spec.max_bad:
                     raise
                 wrong.append(str(error))
-        raise ValueError(f"{self.layout.root}: the first {len(wrong)} samples cannot be read:\n" + "\n".join(wrong[:5]))
+        raise UserError(f"{self.layout.root}: the first {len(wrong)} samples cannot be read:\n" + "\n".join(wrong[:5]))
 
     def _checked(self, row: int) -> dict[str, Tensor]:
         """A sample of the same shapes as the first one; otherwise they could not be in one batch."""
@@ -248,7 +249,7 @@ class FolderData:
             axes = {"x0": 1, "control": 1, "padding": 0}.get(name) if self.block else None
             if found is None or found.shape[:axes] != wanted.shape[:axes]:
                 told = "is not there" if found is None else f"has shape {tuple(found.shape)}"
-                raise ValueError(
+                raise UserError(
                     f"{self.layout.root}: '{name}' of {sample.stem} {told}, but {tuple(wanted.shape)} in "
                     f"{self._like}. Samples of one data set have the same shapes: remove this one or prepare it again"
                 )
@@ -302,7 +303,7 @@ class FolderData:
             folder = layout.control_latents(spec.control.folder).folder
             latents, _ = self._latents(sample, folder)
             if latents.shape[1:] != x0.shape[1:]:
-                raise ValueError(
+                raise UserError(
                     f"{self.layout.root / folder / sample.stem}: is {tuple(latents.shape)}, which does not fit its clip "
                     f"{tuple(x0.shape)}. Encode it again"
                 )
@@ -337,7 +338,7 @@ class FolderData:
         with self._file(spec.negative) as path:
             other, other_mask = parts.embedding(path, spec.max_tokens)
         if other.shape != text.shape:
-            raise ValueError(
+            raise UserError(
                 f"{self.layout.root / spec.negative}: embeds in {other.shape[1]} numbers, but {spec.text}/ in {text.shape[1]}: "
                 "embed it with the same encoder"
             )

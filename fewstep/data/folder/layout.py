@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 from fewstep.data.files.video import PICTURES
+from fewstep.errors import UserError
 
 _ARRAYS = (".safetensors", ".pickle", ".pth", ".npy")
 
@@ -75,14 +76,14 @@ class Layout:
         """The folder as it is found; refuses one that is neither form, and says what it holds."""
         path = Path(root)
         if not path.is_dir():
-            raise ValueError(f"{path}: no such folder. Set data.dataset_dir to the folder that holds {VIDEOS.folder}/")
+            raise UserError(f"{path}: no such folder. Set data.dataset_dir to the folder that holds {VIDEOS.folder}/")
         folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
         if {VIDEOS.folder, IMAGES.folder, LATENTS.folder} & set(folders):
             return cls(path, "flat")
         per_sample = cls(path, "per_sample")
         if any(per_sample.files(part) for part in (LATENTS, PATH, VIDEOS, IMAGES)):
             return per_sample
-        raise ValueError(
+        raise UserError(
             f"{path}: no data set. It has neither {VIDEOS.folder}/, {IMAGES.folder}/ nor {LATENTS.folder}/, nor a folder for "
             f"each sample with latent.* or path.*; it holds {some(folders) if folders else 'no folders'}"
         )
@@ -91,7 +92,7 @@ class Layout:
         """Where the pixels are: videos, or pictures; refuses both in one folder."""
         videos, pictures = self.files(VIDEOS), self.files(IMAGES)
         if videos and pictures:
-            raise ValueError(
+            raise UserError(
                 f"{self.root}: has {self.named(VIDEOS)} and {self.named(IMAGES)}. Put them in a folder each, and train on both "
                 "with data=mix"
             )
@@ -114,7 +115,7 @@ class Layout:
         twice = [stem for stem, paths in found.items() if len(paths) > 1]
         if twice:
             names = ", ".join(path.name for path in found[twice[0]])
-            raise ValueError(
+            raise UserError(
                 f"{self.root}: two files for one sample ({names}) in {part.folder}: {some(twice)}. Remove one of them"
             )
         return {stem: found[stem][0] for stem in sorted(found)}

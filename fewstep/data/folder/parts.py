@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.files import arrays, cache
+from fewstep.errors import UserError
 
 _ENOUGH = 256  # numbers that tell a standard deviation to 5 %
 
@@ -35,7 +36,7 @@ def noise(path: Path) -> Tensor:
     found = _checked(path, arrays.read_one(path, "noise"), 4, "C, T, H, W").float()
     spread = float(found.std()) if found.numel() >= _ENOUGH else 1.0
     if not 0.5 < spread < 2:
-        raise ValueError(
+        raise UserError(
             f"{path}: its standard deviation is {spread:.3g}, but noise is stored with variance 1. A start state of a sampler "
             "is that noise times its largest sigma (80 in Cosmos 1): divide by it"
         )
@@ -46,7 +47,7 @@ def refuse_foreign_noise(path: Path, noise: Tensor, *, latents: Tensor | None = 
     """Raises ValueError if `noise` cannot be that of a clip, known by its latents C T H W or by its frames T H W 3."""
     shape = tuple(noise.shape)
     if latents is not None and shape != tuple(latents.shape):
-        raise ValueError(
+        raise UserError(
             f"{path}: is noise of shape {shape}, but its clip's latents are {tuple(latents.shape)}. Make this pair again"
         )
     if frames is None:
@@ -55,7 +56,7 @@ def refuse_foreign_noise(path: Path, noise: Tensor, *, latents: Tensor | None = 
     _, t, h, w = shape
     # A tokenizer makes 1 + (T - 1) / k frames of H / n by W / n, for some k and n.
     if height % h or width % w or height // h != width // w or (num > 1) != (t > 1) or (num - 1) % max(t - 1, 1):
-        raise ValueError(
+        raise UserError(
             f"{path}: is noise of shape (C, T, H, W) = {shape}, which no clip of {num} frames of {height} x {width} has: T - 1 "
             f"must divide {num - 1}, and H and W the height and width by one factor. Make this pair again"
         )
@@ -74,23 +75,23 @@ def states(path: Path, told_times: tuple[float, ...] = (), *, unknown_times: boo
     found = arrays.read(path)
     value = found.get("path", next(iter(found.values())) if len(found) == 1 else None)
     if value is None:
-        raise ValueError(f"{path}: holds {', '.join(sorted(found)) or 'nothing'}, but no 'path'")
+        raise UserError(f"{path}: holds {', '.join(sorted(found)) or 'nothing'}, but no 'path'")
     value = _checked(path, value, 5, "K, C, T, H, W").float()
     if unknown_times and "path_times" not in found:
         told_times = tuple(1 - n / len(value) for n in range(len(value)))
     times, told = found.get("path_times"), torch.tensor(told_times)
     if times is None and not told_times:
-        raise ValueError(
+        raise UserError(
             f"{path}: does not say at which times its {len(value)} states are. Set data.path_times; FastGen's are "
             "[0.999, 0.937, 0.833, 0.624]"
         )
     if times is not None and told_times and (times.shape != told.shape or not torch.allclose(times.float(), told, atol=1e-4)):
-        raise ValueError(
+        raise UserError(
             f"{path}: has states at {times.tolist()}, not at data.path_times {list(told_times)}: leave that setting out"
         )
     times = (told if times is None else times).float()
     if times.shape != (len(value),) or bool((times.diff() >= 0).any()):
-        raise ValueError(
+        raise UserError(
             f"{path}: {len(value)} states need as many times, descending, not {times.tolist()}. Make this pair again"
         )
     return value, times
@@ -105,7 +106,7 @@ def padded(path: Path, found: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
     """An embedding that `path` names, as `embedding` gives it."""
     tokens = _checked(path, found, 2, "tokens, D")
     if not len(tokens):
-        raise ValueError(f"{path}: has no tokens; even an empty text has its end token. Embed it again: fewstep prepare text")
+        raise UserError(f"{path}: has no tokens; even an empty text has its end token. Embed it again: fewstep prepare text")
     text = torch.zeros(max_tokens, tokens.shape[1], dtype=tokens.dtype)
     num = min(len(tokens), max_tokens)
     text[:num] = tokens[:num]
@@ -116,9 +117,9 @@ def _checked(path: Path, tensor: Tensor, axes: int, names: str) -> Tensor:
     if tensor.ndim == axes + 1 and tensor.shape[0] == 1:
         tensor = tensor[0]
     if tensor.ndim != axes:
-        raise ValueError(f"{path}: has shape {tuple(tensor.shape)}, where ({names}) is wanted. Make it again")
+        raise UserError(f"{path}: has shape {tuple(tensor.shape)}, where ({names}) is wanted. Make it again")
     if not tensor.is_floating_point():
-        raise ValueError(f"{path}: holds {tensor.dtype}, not floating-point numbers. Make it again")
+        raise UserError(f"{path}: holds {tensor.dtype}, not floating-point numbers. Make it again")
     if not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"{path}: has {int((~torch.isfinite(tensor)).sum())} numbers that are not finite. Make it again")
+        raise UserError(f"{path}: has {int((~torch.isfinite(tensor)).sum())} numbers that are not finite. Make it again")
     return tensor

@@ -22,6 +22,7 @@ from fewstep.data.files.packs import Packs, has_packs, open_packs
 from fewstep.data.files.sizes import nearest_shape
 from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout, Part, some
+from fewstep.errors import UserError
 
 if TYPE_CHECKING:
     from fewstep.data.folder.dataset import Folder  # which opens itself with what stands here
@@ -74,7 +75,7 @@ def samples_of(spec: Folder, place: Layout, packs: Mapping[str, Packs], left_out
     stems = list(packs[lead.folder].by_stem() if lead.folder in packs else place.files(lead))
     if not stems:
         hint = "" if spec.x0 == "pixels" else ". Make them with: fewstep prepare latents, or set data.x0=pixels"
-        raise ValueError(f"{place.root}: has no {place.named(lead)}{hint}")
+        raise UserError(f"{place.root}: has no {place.named(lead)}{hint}")
     for part in needed:
         problem = _missing(place, part, stems, packs)
         problems += [f"{problem}{_remedy(part, spec)}"] if problem else []
@@ -187,7 +188,7 @@ def _remedy(part: Part, spec: Folder) -> str:
 
 def refuse(place: Layout, problems: Sequence[str]) -> None:
     if problems:
-        raise ValueError("\n".join(f"{place.root}: {problem}" for problem in problems))
+        raise UserError("\n".join(f"{place.root}: {problem}" for problem in problems))
 
 
 def captions_of(place: Layout, stems: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from fewstep.data.atomic import replacing
+from fewstep.errors import UserError
 from fewstep.evaluation.report.contents import Better, Film, Gallery, Gate, Kind, Measured, Measurement, Model, Report, Row
 from fewstep.evaluation.report.curves import chart_plot, colours_of, quality_plot
 from fewstep.evaluation.report.films import Encoded, encode
@@ -49,7 +50,7 @@ def page(report: Report, max_bytes: int = 5_000_000) -> str:
     Refuses a report with doubled names, scores nobody explains, or clips that are not uint8 T H W 3: all faults in one message.
     """
     if faults := report.problems():
-        raise ValueError("the report cannot be written:\n" + "\n".join(f"- {fault}" for fault in faults))
+        raise UserError("the report cannot be written:\n" + "\n".join(f"- {fault}" for fault in faults))
     sections = {
         "watch": ("Watch", _galleries(report, max_bytes - 300_000)),
         "bounds": ("Bounds", _gates(report.gates)),

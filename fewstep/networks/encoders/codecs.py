@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.config.text import read_json
+from fewstep.errors import UserError
 from fewstep.networks.files import hub
 from fewstep.networks.files.folders import load
 
@@ -91,15 +92,15 @@ class Autoencoder:
         form, name = self.form, type(self.module).__name__
         if form.sees_time and (frames - 1) % form.frames_step:
             fits = frames - (frames - 1) % form.frames_step
-            raise ValueError(
+            raise UserError(
                 f"{name}: {frames} frames do not fit; it takes 1 + k * {form.frames_step}: {fits} or {fits + form.frames_step}"
             )
         if height % form.space or width % form.space:
-            raise ValueError(f"{name}: {height} x {width} pixels do not fit; both sides must be multiples of {form.space}")
+            raise UserError(f"{name}: {height} x {width} pixels do not fit; both sides must be multiples of {form.space}")
         num = 1 + (frames - 1) // form.time if form.sees_time else frames
         if self.mean.shape[2] not in (1, num) and num > self.mean.shape[2]:
             most = 1 + (self.mean.shape[2] - 1) * form.time
-            raise ValueError(
+            raise UserError(
                 f"{name}: {frames} frames are more than its statistics know: {self.mean.shape[2]} latent frames, which are "
                 f"{most} frames. Cut the clip into pieces of at most {most}"
             )
@@ -120,7 +121,7 @@ class Autoencoder:
         num = like.shape[2]
         mean, std = (value[:, :, :num].to(like.device) for value in (self.mean, self.std))
         if mean.shape[2] not in (1, num):
-            raise ValueError(f"{num} latent frames are more than the {mean.shape[2]} whose statistics are known")
+            raise UserError(f"{num} latent frames are more than the {mean.shape[2]} whose statistics are known")
         return mean, std
 
     def _encode(self, pixels: Tensor) -> Tensor:
@@ -210,7 +211,7 @@ def open_codec(
     config, subfolder = _config(str(address))
     name = config.get("_class_name")
     if name not in _FORMS:
-        raise ValueError(f"{address}: no codec of ours, its _class_name is {name}; known are {', '.join(sorted(_FORMS))}")
+        raise UserError(f"{address}: no codec of ours, its _class_name is {name}; known are {', '.join(sorted(_FORMS))}")
     module = load(getattr(diffusers, name), str(address), subfolder, torch_dtype=dtype)
     folder = Path(address) / subfolder if subfolder else Path(address)
     return codec_of(module.to(device), scale=scale, tile=tile, statistics=folder / "mean_std.pt")
@@ -248,7 +249,7 @@ def _config(address: str) -> tuple[dict[str, Any], str | None]:
             path = folder / (subfolder or "") / "config.json"
             if path.is_file():
                 return read_json(path, "Copy that folder again"), subfolder
-        raise ValueError(f"{address}: neither config.json nor vae/config.json is in it, so that it is no codec of diffusers")
+        raise UserError(f"{address}: neither config.json nor vae/config.json is in it, so that it is no codec of diffusers")
     hub.expect_id(address, "codec")
     from diffusers import AutoencoderKL
 
@@ -258,7 +259,7 @@ def _config(address: str) -> tuple[dict[str, Any], str | None]:
             return dict(AutoencoderKL.load_config(address, subfolder=subfolder)), subfolder  # type: ignore[arg-type]
         except (OSError, ValueError) as error:
             errors.append(str(error).splitlines()[0])
-    raise ValueError(f"no codec at {address}: there is no such folder, and as a hub id: {errors[0]}")
+    raise UserError(f"no codec at {address}: there is no such folder, and as a hub id: {errors[0]}")
 
 
 def _read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:

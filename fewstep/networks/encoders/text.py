@@ -28,6 +28,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from fewstep.errors import UserError
 from fewstep.networks.encoders.codecs import fingerprint_of
 from fewstep.networks.files import hub
 
@@ -68,7 +69,7 @@ class _Encoder(ABC):
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         if not prompts:
-            raise ValueError(f"{type(self).__name__}: no prompt to encode; an empty text is a prompt, too")
+            raise UserError(f"{type(self).__name__}: no prompt to encode; an empty text is a prompt, too")
         parts = [list(prompts[i : i + PROMPTS_AT_ONCE]) for i in range(0, len(prompts), PROMPTS_AT_ONCE)]
         with torch.no_grad():
             embeddings, masks = zip(*[self._encode(part) for part in parts], strict=True)
@@ -265,7 +266,7 @@ def open_text_encoder(
 
         return open_words(place.folder("text_encoder"))
     if family not in ("t5", "umt5", "clip_text_model", "qwen2_5_vl"):
-        raise ValueError(
+        raise UserError(
             f"{address}: no text encoder of ours, its model_type is {family}; known are t5, umt5, clip_text_model, "
             "qwen2_5_vl, fewstep_words"
         )
@@ -356,9 +357,7 @@ class _Place:
         else:
             found = hub.read_json(self.address, f"{part}/config.json" if self.is_pipeline else "config.json")
         if found is None:
-            raise ValueError(
-                f"no text encoder at {self.address}: it has no {part + '/' if self.is_pipeline else ''}config.json"
-            )
+            raise UserError(f"no text encoder at {self.address}: it has no {part + '/' if self.is_pipeline else ''}config.json")
         return found
 
     def model(self, part: str, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
@@ -367,12 +366,12 @@ class _Place:
         name = next((_MODELS[name] for name in self.config(part).get("architectures") or () if name in _MODELS), None)
         if name is None:
             asked = self.config(part).get("architectures")
-            raise ValueError(f"{self.address}: its {part} is a {asked}; known are {', '.join(_MODELS)}")
+            raise UserError(f"{self.address}: its {part} is a {asked}; known are {', '.join(_MODELS)}")
         place = {"subfolder": part} if self.is_pipeline else {}
         module, info = getattr(transformers, name).from_pretrained(self.address, dtype=dtype, output_loading_info=True, **place)
         wrong = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
         if wrong:
-            raise ValueError(f"{self.address}: the weights of its {part} lack {', '.join(map(str, wrong[:4]))}")
+            raise UserError(f"{self.address}: the weights of its {part} lack {', '.join(map(str, wrong[:4]))}")
         return _frozen(module.to(device))
 
     def tokenizer(self, part: str) -> Any:  # Any: as above

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fewstep.errors import UserError
+
 
 @dataclass(frozen=True, eq=False)
 class ClipVision:
@@ -36,7 +38,7 @@ def open_image_encoder(
     folder = Path(address)
     missing = [part for part in ("image_encoder", "image_processor") if folder.is_dir() and not (folder / part).is_dir()]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"no image encoder at {address}: it has no {missing[0]}/, which the folder of a Wan 2.1 I2V pipeline has"
         )
     # Resizes with PIL, as CLIP was taught; transformers' other one needs torchvision. Before 5.0 there was one class only.
@@ -48,5 +50,5 @@ def open_image_encoder(
     module, info = loaded
     wrong = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
     if wrong:
-        raise ValueError(f"{address}: the weights of its image_encoder lack {', '.join(map(str, wrong[:4]))}")
+        raise UserError(f"{address}: the weights of its image_encoder lack {', '.join(map(str, wrong[:4]))}")
     return ClipVision(module.to(device).eval().requires_grad_(False), processor)

@@ -18,6 +18,7 @@ from fewstep.batch import Condition
 from fewstep.config import kind
 from fewstep.diffusion import VP, Cache, Path, Prediction
 from fewstep.diffusion.path import working_dtype
+from fewstep.errors import UserError
 from fewstep.networks.contract import refuse_cache
 from fewstep.networks.families.upstream import (
     enters_in_compute_dtype,
@@ -55,7 +56,7 @@ class CogVideoX:
         patch_t, patch = config.patch_size_t or 1, config.patch_size
         grid = (frames // patch_t, height // patch, width // patch)
         if frames % patch_t:
-            raise ValueError(
+            raise UserError(
                 f"CogVideoX 1.5 works on {patch_t} latent frames at a time, and {frames} do not divide: "
                 "upstream adds frames in front and drops them after decoding"
             )
@@ -63,7 +64,7 @@ class CogVideoX:
         if config.in_channels > config.out_channels:
             shown = torch.cat([x, needed(cond, "beside", "CogVideoX I2V", "the latents of its picture").to(x)], 1)
         elif cond.beside is not None:
-            raise ValueError("this CogVideoX has no channels for a picture (cond.beside); those made for I2V have")
+            raise UserError("this CogVideoX has no channels for a picture (cond.beside); those made for I2V have")
         extra: dict[str, Any] = {}
         if config.use_rotary_positional_embeddings:
             extra["image_rotary_emb"] = self._rotary(config, grid, x.device)

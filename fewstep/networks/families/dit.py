@@ -19,6 +19,7 @@ from fewstep.batch import Condition
 from fewstep.config import kind
 from fewstep.diffusion import VP, Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import working_dtype
+from fewstep.errors import UserError
 from fewstep.networks.contract import refuse_cache
 from fewstep.networks.families.upstream import as_picture, enters_in_compute_dtype, needed, refuse_given, table_index, tapped
 from fewstep.networks.files.folders import from_folder
@@ -47,7 +48,7 @@ class Dit:
         refuse_given(cond, "DiT")
         picture, time = as_picture(x, t, "DiT")
         if picture.shape[2] != picture.shape[3]:
-            raise ValueError(f"diffusers' DiT makes square pictures only, not {picture.shape[2]} x {picture.shape[3]} latents")
+            raise UserError(f"diffusers' DiT makes square pictures only, not {picture.shape[2]} x {picture.shape[3]} latents")
         label = needed(cond, "label", "DiT", "its class (B,; -1 is none)").to(x.device)
         with tapped(self.blocks, taps) as seen:
             raw = self.module(

@@ -17,6 +17,7 @@ from fewstep.batch import Condition
 from fewstep.config import kind
 from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import working_dtype
+from fewstep.errors import UserError
 from fewstep.networks.contract import refuse_cache
 from fewstep.networks.families.upstream import as_picture, enters_in_compute_dtype, needed, refuse_given, tapped
 from fewstep.networks.files.folders import from_folder
@@ -25,7 +26,7 @@ from fewstep.networks.files.folders import from_folder
 def packed(picture: Tensor) -> Tensor:
     """B C H W -> B (H/2 W/2) (4 C), the channel before the place within the patch."""
     if picture.shape[2] % 2 or picture.shape[3] % 2:
-        raise ValueError(f"latents of {picture.shape[2]} x {picture.shape[3]} cannot be cut into patches of 2 x 2")
+        raise UserError(f"latents of {picture.shape[2]} x {picture.shape[3]} cannot be cut into patches of 2 x 2")
     patches = picture.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # B C h 2 w 2
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 

@@ -17,6 +17,7 @@ from fewstep.batch import Condition
 from fewstep.config import kind
 from fewstep.diffusion import VP, Cache, Path, Prediction
 from fewstep.diffusion.path import working_dtype
+from fewstep.errors import UserError
 from fewstep.networks.contract import refuse_cache
 from fewstep.networks.families.upstream import (
     as_picture,
@@ -112,7 +113,7 @@ class UnetSpec:
         kinds: dict[str, Literal["eps", "v"]] = {"epsilon": "eps", "v_prediction": "v"}
         named, schedule = told.get("prediction_type", "epsilon"), told.get("beta_schedule", "scaled_linear")
         if named not in kinds or schedule != "scaled_linear":
-            raise ValueError(f"{address}: its UNet predicts '{named}' on a table '{schedule}', for which there is no adapter")
+            raise UserError(f"{address}: its UNet predicts '{named}' on a table '{schedule}', for which there is no adapter")
         return cls(pretrained=address, predicts=kinds[named], zero_terminal_snr=bool(told.get("rescale_betas_zero_snr")))
 
     @property

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fewstep.batch import Condition
 from fewstep.diffusion import Path, Prediction
 from fewstep.diffusion.prediction import coefficients_for
+from fewstep.errors import UserError
 from fewstep.networks.files import hub
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -25,7 +26,7 @@ def tapped(blocks: Sequence[nn.Module], taps: Sequence[int]) -> Iterator[dict[in
     """Within, what the blocks in `taps` return is collected, by number."""
     wrong = [tap for tap in taps if not 0 <= tap < len(blocks)]
     if wrong:
-        raise ValueError(f"tap {wrong[0]} is no block of this network, whose blocks are 0 .. {len(blocks) - 1}")
+        raise UserError(f"tap {wrong[0]} is no block of this network, whose blocks are 0 .. {len(blocks) - 1}")
     seen: dict[int, Any] = {}
 
     def keep(i: int) -> Any:
@@ -73,7 +74,7 @@ def needed(cond: Condition, field: str, network: str, what: str) -> Tensor:
     """The field of the condition, which this network cannot do without."""
     value = getattr(cond, field)
     if value is None:
-        raise ValueError(f"{network} reads {what} from cond.{field}, and the batch has none")
+        raise UserError(f"{network} reads {what} from cond.{field}, and the batch has none")
     return value
 
 
@@ -88,9 +89,7 @@ def as_picture(x: Tensor, t: Tensor, network: str) -> tuple[Tensor, Tensor]:
         return x[:, :, 0], t[:, 0] if t.ndim == 2 else t
     if x.ndim == 4 and t.ndim == 1:
         return x, t
-    raise ValueError(
-        f"{network} makes pictures, B C H W or B C 1 H W, but was given {tuple(x.shape)} at times {tuple(t.shape)}"
-    )
+    raise UserError(f"{network} makes pictures, B C H W or B C 1 H W, but was given {tuple(x.shape)} at times {tuple(t.shape)}")
 
 
 def one_time(t: Tensor, network: str) -> Tensor:
@@ -98,7 +97,7 @@ def one_time(t: Tensor, network: str) -> Tensor:
     if t.ndim == 1:
         return t
     if not isinstance(t, FakeTensor) and bool((t != t[:, :1]).any()):  # fakes, on which memory is planned, hold no numbers
-        raise ValueError(f"{network} is told one time for the whole clip, so its frames cannot carry noise levels of their own")
+        raise UserError(f"{network} is told one time for the whole clip, so its frames cannot carry noise levels of their own")
     return t[:, 0]
 
 
@@ -117,4 +116,4 @@ def table_index(t: Tensor, num_steps: int = 1000) -> Tensor:
 def refuse_given(cond: Condition, network: str) -> None:
     """For networks that know no given frames: nothing tells them which frames are clean."""
     if cond.frame_mask is not None:
-        raise ValueError(f"{network} cannot be led by given frames (cond.frame_mask), nothing in it tells them from noisy ones")
+        raise UserError(f"{network} cannot be led by given frames (cond.frame_mask), nothing in it tells them from noisy ones")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fewstep.errors import UserError
 from fewstep.networks.files import hub
 
 WRONG = ("missing_keys", "mismatched_keys", "unexpected_keys")  # of diffusers' loading info
@@ -17,7 +18,7 @@ def from_folder(cls: Any, address: str, subfolder: str) -> Any:  # Any: whatever
         if (folder / "config.json").is_file():
             return load(cls, address)
         if not (folder / subfolder / "config.json").is_file():
-            raise ValueError(f"no {cls.__name__} in '{address}': it has neither config.json nor {subfolder}/config.json")
+            raise UserError(f"no {cls.__name__} in '{address}': it has neither config.json nor {subfolder}/config.json")
         return load(cls, address, subfolder)
     hub.expect_id(address, cls.__name__)
     with hub.asking(address):
@@ -35,7 +36,7 @@ def load(cls: Any, address: str, subfolder: str | None = None, **how: Any) -> An
     told = [f"{what.replace('_', ' ')}: {', '.join(map(str, list(info[what])[:4]))}" for what in WRONG if info.get(what)]
     if told:
         where = f"{address}/{subfolder}" if subfolder else address
-        raise ValueError(f"{where}: its weights do not fit its config.json: {'; '.join(told)}")
+        raise UserError(f"{where}: its weights do not fit its config.json: {'; '.join(told)}")
     return module
 
 
@@ -48,9 +49,9 @@ def _look(folder: Path) -> None:
     files = sorted(folder.glob("*.safetensors"))
     if not files and not list(folder.glob("*.bin")):
         name = "diffusion_pytorch_model.safetensors"
-        raise ValueError(f"{folder}: its weights are missing ({name}). Copy that folder again, whole")
+        raise UserError(f"{folder}: its weights are missing ({name}). Copy that folder again, whole")
     for file in files:
         try:
             safe_open(file, "pt")
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: damaged, perhaps cut short ({error}). Copy it again") from None
+            raise UserError(f"{file}: damaged, perhaps cut short ({error}). Copy it again") from None

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fewstep.errors import UserError
+
 
 def is_hub_id(address: str) -> bool:
     """Whether it has the form OWNER/NAME. A folder may have it, too."""
@@ -19,9 +21,9 @@ def expect_id(address: str, what: str) -> None:
     """ValueError unless `address`, at which no folder is, can be asked of the hub: what looks like a path is a mistyped one."""
     folder = Path(address)
     if folder.exists() or not is_hub_id(address):
-        raise ValueError(f"no {what} at '{address}': there is no such folder, and it is no name on the hub (OWNER/NAME)")
+        raise UserError(f"no {what} at '{address}': there is no such folder, and it is no name on the hub (OWNER/NAME)")
     if folder.parent.is_dir():
-        raise ValueError(f"no {what} at '{address}': there is no such folder in {folder.parent}")
+        raise UserError(f"no {what} at '{address}': there is no such folder in {folder.parent}")
 
 
 @contextmanager
@@ -33,7 +35,7 @@ def asking(address: str) -> Iterator[None]:
         told = _told(address, error)
         if told is None:
             raise
-        raise ValueError(told) from error
+        raise UserError(told) from error
 
 
 def has_file(address: str, name: str) -> bool:

@@ -28,6 +28,8 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from fewstep.errors import UserError
+
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
@@ -95,18 +97,18 @@ def open_tensors(place: str | Path, part: str | None = None) -> TensorFile:
             merged |= _safetensors(file)
         found = TensorFile(str(path), merged)
     elif path.is_dir():
-        raise ValueError(f"no weights in '{place}': the folder holds neither .safetensors files nor a .metadata file")
+        raise UserError(f"no weights in '{place}': the folder holds neither .safetensors files nor a .metadata file")
     else:
-        raise ValueError(f"no weights at '{place}': there is no such file")
+        raise UserError(f"no weights at '{place}': there is no such file")
     found = _one_net(found, part)
     if part is not None and found.part != part:
-        raise ValueError(f"'{place}' holds one set of weights only, none is called '{part}'")
+        raise UserError(f"'{place}' holds one set of weights only, none is called '{part}'")
     return TensorFile(found.source, _plain(found.tensors), found.part, found.ignored)
 
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise ValueError(f"no weights at '{path}': there is no such file")
+        raise UserError(f"no weights at '{path}': there is no such file")
     return path
 
 
@@ -122,7 +124,7 @@ def _one_net(found: TensorFile, part: str | None) -> TensorFile:
         return found  # refused by the caller, unless `part` was found by then
     chosen = part or ("net_ema" if "net_ema" in have else "net" if "net" in have else None)
     if chosen is None:
-        raise ValueError(f"'{found.source}' holds {' and '.join(have)}: say which, as {found.source}:{have[0]}")
+        raise UserError(f"'{found.source}' holds {' and '.join(have)}: say which, as {found.source}:{have[0]}")
     kept = {f"net.{n.removeprefix(f'{chosen}.')}": t for n, t in found.tensors.items() if n.startswith(f"{chosen}.")}
     return TensorFile(found.source, kept, chosen, found.ignored + len(found.tensors) - len(kept))
 
@@ -141,7 +143,7 @@ def _plain(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
             shown = {name: now.removeprefix(start) for name, now in shown.items()}
     for name, now in shown.items():
         if now in plain:
-            raise ValueError(f"two tensors of the file are called '{now}' once the wrappers of training are taken off")
+            raise UserError(f"two tensors of the file are called '{now}' once the wrappers of training are taken off")
         plain[now] = tensors[name]
     return plain
 
@@ -165,19 +167,19 @@ def _is_optimizer(tree: Mapping[Any, Any]) -> bool:
 
 def _chosen_set(sets: Mapping[str, Mapping[str, Any]], part: str | None, source: str) -> str:
     if not sets:
-        raise ValueError(f"'{source}' holds no tensors")
+        raise UserError(f"'{source}' holds no tensors")
     if part is not None:
         fits = [at for at in sets if at == part or at.endswith(f".{part}")]
         if len(fits) == 1:
             return fits[0]
         if "" in sets or len(sets) == 1:
             return next(iter(sets))  # the part may be one of several networks within, see _one_net
-        raise ValueError(f"'{source}' holds no weights called '{part}'; it holds {', '.join(sorted(sets))}")
+        raise UserError(f"'{source}' holds no weights called '{part}'; it holds {', '.join(sorted(sets))}")
     if len(sets) == 1:
         return next(iter(sets))
     preferred = [at for at in _PREFERRED if at in sets]
     if not preferred:
-        raise ValueError(
+        raise UserError(
             f"'{source}' holds several sets of weights; say which: {', '.join(f'{source}:{at}' for at in sorted(sets))}"
         )
     return preferred[0]
@@ -214,12 +216,12 @@ def load_torch(path: Path) -> Any:  # Any: whatever was saved, out of tensors an
     except pickle.UnpicklingError as error:
         wants = re.search(r"GLOBAL ([\w.]+)", str(error))
         named = f"it wants to load {wants.group(1)}" if wants else "it holds more than tensors, numbers and containers"
-        raise ValueError(
+        raise UserError(
             f"'{path}' is not read: {named}, and weights are data. If you trust the file, load it where it was made and save "
             "its tensors alone"
         ) from None
     except (RuntimeError, EOFError, OSError, KeyError) as error:
-        raise ValueError(f"'{path}' cannot be read as torch.save wrote it: {error}. Is the download complete?") from error
+        raise UserError(f"'{path}' cannot be read as torch.save wrote it: {error}. Is the download complete?") from error
 
 
 # --- safetensors
@@ -235,10 +237,10 @@ def _safetensors(path: Path) -> dict[str, Stored]:
                 entry = file.get_slice(name)
                 dtype = _SAFETENSORS_DTYPES.get(entry.get_dtype())
                 if dtype is None:
-                    raise ValueError(f"'{path}': {name} is of type {entry.get_dtype()}, which is not known here")
+                    raise UserError(f"'{path}': {name} is of type {entry.get_dtype()}, which is not known here")
                 found[name] = Stored(tuple(entry.get_shape()), dtype, partial(_from_safetensors, path, name))
     except SafetensorError as error:
-        raise ValueError(f"'{path}' is no safetensors file: {error}. Is the download complete?") from error
+        raise UserError(f"'{path}' is no safetensors file: {error}. Is the download complete?") from error
     return found
 
 
@@ -273,7 +275,7 @@ def _safetensors_in(folder: Path) -> list[Path]:
         names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
         odd = [name for name in names if Path(name).name != name]
         if odd:
-            raise ValueError(f"{indices[0]}: names a file outside its folder, {odd[0]}")
+            raise UserError(f"{indices[0]}: names a file outside its folder, {odd[0]}")
         return [folder / name for name in names]
     files = sorted(folder.glob("*.safetensors"))
     if not files and (folder / "transformer").is_dir():
@@ -317,7 +319,7 @@ def read_metadata(folder: Path) -> Any:  # Any: dcp's Metadata, whose fields tor
     try:
         return _Unpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError, KeyError, ValueError) as error:
-        raise ValueError(f"'{folder / '.metadata'}' is not read: {error}") from error
+        raise UserError(f"'{folder / '.metadata'}' is not read: {error}") from error
 
 
 class Reader(dcp.FileSystemReader):
@@ -328,7 +330,7 @@ class Reader(dcp.FileSystemReader):
         self.contents = read_metadata(folder)
         for info in (self.contents.storage_data or {}).values():
             if Path(info.relative_path).name != info.relative_path:
-                raise ValueError(f"'{folder}': its table of contents names a file outside of it, {info.relative_path}")
+                raise UserError(f"'{folder}': its table of contents names a file outside of it, {info.relative_path}")
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
         return self.contents
@@ -400,16 +402,16 @@ def _split(path: Path, part: str | None) -> TensorFile:
         if (found := re.fullmatch(rf"{re.escape(stem)}_model_mp_(\d+)", file.stem))
     }
     if not numbered:
-        raise ValueError(f"no weights at '{path}': there is no {stem}_model_mp_0.pt")
+        raise UserError(f"no weights at '{path}': there is no {stem}_model_mp_0.pt")
     lacking = [number for number in range(max(numbered) + 1) if number not in numbered]
     if lacking:
-        raise ValueError(f"'{path.parent}' lacks {', '.join(f'{stem}_model_mp_{number}.pt' for number in lacking)}")
+        raise UserError(f"'{path.parent}' lacks {', '.join(f'{stem}_model_mp_{number}.pt' for number in lacking)}")
     parts = [_torch_file(numbered[number], part) for number in sorted(numbered)]
     names = parts[0].tensors.keys()
     for number, other in enumerate(parts):
         odd = sorted(names ^ other.tensors.keys())
         if odd:
-            raise ValueError(
+            raise UserError(
                 f"{stem}_model_mp_0.pt and {stem}_model_mp_{number}.pt hold different tensors: {', '.join(odd[:3])}"
             )
     merged = {name: _joined(name, [one.tensors[name] for one in parts], stem) for name in names}
@@ -423,12 +425,12 @@ def _joined(name: str, parts: list[Stored], stem: str) -> Stored:
     fixed = [tuple(size for i, size in enumerate(one.shape) if i != axis) for one in parts]
     if axis is None:
         if any(one.shape != first.shape for one in parts):
-            raise ValueError(
+            raise UserError(
                 f"{stem}: '{name}' is cut in a way that is not known here; its parts are {[one.shape for one in parts]}"
             )
         return Stored(first.shape, first.dtype, partial(_equal, name, parts, stem))
     if any(len(one.shape) != 2 for one in parts) or len(set(fixed)) > 1:
-        raise ValueError(f"{stem}: the parts of '{name}' do not fit along axis {axis}: {[one.shape for one in parts]}")
+        raise UserError(f"{stem}: the parts of '{name}' do not fit along axis {axis}: {[one.shape for one in parts]}")
     whole = list(first.shape)
     whole[axis] = sum(one.shape[axis] for one in parts)
     return Stored(tuple(whole), first.dtype, lambda: torch.cat([one.read() for one in parts], axis))
@@ -438,7 +440,7 @@ def _equal(name: str, parts: Iterable[Stored], stem: str) -> Tensor:
     first, *others = (one.read() for one in parts)
     for number, other in enumerate(others, 1):
         if not torch.equal(first, other):
-            raise ValueError(
+            raise UserError(
                 f"{stem}: '{name}' should be whole in every part, but part {number} differs from part 0; whether it is cut, "
                 "and along which axis, cannot be told"
             )

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from fewstep.errors import UserError
 from fewstep.networks.families.cosmos.keys import Generation, match, num_branches, repeated
 from fewstep.networks.families.cosmos.lora_files import adapters, merged
 from fewstep.networks.files.tensor_files import Reader, Stored, TensorFile, is_tensor_file, load_distributed, open_tensors
@@ -72,7 +73,7 @@ def pieces_of(address: str) -> list[Piece] | None:
         if not is_tensor_file(place):
             if len(words) == 1:
                 return None
-            raise ValueError(f"no weights at '{address}': '{place}' is no file of tensors")
+            raise UserError(f"no weights at '{address}': '{place}' is no file of tensors")
         pieces.append((name, place, part))
     return pieces
 
@@ -100,7 +101,7 @@ def collect(pieces: Sequence[Piece], like: nn.Module | None = None, lora_scale: 
         ours |= {name: file.tensors[name] for name in found.unknown}
         twice = sorted(ours.keys() & merged.keys())
         if twice:
-            raise ValueError(f"'{files[0].source}' and '{file.source}' both hold '{twice[0]}' and {len(twice) - 1} more")
+            raise UserError(f"'{files[0].source}' and '{file.source}' both hold '{twice[0]}' and {len(twice) - 1} more")
         merged |= ours
         unused += found.unused
     if len(files) > 1 and generation == "2":
@@ -111,7 +112,7 @@ def collect(pieces: Sequence[Piece], like: nn.Module | None = None, lora_scale: 
 def _without_adapters(file: TensorFile, scale: float | None) -> TensorFile:
     num = len(adapters(file.tensors))
     if num and scale is None:
-        raise ValueError(
+        raise UserError(
             f"'{file.source}' holds {num} adapters (LoRA) beside its weights, and no file says how much they count. Add them "
             f"into the weights with: fewstep convert {file.source} OUT.safetensors --lora-scale 1 (Predict1: its `scale`, 1 in "
             "the example; PEFT: alpha / rank)"
@@ -145,7 +146,7 @@ def locate(address: str) -> tuple[Path, str]:
     role = role or "student.ema"
     run = next((root for root in (Path(place), output_root() / place) if root.is_dir()), None)
     if run is None:
-        raise ValueError(f"no weights at '{address}': neither '{place}' nor '{output_root() / place}' is a folder")
+        raise UserError(f"no weights at '{address}': neither '{place}' nor '{output_root() / place}' is a folder")
     if (run / ".metadata").is_file():  # the checkpoint folder itself
         return run, role
     checkpoints = run / "checkpoints" if (run / "checkpoints").is_dir() else run
@@ -154,11 +155,11 @@ def locate(address: str) -> tuple[Path, str]:
     else:
         pointer = checkpoints / "latest_checkpoint.txt"
         if not pointer.is_file():
-            raise ValueError(f"no weights at '{address}': {run} holds no finished checkpoint yet")
+            raise UserError(f"no weights at '{address}': {run} holds no finished checkpoint yet")
         name = pointer.read_text().strip()
     if not (checkpoints / name / ".metadata").is_file():
         have = sorted(path.name for path in checkpoints.glob("iter_*") if path.is_dir())
-        raise ValueError(f"no weights at '{address}': {checkpoints} has no {name}; it has {', '.join(have) or 'none'}")
+        raise UserError(f"no weights at '{address}': {checkpoints} has no {name}; it has {', '.join(have) or 'none'}")
     return checkpoints / name, role
 
 
@@ -171,7 +172,7 @@ def read_tensors(folder: Path, prefix: str, *more: str) -> dict[str, Tensor]:
     wanted = {name: about for name, about in tensors.items() if name.startswith((prefix, *more))}
     if not any(name.startswith(prefix) for name in wanted):
         parts = sorted({".".join(name.split(".")[:2]) for name in found if ".optim." not in name})
-        raise ValueError(f"{folder} holds no '{prefix[:-1]}'; it holds {', '.join(parts)}")
+        raise UserError(f"{folder} holds no '{prefix[:-1]}'; it holds {', '.join(parts)}")
     state = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in wanted.items()}
     load_distributed(reader, state)
     return {next(name.removeprefix(p) for p in (prefix, *more) if name.startswith(p)): t for name, t in state.items()}
@@ -194,6 +195,6 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
             problems.append(f"  {name}: is {other} in the network, but another tensor in the weights")
     if problems:
         shown = "\n".join(problems[:12]) + (f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else "")
-        raise ValueError(f"the weights at '{source}' do not fit the network:\n{shown}")
+        raise UserError(f"the weights at '{source}' do not fit the network:\n{shown}")
     module.load_state_dict(dict(tensors), strict=True)
     return len(own)

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fewstep.errors import UserError
 from fewstep.networks.families.cosmos.control import Controlled, CosmosControlSpec
 from fewstep.networks.families.cosmos.keys import (
     Generation,
@@ -66,12 +67,12 @@ def convert(
     pieces = _pieces(source, base, control)
     if out is None:
         if len(pieces) != 2:
-            raise ValueError(
+            raise UserError(
                 "convert: say what to write: OUT.pt, OUT.safetensors or OUT/ (only a base and its control have a usual place)"
             )
         out = Path(pieces[0][1]).parent / "checkpoints_teacher" / Path(pieces[1][1]).name
     if out.exists() and any(Path(place).resolve() == out.resolve() for _, place, _ in pieces):
-        raise ValueError(f"convert: '{out}' is what is read; write it elsewhere")
+        raise UserError(f"convert: '{out}' is what is read; write it elsewhere")
     if out.suffix in (".pt", ".pth") and len(pieces) > 1 and lora_scale is None:
         union = _union(pieces)
         if union is not None:
@@ -87,7 +88,7 @@ def convert(
             write_safetensors(beside, found.tensors, _dtype(dtype))
         return [_written(out, found.tensors, "our names")]
     if out.suffix:
-        raise ValueError(f"convert: cannot write '{out}': it must end in .pt or .safetensors, or be a folder for diffusers")
+        raise UserError(f"convert: cannot write '{out}': it must end in .pt or .safetensors, or be a folder for diffusers")
     return _write_folder(out, found, model, dtype)
 
 
@@ -104,15 +105,15 @@ def from_words(
 ) -> list[Written]:
     """What the words of the command line ask for."""
     if dtype not in ("keep", *DTYPES):
-        raise ValueError(f"convert: --dtype {dtype} is none of keep, {', '.join(DTYPES)}")
+        raise UserError(f"convert: --dtype {dtype} is none of keep, {', '.join(DTYPES)}")
     if ctrl_type is not None:
         if base is not None or control:
-            raise ValueError("convert: --ctrl-type names both files; leave --base and --control out")
+            raise UserError("convert: --ctrl-type names both files; leave --base and --control out")
         base, branch = teacher_pieces(ctrl_type, checkpoint_dir)
         control = [branch]
         lacking = [file for file in (base, branch) if not Path(file).is_file()]
         if lacking:
-            raise ValueError(f"convert: there is no {' and no '.join(lacking)}")
+            raise UserError(f"convert: there is no {' and no '.join(lacking)}")
     if base is not None and source is not None and out is None:
         source, out = None, Path(source)  # one word beside --base is what to write
     return convert(source, out, base=base, control=control, model=model, dtype=dtype, lora_scale=lora_scale)  # type: ignore[arg-type]
@@ -126,15 +127,15 @@ def teacher_pieces(ctrl_type: str, checkpoint_dir: str) -> tuple[str, str]:
 
 def _pieces(source: str | None, base: str | None, control: Sequence[str]) -> list[Piece]:
     if (source is None) == (base is None):
-        raise ValueError("convert: give either SRC, or --base with --control")
+        raise UserError("convert: give either SRC, or --base with --control")
     if base is not None and not control:
-        raise ValueError("convert: --base wants the --control to put beside it")
+        raise UserError("convert: --base wants the --control to put beside it")
     address = source if source is not None else "+".join([base or "", *control])
     if hub.is_hub_id(address) and Path(address).suffix not in SUFFIXES and not Path(address).parent.is_dir():
         address = _downloaded(address)
     pieces = pieces_of(address)
     if pieces is None:
-        raise ValueError(
+        raise UserError(
             f"convert: '{address}' is no file or folder of weights; the weights of a run go out with: fewstep export {address}"
         )
     return pieces
@@ -182,7 +183,7 @@ def _refuse_odd(names: Iterable[str], source: str) -> None:
     problems = [f"  missing: {name}" for name in missing] + [f"  no weight of Cosmos: {name}" for name in extra]
     if problems:
         shown = "\n".join(problems[:12]) + (f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else "")
-        raise ValueError(f"convert: '{source}' does not hold the weights of a Cosmos network, whole and no others:\n{shown}")
+        raise UserError(f"convert: '{source}' does not hold the weights of a Cosmos network, whole and no others:\n{shown}")
 
 
 def _generation_of_ours(names: Mapping[str, Stored]) -> Generation:
@@ -206,11 +207,11 @@ def _write_folder(out: Path, found: Collected, model: str | None, dtype: Dtype) 
     name, module = model_of(found, model)
     controls = list(getattr(module, "branches", {}))
     if controls and not hasattr(module.branches[controls[0]], "save_config"):  # type: ignore[index]
-        raise ValueError(
+        raise UserError(
             "convert: diffusers has no branch of Cosmos-Transfer1; write OUT.safetensors for us, or OUT.pt, originally named"
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"convert: '{out}' exists and is not empty; remove it or write elsewhere")
+        raise UserError(f"convert: '{out}' exists and is not empty; remove it or write elsewhere")
     parts: dict[str, tuple[Any, dict[str, Stored]]] = {}
     if controls:
         parts["transformer"] = module.base, _under(found.tensors, "base.")  # type: ignore[assignment]
@@ -263,7 +264,7 @@ def model_of(found: Collected, name: str | None) -> tuple[str, nn.Module]:
     if name is not None and name not in MODELS:
         module = _of_folder(Path(name), controls)
         if {n: tuple(tensor.shape) for n, tensor in module.state_dict().items()} != shapes:
-            raise ValueError(_unfit(name, module, shapes))
+            raise UserError(_unfit(name, module, shapes))
         return name, module
     fits: dict[str, nn.Module] = {}
     nearest: tuple[int, str, nn.Module] | None = None
@@ -285,12 +286,12 @@ def model_of(found: Collected, name: str | None) -> tuple[str, nn.Module]:
     if len(fits) == 1:
         return next(iter(fits.items()))
     if fits:
-        raise ValueError(
+        raise UserError(
             f"convert: the weights fit {' and '.join(fits)}, which differ in their positions; say which with --model"
         )
     if nearest is None:
-        raise ValueError(f"convert: no published model{f' called {name}' if name else ''} has such branches")
-    raise ValueError(_unfit(nearest[1], nearest[2], shapes))
+        raise UserError(f"convert: no published model{f' called {name}' if name else ''} has such branches")
+    raise UserError(_unfit(nearest[1], nearest[2], shapes))
 
 
 def _of_folder(folder: Path, controls: Sequence[str]) -> nn.Module:
@@ -299,7 +300,7 @@ def _of_folder(folder: Path, controls: Sequence[str]) -> nn.Module:
 
     def empty(cls: Any, place: Path) -> Any:  # Any: diffusers' classes
         if not (place / "config.json").is_file():
-            raise ValueError(f"convert: --model {folder} is neither a folder with a config.json nor one of {', '.join(MODELS)}")
+            raise UserError(f"convert: --model {folder} is neither a folder with a config.json nor one of {', '.join(MODELS)}")
         with torch.device("meta"):
             return cls.from_config(cls.load_config(str(place)))
 

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import fewstep
 from fewstep.config.text import read_json
 from fewstep.data.atomic import replacing
+from fewstep.errors import UserError
 from fewstep.toyworld.recipes import EYE, GUIDANCE, STUDENT_SHIFT, toy_tokenizer
 
 TOY = Path(os.path.relpath(fewstep.TOY))  # short in the commands one reads
@@ -302,7 +303,7 @@ def _claim(out: Path, size: Size, from_scratch: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path, about = out / "demo.json", {"size": size, "from_scratch": from_scratch}
     if path.is_file() and read_json(path, f"Remove {out}, or choose another --out") != about:
-        raise ValueError(f"{out}: holds another demo ({path.read_text().strip()}). Remove it, or choose another --out")
+        raise UserError(f"{out}: holds another demo ({path.read_text().strip()}). Remove it, or choose another --out")
     with replacing(path) as beside:
         beside.write_text(json.dumps(about) + "\n")
 
@@ -326,7 +327,7 @@ def run(stage: Stage, out: Path, order: int) -> None:
             _end(lanes)
             raise
     if any(lane.failed for lane in lanes):
-        raise ValueError(f"stage '{stage.name}' failed, see above. The same `fewstep demo` goes on from here")
+        raise UserError(f"stage '{stage.name}' failed, see above. The same `fewstep demo` goes on from here")
     about = {
         "name": stage.name,
         "order": order,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from fewstep.batch import Batch
+from fewstep.errors import UserError
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full
 from fewstep.training.plan.ledger import PASSING
@@ -29,7 +30,7 @@ def memory_of(gpu: str) -> float:
     try:
         return float(gpu)
     except ValueError:
-        raise ValueError(f"gpu={gpu}: give GiB, or one of {', '.join(GPUS)}") from None
+        raise UserError(f"gpu={gpu}: give GiB, or one of {', '.join(GPUS)}") from None
 
 
 def advice(run: Run, batch: Batch, found: Found, gpus: int, gib: float) -> str:
@@ -146,7 +147,7 @@ def _sizes(name: str, text: str, num: int | None = None) -> tuple[int, ...]:
         sizes = ()
     if not sizes or min(sizes) < 1 or (num is not None and len(sizes) != num):
         example = "512x1024 (tokens, channels)" if name == "text" else "16x16x88x160 (C T H W of latents)"
-        raise ValueError(f"{name}={text}: sizes are written as {example}")
+        raise UserError(f"{name}={text}: sizes are written as {example}")
     return sizes
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fewstep.batch import Batch
 from fewstep.data.mock import Mock
 from fewstep.diffusion import Rng
+from fewstep.errors import UserError
 from fewstep.methods.contract import Nets, Turn
 from fewstep.networks.frozen import Offloaded, to_8bit
 from fewstep.networks.lora import Lora, Shared
@@ -93,7 +94,7 @@ class Found:
         sharded = self.run.parallel.mode == "fsdp"
         replicas = (self.run.parallel.num_replicas or 1) if sharded else gpus
         if gpus % replicas:
-            raise ValueError(f"parallel.num_replicas={replicas} does not divide gpus={gpus}")
+            raise UserError(f"parallel.num_replicas={replicas} does not divide gpus={gpus}")
         shards = gpus // replicas
         if shards == 1:
             return Plan(gpus, self.at_peak, self.turns, self.batch)

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fewstep.errors import UserError
 from fewstep.networks.families.cosmos.control import SHARED
 from fewstep.networks.families.cosmos.transfer1 import HINT_WIDTHS
 
@@ -176,7 +177,7 @@ def original_names(ours: Iterable[str], generation: Generation) -> dict[str, str
             part, plain = name.split(".", 2)[1:]
         if generation == "1":
             if len(controls) > 1:
-                raise ValueError("the original format holds one control branch a file; export them one by one")
+                raise UserError("the original format holds one control branch a file; export them one by one")
             theirs = translate(plain, TRANSFORMER_1 if part == "base" else BRANCH_1, backwards=True)
             prefix = "base_model.net." if controls and part == "base" else "net."
         elif part != "base" and any(plain.startswith(f"{again}.") for again in SHARED.values() if again != "patch_embed"):
@@ -187,7 +188,7 @@ def original_names(ours: Iterable[str], generation: Generation) -> dict[str, str
                 theirs = _number(theirs, controls.index(part))
             prefix = "net."
         if theirs is None:
-            raise ValueError(f"'{name}' has no name in the original Cosmos format of generation {generation}")
+            raise UserError(f"'{name}' has no name in the original Cosmos format of generation {generation}")
         found[name] = prefix + theirs
     return found
 
@@ -309,7 +310,7 @@ def refuse_apart(tensors: Mapping[str, Callable[[], Tensor]]) -> None:
     controls = list(dict.fromkeys(parts[1] for parts in found if parts[2] == mark))
     for again, own in repeated([name for name in tensors if name.startswith("base.")], controls, tensors).items():
         if again in tensors and not torch.equal(tensors[again](), tensors[own]()):
-            raise ValueError(
+            raise UserError(
                 f"{again} differs from {own}, which it should repeat: the original Cosmos format holds the two as one. Write "
                 "safetensors or a folder of diffusers, which hold both"
             )

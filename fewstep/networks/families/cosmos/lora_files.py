@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fewstep.errors import UserError
 from fewstep.networks.files.tensor_files import Stored
 
 _OWN = re.compile(r"(?P<layer>.*\.to_(?:q|k|v|out))_lora\.net\.(?P<side>[01])\.weight$")
@@ -48,7 +49,7 @@ def adapters(tensors: Mapping[str, Stored]) -> list[Adapter]:
         if held not in tensors:
             continue
         if len(pair) < 2:
-            raise ValueError(f"the adapter {next(iter(pair.values()))} lacks its other half")
+            raise UserError(f"the adapter {next(iter(pair.values()))} lacks its other half")
         made.append(Adapter(weight, held, pair[0], pair[1]))
     return made
 
@@ -67,7 +68,7 @@ def merged(tensors: Mapping[str, Stored], scale: float) -> dict[str, Stored]:
             continue
         down, up = tensors[adapter.down], tensors[adapter.up]
         if up.shape[:1] + down.shape[1:] != stored.shape or down.shape[0] != up.shape[1]:
-            raise ValueError(
+            raise UserError(
                 f"the adapter of {adapter.weight} does not fit it: {up.shape} times {down.shape} for {stored.shape}"
             )
         plain[adapter.weight] = Stored(stored.shape, stored.dtype, partial(_added, stored, down, up, scale))

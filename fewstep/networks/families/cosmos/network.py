@@ -25,6 +25,7 @@ from fewstep.diffusion import EDM, Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import spread, working_dtype
 from fewstep.diffusion.precondition import edm_preconditioning
 from fewstep.diffusion.prediction import keep_given
+from fewstep.errors import UserError
 from fewstep.networks.contract import refuse_cache
 from fewstep.networks.families.upstream import tapped
 from fewstep.networks.files.folders import from_folder
@@ -84,7 +85,7 @@ class Cosmos:
         """The raw output in x's type, and the tapped blocks' outputs as B C T H W."""
         config = self.base.config
         if cond.text is None:
-            raise ValueError("Cosmos reads its prompt from cond.text (B, tokens, channels), and the batch has none")
+            raise UserError("Cosmos reads its prompt from cond.text (B, tokens, channels), and the batch has none")
         num, _, frames, height, width = scaled.shape
         extra: dict[str, Any] = {}
         if config.in_channels > config.out_channels:
@@ -97,7 +98,7 @@ class Cosmos:
                     time = torch.where(is_given, shown_time, time if time.ndim == 2 else time[:, None])
             extra["condition_mask"] = mask[:, None, :, None, None].expand(-1, 1, -1, height, width).to(x.dtype)
         elif cond.frame_mask is not None:
-            raise ValueError(
+            raise UserError(
                 "this Cosmos network has no channel that tells given frames (a text-to-world one), but some are given"
             )
         if config.concat_padding_mask or self.controls:
@@ -130,10 +131,10 @@ class Cosmos:
         missing = [name for name in self.controls if name not in cond.control]
         if missing:
             have = ", ".join(cond.control) or "none"
-            raise ValueError(f"this network is led by the control '{missing[0]}', but the batch has {have}")
+            raise UserError(f"this network is led by the control '{missing[0]}', but the batch has {have}")
         for name in self.controls:
             if cond.control[name].shape != like.shape:
-                raise ValueError(
+                raise UserError(
                     f"control '{name}' has shape {tuple(cond.control[name].shape)}, but must have that of the latents, "
                     f"{tuple(like.shape)}: it is the control video, encoded like the video"
                 )
@@ -151,7 +152,7 @@ class Cosmos:
         if mask is None or not config.img_context_dim_in:
             return None if mask is None else mask.bool()
         if not bool(mask.all()):
-            raise ValueError("diffusers' Cosmos with a picture context takes no text mask: give cond.text without text_mask")
+            raise UserError("diffusers' Cosmos with a picture context takes no text mask: give cond.text without text_mask")
         return None
 
 
@@ -253,7 +254,7 @@ def _one_rate(fps: Tensor) -> float:
     """The one rate of all rows: upstream turns a single number into positions."""
     low, high = fps.min().item(), fps.max().item()
     if low != high:
-        raise ValueError(f"clips of {low:g} and {high:g} frames per second in one batch: Cosmos takes one rate at a time")
+        raise UserError(f"clips of {low:g} and {high:g} frames per second in one batch: Cosmos takes one rate at a time")
     return float(low)
 
 
@@ -262,7 +263,7 @@ def _one_padding(padding: Tensor | None, height: int, width: int, like: Tensor) 
     if padding is None:
         return torch.zeros(1, 1, height, width, dtype=like.dtype, device=like.device)
     if bool((padding != padding[:1]).any()):
-        raise ValueError(
+        raise UserError(
             "pictures padded in different ways in one batch: Cosmos takes one mask at a time. Set trainer.batch_size=1, or "
             "data.resize=crop"
         )

@@ -20,6 +20,7 @@ from fewstep.config import kind
 from fewstep.diffusion import Cache, Denoiser, Path, Prediction
 from fewstep.diffusion.guidance import with_and_without
 from fewstep.diffusion.path import spread
+from fewstep.errors import UserError
 from fewstep.networks.contract import AnyNetwork, Network, refuse_cache
 from fewstep.networks.families.upstream import told_by_pipeline
 from fewstep.networks.families.wan.network import A14B_I2V, T2V_14B, WanSpec
@@ -177,7 +178,7 @@ class ExpertsSpec:
     def build(self) -> Experts:
         high, low = self.high.build(), self.low.build()
         if high.path != low.path or len(high.blocks) != len(low.blocks):
-            raise ValueError(
+            raise UserError(
                 f"two experts must agree in path and number of blocks, but have {high.path} with {len(high.blocks)} blocks "
                 f"and {low.path} with {len(low.blocks)}"
             )

@@ -25,6 +25,7 @@ from fewstep.config import kind
 from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import working_dtype
 from fewstep.diffusion.prediction import keep_given
+from fewstep.errors import UserError
 from fewstep.networks.contract import refuse_cache
 from fewstep.networks.families.upstream import enters_in_compute_dtype, needed, tapped, zero_padded
 from fewstep.networks.files.folders import from_folder
@@ -60,7 +61,7 @@ class Wan:
         config: Any = self.module.config  # Any: diffusers' FrozenDict
         num, channels, frames, height, width = x.shape
         if channels != config.out_channels:
-            raise ValueError(f"this Wan network works on latents of {config.out_channels} channels, but was given {channels}")
+            raise UserError(f"this Wan network works on latents of {config.out_channels} channels, but was given {channels}")
         text = self._text(cond, TEXT_TOKENS if config.image_dim is not None else self.text_tokens)
         shown, time = x, 1000 * t.double()
         if self.whole_times:
@@ -73,7 +74,7 @@ class Wan:
         if config.in_channels > config.out_channels:
             shown = torch.cat([shown, self._beside(cond, x, config.in_channels - config.out_channels)], 1)
         elif cond.beside is not None:
-            raise ValueError("this Wan network has no channels for a picture (cond.beside); those made for I2V have")
+            raise UserError("this Wan network has no channels for a picture (cond.beside); those made for I2V have")
         if config.image_dim is not None:
             extra["encoder_hidden_states_image"] = needed(cond, "image", "Wan 2.1 I2V", "the features of its picture")
         patch_t, patch_h, patch_w = config.patch_size
@@ -95,7 +96,7 @@ class Wan:
     def _text(cond: Condition, tokens: int) -> Tensor:
         text = zero_padded(needed(cond, "text", "Wan", "its prompt (B, tokens, channels)"), cond.text_mask)
         if text.shape[1] > tokens:
-            raise ValueError(f"Wan reads prompts of {tokens} tokens at the most, and cond.text has {text.shape[1]}")
+            raise UserError(f"Wan reads prompts of {tokens} tokens at the most, and cond.text has {text.shape[1]}")
         return nn.functional.pad(text, (0, 0, 0, tokens - text.shape[1]))
 
     @staticmethod
@@ -103,7 +104,7 @@ class Wan:
         beside = needed(cond, "beside", "Wan I2V", f"its picture ({channels} channels, see wan.start_from)")
         wanted = (x.shape[0], channels, *x.shape[2:])
         if beside.shape != wanted:
-            raise ValueError(f"cond.beside has shape {tuple(beside.shape)}, but this network reads {wanted} beside its latents")
+            raise UserError(f"cond.beside has shape {tuple(beside.shape)}, but this network reads {wanted} beside its latents")
         return beside.to(x)
 
 
