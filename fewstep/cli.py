@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from fewstep import TOY, __version__
+from fewstep.environment import ranks
 from fewstep.errors import UserError
+from fewstep.files import write_text
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 _CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # ClickException: typer has carried its own click since 0.20
@@ -81,15 +82,14 @@ def train_command(arguments: list[str]) -> None:
     from fewstep.training.run import Run
 
     run = compose(command, Run)
-    is_main = os.environ.get("RANK", "0") == "0"  # under torchrun one process speaks for all
+    is_main = ranks().is_main  # under torchrun one process speaks for all
     for warning in check(run) if is_main else ():
         print(f"warning: {warning}", file=sys.stderr)
     for file in originals(command) if is_main else ():
         print(f"note: {file} belongs to the original code and is left aside; {command.experiment} says all", file=sys.stderr)
     if command.dryrun:
         folder = run.job.folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(run))
+        write_text(folder / "config.yaml", to_yaml(run))
         print(to_yaml(run), end="")
         from fewstep.training.plan.advice import dryrun
 
@@ -135,7 +135,7 @@ def _train_stage(name: str, wanted_by: Any) -> None:
     stage: Any = build_recipe(name)
     if (stage.job.folder() / "summary.json").is_file():
         return
-    if os.environ.get("RANK", "0") == "0":
+    if ranks().is_main:
         print(f"{wanted_by.job.name} starts from {name}, which is not there yet: training it first", file=sys.stderr)
     for earlier in stage.job.after:
         _train_stage(earlier, stage)
@@ -373,7 +373,6 @@ def pairs(
 ) -> None:
     """Noise/clip pairs and ODE paths of a teacher, in the folders of the seeds. Under torchrun the ranks divide the work."""
     from fewstep.inference import pairs as making
-    from fewstep.prepare.progress import tracked
 
     asked = making.asked(steps, sampler, shift, guidance, path_times, student_shift, given_frames, seed, quality)
     opened = {
@@ -384,7 +383,9 @@ def pairs(
         "max_tokens": max_tokens,
         "mask_text": mask_text,
     }
-    print(making.command(model, dataset, out, asked, **opened, num=num, batch_size=batch_size, device=device, tracked=tracked))
+    from fewstep.progress import track
+
+    print(making.command(model, dataset, out, asked, **opened, num=num, batch_size=batch_size, device=device, track=track))
 
 
 @app.command()

@@ -15,6 +15,7 @@ from fewstep.config.problems import ConfigError, Problem, check, hint
 from fewstep.config.reader import read_layers
 from fewstep.config.recipes import build_recipe, recipes
 from fewstep.config.text import read_text, read_yaml_mapping
+from fewstep.errors import UserError
 
 T = TypeVar("T")
 
@@ -148,4 +149,5 @@ def _import(path: Path, shown: str) -> None:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         advice = "; put the folder of that module on PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
         where = f"{shown}:{lines[-1]}" if lines else shown
-        raise ConfigError([(where, f"{type(error).__name__}: {error}{advice}")]) from error
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "  # for the log of an error of theirs
+        raise ConfigError([(where, f"{kind}{error}{advice}")]) from error

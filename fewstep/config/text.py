@@ -7,7 +7,6 @@ like words of the command line, and the writer quotes every text that could be t
 # pyright: reportUnknownMemberType=false
 # The stubs of PyYAML leave the types of its nodes and values out.
 
-import json
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -65,15 +64,6 @@ def read_text(path: Path) -> str:
         near = get_close_matches(path.name, set(beside) - {path.name}, n=1)
         advice = f"; did you mean {path.parent / near[0]}?" if near else f" (looked in {path.parent.resolve()})"
         raise ConfigError([(str(path), f"cannot be read: {reason}{advice}")]) from error
-
-
-def read_json(path: Path, advice: str) -> Any:
-    """What a JSON file holds; ValueError that names it and ends with `advice`, what to do."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"damaged, no JSON: {error}"
-        raise UserError(f"{path}: {reason}. {advice}") from None
 
 
 def write_yaml(data: Any) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fewstep.batch import Batch
 from fewstep.config import OneOf
 from fewstep.errors import UserError
+from fewstep.files import some
 
 
 class Dataset(Protocol):
@@ -57,7 +58,7 @@ class BadSamples(UserError):  # noqa: N818  # the name says what was found
     def __init__(self, rows: Mapping[int, str]):
         self.rows = dict(rows)
         said = list(dict.fromkeys(self.rows.values()))
-        super().__init__("\n".join(said[:5]) + (f"\n... and {len(said) - 5} more" if len(said) > 5 else ""))
+        super().__init__(some(said, 5, "\n"))
 
 
 class DataSpec(Protocol):

@@ -25,12 +25,12 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.config import kind
-from fewstep.data.atomic import replacing
 from fewstep.data.files import video
 from fewstep.data.folder.dataset import Folder, FolderData, layout
-from fewstep.data.folder.layout import Layout, some
+from fewstep.data.folder.layout import Layout
 from fewstep.data.folder.samples import Sample, parts_of, size_problems, spans_of
 from fewstep.errors import UserError
+from fewstep.files import some, write_bytes
 
 INDEX, FORMAT = "index.json", 1
 _AGAIN = "Write it again: fewstep prepare shards"
@@ -116,8 +116,7 @@ class ShardsData(FolderData):
         member = self._index.samples[stem][part]
         path = place / part / f"{stem}{member.suffix}"
         if not path.is_file() or path.stat().st_size != member.size:
-            with replacing(path) as beside:
-                beside.write_bytes(self._bytes(stem, part))
+            write_bytes(path, self._bytes(stem, part))
         return path
 
     def _bytes(self, stem: str, part: str) -> bytes:

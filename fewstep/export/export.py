@@ -11,7 +11,6 @@ Beside each lie student.json and README.md: the schedule, and the envelope that 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -25,10 +24,11 @@ from fewstep.config import ConfigError, parse
 from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.errors import UserError
 from fewstep.export.model_card import model_card
+from fewstep.files import whole_folder, write_json, write_text
 from fewstep.inference.model import Model, _Nets, envelope_of, know_every_kind, of_run
 from fewstep.networks.lora import Lora, as_diffusers, as_kohya, by_module
 from fewstep.networks.weights.addresses import locate, read
-from fewstep.training.checkpoint import read_progress, replace_text
+from fewstep.training.checkpoint import read_progress
 
 Form = Literal["auto", "diffusers", "safetensors", "pt-original", "lora"]
 
@@ -58,17 +58,8 @@ def export(address: str, out: Path, form: Form = "auto", base: Path | None = Non
     if base is not None and form != "diffusers":
         raise UserError(f"--base has no effect with --format {form}: only a diffusers folder holds a pipeline")
     _refuse_strangers(out)
-    beside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        _write(f"{folder}:{role}", folder, role, beside, form, base)
-        if out.exists():
-            shutil.rmtree(out)
-        beside.rename(out)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+    with whole_folder(out, replaces=True) as partial:
+        _write(f"{folder}:{role}", folder, role, partial, form, base)
     return sorted(path for path in out.rglob("*") if path.is_file())
 
 
@@ -102,11 +93,11 @@ def _write(address: str, folder: Path, role: str, out: Path, form: Form, base: P
             _write_original(address, folder, role, out)
         elif form == "lora":
             about["notes"] += _write_lora(address, config, out)
-    replace_text(out / "student.json", json.dumps(about, indent=1) + "\n")
-    replace_text(out / "config.yaml", (run / "config.yaml").read_text())
+    write_json(out / "student.json", about)
+    write_text(out / "config.yaml", (run / "config.yaml").read_text())
     summary = run / "summary.json"
     scores = json.loads(summary.read_text()) if summary.is_file() else {}
-    replace_text(out / "README.md", model_card(about, config, scores, form))
+    write_text(out / "README.md", model_card(about, config, scores, form))
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fewstep.config import ConfigError
+from fewstep.environment import ranks
 from fewstep.inference.specs import Control, control_of, given_of, read_specs
 
 SAMPLERS = ("auto", "euler", "heun", "dpmpp_2m", "unipc", "res_2ab")
@@ -141,7 +141,7 @@ def read_command(arguments: Sequence[str], say: Any = None) -> Asked:
     if model is None:
         raise ConfigError("which model? fewstep generate MODEL --prompt ...: a run, a folder of fewstep export or of diffusers")
     num_gpus = options.pop("num_gpus")
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = ranks().size
     if num_gpus not in (None, size):
         raise ConfigError(f"--num_gpus {num_gpus}: {size} process(es) run. Start it with torchrun --nproc_per_node={num_gpus}")
     requests = _requests(options, specs)

@@ -11,7 +11,6 @@ The scores are those of the toy world (its own feature network and probes) until
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterator
@@ -23,13 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.data.atomic import replacing
 from fewstep.data.files import video
 from fewstep.data.folder.dataset import Folder, FolderData
 from fewstep.data.folder.layout import Layout
 from fewstep.diffusion import Rng
 from fewstep.errors import UserError
 from fewstep.evaluation.frechet import frechet_distance
+from fewstep.files import write_json
 from fewstep.inference.model import Model, open_model
 from fewstep.inference.pairs import Making, SamplerName, solve, to_uint8
 from fewstep.networks.encoders.codecs import Codec, open_codec
@@ -102,8 +101,7 @@ def run(job: Job) -> dict[str, Any]:
         "notes": sorted({*_few_sets(job, len(records)), *(note for record in records for note in record.notes)}),
         "scores": {name: _written(over_sets([record[name] for record in records])) for name in records[0].scores},
     }
-    with replacing(job.out) as beside:
-        beside.write_text(json.dumps(told, indent=1) + "\n")
+    write_json(job.out, told)
     return told
 
 

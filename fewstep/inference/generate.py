@@ -7,7 +7,6 @@ or eight make the same files. A clip that is there and was made in this way is l
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +19,12 @@ import torch
 from torch import Tensor
 
 from fewstep.batch import Condition
-from fewstep.config.text import read_json
-from fewstep.data.atomic import replacing
 from fewstep.data.files import arrays, video
 from fewstep.diffusion import EDM, Rng, guided, samplers, times
 from fewstep.diffusion.rollout import start
+from fewstep.environment import ranks
 from fewstep.errors import UserError
+from fewstep.files import read_json, write_bytes, write_json, write_text
 from fewstep.inference.asked import Asked, Request, read_command
 from fewstep.inference.chunks import Chunk, chunks_of
 from fewstep.inference.conditions import (
@@ -63,12 +62,12 @@ def main(arguments: Sequence[str]) -> int:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if not asked.shard or size == 1:
-        return generate(asked, rank, size, say=say)
+    own = ranks()
+    if not asked.shard or own.size == 1:
+        return generate(asked, own.rank, own.size, say=say)
     world = join_world("cpu" if asked.device == "cpu" else "auto")
     try:
-        return generate(replace(asked, device=str(world.device)), rank, size, world=world, say=say)
+        return generate(replace(asked, device=str(world.device)), own.rank, own.size, world=world, say=say)
     finally:
         leave_world()
 
@@ -102,7 +101,7 @@ def generate(
         world.barrier()  # all have looked at what is there, before one writes
         num_new = len(todo[rank::world_size])
         todo = [todo[min(i, len(todo) - 1)] for i in range(rank, len(todo) + -len(todo) % world_size, world_size)]
-    device = torch.device(asked.device or (f"cuda:{_local_rank()}" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(asked.device or (f"cuda:{ranks().local}" if torch.cuda.is_available() else "cpu"))
     led_by = sorted({name for request in asked.requests for name in request.control})
     model = open_model(asked.model, controls=led_by, known=asked.network)
     _check_student(asked, model, say)
@@ -341,21 +340,15 @@ def _look_for_files(request: Request) -> None:
 def _write(asked: Asked, request: Request, frames: np.ndarray, fps: float, paper: Mapping[str, Any], seconds: float) -> Path:
     asked.out.mkdir(parents=True, exist_ok=True)
     about = {"made": paper, "seconds": round(seconds, 3), "frames": len(frames), "fps": fps}
-    for suffix, text in ((".txt", request.prompt + "\n"), (".json", json.dumps(about, indent=1) + "\n")):
-        with replacing(asked.out / f"{request.name}{suffix}") as beside:
-            beside.write_text(text, encoding="utf-8")
+    write_text(asked.out / f"{request.name}.txt", request.prompt + "\n")
+    write_json(asked.out / f"{request.name}.json", about)
     clip, picture = _files(asked.out, request.name)
     if len(frames) == 1:
         import cv2
 
         _, coded = cv2.imencode(".png", frames[0][:, :, ::-1])
-        with replacing(picture) as beside:
-            beside.write_bytes(coded.tobytes())
+        write_bytes(picture, coded.tobytes())
         return picture
     quality = "lossless" if asked.quality == "lossless" else int(asked.quality)
     video.write(clip, frames, fps, quality=quality)  # last: it says "done"
     return clip
-
-
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from fewstep.config import ConfigError, parse
-from fewstep.config.text import read_json, read_text, read_yaml_mapping
+from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.data.contract import AnyData
 from fewstep.diffusion import StudentSampler
 from fewstep.diffusion.path import AnyPath
 from fewstep.errors import UserError
+from fewstep.files import read_json
 from fewstep.networks.contract import AnyNetwork, Network
 from fewstep.networks.files import hub
 from fewstep.networks.lora import Lora, merged

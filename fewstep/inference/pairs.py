@@ -13,7 +13,6 @@ and one rank or eight make the same files.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,22 +25,22 @@ from torch import Tensor
 
 from fewstep.batch import Condition
 from fewstep.config import choices
-from fewstep.config.text import read_json
-from fewstep.data.atomic import replacing
 from fewstep.data.files import arrays, cache, video
 from fewstep.data.folder.dataset import Folder, FolderData, layout
 from fewstep.data.folder.layout import Layout
 from fewstep.diffusion import Rng, guided, samplers, times
 from fewstep.diffusion.path import floats
 from fewstep.diffusion.rollout import start
+from fewstep.environment import ranks
 from fewstep.errors import UserError
+from fewstep.files import read_json, whole_file, write_json, write_text
 from fewstep.methods.given import first_frames
 from fewstep.networks.contract import Network
 from fewstep.networks.encoders.codecs import Codec
 
 ABOUT = "pairs.json"
 SamplerName = Literal["euler", "heun", "dpmpp_2m", "unipc", "res_2ab"]
-Tracked = Callable[[Iterable[list[int]], int, str], Iterable[list[int]]]  # shows how far the work is
+Track = Callable[[Iterable[list[int]], int, str], Iterable[list[int]]]  # shows how far the work is
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def write(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
-    tracked: Tracked = lambda items, total, title: items,
+    track: Track = lambda items, total, title: items,
 ) -> int:
     """Writes a pair for each of the first `num` samples of `source` (its captions, text and controls) and returns how many
     of this rank's were new. `told` names the teacher in pairs.json."""
@@ -92,7 +91,7 @@ def write(
     mine = range(rank, num, world_size)
     todo = [i for i in mine if not _is_there(place, data.stems[i], source, making)]
     chunks = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
-    for rows in tracked(chunks, len(chunks), f"pairs {out}, batches of {batch_size}"):
+    for rows in track(chunks, len(chunks), f"pairs {out}, batches of {batch_size}"):
         _write_some(place, teacher, codec, data, captions, rows, making, device, told or "the teacher")
     return len(todo)
 
@@ -190,8 +189,7 @@ def asked(
 
 def _copy_text(place: Layout, data: FolderData, row: int, caption: str) -> None:
     stem, spec = data.stems[row], data.spec
-    with replacing(place.file(layout.CAPTIONS, stem)) as beside:
-        beside.write_text(caption + "\n", encoding="utf-8")
+    write_text(place.file(layout.CAPTIONS, stem), caption + "\n")
     if spec.text is not None:
         _copy(data.samples[row].files.get(spec.text), place.file(layout.text(spec.text), stem))
     if spec.control is not None:
@@ -202,7 +200,7 @@ def _copy_text(place: Layout, data: FolderData, row: int, caption: str) -> None:
 def _copy(source: Path | None, target: Path) -> None:
     if source is None or target.is_file():
         return
-    with replacing(target.with_suffix(source.suffix)) as beside:
+    with whole_file(target.with_suffix(source.suffix)) as beside:
         shutil.copyfile(source, beside)
 
 
@@ -227,8 +225,7 @@ def _claim(out: Path, about: dict[str, object]) -> None:
             _claim(out, about)
             return
         raise UserError(f"{out}: is not empty and has no {ABOUT}. Choose a new folder for --out")
-    with replacing(path, shared=True) as beside:  # every rank does, at about the same moment
-        beside.write_text(json.dumps(about, indent=1) + "\n")
+    write_json(path, about, shared=True)
 
 
 def command(
@@ -246,15 +243,15 @@ def command(
     num: int | None,
     batch_size: int,
     device: str | None,
-    tracked: Tracked,
+    track: Track,
 ) -> str:
     """What `fewstep pairs` does: opens everything, makes this rank's share, and tells it in one line."""
     from fewstep.inference.model import open_model
     from fewstep.networks.encoders.codecs import open_codec
 
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    own = ranks()
     if device is None:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+        device = f"cuda:{own.local}" if torch.cuda.is_available() else "cpu"
     teacher = open_model(model, controls=[] if control is None else [control]).network
     teacher.module.to(device)
     source = Folder(
@@ -274,9 +271,9 @@ def command(
         told=model,
         num=num,
         batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
+        rank=own.rank,
+        world_size=own.size,
         device=device,
-        tracked=tracked,
+        track=track,
     )
-    return f"{out}: {made} pairs made" + (f" by rank {rank} of {world_size}" if world_size > 1 else "")
+    return f"{out}: {made} pairs made" + (f" by rank {own.rank} of {own.size}" if own.size > 1 else "")

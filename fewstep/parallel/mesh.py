@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fewstep.environment import ranks
 from fewstep.errors import UserError
 
 
@@ -64,30 +64,29 @@ def join_world(
 
     num_replicas: the mesh is that many replicas, each sharded over size / num_replicas ranks (HSDP); None: 1.
     """
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    own = ranks()
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if on_gpu and not torch.cuda.is_available():
         raise UserError("parallel.device=cuda, but torch sees no GPU here; set parallel.device=cpu or auto")
-    if on_gpu and local >= torch.cuda.device_count():
+    if on_gpu and own.local >= torch.cuda.device_count():
         raise UserError(
-            f"this is process {local + 1} of its machine, which has {torch.cuda.device_count()} GPU(s): start torchrun with "
-            f"--nproc_per_node={torch.cuda.device_count()}, or set parallel.device=cpu"
+            f"this is process {own.local + 1} of its machine, which has {torch.cuda.device_count()} GPU(s): start torchrun "
+            f"with --nproc_per_node={torch.cuda.device_count()}, or set parallel.device=cpu"
         )
     if on_gpu:
-        torch.cuda.set_device(local)
-    place = torch.device("cuda", local) if on_gpu else torch.device("cpu")
-    if size == 1:
+        torch.cuda.set_device(own.local)
+    place = torch.device("cuda", own.local) if on_gpu else torch.device("cpu")
+    if own.size == 1:
         return World(0, 1, place, None)
     replicas = num_replicas or 1
-    if size % replicas:
-        raise UserError(f"parallel.num_replicas={replicas} does not divide the {size} processes of this run")
+    if own.size % replicas:
+        raise UserError(f"parallel.num_replicas={replicas} does not divide the {own.size} processes of this run")
     if not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
-    mesh = init_device_mesh(place.type, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(place.type, (replicas, own.size // replicas), mesh_dim_names=("replicate", "shard"))
     aside = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     assert isinstance(aside, dist.ProcessGroup), aside
-    return World(rank, size, place, mesh, aside)
+    return World(own.rank, own.size, place, mesh, aside)
 
 
 def is_joined() -> bool:

@@ -21,15 +21,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fewstep.data.atomic import replacing
 from fewstep.data.controls import Edge, Pixels, Preset, Vis, seed_of
 from fewstep.data.files import arrays, keypoints, masks, video
 from fewstep.data.folder import layout
-from fewstep.data.folder.layout import Layout, some
+from fewstep.data.folder.layout import Layout
 from fewstep.errors import UserError
+from fewstep.files import some, write_bytes
 from fewstep.prepare.latents import ahead_of, hash_of
 from fewstep.prepare.ledger import NAME, Ledger
-from fewstep.prepare.progress import tracked
+from fewstep.progress import track
 
 Type = Literal["edge", "vis", "depth", "seg", "keypoint"]
 _SMALL = 256 * 256  # pixels; below, halved chroma costs more than the bytes of a lossless file
@@ -88,7 +88,7 @@ def write(dataset_dir: str | Path, maker: Maker, ahead: int = 2) -> Told:
             except (ValueError, OSError) as error:
                 return "failed", str(error), None
 
-        everything = tracked(ahead_of(work, clips, ahead), len(clips), f"making {maker.type}")
+        everything = track(ahead_of(work, clips, ahead), len(clips), f"making {maker.type}")
         for stem, (state, content, found) in zip(clips, everything, strict=True):
             if state == "todo":
                 try:
@@ -229,8 +229,7 @@ class OfFiles:
         if isinstance(made, video.Frames):
             video.write(path, made.frames, made.fps, self.quality or best_quality(made.frames))
         elif isinstance(made, bytes):
-            with replacing(path) as beside:
-                beside.write_bytes(made)
+            write_bytes(path, made)
         elif self.type == "seg":
             masks.write(path, made)
         else:

@@ -21,11 +21,11 @@ from fewstep.batch import Batch
 from fewstep.config import choices
 from fewstep.data.files.packs import Label, Writer
 from fewstep.data.folder.dataset import Folder, FolderData, layout
-from fewstep.data.folder.layout import some
 from fewstep.data.folder.samples import Sample
 from fewstep.errors import UserError
+from fewstep.files import some
 from fewstep.networks.encoders.codecs import Codec
-from fewstep.prepare.progress import tracked
+from fewstep.progress import track
 
 Half = Literal["float16", "bfloat16"]
 _Item = TypeVar("_Item")
@@ -91,7 +91,7 @@ def _write_part(
 ) -> Told:
     samples = data.samples
     shape = codec.shape(*_pixels_of_first(data))
-    labels = [_label(sample, part, hashes) for sample in tracked(samples, len(samples), f"hashing {part}")]
+    labels = [_label(sample, part, hashes) for sample in track(samples, len(samples), f"hashing {part}")]
     failed: list[str] = []
     with Writer(data.layout.root / folder_of(part), _origin(data.spec, part, codec, dtype)) as writer:
         dropped = writer.keep_only(labels)
@@ -114,7 +114,7 @@ def _write_part(
             assert tuple(made.shape) == shape, (made.shape, shape)
             return made.to("cpu", getattr(torch, dtype))
 
-        everything = tracked(ahead_of(pixels, range(len(labels)), ahead), len(labels), f"encoding {part}")
+        everything = track(ahead_of(pixels, range(len(labels)), ahead), len(labels), f"encoding {part}")
         for label, frames in zip(labels, everything, strict=True):
             if isinstance(frames, ValueError):
                 failed.append(str(frames))

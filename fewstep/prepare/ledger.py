@@ -9,14 +9,15 @@ someone else. Such a file is kept, whatever made it, and never replaced.
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from fewstep.errors import UserError
+from fewstep.files import lock
 
 NAME = ".made.jsonl"
 
@@ -28,24 +29,17 @@ class Ledger:
         self.path, self.made_from, self.file_of = path, dict(made_from), file_of
         self._lines: dict[str, str] = {}
         self._file: IO[bytes] | None = None
+        self._lock = ExitStack()
 
     def __enter__(self) -> Ledger:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+b")
-        try:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.path.parent}: another process writes here. Wait for it, or end it") from None
+        with ExitStack() as stack:
+            self._file = stack.enter_context(lock(self.path))
             self._read()
-        except BaseException:
-            self._file.close()
-            raise
+            self._lock = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        assert self._file is not None
-        self._file.close()
+        self._lock.close()
 
     def state(self, name: str, content: str) -> str:
         """'done', 'todo', or 'foreign': there, but not of ours."""

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.data.atomic import replacing
 from fewstep.data.controls import Control
 from fewstep.data.files import cache, video
 from fewstep.data.files.packs import Packs, has_packs, open_packs
 from fewstep.data.folder import layout
-from fewstep.data.folder.layout import Layout, Part, some
+from fewstep.data.folder.layout import Layout, Part
 from fewstep.data.shards import FORMAT, INDEX, filesystem
 from fewstep.errors import UserError
-from fewstep.prepare.progress import tracked
+from fewstep.files import some, whole_file, write_bytes
+from fewstep.progress import track
 
 _SUFFIXES = (".pickle", ".safetensors", ".npy")  # of files beside the folders that are copied: a negative prompt
 
@@ -108,7 +108,7 @@ def write(dataset_dir: str | Path, url: str, *, parts: Sequence[str] | None = No
         told = settings | {"whole": whole, "num": len(samples), "shards": names}
         _put(fs, f"{root}/{INDEX}", (json.dumps(told, indent=1) + "\n").encode())
 
-    for name, stems in zip(shards, tracked(groups, len(groups), f"writing {url}"), strict=True):
+    for name, stems in zip(shards, track(groups, len(groups), f"writing {url}"), strict=True):
         plan = _plan(stems, samples)
         if (_known(fs, f"{root}/{name}.json") or {}).get("plan") != plan:
             if not made:
@@ -229,7 +229,7 @@ def _write_tar(fs: Any, path: str, stems: Sequence[str], samples: dict[str, list
 
 def _send(fs: Any, path: str, file: Path) -> None:
     if _is_local(fs):
-        with replacing(path) as beside:
+        with whole_file(path) as beside:
             beside.write_bytes(b"")
             with beside.open("wb") as out, file.open("rb") as content:
                 while block := content.read(2**20):
@@ -240,8 +240,7 @@ def _send(fs: Any, path: str, file: Path) -> None:
 
 def _put(fs: Any, path: str, content: bytes) -> None:
     if _is_local(fs):
-        with replacing(path) as beside:
-            beside.write_bytes(content)
+        write_bytes(path, content)
     else:
         fs.pipe_file(path, content)  # object stores show it when it is whole
 

@@ -16,15 +16,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewstep.data.atomic import replacing
 from fewstep.data.files.arrays import write_pickle
 from fewstep.data.files.packs import Label, Writer, has_packs
 from fewstep.data.folder import layout
-from fewstep.data.folder.layout import Layout, some
+from fewstep.data.folder.layout import Layout
 from fewstep.errors import UserError
+from fewstep.files import some, write_text
 from fewstep.networks.encoders.text import TextEncoder
 from fewstep.prepare.ledger import NAME, Ledger
-from fewstep.prepare.progress import tracked
+from fewstep.progress import track
 
 Form = Literal["pickle", "packed"]
 
@@ -52,7 +52,7 @@ def write(
     texts = captions(place)
     made_from = {"encoder": encoder.fingerprint, "dtype": "float16"}
     embed = lru_cache(maxsize=64)(lambda text: embedding(encoder, text))
-    named = tracked(texts.items(), len(texts), f"embedding into {folder}")
+    named = track(texts.items(), len(texts), f"embedding into {folder}")
     if form == "packed":
         if place.files(part):
             raise UserError(f"{place.root / folder}: holds single files, which packs would hide. Remove them, or --form pickle")
@@ -142,8 +142,7 @@ def _write_prompt(place: Layout, prompt: str) -> None:
         )
     for stem in place.files(layout.VIDEOS) or place.files(layout.LATENTS):
         if stem not in files:
-            with replacing(place.file(layout.CAPTIONS, stem)) as beside:
-                beside.write_text(prompt + "\n", encoding="utf-8")
+            write_text(place.file(layout.CAPTIONS, stem), prompt + "\n")
 
 
 def _ledger(place: Layout, folder: str) -> Path:

@@ -22,15 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.data.atomic import replacing
 from fewstep.data.controls import Edge, Vis, grey_of_depth
 from fewstep.data.files import keypoints, masks, video
 from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout, Part
 from fewstep.errors import UserError
+from fewstep.files import write_text
 from fewstep.networks.encoders.text import open_text_encoder
 from fewstep.prepare import text
-from fewstep.prepare.progress import tracked
+from fewstep.progress import track
 from fewstep.toyworld import captions, clips, physics, scenes
 from fewstep.toyworld.clips import Clip
 from fewstep.toyworld.physics import Event, Scene, World
@@ -75,7 +75,7 @@ def write(
     there = [place.files(part) for part in wanted]
     todo = [index for index in range(num) if not all(stem_of(index) in files for files in there)]
     jobs = [(world, seed, index, place, wanted) for index in todo]
-    made = {label["index"]: label for label in tracked(_done(jobs, workers), len(jobs), f"rendering {out}")}
+    made = {label["index"]: label for label in track(_done(jobs, workers), len(jobs), f"rendering {out}")}
     labels = known | made | {index: _label(world, seed, index) for index in range(num) if index not in known | made}
     _write_index(out, num, seed, world, [labels[index] for index in range(num)])
     if opened is not None:
@@ -139,8 +139,7 @@ def _write_index(out: Path, num: int, seed: int, world: World, labels: list[_Lab
     told = {"format": 1, "num": num, "seed": seed, "world": asdict(world)}
     told |= {"depth": {"near_m": near, "far_m": far}, "edge": EDGE.preset, "vis": VIS.preset}
     clips = ",\n".join(f"  {json.dumps(label)}" for label in labels)
-    with replacing(out / INDEX) as beside:
-        beside.write_text(f'{json.dumps(told, indent=1)[:-2]},\n "clips": [\n{clips}\n ]\n}}\n')
+    write_text(out / INDEX, f'{json.dumps(told, indent=1)[:-2]},\n "clips": [\n{clips}\n ]\n}}\n')
 
 
 def _label(world: World, seed: int, index: int) -> _Label:
@@ -214,5 +213,4 @@ def _phrases(scene: Scene) -> list[str]:
 
 
 def _write_caption(path: Path, made: Clip) -> None:
-    with replacing(path) as beside:
-        beside.write_text(made.caption + "\n", encoding="utf-8")
+    write_text(path, made.caption + "\n")

@@ -105,13 +105,13 @@ def reference(source: Source, cache: Path | None = None, net: FeatureNet | None 
         return _reference(read_clips(source, net.size[0]), net)
     from safetensors.torch import load_file, save_file
 
-    from fewstep.data.atomic import replacing
+    from fewstep.files import whole_file
 
     path = Path(cache) / f"toyworld-{content_hash(source, net)}.safetensors"
     if path.is_file():
         return Reference(**load_file(path))
     made = _reference(read_clips(source, net.size[0]), net)
-    with replacing(path, shared=True) as beside:  # models are scored side by side
+    with whole_file(path, shared=True) as beside:  # models are scored side by side
         save_file({f.name: getattr(made, f.name).contiguous() for f in fields(made)}, beside)
     return made
 

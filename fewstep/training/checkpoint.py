@@ -11,7 +11,6 @@ at any moment costs the new checkpoint at most, never the one before.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from fewstep.files import remove, some, write_json, write_text
 from fewstep.parallel import World
 from fewstep.training.errors import TrainingError
 
@@ -56,7 +56,7 @@ class Checkpoints:
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob("*.partial"):  # a process died while it wrote or removed
-                shutil.rmtree(leftover, ignore_errors=True)
+                remove(leftover)
             latest = self.latest()
             if latest is not None:
                 self._prune(latest)  # with a smaller keep_last this makes room before the next one needs it
@@ -137,7 +137,7 @@ class Checkpoints:
             raise TrainingError(
                 f"the checkpoint {path} is damaged: {_first_line(error)}. Remove it to resume from the one before"
             ) from error
-        shown = "\n".join(problems[:8]) + (f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else "")
+        shown = some(problems, 8, "\n")
         raise TrainingError(
             f"the checkpoint {path} does not fit this configuration:\n{shown}\n"
             f"Resume with the configuration it was written with ({self.folder.parent / 'config.yaml'}), or give the run "
@@ -147,8 +147,8 @@ class Checkpoints:
     def return_to(self, path: Path, progress: Progress) -> None:
         """Makes `path` the newest checkpoint again, from where `progress` goes on; later ones are removed."""
         if self.world.is_main:
-            replace_text(path / "trainer.json", json.dumps(asdict(progress)))
-            replace_text(self.folder / POINTER, path.name)
+            write_json(path / "trainer.json", asdict(progress), indent=None)
+            write_text(self.folder / POINTER, path.name)
             for later in self._all():
                 if later.name > path.name:
                     _discard(later)
@@ -156,12 +156,12 @@ class Checkpoints:
 
     def _complete(self, partial: Path, progress: Progress) -> None:
         if self.world.is_main:
-            replace_text(partial / "trainer.json", json.dumps(asdict(progress)))
+            write_json(partial / "trainer.json", asdict(progress), indent=None)
             final = partial.with_suffix("")
             if final.exists():  # newer than the pointer says: written, but for the pointer, before a kill
                 _discard(final)
             partial.replace(final)
-            replace_text(self.folder / POINTER, final.name)
+            write_text(self.folder / POINTER, final.name)
             self._prune(final)
         self.world.barrier()
 
@@ -190,16 +190,6 @@ class Checkpoints:
 
 def read_progress(path: Path) -> Progress:
     return replace(Progress(), **json.loads((path / "trainer.json").read_text()))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all."""
-    beside = path.with_name(path.name + ".new")
-    with beside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 @contextmanager

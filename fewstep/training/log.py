@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fewstep.training.checkpoint import replace_text
+from fewstep.files import write_text
 
 
 class RunLog:
@@ -108,7 +108,7 @@ class RunLog:
         path = folder / "metrics.jsonl"
         kept = _records(path, first)
         if path.is_file():
-            replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+            write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self.at_start, self.last = {}, {}
         for record in kept:
             values = {name: value for name, value in record.items() if name != "step"}

@@ -6,7 +6,6 @@ for each iteration:  whose turn?  ->  micro-batches: losses, backward  ->  check
 from __future__ import annotations
 
 import errno
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from fewstep.data.contract import Dataset
 from fewstep.data.loader import Feed, first_batch
 from fewstep.diffusion import Rng, StudentSampler
 from fewstep.errors import UserError
+from fewstep.files import write_json
 from fewstep.methods.contract import Nets
 from fewstep.networks.contract import Network
 from fewstep.networks.frozen import Offloaded, to_8bit
@@ -32,7 +32,7 @@ from fewstep.networks.roles import Whole, build, wholes
 from fewstep.networks.weights.addresses import load_into, locate, read
 from fewstep.parallel import World, is_joined, join_world, leave_world, place
 from fewstep.training.alone import alone_in
-from fewstep.training.checkpoint import Checkpoints, Progress, replace_text
+from fewstep.training.checkpoint import Checkpoints, Progress
 from fewstep.training.errors import Interrupted, TrainingError
 from fewstep.training.guard import refuse_non_finite
 from fewstep.training.health import Monitor, Ring
@@ -190,7 +190,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
         checkpoints.finish()
         told = summary(run, log.at_start, log.last, progress, world)
         if world.is_main:
-            replace_text(folder / "summary.json", json.dumps(told, indent=1) + "\n")
+            write_json(folder / "summary.json", told)
         scores = [f"  {name} {log.last[name]:.4f}" for name in log.at_start]
         log.say(f"done: {folder}/summary.json" + "".join(scores))
     return told

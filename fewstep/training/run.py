@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 from fewstep.config import OneOf
 from fewstep.data.contract import AnyData
 from fewstep.data.loader import Loader
+from fewstep.environment import output_root
 from fewstep.methods.contract import Method
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Networks
-from fewstep.networks.weights.addresses import output_root
 from fewstep.training.ema import Ema
 from fewstep.training.health import Health
 from fewstep.training.optim import Optim

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import resource
@@ -17,16 +16,17 @@ import fewstep
 from fewstep.batch import Batch
 from fewstep.config import dump, to_yaml
 from fewstep.diffusion import StudentSampler
+from fewstep.files import write_json, write_text
 from fewstep.parallel import World
-from fewstep.training.checkpoint import Progress, replace_text
+from fewstep.training.checkpoint import Progress
 from fewstep.training.run import Run
 
 
 def write_papers(run: Run, folder: Path, sampler: StudentSampler | None, first: Batch) -> None:
     """What is to be done, on what, and how its student is meant to be built and sampled. first: a batch of its data."""
     (folder / "previews").mkdir(parents=True, exist_ok=True)
-    replace_text(folder / "config.yaml", to_yaml(run))
-    replace_text(folder / "env.json", json.dumps(environment(), indent=1) + "\n")
+    write_text(folder / "config.yaml", to_yaml(run))
+    write_json(folder / "env.json", environment())
     if sampler is None:  # a tokenizer is not sampled
         return
     network = run.networks.student.network or run.networks.teacher
@@ -39,7 +39,7 @@ def write_papers(run: Run, folder: Path, sampler: StudentSampler | None, first: 
         "network": _named(network),
         "envelope": envelope(run, first),
     }
-    replace_text(folder / "student.json", json.dumps(about, indent=1) + "\n")
+    write_json(folder / "student.json", about)
 
 
 def envelope(run: Run, first: Batch) -> dict[str, Any]:

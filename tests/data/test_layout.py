@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.data.atomic import replacing
 from fewstep.data.folder import layout
-from fewstep.data.folder.layout import Layout, some
+from fewstep.data.folder.layout import Layout
+from fewstep.files import some, whole_file
 
 
 def touch(root: Path, *names: str) -> None:
@@ -69,11 +69,11 @@ def test_what_is_no_data_set(tmp_path: Path) -> None:
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.txt"
-    with replacing(path) as beside:
+    with whole_file(path) as beside:
         beside.write_text("one")
         assert not path.exists()
     assert path.read_text() == "one"
-    with pytest.raises(RuntimeError), replacing(path) as beside:
+    with pytest.raises(RuntimeError), whole_file(path) as beside:
         beside.write_text("two")
         raise RuntimeError
     assert path.read_text() == "one"

@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fewstep.data.files.safe_pickle import UnsafePickle, load, loads
+from fewstep.data.safe_pickle import UnsafePickle, load, loads
 
 _NUMBERS = np.random.default_rng(0)
 

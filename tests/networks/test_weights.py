@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed import checkpoint as dcp
 
-from fewstep.networks.weights.addresses import load_into, locate, output_root, read
+from fewstep.environment import output_root
+from fewstep.networks.weights.addresses import load_into, locate, read
 
 
 def network():

@@ -98,7 +98,7 @@ def run_and_die(do: Callable[[], object], after: int, before_rename: bool) -> No
         num += 1
         return out
 
-    Path.replace = counted  # type: ignore[method-assign]  # what every file is finished with (data/atomic.py)
+    Path.replace = counted  # type: ignore[method-assign]  # what every file is finished with (fewstep/files.py)
     try:
         do()
     finally:

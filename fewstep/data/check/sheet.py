@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.config import choices
-from fewstep.data.atomic import replacing
 from fewstep.data.check.survey import Problem, Sample, Survey
 from fewstep.data.controls import Pixels, Span
 from fewstep.data.files import video
 from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout
+from fewstep.files import write_text
 
 _SIDE = 176  # px of the longer side of a picture
 _SHARES = (0.0, 0.5, 1.0)  # places within the clip
@@ -48,8 +48,7 @@ def write(path: str | os.PathLike[str], found: Survey, num: int = 60) -> int:
         f"<p>{len(shown)} of {len(found.samples)} samples, their first, middle and last frame, with controls over them.</p>",
         *(_section(place, sample, told.get(sample.stem, [])) for sample in shown),
     ]
-    with replacing(path) as beside:
-        beside.write_text("\n".join(parts) + "</html>\n", encoding="utf-8")
+    write_text(path, "\n".join(parts) + "</html>\n")
     return len(shown)
 
 

@@ -27,7 +27,8 @@ from fewstep.config import apply_overrides, choices
 from fewstep.data.controls import Span
 from fewstep.data.files import keypoints, masks, packs, video
 from fewstep.data.folder.dataset import Folder, layout, parts
-from fewstep.data.folder.layout import Layout, Part, some
+from fewstep.data.folder.layout import Layout, Part
+from fewstep.files import some
 
 Level = Literal["error", "warning"]
 Watch = Callable[[Iterable[Any], int, str], Iterable[Any]]  # shows how far a long loop is: prepare.progress.tracked

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.data.atomic import replacing
 from fewstep.data.files import cache
-from fewstep.data.files.safe_pickle import load as load_pickle
+from fewstep.data.safe_pickle import load as load_pickle
 from fewstep.errors import UserError
+from fewstep.files import write_bytes
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -69,8 +69,7 @@ def read_one(path: str | os.PathLike[str], name: str = "") -> Tensor:
 
 def write_pickle(path: str | os.PathLike[str], value: Any) -> None:  # plain data: what safe_pickle reads back
     """Writes numpy arrays and plain containers as a pickle, for the layouts whose readers know nothing else."""
-    with replacing(path) as beside:
-        beside.write_bytes(pickle.dumps(value, protocol=4))
+    write_bytes(path, pickle.dumps(value, protocol=4))
 
 
 def _tensor(value: Any) -> Tensor | None:  # whatever a file held

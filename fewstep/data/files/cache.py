@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.data.atomic import replacing
 from fewstep.errors import UserError
+from fewstep.files import whole_file
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def write(
     from safetensors.torch import save_file
 
     told = {"made_from": json.dumps(made_from or {}, sort_keys=True), "facts": json.dumps(facts or {}, sort_keys=True)}
-    with replacing(path) as beside:
+    with whole_file(path) as beside:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata=told)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.data.files.arrays import write_pickle
-from fewstep.data.files.safe_pickle import load as load_pickle
+from fewstep.data.safe_pickle import load as load_pickle
 from fewstep.errors import UserError
 
 _SEEN = 0.6  # a point below this score is not drawn (Transfer1)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.data.files.arrays import write_pickle
-from fewstep.data.files.safe_pickle import load as load_pickle
+from fewstep.data.safe_pickle import load as load_pickle
 from fewstep.errors import UserError
 
 _MAX_GROUPS = 8  # of 5 bits in one number: 2^39 pixels; more is damage

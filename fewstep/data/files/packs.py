@@ -15,23 +15,22 @@ that is killed and run again makes no row twice, and its packs have the bytes of
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 import torch
 from torch import Tensor
 
-from fewstep.data.atomic import replacing
 from fewstep.data.files import cache
 from fewstep.errors import UserError
+from fewstep.files import lock, whole_file
 
 FOLDER, MAKING, LOCK = "packs", ".making", ".lock"
 _AGAIN = "Delete it and prepare it again"
@@ -132,37 +131,27 @@ class Writer:
         self.place, self.made_from = Path(folder) / FOLDER, dict(made_from)
         self.pack_bytes, self.lengths_differ = pack_bytes, lengths_differ
         self.made = 0  # rows that `put` had to make
-        self._lock: IO[bytes] | None = None
+        self._lock = ExitStack()
         self._packed: set[tuple[str, int, str]] = set()
         self._waiting: dict[tuple[int, ...], list[Label]] = {}  # by shape of a row
         self._waiting_bytes: dict[tuple[int, ...], int] = {}
 
     def __enter__(self) -> Writer:
-        self.place.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.place / LOCK).open("wb")
-        try:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.place}: another process writes here at this moment. Wait for it, or end it") from None
+        with ExitStack() as stack:
+            stack.enter_context(lock(self.place / LOCK))
             for file in _files(self.place):
                 pack = _Pack.open(file)
                 _refuse_other(file, pack.made_from, dict.fromkeys(pack.made_from, "left out") | self.made_from)
                 self._packed |= {label.key for label in pack.labels}
-        except BaseException:
-            self._lock.close()
-            raise
+            self._lock = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        assert self._lock is not None
-        try:
+        with self._lock:
             if kind is None:
                 for group in list(self._waiting):
                     self._write(group)
                 shutil.rmtree(self.place / MAKING, ignore_errors=True)
-        finally:
-            self._lock.close()
 
     def has(self, label: Label) -> bool:
         """Whether a row is packed, or waits for a full pack."""
@@ -282,7 +271,7 @@ def _write_pack(
         "spans": spans,
         "lengths_differ": lengths_differ,
     }
-    with replacing(path) as beside:
+    with whole_file(path) as beside:
         save_file({"data": torch.cat(kept)}, beside, metadata={"pack": json.dumps(told, sort_keys=True)})
 
 

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.data.atomic import replacing
 from fewstep.errors import UserError
+from fewstep.files import whole_file
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -87,7 +87,7 @@ def write(path: str | os.PathLike[str], frames: NDArray[np.uint8], fps: float, q
         )
     codec, pixels = ("libx264rgb", "rgb24") if quality == "lossless" else ("libx264", "yuv420p")
     options = {"crf": "0", "preset": "veryfast"} if quality == "lossless" else {"crf": str(quality)}
-    with replacing(path) as beside, av.open(str(beside), "w", format="mp4") as container:
+    with whole_file(path) as beside, av.open(str(beside), "w", format="mp4") as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         if quality != "lossless":

@@ -21,13 +21,14 @@ A folder for each sample, as FastGen's generate_ode_pairs.py writes it:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from fewstep.data.files.video import PICTURES
 from fewstep.errors import UserError
+from fewstep.files import some
 
 _ARRAYS = (".safetensors", ".pickle", ".pth", ".npy")
 
@@ -141,12 +142,6 @@ class Layout:
         others = sorted(set(there) - set(wanted))
         hint = f"; it has files of other names: {some(others)}" if others else ""
         return f"{len(lacking)} of {len(wanted)} lack {self.named(part)}: {some(lacking)}{hint}"
-
-
-def some(names: Sequence[str], num: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - num} more" if len(names) > num else ""
-    return ", ".join(names[:num]) + more
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -21,8 +21,9 @@ from fewstep.data.files import cache, video
 from fewstep.data.files.packs import Packs, has_packs, open_packs
 from fewstep.data.files.sizes import nearest_shape
 from fewstep.data.folder import layout
-from fewstep.data.folder.layout import Layout, Part, some
+from fewstep.data.folder.layout import Layout, Part
 from fewstep.errors import UserError
+from fewstep.files import some
 
 if TYPE_CHECKING:
     from fewstep.data.folder.dataset import Folder  # which opens itself with what stands here

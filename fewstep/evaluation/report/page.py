@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.data.atomic import replacing
 from fewstep.errors import UserError
 from fewstep.evaluation.report.contents import Better, Film, Gallery, Gate, Kind, Measured, Measurement, Model, Report, Row
 from fewstep.evaluation.report.curves import chart_plot, colours_of, quality_plot
 from fewstep.evaluation.report.films import Encoded, encode
+from fewstep.files import write_text
 
 _BETTER: Mapping[Better, str] = {"lower": "lower is better", "higher": "higher is better", "as real": "best as real clips"}
 _TICK = '<svg viewBox="0 0 16 16" aria-hidden="true"><path d="M3 8.5l3.4 3.4L13 4.6"/></svg>'
@@ -39,8 +39,7 @@ _KIND_COLOURS: Mapping[Kind, str] = {
 def write(report: Report, path: str | os.PathLike[str], max_bytes: int = 5_000_000) -> Path:
     """Writes the page, whole or not at all, and gives back where."""
     text = page(report, max_bytes)
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return Path(path)
 
 

@@ -21,8 +21,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fewstep.config.text import read_json
 from fewstep.errors import UserError
+from fewstep.files import read_json
 from fewstep.networks.files import hub
 from fewstep.networks.files.folders import load
 

@@ -11,7 +11,6 @@ Loading is strict: a missing, extra or misshapen tensor is refused by name.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,14 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from fewstep.environment import output_root, ranks
 from fewstep.errors import UserError
+from fewstep.files import some
 from fewstep.networks.families.cosmos.keys import Generation, match, num_branches, repeated
 from fewstep.networks.families.cosmos.lora_files import adapters, merged
 from fewstep.networks.files.tensor_files import Reader, Stored, TensorFile, is_tensor_file, load_distributed, open_tensors
-
-
-def output_root() -> Path:
-    return Path(os.environ.get("OUTPUT_ROOT") or "checkpoints")
 
 
 def read(address: str, like: nn.Module | None = None) -> dict[str, Tensor]:
@@ -131,7 +128,7 @@ def _controls(files: Sequence[TensorFile], pieces: Sequence[Piece], like: nn.Mod
 
 def tell(found: Collected) -> None:
     """What was found, in one line, by the one process that speaks."""
-    if os.environ.get("RANK", "0") != "0":
+    if not ranks().is_main:
         return
     places = " + ".join(f"{file.source}{f':{file.part}' if file.part else ''}" for file in found.files)
     beside = len(found.unused) + sum(file.ignored for file in found.files)
@@ -194,7 +191,7 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
         if other != name and {name, other} <= tensors.keys() and not torch.equal(tensors[name], tensors[other]):
             problems.append(f"  {name}: is {other} in the network, but another tensor in the weights")
     if problems:
-        shown = "\n".join(problems[:12]) + (f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else "")
+        shown = some(problems, 12, "\n")
         raise UserError(f"the weights at '{source}' do not fit the network:\n{shown}")
     module.load_state_dict(dict(tensors), strict=True)
     return len(own)

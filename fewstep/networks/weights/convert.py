@@ -11,10 +11,7 @@ Tensors are mapped and written one by one: a 14B file needs the memory of its la
 from __future__ import annotations
 
 import math
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +20,7 @@ import torch
 from torch import nn
 
 from fewstep.errors import UserError
+from fewstep.files import some, whole_file, whole_folder
 from fewstep.networks.families.cosmos.control import Controlled, CosmosControlSpec
 from fewstep.networks.families.cosmos.keys import (
     Generation,
@@ -84,7 +82,7 @@ def convert(
     if out.suffix in (".pt", ".pth"):
         return [_write_torch(out, _originally_named(found), dtype, "original names")]
     if out.suffix == ".safetensors":
-        with _replacing(out) as beside:
+        with whole_file(out) as beside:
             write_safetensors(beside, found.tensors, _dtype(dtype))
         return [_written(out, found.tensors, "our names")]
     if out.suffix:
@@ -182,7 +180,7 @@ def _refuse_odd(names: Iterable[str], source: str) -> None:
     missing, extra = odd_names(list(names))
     problems = [f"  missing: {name}" for name in missing] + [f"  no weight of Cosmos: {name}" for name in extra]
     if problems:
-        shown = "\n".join(problems[:12]) + (f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else "")
+        shown = some(problems, 12, "\n")
         raise UserError(f"convert: '{source}' does not hold the weights of a Cosmos network, whole and no others:\n{shown}")
 
 
@@ -195,7 +193,7 @@ def _write_torch(out: Path, tensors: Mapping[str, Stored], dtype: Dtype, about: 
     made = {name: stored.read() for name, stored in tensors.items()}
     if kind is not None:
         made = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in made.items()}
-    with _replacing(out) as beside:
+    with whole_file(out) as beside:
         torch.save({name: tensor.contiguous() for name, tensor in made.items()}, beside)
     return _written(out, tensors, about)
 
@@ -221,7 +219,7 @@ def _write_folder(out: Path, found: Collected, model: str | None, dtype: Dtype) 
     else:
         parts["."] = module, dict(found.tensors)
     written: list[Written] = []
-    with _replacing(out) as beside:
+    with whole_folder(out) as beside:
         for folder, (part, tensors) in parts.items():
             part.save_config(beside / folder)
             _write_shards(beside / folder, tensors, dtype)
@@ -316,7 +314,7 @@ def _unfit(name: str, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) 
     problems = [f"  missing: {n}" for n in own if n not in shapes]
     problems += [f"  not in it: {n}" for n in shapes if n not in own]
     problems += [f"  {n}: wants {own[n]}, has {shapes[n]}" for n in own if n in shapes and own[n] != shapes[n]]
-    shown = "\n".join(problems[:12]) + (f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else "")
+    shown = some(problems, 12, "\n")
     return (
         f"convert: the weights fit none of the published models; the nearest is {name}:\n{shown}\nFor a model of other "
         "dimensions, give --model FOLDER with its config.json, or write OUT.safetensors, which needs none"
@@ -332,20 +330,3 @@ def _dtype(name: Dtype) -> torch.dtype | None:
 
 def _written(path: Path, tensors: Mapping[str, Stored], about: str) -> Written:
     return Written(path, len(tensors), sum(math.prod(stored.shape) for stored in tensors.values()), about)
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """The name under which a file or folder is to be written; it takes its place when the block ends without an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        yield beside
-        if target.is_dir():
-            target.rmdir()  # empty, as was checked
-        beside.replace(target)
-    except BaseException:
-        if beside.is_dir():
-            shutil.rmtree(beside)
-        beside.unlink(missing_ok=True)
-        raise

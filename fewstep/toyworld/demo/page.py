@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 import fewstep
-from fewstep.data.atomic import replacing
 from fewstep.data.files import video
 from fewstep.evaluation.report import Chart, Film, Gallery, Gate, Measured, Model, Report, Row, Score, Stage, curves_of, write
+from fewstep.files import write_json
 from fewstep.inference.evaluate import Job, generated, opened, speed
 from fewstep.inference.model import open_model
 from fewstep.inference.pairs import Making
@@ -70,8 +70,7 @@ def main(out: Path, size: str, toy: str) -> None:
     rates = measured_speed(out, toy)
     show_teacher(out, toy)
     summary = summarised(told, rates) | {"size": size, "seconds": seconds(out)}
-    with replacing(out / "summary.json") as beside:
-        beside.write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(out / "summary.json", summary)
     report = Report(
         title="A many-step world model becomes a one-step and a four-step student",
         summary=_summary_text(summary),
@@ -137,8 +136,7 @@ def measured_speed(out: Path, toy: str) -> dict[str, Measured]:
         how = {"teacher": (toy, Making(num_steps=STEPS, sampler="unipc", guidance=GUIDANCE))}
         how |= {name: (str(out / "students" / name), Making()) for name in STUDENTS}
         found = {name: speed(address, out / "heldout", making)[:3] for name, (address, making) in how.items()}
-        with replacing(kept) as beside:
-            beside.write_text(json.dumps(found) + "\n")
+        write_json(kept, found, indent=None)
     return {name: Measured(*row) for name, row in json.loads(kept.read_text()).items()}
 
 

@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import fewstep
-from fewstep.config.text import read_json
-from fewstep.data.atomic import replacing
 from fewstep.errors import UserError
+from fewstep.files import read_json, write_json
 from fewstep.toyworld.recipes import EYE, GUIDANCE, STUDENT_SHIFT, toy_tokenizer
 
 TOY = Path(os.path.relpath(fewstep.TOY))  # short in the commands one reads
@@ -304,8 +303,7 @@ def _claim(out: Path, size: Size, from_scratch: bool) -> None:
     path, about = out / "demo.json", {"size": size, "from_scratch": from_scratch}
     if path.is_file() and read_json(path, f"Remove {out}, or choose another --out") != about:
         raise UserError(f"{out}: holds another demo ({path.read_text().strip()}). Remove it, or choose another --out")
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(about) + "\n")
+    write_json(path, about, indent=None)
 
 
 def run(stage: Stage, out: Path, order: int) -> None:
@@ -334,8 +332,7 @@ def run(stage: Stage, out: Path, order: int) -> None:
         "commands": [shown(command) for lane in stage.lanes for command in lane],
         "seconds": round(time.monotonic() - began, 1),
     }
-    with replacing(marker) as beside:
-        beside.write_text(json.dumps(about | {"about": stage.about}, indent=1) + "\n")
+    write_json(marker, about | {"about": stage.about})
     print(f"    {about['seconds']} s", flush=True)
 
 

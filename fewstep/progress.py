@@ -1,4 +1,4 @@
-"""How far a long command is: a bar with the time left on a terminal, a plain line now and then elsewhere."""
+"""The progress of a long command: a bar with the time left on a terminal, a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ _Item = TypeVar("_Item")
 _EVERY_S = 5.0  # between plain lines
 
 
-def tracked(items: Iterable[_Item], total: int, title: str) -> Iterator[_Item]:
-    """The items, each counted when the next is asked for."""
+def track(items: Iterable[_Item], total: int, title: str) -> Iterator[_Item]:
+    """The items; each is counted when the loop asks for the next one."""
     console = Console(stderr=True, highlight=False)
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as bar:
             yield from bar.track(items, total=total, description=title)
         return
-    began = told = time.monotonic()
+    start = time.monotonic()
+    last_print = start
     for num, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if now - told > _EVERY_S or num == total:
-            told = now
-            print(f"{title}: {num} of {total}, {(now - began) / num * (total - num):.0f} s left", file=sys.stderr, flush=True)
+        if now - last_print > _EVERY_S or num == total:
+            last_print = now
+            print(f"{title}: {num} of {total}, {(now - start) / num * (total - num):.0f} s left", file=sys.stderr, flush=True)

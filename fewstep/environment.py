@@ -1,0 +1,40 @@
+"""The environment variables that this package reads."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from fewstep.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The place of this process among those that torchrun started."""
+
+    rank: int
+    size: int
+    local: int  # among the processes of this machine: the number of its GPU
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for all."""
+        return self.rank == 0
+
+
+def ranks() -> Ranks:
+    """RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets; a process alone where they are not set. Raises UserError."""
+    return Ranks(_number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0))
+
+
+def output_root() -> Path:
+    """The folder that holds the run folders: OUTPUT_ROOT, or `checkpoints` in the working directory."""
+    return Path(os.environ.get("OUTPUT_ROOT") or "checkpoints")
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"the environment variable {name} is {text!r}, not a number. Start the processes with torchrun")
+    return int(text)
