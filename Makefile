@@ -19,7 +19,7 @@ help:
 	@echo "make bench     every benchmark, one JSON line each"
 
 $(READY): requirements.lock pyproject.toml
-	@echo "setting up $(VENV) from requirements.lock (a CPU build of torch)"
+	@echo "setting up $(VENV) from requirements.lock"
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "fewstep needs Python 3.11, 3.12 or 3.13; run: make PYTHON=/path/to/python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -2,7 +2,7 @@
 
     edge, vis    from the frames, with a preset's numbers or random ones of each clip's own (fewstep/data/controls.py)
     depth        by a Depth-Anything model of transformers, or from arrays
-    seg          by a SAM2 model of transformers (fewstep/prepare/segment.py), or from label maps, or from pickles
+    seg          from label maps, or from pickles
     keypoint     from arrays, or from pickles
 
 Files that are there and not of this command are kept: of a pair, the control its teacher was given is the only right one.

@@ -8,12 +8,12 @@ all that a world model is about.
 Without the pull to unit covariance an encoder says the same few things in all of its channels: the noise makes repeating worth
 while, and what the decoder does not read teaches the encoder nothing.
 
-With `look` above 0 a teacher that is an eye (networks/eye.py) looks at x and x + e, and `look` times what it sees otherwise is
-added: the mean over its layers of |a(x + e) - a(x)| / |a(x)|, the activations' absolute values summed over the batch. Pixels
-alone ask for the mean of what may have been, a blur; that a blurred ball is no ball an eye can tell (Johnson et al. 2016,
+With `look` above 0 the teacher is a perceptual network (toyworld/perceptual.py) that receives x and x + e, and `look` times the
+relative change of its activations is added: the mean over its layers of |a(x + e) - a(x)| / |a(x)|, absolute values summed over
+the batch. A loss on pixels alone asks for the mean of the possible clips, which is a blur (Johnson et al. 2016,
 arXiv:1603.08155).
 
-With `fool` above 0 a critic (networks/clip_critic.py) learns to tell D(E(x) + noise) from x, with a hinge loss, on the clips of
+With `fool` above 0 a critic (toyworld/clip_critic.py) learns to tell D(E(x) + noise) from x, with a hinge loss, on the clips of
 the very same iteration. The gradient g of the terms above on the made pixels becomes
 
     g + fool |g| / |h| h,        h the gradient of -mean of the critic's logits

@@ -10,7 +10,7 @@ fewstep train experiment=toy_teacher
 fewstep train experiment=toy_decoder
 fewstep train experiment=toy_edge
 
-After each training a command of recipes/toy_release.py puts the weights where they are shipped; docs/log.md has them all.
+After each training `python -m fewstep.toyworld.release` copies the weights into the stack; docs/toyworld.md has every command.
 """
 
 from __future__ import annotations

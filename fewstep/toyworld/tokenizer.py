@@ -1,7 +1,7 @@
 """A video tokenizer as a network that can be trained: diffusers' own class, with what the `autoencode` method asks of it.
 
-Only tokenizers of the toy world are trained here; real ones come finished (networks/codecs.py). The noise on the latents while
-training is what makes a latent space in which a denoiser's small errors stay small errors of the picture.
+Only tokenizers of the toy world are trained here; real ones come finished (networks/encoders/codecs.py). The noise on the
+latents during training makes a latent space in which small errors of a denoiser stay small errors of the picture.
 """
 
 from __future__ import annotations
