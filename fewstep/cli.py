@@ -76,7 +76,6 @@ def train_command(arguments: list[str]) -> None:
     from fewstep.config import compose, originals, read_command, to_yaml
 
     command = read_command(arguments)
-    import fewstep.recipes  # noqa: F401  makes every name known
     from fewstep.config import check
     from fewstep.training.loop import train as run_training
     from fewstep.training.run import Run
@@ -117,7 +116,6 @@ def plan(
 
     shape=16x16x88x160 text=512x1024  shapes of a batch (C T H W; tokens, channels), where the data are not there yet
     """
-    import fewstep.recipes  # noqa: F401  makes every name known
     from fewstep.config import compose, read_command
     from fewstep.training.plan.advice import command, split_words
     from fewstep.training.run import Run
@@ -199,7 +197,6 @@ def list_names(
 
         print(json.dumps(support.as_json()) if as_json else support.text())
         return
-    import fewstep.recipes  # noqa: F401  makes every name known
     from fewstep.config import ConfigError, choices, recipes
 
     if what == "recipes":

@@ -189,8 +189,6 @@ def of_recipes() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("page", "command"), of_recipes(), ids=[f"{page}: {command}" for page, command in of_recipes()])
 def test_a_run_that_a_page_starts_can_be_composed(page: str, command: str) -> None:
-    import fewstep.recipes  # noqa: F401  makes every name known
-
     _, words = split(command)
     settings = [word for word in words if word not in ("...", "a.b=c", "--json")]
     assert compose(read_command(split_words(settings)[0]), Run).job.name
@@ -198,8 +196,6 @@ def test_a_run_that_a_page_starts_can_be_composed(page: str, command: str) -> No
 
 def settings() -> tuple[set[str], dict[str, set[str]]]:
     """The keys of all recipes' runs, and of `method.`, `data.`, `networks.ROLE.` what any of their kinds has."""
-    import fewstep.recipes  # noqa: F401  makes every name known
-
     ours = [name for name, found in recipes().items() if found.module.startswith("fewstep.recipes.")]  # not those of tests
     groups = {"method": ("method",), "data": ("data",), "networks": ("role", "network")}
     kinds = {room: [cls for group in of for cls in choices(group).values()] for room, of in groups.items()}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
+from fewstep import registry
 from fewstep.config.leaf import obey_rules, read_leaf
 from fewstep.config.problems import ConfigError, Problem, hint, join, nearest_keys, show
 from fewstep.config.text import Text, read_yaml
@@ -162,7 +163,6 @@ class _Reader:
         return self.attempt(key, cls, **values) if self.count() == before else None
 
     def choice(self, group: str, parts: Layers, key: str) -> Any:
-        known = choices(group)
         name: str | None = None
         inside: Layers = []
         for part in parts:
@@ -171,12 +171,13 @@ class _Reader:
                 name, inside = chosen, []  # another kind: what was said inside the old one is forgotten
             inside.append(body)
         if name is None:
-            self.problems.append((key, f"choose a {group} first, with {key}=NAME{hint('', known)}"))
+            self.problems.append((key, f"choose a {group} first, with {key}=NAME{hint('', choices(group))}"))
             return None
-        if name not in known:
-            self.problems.append((key, f"no {group} is named {show(name)}{hint(name, known)}"))
+        cls = registry.find(group, name)
+        if cls is None:
+            self.problems.append((key, f"no {group} is named {show(name)}{hint(name, choices(group))}"))
             return None
-        return self.record(known[name], inside, key)
+        return self.record(cls, inside, key)
 
     def chosen(self, group: str, part: Any, key: str) -> tuple[str | None, Any]:
         """The kind that a part names, if it names one, and what it says inside that kind."""

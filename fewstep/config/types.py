@@ -7,11 +7,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from fewstep import registry
 from fewstep.errors import UserError
 
 C = TypeVar("C", bound=type)
-
-_KINDS: dict[str, dict[str, type]] = {}
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class OneOf:
 def kind(name: str, *, group: str) -> Callable[[C], C]:
     """A class decorator, outside @dataclass(frozen=True), that makes the class the choice `name` of a group."""
 
-    def register(cls: C) -> C:
+    def decorate(cls: C) -> C:
         _refuse_mutable(cls)
         if not name.isidentifier() or name.lower() in ("none", "null"):
             raise UserError(f"{cls.__qualname__}: {name!r} is not a word that can name a kind")
@@ -33,20 +32,16 @@ def kind(name: str, *, group: str) -> Callable[[C], C]:
             raise TypeError(f"{cls.__qualname__}: rename the field {taken.pop()!r}, @kind uses that name")
         if {"kind", "group"} & vars(cls).keys():
             raise TypeError(f"{cls.__qualname__} is a registered kind already; a class has one name")
-        known = _KINDS.setdefault(group, {})
-        other = known.get(name)
-        if other is not None and _address(other) != _address(cls):  # the same address: its module was reloaded
-            raise UserError(f"{group}={name} is {_address(other)} already; give {_address(cls)} another name")
+        registry.register(group, name, cls)
         cls.kind, cls.group = name, group
-        known[name] = cls
         return cls
 
-    return register
+    return decorate
 
 
 def choices(group: str) -> dict[str, type]:
-    """The classes of a group by kind, sorted; empty while no module that registers one has been imported."""
-    return dict(sorted(_KINDS.get(group, {}).items()))
+    """The classes of a group by kind, sorted. Imports every module that is known to register one."""
+    return registry.entries(group)
 
 
 def kind_of(value: object) -> tuple[str, str] | None:
@@ -193,10 +188,6 @@ def type_text(declared: Any) -> str:
 
 def _constant(value: Any) -> Callable[[], Any]:
     return lambda: value
-
-
-def _address(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _refuse_mutable(cls: type) -> None:

@@ -20,12 +20,13 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
+from fewstep import registry
 from fewstep.config import ConfigError, parse
 from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.errors import UserError
 from fewstep.export.model_card import model_card
 from fewstep.files import whole_folder, write_json, write_text
-from fewstep.inference.model import Model, _Nets, envelope_of, know_every_kind, of_run
+from fewstep.inference.model import Model, _Nets, envelope_of, of_run
 from fewstep.networks.lora import Lora, as_diffusers, as_kohya, by_module
 from fewstep.networks.weights.addresses import locate, read
 from fewstep.training.checkpoint import read_progress
@@ -173,10 +174,7 @@ def _usual_form(run: Path) -> tuple[Form, str]:
     """What --format auto writes, as far as the run's paper tells (nothing is built); and why that is no folder of diffusers."""
     paper = run / "student.json"
     network = (json.loads(paper.read_text()).get("network") or {}) if paper.is_file() else {}
-    from fewstep.config import choices
-
-    know_every_kind()
-    cls = choices("network").get(str(network.get("kind")))
+    cls = registry.find("network", str(network.get("kind")))
     if cls is None or "pretrained" not in getattr(cls, "__dataclass_fields__", {}):
         return "safetensors", ""
     controls = network.get("controls") or ()

@@ -7,7 +7,6 @@ that loop; it imports torch and diffusers only.
 
 from __future__ import annotations
 
-import ast
 import json
 import shutil
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewstep import registry
 from fewstep.diffusion import StudentSampler
 from fewstep.diffusion.path import floats
 from fewstep.errors import UserError
@@ -25,7 +25,6 @@ from fewstep.inference.model import Envelope, Model
 
 PIPELINE = Path(__file__).with_name("student_pipeline.py.txt")
 LEFT_OUT = ("transformer", "unet", "scheduler", "controlnet", "safety_checker")  # of a base: ours, or nobody's
-WORDS = "fewstep_words"
 
 
 def write_folder(model: Model, about: Mapping[str, Any], out: Path, base: Path | None) -> dict[str, Any]:
@@ -132,7 +131,7 @@ def _copy(base: Path, out: Path, index: dict[str, Any]) -> str:
         index[name] = value
     if not any(name in told for name in ("text_encoder",)) and (base / "text_encoder").is_dir():
         shutil.copytree(base / "text_encoder", out / "text_encoder", copy_function=_linked)
-    if _is_words(out):
+    if _standalone(out) is not None:
         index.pop("text_encoder", None)  # no class of transformers: pipeline.py reads it
     said = told.get("_class_name", "")
     return said if isinstance(said, str) else ""
@@ -145,34 +144,18 @@ def _linked(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _is_words(out: Path) -> bool:
+def _standalone(out: Path) -> Path | None:
+    """The source of the folder's text encoder, if neither diffusers nor transformers has its class."""
     config = out / "text_encoder" / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("model_type") == WORDS
+    model_type = json.loads(config.read_text()).get("model_type") if config.is_file() else None
+    encoder = registry.find("text_encoder", str(model_type))
+    return None if encoder is None else encoder.standalone
 
 
 def _pipeline(out: Path) -> str:
-    """pipeline.py; with the toy world's text encoder, whose code diffusers and transformers do not have."""
-    return PIPELINE.read_text() + (f"\n\n{words_code()}\n" if _is_words(out) else "")
-
-
-def words_code() -> str:
-    """The encoder of words as code that stands alone: its file, without what belongs to this project's contracts."""
-    import fewstep.toyworld.words as room
-
-    tree = ast.parse(Path(room.__file__).read_text())
-    imports = "import re\nfrom dataclasses import asdict\nfrom functools import cached_property\n\nfrom torch import nn\n"
-    kept: list[ast.stmt] = []
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef):
-            node.body = [part for part in node.body if getattr(part, "name", "") not in ("fingerprint", "_fingerprint", "save")]
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Assign):
-            for part in ast.walk(node):  # types of ours and torch's, which pipeline.py does not import
-                if isinstance(part, ast.FunctionDef):
-                    part.returns = None
-                    for argument in (*part.args.args, *part.args.kwonlyargs):
-                        argument.annotation = None
-            kept.append(node)
-    return imports + "\n\n" + "\n\n\n".join(ast.unparse(node) for node in kept).replace("UserError", "ValueError")
+    """pipeline.py, followed by the source of the folder's text encoder if it has one of its own."""
+    source = _standalone(out)
+    return PIPELINE.read_text() + ("" if source is None else f"\n\n{source.read_text()}")
 
 
 def _pixels(envelope: Envelope, out: Path, index: Mapping[str, Any]) -> dict[str, Any]:

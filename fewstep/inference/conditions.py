@@ -46,7 +46,7 @@ class Text:
 
 def texts_of(requests: Sequence[Request], asked: Asked, model: Model, device: torch.device) -> Mapping[str, Text]:
     """Every text that will be needed, by itself; then the encoder is let go, which is larger than many a network."""
-    from fewstep.networks.encoders.text import QwenImage, open_text_encoder
+    from fewstep.networks.encoders.text import open_text_encoder
 
     if all(request.label is not None for request in requests):
         return {}
@@ -60,19 +60,14 @@ def texts_of(requests: Sequence[Request], asked: Asked, model: Model, device: to
         if model.folder is None or (model.folder.is_dir() and not (model.folder / "text_encoder").is_dir()):
             raise UserError(f"{asked.model} has no text encoder beside it: give --text-encoder, or --embedding FILE")
         address = str(model.folder)
-    encoder: Any = open_text_encoder(address, max_tokens=asked.max_tokens, device=device)  # Any: some have pooled vectors, too
+    encoder = open_text_encoder(address, max_tokens=asked.max_tokens, device=device)
     prompts = sorted(wanted)
-    pooled: Tensor | None = None
-    if hasattr(encoder, "encode_pooled"):
-        embeddings, masks, pooled = encoder.encode_pooled(prompts)
-    else:
-        embeddings, masks = encoder.encode(prompts)
-    # Most families attend to the padding of their prompts; told of a mask, they would answer otherwise than upstream.
-    masked = isinstance(encoder, QwenImage) or type(encoder).__name__ == "WordsEncoder"
+    embeddings, masks = encoder.encode(prompts)
+    pooled = encoder.pooled(prompts)
     return {
         prompt: Text(
             embeddings[i : i + 1].to(device),
-            masks[i : i + 1].to(device) if masked else None,
+            masks[i : i + 1].to(device) if encoder.uses_mask else None,
             None if pooled is None else pooled[i : i + 1].to(device),
         )
         for i, prompt in enumerate(prompts)

@@ -8,9 +8,7 @@ open_model("base_model.pt+edge_control.pt") published Cosmos weights, in any for
 
 from __future__ import annotations
 
-import importlib
 import json
-import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -62,7 +60,6 @@ def open_model(address: str | Path, *, controls: Sequence[str] = (), known: str 
     controls: what leads it, for a branch whose files do not say. known: which published network files of weights hold; None: as
     their shapes say.
     """
-    know_every_kind()
     text = str(address)
     folder = Path(text)
     if (folder / "student.json").is_file() and not (folder / "checkpoints").is_dir():
@@ -76,19 +73,6 @@ def open_model(address: str | Path, *, controls: Sequence[str] = (), known: str 
         model = _teacher(text, controls) if pieces is None else _of_files(pieces, controls, known)
     model.network.module.eval().requires_grad_(False)
     return model
-
-
-def know_every_kind() -> None:
-    """Registers every kind of network and data, so that a configuration can name it; loads torch at the most."""
-    import fewstep.data
-    import fewstep.inference.synthetic
-    import fewstep.networks
-
-    for room in (fewstep.networks, fewstep.data):
-        for module in pkgutil.walk_packages(room.__path__, f"{room.__name__}."):
-            importlib.import_module(module.name)
-    for module in ("tokenizer", "perceptual", "clip_critic"):  # by name: the rule of rooms forbids the import
-        importlib.import_module(f"fewstep.toyworld.{module}")
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -112,7 +96,6 @@ class _Data:
 
 def of_run(address: str) -> Model:
     """The model of a run address: its student, of which LoRA adapters are merged into a plain network; RUN:teacher too."""
-    know_every_kind()
     place, _, role = address.partition(":")
     folder, _ = locate(place)
     run = folder.parent.parent
@@ -154,11 +137,6 @@ def envelope_of(config: Mapping[str, Any], told: Mapping[str, Any]) -> Envelope:
         known = dict(told["envelope"])
         shape = known.pop("latent_shape")
         return Envelope(latent_shape=None if shape is None else tuple(shape), num_inference_steps=len(told["times"]), **known)
-    know_every_kind()
-    import fewstep.data.folder.dataset
-    import fewstep.data.shards
-    import fewstep.inference.synthetic  # noqa: F401  they register what `data` can name
-
     guidance = (config.get("method") or {}).get("guidance")
     known = Envelope(
         num_inference_steps=len(told["times"]),

@@ -11,13 +11,11 @@ from fewstep.methods.ladd import LADD
 from fewstep.methods.phased import PhasedDMD
 from fewstep.methods.reward import RewardDMD
 from fewstep.methods.sid import SiD
-from fewstep.toyworld.autoencode import Autoencode
 
 __all__ = [
     "DMD2",
     "KD",
     "LADD",
-    "Autoencode",
     "FDistill",
     "FastGen",
     "Finetune",

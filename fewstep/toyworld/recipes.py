@@ -25,11 +25,12 @@ from fewstep.data.folder.dataset import Folder
 from fewstep.diffusion.path import floats
 from fewstep.diffusion.times import LogitNormal, Shifted, shifted
 from fewstep.environment import output_root
-from fewstep.methods import DMD2, KD, Autoencode, Finetune
+from fewstep.methods import DMD2, KD, Finetune
 from fewstep.networks.families.cosmos.control import CosmosControlSpec
 from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks
+from fewstep.toyworld.autoencode import Autoencode
 from fewstep.toyworld.clip_critic import ClipCriticSpec
 from fewstep.toyworld.perceptual import EyeSpec
 from fewstep.toyworld.tokenizer import TokenizerSpec

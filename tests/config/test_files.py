@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewstep import config
+from fewstep import config, registry
 from fewstep.config import (
     Command,
     ConfigError,
@@ -202,8 +202,8 @@ def user_run():
 
 
 def test_the_command_lines_of_the_seeds_paste(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = {group: dict(kinds) for group, kinds in config.types._KINDS.items()}
-    monkeypatch.setattr(config.types, "_KINDS", known)  # the kind of this file is gone again after the test
+    known = {group: dict(kinds) for group, kinds in registry._ENTRIES.items()}
+    monkeypatch.setattr(registry, "_ENTRIES", known)  # the kind of this file is gone again after the test
     (tmp_path / "my recipes.py").write_text(USER_FILE)
     monkeypatch.chdir(tmp_path)
     words = ["--config=my recipes.py", "--", "experiment=user_run", "trainer.max_iter=100", "checkpoint.save_iter=40"]

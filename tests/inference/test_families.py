@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import fewstep.recipes  # noqa: F401  makes every name known
 from fewstep.inference.model import spec_of
 from fewstep.networks.families.cogvideox import CogVideoXSpec
 from fewstep.networks.families.dit import DitSpec

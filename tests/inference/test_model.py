@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fewstep.batch import Condition
-from fewstep.inference.model import know_every_kind, open_model, spec_of
+from fewstep.inference.model import open_model, spec_of
 from fewstep.networks.families.cosmos.control import CosmosControlSpec
 from fewstep.networks.families.cosmos.keys import original_names
 from fewstep.networks.families.cosmos.models import MODELS, transfer1_7b
@@ -25,7 +25,6 @@ def folder(tmp_path: Path, pipeline: str, network: str, part: str = "transformer
 
 
 def test_a_pipelines_folder_names_its_network_and_how_it_is_asked(tmp_path: Path) -> None:
-    know_every_kind()
     cosmos = "CosmosTransformer3DModel"
     first = spec_of(folder(tmp_path, "CosmosVideoToWorldPipeline", cosmos))
     assert (first.family, first.sigma_data, first.use_fps, first.clean_time) == ("edm", 0.5, True, None)
@@ -44,7 +43,6 @@ def test_a_pipelines_folder_names_its_network_and_how_it_is_asked(tmp_path: Path
 @pytest.mark.parametrize("name", ["predict2_2b", "predict2_14b", "predict2_5_2b", "predict2_5_14b", "predict1_7b"])
 def test_a_published_network_alone_in_its_folder_is_asked_as_it_was_taught(name: str, tmp_path: Path) -> None:
     """As `fewstep convert` writes it: no pipeline beside it says that Predict2 reads the rate of frames, and 2.5 does not."""
-    know_every_kind()
     with torch.device("meta"):
         module: Any = MODELS[name].build().module
     module.save_config(tmp_path)
@@ -57,7 +55,6 @@ def test_a_published_network_alone_in_its_folder_is_asked_as_it_was_taught(name:
 
 
 def test_a_unet_lies_in_a_folder_of_its_own(tmp_path: Path) -> None:
-    know_every_kind()
     assert spec_of(folder(tmp_path, "StableDiffusionXLPipeline", "UNet2DConditionModel", "unet")).kind == "unet"
 
 

@@ -56,8 +56,6 @@ def test_dit_xl_has_the_675_million_of_its_paper_and_an_embedding_in_each_block(
 
 
 def test_the_families_are_the_kinds_there_are() -> None:
-    import fewstep.recipes  # noqa: F401  makes every name known
-
     ours = {name for name, spec in choices("network").items() if spec.__module__.startswith("fewstep.")}  # tests have kinds too
     assert set(FAMILIES) == ours
     assert [kind_of(model.spec()) for model in PUBLISHED] == [("network", model.network) for model in PUBLISHED]

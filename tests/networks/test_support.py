@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-import fewstep.recipes  # noqa: F401  makes every name known
 from fewstep.cli import main
 from fewstep.config import compose, read_command
 from fewstep.config.types import kind_of

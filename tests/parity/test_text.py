@@ -131,9 +131,8 @@ def test_a_pair_of_clips_embeds_as_sdxl(tmp_path: Path) -> None:
     pipeline = SimpleNamespace(**parts, _execution_device=CPU, config=SimpleNamespace(force_zeros_for_empty_prompt=True))
     encode: Any = StableDiffusionXLPipeline.encode_prompt
     wanted, _, pooled, _ = encode(pipeline, PROMPTS, device=CPU, do_classifier_free_guidance=False)
-    found, _, found_pooled = encoder.encode_pooled(PROMPTS)
-    equal(found, wanted)
-    equal(found_pooled, pooled)
+    equal(encoder.encode(PROMPTS)[0], wanted)
+    equal(encoder.pooled(PROMPTS), pooled)
 
 
 @torch.no_grad()
@@ -157,7 +156,7 @@ def test_t5_and_a_pooled_clip_embed_as_flux(tmp_path: Path) -> None:
     assert isinstance(encoder, PooledClip)
     assert encoder.dim == 16
     pipeline = SimpleNamespace(**parts, _execution_device=CPU, tokenizer_max_length=12)
-    found, _, pooled = encoder.encode_pooled(PROMPTS)
+    found, pooled = encoder.encode(PROMPTS)[0], encoder.pooled(PROMPTS)
     equal(found, FluxPipeline._get_t5_prompt_embeds(pipeline, list(PROMPTS), max_sequence_length=24))  # type: ignore[arg-type]
     equal(pooled, FluxPipeline._get_clip_prompt_embeds(pipeline, list(PROMPTS)))  # type: ignore[arg-type]
 
@@ -233,7 +232,7 @@ def test_what_is_no_text_encoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no text encoder at"):
         open_text_encoder(tmp_path / "nothing")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ValueError, match="its model_type is bert; known are t5"):
+    with pytest.raises(ValueError, match=r"its model_type is bert; there are .*t5"):
         open_text_encoder(tmp_path)
     with pytest.raises(ValueError, match="no prompt to encode"):
         open_text_encoder(saved(tmp_path / "p", "X", text_encoder=t5(), tokenizer=tokenizer(9))).encode([])

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-import fewstep.recipes  # noqa: F401  makes every name known
 from fewstep.cli import main
 from fewstep.config import check, compose, originals, parse, read_command, recipes, to_yaml
 from fewstep.config.text import read_yaml_mapping

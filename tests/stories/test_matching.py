@@ -62,7 +62,6 @@ def test_with_the_gan_the_student_is_nearer_to_the_data_than_its_biased_teacher(
 
 @pytest.mark.parametrize("name", [*BOUNDS, "analytic_biased", "analytic_dmd2_biased", "analytic_dmd2_gan"])
 def test_the_recipes_compose_and_survive_their_yaml(name: str, tmp_path: Path) -> None:
-    import fewstep.recipes  # noqa: F401
     from fewstep.config import check, compose, from_yaml, read_command, to_yaml
     from fewstep.training.run import Run
 

@@ -9,9 +9,8 @@ import torch
 
 from fewstep.batch import Batch
 from fewstep.diffusion import RectifiedFlow, Rng
-from fewstep.methods import Autoencode
 from fewstep.methods.contract import Nets
-from fewstep.toyworld.autoencode import departure, psnr_db
+from fewstep.toyworld.autoencode import Autoencode, departure, psnr_db
 
 
 class Off:

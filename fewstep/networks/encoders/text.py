@@ -8,7 +8,7 @@ How a family treats its prompts is part of its weights' meaning, and is read fro
     T5, UMT5     padded to 512; padding is masked inside and comes out as 0 (Cosmos 1, Predict2, Wan). CogVideoX (226) and
                  Flux (512) mask nothing: their padding has embeddings of its own, which the networks were trained to see.
     CLIP         77 tokens; the last layer (Stable Diffusion 1.5), or two encoders' last but one side by side (SDXL),
-                 which also has a pooled vector: encode_pooled
+                 which also has a pooled vector
     Qwen2.5-VL   "Reason1" of Predict2.5: each of 28 layers standardised along its channels, all side by side: 100352 numbers
                  for each of 512 tokens. With the pipeline of Qwen-Image, its template and last layer.
 """
@@ -19,15 +19,16 @@ import html
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from fewstep import registry
 from fewstep.errors import UserError
 from fewstep.networks.encoders.codecs import fingerprint_of
 from fewstep.networks.files import hub
@@ -42,27 +43,54 @@ QWEN_IMAGE_TEMPLATE = (
 QWEN_IMAGE_DROPPED = 34  # tokens of the template before the prompt
 
 
-class TextEncoder(Protocol):
+class TextEncoder(ABC):
+    """A text encoder. A class of one's own inherits the defaults, and registers itself with @text_encoder(MODEL_TYPE)."""
+
+    uses_mask: ClassVar[bool] = False  # whether networks receive the mask: most were trained to attend to the padding as well
+    # Source without imports of fewstep that defines `open_text_encoder(folder)`. It becomes part of the pipeline.py of exported
+    # students, whose folders can then be opened although no library has the encoder's class.
+    standalone: ClassVar[Path | None] = None
+
+    @classmethod
+    def open(cls, source: Source, max_tokens: int | None, dtype: torch.dtype, device: torch.device | str) -> TextEncoder:
+        """The encoder at `source`, frozen, in eval mode."""
+        raise UserError(f"{cls.__name__}: is part of another text encoder and cannot be opened by itself")
+
     @property
+    @abstractmethod
     def dim(self) -> int:
         """Channels of one token's embedding."""
-        ...
 
     @property
-    def max_tokens(self) -> int: ...
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identifies weights, tokenizer and settings. Embeddings made under another fingerprint do not fit."""
 
+    @abstractmethod
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Embeddings B N D, and B N true where a token of the prompt is."""
-        ...
 
-    @property
-    def fingerprint(self) -> str:
-        """Identifies weights, tokenizer and settings: embeddings made under another fingerprint are not ours."""
-        ...
+    def pooled(self, prompts: Sequence[str]) -> Tensor | None:
+        """One embedding B P of each whole prompt; None for the families whose networks read none."""
+        return None
+
+
+Encoder = TypeVar("Encoder", bound=type[TextEncoder])
+
+
+def text_encoder(*model_types: str) -> Callable[[Encoder], Encoder]:
+    """A class decorator that registers a text encoder for these values of `model_type` in its config.json."""
+
+    def decorate(cls: Encoder) -> Encoder:
+        for name in model_types:
+            registry.register("text_encoder", name, cls)
+        return cls
+
+    return decorate
 
 
 @dataclass(frozen=True, eq=False)
-class _Encoder(ABC):
+class _Encoder(TextEncoder):
     module: nn.Module
     tokenizer: Any  # Any: transformers' tokenizers have no common type
     max_tokens: int
@@ -105,10 +133,19 @@ class _Encoder(ABC):
         )
 
 
+@text_encoder("t5", "umt5")
 @dataclass(frozen=True, eq=False)
 class T5(_Encoder):
     masks_padding: bool = True
     cleans: bool = False  # Wan undoes html entities and runs of white space
+
+    @classmethod
+    def open(cls, source: Source, max_tokens: int | None, dtype: torch.dtype, device: torch.device | str) -> T5:
+        is_plain = source.pipeline.startswith("CogVideoX")
+        cleans = source.pipeline.startswith("Wan") or source.config("text_encoder")["model_type"] == "umt5"
+        module = source.model("text_encoder", dtype, device)
+        num = max_tokens or (226 if is_plain else 512)
+        return cls(module, source.tokenizer("tokenizer"), num, masks_padding=not is_plain, cleans=cleans)
 
     @property
     def dim(self) -> int:
@@ -121,16 +158,29 @@ class T5(_Encoder):
         mask = tokens.attention_mask.bool()
         if not self.masks_padding:
             return self.module(tokens.input_ids)[0], mask
-        found = self.module(tokens.input_ids, attention_mask=mask).last_hidden_state
-        return torch.where(mask[..., None], found, 0), mask
+        hidden = self.module(tokens.input_ids, attention_mask=mask).last_hidden_state
+        return torch.where(mask[..., None], hidden, 0), mask
 
     def _settings(self) -> dict[str, Any]:
         return {"max_tokens": self.max_tokens, "masks_padding": self.masks_padding, "cleans": self.cleans}
 
 
+@text_encoder("clip_text_model")
 @dataclass(frozen=True, eq=False)
 class Clip(_Encoder):
     """One or two CLIP text models; `module` holds them, `tokenizer` is a list as long."""
+
+    @classmethod
+    def open(cls, source: Source, max_tokens: int | None, dtype: torch.dtype, device: torch.device | str) -> TextEncoder:
+        module, tokenizer = source.model("text_encoder", dtype, device), source.tokenizer("tokenizer")
+        most = max_tokens or tokenizer.model_max_length
+        if not source.has("text_encoder_2"):
+            return cls(_frozen(nn.ModuleList([module])), [tokenizer], most)
+        second, other = source.model("text_encoder_2", dtype, device), source.tokenizer("tokenizer_2")
+        if source.config("text_encoder_2").get("model_type") == "t5":
+            t5 = T5(second, other, max_tokens or 512, masks_padding=False)
+            return PooledClip(_frozen(nn.ModuleList([second, module])), other, t5.max_tokens, t5, module, tokenizer)
+        return cls(_frozen(nn.ModuleList([module, second])), [tokenizer, other], most)
 
     @property
     def dim(self) -> int:
@@ -140,24 +190,23 @@ class Clip(_Encoder):
     def _parts(self) -> list[nn.Module]:
         return list(cast(nn.ModuleList, self.module))
 
-    def encode_pooled(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """As `encode`, and B P: the last encoder's projected embedding of the whole prompt."""
-        embeddings, mask = self.encode(prompts)
-        with torch.no_grad():
-            tokens = self._padded(self.tokenizer[-1], list(prompts), self.max_tokens)
-            found = self._parts[-1](tokens.input_ids)
-        pooled = found.text_embeds if hasattr(found, "text_embeds") else found.pooler_output  # with and without projection
-        return embeddings, mask, pooled.float()
+    @torch.no_grad()
+    def pooled(self, prompts: Sequence[str]) -> Tensor:
+        """B P: the last encoder's projected embedding of the whole prompt."""
+        tokens = self._padded(self.tokenizer[-1], list(prompts), self.max_tokens)
+        output = self._parts[-1](tokens.input_ids)
+        pooled = output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output  # transformers' two outputs
+        return pooled.float()
 
     def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        found: list[Tensor] = []
+        hidden: list[Tensor] = []
         masks: list[Tensor] = []
         for part, tokenizer in zip(self._parts, self.tokenizer, strict=True):
             tokens = self._padded(tokenizer, prompts, self.max_tokens)
-            said = part(tokens.input_ids, output_hidden_states=True)
-            found.append(said.hidden_states[-2] if len(self._parts) > 1 else said.last_hidden_state)
+            output = part(tokens.input_ids, output_hidden_states=True)
+            hidden.append(output.hidden_states[-2] if len(self._parts) > 1 else output.last_hidden_state)
             masks.append(tokens.attention_mask)
-        return torch.cat(found, -1), masks[0]
+        return torch.cat(hidden, -1), masks[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,12 +221,11 @@ class PooledClip(_Encoder):
     def dim(self) -> int:
         return self.t5.dim
 
-    def encode_pooled(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """As `encode`, and B P: CLIP's embedding of the whole prompt."""
-        embeddings, mask = self.encode(prompts)
-        with torch.no_grad():
-            tokens = self._padded(self.clip_tokenizer, list(prompts), self.clip_tokenizer.model_max_length)
-            return embeddings, mask, self.clip(tokens.input_ids).pooler_output.float()
+    @torch.no_grad()
+    def pooled(self, prompts: Sequence[str]) -> Tensor:
+        """B P: CLIP's embedding of the whole prompt."""
+        tokens = self._padded(self.clip_tokenizer, list(prompts), self.clip_tokenizer.model_max_length)
+        return self.clip(tokens.input_ids).pooler_output.float()
 
     def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         return self.t5._encode(prompts)
@@ -186,9 +234,17 @@ class PooledClip(_Encoder):
         return {**self.t5._settings(), "clip_tokenizer": _tokenizer_text(self.clip_tokenizer)}
 
 
+@text_encoder("qwen2_5_vl")
 @dataclass(frozen=True, eq=False)
 class Reason1(_Encoder):
     """Predict2.5's use of Qwen2.5-VL. Padding is attended to, inside and by the network: the mask only tells where it is."""
+
+    @classmethod
+    def open(cls, source: Source, max_tokens: int | None, dtype: torch.dtype, device: torch.device | str) -> TextEncoder:
+        module, tokenizer = source.model("text_encoder", dtype, device), source.tokenizer("tokenizer")
+        if source.pipeline.startswith("QwenImage"):
+            return QwenImage(module, tokenizer, max_tokens or 1024)
+        return cls(module, tokenizer, max_tokens or 512)
 
     @property
     def dim(self) -> int:
@@ -204,9 +260,9 @@ class Reason1(_Encoder):
         return torch.cat(parts, -1), mask
 
     def _chat(self, prompt: str) -> tuple[list[int], list[int]]:
-        said = [("system", REASON1_SYSTEM), ("user", prompt)]
+        chat = [("system", REASON1_SYSTEM), ("user", prompt)]
         tokens = self.tokenizer.apply_chat_template(
-            [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said],
+            [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in chat],
             tokenize=True,
             add_generation_prompt=False,
             add_vision_id=False,
@@ -222,6 +278,8 @@ class Reason1(_Encoder):
 class QwenImage(_Encoder):
     """Qwen-Image: the last layer, without the template's own tokens; as long as the longest prompt."""
 
+    uses_mask: ClassVar[bool] = True
+
     @property
     def dim(self) -> int:
         return _text_config(self.module).hidden_size
@@ -230,16 +288,16 @@ class QwenImage(_Encoder):
         texts = [QWEN_IMAGE_TEMPLATE.format(prompt) for prompt in prompts]
         most = self.max_tokens + QWEN_IMAGE_DROPPED
         tokens = self.tokenizer(texts, max_length=most, padding=True, truncation=True, return_tensors="pt").to(self.device)
-        found = self.module(
+        hidden = self.module(
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
             output_hidden_states=True,
             logits_to_keep=1,
         ).hidden_states[-1]
-        kept = [row[mask.bool()][QWEN_IMAGE_DROPPED:] for row, mask in zip(found, tokens.attention_mask, strict=True)]
-        masks = [torch.ones(len(row), device=row.device) for row in kept]
+        rows = [row[mask.bool()][QWEN_IMAGE_DROPPED:] for row, mask in zip(hidden, tokens.attention_mask, strict=True)]
+        masks = [torch.ones(len(row), device=row.device) for row in rows]
         pad = nn.utils.rnn.pad_sequence
-        return pad(kept, batch_first=True), pad(masks, batch_first=True)
+        return pad(rows, batch_first=True), pad(masks, batch_first=True)
 
 
 def cleaned(prompt: str) -> str:
@@ -258,37 +316,13 @@ def open_text_encoder(
     device: torch.device | str = "cpu",
 ) -> TextEncoder:
     """The text encoder in a folder or hub id; of a pipeline its text_encoder/ (and _2). Frozen, in eval mode."""
-    place = _Place.of(str(address))
-    config = place.config("text_encoder")
-    family = config.get("model_type")
-    if family == "fewstep_words":
-        from fewstep.toyworld.words import open_words  # pyright: ignore[reportMissingImports]
-
-        return open_words(place.folder("text_encoder"))
-    if family not in ("t5", "umt5", "clip_text_model", "qwen2_5_vl"):
-        raise UserError(
-            f"{address}: no text encoder of ours, its model_type is {family}; known are t5, umt5, clip_text_model, "
-            "qwen2_5_vl, fewstep_words"
-        )
-    pipeline = place.pipeline
-    module = place.model("text_encoder", dtype, device)
-    tokenizer = place.tokenizer("tokenizer")
-    if family in ("t5", "umt5"):
-        is_plain = pipeline.startswith("CogVideoX")
-        num = max_tokens or (226 if is_plain else 512)
-        return T5(module, tokenizer, num, masks_padding=not is_plain, cleans=pipeline.startswith("Wan") or family == "umt5")
-    if family == "qwen2_5_vl":
-        if pipeline.startswith("QwenImage"):
-            return QwenImage(module, tokenizer, max_tokens or 1024)
-        return Reason1(module, tokenizer, max_tokens or 512)
-    if not place.has("text_encoder_2"):
-        return Clip(_frozen(nn.ModuleList([module])), [tokenizer], max_tokens or tokenizer.model_max_length)
-    second, other = place.model("text_encoder_2", dtype, device), place.tokenizer("tokenizer_2")
-    if place.config("text_encoder_2").get("model_type") == "t5":
-        t5 = T5(second, other, max_tokens or 512, masks_padding=False)
-        return PooledClip(_frozen(nn.ModuleList([second, module])), other, t5.max_tokens, t5, module, tokenizer)
-    both = _frozen(nn.ModuleList([module, second]))
-    return Clip(both, [tokenizer, other], max_tokens or tokenizer.model_max_length)
+    source = Source.of(str(address))
+    model_type = source.config("text_encoder").get("model_type")
+    encoder = registry.find("text_encoder", str(model_type))
+    if encoder is None:
+        names = ", ".join(registry.entries("text_encoder"))
+        raise UserError(f"{address}: no text encoder reads it: its model_type is {model_type}; there are {names}")
+    return encoder.open(source, max_tokens, dtype, device)
 
 
 def _frozen(module: nn.Module) -> nn.Module:
@@ -303,11 +337,11 @@ def _text_config(module: nn.Module) -> Any:  # Any: transformers' configurations
 def _tokenizer_text(tokenizer: Any) -> str:
     """All that decides how it cuts words, as text."""
     many = tokenizer if isinstance(tokenizer, list) else [tokenizer]
-    told = [json.loads(one.backend_tokenizer.to_str()) if one.is_fast else one.get_vocab() for one in many]
-    for one in told:
+    settings = [json.loads(one.backend_tokenizer.to_str()) if one.is_fast else one.get_vocab() for one in many]
+    for one in settings:
         for name in ("padding", "truncation"):  # a fast tokenizer keeps those of its last call
             one.pop(name, None)
-    return json.dumps(told, sort_keys=True)
+    return json.dumps(settings, sort_keys=True)
 
 
 _MODELS = {
@@ -323,7 +357,7 @@ _MODELS = {
 
 
 @dataclass(frozen=True)
-class _Place:
+class Source:
     """A folder or hub id with either a pipeline in it or one encoder beside its tokenizer."""
 
     address: str
@@ -331,7 +365,7 @@ class _Place:
     pipeline: str  # class of the pipeline, or ""
 
     @classmethod
-    def of(cls, address: str) -> _Place:
+    def of(cls, address: str) -> Source:
         folder = Path(address)
         if not folder.is_dir():
             hub.expect_id(address, "text encoder")
@@ -339,8 +373,8 @@ class _Place:
             return cls(address, index is not None, (index or {}).get("_class_name", ""))
         index = folder / "model_index.json"
         is_pipeline = index.is_file() or (folder / "text_encoder").is_dir()
-        said = json.loads(index.read_text()).get("_class_name", "") if index.is_file() else ""
-        return cls(address, is_pipeline, said if isinstance(said, str) else said[-1])
+        name = json.loads(index.read_text()).get("_class_name", "") if index.is_file() else ""
+        return cls(address, is_pipeline, name if isinstance(name, str) else name[-1])
 
     def folder(self, part: str) -> Path:
         return Path(self.address) / part if self.is_pipeline else Path(self.address)
@@ -353,22 +387,22 @@ class _Place:
     def config(self, part: str) -> dict[str, Any]:
         if Path(self.address).is_dir():
             path = self.folder(part) / "config.json"
-            found = json.loads(path.read_text()) if path.is_file() else None
+            config = json.loads(path.read_text()) if path.is_file() else None
         else:
-            found = hub.read_json(self.address, f"{part}/config.json" if self.is_pipeline else "config.json")
-        if found is None:
+            config = hub.read_json(self.address, f"{part}/config.json" if self.is_pipeline else "config.json")
+        if config is None:
             raise UserError(f"no text encoder at {self.address}: it has no {part + '/' if self.is_pipeline else ''}config.json")
-        return found
+        return config
 
     def model(self, part: str, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
         import transformers
 
         name = next((_MODELS[name] for name in self.config(part).get("architectures") or () if name in _MODELS), None)
         if name is None:
-            asked = self.config(part).get("architectures")
-            raise UserError(f"{self.address}: its {part} is a {asked}; known are {', '.join(_MODELS)}")
-        place = {"subfolder": part} if self.is_pipeline else {}
-        module, info = getattr(transformers, name).from_pretrained(self.address, dtype=dtype, output_loading_info=True, **place)
+            names = self.config(part).get("architectures")
+            raise UserError(f"{self.address}: its {part} is a {names}; there are {', '.join(_MODELS)}")
+        where = {"subfolder": part} if self.is_pipeline else {}
+        module, info = getattr(transformers, name).from_pretrained(self.address, dtype=dtype, output_loading_info=True, **where)
         wrong = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
         if wrong:
             raise UserError(f"{self.address}: the weights of its {part} lack {', '.join(map(str, wrong[:4]))}")
