@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 import fewstep
 from fewstep.data.files import video
 from fewstep.data.folder.dataset import Folder
-from fewstep.data.loader import Feed, Loader
+from fewstep.data.loader import Batches, Loader
 from fewstep.networks.encoders.codecs import codec_of
 from fewstep.prepare import latents
 from fewstep.toyworld.dataset import write as write_toyworld
@@ -154,15 +154,17 @@ def waiting(folder: Path, runs: int) -> dict[str, Any]:
     data, steps = Folder(str(folder), text=None, x0="latents").open(), 20
     weight, shares = torch.randn(256, 256), list[float]()
     for run in range(runs):
-        with Feed(data, [torch.arange(BATCH)], BATCH, seed=run, end=BATCH * (steps + 1), loader=Loader(num_workers=2)) as feed:
-            feed.take(0, 0)
-            feed.read()  # the first batch has nobody who could have read it ahead
+        with Batches(
+            data, [torch.arange(BATCH)], BATCH, seed=run, end=BATCH * (steps + 1), loader=Loader(num_workers=2)
+        ) as batches:
+            batches.take(0, 0)
+            batches.metrics()  # the first batch has nobody who could have read it ahead
             for step in range(1, steps + 1):
-                feed.take(step * BATCH, 0)
+                batches.take(step * BATCH, 0)
                 end = time.perf_counter() + STEP_S
                 while time.perf_counter() < end:
                     torch.mm(weight, weight)
-            shares.append(feed.read()["data/wait_share"])
+            shares.append(batches.metrics()["data/wait_share"])
     return {"value": round(min(shares), 5), "spread": [round(min(shares), 5), round(max(shares), 5)], "step_ms": 1e3 * STEP_S}
 
 

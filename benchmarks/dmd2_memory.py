@@ -37,14 +37,13 @@ from fewstep.batch import Batch
 from fewstep.data.mock import Mock
 from fewstep.diffusion import Rng
 from fewstep.methods import DMD2
-from fewstep.methods.contract import Nets
 from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.lora import Lora
-from fewstep.networks.roles import Full, Networks, build, wholes
+from fewstep.networks.roles import Full, Networks, build
 from fewstep.parallel import World
-from fewstep.training import loop
-from fewstep.training.memory import keep_freed_memory
-from fewstep.training.role import TrainedRole
+from fewstep.training import iteration
+from fewstep.training.crew import assemble
+from fewstep.training.heap import keep_freed_memory
 from fewstep.training.run import Run, Trainer
 
 BOUND, PLAN_BOUND = 0.45, 0.10
@@ -70,35 +69,24 @@ class Step:
 
     def __init__(self, run: Run):
         self.run, self.world = run, World(0, 1, DEVICE, None)
-        self.nets: dict[str, Any] = dict(build(run.networks, run.method.roles, 0))
-        for whole in wholes(self.nets):
-            loop._place(run, whole, self.world)
-        self.roles = {
-            name: TrainedRole(name, net, run.optim_of(name), run.ema if name == "student" else None)
-            for name, net in self.nets.items()
-            if name != "teacher"
-        }
-        for role in self.roles.values():
-            for name, tensor in role.state().items():
-                if name.startswith("optim."):
-                    tensor.zero_()  # zeros that were never written lie in no memory yet
+        self.crew = assemble(run, build(run.networks, run.method.roles, 0), self.world)
+        for name, tensor in self.crew.state().items():
+            if ".optim." in name:
+                tensor.zero_()  # zeros that were never written lie in no memory yet
         self.batch: Batch = run.data.open().batch(torch.arange(1)).to(DEVICE)
 
     def take(self, steps: Iterable[int]) -> None:
         for step in steps:
             turn = self.run.method.turn(step)
-            for name, role in self.roles.items():
-                role.take_turn(name in turn.trains)
-            for terms in self.run.method.losses(turn, Nets(self.nets), self.batch, Rng(0, step, (0,), DEVICE)):
-                terms.total.backward()
-                del terms
-            for name in turn.trains:
-                self.roles[name].step(1e-6, self.roles[name].gradient_norm(self.world), step)
+            part = iteration.Part(self.batch, Rng(0, step, (0,), DEVICE), 1.0)
+            for _ in iteration.gradients(self.run, self.crew, turn, [part]):
+                pass
+            iteration.step(self.run, self.crew, iteration.norms(self.crew, turn, self.world), step, step)
 
     def held(self) -> int:
         """Bytes of all tensors there are between two turns, each storage once."""
-        tensors = [t for net in self.nets.values() for t in (*net.module.parameters(), *net.module.buffers())]
-        tensors += [t for role in self.roles.values() for t in role.state().values()]
+        tensors = [t for net in self.crew.networks.values() for t in (*net.module.parameters(), *net.module.buffers())]
+        tensors += self.crew.state().values()
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
 

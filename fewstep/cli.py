@@ -90,7 +90,7 @@ def train_command(arguments: list[str]) -> None:
         folder = run.job.folder()
         write_text(folder / "config.yaml", to_yaml(run))
         print(to_yaml(run), end="")
-        from fewstep.training.plan.advice import dryrun
+        from fewstep.training.plan.gpu_fit import dryrun
 
         print(dryrun(run), file=sys.stderr)
         print(f"dry run: {folder / 'config.yaml'} is written, nothing was trained", file=sys.stderr)
@@ -117,7 +117,7 @@ def plan(
     shape=16x16x88x160 text=512x1024  shapes of a batch (C T H W; tokens, channels), where the data are not there yet
     """
     from fewstep.config import compose, read_command
-    from fewstep.training.plan.advice import command, split_words
+    from fewstep.training.plan.gpu_fit import command, split_words
     from fewstep.training.run import Run
 
     words, asked = split_words(context.args)

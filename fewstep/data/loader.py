@@ -1,17 +1,17 @@
 """Batches in the order of a run, read ahead, so that the trainer finds the next one ready.
 
-    with Feed(data, rows, per_step=8, seed=0, end=8000) as feed:
-        fed = feed.take(samples=0, micro=0)       # fed.batch, the rows it has, and their share of what was asked for
+    with Batches(data, rows, per_step=8, seed=0, end=8000) as batches:
+        part = batches.take(samples=0, micro=0)       # part.batch, its rows, and its share of the requested samples
 
-The order is a function of the position alone (order.py), so there is no state of a loader to save or to restore: `take` is told
-the position. A run goes on with another number of processes or workers, and each sample still comes once per epoch. torchdata's
-StatefulDataLoader 0.11, which this stands for, keeps a state for each worker and fails on another number of them.
+The order is a function of the position alone (order.py), and `take` receives the position: a loader has no state to save or to
+restore. A run resumes with another number of processes or workers, and each sample still comes once per epoch. torchdata's
+StatefulDataLoader 0.11 keeps a state for each worker and fails on another number of them.
 
-Workers are threads: ffmpeg, OpenCV, numpy and torch let go of Python's lock while they work, samples kept in memory are shared,
+Workers are threads: ffmpeg, OpenCV, numpy and torch release Python's lock while they work, samples kept in memory are shared,
 and nothing is copied between processes.
 
-A sample that cannot be read is left out, told of by name, and counted; the batch is so much smaller and its losses weigh so
-much less. It is never replaced. A batch that has none left carries one readable stand-in with the weight 0: ranks go in step.
+A sample that cannot be read is left out, reported by name, and counted; the batch is smaller by it and its losses weigh
+less. It is never replaced. A batch with no sample left holds one readable stand-in of weight 0, so that all ranks stay in step.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ class Loader:
 
 
 @dataclass(frozen=True)
-class Fed:
-    """A batch of the trainer."""
+class MicroBatch:
+    """What one process trains on at once."""
 
     batch: Batch
-    rows: Tensor  # places of its samples in the batch of the whole step
-    share: float  # of the samples asked for: the weight of its losses; 1 unless samples were left out
+    rows: Tensor  # of its samples in the batch of the whole step
+    share: float  # of the requested samples that are in it: the weight of its losses; 1 unless samples were left out
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Position:
     samples: int  # position of the step's first sample
     micro: int
 
 
-class Feed:
-    """The batches of one process. `rows` are its places in the batch of a step, for each micro-batch.
+class Batches:
+    """The batches of one process. `rows` are those of its samples in the batch of a step, for each micro-batch.
 
     `end`: the position where the run ends; nothing beyond it is read.
     """
@@ -78,7 +78,7 @@ class Feed:
         workers = loader.num_workers if loader.num_workers is not None else (2 if on_disk else 0)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="read") if workers else None
         self._ahead = max(loader.ahead, workers)
-        self._waiting: deque[tuple[_Place, Future[Fed]]] = deque()
+        self._waiting: deque[tuple[_Position, Future[MicroBatch]]] = deque()
         self.max_bad = data.max_bad if on_disk else 0
         self._bad: dict[int, str] = {}  # sample number -> why
         self._left_out = dict(data.left_out) if on_disk else {}  # before the run began
@@ -87,7 +87,7 @@ class Feed:
         for why in self._left_out.values():
             say(f"left out of the data: {why}")
 
-    def __enter__(self) -> Feed:
+    def __enter__(self) -> Batches:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -95,61 +95,62 @@ class Feed:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def take(self, samples: int, micro: int) -> Fed:
-        """The batch at this position; waits for it if it is not ready. Costs nothing to ask for another one than expected."""
-        began, place = time.monotonic(), _Place(samples, micro)
+    def take(self, samples: int, micro: int) -> MicroBatch:
+        """The batch at this position; waits for it if it is not ready."""
+        began = time.monotonic()
+        position = _Position(samples, micro)
         if self._pool is None:
-            fed = self._read(place)
+            part = self._read(position)
         else:
-            if self._waiting and self._waiting[0][0] != place:  # a roll-back
+            if self._waiting and self._waiting[0][0] != position:  # a roll-back
                 self._drop()
             if not self._waiting:  # what is asked for is read wherever it lies; ahead of that, nothing beyond the end
-                self._submit(place)
-            self._fill(place)
-            fed = self._waiting.popleft()[1].result()
-            self._fill(self._after(place))
+                self._submit(position)
+            self._fill(position)
+            part = self._waiting.popleft()[1].result()
+            self._fill(self._after(position))
         self._waited += time.monotonic() - began
-        return fed
+        return part
 
     @property
     def num_bad(self) -> int:
         """Samples left out so far, each counted once."""
         return len(self._bad) + len(self._left_out)
 
-    def read(self) -> dict[str, float]:
-        """Since the last reading: the share of the time that was spent waiting for data."""
+    def metrics(self) -> dict[str, float]:
+        """The share of the time since the last call that was spent waiting for data."""
         now = time.monotonic()
         values = {"data/wait_share": self._waited / max(now - self._began, 1e-9)}
         self._waited, self._began = 0.0, now
         return values
 
-    def tell(self) -> str:
-        """The samples that could not be read, for the other processes."""
+    def bad_samples(self) -> str:
+        """The samples that could not be read, as JSON for the other processes."""
         return json.dumps(self._bad)
 
-    def learn(self, told: Sequence[str]) -> None:
-        """What other processes could not read: counted here as well, and not tried again."""
-        for other in told:
+    def leave_out(self, bad_samples: Sequence[str]) -> None:
+        """Leaves out and counts what other processes could not read."""
+        for other in bad_samples:
             for number, why in json.loads(other).items():
                 self._leave_out(int(number), why)
 
     # ---- ahead -----------------------------------------------------------------------------------------------------
 
-    def _fill(self, place: _Place) -> None:
-        """Reads ahead from `place` on, or from behind what is being read."""
+    def _fill(self, position: _Position) -> None:
+        """Reads ahead from `position` on, or from behind what is being read."""
         if self._waiting:
-            place = self._after(self._waiting[-1][0])
-        while len(self._waiting) < self._ahead and place.samples < self._end:
-            self._submit(place)
-            place = self._after(place)
+            position = self._after(self._waiting[-1][0])
+        while len(self._waiting) < self._ahead and position.samples < self._end:
+            self._submit(position)
+            position = self._after(position)
 
-    def _submit(self, place: _Place) -> None:
+    def _submit(self, position: _Position) -> None:
         assert self._pool is not None
-        self._waiting.append((place, self._pool.submit(self._read, place)))
+        self._waiting.append((position, self._pool.submit(self._read, position)))
 
-    def _after(self, place: _Place) -> _Place:
-        last = place.micro + 1 == len(self._rows)
-        return _Place(place.samples + self._per_step, 0) if last else _Place(place.samples, place.micro + 1)
+    def _after(self, position: _Position) -> _Position:
+        last = position.micro + 1 == len(self._rows)
+        return _Position(position.samples + self._per_step, 0) if last else _Position(position.samples, position.micro + 1)
 
     def _drop(self) -> None:
         for _, future in self._waiting:
@@ -158,12 +159,12 @@ class Feed:
 
     # ---- one batch -------------------------------------------------------------------------------------------------
 
-    def _read(self, place: _Place) -> Fed:
-        rows = self._rows[place.micro]
-        index = self._index(place.samples + rows)
+    def _read(self, position: _Position) -> MicroBatch:
+        rows = self._rows[position.micro]
+        index = self._index(position.samples + rows)
         if not self._bad:  # nearly always
             try:
-                return Fed(self._data.batch(index), rows, 1.0)
+                return MicroBatch(self._data.batch(index), rows, 1.0)
             except BadSamples as error:
                 for row, why in error.rows.items():
                     self._leave_out(int(index[row]), why)
@@ -177,8 +178,8 @@ class Feed:
                     self._leave_out(int(index[kept[row]]), why)
                     good[kept[row]] = False
                 continue
-            return Fed(batch, rows[good], float(good.double().mean()))
-        return Fed(self._stand_in(int(index[0])), rows[:1], 0.0)
+            return MicroBatch(batch, rows[good], float(good.double().mean()))
+        return MicroBatch(self._stand_in(int(index[0])), rows[:1], 0.0)
 
     def _index(self, position: Tensor) -> Tensor:
         if isinstance(self._data, Ordered):

@@ -20,6 +20,8 @@ from fewstep.networks.heads import AnyHead
 from fewstep.networks.lora import Backbone, Lora, Shared, as_adapters
 from fewstep.networks.weights.addresses import load_into, read
 
+FROZEN = ("teacher",)  # roles that no turn trains
+
 
 class Role(Protocol):
     @property
@@ -119,7 +121,7 @@ def wholes(nets: Mapping[str, Network]) -> list[Whole]:
     for role, network in nets.items():
         if not isinstance(network, Shared):
             blocks = getattr(network, "blocks", ())  # a head has none
-            found.append(Whole(network.module, blocks, role != "teacher"))
+            found.append(Whole(network.module, blocks, role not in FROZEN))
         elif id(network.backbone) not in seen:
             seen.add(id(network.backbone))
             backbone, inner = network.backbone, network.backbone.network

@@ -83,7 +83,7 @@ class Monitor:
     _highest: float = 0.0  # norm since the last look
     _reference: Tensor | None = None
 
-    def saw_gradient(self, norm: float) -> None:
+    def add_gradient_norm(self, norm: float) -> None:
         self._norms.append(norm)
         self._highest = max(self._highest, norm)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,32 +20,29 @@ from torch import Tensor
 from fewstep.batch import Batch
 from fewstep.config import check
 from fewstep.data.contract import Dataset
-from fewstep.data.loader import Feed, first_batch
+from fewstep.data.loader import Batches, first_batch
 from fewstep.diffusion import Rng, StudentSampler
 from fewstep.errors import UserError
 from fewstep.files import write_json
-from fewstep.methods.contract import Nets
 from fewstep.networks.contract import Network
-from fewstep.networks.frozen import Offloaded, to_8bit
-from fewstep.networks.lora import Shared
-from fewstep.networks.roles import Whole, build, wholes
+from fewstep.networks.roles import FROZEN, build
 from fewstep.networks.weights.addresses import load_into, locate, read
-from fewstep.parallel import World, is_joined, join_world, leave_world, place
+from fewstep.parallel import World, is_joined, join_world, leave_world
+from fewstep.training import iteration
 from fewstep.training.alone import alone_in
 from fewstep.training.checkpoint import Checkpoints, Progress
+from fewstep.training.crew import Crew, assemble
 from fewstep.training.errors import Interrupted, TrainingError
 from fewstep.training.guard import refuse_non_finite
 from fewstep.training.health import Monitor, Ring
+from fewstep.training.heap import keep_freed_memory
 from fewstep.training.log import RunLog
-from fewstep.training.memory import keep_freed_memory
 from fewstep.training.meter import Meter
 from fewstep.training.preview import Scene
-from fewstep.training.role import TrainedRole
 from fewstep.training.run import Run
 from fewstep.training.run_folder import peak_memory_gib, summary, write_papers
 from fewstep.training.signals import Signals
 
-COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -85,66 +82,43 @@ def _train(run: Run, world: World) -> dict[str, Any]:
     latest = checkpoints.latest()
 
     # --- networks, on their device, sharded; then the trained ones with their weights, optimisers and average
-    nets = build(run.networks, method.roles, run.trainer.seed)
+    networks = build(run.networks, method.roles, run.trainer.seed)
     if latest is None and options.load_path is not None:
-        _load_weights(options.load_path, nets)
-    for whole in wholes(nets):
-        _place(run, whole, world)
-    if run.trainer.frozen == "8bit":
-        to_8bit(whole.module for whole in wholes(nets) if not whole.trained)
-    if run.trainer.offload_teacher and "teacher" in nets and not isinstance(nets["teacher"], Shared):
-        nets["teacher"] = Offloaded(nets["teacher"], world.device)
-    compute = COMPUTE[run.trainer.precision]
-    roles = {
-        name: TrainedRole(name, net, run.optim_of(name), run.ema if name == "student" else None, compute)
-        for name, net in nets.items()
-        if name != "teacher"
-    }
-    student, asked = roles["student"], Nets(nets)
-    sampler = method.sampler(nets["student"].path)
+        _load_weights(options.load_path, networks)
+    crew = assemble(run, networks, world)
+    sampler = method.sampler(crew.student.network.path)
 
     # --- where to begin: this run's latest checkpoint, or the beginning
-    progress = Progress() if latest is None else _restore(checkpoints, latest, roles)
+    progress = Progress() if latest is None else _restore(checkpoints, latest, crew)
     earlier_s = progress.wall_s
     if world.is_main:
         write_papers(run, folder, sampler, first)
     world.barrier()
-    monitor = _monitor(run, nets, data, sampler, world)
+    monitor = _monitor(run, crew, data, sampler, world)
 
     title = f"{run.job.name} on {world.size} x {world.device.type}" if world.size > 1 else run.job.name
     log, stop = RunLog(folder if world.is_main else None, title, progress.step, last), Signals()
-    with log, stop, checkpoints, _feed(run, data, progress, world, log) as feed:
-        log.say(_greeting(run, data, roles, latest, progress, world))
+    with log, stop, checkpoints, _open_batches(run, data, progress, world, log) as batches:
+        log.say(_greeting(run, data, crew, latest, progress, world))
         if progress.step == 0 and run.preview is not None and sampler is not None:
-            log.metrics(0, _preview(run, student, nets, sampler, 0, world))
+            log.metrics(0, _preview(run, crew, sampler, 0, world))
 
         meter = Meter()
         while progress.step < last:
             turn = method.turn(progress.step)
-            for name, role in roles.items():
-                role.take_turn(name in turn.trains)
 
             # --- gradients, summed over micro-batches
             meter.begin_iteration()
-            for micro in range(run.trainer.grad_accum):
-                fed = feed.take(progress.samples, micro)
-                batch = fed.batch.to(world.device)
-                rng = Rng(run.trainer.seed + (progress.rollbacks << 32), progress.step, fed.rows, world.device)
-                for terms in method.losses(turn, asked, batch, rng):
-                    (terms.total * fed.share / run.trainer.grad_accum).backward()
-                    for name in turn.trains:
-                        roles[name].absorb()
-                    meter.saw(terms)
+            for terms in iteration.gradients(run, crew, turn, _parts(run, batches, progress, world)):
+                meter.add(terms)
 
             # --- a look at all numbers, then each role's own step
-            norms = {name: roles[name].gradient_norm(world) for name in turn.trains}
-            refuse_non_finite(norms, meter.terms, roles, turn, progress.step, world, checkpoints)
-            for name, norm in norms.items():
-                lr = run.optim_of(name).lr_at(progress.step, last)
-                roles[name].step(lr, norm, progress.updates)
-                meter.saw_step(name, norm, lr)
+            norms = iteration.norms(crew, turn, world)
+            refuse_non_finite(norms, meter.terms, crew, turn, progress.step, world, checkpoints)
+            rates = iteration.step(run, crew, norms, progress.step, progress.updates)
+            meter.add_step(norms, rates)
             if monitor is not None and "student" in norms:
-                monitor.saw_gradient(float(norms["student"]))
+                monitor.add_gradient_norm(float(norms["student"]))
             progress = replace(
                 progress,
                 step=progress.step + 1,
@@ -157,11 +131,12 @@ def _train(run: Run, world: World) -> dict[str, Any]:
             step, ended = progress.step, progress.step == last
             record, rings = dict[str, float](), list[Ring]()
             if step % run.trainer.log_every == 0 or ended:
-                record |= meter.read(world, global_batch) | _fed(feed, world) | {"memory_gib": peak_memory_gib(world.device)}
+                record |= meter.read(world, global_batch) | _data_metrics(batches, world)
+                record["memory_gib"] = peak_memory_gib(world.device)
             if run.preview is not None and sampler is not None and (ended or _is_due(run.preview.every, step)):
-                record |= _preview(run, student, nets, sampler, step, world)
+                record |= _preview(run, crew, sampler, step, world)
             if monitor is not None and _is_due(run.health.every, step):
-                values = _agreed(monitor.look(student.network), world)
+                values = _mean_over_ranks(monitor.look(crew.student.network), world)
                 record |= {f"health/{name}": value for name, value in values.items()}
                 rings = monitor.rings(values)
                 progress = replace(progress, healthy=not rings)
@@ -171,7 +146,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
             for ring in rings:
                 log.say(f"ALARM at iteration {step}: {ring}")
             if rings and rings[-1].action in ("stop", "rollback"):
-                progress, meter = _stop_or_return(run, rings[-1], progress, roles, checkpoints, log), Meter()
+                progress, meter = _stop_or_return(run, rings[-1], progress, crew, checkpoints, log), Meter()
                 continue
 
             # --- saves
@@ -179,7 +154,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
             if not writing:
                 checkpoints.finish()
             if step % options.save_iter == 0 or ended or interrupted:
-                checkpoints.save(_state(roles), progress)
+                checkpoints.save(crew.state(), progress)
             if interrupted and not ended:
                 checkpoints.finish()
                 raise Interrupted(
@@ -188,12 +163,12 @@ def _train(run: Run, world: World) -> dict[str, Any]:
                 )
 
         checkpoints.finish()
-        told = summary(run, log.at_start, log.last, progress, world)
+        results = summary(run, log.at_start, log.last, progress, world)
         if world.is_main:
-            write_json(folder / "summary.json", told)
+            write_json(folder / "summary.json", results)
         scores = [f"  {name} {log.last[name]:.4f}" for name in log.at_start]
         log.say(f"done: {folder}/summary.json" + "".join(scores))
-    return told
+    return results
 
 
 # --- parts of the above, in its order ---------------------------------------------------------------------------------
@@ -213,60 +188,49 @@ def _check_data(run: Run, data: Dataset) -> Batch:
     return first
 
 
-def _place(run: Run, whole: Whole, world: World) -> None:
-    place(
-        whole.module,
-        tuple(whole.blocks),
-        world,
-        mode=run.parallel.mode,
-        compute=COMPUTE[run.trainer.precision],
-        trained=whole.trained,
-        adapters=whole.adapters,
-        remember=whole.remember,
-        checkpointing=run.trainer.checkpointing,
-        compiled=run.trainer.compile,
-    )
-
-
-def _restore(checkpoints: Checkpoints, path: Path, roles: Mapping[str, TrainedRole]) -> Progress:
-    progress = checkpoints.load(path, _state(roles))
-    for role in roles.values():
+def _restore(checkpoints: Checkpoints, path: Path, crew: Crew) -> Progress:
+    progress = checkpoints.load(path, crew.state())
+    for role in crew.trained.values():
         role.loaded()
     return progress
 
 
-def _state(roles: Mapping[str, TrainedRole]) -> dict[str, Tensor]:
-    return {f"{name}.{key}": tensor for name, role in roles.items() for key, tensor in role.state().items()}
-
-
-def _load_weights(address: str, nets: Mapping[str, Network]) -> None:
+def _load_weights(address: str, networks: Mapping[str, Network]) -> None:
     """checkpoint.load_path: the weights of every trained role, and nothing else of that run."""
     folder, _ = locate(address)
-    for name, network in nets.items():
-        if name != "teacher":
+    for name, network in networks.items():
+        if name not in FROZEN:
             load_into(network.module, read(f"{folder}:{name}"), f"{address} (checkpoint.load_path, {name})")
 
 
 def _rows(run: Run, world: World, micro: int) -> Tensor:
-    """Places of this rank's micro-batch in the batch of the whole step: the same batch however it is divided."""
+    """Rows of this rank's micro-batch in the batch of the whole iteration: the same batch however it is divided."""
     size = run.trainer.batch_size
     return torch.arange(size) + (micro * world.size + world.rank) * size
 
 
-def _feed(run: Run, data: Dataset, progress: Progress, world: World, log: RunLog) -> Feed:
-    micros = [_rows(run, world, micro) for micro in range(run.trainer.grad_accum)]
+def _open_batches(run: Run, data: Dataset, progress: Progress, world: World, log: RunLog) -> Batches:
+    rows = [_rows(run, world, micro) for micro in range(run.trainer.grad_accum)]
     per_step = run.trainer.batch_size * run.trainer.grad_accum * world.size
     end = progress.samples + (run.trainer.max_iter - progress.step) * per_step
-    say = log.say if world.is_main else lambda text: print(text, file=sys.stderr)  # what one rank meets, the others do not
-    return Feed(data, micros, per_step, run.trainer.seed, end, run.loader, say)
+    say = log.say if world.is_main else lambda text: print(text, file=sys.stderr)  # each rank reports its own bad samples
+    return Batches(data, rows, per_step, run.trainer.seed, end, run.loader, say)
 
 
-def _fed(feed: Feed, world: World) -> dict[str, float]:
-    """How long the trainer waited for data, and how many samples were left out, on all ranks."""
-    values = _agreed(feed.read(), world)
-    if feed.max_bad:
-        feed.learn(world.gather(feed.tell()))
-        values["data/bad"] = float(feed.num_bad)
+def _parts(run: Run, batches: Batches, progress: Progress, world: World) -> Iterator[iteration.Part]:
+    """The micro-batches of one iteration. After a roll-back the same samples get other noise."""
+    for micro in range(run.trainer.grad_accum):
+        part = batches.take(progress.samples, micro)
+        rng = Rng(run.trainer.seed + (progress.rollbacks << 32), progress.step, part.rows, world.device)
+        yield iteration.Part(part.batch.to(world.device), rng, part.share / run.trainer.grad_accum)
+
+
+def _data_metrics(batches: Batches, world: World) -> dict[str, float]:
+    """The share of time spent waiting for data, and the number of samples left out, on all ranks."""
+    values = _mean_over_ranks(batches.metrics(), world)
+    if batches.max_bad:
+        batches.leave_out(world.gather(batches.bad_samples()))
+        values["data/bad"] = float(batches.num_bad)
     return values
 
 
@@ -274,36 +238,29 @@ def _is_due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
-def _agreed(values: Mapping[str, float], world: World) -> dict[str, float]:
+def _mean_over_ranks(values: Mapping[str, float], world: World) -> dict[str, float]:
     """The same numbers on every rank, so that all ranks decide alike."""
     numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=world.device)
     return dict(zip(values, world.mean(numbers).tolist(), strict=True))
 
 
-def _monitor(
-    run: Run, nets: Mapping[str, Network], data: Dataset, sampler: StudentSampler | None, world: World
-) -> Monitor | None:
+def _monitor(run: Run, crew: Crew, data: Dataset, sampler: StudentSampler | None, world: World) -> Monitor | None:
     if not run.health.every or sampler is None:
         return None
-    some = first_batch(data, run.health.num).to(world.device)
-    seed, chunk = run.trainer.seed, run.trainer.batch_size
-    return Monitor(run.health, some, sampler, nets.get("teacher"), nets.get("critic"), seed, chunk)
+    conditions = first_batch(data, run.health.num).to(world.device)
+    return Monitor(run.health, conditions, sampler, crew.teacher, crew.critic, run.trainer.seed, run.trainer.batch_size)
 
 
-def _preview(
-    run: Run, student: TrainedRole, nets: Mapping[str, Network], sampler: StudentSampler, step: int, world: World
-) -> dict[str, float]:
+def _preview(run: Run, crew: Crew, sampler: StudentSampler, step: int, world: World) -> dict[str, float]:
     assert run.preview is not None
-    with student.averaged(), torch.no_grad():
+    with crew.student.averaged(), torch.no_grad():
         folder = run.job.folder() / "previews"
-        scene = Scene(student.network, nets.get("teacher"), sampler, step, folder, world.device, world.is_main)
+        scene = Scene(crew.student.network, crew.teacher, sampler, step, folder, world.device, world.is_main)
         return dict(run.preview.show(scene))
 
 
-def _stop_or_return(
-    run: Run, ring: Ring, progress: Progress, roles: Mapping[str, TrainedRole], checkpoints: Checkpoints, log: RunLog
-) -> Progress:
-    """What a grave alarm asks: the end of the run, or the progress of the last healthy checkpoint, restored."""
+def _stop_or_return(run: Run, ring: Ring, progress: Progress, crew: Crew, checkpoints: Checkpoints, log: RunLog) -> Progress:
+    """Ends the run, or restores the last healthy checkpoint and returns its progress, as the alarm's action says."""
     checkpoints.finish()
     healthy = checkpoints.latest(healthy_only=True)
     if ring.action == "stop" or healthy is None or progress.rollbacks >= run.health.max_rollbacks:
@@ -311,17 +268,17 @@ def _stop_or_return(
         raise TrainingError(
             f"stopped at iteration {progress.step}: {ring}{tried}. The last healthy checkpoint is {healthy or 'none'}"
         )
-    back = replace(_restore(checkpoints, healthy, roles), rollbacks=progress.rollbacks + 1, wall_s=progress.wall_s)
+    back = replace(_restore(checkpoints, healthy, crew), rollbacks=progress.rollbacks + 1, wall_s=progress.wall_s)
     checkpoints.return_to(healthy, back)
     log.say(f"rolled back to {healthy}; going on with new noise")
     log.rewind(back.step)
     return back
 
 
-def _greeting(
-    run: Run, data: Dataset, roles: Mapping[str, TrainedRole], latest: Path | None, progress: Progress, world: World
-) -> str:
-    sizes = ", ".join(f"{name} {sum(p.numel() for p in role.weights.values()):,} weights" for name, role in roles.items())
+def _greeting(run: Run, data: Dataset, crew: Crew, latest: Path | None, progress: Progress, world: World) -> str:
+    sizes = ", ".join(
+        f"{name} {sum(p.numel() for p in role.weights.values()):,} weights" for name, role in crew.trained.items()
+    )
     origin = f"resuming {latest} (iteration {progress.step})" if latest else "from the beginning"
     batch = run.trainer.batch_size * run.trainer.grad_accum * world.size
     return f"{run.job.folder()}: {origin}; {sizes}; {len(data):,} samples, {batch} per iteration"

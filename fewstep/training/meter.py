@@ -1,8 +1,9 @@
-"""What is logged, summed where it is made."""
+"""Sums of what is logged, on the device where the values are computed."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Meter:
         self.terms = {}
         self._iterations += 1
 
-    def saw(self, terms: Terms) -> None:
+    def add(self, terms: Terms) -> None:
         for name, value in terms.values.items():
             value = value.detach()
             self.terms[name] = self.terms[name] + value if name in self.terms else value
@@ -33,12 +34,14 @@ class Meter:
         for name, value in terms.watch.items():
             self._add(f"watch/{name}", value.detach())
 
-    def saw_step(self, role: str, norm: Tensor, lr: float) -> None:
-        self._add(f"grad_norm/{role}", norm.detach())
-        self._rates[f"lr/{role}"] = lr
+    def add_step(self, norms: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
+        """Gradient norms and learning rates of a step, by role."""
+        for role, norm in norms.items():
+            self._add(f"grad_norm/{role}", norm.detach())
+            self._rates[f"lr/{role}"] = rates[role]
 
     def read(self, world: World, batch: int) -> dict[str, float]:
-        """Means since the last reading, over all ranks; then starts anew. What was not seen since then is left out."""
+        """Means since the last reading, over all ranks; then starts anew. Values that did not occur since then are left out."""
         names = sorted(self._sums)
         means = torch.stack([(self._sums[name] / self._counts[name]).double().to(world.device) for name in names])
         seconds = time.monotonic() - self._began

@@ -11,15 +11,15 @@ from fewstep.config import compose, read_command
 from fewstep.config.types import kind_of
 from fewstep.networks.families.published import PUBLISHED
 from fewstep.networks.support import PLANS, StoredPlan
-from fewstep.training.plan import advice
-from fewstep.training.plan.plan import GIB, look
+from fewstep.training.plan import gpu_fit
+from fewstep.training.plan.plan import GIB, measure
 from fewstep.training.run import Run
 
 
 def run_of(plan: StoredPlan) -> tuple[Run, dict[str, str]]:
     program, verb, *words = plan.command.split()
     assert (program, verb) == ("fewstep", "plan")
-    overrides, asked = advice.split_words(words)
+    overrides, asked = gpu_fit.split_words(words)
     return compose(read_command(overrides), Run), asked
 
 
@@ -57,14 +57,14 @@ def test_a_stored_plan_names_a_run_there_is_and_a_gpu_it_fits(plan: StoredPlan) 
     run, asked = run_of(plan)
     assert kind_of(run.networks.teacher or run.networks.student.network) == ("network", plan.network)
     assert (asked["shape"], asked["gpus"], asked["gpu"]) == (plan.shape, str(plan.gpus), plan.gpu)
-    assert plan.peak_gib < plan.needed_gib <= advice.memory_of(plan.gpu)
+    assert plan.peak_gib < plan.needed_gib <= gpu_fit.memory_of(plan.gpu)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.recipe)
 def test_a_stored_plan_is_what_is_planned(plan: StoredPlan) -> None:
     run, asked = run_of(plan)
-    told = look(run, advice._given(run, asked)).on(plan.gpus)
+    told = measure(run, gpu_fit._given(run, asked)).on(plan.gpus)
     assert abs(told.peak_gib - plan.peak_gib) < 0.01 and abs(told.needed_gib - plan.needed_gib) < 0.01
     parts = {name: size / GIB for name, size in told.parts.items()}
     for name, gib in plan.largest:

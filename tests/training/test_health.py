@@ -111,12 +111,12 @@ def test_a_critic_that_lags_rings(path: Any) -> None:
 def test_a_spike_of_the_gradient_between_two_looks_rings_once() -> None:
     monitor, student = monitor_of(), Answer(lambda noise: noise, RectifiedFlow())
     for norm in [1.0] * 50 + [30.0] + [1.0] * 5:
-        monitor.saw_gradient(norm)
+        monitor.add_gradient_norm(norm)
     values = monitor.look(student)
     assert values["grad_ratio"] == pytest.approx(30.0)
     assert "grad_ratio" in rung(monitor, values)
     for _ in range(5):
-        monitor.saw_gradient(1.0)
+        monitor.add_gradient_norm(1.0)
     assert monitor.look(student)["grad_ratio"] == pytest.approx(1.0)
 
 

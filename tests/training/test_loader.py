@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.batch import Batch
 from fewstep.data.contract import BadSamples, OnDisk
-from fewstep.data.loader import Feed, Loader, first_batch
+from fewstep.data.loader import Batches, Loader, first_batch
 from fewstep.data.order import samples_at
 
 NUM = 37
@@ -67,11 +67,11 @@ class Stage:
         found: dict[int, int] = {}
         for rank in range(self.size):
             rows = rows_of(self.batch_size, self.grad_accum, self.size, rank)
-            with Feed(data, rows, self.per_step, 3, end, Loader(self.workers, self.ahead)) as feed:
+            with Batches(data, rows, self.per_step, 3, end, Loader(self.workers, self.ahead)) as batches:
                 for step in range(self.steps if stop_after is None else stop_after):
                     samples = self.first + step * self.per_step
                     for micro in range(self.grad_accum):
-                        fed = feed.take(samples, micro)
+                        fed = batches.take(samples, micro)
                         assert fed.share == 1 and fed.batch.index is not None
                         for row, number in zip(fed.rows.tolist(), fed.batch.index.tolist(), strict=True):
                             assert samples + row not in found
@@ -117,20 +117,20 @@ def test_one_two_one_ranks_each_sample_once_per_epoch() -> None:
 
 
 def test_a_roll_back_is_a_position_like_any_other() -> None:
-    with Feed(Numbers(), rows_of(4, 1, 1, 0), 4, 3, 400, Loader(2, 3)) as feed:
-        first = [feed.take(step * 4, 0).batch.index.tolist() for step in range(8)]  # type: ignore[union-attr]
-        again = [feed.take(step * 4, 0).batch.index.tolist() for step in range(3, 8)]  # type: ignore[union-attr]
+    with Batches(Numbers(), rows_of(4, 1, 1, 0), 4, 3, 400, Loader(2, 3)) as batches:
+        first = [batches.take(step * 4, 0).batch.index.tolist() for step in range(8)]  # type: ignore[union-attr]
+        again = [batches.take(step * 4, 0).batch.index.tolist() for step in range(3, 8)]  # type: ignore[union-attr]
     assert again == first[3:]
 
 
 def test_nothing_is_read_beyond_the_end_and_no_thread_stays() -> None:
     data = Numbers()
-    with Feed(data, rows_of(4, 1, 1, 0), 4, 3, 12, Loader(2, 5)) as feed:
+    with Batches(data, rows_of(4, 1, 1, 0), 4, 3, 12, Loader(2, 5)) as batches:
         for step in range(3):
-            feed.take(step * 4, 0)
+            batches.take(step * 4, 0)
         time.sleep(0.1)  # a read that was begun wrongly gets done, instead of being called off at the end
         assert len(data.asked) == 12
-        feed.take(12, 0)  # what is asked for is read
+        batches.take(12, 0)  # what is asked for is read
     assert len(data.asked) == 16
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read")]
 
@@ -144,9 +144,9 @@ def test_bad_samples_are_left_out_weighed_and_counted(workers: int) -> None:
     data = Numbers(bad=frozenset({5, 11, 12}), max_bad=3, slow_s=0.001)
     assert isinstance(data, OnDisk)
     seen, weight = Counter[int](), 0.0
-    with Feed(data, rows_of(4, 1, 1, 0), 4, 3, 4 * NUM, Loader(workers, 3), said.append) as feed:
+    with Batches(data, rows_of(4, 1, 1, 0), 4, 3, 4 * NUM, Loader(workers, 3), said.append) as batches:
         for step in range(NUM):  # four epochs
-            fed = feed.take(step * 4, 0)
+            fed = batches.take(step * 4, 0)
             assert fed.batch.index is not None and fed.batch.x0 is not None
             assert fed.share == len(fed.rows) / 4 or fed.share == 0
             wanted = samples_at(step * 4 + fed.rows, NUM, 3)
@@ -156,12 +156,12 @@ def test_bad_samples_are_left_out_weighed_and_counted(workers: int) -> None:
             weight += fed.share * 4
     assert seen == Counter({n: 4 for n in range(NUM) if n not in data.bad})  # once per epoch, no other in their place
     assert weight == pytest.approx(4 * (NUM - 3))
-    assert feed.num_bad == 3 and len(said) == 3 and "1 of data.max_bad=3" in said[0] and "damaged" in said[0]
+    assert batches.num_bad == 3 and len(said) == 3 and "1 of data.max_bad=3" in said[0] and "damaged" in said[0]
 
 
 def test_a_batch_with_none_left_weighs_nothing() -> None:
-    with Feed(Numbers(bad=frozenset({5}), max_bad=1), rows_of(1, 1, 1, 0), 1, 3, NUM, Loader(0)) as feed:
-        fed = [feed.take(step, 0) for step in range(NUM)]
+    with Batches(Numbers(bad=frozenset({5}), max_bad=1), rows_of(1, 1, 1, 0), 1, 3, NUM, Loader(0)) as batches:
+        fed = [batches.take(step, 0) for step in range(NUM)]
     shares = [one.share for one in fed]
     assert sorted(shares) == [0.0] + [1.0] * (NUM - 1)
     stand_in = fed[shares.index(0.0)]
@@ -175,27 +175,27 @@ def test_more_than_may_be_ends_the_run(workers: int) -> None:
         (1, "2 samples cannot be read, more than"),
     ):
         data = Numbers(bad=frozenset({5, 11}), max_bad=max_bad)
-        feed = Feed(data, rows_of(4, 1, 1, 0), 4, 3, 400, Loader(workers))
-        with feed, pytest.raises(ValueError, match=words):
+        batches = Batches(data, rows_of(4, 1, 1, 0), 4, 3, 400, Loader(workers))
+        with batches, pytest.raises(ValueError, match=words):
             for step in range(NUM):
-                feed.take(step * 4, 0)
+                batches.take(step * 4, 0)
             pytest.fail("it went on")
 
 
 def test_ranks_learn_of_one_anothers_bad_samples() -> None:
     data = [Numbers(bad=frozenset({5, 11}), max_bad=2) for _ in range(2)]
-    feeds = [Feed(one, rows_of(4, 1, 2, rank), 8, 3, 400, Loader(0)) for rank, one in enumerate(data)]
+    readers = [Batches(one, rows_of(4, 1, 2, rank), 8, 3, 400, Loader(0)) for rank, one in enumerate(data)]
     for step in range(5):  # one epoch and a bit: each of the two was met by one rank
-        for feed in feeds:
-            feed.take(step * 8, 0)
-    told = [feed.tell() for feed in feeds]
-    for feed in feeds:
-        feed.learn(told)
-    assert [feed.num_bad for feed in feeds] == [2, 2]
+        for batches in readers:
+            batches.take(step * 8, 0)
+    told = [batches.bad_samples() for batches in readers]
+    for batches in readers:
+        batches.leave_out(told)
+    assert [batches.num_bad for batches in readers] == [2, 2]
     before = [Counter(one.asked) for one in data]
     for step in range(5, 15):
-        for feed in feeds:
-            feed.take(step * 8, 0)
+        for batches in readers:
+            batches.take(step * 8, 0)
     for one, earlier in zip(data, before, strict=True):
         assert all(one.asked.count(n) == earlier[n] for n in one.bad), "tried again"
 
@@ -220,12 +220,12 @@ def test_the_share_of_waiting_is_measured() -> None:
 
     shares = {}
     for workers in (0, 2):
-        with Feed(Slow(), rows_of(4, 1, 1, 0), 4, 3, 4000, Loader(workers, 3)) as feed:
-            feed.take(0, 0)
-            feed.read()
+        with Batches(Slow(), rows_of(4, 1, 1, 0), 4, 3, 4000, Loader(workers, 3)) as batches:
+            batches.take(0, 0)
+            batches.metrics()
             for step in range(1, 25):
                 time.sleep(0.011)  # the trainer at work
-                feed.take(step * 4, 0)
-            shares[workers] = feed.read()["data/wait_share"]
+                batches.take(step * 4, 0)
+            shares[workers] = batches.metrics()["data/wait_share"]
     assert 0.3 < shares[0] < 0.7, shares
     assert shares[2] < 0.3 * shares[0], shares

@@ -85,7 +85,7 @@ def test_a_clip_that_goes_bad_is_left_out_and_counted(toy: Path, tmp_path: Path,
         return read(self, sample)  # type: ignore[arg-type]
 
     monkeypatch.setattr("fewstep.data.folder.dataset.FolderData._read", damaged)
-    monkeypatch.setattr("fewstep.training.loop._feed", _after(begun, "fewstep.training.loop", "_feed"))
+    monkeypatch.setattr("fewstep.training.loop._open_batches", _after(begun, "fewstep.training.loop", "_open_batches"))
     train(replace(base, data=replace(base.data, max_bad=2)))  # two windows of one clip
     assert lines(base)[-1]["data/bad"] == 2
     said = (base.job.folder() / "log.txt").read_text()

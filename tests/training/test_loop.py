@@ -397,9 +397,8 @@ def test_samples_per_second_counts_an_iteration_once_however_many_roles_it_train
     meter = Meter()
     for _ in range(5):
         meter.begin_iteration()
-        meter.saw(Terms.of(a=torch.ones(())))
-        for role in ("critic", "student"):
-            meter.saw_step(role, torch.ones(()), 1e-3)
+        meter.add(Terms.of(a=torch.ones(())))
+        meter.add_step({role: torch.ones(()) for role in ("critic", "student")}, {"critic": 1e-3, "student": 1e-3})
     meter._began -= 1.0
     assert meter.read(join_world("cpu"), 8)["samples_per_s"] == pytest.approx(40, rel=0.02)
 

@@ -1,6 +1,7 @@
 """The plan against what torch really allocates, op by op, in the same step on real tensors."""
 
 import json
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,27 +9,28 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 
+from fewstep.batch import Batch
 from fewstep.data.folder.dataset import Folder
+from fewstep.data.loader import first_batch
 from fewstep.data.mock import Mock
 from fewstep.diffusion import Rng
 from fewstep.methods import DMD2, KD, Finetune
-from fewstep.methods.contract import Nets
 from fewstep.networks.analytic import MixtureSpec
 from fewstep.networks.families.cosmos.control import CosmosControlSpec
 from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.lora import Lora
-from fewstep.networks.roles import Full, Networks, build, wholes
+from fewstep.networks.roles import Full, Networks, build
 from fewstep.networks.tiny import TinySpec
 from fewstep.parallel import World
-from fewstep.training import loop
-from fewstep.training.plan.advice import advice, command, dryrun
-from fewstep.training.plan.plan import first_batch, look, plan
-from fewstep.training.role import TrainedRole
-from fewstep.training.run import Parallel, Run, Trainer
+from fewstep.training import iteration, loop
+from fewstep.training.crew import assemble
+from fewstep.training.plan import plan as planning
+from fewstep.training.plan.gpu_fit import advice, command, dryrun
+from fewstep.training.plan.plan import measure, plan
+from fewstep.training.run import Checkpoint, Parallel, Run, Trainer
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 DIT = TinySpec("dit", channels=4, width=48, depth=2, num_heads=4, text_dim=32)
@@ -42,36 +44,25 @@ def run(method: Any, networks: Networks, **trainer: Any) -> Run:
     return Run(method=method, networks=networks, data=DATA, trainer=replace(Trainer(batch_size=4), **trainer))
 
 
+def batch_of(run: Run) -> Batch:
+    return first_batch(run.data.open(), run.trainer.batch_size)
+
+
 def measured(run: Run) -> int:
     """Bytes that torch's own profiler saw allocated at the worst moment of a turn, and what was held before."""
-    nets: dict[str, Any] = dict(build(run.networks, run.method.roles, 0))
-    for whole in wholes(nets):
-        loop._place(run, whole, ALONE)
-    compute = loop.COMPUTE[run.trainer.precision]
-    roles = {
-        n: TrainedRole(n, net, run.optim_of(n), run.ema if n == "student" else None, compute)
-        for n, net in nets.items()
-        if n != "teacher"
-    }
-    held = {id(s): s for net in nets.values() for s in (*net.module.parameters(), *net.module.buffers())}
-    held |= {id(t): t for role in roles.values() for t in role.state().values()}
+    crew = assemble(run, build(run.networks, run.method.roles, 0), ALONE)
+    held = {id(s): s for net in crew.networks.values() for s in (*net.module.parameters(), *net.module.buffers())}
+    held |= {id(t): t for t in crew.state().values()}
     batch = DATA.open().batch(torch.arange(run.trainer.batch_size))
     static = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held.values()}
     worst = 0
     for step in range(2):
         turn = run.method.turn(step)
-        for name, role in roles.items():
-            role.take_turn(name in turn.trains)
+        part = iteration.Part(batch, Rng(0, step, torch.arange(batch.size())), 1.0)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            rng = Rng(0, step, torch.arange(batch.size()))
-            for terms in run.method.losses(turn, Nets(nets), batch, rng):
-                terms.total.backward()
-                del terms
-                for name in turn.trains:
-                    roles[name].absorb()
-            for name in turn.trains:
-                nn.utils.get_total_norm([w.grad for w in roles[name].weights.values() if w.grad is not None])
-                roles[name].step(1e-4, torch.tensor(1e9), 0)
+            for _ in iteration.gradients(run, crew, turn, [part]):
+                pass
+            iteration.step(run, crew, iteration.norms(crew, turn, ALONE), step, 0)
         assert seen.profiler is not None and seen.profiler.kineto_results is not None
         events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
         level = peak = 0
@@ -79,9 +70,34 @@ def measured(run: Run) -> int:
             level += event.nbytes()  # type: ignore[attr-defined]  # torch's stubs do not know it
             peak = max(peak, level)
         worst = max(worst, peak)
-        for role in roles.values():
+        for role in crew.trained.values():
             role.take_turn(False)
     return worst + sum(static.values())
+
+
+def test_the_plan_measures_the_iteration_that_the_loop_trains_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is added to the assembly, the gradients or the step is in both."""
+    monkeypatch.setenv("OUTPUT_ROOT", str(tmp_path))
+    calls: list[str] = []
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls.append(name)
+            return function(*arguments)
+
+        return call
+
+    for name in ("gradients", "norms", "step"):
+        monkeypatch.setattr(iteration, name, counted(name, getattr(iteration, name)))
+    for user in (loop, planning):
+        monkeypatch.setattr(user, "assemble", counted("assemble", assemble))
+    case = run(DMD2(student_update_freq=2), FULL, max_iter=2, log_every=1)  # one turn of each
+    expected = ["assemble", *2 * ["gradients", "norms", "step"]]
+    loop.train(replace(case, checkpoint=Checkpoint(save_iter=2)))
+    assert calls == expected
+    calls.clear()
+    plan(case)
+    assert calls == expected
 
 
 FULL = Networks(DIT, Full(), Full())
@@ -118,15 +134,15 @@ def test_roles_on_one_backbone_and_recomputation_are_seen() -> None:
 
 def test_shards_share_what_is_held_and_not_what_passes() -> None:
     case = CASES["dmd2"]
-    found = look(case, first_batch(case))
-    sharded = look(replace(case, parallel=Parallel("fsdp")), first_batch(case)).on(8)
+    found = measure(case, batch_of(case))
+    sharded = measure(replace(case, parallel=Parallel("fsdp")), batch_of(case)).on(8)
     for name, size in found.on(1).parts.items():
         assert sharded.parts[name] == (size if name == "activations" else pytest.approx(size / 8, abs=1))
     weights = sum(p.numel() * 4 for p in DIT.build().module.parameters())
     assert weights < sharded.parts["gathered"] < 1.5 * weights  # both blocks, the gradients of one, and the rest
     assert found.on(8).parts == found.on(1).parts  # ddp
     with pytest.raises(ValueError, match=r"parallel\.num_replicas=3 does not divide gpus=8"):
-        look(replace(case, parallel=Parallel("fsdp", num_replicas=3)), first_batch(case)).on(8)
+        measure(replace(case, parallel=Parallel("fsdp", num_replicas=3)), batch_of(case)).on(8)
 
 
 def test_a_network_that_copies_its_parts_is_planned_and_leaves_the_heap_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,9 +173,9 @@ def test_no_file_of_weights_is_opened(tmp_path: Path) -> None:
 def test_the_smallest_change_that_fits_is_named() -> None:
     """A limit between what the run needs as it is and with recomputation."""
     case = run(Finetune(), Networks(DIT))
-    batch = first_batch(case)
-    found = look(case, batch)
-    as_is, less = found.on(1).needed_gib, look(replace(case, trainer=replace(case.trainer, checkpointing=True)), batch).on(1)
+    batch = batch_of(case)
+    found = measure(case, batch)
+    as_is, less = found.on(1).needed_gib, measure(replace(case, trainer=replace(case.trainer, checkpointing=True)), batch).on(1)
     assert less.needed_gib < as_is
     said = advice(case, batch, found, 1, (as_is + less.needed_gib) / 2)
     assert said == "it fits with trainer.checkpointing=true"
@@ -171,8 +187,8 @@ def test_changes_add_up_where_one_is_not_enough(monkeypatch: pytest.MonkeyPatch)
         gib -= 2 * isinstance(run.networks.critic, Lora)
         return SimpleNamespace(run=run, on=lambda gpus: SimpleNamespace(needed_gib=gib / gpus))
 
-    monkeypatch.setattr("fewstep.training.plan.advice.look", needs)
-    found = look(CASES["kd"], first_batch(CASES["kd"]))
+    monkeypatch.setattr("fewstep.training.plan.gpu_fit.measure", needs)
+    found = measure(CASES["kd"], batch_of(CASES["kd"]))
     for limit, said in (
         (8.5, "it fits with trainer.checkpointing=true"),
         (7.5, "it fits with trainer.precision=bf16"),
@@ -181,7 +197,7 @@ def test_changes_add_up_where_one_is_not_enough(monkeypatch: pytest.MonkeyPatch)
               "networks.critic=lora"),
         (1.0, "no setting alone makes it fit"),
     ):  # fmt: skip
-        assert advice(CASES["dmd2"], first_batch(CASES["dmd2"]), found, 1, limit).split("; as it is")[0] == said, limit
+        assert advice(CASES["dmd2"], batch_of(CASES["dmd2"]), found, 1, limit).split("; as it is")[0] == said, limit
 
 
 def test_the_command_answers_in_json_and_says_what_is_missing(tmp_path: Path) -> None:

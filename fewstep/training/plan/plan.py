@@ -22,17 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.batch import Batch
+from fewstep.data.loader import first_batch
 from fewstep.data.mock import Mock
 from fewstep.diffusion import Rng
 from fewstep.errors import UserError
-from fewstep.methods.contract import Nets, Turn
-from fewstep.networks.frozen import Offloaded, to_8bit
+from fewstep.methods.contract import Turn
+from fewstep.networks.frozen import Offloaded
 from fewstep.networks.lora import Lora, Shared
-from fewstep.networks.roles import Full, Networks, Whole, build, wholes
-from fewstep.parallel import World, place
-from fewstep.training.loop import COMPUTE
+from fewstep.networks.roles import Full, Networks, Whole, build
+from fewstep.parallel import World
+from fewstep.training import iteration
+from fewstep.training.crew import COMPUTE, Crew, assemble
 from fewstep.training.plan.ledger import HOST, PASSING, Ledger
-from fewstep.training.role import TrainedRole
 from fewstep.training.run import Run
 
 GIB = 2**30
@@ -78,8 +79,8 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What one step was seen to hold on a GPU that holds everything; how many GPUs share it is arithmetic."""
+class Measurement:
+    """Bytes that one step holds on a GPU that holds everything; the share of each of several GPUs is computed from it."""
 
     run: Run
     at_peak: Mapping[str, int]
@@ -107,60 +108,39 @@ class Found:
 
 def plan(run: Run, gpus: int = 1, batch: Batch | None = None) -> Plan:
     """What `run` needs on each of `gpus` GPUs; `batch`: tensors of the real shapes, None: the first of the run's data."""
-    return look(run, first_batch(run) if batch is None else batch).on(gpus)
+    return measure(run, first_batch(run.data.open(), run.trainer.batch_size) if batch is None else batch).on(gpus)
 
 
-def look(run: Run, batch: Batch) -> Found:
-    """One step of every turn, taken on fakes."""
+def measure(run: Run, batch: Batch) -> Measurement:
+    """Takes one step of every turn on tensors without contents, and records what is held."""
+    run = replace(run, trainer=replace(run.trainer, compile=False))
     ledger, world = Ledger(), World(0, 1, torch.device("cpu"), None)
     with _fake() as fake:
-        nets = _built(run, fake)
-        placed = wholes(nets)
-        for whole in placed:
-            _place(run, whole, world)
-        compute = COMPUTE[run.trainer.precision]
+        networks = _built(run, fake)
         with fake:
-            if run.trainer.frozen == "8bit":
-                to_8bit(whole.module for whole in placed if not whole.trained)
-            teacher = nets.get("teacher")
-            if run.trainer.offload_teacher and teacher is not None and not isinstance(teacher, Shared):
-                nets["teacher"] = Offloaded(teacher, torch.device("cpu"))
-            roles = {
-                name: TrainedRole(name, net, run.optim_of(name), run.ema if name == "student" else None, compute)
-                for name, net in nets.items()
-                if name != "teacher"
-            }
-            _enter(ledger, nets, placed, roles)
-            for role in roles.values():
+            crew = assemble(run, networks, world)
+            _enter(ledger, crew)
+            for role in crew.trained.values():
                 # A fused step is in place and adds nothing; torch has no fake of it, and would run it on real zeros as large
                 # as weights, gradients and states.
                 if role.optimizer.defaults.get("fused"):
                     role.optimizer.step = _no_step
-            if isinstance(nets.get("teacher"), Offloaded):
-                ledger.hold(nets["teacher"].at_home(), HOST)
             batch = _faked(batch, fake)
-        held, gathered = dict(ledger.now), _gathered(placed, compute)  # while all that is trained asks for gradients
+        held = dict(ledger.now)
+        gathered = _gathered(crew.modules, COMPUTE[run.trainer.precision])  # while all that is trained asks for gradients
         turns: dict[str, int] = {}
         worst: dict[str, int] = {}
         for step, turn in _turns(run).items():
-            for name, role in roles.items():
-                role.take_turn(name in turn.trains)
             ledger.begin()
             with ledger:
-                _step(run, turn, step, nets, roles, batch, ledger)
+                _iterate(run, crew, turn, step, batch, ledger, world)
             turns[turn.name] = max(ledger.peak, turns.get(turn.name, 0))
             if ledger.peak > sum(worst.values()):
                 worst = {name: size for name, size in ledger.at_peak.items() if size}
-            for role in roles.values():
+            for role in crew.trained.values():
                 role.take_turn(False)
-    rounded = tuple(name for name, role in roles.items() if role.rounds)
-    return Found(run, worst, turns, held, rounded, gathered, _shapes(batch))
-
-
-def first_batch(run: Run) -> Batch:
-    """The first batch of the run's data."""
-    data = run.data.open()
-    return data.batch(torch.arange(min(run.trainer.batch_size, len(data))))
+    rounded = tuple(name for name, role in crew.trained.items() if role.rounds)
+    return Measurement(run, worst, turns, held, rounded, gathered, _shapes(batch))
 
 
 def mock_batch(run: Run, shape: tuple[int, ...] | None, text: tuple[int, int] | None) -> Batch:
@@ -258,28 +238,14 @@ def _faked(batch: Batch, fake: Any) -> Batch:
     return batch._map(change)
 
 
-def _place(run: Run, whole: Whole, world: World) -> None:
-    place(
-        whole.module,
-        tuple(whole.blocks),
-        world,
-        mode="ddp",
-        compute=COMPUTE[run.trainer.precision],
-        trained=whole.trained,
-        adapters=whole.adapters,
-        remember=whole.remember,
-        checkpointing=run.trainer.checkpointing,
-    )
-
-
-def _enter(ledger: Ledger, nets: Mapping[str, Any], placed: Iterable[Whole], roles: Mapping[str, TrainedRole]) -> None:
-    """Every tensor that stays, under its owner; and gradients, as they come."""
-    for whole in placed:
+def _enter(ledger: Ledger, crew: Crew) -> None:
+    """Enters every tensor that stays under its owner, and gradients as they appear."""
+    for whole in crew.modules:
         ledger.hold((*whole.module.parameters(), *whole.module.buffers()), "teacher.weights")
-    for name, net in nets.items():
-        if not (isinstance(net, Shared) and net.role is None):
-            ledger.hold((*net.module.parameters(), *net.module.buffers()), f"{name}.weights")
-    for name, role in roles.items():
+    for name, network in crew.networks.items():
+        if not (isinstance(network, Shared) and network.role is None):
+            ledger.hold((*network.module.parameters(), *network.module.buffers()), f"{name}.weights")
+    for name, role in crew.trained.items():
         for key, tensor in role.state().items():
             part = key.split(".")[0]
             if part != "buffers":
@@ -292,6 +258,8 @@ def _enter(ledger: Ledger, nets: Mapping[str, Any], placed: Iterable[Whole], rol
 
         for live in role.live.values():
             live.register_post_accumulate_grad_hook(note)
+    if isinstance(crew.teacher, Offloaded):
+        ledger.hold(crew.teacher.at_home(), HOST)
 
 
 def _no_step(closure: Any = None) -> Any:
@@ -311,39 +279,27 @@ def _turns(run: Run) -> dict[int, Turn]:
     return found
 
 
-def _step(
-    run: Run,
-    turn: Turn,
-    step: int,
-    nets: Mapping[str, Any],
-    roles: Mapping[str, TrainedRole],
-    batch: Batch,
-    ledger: Ledger,
-) -> None:
-    """One iteration, as the loop takes it."""
+def _iterate(run: Run, crew: Crew, turn: Turn, step: int, batch: Batch, ledger: Ledger, world: World) -> None:
+    """One iteration of the loop with one micro-batch, its gradients entered in the ledger."""
     rng = Rng(run.trainer.seed, step, torch.arange(batch.size()), "cpu")
-    for terms in run.method.losses(turn, Nets(nets), batch, rng):
-        (terms.total / run.trainer.grad_accum).backward()
-        del terms
+    for _ in iteration.gradients(run, crew, turn, [iteration.Part(batch, rng, 1 / run.trainer.grad_accum)]):
         for name in turn.trains:
-            roles[name].absorb()
-            grads = [w.grad for w in roles[name].weights.values() if w.grad is not None]
+            grads = [w.grad for w in crew.trained[name].weights.values() if w.grad is not None]
             ledger.hold(grads, f"{name}.gradients")
-    for name in turn.trains:
-        role = roles[name]
-        nn.utils.get_total_norm([w.grad for w in role.weights.values() if w.grad is not None])
-        if role.optim.states == "fp32":  # of eight bits, the step is compiled, and holds one weight's temporaries
-            role.step(role.optim.lr, torch.tensor(1e9), 0)
+    norms = iteration.norms(crew, turn, world)
+    # Of eight bits, the step is compiled, and holds one weight's temporaries. The norm of fakes has no value: 1e9 is clipped.
+    stepped = {name: torch.tensor(1e9) for name in norms if crew.trained[name].optim.states == "fp32"}
+    iteration.step(run, crew, stepped, step, 0)
 
 
 # --- several GPUs -----------------------------------------------------------------------------------------------------
 
 
-def _gathered(placed: Iterable[Whole], compute: torch.dtype) -> int:
+def _gathered(modules: Iterable[Whole], compute: torch.dtype) -> int:
     """Whole weights that FSDP has at once: two blocks, one at work and the next on its way, and what is in no block; and where
     they are trained, the fp32 gradients of one block before they are shared out."""
     most = 0
-    for whole in placed:
+    for whole in modules:
         size: Callable[[Iterable[Tensor]], int] = lambda ps: sum(p.numel() for p in ps)  # noqa: E731
         blocks = sorted((size(block.parameters()) for block in whole.blocks), reverse=True)
         rest = size(whole.module.parameters()) - sum(blocks)

@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from fewstep.batch import Batch
+from fewstep.data.loader import first_batch
 from fewstep.errors import UserError
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full
 from fewstep.training.plan.ledger import PASSING
-from fewstep.training.plan.plan import GIB, Found, first_batch, look, mock_batch
+from fewstep.training.plan.plan import GIB, Measurement, measure, mock_batch
 from fewstep.training.run import Run
 
 GPUS = {  # GiB that the driver reports, most of which a process can have
@@ -33,13 +34,13 @@ def memory_of(gpu: str) -> float:
         raise UserError(f"gpu={gpu}: give GiB, or one of {', '.join(GPUS)}") from None
 
 
-def advice(run: Run, batch: Batch, found: Found, gpus: int, gib: float) -> str:
+def advice(run: Run, batch: Batch, found: Measurement, gpus: int, gib: float) -> str:
     """The smallest change of settings that makes the run fit, in the order in which they cost least; then the least GPUs."""
     said: list[str] = []
     changed, words = run, list[str]()
     steps = [step for step in _changes(run) if step[1] != run]
     for text, alone in steps:
-        if look(alone, _part_of(batch, alone)).on(gpus).needed_gib <= gib:
+        if measure(alone, _part_of(batch, alone)).on(gpus).needed_gib <= gib:
             said.append(f"it fits with {text}")
             break
     else:
@@ -49,7 +50,7 @@ def advice(run: Run, batch: Batch, found: Found, gpus: int, gib: float) -> str:
             if text.endswith("=lora"):  # then the teacher's weights are those of a role that is trained, and stay
                 words = [word for word in words if word != OFFLOAD]
             words += [text] if changed != before else []
-            if len(words) > 1 and look(changed, _part_of(batch, changed)).on(gpus).needed_gib <= gib:
+            if len(words) > 1 and measure(changed, _part_of(batch, changed)).on(gpus).needed_gib <= gib:
                 said.append(f"it fits with {' '.join(words)}")
                 break
         else:
@@ -98,14 +99,14 @@ def command(run: Run, asked: Mapping[str, str]) -> tuple[dict[str, Any], str]:
         batch = _given(run, asked)
     else:
         try:
-            batch = first_batch(run)
+            batch = first_batch(run.data.open(), run.trainer.batch_size)
         except (ValueError, OSError) as error:
             batch, said = _given(run, {}), str(error).strip().splitlines()[0]
             note = f"ASSUMED, because the data cannot be opened ({said}); shape=CxTxHxW and text=TOKENSxCHANNELS say otherwise"
-    found = look(run, batch)
+    found = measure(run, batch)
     made = found.on(gpus)
     other = replace(run, trainer=replace(run.trainer, checkpointing=not run.trainer.checkpointing))
-    activations = {run.trainer.checkpointing: found, other.trainer.checkpointing: look(other, batch)}
+    activations = {run.trainer.checkpointing: found, other.trainer.checkpointing: measure(other, batch)}
     with_, without = (activations[key].at_peak.get(PASSING, 0) / GIB for key in (True, False))
     fits = made.needed_gib <= gib
     more = "" if fits else advice(run, batch, found, gpus, gib)
@@ -128,7 +129,9 @@ def command(run: Run, asked: Mapping[str, str]) -> tuple[dict[str, Any], str]:
 def dryrun(run: Run) -> str:
     """The plan of one GPU, for --dryrun; why there is none, where the shapes of its batches cannot be told."""
     try:
-        return f"memory on 1 GPU (more: fewstep plan):\n{look(run, first_batch(run)).on(1)}"
+        return (
+            f"memory on 1 GPU (more: fewstep plan):\n{measure(run, first_batch(run.data.open(), run.trainer.batch_size)).on(1)}"
+        )
     except (ValueError, OSError) as error:
         said = str(error).strip().splitlines()[0]
         return f"memory is not planned, because the data cannot be opened: {said} (fewstep plan takes shape=CxTxHxW)"

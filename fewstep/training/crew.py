@@ -1,0 +1,78 @@
+"""The networks of a run, on their device, and those of them that are trained.
+
+The loop, the memory plan and the tests assemble a run here; an ability that changes what is in memory is added in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.networks.contract import Network
+from fewstep.networks.frozen import Offloaded, to_8bit
+from fewstep.networks.lora import Shared
+from fewstep.networks.roles import FROZEN, Whole, wholes
+from fewstep.parallel import World, place
+from fewstep.training.role import TrainedRole
+from fewstep.training.run import Run
+
+COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Crew:
+    """networks: all of the method's roles. trained: those with an optimiser. modules: what was placed, each once."""
+
+    networks: Mapping[str, Network]
+    trained: Mapping[str, TrainedRole]
+    modules: tuple[Whole, ...]
+
+    @property
+    def student(self) -> TrainedRole:
+        return self.trained["student"]
+
+    @property
+    def teacher(self) -> Network | None:
+        return self.networks.get("teacher")
+
+    @property
+    def critic(self) -> Network | None:
+        return self.networks.get("critic")
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, as ROLE.PART.NAME; the very tensors, so that loading fills them in place."""
+        return {f"{name}.{key}": tensor for name, role in self.trained.items() for key, tensor in role.state().items()}
+
+
+def assemble(run: Run, networks: Mapping[str, Network], world: World) -> Crew:
+    """Places `networks` on this process's device, whole or sharded, and gives the trained ones optimisers and averages."""
+    networks = dict(networks)
+    modules = tuple(wholes(networks))
+    compute = COMPUTE[run.trainer.precision]
+    for whole in modules:
+        place(
+            whole.module,
+            tuple(whole.blocks),
+            world,
+            mode=run.parallel.mode,
+            compute=compute,
+            trained=whole.trained,
+            adapters=whole.adapters,
+            remember=whole.remember,
+            checkpointing=run.trainer.checkpointing,
+            compiled=run.trainer.compile,
+        )
+    if run.trainer.frozen == "8bit":
+        to_8bit(whole.module for whole in modules if not whole.trained)
+    teacher = networks.get("teacher")
+    if run.trainer.offload_teacher and teacher is not None and not isinstance(teacher, Shared):
+        networks["teacher"] = Offloaded(teacher, world.device)
+    trained = {
+        name: TrainedRole(name, network, run.optim_of(name), run.ema if name == "student" else None, compute)
+        for name, network in networks.items()
+        if name not in FROZEN
+    }
+    return Crew(networks, trained, modules)
