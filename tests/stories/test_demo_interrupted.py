@@ -72,7 +72,7 @@ def test_what_is_printed_is_what_a_shell_would_run() -> None:
         for lane in stage.lanes:
             for command in lane:
                 told = shown(command)
-                needs_root = any(word in told for word in (" train experiment=", " export ", "toy_release"))
+                needs_root = any(word in told for word in (" train experiment=", " export ", "toyworld.release"))
                 assert told.startswith("OUTPUT_ROOT='my demo' ") == needs_root, told
                 split = ["sh", "-c", f'for word in {told}; do echo "$word"; done']
                 words = subprocess.run(split, capture_output=True, text=True, check=True).stdout.splitlines()
