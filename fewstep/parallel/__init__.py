@@ -1,6 +1,16 @@
 """Processes and shards. It imports torch only, so that inference on several devices needs no trainer."""
 
 from fewstep.parallel.mesh import World, is_joined, join_world, leave_world
-from fewstep.parallel.shard import average_gradients, kept_in_fp32, place
+from fewstep.parallel.shard import average_gradients, is_sharded, kept_in_fp32, local, place
 
-__all__ = ["World", "average_gradients", "is_joined", "join_world", "kept_in_fp32", "leave_world", "place"]
+__all__ = [
+    "World",
+    "average_gradients",
+    "is_joined",
+    "is_sharded",
+    "join_world",
+    "kept_in_fp32",
+    "leave_world",
+    "local",
+    "place",
+]

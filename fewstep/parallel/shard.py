@@ -5,18 +5,19 @@ Checkpointing wraps a block, compile sees the wrapped block, FSDP2 shards what i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._composable import checkpoint as recompute
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from fewstep.parallel.mesh import World
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Mode = Literal["ddp", "fsdp"]
 Contexts = Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]
@@ -51,6 +52,8 @@ def place(
         if not parameter.requires_grad and name not in kept:  # all of a frozen one, and what a trained one keeps frozen
             parameter.data = parameter.data.to(compute)
     if checkpointing:
+        from torch.distributed._composable import checkpoint as recompute
+
         for block in blocks:
             recompute(block, **({} if remember is None else {"context_fn": remember}))
     if compiled:
@@ -59,6 +62,8 @@ def place(
     if mode == "ddp" or world.mesh is None:
         module.to(world.device)
         return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     # cast_forward_inputs would round the time of a frame to bf16: t = 0.999 becomes 1.0, pure noise.
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = world.mesh if world.mesh.shape[0] > 1 else world.mesh["shard"]
@@ -101,13 +106,24 @@ def _holding_only(names: set[str], module: nn.Module, blocks: Sequence[nn.Module
     return found
 
 
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor lies in parts on several processes. Does not import DTensor, which takes as long as torch itself."""
+    module = sys.modules.get("torch.distributed.tensor")  # without it there is no such tensor
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that lies on this process; any other tensor as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
 def average_gradients(parameters: Iterable[Tensor], world: World, bucket_bytes: int = 64 * 2**20) -> None:
     """The mean gradient over all processes, for parameters that are whole on each: data parallelism without a wrapper.
 
     One call after the last backward of a step, whatever number of forwards, roles and micro-batches went before it; a module
     wrapper would want exactly one forward for each backward. Sharded parameters are averaged by FSDP already.
     """
-    whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    whole = [parameter for parameter in parameters if not is_sharded(parameter)]
     if world.mesh is None or not whole:
         return
     # What no rank used keeps no gradient, as in a process alone; what one rank used counts as 0 on the others.

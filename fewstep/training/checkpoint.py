@@ -12,26 +12,23 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+import sys
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 
 from fewstep.files import remove, some, write_json, write_text
+from fewstep.networks.files.distributed import open_distributed, write_distributed
 from fewstep.parallel import World
 from fewstep.training.errors import TrainingError
 
 POINTER = "latest_checkpoint.txt"
-# What may come out of DCP. Its own exception is a BaseException, which `except Exception` lets through.
-FAILURES = (Exception, CheckpointException)
 
 
 @dataclass(frozen=True)
@@ -90,22 +87,37 @@ class Checkpoints:
         """Writes one checkpoint; with `async_write` it returns as soon as the tensors are copied."""
         self.finish()
         partial = self.folder / f"iter_{progress.step:09d}.partial"
-        alone, group = self.world.mesh is None, self.world.aside
         try:
             if self.world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
             self.world.barrier()
-            with quiet():
-                if self.async_write:
-                    future = dcp.async_save(dict(state), checkpoint_id=partial, process_group=group, no_dist=alone)
-                    assert isinstance(future, Future)
-                    self._pending = (future, partial, progress)
-                else:
-                    dcp.save(dict(state), checkpoint_id=partial, process_group=group, no_dist=alone)
-                    self._complete(partial, progress)
-        except FAILURES as error:  # torch wraps what the file system said; whatever it was, the older one is whole
+            future = self._write(partial, state)
+            if future is None:
+                self._complete(partial, progress)
+            else:
+                self._pending = (future, partial, progress)
+        except _failures() as error:  # torch wraps what the file system said; whatever it was, the older one is whole
             raise self._failed(partial, error) from error
+
+    def _write(self, folder: Path, state: Mapping[str, Tensor]) -> Future[Any] | None:
+        """Writes the tensors, or begins to write copies of them and returns what will say that they are written."""
+        if self.world.mesh is None:  # without DCP, which takes as long to import as torch
+            if not self.async_write:
+                return write_distributed(folder, state)
+            copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+            writer = ThreadPoolExecutor(1)
+            future = writer.submit(write_distributed, folder, copies)
+            writer.shutdown(wait=False)
+            return future
+        from torch.distributed import checkpoint as dcp
+
+        if not self.async_write:
+            dcp.save(dict(state), checkpoint_id=folder, process_group=self.world.aside)
+            return None
+        future = dcp.async_save(dict(state), checkpoint_id=folder, process_group=self.world.aside)
+        assert isinstance(future, Future)
+        return future
 
     @property
     def is_writing(self) -> bool:
@@ -122,7 +134,7 @@ class Checkpoints:
             future.result()
             self.world.barrier()
             self._complete(partial, progress)
-        except FAILURES as error:
+        except _failures() as error:
             raise self._failed(partial, error) from error
 
     def load(self, path: Path, state: Mapping[str, Tensor]) -> Progress:
@@ -130,10 +142,9 @@ class Checkpoints:
         try:
             problems = _differences(path, state)
             if not problems:
-                with quiet():
-                    dcp.load(dict(state), checkpoint_id=path, no_dist=self.world.mesh is None)
+                self._read(path, state)
                 return read_progress(path)
-        except FAILURES as error:
+        except _failures() as error:
             raise TrainingError(
                 f"the checkpoint {path} is damaged: {_first_line(error)}. Remove it to resume from the one before"
             ) from error
@@ -143,6 +154,15 @@ class Checkpoints:
             f"Resume with the configuration it was written with ({self.folder.parent / 'config.yaml'}), or give the run "
             "another job.name"
         )
+
+    def _read(self, path: Path, state: Mapping[str, Tensor]) -> None:
+        if self.world.mesh is None:
+            for name, stored in open_distributed(path).items():
+                state[name].detach().copy_(stored.read())
+            return
+        from torch.distributed import checkpoint as dcp
+
+        dcp.load(dict(state), checkpoint_id=path)
 
     def return_to(self, path: Path, progress: Progress) -> None:
         """Makes `path` the newest checkpoint again, from where `progress` goes on; later ones are removed."""
@@ -192,12 +212,10 @@ def read_progress(path: Path) -> Progress:
     return replace(Progress(), **json.loads((path / "trainer.json").read_text()))
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Within, DCP does not say at each call that one process is one process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
-        yield
+def _failures() -> tuple[type[BaseException], ...]:
+    """What may come out of a save or a load. DCP's own exception is a BaseException, which `except Exception` lets through."""
+    api = sys.modules.get("torch.distributed.checkpoint.api")
+    return (Exception,) if api is None else (Exception, api.CheckpointException)
 
 
 def _discard(path: Path) -> None:
@@ -210,21 +228,21 @@ def _discard(path: Path) -> None:
 
 def _differences(path: Path, state: Mapping[str, Tensor]) -> list[str]:
     """One line for each tensor that the checkpoint lacks, has too many, or has in another shape."""
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    saved = open_distributed(path)
     lines = [f"  the checkpoint lacks {name}" for name in state if name not in saved]
     lines += [f"  this run has no {name}" for name in saved if name not in state]
     for name, tensor in state.items():
-        size = getattr(saved.get(name), "size", None)
-        if size is not None and size != tensor.shape:
-            lines.append(f"  {name} is {tuple(size)} in the checkpoint, {tuple(tensor.shape)} in this run")
+        if name in saved and saved[name].shape != tuple(tensor.shape):
+            lines.append(f"  {name} is {saved[name].shape} in the checkpoint, {tuple(tensor.shape)} in this run")
     return lines
 
 
 def _first_line(error: BaseException) -> str:
     """What happened, without the traceback: the root of the chain, and of what DCP gathered from the ranks."""
     while True:
-        if isinstance(error, CheckpointException) and error.failures:
-            error = next(iter(error.failures.values()))[0]
+        by_rank = getattr(error, "failures", None)  # of DCP's exception, which may not be imported
+        if by_rank:
+            error = next(iter(by_rank.values()))[0]
         elif error.__cause__ is not None:
             error = error.__cause__
         else:

@@ -13,7 +13,8 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from fewstep.parallel import local
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,6 @@ def gamma_of(width: float) -> float:
 @torch.no_grad()
 def update(average: Mapping[str, Tensor], weights: Mapping[str, Tensor], beta: float) -> None:
     """average <- beta average + (1 - beta) weights, in place; sharded tensors stay on their shards."""
-    old = [_local(average[name]) for name in weights]
-    new = [_local(weight) for weight in weights.values()]
+    old = [local(average[name]) for name in weights]
+    new = [local(weight) for weight in weights.values()]
     torch._foreach_lerp_(old, new, 1 - beta)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from fewstep.errors import UserError
+from fewstep.parallel import is_sharded
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Optim:
             raise UserError(
                 "optim.states=8bit needs torchao: pip install 'fewstep[eight-bit]', or set optim.states=fp32"
             ) from error
-        if any(isinstance(p, DTensor) for p in parameters):
+        if any(is_sharded(p) for p in parameters):
             raise UserError(
                 "optim.states=8bit has no checkpoint that loads on another number of processes, so it does not go with "
                 "parallel.mode=fsdp, where every process holds a part of the states anyway: set optim.states=fp32"
@@ -75,7 +75,7 @@ class Optim:
 
 
 def _can_fuse(parameters: list[Tensor]) -> bool:
-    return all(not isinstance(p, DTensor) or p.device.type == "cuda" for p in parameters)
+    return all(not is_sharded(p) or p.device.type == "cuda" for p in parameters)
 
 
 def state_of(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor]) -> dict[str, Tensor]:

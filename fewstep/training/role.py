@@ -12,11 +12,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fewstep.errors import UserError
 from fewstep.networks.contract import Network
-from fewstep.parallel import World, average_gradients, kept_in_fp32
+from fewstep.parallel import World, average_gradients, is_sharded, kept_in_fp32, local
 from fewstep.training import ema as averaging
 from fewstep.training.ema import Ema
 from fewstep.training.errors import TrainingError
@@ -37,7 +36,7 @@ class TrainedRole:
         # One and the same tensor where compute is fp32, and where it is FSDP that gathers in `compute`. Otherwise the module
         # gets the rounded copy, and the original stays here as it was read.
         self.weights: dict[str, Tensor] = dict(self.live)
-        self.rounds = compute != torch.float32 and not any(isinstance(p, DTensor) for p in self.live.values())
+        self.rounds = compute != torch.float32 and not any(is_sharded(p) for p in self.live.values())
         if self.rounds:
             self.weights = {n: nn.Parameter(p.detach().float()) for n, p in self.live.items()}
             kept = kept_in_fp32(module)
@@ -70,12 +69,12 @@ class TrainedRole:
         if not gradients:
             raise TrainingError(f"no loss term of this turn depends on role '{self.name}', which the turn is said to train")
         norm = nn.utils.get_total_norm(gradients)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return norm.full_tensor() if is_sharded(norm) else norm
 
     def non_finite_gradients(self) -> list[str]:
         """The weights whose gradient, as far as this rank holds it, has an entry that is no number."""
-        found = {n: w.grad.to_local() if isinstance(w.grad, DTensor) else w.grad for n, w in self.weights.items()}
-        return [n for n, g in found.items() if g is not None and not bool(torch.isfinite(g).all())]
+        gradients = {n: w.grad for n, w in self.weights.items() if w.grad is not None}
+        return [n for n, gradient in gradients.items() if not bool(torch.isfinite(local(gradient)).all())]
 
     @torch.no_grad()
     def step(self, lr: float, norm: Tensor, updates: int) -> None:

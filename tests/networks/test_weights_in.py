@@ -21,7 +21,7 @@ from fewstep.cli import main
 from fewstep.networks.families.cosmos.control import CosmosControlSpec
 from fewstep.networks.families.cosmos.keys import Generation, original_names
 from fewstep.networks.families.cosmos.network import CosmosSpec
-from fewstep.networks.files.tensor_files import open_tensors, read_metadata, write_safetensors
+from fewstep.networks.files.tensor_files import open_tensors, write_safetensors
 from fewstep.networks.roles import Networks, build
 from fewstep.networks.weights.addresses import load_into, read
 from fewstep.networks.weights.convert import convert
@@ -362,7 +362,7 @@ def test_a_hostile_checkpoint_runs_nothing(old_format: bool, tmp_path: Path) -> 
 
 def test_a_hostile_table_of_contents_runs_nothing(tmp_path: Path) -> None:
     dcp_save(original(module(FLOW), "2"), tmp_path / "model")
-    metadata = read_metadata(tmp_path / "model")
+    metadata = dcp.FileSystemReader(tmp_path / "model").read_metadata()
     metadata.planner_data = Hostile(tmp_path / "ran")
     (tmp_path / "model/.metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(ValueError, match=r"\.metadata' is not read: it wants to load posix\.system"):

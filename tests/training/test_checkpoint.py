@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
 
+from fewstep.networks.files import distributed
 from fewstep.parallel import World
 from fewstep.training.checkpoint import POINTER, Checkpoints, Progress, read_progress
 from fewstep.training.errors import TrainingError
@@ -197,13 +197,13 @@ def test_a_kill_at_any_operation_of_a_return_leaves_something_to_resume(tmp_path
 def test_a_background_write_holds_what_was_there_when_it_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tensors change while they are written, as training changes them."""
     go = threading.Event()
-    write = FileSystemWriter.write_data
+    write = distributed.write_chunks
 
-    def slow(self: FileSystemWriter, *args: Any) -> Any:
+    def slow(*args: Any) -> Any:
         assert go.wait(20)
-        return write(self, *args)
+        return write(*args)
 
-    monkeypatch.setattr(FileSystemWriter, "write_data", slow)
+    monkeypatch.setattr(distributed, "write_chunks", slow)
     checkpoints, tensors = open_folder(tmp_path, async_write=True), state(5.0)
     checkpoints.save(tensors, Progress(step=5))
     assert checkpoints.is_writing and checkpoints.latest() is None
@@ -233,10 +233,10 @@ def test_a_full_disk_is_told_and_costs_the_new_one_only(
     checkpoints.save(state(1.0), Progress(step=1))
     checkpoints.finish()
 
-    def full(self: FileSystemWriter, *args: Any) -> Any:
+    def full(*args: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(FileSystemWriter, "write_data", full)
+    monkeypatch.setattr(distributed, "write_chunks", full)
     with pytest.raises(TrainingError) as caught:
         checkpoints.save(state(2.0), Progress(step=2))
         checkpoints.finish()

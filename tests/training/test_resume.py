@@ -21,11 +21,11 @@ MAX_ITER = 60
 TOY = """
 import os, time
 from dataclasses import dataclass
-from torch.distributed.checkpoint import FileSystemWriter
 from fewstep.config import kind, recipe
 from fewstep.inference.synthetic import MixtureSamples
 from fewstep.methods import DMD2
 from fewstep.networks.analytic import MixtureSpec
+from fewstep.networks.files import distributed
 from fewstep.networks.roles import Full, Networks
 from fewstep.networks.tiny import TinySpec
 from fewstep.training.ema import Ema
@@ -48,12 +48,12 @@ class Unhurried(MixtureSamples):
                 return inner.batch(index)
         return Slow()
 
-write = FileSystemWriter.write_data
-def slow_write(self, *args):
-    done = write(self, *args)
+write = distributed.write_chunks
+def slow_write(*args):
+    done = write(*args)
     time.sleep(float(os.environ.get("SLOW_WRITE", "0")))  # the shards are there, the metadata is not
     return done
-FileSystemWriter.write_data = slow_write
+distributed.write_chunks = slow_write
 
 @recipe("toy")
 def toy():

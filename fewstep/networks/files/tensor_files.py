@@ -5,8 +5,7 @@
     iter_N_model_mp_0.pt .. _7.pt      parts of tensor parallelism: given by any one of them, or as iter_N.pt
     FOLDER with .metadata              torch.distributed.checkpoint, sharded or not
 
-torch.load is asked for weights only. The `.metadata` of a distributed checkpoint is a pickle as well, which torch would run: it
-goes through an unpickler that knows the dozen record classes it consists of.
+torch.load is asked for weights only; distributed.py reads the fourth.
 """
 
 from __future__ import annotations
@@ -16,19 +15,16 @@ import json
 import math
 import pickle
 import re
-import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from fewstep.errors import UserError
+from fewstep.networks.files.stored import SAFETENSORS_DTYPES, SAFETENSORS_NAMES, Stored, TensorFile
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
@@ -44,27 +40,6 @@ _BY_OUTPUT = ("to_q.0.weight", "to_k.0.weight", "to_v.0.weight", "block.layer1.w
 _BY_INPUT = ("to_out.0.weight", "block.layer2.weight")
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class TensorFile:
-    source: str
-    tensors: Mapping[str, Stored]
-    part: str = ""  # which of several sets of weights; "" where there is one
-    ignored: int = 0  # entries of that set that are no tensors, or of other networks
-
-
 def is_tensor_file(place: str) -> bool:
     """Whether the address names files of tensors rather than a run of ours."""
     path = Path(place)
@@ -73,6 +48,8 @@ def is_tensor_file(place: str) -> bool:
     if not path.is_dir() or (path / "checkpoints").is_dir():
         return False
     if (path / ".metadata").is_file():
+        from fewstep.networks.files.distributed import read_metadata
+
         return not any(re.match(r"\w+\.(weights|ema)\.", name) for name in read_metadata(path).state_dict_metadata)
     return bool(_safetensors_in(path))
 
@@ -90,7 +67,9 @@ def open_tensors(place: str | Path, part: str | None = None) -> TensorFile:
     elif path.suffix in TORCH_SUFFIXES:
         found = _torch_file(_existing(path), part)
     elif (path / ".metadata").is_file():
-        found = TensorFile(str(path), _distributed(path))
+        from fewstep.networks.files.distributed import open_distributed
+
+        found = TensorFile(str(path), open_distributed(path))
     elif path.is_dir() and _safetensors_in(path):
         merged: dict[str, Stored] = {}
         for file in _safetensors_in(path):
@@ -235,7 +214,7 @@ def _safetensors(path: Path) -> dict[str, Stored]:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  # no mapping
                 entry = file.get_slice(name)
-                dtype = _SAFETENSORS_DTYPES.get(entry.get_dtype())
+                dtype = SAFETENSORS_DTYPES.get(entry.get_dtype())
                 if dtype is None:
                     raise UserError(f"'{path}': {name} is of type {entry.get_dtype()}, which is not known here")
                 found[name] = Stored(tuple(entry.get_shape()), dtype, partial(_from_safetensors, path, name))
@@ -249,23 +228,6 @@ def _from_safetensors(path: Path, name: str) -> Tensor:
 
     with safe_open(path, "pt") as file:
         return file.get_tensor(name)
-
-
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
 
 
 def _safetensors_in(folder: Path) -> list[Path]:
@@ -296,7 +258,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored], dtype: torch.dt
     for name, stored in tensors.items():
         kind = _written_dtype(stored, dtype)
         size = math.prod(stored.shape) * kind.itemsize
-        header[name] = {"dtype": _SAFETENSORS_NAMES[kind], "shape": list(stored.shape), "data_offsets": [place, place + size]}
+        header[name] = {"dtype": SAFETENSORS_NAMES[kind], "shape": list(stored.shape), "data_offsets": [place, place + size]}
         place += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -309,81 +271,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored], dtype: torch.dt
 
 def _written_dtype(stored: Stored, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
-
-
-# --- torch.distributed.checkpoint
-
-
-def read_metadata(folder: Path) -> Any:  # Any: dcp's Metadata, whose fields torch leaves untyped
-    """The table of contents of a distributed checkpoint, without running it."""
-    try:
-        return _Unpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError, KeyError, ValueError) as error:
-        raise UserError(f"'{folder / '.metadata'}' is not read: {error}") from error
-
-
-class Reader(dcp.FileSystemReader):
-    """torch's reader of a folder, with a table of contents that is read as data."""
-
-    def __init__(self, folder: Path):
-        super().__init__(folder)
-        self.contents = read_metadata(folder)
-        for info in (self.contents.storage_data or {}).values():
-            if Path(info.relative_path).name != info.relative_path:
-                raise UserError(f"'{folder}': its table of contents names a file outside of it, {info.relative_path}")
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        return self.contents
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _RECORDS:
-            raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which a table of contents has no use for")
-        return super().find_class(module, name)
-
-
-_RECORDS = frozenset(
-    [
-        *(
-            ("torch.distributed.checkpoint.metadata", name)
-            for name in (
-                *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "ChunkStorageMetadata"),
-                *("TensorStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING"),
-            )
-        ),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),
-        ("collections", "OrderedDict"),
-        *(("torch", str(dtype).removeprefix("torch.")) for dtype in _SAFETENSORS_NAMES),
-        ("pathlib", "PosixPath"),
-        ("pathlib._local", "PosixPath"),
-    ]
-)
-
-
-def _distributed(folder: Path) -> dict[str, Stored]:
-    reader = Reader(folder)
-    found: dict[str, Stored] = {}
-    for name, about in reader.contents.state_dict_metadata.items():
-        if isinstance(about, TensorStorageMetadata):
-            shape, dtype = tuple(about.size), about.properties.dtype
-            found[name] = Stored(shape, dtype, partial(_from_distributed, reader, name, shape, dtype))
-    return found
-
-
-def _from_distributed(reader: Reader, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    tensor = torch.empty(shape, dtype=dtype)
-    load_distributed(reader, {name: tensor})
-    return tensor
-
-
-def load_distributed(reader: Reader, into: dict[str, Any]) -> None:
-    """Fills the tensors of `into` from the checkpoint."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
-        dcp.load(into, storage_reader=reader, no_dist=True)
 
 
 # --- parts of tensor parallelism

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from fewstep.environment import output_root, ranks
 from fewstep.errors import UserError
 from fewstep.files import some
 from fewstep.networks.families.cosmos.keys import Generation, match, num_branches, repeated
 from fewstep.networks.families.cosmos.lora_files import adapters, merged
-from fewstep.networks.files.tensor_files import Reader, Stored, TensorFile, is_tensor_file, load_distributed, open_tensors
+from fewstep.networks.files.stored import Stored, TensorFile
+from fewstep.networks.files.tensor_files import is_tensor_file, open_tensors
 
 
 def read(address: str, like: nn.Module | None = None) -> dict[str, Tensor]:
@@ -163,16 +163,15 @@ def locate(address: str) -> tuple[Path, str]:
 def read_tensors(folder: Path, prefix: str, *more: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint whose names start with `prefix`, and those with the prefixes of `more` where there are
     any, named without them; sharded ones come whole."""
-    reader = Reader(folder)
-    found = reader.contents.state_dict_metadata
-    tensors = {name: about for name, about in found.items() if isinstance(about, TensorStorageMetadata)}
-    wanted = {name: about for name, about in tensors.items() if name.startswith((prefix, *more))}
+    from fewstep.networks.files.distributed import open_distributed
+
+    tensors = open_distributed(folder)
+    wanted = {name: stored for name, stored in tensors.items() if name.startswith((prefix, *more))}
     if not any(name.startswith(prefix) for name in wanted):
-        parts = sorted({".".join(name.split(".")[:2]) for name in found if ".optim." not in name})
+        parts = sorted({".".join(name.split(".")[:2]) for name in tensors if ".optim." not in name})
         raise UserError(f"{folder} holds no '{prefix[:-1]}'; it holds {', '.join(parts)}")
-    state = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in wanted.items()}
-    load_distributed(reader, state)
-    return {next(name.removeprefix(p) for p in (prefix, *more) if name.startswith(p)): t for name, t in state.items()}
+    prefixes = (prefix, *more)
+    return {next(n.removeprefix(p) for p in prefixes if n.startswith(p)): stored.read() for n, stored in wanted.items()}
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> int:

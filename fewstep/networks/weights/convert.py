@@ -32,7 +32,8 @@ from fewstep.networks.families.cosmos.keys import (
 )
 from fewstep.networks.families.cosmos.models import MODELS
 from fewstep.networks.files import hub
-from fewstep.networks.files.tensor_files import SUFFIXES, Stored, open_tensors, write_safetensors
+from fewstep.networks.files.stored import Stored
+from fewstep.networks.files.tensor_files import SUFFIXES, open_tensors, write_safetensors
 from fewstep.networks.weights.addresses import Collected, Piece, collect, pieces_of, tell
 
 SHARD_BYTES = 5 * 10**9

@@ -24,6 +24,7 @@ from fewstep.errors import UserError
 from fewstep.networks.contract import AnyNetwork, Network, refuse_cache
 from fewstep.networks.families.upstream import told_by_pipeline
 from fewstep.networks.families.wan.network import A14B_I2V, T2V_14B, WanSpec
+from fewstep.parallel import is_sharded
 
 
 class _Raw(NamedTuple):
@@ -120,11 +121,7 @@ class Experts:
         return Prediction(kept[0].x_t, t, self.path, raw.velocity, tuple(raw.features))
 
     def _is_sharded(self) -> bool:
-        if not dist.is_initialized():
-            return False
-        from torch.distributed.tensor import DTensor  # half a second, and every command opens this file
-
-        return any(isinstance(parameter, DTensor) for parameter in self.module.parameters())
+        return any(is_sharded(parameter) for parameter in self.module.parameters())
 
 
 def for_each(network: Network, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
