@@ -16,6 +16,7 @@ provide("network", "fewstep.networks.analytic", "fewstep.networks.tiny", "fewste
 provide("network", "fewstep.toyworld.tokenizer", "fewstep.toyworld.perceptual", "fewstep.toyworld.clip_critic")
 provide("role", "fewstep.networks.roles", "fewstep.networks.lora")
 provide("head", "fewstep.networks.heads")
+provide("scorer", "fewstep.evaluation.fidelity", "fewstep.toyworld.scores")
 provide("text_encoder", "fewstep.networks.encoders.text", "fewstep.toyworld.words")
 provide("data", "fewstep.data", "fewstep.inference.synthetic")
 provide("control", "fewstep.data.controls")

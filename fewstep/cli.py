@@ -385,12 +385,20 @@ def pairs(
     print(making.command(model, dataset, out, asked, **opened, num=num, batch_size=batch_size, device=device, track=track))
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True})
 def evaluate(
+    context: typer.Context,
     what: Annotated[str, typer.Argument(help="A model (run, export, pipeline), codec:FOLDER, or a folder with videos/.")],
-    prompts: Annotated[Path, typer.Option(help="Data set with captions, text and real clips of the same scenes.")],
-    real: Annotated[Path, typer.Option(help="Real clips of other scenes, which everything is compared with.")],
     out: Annotated[Path, typer.Option(help="JSON to write; the first clips go into a folder of that name.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="Data set with captions, text, controls and real clips of the same scenes.")
+    ] = None,
+    real: Annotated[Path | None, typer.Option(help="Real clips of other scenes, for scorers that compare with some.")] = None,
+    scorer: Annotated[
+        str | None, typer.Option(help="What computes the scores (fewstep ls scorers). Default: what suits clips of this size.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="FILE.py with a scorer or a control of your own.")] = None,
+    control: Annotated[str | None, typer.Option(help="Control of the data set that the model receives: edge, vis, ..")] = None,
     num: Annotated[int, typer.Option(help="Clips in a set.")] = 512,
     sets: Annotated[int, typer.Option(help="Sets, each from noise of its own.")] = 3,
     calls: Annotated[int | None, typer.Option(help="Of a teacher: the best it can do with so many network calls.")] = None,
@@ -400,16 +408,23 @@ def evaluate(
     guidance: Annotated[float | None, typer.Option(help="A teacher's: w in uncond + w (cond - uncond); 1, none.")] = None,
     codec: Annotated[str | None, typer.Option(help="Of a model that has none beside it: a folder of diffusers.")] = None,
 ) -> None:
-    """Score clips against real ones. Today: those of the toy world, by its own feature network and probes."""
+    """Score the clips of a model, of a codec or of a folder, against real clips or the controls they were made for.
+
+    KEY=VALUE sets a setting of the scorer: fewstep evaluate clips --out scores.json --scorer control preset=low
+    """
+    from fewstep.config import load_file
     from fewstep.inference import pairs as making
-    from fewstep.inference.evaluate import Job, line
+    from fewstep.inference.evaluate import Job, line, scorer_of
     from fewstep.inference.evaluate import run as score
 
+    if config is not None:
+        load_file(config)
     options = {"--steps": steps, "--sampler": sampler, "--shift": shift, "--guidance": guidance}
     told = tuple(name for name, value in options.items() if value is not None)
     w, grid = 1.0 if guidance is None else guidance, 1.0 if shift is None else shift
     how = making.asked(35 if steps is None else steps, sampler or "unipc", grid, w, None, 1.0, 0, 0, "18")
-    found = score(Job(what, prompts, real, out, num, sets, calls, how, codec=codec, told=told))
+    chosen = scorer_of(scorer, context.args)
+    found = score(Job(what, prompts, real, out, num, sets, calls, how, codec=codec, told=told, scorer=chosen, control=control))
     print(f"{out}: {line(found)}")
 
 

@@ -42,9 +42,6 @@ BELOW = {
     },
 }
 TOP = {"cli", "toyworld", "train", "__main__", "__init__"}  # verbs: they may import every room
-YET = {  # files that still import the toy world, which nothing of the core may; this table is to become empty
-    "inference/evaluate.py",
-}
 HEAVY = {
     *("diffusers", "transformers", "peft", "av", "cv2", "tensorboard", "scipy"),
     *("torch.distributed.checkpoint", "torch.distributed.tensor", "torch.distributed.fsdp"),  # each as long as torch itself
@@ -81,8 +78,6 @@ def test_no_arrow_points_up(path: Path) -> None:
         assert asked <= GROUND, f"{path} may not import {sorted(asked - GROUND)}"
         return
     asked -= GROUND
-    if str(path.relative_to(PACKAGE)) in YET:
-        asked -= {"toyworld"}
     assert asked <= BELOW[room] | {room}, f"{path} may not import {sorted(asked - BELOW[room] - {room})}"
 
 

@@ -58,13 +58,19 @@ def blur_ssim(
     at 1 grey level for constant ones. `made` is cut to the length of `wanted` and resized to its size. 3 s a frame of 720p.
     """
     made, wanted = _same_frame(made, wanted)
-    if min(wanted.shape[1:3]) < 7:
-        raise UserError(f"SSIM's window is 7 x 7, the frames are {wanted.shape[1]} x {wanted.shape[2]}. Score larger frames.")
-    scores = []
     how = (diameter, sigma_color, sigma_space)
-    for frame_made, frame_wanted in zip(_blurred(made, *how), _blurred(wanted, *how)):
+    return ssim(_blurred(made, *how), _blurred(wanted, *how), data_range)
+
+
+def ssim(made: Iterable[np.ndarray], wanted: Iterable[np.ndarray], data_range: float | Literal["frame"] = "frame") -> float:
+    """The mean structural similarity of two clips of one size, frame by frame; see `blur_ssim`."""
+    scores: list[float] = []
+    for frame_made, frame_wanted in zip(made, wanted, strict=True):
+        if min(frame_wanted.shape[:2]) < 7:
+            size = " x ".join(map(str, frame_wanted.shape[:2]))
+            raise UserError(f"SSIM's window is 7 x 7, the frames are {size}. Score larger frames.")
         span = max(float(frame_wanted.max()) - float(frame_wanted.min()), 1.0) if data_range == "frame" else data_range
-        scores.append(_ssim_map(frame_made.astype(np.float64), frame_wanted.astype(np.float64), span).mean())
+        scores.append(float(_ssim_map(frame_made.astype(np.float64), frame_wanted.astype(np.float64), span).mean()))
     return float(np.mean(scores))
 
 
@@ -80,8 +86,6 @@ def canny_scores(made: Clip, wanted: Clip, low: float = 100, high: float = 200, 
     `tolerance` pixels (a square of 2 t + 1); published scores use 0. Published thresholds: 20/50, 50/100, 100/200, 200/300,
     300/400. A wanted clip without any edge is refused; a made clip without any scores 0.
     """
-    import cv2
-
     if tolerance < 0:
         raise UserError(f"tolerance is a number of pixels, not {tolerance}.")
     made, wanted = _same_frame(made, wanted)
@@ -90,6 +94,13 @@ def canny_scores(made: Clip, wanted: Clip, low: float = 100, high: float = 200, 
         raise UserError(
             f"the wanted clip has no edge at Canny thresholds {low:g}/{high:g}. Lower them: small clips need 40/90 or less."
         )
+    return edge_scores(edges_made, edges_wanted, tolerance)
+
+
+def edge_scores(edges_made: np.ndarray, edges_wanted: np.ndarray, tolerance: int = 0) -> CannyScores:
+    """The same of edges that are there already, T H W, not 0 where an edge is."""
+    import cv2
+
     near_made, near_wanted = edges_made, edges_wanted
     if tolerance:
         square = np.ones((2 * tolerance + 1, 2 * tolerance + 1), np.uint8)

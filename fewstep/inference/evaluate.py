@@ -6,15 +6,16 @@
     fewstep evaluate codec:fewstep/toyworld/stack ...                       what the codec alone does to real clips
     fewstep evaluate demo/pairs ...                               clips that are there already, in sets of --num
 
-The scores are those of the toy world (its own feature network and probes) until others are chosen by the data.
+The scores are those of a scorer (evaluation/score.py): `--scorer toyworld`, `--scorer control`, or one from a file of the
+user's own (`--config FILE.py`). Without `--scorer` it is the one that suits clips of this size.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.config import ConfigError, apply_overrides, choices, dump, parse
 from fewstep.data.files import video
+from fewstep.data.folder import layout
 from fewstep.data.folder.dataset import Folder, FolderData
-from fewstep.data.folder.layout import Layout
+from fewstep.data.folder.layout import CAPTIONS, VIDEOS, Layout
 from fewstep.diffusion import Rng
 from fewstep.errors import UserError
-from fewstep.evaluation.frechet import frechet_distance
+from fewstep.evaluation.score import AnyScorer, Clip, Record, Scorer, Signals, Value, over_sets
 from fewstep.files import write_json
 from fewstep.inference.model import Model, open_model
 from fewstep.inference.pairs import Making, SamplerName, solve, to_uint8
 from fewstep.networks.encoders.codecs import Codec, open_codec
-from fewstep.toyworld import features, scores
-from fewstep.toyworld.scores import LEAST, Record, Value, over_sets
 
 SEEDS = 1000  # noise of evaluation set k has seed SEEDS + k: never that of training or of pairs
 RANKING = 256  # clips by which the samplers of a teacher are compared before the best one is scored
@@ -42,8 +43,8 @@ RANKING = 256  # clips by which the samplers of a teacher are compared before th
 @dataclass(frozen=True)
 class Job:
     what: str
-    prompts: Path  # data set: captions, text, and real clips of the same scenes
-    real: Path  # the clips everything is compared with; of other scenes
+    prompts: Path | None  # data set: captions, text, controls, and real clips of the same scenes
+    real: Path | None  # the clips everything is compared with; of other scenes
     out: Path  # JSON to write; first clips go beside it, OUT without its suffix
     num: int = 512  # clips in a set
     sets: int = 3
@@ -54,6 +55,8 @@ class Job:
     max_tokens: int = 40
     batch_size: int = 64
     codec: str | None = None  # None: the one beside the model
+    scorer: Scorer | None = None  # None: the one that suits clips of this size
+    control: str | None = None  # the control of the data set that a model is conditioned on
     told: tuple[str, ...] = ()  # options of `how` that were asked for, to be refused where they would have no effect
 
 
@@ -62,47 +65,95 @@ def run(job: Job) -> dict[str, Any]:
     for name in ("num", "sets", "calls"):
         if (value := getattr(job, name)) is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}")
-    if job.num < LEAST:
-        raise UserError(f"--num {job.num}: a set needs at least {LEAST} clips, and better hundreds")
     torch.set_num_threads(1)
+    scorer = _scorer_of(job)
     told: dict[str, Any] = {"what": job.what}
     records: list[Record] = []
     if _is_clips(job.what):
         _refuse_making(job, "holds clips that are made already")
-        sources = _sets_of(Path(job.what), job)
-        known = _reference(job)
+        sources = _sets_of(Path(job.what), job, scorer)
+        known = _reference(job, scorer)
     elif job.what.startswith("codec:"):
         _refuse_making(job, "is a codec, which takes no steps")
         if job.what == "codec:":
             raise UserError("codec: which one? codec:FOLDER, of an autoencoder of diffusers or of its pipeline")
-        codec, data, known = open_codec(job.what.removeprefix("codec:")), opened(job), _reference(job)
-        sources = iter([(_through(codec, data, job), data.captions()[: job.num])])
+        codec, data, known = open_codec(job.what.removeprefix("codec:")), opened(job), _reference(job, scorer)
+        sources = iter([_set_of(_through(codec, data, job), data, job)])
     else:
-        model, data = open_model(job.what), opened(job)
+        model, data = open_model(job.what, controls=_controls(job)), opened(job)
         if model.sampler is not None:
             _refuse_making(job, f"is a student, which takes the {len(model.sampler.times)} steps it was trained for")
         if job.calls is not None and (found := [name for name in job.told if name != "--guidance"]):
             raise UserError(f"--calls: finds steps, sampler and shift by itself; leave out {', '.join(found)}")
-        codec, known = codec_of(model, job), _reference(job)
+        codec, known = codec_of(model, job), _reference(job, scorer)
         how, candidates = job.how, list[dict[str, Any]]()
         if job.calls is not None:
-            how, candidates = best_of(model, codec, data, job, known.features)
+            how, candidates = best_of(model, codec, data, job, scorer, known)
         told |= {"num_calls": calls_of(model, how), "candidates": candidates}
         told |= {"guidance": 1.0} if model.sampler is not None else {"guidance": how.guidance, "sampler": _named(how)}
-        captions = data.captions()[: job.num]
-        sources = ((generated(model, codec, data, job, how, job.num, k), captions) for k in range(job.sets))
-    for k, (clips, captions) in enumerate(sources):
+        sources = (_set_of(generated(model, codec, data, job, how, job.num, k), data, job) for k in range(job.sets))
+    for k, clips in enumerate(sources):
         if k == 0:
-            _keep(clips, job)
-        records.append(scores.score(clips, captions, known))
+            _keep(clips.clips, job)
+        records.append(scorer.score(clips.clips, clips.prompts, known, clips.controls))
+    names = list(dict.fromkeys(name for record in records for name in record.scores))
+    values = {name: over_sets([record[name] for record in records if name in record.scores]) for name in names}
     told |= {
-        "feature_net": records[0].name,
+        "scorer": {"kind": scorer.kind, **dump(scorer)},  # pyright: ignore[reportAttributeAccessIssue]  # @kind sets it
+        "measured_by": records[0].name,
         "num_reference": records[0].num_reference,
         "notes": sorted({*_few_sets(job, len(records)), *(note for record in records for note in record.notes)}),
-        "scores": {name: _written(over_sets([record[name] for record in records])) for name in records[0].scores},
+        "legend": [asdict(score) for score in scorer.legend if score.name in values],
+        "scores": {name: _written(value) for name, value in values.items()},
     }
     write_json(job.out, told)
     return told
+
+
+@dataclass(frozen=True)
+class _Choice:
+    scorer: AnyScorer
+
+
+def scorer_of(name: str | None, settings: Sequence[str] = ()) -> Scorer | None:
+    """The scorer of that name with settings KEY=VALUE; None if no name is given."""
+    if name is None:
+        if settings:
+            raise ConfigError([(settings[0], "is a setting of a scorer: say which with --scorer NAME")])
+        return None
+    choice = parse(_Choice, {"scorer": name})
+    return apply_overrides(choice, [f"scorer.{setting}" for setting in settings]).scorer
+
+
+def _scorer_of(job: Job) -> Scorer:
+    """The scorer of the job, after a check that the job has all it needs."""
+    scorer = job.scorer
+    if scorer is None:
+        folder = Path(job.what) if _is_clips(job.what) else _prompts(job)
+        first = next(iter(Layout.open(folder).files(VIDEOS).values()), None)
+        if first is None:
+            raise UserError(f"{folder}: has no videos/*.mp4, by whose size a scorer could be chosen; name one with --scorer")
+        header = video.probe(first)
+        size = (header.num_frames, header.height, header.width)
+        kinds: dict[str, Any] = choices("scorer")
+        scorer = next((kind() for kind in kinds.values() if kind().suits(*size)), None)
+        if scorer is None:
+            raise UserError(f"no scorer is made for clips of {' x '.join(map(str, size))}: add --scorer {' or '.join(kinds)}")
+    if job.num < scorer.min_clips:
+        raise UserError(f"--num {job.num}: a set needs at least {scorer.min_clips} clips, and better hundreds")
+    if "real" in scorer.needs and job.real is None:
+        raise UserError("--real: this scorer compares with real clips; give their folder")
+    return scorer
+
+
+def _prompts(job: Job) -> Path:
+    if job.prompts is None:
+        raise UserError(f"--prompts: {job.what} is not a folder of clips; give the data set whose captions it is to follow")
+    return job.prompts
+
+
+def _controls(job: Job) -> list[str]:
+    return [] if job.control is None else [job.control]
 
 
 def _refuse_making(job: Job, why: str) -> None:
@@ -116,8 +167,8 @@ def _few_sets(job: Job, num: int) -> list[str]:
     return [f"{num} of {job.sets} sets: {job.what} holds no more clips."] * (num < job.sets)
 
 
-def _reference(job: Job) -> scores.Reference:
-    return scores.reference(job.real, cache=job.out.parent / "cache")
+def _reference(job: Job, scorer: Scorer) -> Any:
+    return scorer.reference(job.real, job.out.parent / "cache")
 
 
 def _written(value: Value) -> dict[str, Any]:
@@ -136,7 +187,7 @@ def _written(value: Value) -> dict[str, Any]:
 
 def line(told: dict[str, Any]) -> str:
     """The scores one looks at first, and what makes them less than they seem."""
-    shown = ((name, told["scores"][name]) for name in ("frechet", "recall", "coverage", "adherence"))
+    shown = ((score["name"], told["scores"][score["name"]]) for score in told["legend"] if score["is_headline"])
     known = ((name, v["value"], v["spread"]) for name, v in shown if v["value"] is not None)
     text = "  ".join(f"{name} {value:.3g}" + ("" if spread is None else f" +- {spread:.2g}") for name, value, spread in known)
     return "\n".join([text, *(f"  note: {note}" for note in told["notes"])])
@@ -169,9 +220,12 @@ def latents(model: Model, codec: Codec, data: FolderData, rows: Tensor, seed: in
     assert batch.x0 is not None
     rng = Rng(seed, 0, rows)
     noise = rng.normal(codec.shape(*batch.x0.shape[2:]))
+    control = {name: codec.encode(frames) for name, frames in batch.cond.control.items()}
+    cond = replace(batch.cond, control=control)
     if model.sampler is not None:
-        return model.sampler(model.network, noise, batch.cond, rng)
-    return solve(model.network, noise, batch.cond, batch.negative, how)[0]
+        return model.sampler(model.network, noise, cond, rng)
+    negative = None if batch.negative is None else replace(batch.negative, control=control)
+    return solve(model.network, noise, cond, negative, how)[0]
 
 
 def calls_of(model: Model, how: Making) -> int:
@@ -182,8 +236,10 @@ def calls_of(model: Model, how: Making) -> int:
     return calls * (1 if how.guidance == 1.0 else 2)
 
 
-def best_of(model: Model, codec: Codec, data: FolderData, job: Job, real: Tensor) -> tuple[Making, list[dict[str, Any]]]:
-    """The way to spend `job.calls` network calls that comes nearest to the real clips, and how near each way comes.
+def best_of(
+    model: Model, codec: Codec, data: FolderData, job: Job, scorer: Scorer, reference: Any
+) -> tuple[Making, list[dict[str, Any]]]:
+    """The way to spend `job.calls` network calls that the scorer ranks first, and its distance of each way.
 
     Ways are samplers, grids, and half as many steps with guidance. The ranking has noise of its own, and fewer clips.
     """
@@ -193,10 +249,10 @@ def best_of(model: Model, codec: Codec, data: FolderData, job: Job, real: Tensor
     if len(ways) == 1:
         return ways[0], []  # nothing to choose
     for how in ways:
-        clips = generated(model, codec, data, job, how, num, job.sets)
-        table.append((frechet_distance(features.features(torch.from_numpy(clips)), real), how))
+        clips = _set_of(generated(model, codec, data, job, how, num, job.sets), data, job)
+        table.append((scorer.distance(clips.clips, clips.prompts, reference, clips.controls), how))
     table.sort(key=lambda row: row[0])
-    return table[0][1], [{"sampler": _named(how), "frechet_plain": value, "n": num} for value, how in table]
+    return table[0][1], [{"sampler": _named(how), "distance": value, "n": num} for value, how in table]
 
 
 def ways_of(calls: int, guidance: float) -> list[Making]:
@@ -219,7 +275,15 @@ def _named(how: Making) -> str:
 
 
 def opened(job: Job) -> FolderData:
-    data = Folder(str(job.prompts), text=job.text, max_tokens=job.max_tokens, mask_text=True, negative="zeros").open()
+    control: Any = None if job.control is None else _control_kinds((job.control,))[job.control]()
+    data = Folder(
+        str(_prompts(job)),
+        text=job.text,
+        max_tokens=job.max_tokens,
+        mask_text=True,
+        negative="zeros",
+        control=control,
+    ).open()
     if len(data) < job.num:
         raise UserError(f"--num {job.num}: {job.prompts} has {len(data)} prompts")
     return data
@@ -235,20 +299,61 @@ def _is_clips(what: str) -> bool:
     return (Path(what) / "videos").is_dir()
 
 
-def _sets_of(folder: Path, job: Job) -> Iterator[tuple[np.ndarray, list[str]]]:
-    """The folder's clips and captions, `job.num` at a time, as many whole sets as there are, up to `job.sets`."""
-    layout = Layout.open(folder)
-    from fewstep.data.folder.layout import CAPTIONS, VIDEOS
+@dataclass(frozen=True)
+class _ClipSet:
+    """The clips of one evaluation set, and what they were made for."""
 
-    files, captions = list(layout.files(VIDEOS).values()), list(layout.files(CAPTIONS).values())
-    if len(files) < job.num or len(captions) != len(files):
+    clips: Sequence[Clip]
+    prompts: Sequence[str]
+    controls: Mapping[str, Signals]
+
+
+def _set_of(clips: np.ndarray, data: FolderData, job: Job) -> _ClipSet:
+    """Clips that were made for the first samples of the data set."""
+    stems = data.stems[: len(clips)]
+    return _ClipSet(list(clips), data.captions()[: len(clips)], _signals(stems, data.layout, None, _controls(job)))
+
+
+def _sets_of(folder: Path, job: Job, scorer: Scorer) -> Iterator[_ClipSet]:
+    """The folder's clips, `job.num` at a time, as many whole sets as there are, up to `job.sets`.
+
+    Captions are the folder's own. The controls that the clips were conditioned on are those of --prompts, by file name; without
+    --prompts they are the folder's own.
+    """
+    own = Layout.open(folder)
+    theirs = own if job.prompts is None else Layout.open(job.prompts)
+    files, captions = own.files(VIDEOS), own.files(CAPTIONS)
+    stems = list(files)
+    if len(files) < job.num or ("prompts" in scorer.needs and set(captions) != set(files)):
         raise UserError(f"{folder}: has {len(files)} clips and {len(captions)} captions; a set needs {job.num} of both")
     for k in range(min(job.sets, len(files) // job.num)):
-        part = slice(k * job.num, (k + 1) * job.num)
-        yield np.stack([video.read(file).frames for file in files[part]]), [c.read_text().strip() for c in captions[part]]
+        part = stems[k * job.num : (k + 1) * job.num]
+        prompts = [captions[stem].read_text().strip() if stem in captions else "" for stem in part]
+        controls = _signals(part, theirs, own if theirs != own else None, _controls(job))
+        yield _ClipSet([video.read(files[stem]).frames for stem in part], prompts, controls)
 
 
-def _keep(clips: np.ndarray, job: Job) -> None:
+def _signals(stems: Sequence[str], conditioned: Layout, measured: Layout | None, names: Sequence[str]) -> dict[str, Signals]:
+    """The control files of these clips, of the named controls or of all that the data set has."""
+    found: dict[str, Signals] = {}
+    for name, cls in _control_kinds(names).items():
+        part = layout.control(cls.folder, cls.suffix)
+        theirs = conditioned.files(part)
+        own = {} if measured is None else measured.files(part)
+        if theirs.keys() & set(stems):
+            found[name] = Signals(cls(), [theirs.get(stem) for stem in stems], [own.get(stem) for stem in stems])
+    return found
+
+
+def _control_kinds(names: Sequence[str]) -> dict[str, Any]:
+    kinds: dict[str, Any] = choices("control")
+    for name in names:
+        if name not in kinds:
+            raise UserError(f"--control {name}: there are {', '.join(kinds)}")
+    return {name: kinds[name] for name in names or kinds}
+
+
+def _keep(clips: Sequence[Clip], job: Job) -> None:
     for n, clip in enumerate(clips[: job.keep]):
         video.write(job.out.with_suffix("") / f"{n:02d}.mp4", clip, 16.0, quality="lossless")
 

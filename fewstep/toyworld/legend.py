@@ -1,6 +1,6 @@
 """What the scores of `scores` mean, one sentence each, for the cards and the table of a report."""
 
-from fewstep.evaluation.report import Score
+from fewstep.evaluation.score import Score
 
 LEGEND = (
     Score(

@@ -15,27 +15,28 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import math
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fewstep.config import kind
 from fewstep.errors import UserError
 from fewstep.evaluation.bootstrap import half_sampled
 from fewstep.evaluation.diversity import mean_pairwise_distance, vendi
 from fewstep.evaluation.frechet import FrechetLimit, Remembered, frechet_distance, frechet_extrapolated
 from fewstep.evaluation.mmd import SubsetMMD
 from fewstep.evaluation.neighbours import SubsetNeighbours, num_zero_balls, precision_recall
+from fewstep.evaluation.score import Clip, Need, Record, Score, Scorer, Signals, Value, over_sets
 from fewstep.toyworld import clips, features, physics, probes, raycast
 from fewstep.toyworld.features import Clips, FeatureNet, as_clips
+from fewstep.toyworld.legend import LEGEND
 from fewstep.toyworld.physics import Body, Scene, SceneError, World
 
 Source = Clips | Path | str
@@ -50,39 +51,41 @@ SEED_REFERENCE, SEED_ANCHORS = 7_200_000, 7_200_001  # series of clips of the ta
 _SHIFTS = range(1, 9)  # by which captions are moved to other clips for the chance level
 
 
-class Value(NamedTuple):
-    """A score: the mean over the evaluation sets, its spread, its n, and what each set had."""
-
-    value: float
-    spread: float  # standard error of one set by half-sampling its clips, or the deviation between the sets if that is larger
-    num: int  # clips (groups, flights) that it is about, of all sets
-    per_set: tuple[float, ...] = ()  # of several sets
-
-
+@kind("toyworld", group="scorer")
 @dataclass(frozen=True)
-class Record:
-    """Scores by name."""
+class ToyWorld(Scorer):
+    """Clips of the toy world: features of a network trained on it, and probes of objects, motion and captions."""
 
-    name: str  # what `frechet` is called in a table or a plot: toy Frechet (net HASH)
-    scores: Mapping[str, Value]
-    num_reference: int
-    notes: tuple[str, ...]  # what makes a score less than it seems
+    needs: ClassVar[frozenset[Need]] = frozenset({"real", "prompts"})
+    min_clips: ClassVar[int] = LEAST
 
-    def __getitem__(self, name: str) -> Value:
-        return self.scores[name]
+    @property
+    def legend(self) -> Sequence[Score]:
+        return LEGEND
 
-    def flat(self, who: str = "") -> dict[str, float]:
-        """NAME_who, NAME_who_spread and NAME_who_n for each score, as summary.json has them."""
-        end = f"_{who}" if who else ""
-        out: dict[str, float] = {}
-        for name, score in self.scores.items():
-            out |= {f"{name}{end}": score.value, f"{name}{end}_spread": score.spread, f"{name}{end}_n": score.num}
-        return out
+    def suits(self, num_frames: int, height: int, width: int) -> bool:
+        return (num_frames, height, width) == features.shipped().size
 
-    def table(self) -> str:
-        """One line for each score."""
-        lines = [f"{name:22} {s.value:10.4f} +- {s.spread:.4f}  n {s.num}" for name, s in self.scores.items()]
-        return "\n".join([f"{self.name}, {self.num_reference} reference clips", *lines, *self.notes])
+    def reference(self, real: Path | None, cache: Path | None = None) -> Reference:
+        assert real is not None, "checked by `needs`"
+        return reference(real, cache)
+
+    def score(
+        self, clips: Sequence[Clip], prompts: Sequence[str], reference: Reference, controls: Mapping[str, Signals]
+    ) -> Record:
+        return score(_stacked(clips), prompts, reference)
+
+    def distance(
+        self, clips: Sequence[Clip], prompts: Sequence[str], reference: Reference, controls: Mapping[str, Signals]
+    ) -> float:
+        return frechet_distance(features.features(torch.from_numpy(_stacked(clips))), reference.features)
+
+
+def _stacked(clips: Sequence[Clip]) -> NDArray[np.uint8]:
+    shapes = sorted({clip.shape for clip in clips})
+    if len(shapes) > 1:
+        raise UserError(f"the clips have different sizes, {shapes[0]} and {shapes[-1]}; these scores compare clips of one size")
+    return np.stack(clips)
 
 
 @dataclass(frozen=True)
@@ -205,23 +208,6 @@ def score(
     if groups is not None:
         scores["seed_diversity"] = _seed_diversity(groups, net, draws)
     return Record(features.name(net), scores, len(known.features), tuple(dict.fromkeys(notes)))
-
-
-def over_sets(parts: Sequence[Value]) -> Value:
-    """Mean over the sets; the spread is that within a set, or the deviation between sets if that is larger.
-
-    A set in which there was nothing to measure (no flight, for gravity) has nan, and no part in the mean; nan is also the mean
-    over none.
-    """
-    values = [part.value for part in parts if math.isfinite(part.value)]
-    within = [part.spread for part in parts if math.isfinite(part.spread)]
-    spreads = ([statistics.mean(within)] if within else []) + ([statistics.stdev(values)] if len(values) > 1 else [])
-    return Value(
-        statistics.mean(values) if values else math.nan,
-        max(spreads, default=math.nan),
-        sum(part.num for part in parts),
-        tuple(part.value for part in parts),
-    )
 
 
 def _scores_of(

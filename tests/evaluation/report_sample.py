@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from fewstep.evaluation.plot import Series
-from fewstep.evaluation.report import Chart, Film, Gallery, Gate, Measured, Model, Report, Row, Score, Stage
+from fewstep.evaluation.report import Chart, Film, Gallery, Gate, Model, Report, Row, Score, Stage, Value
 
 NASTY = "a <red> \"ball\" & a 'box' </script><script>alert(1)</script> {{title}}"
 
@@ -25,23 +25,21 @@ def film(seed: int, num: int = 6, height: int = 32, width: int = 32) -> np.ndarr
 
 
 def models() -> list[Model]:
-    def scores(distance: float, spread: float, share: float) -> dict[str, Measured]:
+    def scores(distance: float, spread: float, share: float) -> dict[str, Value]:
         return {
-            "frechet": Measured(distance, spread, 512),
-            "recall": Measured(share, 0.0123, 511),
-            "mmd": Measured(distance / 40),
+            "frechet": Value(distance, spread, 512),
+            "recall": Value(share, 0.0123, 511),
+            "mmd": Value(distance / 40),
         }
 
     return [
         Model("real", "real clips", scores=scores(-0.12, 0.71, 0.97)),
         Model("codec", "tokenizer", scores=scores(3.21, 0.6, 0.93)),
-        Model(
-            "teacher", "teacher, 35 steps", 70, 3.5, scores(7.4321, 0.66, 0.86), Measured(3.95, 0.051, 64), "UniPC", "shift 3"
-        ),
-        Model("teacher", "teacher, 2 steps", 4, 3.5, scores(44.4, 1.6, 0.52), Measured(66.3, 0.5, 64), "UniPC"),
+        Model("teacher", "teacher, 35 steps", 70, 3.5, scores(7.4321, 0.66, 0.86), Value(3.95, 0.051, 64), "UniPC", "shift 3"),
+        Model("teacher", "teacher, 2 steps", 4, 3.5, scores(44.4, 1.6, 0.52), Value(66.3, 0.5, 64), "UniPC"),
         Model("teacher", "teacher, 1 step", 2, 3.5, scores(310, 8, 0.08), line="UniPC", is_featured=False),
-        Model("student", "student, 4 steps", 4, 1.0, scores(9.13, 0.83, 0.83), Measured(68, 0.44, 64)),
-        Model("student", "student, 1 step", 1, 1.0, scores(14.85, 1.12, math.nan), Measured(251.4, 2.2, 64), note=NASTY),
+        Model("student", "student, 4 steps", 4, 1.0, scores(9.13, 0.83, 0.83), Value(68, 0.44, 64)),
+        Model("student", "student, 1 step", 1, 1.0, scores(14.85, 1.12, math.nan), Value(251.4, 2.2, 64), note=NASTY),
     ]
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent))
 from report_sample import GATES, NASTY, SCORES, STAGES, film, models, small
 
-from fewstep.evaluation.report import Film, Gallery, Gate, Measured, Model, Report, Row, Score, curves_of, page, write
+from fewstep.evaluation.report import Film, Gallery, Gate, Model, Report, Row, Score, Value, curves_of, page, write
 from fewstep.evaluation.report.curves import quality_plot
 from fewstep.evaluation.report.films import encode
 from fewstep.evaluation.report.page import numbers
@@ -195,7 +195,7 @@ def test_faults_are_told_all_at_once() -> None:
     frames = np.zeros((2, 8, 8, 3), np.float32)
     bad = Report(
         "t",
-        models=[Model("student", "a", 0, scores={"fid": Measured(1.0)}), Model("student", "a")],
+        models=[Model("student", "a", 0, scores={"fid": Value(1.0)}), Model("student", "a")],
         galleries=[Gallery("g", [Row("p", [Film("f", frames, "real")])], 0)],  # type: ignore[list-item]
     )
     with pytest.raises(ValueError, match="cannot be written") as error:
@@ -298,13 +298,13 @@ def test_quality_is_placed_by_calls_and_score_on_log_axes() -> None:
 
 def test_quality_goes_without_logs_where_a_number_is_not_positive() -> None:
     some = [
-        Model("student", "s", 4, scores={"f": Measured(-0.2, 0.3, 9)}),
-        Model("teacher", "t", 70, scores={"f": Measured(9.0)}),
+        Model("student", "s", 4, scores={"f": Value(-0.2, 0.3, 9)}),
+        Model("teacher", "t", 70, scores={"f": Value(9.0)}),
     ]
-    wide, _, notes = quality_plot([*some, Model("student", "u", 1, scores={"f": Measured(math.nan)})], "f", "F")
+    wide, _, notes = quality_plot([*some, Model("student", "u", 1, scores={"f": Value(math.nan)})], "f", "F")
     assert "\u22120.2" in wide or ">0<" in wide
     assert notes == ["u: not measured."]
-    assert quality_plot([Model("real", "r", scores={"f": Measured(1.0)})], "f", "F") == ("", "", [])
+    assert quality_plot([Model("real", "r", scores={"f": Value(1.0)})], "f", "F") == ("", "", [])
 
 
 def test_curves_are_those_of_the_run(tmp_path: Path) -> None:

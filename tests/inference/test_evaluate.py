@@ -11,9 +11,10 @@ import pytest
 import fewstep
 from fewstep.data.files import video
 from fewstep.diffusion import StudentSampler
+from fewstep.evaluation.score import Value, over_sets
 from fewstep.inference.evaluate import Job, codec_of, line, run
 from fewstep.inference.model import Model, open_model
-from fewstep.toyworld.scores import Value, over_sets
+from fewstep.toyworld.scores import ToyWorld
 
 TOY = str(fewstep.TOY)
 
@@ -32,11 +33,11 @@ def test_what_would_have_no_effect_is_refused(tmp_path: Path, monkeypatch: pytes
     """A score is of what was asked for: options of a teacher's sampling are refused elsewhere, not passed over."""
     whole = open_model(TOY)
     student = replace(whole, sampler=StudentSampler((1.0, 0.5), whole.network.path, "fresh"))
-    monkeypatch.setattr("fewstep.inference.evaluate.open_model", lambda _: student)
+    monkeypatch.setattr("fewstep.inference.evaluate.open_model", lambda _, controls: student)
     monkeypatch.setattr("fewstep.inference.evaluate.opened", lambda _: None)
     here, clips = tmp_path / "x", tmp_path / "clips"
     (clips / "videos").mkdir(parents=True)
-    job = Job("a/student", here, here, here)
+    job = Job("a/student", here, here, here, scorer=ToyWorld())
     with pytest.raises(ValueError, match=r"^--calls: a/student is a student, which takes the 2 steps it was trained for"):
         run(replace(job, calls=4))
     with pytest.raises(ValueError, match=r"^--steps, --guidance: a/student is a student"):

@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from fewstep.evaluation.report import Model, Report, page
+from fewstep.evaluation.score import Record
 from fewstep.toyworld import features, scores
 from fewstep.toyworld.clips import Clip
 from fewstep.toyworld.clips import clips as rendered
 from fewstep.toyworld.legend import LEGEND
 from fewstep.toyworld.physics import World
-from fewstep.toyworld.scores import Record, Reference, anchors, reference, score
+from fewstep.toyworld.scores import Reference, anchors, reference, score
 
 WORLD = World()
 NUM = 48

@@ -9,12 +9,12 @@ from fewstep.evaluation.report.contents import (
     Film,
     Gallery,
     Gate,
-    Measured,
     Model,
     Report,
     Row,
     Score,
     Stage,
+    Value,
 )
 from fewstep.evaluation.report.curves import curves_of
 from fewstep.evaluation.report.page import page, write
@@ -24,12 +24,12 @@ __all__ = [
     "Film",
     "Gallery",
     "Gate",
-    "Measured",
     "Model",
     "Report",
     "Row",
     "Score",
     "Stage",
+    "Value",
     "curves_of",
     "page",
     "write",

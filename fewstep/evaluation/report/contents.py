@@ -17,45 +17,16 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.evaluation.plot import Series
+from fewstep.evaluation.score import Better as Better
+from fewstep.evaluation.score import Score, Value
 
 Kind = Literal["real", "codec", "teacher", "student", "control"]
-Better = Literal["lower", "higher", "as real"]
-
-
-class Measurement(Protocol):
-    """A number with its spread and the count it is about; `the toy world's Value` is one."""
-
-    @property
-    def value(self) -> float: ...
-    @property
-    def spread(self) -> float: ...
-    @property
-    def num(self) -> int: ...
-
-
-class Measured(NamedTuple):
-    """The plain `Measurement`. nan as spread: not measured, and the page then shows none."""
-
-    value: float
-    spread: float = math.nan
-    num: int = 0
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a score is called, and what a reader who never heard of it needs to know."""
-
-    name: str  # as in Model.scores
-    title: str
-    meaning: str  # one sentence
-    better: Better
-    is_headline: bool = False  # headline scores get a card, the others a row of the table
 
 
 @dataclass(frozen=True)
@@ -66,8 +37,8 @@ class Model:
     name: str  # unique, short: "teacher, 35 steps"
     num_calls: int | None = None  # network calls for one clip; guidance doubles them unless it is distilled
     guidance: float | None = None  # w of uncond + w (cond - uncond); 1 is off
-    scores: Mapping[str, Measurement] = field(default_factory=dict[str, Measurement])
-    clips_per_s: Measurement | None = None
+    scores: Mapping[str, Value] = field(default_factory=dict[str, Value])
+    clips_per_s: Value | None = None
     line: str = ""  # in the plot of quality against calls, models of one line are joined: "teacher, UniPC"
     note: str = ""  # sampler, grid, weights: shown in the table
     is_featured: bool = True  # in the cards and bars; the others are in the table and the plot only

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.evaluation.plot import PALETTE, Series, lines
-from fewstep.evaluation.report.contents import Chart, Kind, Measurement, Model
+from fewstep.evaluation.report.contents import Chart, Kind, Model, Value
 
 _NUM_POINTS = 120  # of a curve; what was logged more often is binned
 _LOSS, _HEALTH = "loss/", "health/"
@@ -60,7 +60,7 @@ def quality_plot(models: Sequence[Model], score: str, title: str) -> tuple[str, 
     calls = sorted({num for *_, num in placed})
     colours = colours_of(models)
     series: list[Series] = []
-    groups: dict[str, list[tuple[Model, Measurement, int]]] = {}
+    groups: dict[str, list[tuple[Model, Value, int]]] = {}
     for model, one, num in placed:
         groups.setdefault(model.line if model.kind == "teacher" and model.line else model.name, []).append((model, one, num))
     for name, members in groups.items():
@@ -144,7 +144,7 @@ def chart_plot(chart: Chart) -> str:
     )
 
 
-def _is_finite(one: Measurement) -> bool:
+def _is_finite(one: Value) -> bool:
     return math.isfinite(one.value)
 
 

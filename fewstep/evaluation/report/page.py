@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fewstep.errors import UserError
-from fewstep.evaluation.report.contents import Better, Film, Gallery, Gate, Kind, Measured, Measurement, Model, Report, Row
+from fewstep.evaluation.report.contents import Better, Film, Gallery, Gate, Kind, Model, Report, Row, Value
 from fewstep.evaluation.report.curves import chart_plot, colours_of, quality_plot
 from fewstep.evaluation.report.films import Encoded, encode
 from fewstep.files import write_text
@@ -80,7 +80,7 @@ def page(report: Report, max_bytes: int = 5_000_000) -> str:
 def numbers(report: Report) -> dict[str, Any]:
     """All numbers of the report as plain containers, nan as None: what the page's button saves."""
 
-    def plain(one: Measurement) -> dict[str, float | None]:
+    def plain(one: Value) -> dict[str, float | None]:
         return {"value": _finite(one.value), "spread": _finite(one.spread), "n": one.num}
 
     return {
@@ -224,7 +224,7 @@ def _gates(gates: Sequence[Gate]) -> str:
             f"{_TICK if gate.is_met else _CROSS}</span>"
             f'<div><h3>{_esc(gate.name)}</h3><div class="gauge"><i style="width:{fill:.1f}%"></i>'
             f'<b style="left:{100 * (gate.bound - low) / span:.1f}%"></b></div></div>'
-            f'<div class="told num">{_told(Measured(gate.value, gate.spread), f"gate|{gate.name}")}{unit}'
+            f'<div class="told num">{_told(Value(gate.value, gate.spread), f"gate|{gate.name}")}{unit}'
             f"<small>{words} {_data(gate.bound, f'bound|{gate.name}')}{unit}</small></div></li>"
         )
     met = sum(gate.is_met for gate in gates)
@@ -314,7 +314,7 @@ def _line_of(title: str, about: str, cells: Sequence[str]) -> str:
     return f'<tr><th scope="row">{_esc(title)}{small}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
-def _lane(name: str, colour: str, one: Measurement, place: Callable[[float], float], of: str) -> str:
+def _lane(name: str, colour: str, one: Value, place: Callable[[float], float], of: str) -> str:
     track = ""
     if math.isfinite(one.value):
         spread = one.spread if math.isfinite(one.spread) else 0.0
@@ -330,7 +330,7 @@ def _who(name: str) -> str:
     return f'<span class="who"><span class="dot"></span><span>{_esc(name)}</span></span>'
 
 
-def _scale(shown: Sequence[Measurement]) -> tuple[Callable[[float], float], bool]:
+def _scale(shown: Sequence[Value]) -> tuple[Callable[[float], float], bool]:
     """Where a value stands on a track, in per cent; and whether that is logarithmic: then 0 and below are the left end."""
     values = [one.value for one in shown if math.isfinite(one.value)]
     spreads = [one.spread if math.isfinite(one.spread) else 0.0 for one in shown if math.isfinite(one.value)]
@@ -427,7 +427,7 @@ def _environment(environment: Mapping[str, str]) -> str:
 # ---- numbers and text ------------------------------------------------------------------------------------------------
 
 
-def _told(one: Measurement, of: str) -> str:
+def _told(one: Value, of: str) -> str:
     """The value and its spread, both to the same decimal: that of the spread's second figure."""
     if not math.isfinite(one.value):
         return f'<data value="{one.value!r}" data-of="{_esc(of)}">none</data>'

@@ -19,7 +19,7 @@ import torch
 
 import fewstep
 from fewstep.data.files import video
-from fewstep.evaluation.report import Chart, Film, Gallery, Gate, Measured, Model, Report, Row, Score, Stage, curves_of, write
+from fewstep.evaluation.report import Chart, Film, Gallery, Gate, Model, Report, Row, Score, Stage, Value, curves_of, write
 from fewstep.files import write_json
 from fewstep.inference.evaluate import Job, generated, opened, speed
 from fewstep.inference.model import open_model
@@ -43,25 +43,6 @@ TITLES = {
     "4step": "student, 4 steps",
     "1step": "student, 1 step",
 }
-SCORES = (
-    Score(
-        "frechet",
-        "Toy Frechet distance",
-        "How far the clips' features lie from real ones, n-corrected; 0 is real.",
-        "lower",
-        True,
-    ),
-    Score("frechet_random_net", "Frechet distance, untrained network", "A witness nobody tuned, extrapolated.", "lower"),
-    Score("mmd", "MMD", "The same question, without assuming that features are Gaussian.", "lower"),
-    Score("precision", "Precision", "Share of clips that look like some real clip.", "higher"),
-    Score("recall", "Recall", "Share of real clips that lie among the made ones: low where variety was lost.", "higher"),
-    Score("coverage", "Coverage", "Share of real clips with a made one close by.", "higher"),
-    Score("adherence", "Adherence", "Share of clips in which exactly the asked colours and shapes are found.", "higher", True),
-    Score("count", "Count", "Share of clips with as many objects as asked.", "higher"),
-    Score("second_difference_px", "Jerkiness", "Second differences of the objects' paths, in pixels.", "as real"),
-    Score("permanence", "Permanence", "Share of frames in which an object that was there still is.", "higher"),
-    Score("gravity_ratio", "Gravity", "Fitted acceleration of free flights, as a share of the real one.", "as real"),
-)
 
 
 def main(out: Path, size: str, toy: str) -> None:
@@ -77,7 +58,7 @@ def main(out: Path, size: str, toy: str) -> None:
         galleries=galleries(out),
         gates=gates(summary, size),
         models=[model_of(name, told[name], rates.get(name)) for name in TITLES],
-        scores=SCORES,
+        scores=[Score(**score) for score in told["real"]["legend"]],
         charts=charts(out),
         stages=[Stage(s["name"], "\n".join(s["commands"]), s["seconds"]) for s in ran(out)],
         limits=LIMITS,
@@ -87,7 +68,7 @@ def main(out: Path, size: str, toy: str) -> None:
             "torch": torch.__version__,
             "fewstep": fewstep.__version__,
             "size": size,
-            "feature network": told["real"]["feature_net"],
+            "feature network": told["real"]["measured_by"],
         },
     )
     write(report, out / "report.html")
@@ -97,7 +78,7 @@ def main(out: Path, size: str, toy: str) -> None:
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def summarised(told: dict[str, Any], rates: dict[str, Measured]) -> dict[str, Any]:
+def summarised(told: dict[str, Any], rates: dict[str, Value]) -> dict[str, Any]:
     """Every number with NAME_spread and NAME_n; None is what could not be measured (no flight, no gravity)."""
     out: dict[str, Any] = {}
 
@@ -105,9 +86,8 @@ def summarised(told: dict[str, Any], rates: dict[str, Measured]) -> dict[str, An
         out.update({name: value, f"{name}_spread": spread, f"{name}_n": num})
 
     for who in TITLES:
-        for score in SCORES:
-            found = told[who]["scores"][score.name]
-            put(f"{score.name}_{who}", found["value"], found["spread"], found["num"])
+        for name, score in told[who]["scores"].items():
+            put(f"{name}_{who}", score["value"], score["spread"], score["num"])
     teacher = told["teacher"]["scores"]["frechet"]
     for name in STUDENTS:
         mine, few = told[name]["scores"]["frechet"], told[FEW[name]]["scores"]["frechet"]
@@ -129,7 +109,7 @@ def _rel(found: dict[str, Any]) -> float:
     return found["spread"] / found["value"]
 
 
-def measured_speed(out: Path, toy: str) -> dict[str, Measured]:
+def measured_speed(out: Path, toy: str) -> dict[str, Value]:
     """Clips per second, noise to pixels, on one thread, one model after the other; kept once measured."""
     kept = out / "scores" / "speed.json"
     if not kept.is_file():
@@ -137,7 +117,7 @@ def measured_speed(out: Path, toy: str) -> dict[str, Measured]:
         how |= {name: (str(out / "students" / name), Making()) for name in STUDENTS}
         found = {name: speed(address, out / "heldout", making)[:3] for name, (address, making) in how.items()}
         write_json(kept, found, indent=None)
-    return {name: Measured(*row) for name, row in json.loads(kept.read_text()).items()}
+    return {name: Value(*row) for name, row in json.loads(kept.read_text()).items()}
 
 
 def gates(summary: dict[str, float], size: str) -> list[Gate]:
@@ -168,13 +148,12 @@ def _student_gates(name: str, summary: dict[str, float], bounds: tuple[float, fl
 # ---- page ------------------------------------------------------------------------------------------------------------
 
 
-def model_of(name: str, told: dict[str, Any], rate: Measured | None) -> Model:
+def model_of(name: str, told: dict[str, Any], rate: Value | None) -> Model:
     kinds: dict[str, Any] = {"real": "real", "tokenizer": "codec"}
-    known = {score.name for score in SCORES}
     scores = {
-        key: Measured(v["value"], math.nan if v["spread"] is None else v["spread"], v["num"])
+        key: Value(v["value"], math.nan if v["spread"] is None else v["spread"], v["num"])
         for key, v in told["scores"].items()
-        if key in known and v["value"] is not None  # no flight, no gravity
+        if v["value"] is not None  # no flight, no gravity
     }
     calls, guidance = told.get("num_calls"), told.get("guidance")
     if name == "teacher":

@@ -1,0 +1,138 @@
+"""Control fidelity: how well clips keep the control signals they were conditioned on (`--scorer control`).
+
+    edge      F1 of edge pixels: Canny of the clip against the edges it was conditioned on
+    vis       SSIM of the clip's blur and the blur it was conditioned on
+    depth     scale-invariant RMSE of two depth videos; that of the clips must lie beside them (`fewstep prepare controls`)
+    seg       mean IoU of matched objects; the masks of the clips must lie beside them
+
+A control of the user's own that has `fidelity(clip, signal) -> float`, 0 to 1, is scored as NAME_fidelity. The measures are
+those of control.py, where their sources and their limits for small clips stand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+
+from fewstep.config import choices, kind
+from fewstep.data.controls import Control, Pixels, Span, Strength, made_of
+from fewstep.data.files import masks
+from fewstep.errors import UserError
+from fewstep.evaluation.control import depth_rmse, edge_scores, match_masks, ssim
+from fewstep.evaluation.score import Clip, Need, Record, Score, Scorer, Signals, Value, mean_over_clips
+
+OF_FILES = ("depth", "seg")  # not to be had from pixels alone: the clips' own are files beside them
+
+
+@runtime_checkable
+class Comparable(Protocol):
+    """A control that measures by itself how well a clip keeps its signal."""
+
+    def fidelity(self, clip: Pixels, signal: Pixels) -> float:
+        """0 to 1, of a clip and the signal it was conditioned on, both uint8 T H W 3."""
+        ...
+
+
+LEGEND = (
+    Score("edge_f1", "Edge F1", "Overlap of the clip's Canny edges and those it was conditioned on.", "higher", True),
+    Score("edge_recall", "Edge recall", "Share of the edges it was conditioned on that the clip has.", "higher"),
+    Score("vis_ssim", "Blur SSIM", "Structural similarity of the clip's blur and that it was conditioned on.", "higher", True),
+    Score("depth_rmse", "Depth RMSE", "Error of the clip's depth, up to a factor, in shares of the range.", "lower", True),
+    Score("seg_iou", "Mean IoU", "Overlap of the clip's objects and those it was conditioned on, matched.", "higher", True),
+    Score("seg_recall", "Object recall", "Share of the matched objects that overlap; read it beside mean IoU.", "higher"),
+)
+
+
+@kind("control", group="scorer")
+@dataclass(frozen=True)
+class ControlFidelity(Scorer):
+    """How well clips keep the edges, blur, depth and objects they were conditioned on."""
+
+    preset: Strength = "medium"  # of edge and vis, with which the signals were made
+    tolerance: int = 0  # pixels by which an edge may be misplaced; published scores use 0
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"controls"})
+
+    @property
+    def legend(self) -> Sequence[Score]:
+        others = [cls for cls in choices("control").values() if issubclass(cls, Comparable)]
+        return (*LEGEND, *(_legend_of(cls) for cls in others))
+
+    def score(self, clips: Sequence[Clip], prompts: Sequence[str], reference: Any, controls: Mapping[str, Signals]) -> Record:
+        scores: dict[str, Value] = {}
+        notes: list[str] = []
+        for name, signals in controls.items():
+            measure = self._measure(name, signals.control)
+            if measure is None:
+                notes.append(f"{name}: there is no measure of its fidelity.")
+                continue
+            rows = zip(clips, signals.conditioned, signals.measured, strict=True)
+            values = [measure(clip, wanted, own) for clip, wanted, own in rows if wanted and (own or name not in OF_FILES)]
+            if len(values) < len(clips):
+                advice = f"; measure theirs with: fewstep prepare controls DIR --type {name}" if name in OF_FILES else ""
+                notes.append(f"{name}: {len(clips) - len(values)} of {len(clips)} clips have no file to compare{advice}.")
+            for key in dict.fromkeys(key for value in values for key in value):
+                scores[key] = mean_over_clips([value.get(key, math.nan) for value in values])
+        if not scores:
+            raise UserError("; ".join(notes) or "no control was found to score")
+        return Record(f"control fidelity, preset {self.preset}", scores, notes=tuple(notes))
+
+    def _measure(self, name: str, control: Control) -> Callable[[Clip, Path, Path | None], dict[str, float]] | None:
+        """What computes the scores of a clip from the file it was conditioned on and, where needed, its own."""
+        if isinstance(control, Comparable):
+            return lambda clip, wanted, _: {f"{name}_fidelity": control.fidelity(clip, _read(control, wanted, clip))}
+        if is_dataclass(control) and "preset" in {field.name for field in fields(control)}:
+            control = replace(control, preset=self.preset)
+
+        def edge(clip: Clip, wanted: Path, _: Path | None) -> dict[str, float]:
+            signal = _read(control, wanted, clip)[..., 0] > 127
+            if not signal.any():
+                return {}  # no edge to keep
+            overlap = edge_scores(made_of(control, clip, 0)[..., 0], 255 * signal.astype(np.uint8), self.tolerance)
+            return {"edge_f1": overlap.f1, "edge_recall": overlap.recall}
+
+        def vis(clip: Clip, wanted: Path, _: Path | None) -> dict[str, float]:
+            return {"vis_ssim": ssim(made_of(control, clip, 0), _read(control, wanted, clip))}
+
+        def depth(clip: Clip, wanted: Path, own: Path | None) -> dict[str, float]:
+            assert own is not None
+            made, signal = (_read(control, path, clip)[..., 0] / 255 for path in (own, wanted))
+            return {"depth_rmse": depth_rmse(made, signal)}
+
+        def seg(clip: Clip, wanted: Path, own: Path | None) -> dict[str, float]:
+            assert own is not None
+            objects = _objects(wanted, clip)
+            if not objects:
+                return {}
+            match = match_masks(_objects(own, clip), objects)
+            return {"seg_iou": match.mean_iou, "seg_recall": match.recall}
+
+        return {"edge": edge, "vis": vis, "depth": depth, "seg": seg}.get(name)
+
+
+def _legend_of(control: Any) -> Score:  # Any: a class that @kind registered
+    meaning = (control.__doc__ or "").strip().partition("\n")[0]
+    return Score(f"{control.folder}_fidelity", f"{control.folder} fidelity", meaning, "higher", True)
+
+
+def _read(control: Any, path: Path, clip: Clip) -> Pixels:  # Any: a Control, also one that is Comparable
+    """The signal in a file, as many frames as the clip has, at the clip's size."""
+    return control.read(path, Span(0, len(clip)), (clip.shape[1], clip.shape[2]))
+
+
+def _objects(path: Path, clip: Clip) -> list[tuple[str, np.ndarray]]:
+    """The masks of a file by phrase, as many frames as the clip has, at the clip's size."""
+    import cv2
+
+    num, height, width, _ = clip.shape
+    out: list[tuple[str, np.ndarray]] = []
+    for mask in masks.read(path):
+        tube = mask.frames(range(num)).astype(np.uint8)
+        sized = [cv2.resize(frame, (width, height), interpolation=cv2.INTER_NEAREST) for frame in tube]
+        out.append((mask.phrase, np.stack(sized).astype(bool)))
+    return [(phrase, tube) for phrase, tube in out if tube.any()]

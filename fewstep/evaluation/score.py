@@ -1,0 +1,153 @@
+"""Scores of sets of clips, and the contract of what computes them.
+
+A scorer is a frozen dataclass registered with @kind(NAME, group="scorer"); `fewstep evaluate --scorer NAME` uses it, also one
+from a file of the user's own (`--config FILE.py`):
+
+    @kind("brightness", group="scorer")
+    @dataclass(frozen=True)
+    class Brightness(Scorer):
+        legend = (Score("brightness", "Brightness", "Mean of all pixels, 0 to 255.", "as real", is_headline=True),)
+
+        def score(self, clips, prompts, reference, controls):
+            return Record("mean of pixels", {"brightness": mean_over_clips([clip.mean() for clip in clips])})
+
+Its legend says what each score means and which direction is better. The summary line, the report and the demo's page show a
+score as the legend has it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fewstep.config import OneOf
+from fewstep.data.controls import Control
+from fewstep.errors import UserError
+
+Clip = NDArray[np.uint8]  # T H W 3
+Better = Literal["lower", "higher", "as real"]
+Need = Literal["real", "prompts", "controls"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a score is called, and what a reader who never heard of it needs to know."""
+
+    name: str  # its key in Record.scores
+    title: str
+    meaning: str  # one sentence
+    better: Better
+    is_headline: bool = False  # headline scores stand in the summary line and have a card in the report
+
+
+class Value(NamedTuple):
+    """A number with its spread and the count of what it is about."""
+
+    value: float
+    spread: float = math.nan  # standard error of a set, or the deviation between sets if that is larger; nan: not measured
+    num: int = 0  # clips (groups, flights), of all sets
+    per_set: tuple[float, ...] = ()  # the value of each set, if there are several
+
+
+@dataclass(frozen=True)
+class Record:
+    """All scores of a set of clips, by name."""
+
+    name: str  # what measured: a feature network with its hash, a method
+    scores: Mapping[str, Value]
+    num_reference: int = 0  # real clips that the set was compared with
+    notes: tuple[str, ...] = ()  # what makes a score less than it seems
+
+    def __getitem__(self, name: str) -> Value:
+        return self.scores[name]
+
+    def flat(self, who: str = "") -> dict[str, float]:
+        """NAME_who, NAME_who_spread and NAME_who_n for each score, as summary.json has them."""
+        end = f"_{who}" if who else ""
+        out: dict[str, float] = {}
+        for name, score in self.scores.items():
+            out |= {f"{name}{end}": score.value, f"{name}{end}_spread": score.spread, f"{name}{end}_n": score.num}
+        return out
+
+    def table(self) -> str:
+        """One line for each score."""
+        lines = [f"{name:22} {s.value:10.4f} +- {s.spread:.4f}  n {s.num}" for name, s in self.scores.items()]
+        return "\n".join([f"{self.name}, {self.num_reference} reference clips", *lines, *self.notes])
+
+
+@dataclass(frozen=True)
+class Signals:
+    """The files of one control, one of each clip; None where there is none."""
+
+    control: Control
+    conditioned: Sequence[Path | None]  # the signal that the clip was conditioned on
+    measured: Sequence[Path | None]  # the same signal, measured on the clip itself
+
+
+class Scorer(ABC):
+    """Computes scores of sets of clips. A subclass states its legend and what it needs, and implements `score`."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset()  # checked before any clip is read or generated
+    min_clips: ClassVar[int] = 1  # of a set
+
+    @property
+    @abstractmethod
+    def legend(self) -> Sequence[Score]:
+        """Every score it may give. By default the first one ranks ways to sample a model."""
+
+    def suits(self, num_frames: int, height: int, width: int) -> bool:
+        """Whether to take this scorer for clips of this size if none is named."""
+        return False
+
+    def reference(self, real: Path | None, cache: Path | None = None) -> Any:
+        """What `score` needs to know of the real clips in a folder; `cache` is a folder for what is costly to compute."""
+        return None
+
+    @abstractmethod
+    def score(self, clips: Sequence[Clip], prompts: Sequence[str], reference: Any, controls: Mapping[str, Signals]) -> Record:
+        """The scores of one set of clips (their sizes may differ), with the prompts and controls they were made for."""
+
+    def distance(self, clips: Sequence[Clip], prompts: Sequence[str], reference: Any, controls: Mapping[str, Signals]) -> float:
+        """One number, lower is better, by which ways to sample a model are ranked: by default the first of the legend."""
+        first = self.legend[0]
+        if first.better == "as real":
+            raise UserError(
+                f"--calls: this scorer ranks no models, since its first score, {first.name}, is neither low nor high"
+            )
+        value = self.score(clips, prompts, reference, controls)[first.name].value
+        return value if first.better == "lower" else -value
+
+
+AnyScorer = Annotated[Scorer, OneOf("scorer")]  # a field that holds the configuration of one scorer
+
+
+def mean_over_clips(values: Sequence[float]) -> Value:
+    """The mean of one number for each clip, with its standard error. Clips without one (nan) are left out."""
+    finite = [float(value) for value in values if math.isfinite(value)]
+    spread = statistics.stdev(finite) / math.sqrt(len(finite)) if len(finite) > 1 else math.nan
+    return Value(statistics.fmean(finite) if finite else math.nan, spread, len(finite))
+
+
+def over_sets(parts: Sequence[Value]) -> Value:
+    """Mean over the sets; the spread is that within a set, or the deviation between sets if that is larger.
+
+    A set in which there was nothing to measure (no flight, for gravity) has nan, and no part in the mean; nan is also the mean
+    over none.
+    """
+    values = [part.value for part in parts if math.isfinite(part.value)]
+    within = [part.spread for part in parts if math.isfinite(part.spread)]
+    spreads = ([statistics.mean(within)] if within else []) + ([statistics.stdev(values)] if len(values) > 1 else [])
+    return Value(
+        statistics.mean(values) if values else math.nan,
+        max(spreads, default=math.nan),
+        sum(part.num for part in parts),
+        tuple(part.value for part in parts),
+    )
