@@ -91,6 +91,11 @@ def choose(take_first: Tensor, first: Condition, second: Condition) -> Condition
     return _paired(first, second, lambda a, b: torch.where(take_first.reshape(-1, *[1] * (a.ndim - 1)), a, b))
 
 
+def first_frames(num: Tensor, frames: int) -> Tensor:
+    """The mask (B, frames) that is true for the first num[i] frames of row i."""
+    return torch.arange(frames, device=num.device)[None] < num[:, None]
+
+
 def _paired(first: Condition, second: Condition, combine: Callable[[Tensor, Tensor], Tensor]) -> Condition:
     def pair(name: str, a: Any, b: Any) -> Any:  # Any: tensor, mapping of tensors or None, as the field has it
         if a is None and b is None:

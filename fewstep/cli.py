@@ -17,6 +17,12 @@ from fewstep.files import write_text
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 _CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # ClickException: typer has carried its own click since 0.20
+# Options of a teacher's sampler, the same for every verb; what is not given is as published for the model.
+STEPS = typer.Option("--steps", "--num-steps", help="Steps of a teacher's solver. Default: as published.")
+SAMPLER = typer.Option(help="A teacher's solver: euler, heun, dpmpp_2m, unipc or res_2ab. Default: as published.")
+SHIFT = typer.Option(help="Shift of a teacher's grid in flow time. Default: as published.")
+SIGMA_MAX = typer.Option(help="Where the grid of an EDM teacher begins. Default: as published, 80.")
+GUIDANCE = typer.Option(help="w in uncond + w (cond - uncond) of a teacher; 1 is off; Cosmos writes g = w - 1.")
 FREE = {"allow_extra_args": True, "ignore_unknown_options": True}  # a.b=c, and the lone dashes of the seeds' commands
 
 
@@ -346,11 +352,15 @@ def pairs(
     dataset: Annotated[Path, typer.Argument(help="Data set whose captions, text and controls the teacher is asked for.")],
     out: Annotated[Path, typer.Option(help="Folder to write: a data set of pairs.")],
     num: Annotated[int | None, typer.Option(help="Of the data set's samples, the first so many; all.")] = None,
-    steps: Annotated[int, typer.Option(help="Calls of the solver; with guidance each asks the network twice.")] = 35,
-    sampler: Annotated[str, typer.Option(help="euler, heun, dpmpp_2m, unipc or res_2ab")] = "unipc",
-    shift: Annotated[float, typer.Option(help="Of the time grid, in flow time; Predict2.5 5.")] = 1.0,
-    guidance: Annotated[float, typer.Option(help="w in uncond + w (cond - uncond); Cosmos writes g = w - 1.")] = 1.0,
-    path_times: Annotated[str | None, typer.Option(help="States to keep: times, or the number of the student's steps.")] = None,
+    steps: Annotated[int | None, STEPS] = None,
+    sampler: Annotated[str | None, SAMPLER] = None,
+    shift: Annotated[float | None, SHIFT] = None,
+    sigma_max: Annotated[float | None, SIGMA_MAX] = None,
+    guidance: Annotated[float | None, GUIDANCE] = None,
+    guidance_low: Annotated[float | None, typer.Option(help="w of the low-noise expert of Wan A14B.")] = None,
+    path_times: Annotated[
+        str | None, typer.Option(help="States to keep: times of the teacher's path with commas, or their number.")
+    ] = None,
     student_shift: Annotated[
         float, typer.Option(help="Shift of the student's times, where --path-times is their number.")
     ] = 5.0,
@@ -365,24 +375,23 @@ def pairs(
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     quality: Annotated[str, typer.Option(help="Of the mp4: lossless, or a CRF.")] = "18",
-    batch_size: Annotated[int, typer.Option(help="Clips asked for at once.")] = 32,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16: of the network and the codec.")] = "fp32",
+    batch_size: Annotated[int, typer.Option(help="Clips that go through the network together.")] = 32,
     device: Annotated[str | None, typer.Option(help="cpu, cuda:0, ..; a GPU if there is one.")] = None,
 ) -> None:
-    """Noise/clip pairs and ODE paths of a teacher, in the folders of the seeds. Under torchrun the ranks divide the work."""
-    from fewstep.inference import pairs as making
+    """Noise/clip pairs and ODE paths of a teacher, in the layout of Cosmos-Transfer1. torchrun's processes divide them."""
+    from fewstep.inference.request import PairsRequest, SamplerOptions, path_times_of
 
-    asked = making.asked(steps, sampler, shift, guidance, path_times, student_shift, given_frames, seed, quality)
-    opened = {
-        "codec": codec,
-        "control": control,
-        "text": text,
-        "negative": negative,
-        "max_tokens": max_tokens,
-        "mask_text": mask_text,
-    }
+    sampling = SamplerOptions(steps, sampler, shift, sigma_max, guidance, guidance_low)
+    request = PairsRequest(
+        model, dataset, out, sampling, path_times_of(path_times), student_shift, given_frames,
+        control=control, codec=codec, text=text, negative=negative, max_tokens=max_tokens, mask_text=mask_text, num=num,
+        seed=seed, quality=quality, precision=precision, batch_size=batch_size, device=device,
+    )  # fmt: skip
+    from fewstep.inference.pairs import run
     from fewstep.progress import track
 
-    print(making.command(model, dataset, out, asked, **opened, num=num, batch_size=batch_size, device=device, track=track))
+    print(run(request, track))
 
 
 @app.command(context_settings={"allow_extra_args": True})
@@ -402,10 +411,11 @@ def evaluate(
     num: Annotated[int, typer.Option(help="Clips in a set.")] = 512,
     sets: Annotated[int, typer.Option(help="Sets, each from noise of its own.")] = 3,
     calls: Annotated[int | None, typer.Option(help="Of a teacher: the best it can do with so many network calls.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Of a teacher's solver; 35.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="A teacher's: euler, heun, dpmpp_2m, unipc or res_2ab; unipc.")] = None,
-    shift: Annotated[float | None, typer.Option(help="Of a teacher's time grid, in flow time; 1.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="A teacher's: w in uncond + w (cond - uncond); 1, none.")] = None,
+    steps: Annotated[int | None, STEPS] = None,
+    sampler: Annotated[str | None, SAMPLER] = None,
+    shift: Annotated[float | None, SHIFT] = None,
+    sigma_max: Annotated[float | None, SIGMA_MAX] = None,
+    guidance: Annotated[float | None, GUIDANCE] = None,
     codec: Annotated[str | None, typer.Option(help="Of a model that has none beside it: a folder of diffusers.")] = None,
 ) -> None:
     """Score the clips of a model, of a codec or of a folder, against real clips or the controls they were made for.
@@ -413,19 +423,17 @@ def evaluate(
     KEY=VALUE sets a setting of the scorer: fewstep evaluate clips --out scores.json --scorer control preset=low
     """
     from fewstep.config import load_file
-    from fewstep.inference import pairs as making
+    from fewstep.inference.request import SamplerOptions
+
+    sampling = SamplerOptions(steps, sampler, shift, sigma_max, guidance)
     from fewstep.inference.evaluate import Job, line, scorer_of
     from fewstep.inference.evaluate import run as score
 
     if config is not None:
         load_file(config)
-    options = {"--steps": steps, "--sampler": sampler, "--shift": shift, "--guidance": guidance}
-    told = tuple(name for name, value in options.items() if value is not None)
-    w, grid = 1.0 if guidance is None else guidance, 1.0 if shift is None else shift
-    how = making.asked(35 if steps is None else steps, sampler or "unipc", grid, w, None, 1.0, 0, 0, "18")
     chosen = scorer_of(scorer, context.args)
-    found = score(Job(what, prompts, real, out, num, sets, calls, how, codec=codec, told=told, scorer=chosen, control=control))
-    print(f"{out}: {line(found)}")
+    job = Job(what, prompts, real, out, num, sets, calls, sampling, codec=codec, scorer=chosen, control=control)
+    print(f"{out}: {line(score(job))}")
 
 
 @app.command()

@@ -17,7 +17,7 @@ from PIL import Image
 
 from fewstep.cli import app, main
 from fewstep.config import build_recipe, choices, compose, fields_help, read_command, recipes
-from fewstep.inference import asked
+from fewstep.inference import coming_from_cosmos, request
 from fewstep.training.plan.gpu_fit import split_words
 from fewstep.training.run import Run
 
@@ -54,7 +54,9 @@ def verbs(group: Any) -> dict[str, set[str]]:  # Any: typer carries a click of i
 
 
 VERBS = verbs(typer.main.get_command(app))
-VERBS["generate"] |= {option for action in asked._parser()._actions for option in action.option_strings}
+VERBS["generate"] |= request._parser().options()
+VERBS["generate"] |= {option.replace("-", "_").replace("__", "--", 1) for option in VERBS["generate"]}  # either is understood
+VERBS["generate"] |= {f"--{name}" for name in (*coming_from_cosmos.ALIASES, *coming_from_cosmos.WITHOUT_EFFECT)}
 VERBS["train"] |= {"--config", "--dryrun"}
 COMMANDS = sorted({(page.relative_to(ROOT).as_posix(), command) for page in PAGES for command in commands(page)})
 

@@ -14,6 +14,7 @@ GROUND = {
     "files",
     "progress",
     "registry",
+    "solvers",
 }  # every room may import these
 BELOW = {
     "config": set(),
@@ -24,7 +25,7 @@ BELOW = {
     "methods": {"batch", "config", "diffusion"},
     "data": {"batch", "config"},
     "evaluation": {"batch", "config", "data"},
-    "inference": {"batch", "config", "diffusion", "parallel", "networks", "methods", "data", "evaluation"},
+    "inference": {"batch", "config", "diffusion", "parallel", "networks", "data", "evaluation"},
     "export": {"batch", "config", "diffusion", "parallel", "networks", "methods", "data", "inference", "training"},
     "training": {"batch", "config", "diffusion", "parallel", "networks", "methods", "data", "evaluation", "inference"},
     "prepare": {"batch", "config", "diffusion", "parallel", "networks", "data"},

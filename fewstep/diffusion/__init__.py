@@ -6,9 +6,10 @@ from fewstep.diffusion.guidance import guided
 from fewstep.diffusion.path import EDM, VP, Path, RectifiedFlow, TrigFlow
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.rng import Rng
-from fewstep.diffusion.rollout import StudentSampler, few_step, rollout
+from fewstep.diffusion.rollout import few_step, rollout
+from fewstep.diffusion.sampling import StudentSampler, TeacherSampler
 
 __all__ = [
-    "EDM", "VP", "Cache", "Denoiser", "Path", "Prediction", "RectifiedFlow", "Rng", "StudentSampler", "TrigFlow",
-    "features", "few_step", "guided", "on_path", "rollout", "samplers", "times",
+    "EDM", "VP", "Cache", "Denoiser", "Path", "Prediction", "RectifiedFlow", "Rng", "StudentSampler", "TeacherSampler",
+    "TrigFlow", "features", "few_step", "guided", "on_path", "rollout", "samplers", "times",
 ]  # fmt: skip

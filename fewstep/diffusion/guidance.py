@@ -27,21 +27,23 @@ def guided(
     w: float,
     *,
     interval: tuple[float, float] | None = None,
+    below: tuple[float, float] | None = None,
     rescale: float = 0.0,
     negative_grad: bool = True,
 ) -> Denoiser:
     """A denoiser that answers uncond + w (cond - uncond), both asked as one batch.
 
     interval: (low, high) in the path's own time; outside of it w is 1 for that row (Kynkaanniemi et al., arXiv:2404.07724).
+    below: (time, w), another w for rows whose time lies below it: the low-noise expert of Wan A14B has one of its own.
     negative_grad: False asks cond and negative one after the other and keeps no graph of the negative: for a caller who needs
     gradients through the features of cond, and not through the guided answer.
     rescale: 0 .. 1, how far the spread of the guided x0 is drawn back to that of cond (Lin et al., arXiv:2305.08891 eq. 15-16).
     """
-    if w == 1.0:
+    if w == 1.0 and below is None:
         return denoiser
     if negative is None:
         raise UserError(f"guidance w = {w} needs a negative condition, but the batch has none (w = 1 is off)")
-    return _Guided(denoiser, negative, w, interval, rescale, negative_grad)
+    return _Guided(denoiser, negative, w, interval, below, rescale, negative_grad)
 
 
 def with_and_without(
@@ -66,6 +68,7 @@ class _Guided:
     negative: Condition
     w: float
     interval: tuple[float, float] | None
+    below: tuple[float, float] | None
     rescale: float
     negative_grad: bool
 
@@ -85,6 +88,8 @@ class _Guided:
             with torch.no_grad():
                 without = self.inner(x_t, t, self.negative, cache=cache).velocity
         w = torch.full_like(t, self.w, dtype=torch.float64)
+        if self.below is not None:
+            w = torch.where(t < self.below[0], self.below[1], w)
         if self.interval is not None:
             w = torch.where(self._inside(t), w, 1.0)
         velocity = without + spread(w, without).to(without.dtype) * (first.velocity - without)

@@ -11,14 +11,13 @@ trained is what is used. How the state is noised between two calls is a property
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fewstep.batch import Condition
-from fewstep.diffusion.denoiser import Cache, Denoiser, on_path
+from fewstep.diffusion.denoiser import Cache, Denoiser
 from fewstep.diffusion.path import Path, working_dtype
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.rng import Rng
@@ -92,17 +91,3 @@ def few_step(
 ) -> Tensor:
     """x0 of a student asked at each of `times`, descending, without the final 0; x is the state at times[0]."""
     return rollout(denoiser, x, times, cond, renoise=renoise, rng=rng).x0
-
-
-@dataclass(frozen=True)
-class StudentSampler:
-    """How a student is meant to be sampled; saved with its weights: other times or another renoise are another model."""
-
-    times: tuple[float, ...]  # in the time of `path`
-    path: Path
-    renoise: Renoise = "fresh"
-
-    def __call__(self, denoiser: Denoiser, noise: Tensor, cond: Condition, rng: Rng) -> Tensor:
-        """x0 from unit-variance noise."""
-        x = start(self.path, noise, self.times[0])
-        return few_step(on_path(denoiser, self.path), x, self.times, cond, renoise=self.renoise, rng=rng)

@@ -27,7 +27,7 @@ from fewstep.errors import UserError
 OnState = Callable[[float, Tensor], None]
 
 
-class TeacherSampler(Protocol):
+class Solver(Protocol):
     def __call__(
         self, denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, *, on_state: OnState | None = None
     ) -> Tensor: ...
@@ -186,9 +186,7 @@ class Trajectory(NamedTuple):
     states: Tensor  # B K ...
 
 
-def trajectory(
-    sampler: TeacherSampler, denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, at: Tensor
-) -> Trajectory:
+def trajectory(solver: Solver, denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, at: Tensor) -> Trajectory:
     """x0 and the solver's states at exactly the times `at`.
 
     The times asked for are put on the solver's grid, each in the place of its nearest inner neighbour, so that the number of
@@ -202,7 +200,7 @@ def trajectory(
         if t in wanted:
             kept[t] = state
 
-    x0 = sampler(denoiser, x, grid, cond, on_state=keep)
+    x0 = solver(denoiser, x, grid, cond, on_state=keep)
     return Trajectory(x0, at.double(), torch.stack([kept[t] for t in wanted], dim=1))
 
 

@@ -29,7 +29,7 @@ LEFT_OUT = ("transformer", "unet", "scheduler", "controlnet", "safety_checker") 
 
 def write_folder(model: Model, about: Mapping[str, Any], out: Path, base: Path | None) -> dict[str, Any]:
     """Writes the folder and returns what student.json should say."""
-    assert model.sampler is not None
+    assert isinstance(model.sampler, StudentSampler)
     network: Any = model.network  # Any: an adapter over a class of diffusers
     parts = _parts(network)
     index: dict[str, Any] = {"_class_name": "", "_diffusers_version": _version()}

@@ -1,6 +1,6 @@
 """What leads a clip: texts, labels, first frames, pictures beside the latents, control videos - as the Condition of a network.
 
-The arguments say what (asked.py); here files are read and encoded. Of a long clip each chunk has its own (chunks.py).
+The arguments say what (request.py); here files are read and encoded. Of a long clip each chunk has its own (chunks.py).
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from fewstep.config import choices
 from fewstep.data import controls
 from fewstep.data.files import arrays, video
 from fewstep.errors import UserError
-from fewstep.inference.asked import Asked, Request
 from fewstep.inference.chunks import Chunk
 from fewstep.inference.model import Model
-from fewstep.inference.pairs import to_uint8
-from fewstep.networks.encoders.codecs import Autoencoder
+from fewstep.inference.request import ClipRequest, GenerateRequest
+from fewstep.networks.encoders.codecs import Autoencoder, to_uint8
 from fewstep.networks.encoders.vision import ClipVision
 
 
@@ -44,42 +43,54 @@ class Text:
     pooled: Tensor | None = None
 
 
-def texts_of(requests: Sequence[Request], asked: Asked, model: Model, device: torch.device) -> Mapping[str, Text]:
-    """Every text that will be needed, by itself; then the encoder is let go, which is larger than many a network."""
+def texts_of(
+    clips: Sequence[ClipRequest], request: GenerateRequest, folder: Path | None, device: torch.device
+) -> Mapping[str | Path, Text]:
+    """Every text that will be needed, by itself or by its file. The encoder, larger than many a network, is let go.
+
+    folder: the model's, whose text encoder is taken where the request names none.
+    """
     from fewstep.networks.encoders.text import open_text_encoder
 
-    if all(request.label is not None for request in requests):
-        return {}
-    wanted = {r.prompt for r in requests if r.embedding is None and r.label is None}
-    if asked.guidance != 1.0 or asked.guidance_low is not None:
-        wanted |= {r.negative for r in requests if r.negative_embedding is None and r.embedding is None}
+    clips = [clip for clip in clips if clip.label is None]
+    files = {path for clip in clips for path in (clip.embedding, clip.negative_embedding) if path is not None}
+    found: dict[str | Path, Text] = {path: _embedded(path, request.max_tokens, device) for path in files}
+    wanted = {clip.prompt for clip in clips if clip.embedding is None}
+    if request.sampling.guidance not in (None, 1.0) or request.sampling.guidance_low is not None:
+        wanted |= {clip.negative for clip in clips if clip.negative_embedding is None and clip.embedding is None}
     if not wanted:
-        return {}
-    address = asked.text_encoder
+        return found
+    address = request.text_encoder
     if address is None:
-        if model.folder is None or (model.folder.is_dir() and not (model.folder / "text_encoder").is_dir()):
-            raise UserError(f"{asked.model} has no text encoder beside it: give --text-encoder, or --embedding FILE")
-        address = str(model.folder)
-    encoder = open_text_encoder(address, max_tokens=asked.max_tokens, device=device)
+        if folder is None or (folder.is_dir() and not (folder / "text_encoder").is_dir()):
+            raise UserError(f"{request.model} has no text encoder beside it: give --text-encoder, or --embedding FILE")
+        address = str(folder)
+    encoder = open_text_encoder(address, max_tokens=request.max_tokens, device=device)
     prompts = sorted(wanted)
     embeddings, masks = encoder.encode(prompts)
     pooled = encoder.pooled(prompts)
-    return {
-        prompt: Text(
+    for i, prompt in enumerate(prompts):
+        found[prompt] = Text(
             embeddings[i : i + 1].to(device),
             masks[i : i + 1].to(device) if encoder.uses_mask else None,
             None if pooled is None else pooled[i : i + 1].to(device),
         )
-        for i, prompt in enumerate(prompts)
-    }
+    return found
 
 
-def _embedded(path: Path, device: torch.device) -> Text:
+def _embedded(path: Path, num_tokens: int | None, device: torch.device) -> Text:
+    """The embedding in a file, cut or padded with zeros to `num_tokens`."""
     found = arrays.read_one(path, "text").float()
     found = found[0] if found.ndim == 3 else found
     if found.ndim != 2:
         raise UserError(f"{path}: an embedding has shape (tokens, channels), not {tuple(found.shape)}")
-    return Text(found[None].to(device), None)
+    return Text(_of_length(found[None].to(device), len(found) if num_tokens is None else num_tokens), None)
+
+
+def _of_length(text: Tensor, num_tokens: int) -> Tensor:
+    """B N D or B N, cut or padded with zeros to `num_tokens`."""
+    sides = (0, 0) * (text.ndim - 2)
+    return torch.nn.functional.pad(text[:, :num_tokens], (*sides, 0, max(num_tokens - text.shape[1], 0)))
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,7 @@ class Parts:
 
     model: Model
     codec: Autoencoder
-    words: Mapping[str, Text]
+    texts: Mapping[str | Path, Text]
     device: torch.device
     pictures: ClipVision | None = None  # for networks that read features of their picture
 
@@ -101,7 +112,7 @@ class Footage:
     controls: Mapping[str, np.ndarray]
 
 
-def footage(request: Request, parts: Parts, shot: Shot, window: int) -> Footage:
+def footage(request: ClipRequest, parts: Parts, shot: Shot, window: int) -> Footage:
     """Reads the files of a clip; `window` frames at a time are made of it."""
     begins = None
     if request.num_input_frames:
@@ -112,7 +123,7 @@ def footage(request: Request, parts: Parts, shot: Shot, window: int) -> Footage:
 
 
 def conditions(
-    request: Request, parts: Parts, shot: Shot, latent_shape: tuple[int, int, int, int], seen: Footage, chunk: Chunk
+    request: ClipRequest, parts: Parts, shot: Shot, latent_shape: tuple[int, int, int, int], seen: Footage, chunk: Chunk
 ) -> tuple[Condition, Condition | None]:
     """What leads one chunk (of a short clip, the only one), and what guidance pushes away from."""
     device = parts.device
@@ -120,7 +131,7 @@ def conditions(
     if request.label is not None:
         cond = replace(cond, label=torch.tensor([request.label], device=device))
         return cond, replace(cond, label=torch.full_like(torch.tensor([0], device=device), -1))
-    text = parts.words[request.prompt] if request.embedding is None else _embedded(request.embedding, device)
+    text = parts.texts[request.embedding or request.prompt]
     cond = replace(cond, text=text.embedding, text_mask=text.mask, pooled=text.pooled)
     if seen.begins is not None:
         cond = _given(cond, seen.begins, parts, chunk.num_frames, latent_shape)
@@ -129,27 +140,19 @@ def conditions(
     if request.control:
         found = {name: _tensor(chunk.of(frames), device) for name, frames in seen.controls.items()}
         cond = replace(cond, control=_controls(request, parts, found))
-    return cond, _negative(request, parts.words, cond, device)
+    return cond, _negative(request, parts.texts, cond)
 
 
-def _negative(request: Request, words: Mapping[str, Text], cond: Condition, device: torch.device) -> Condition | None:
+def _negative(clip: ClipRequest, texts: Mapping[str | Path, Text], cond: Condition) -> Condition | None:
     assert cond.text is not None
-    if request.negative_embedding is not None:
-        text = _embedded(request.negative_embedding, device)
-    elif request.negative in words:
-        text = words[request.negative]
-    elif request.embedding is not None:  # how Cosmos 1 drops text
+    text = texts.get(clip.negative_embedding or clip.negative)
+    if text is None and clip.embedding is not None:  # how Cosmos 1 drops text
         text = Text(torch.zeros_like(cond.text), cond.text_mask)
-    else:
+    if text is None:
         return None
-    embedding, mask = text.embedding, text.mask
-    short = cond.text.shape[1] - embedding.shape[1]
-    if short < 0:
-        embedding, mask = embedding[:, : cond.text.shape[1]], None if mask is None else mask[:, : cond.text.shape[1]]
-    elif short:
-        embedding = torch.nn.functional.pad(embedding, (0, 0, 0, short))
-        mask = None if mask is None else torch.nn.functional.pad(mask, (0, short))
-    return replace(cond, text=embedding, text_mask=mask, pooled=text.pooled)
+    num = cond.text.shape[1]
+    mask = None if text.mask is None else _of_length(text.mask, num)
+    return replace(cond, text=_of_length(text.embedding, num), text_mask=mask, pooled=text.pooled)
 
 
 def is_of_pictures(model: Model) -> bool:
@@ -220,7 +223,7 @@ def _given(
     return replace(cond, frames=codec.encode(torch.cat([begins, rest_of_it], 2)), frame_mask=mask)
 
 
-def _wanted(request: Request, model: Model) -> Sequence[str]:
+def _wanted(request: ClipRequest, model: Model) -> Sequence[str]:
     """The controls of this clip, in the order of the request; refuses those that the network has no branch for."""
     known = getattr(model.network, "controls", ())
     wrong = sorted(set(request.control) - set(known))
@@ -229,7 +232,7 @@ def _wanted(request: Request, model: Model) -> Sequence[str]:
     return tuple(request.control)
 
 
-def _controls(request: Request, parts: Parts, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _controls(request: ClipRequest, parts: Parts, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
     network: Any = parts.model.network  # Any: only networks with control branches have names of them
     weights = {name: control.weight for name, control in request.control.items()}
     total = max(1.0, sum(weights.values()))
@@ -240,7 +243,7 @@ def _controls(request: Request, parts: Parts, pixels: Mapping[str, Tensor]) -> d
     return found
 
 
-def _control_frames(name: str, request: Request, shot: Shot) -> np.ndarray:
+def _control_frames(name: str, request: ClipRequest, shot: Shot) -> np.ndarray:
     source = request.control[name].source
     if source is not None:
         return _frames(source, shot, shot.num_frames)

@@ -21,20 +21,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fewstep.config import ConfigError, apply_overrides, choices, dump, parse
 from fewstep.data.files import video
 from fewstep.data.folder import layout
 from fewstep.data.folder.dataset import Folder, FolderData
 from fewstep.data.folder.layout import CAPTIONS, VIDEOS, Layout
-from fewstep.diffusion import Rng
+from fewstep.diffusion import Rng, TeacherSampler
+from fewstep.diffusion.sampling import Sampler
 from fewstep.errors import UserError
 from fewstep.evaluation.score import AnyScorer, Clip, Record, Scorer, Signals, Value, over_sets
 from fewstep.files import write_json
-from fewstep.inference.model import Model, open_model
-from fewstep.inference.pairs import Making, SamplerName, solve, to_uint8
-from fewstep.networks.encoders.codecs import Codec, open_codec
+from fewstep.inference.model import Model, changed, codec_of, open_model
+from fewstep.inference.request import SamplerOptions
+from fewstep.networks.encoders.codecs import Codec, open_codec, to_uint8
+from fewstep.solvers import SolverName
 
 SEEDS = 1000  # noise of evaluation set k has seed SEEDS + k: never that of training or of pairs
 RANKING = 256  # clips by which the samplers of a teacher are compared before the best one is scored
@@ -49,7 +50,7 @@ class Job:
     num: int = 512  # clips in a set
     sets: int = 3
     calls: int | None = None
-    how: Making = Making()
+    sampling: SamplerOptions = SamplerOptions()  # changes to a teacher's sampler; refused where they would have no effect
     keep: int = 8  # clips of the first set that are kept to look at
     text: str = "t5_xxl"
     max_tokens: int = 40
@@ -57,7 +58,6 @@ class Job:
     codec: str | None = None  # None: the one beside the model
     scorer: Scorer | None = None  # None: the one that suits clips of this size
     control: str | None = None  # the control of the data set that a model is conditioned on
-    told: tuple[str, ...] = ()  # options of `how` that were asked for, to be refused where they would have no effect
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -70,28 +70,31 @@ def run(job: Job) -> dict[str, Any]:
     told: dict[str, Any] = {"what": job.what}
     records: list[Record] = []
     if _is_clips(job.what):
-        _refuse_making(job, "holds clips that are made already")
+        _refuse_options(job, "holds clips that are made already")
         sources = _sets_of(Path(job.what), job, scorer)
         known = _reference(job, scorer)
     elif job.what.startswith("codec:"):
-        _refuse_making(job, "is a codec, which takes no steps")
+        _refuse_options(job, "is a codec, which takes no steps")
         if job.what == "codec:":
             raise UserError("codec: which one? codec:FOLDER, of an autoencoder of diffusers or of its pipeline")
         codec, data, known = open_codec(job.what.removeprefix("codec:")), opened(job), _reference(job, scorer)
         sources = iter([_set_of(_through(codec, data, job), data, job)])
     else:
         model, data = open_model(job.what, controls=_controls(job)), opened(job)
-        if model.sampler is not None:
-            _refuse_making(job, f"is a student, which takes the {len(model.sampler.times)} steps it was trained for")
-        if job.calls is not None and (found := [name for name in job.told if name != "--guidance"]):
-            raise UserError(f"--calls: finds steps, sampler and shift by itself; leave out {', '.join(found)}")
-        codec, known = codec_of(model, job), _reference(job, scorer)
-        how, candidates = job.how, list[dict[str, Any]]()
-        if job.calls is not None:
-            how, candidates = best_of(model, codec, data, job, scorer, known)
-        told |= {"num_calls": calls_of(model, how), "candidates": candidates}
-        told |= {"guidance": 1.0} if model.sampler is not None else {"guidance": how.guidance, "sampler": _named(how)}
-        sources = (_set_of(generated(model, codec, data, job, how, job.num, k), data, job) for k in range(job.sets))
+        sampler: Sampler = model.sampler
+        if not isinstance(sampler, TeacherSampler):
+            _refuse_options(job, f"is a student, which takes the {len(sampler.times)} steps it was trained for")
+        if job.calls is not None and (names := [name for name in job.sampling.names() if name != "--guidance"]):
+            raise UserError(f"--calls: finds steps, sampler and shift by itself; leave out {', '.join(names)}")
+        codec, known = codec_of(model, job.what, job.codec), _reference(job, scorer)
+        candidates: list[dict[str, Any]] = []
+        if isinstance(sampler, TeacherSampler):
+            sampler = changed(sampler, job.sampling)
+            if job.calls is not None:
+                sampler, candidates = best_of(model, sampler, codec, data, job, scorer, known)
+        told |= {"num_calls": sampler.num_calls, "candidates": candidates, "guidance": sampler.guidance}
+        told |= {"sampler": _named(sampler)} if isinstance(sampler, TeacherSampler) else {}
+        sources = (_set_of(generated(model, sampler, codec, data, job, job.num, k), data, job) for k in range(job.sets))
     for k, clips in enumerate(sources):
         if k == 0:
             _keep(clips.clips, job)
@@ -156,11 +159,11 @@ def _controls(job: Job) -> list[str]:
     return [] if job.control is None else [job.control]
 
 
-def _refuse_making(job: Job, why: str) -> None:
-    """Options that only a teacher's sampling heeds would be told to one who thinks they were heeded."""
-    told = ["--calls"] * (job.calls is not None) + list(job.told)
-    if told:
-        raise UserError(f"{', '.join(told)}: {job.what} {why}. Leave it out: it is for a teacher")
+def _refuse_options(job: Job, why: str) -> None:
+    """Refuses options of a teacher's sampler where they would have no effect."""
+    names = ["--calls"] * (job.calls is not None) + job.sampling.names()
+    if names:
+        raise UserError(f"{', '.join(names)}: {job.what} {why}. Leave it out: it is for a teacher")
 
 
 def _few_sets(job: Job, num: int) -> list[str]:
@@ -193,85 +196,66 @@ def line(told: dict[str, Any]) -> str:
     return "\n".join([text, *(f"  note: {note}" for note in told["notes"])])
 
 
-def codec_of(model: Model, job: Job) -> Codec:
-    """The one that was named, or the one that came with the model."""
-    if job.codec is None and model.folder is None:
-        raise UserError(
-            f"{job.what}: has no codec beside it. Add --codec ADDRESS, of the data it was trained on, or export it first"
-        )
-    return open_codec(job.codec or str(model.folder))
-
-
 # ---- clips -----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def generated(model: Model, codec: Codec, data: FolderData, job: Job, how: Making, num: int, number: int) -> np.ndarray:
+def generated(model: Model, sampler: Sampler, codec: Codec, data: FolderData, job: Job, num: int, number: int) -> np.ndarray:
     """`num` clips of evaluation set `number`: row i from the same noise whatever the model."""
     parts: list[np.ndarray] = []
     for rows in torch.arange(num).split(job.batch_size):
-        parts.append(to_uint8(codec.decode(latents(model, codec, data, rows, SEEDS + number, how)), job.what))
+        batch, rng = data.batch(rows), Rng(SEEDS + number, 0, rows)
+        assert batch.x0 is not None
+        noise = rng.normal(codec.shape(*batch.x0.shape[2:]))
+        control = {name: codec.encode(frames) for name, frames in batch.cond.control.items()}
+        cond = replace(batch.cond, control=control)
+        negative = None if batch.negative is None else replace(batch.negative, control=control)
+        parts.append(to_uint8(codec.decode(sampler(model.network, noise, cond, rng, negative)), job.what))
     return np.concatenate(parts)
 
 
-@torch.no_grad()
-def latents(model: Model, codec: Codec, data: FolderData, rows: Tensor, seed: int, how: Making) -> Tensor:
-    batch = data.batch(rows)
-    assert batch.x0 is not None
-    rng = Rng(seed, 0, rows)
-    noise = rng.normal(codec.shape(*batch.x0.shape[2:]))
-    control = {name: codec.encode(frames) for name, frames in batch.cond.control.items()}
-    cond = replace(batch.cond, control=control)
-    if model.sampler is not None:
-        return model.sampler(model.network, noise, cond, rng)
-    negative = None if batch.negative is None else replace(batch.negative, control=control)
-    return solve(model.network, noise, cond, negative, how)[0]
-
-
-def calls_of(model: Model, how: Making) -> int:
-    """Network calls for one clip."""
-    if model.sampler is not None:
-        return len(model.sampler.times)
-    calls = 2 * how.num_steps - 1 if how.sampler == "heun" else how.num_steps
-    return calls * (1 if how.guidance == 1.0 else 2)
-
-
 def best_of(
-    model: Model, codec: Codec, data: FolderData, job: Job, scorer: Scorer, reference: Any
-) -> tuple[Making, list[dict[str, Any]]]:
+    model: Model, sampler: TeacherSampler, codec: Codec, data: FolderData, job: Job, scorer: Scorer, reference: Any
+) -> tuple[TeacherSampler, list[dict[str, Any]]]:
     """The way to spend `job.calls` network calls that the scorer ranks first, and its distance of each way.
 
-    Ways are samplers, grids, and half as many steps with guidance. The ranking has noise of its own, and fewer clips.
+    Ways are solvers, grids, and half as many steps with guidance. The ranking has noise of its own, and fewer clips.
     """
     assert job.calls is not None
-    num, table = min(RANKING, job.num), list[tuple[float, Making]]()
-    ways = ways_of(job.calls, job.how.guidance)
+    num, table = min(RANKING, job.num), list[tuple[float, TeacherSampler]]()
+    ways = ways_of(job.calls, sampler)
     if len(ways) == 1:
         return ways[0], []  # nothing to choose
-    for how in ways:
-        clips = _set_of(generated(model, codec, data, job, how, num, job.sets), data, job)
-        table.append((scorer.distance(clips.clips, clips.prompts, reference, clips.controls), how))
+    for way in ways:
+        clips = _set_of(generated(model, way, codec, data, job, num, job.sets), data, job)
+        table.append((scorer.distance(clips.clips, clips.prompts, reference, clips.controls), way))
     table.sort(key=lambda row: row[0])
-    return table[0][1], [{"sampler": _named(how), "distance": value, "n": num} for value, how in table]
+    return table[0][1], [{"sampler": _named(way), "distance": value, "n": num} for value, way in table]
 
 
-def ways_of(calls: int, guidance: float) -> list[Making]:
+def ways_of(calls: int, sampler: TeacherSampler) -> list[TeacherSampler]:
+    """Ways to spend `calls` network calls, some with the guidance of `sampler` where it leaves steps enough."""
+    plain = replace(sampler, grid="flow", shift=1.0, guidance=1.0)
     if calls == 1:
-        return [Making(num_steps=1, sampler="euler")]
+        return [replace(plain, solver="euler", num_steps=1)]
     # Two steps of either multistep sampler are one of Euler's and its x0: the choice among them is for more.
-    multistep: tuple[SamplerName, ...] = ("euler", "dpmpp_2m", "unipc")
-    ways = [Making(num_steps=calls, sampler=name, shift=shift) for name in multistep for shift in (1.0, 3.0)]
-    if calls % 2 and calls > 1:
-        ways.append(Making(num_steps=(calls + 1) // 2, sampler="heun"))
-    if calls % 2 == 0 and guidance != 1.0:
-        few: tuple[SamplerName, ...] = multistep if calls > 4 else ("unipc",)
-        ways += [Making(calls // 2, name, shift, guidance) for name in few for shift in (1.0, 3.0)]
+    multistep: tuple[SolverName, ...] = ("euler", "dpmpp_2m", "unipc")
+    ways = [replace(plain, num_steps=calls, solver=name, shift=shift) for name in multistep for shift in (1.0, 3.0)]
+    if sampler.grid == "karras":
+        ways.append(replace(sampler, num_steps=calls - 1, guidance=1.0))
+    if calls % 2:
+        ways.append(replace(plain, num_steps=(calls + 1) // 2, solver="heun"))
+    elif sampler.guidance != 1.0:
+        few: tuple[SolverName, ...] = multistep if calls > 4 else ("unipc",)
+        led = replace(plain, num_steps=calls // 2, guidance=sampler.guidance)
+        ways += [replace(led, solver=name, shift=shift) for name in few for shift in (1.0, 3.0)]
     return ways
 
 
-def _named(how: Making) -> str:
-    guided = f", guidance {how.guidance:g}" if how.guidance != 1.0 else ", no guidance"
-    return f"{how.sampler}, {how.num_steps} steps, shift {how.shift:g}{guided}"
+def _named(sampler: TeacherSampler) -> str:
+    grid = f"shift {sampler.shift:g}" if sampler.grid == "flow" else f"grid {sampler.grid}"
+    guided = f", guidance {sampler.guidance:g}" if sampler.guidance != 1.0 else ", no guidance"
+    return f"{sampler.solver}, {sampler.num_steps} steps, {grid}{guided}"
 
 
 def opened(job: Job) -> FolderData:
@@ -358,18 +342,28 @@ def _keep(clips: Sequence[Clip], job: Job) -> None:
         video.write(job.out.with_suffix("") / f"{n:02d}.mp4", clip, 16.0, quality="lossless")
 
 
-def speed(address: str, prompts: Path, how: Making, num: int = 16, repeats: int = 3, max_tokens: int = 40) -> Value:
+def speed(
+    address: str,
+    prompts: Path,
+    sampling: SamplerOptions | None = None,
+    num: int = 16,
+    repeats: int = 3,
+    max_tokens: int = 40,
+) -> Value:
     """Clips per second, noise to pixels, on one thread; the spread is over repeats."""
     import time
 
     torch.set_num_threads(1)
     model = open_model(address)
     job = replace(Job(address, prompts, prompts, Path("-")), num=num, batch_size=num, max_tokens=max_tokens)
-    codec = codec_of(model, job)
+    codec, sampler = codec_of(model, address), model.sampler
     data, rates = opened(job), list[float]()
-    generated(model, codec, data, job, replace(how, num_steps=min(2, how.num_steps)), num, 0)  # warm
+    if isinstance(sampler, TeacherSampler):
+        sampler = changed(sampler, sampling or SamplerOptions())
+    warm = replace(sampler, num_steps=min(2, sampler.num_steps)) if isinstance(sampler, TeacherSampler) else sampler
+    generated(model, warm, codec, data, job, num, 0)
     for _ in range(repeats):
         began = time.monotonic()
-        generated(model, codec, data, job, how, num, 0)
+        generated(model, sampler, codec, data, job, num, 0)
         rates.append(num / (time.monotonic() - began))
     return Value(statistics.mean(rates), statistics.stdev(rates), repeats, tuple(rates))

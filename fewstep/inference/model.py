@@ -9,6 +9,7 @@ open_model("base_model.pt+edge_control.pt") published Cosmos weights, in any for
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,15 +21,20 @@ from torch import Tensor
 from fewstep.config import ConfigError, parse
 from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.data.contract import AnyData
-from fewstep.diffusion import StudentSampler
+from fewstep.diffusion import EDM, StudentSampler, TeacherSampler
 from fewstep.diffusion.path import AnyPath
 from fewstep.errors import UserError
 from fewstep.files import read_json
+from fewstep.inference.request import SamplerOptions
 from fewstep.networks.contract import AnyNetwork, Network
+from fewstep.networks.encoders.codecs import Autoencoder, open_codec
+from fewstep.networks.families.upstream import told_by_pipeline
+from fewstep.networks.families.wan.experts import Experts
 from fewstep.networks.files import hub
 from fewstep.networks.lora import Lora, merged
 from fewstep.networks.roles import Networks, build
 from fewstep.networks.weights.addresses import Piece, collect, load_into, locate, pieces_of, read, tell
+from fewstep.parallel import World, place
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,14 @@ class Envelope:
 class Model:
     network: Network
     spec: Any  # what built the network; Any: whatever is registered in group "network"
-    sampler: StudentSampler | None = None  # None: a teacher
+    sampler: StudentSampler | TeacherSampler
     envelope: Envelope = Envelope()
     folder: Path | None = None  # where its codec and text encoder are, if it has them
     about: Mapping[str, Any] = field(default_factory=dict[str, Any])  # of the paper that came with it
+
+    @property
+    def is_teacher(self) -> bool:
+        return isinstance(self.sampler, TeacherSampler)
 
 
 def open_model(address: str | Path, *, controls: Sequence[str] = (), known: str | None = None) -> Model:
@@ -73,6 +83,18 @@ def open_model(address: str | Path, *, controls: Sequence[str] = (), known: str 
         model = _teacher(text, controls) if pieces is None else _of_files(pieces, controls, known)
     model.network.module.eval().requires_grad_(False)
     return model
+
+
+def folder_of(address: str) -> Path | None:
+    """Where codec and text encoder of the model at `address` are: its folder or hub id; None for runs and files of weights."""
+    folder = Path(address)
+    if (folder / "student.json").is_file() and not (folder / "checkpoints").is_dir():
+        return folder
+    if _is_run(address) or not (_of_diffusers(folder) or pieces_of(address) is None):
+        return None
+    if not folder.is_dir():
+        hub.expect_id(address, "model")
+    return folder
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -102,7 +124,8 @@ def of_run(address: str) -> Model:
     config = read_yaml_mapping(read_text(run / "config.yaml"), str(run / "config.yaml"))
     nets = parse(_Nets, {"networks": config["networks"]}).networks
     if role == "teacher":
-        return Model(build(nets, ("teacher",), 0)["teacher"], nets.teacher)
+        network, folder = build(nets, ("teacher",), 0)["teacher"], getattr(nets.teacher, "pretrained", None)
+        return Model(network, nets.teacher, teacher_sampler(network, folder))  # Any network may have come from a pipeline
     told = read_json(run / "student.json", "It is written anew when the run goes on")
     network = student_network(nets, read(f"{place}:{role or 'student.ema'}"), address)
     role_config = nets.student
@@ -200,7 +223,71 @@ def _teacher(address: str, controls: Sequence[str] = ()) -> Model:
     """The denoiser of a pipeline of diffusers."""
     spec = spec_of(address, controls)
     folder = Path(address)
-    return Model(spec.build(), spec, folder=folder)
+    network = spec.build()
+    return Model(network, spec, teacher_sampler(network, address), folder=folder)
+
+
+def teacher_sampler(network: Network, address: str | None) -> TeacherSampler:
+    """How a teacher is sampled: as the pipeline at `address` says, else as published for the network's path."""
+    sampler = TeacherSampler.for_path(network.path)
+    if isinstance(network, Experts):
+        sampler = replace(sampler, boundary=network.boundary)
+    scheduler = {} if address is None else told_by_pipeline(address)
+    is_euler, has_karras = scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler", scheduler.get("use_karras_sigmas")
+    if sampler.grid == "flow" and is_euler and has_karras:  # Predict2: a flow on the grid of Cosmos 1
+        sampler = replace(sampler, solver="res_2ab", grid="karras")
+    if sampler.grid == "karras":
+        return replace(sampler, **{name: float(scheduler[name]) for name in ("sigma_max", "sigma_min") if scheduler.get(name)})
+    if sampler.grid == "even" or has_karras:  # Predict2.5: published with shift 5, whatever its pipeline's scheduler says
+        return sampler
+    if scheduler.get("use_dynamic_shifting"):  # Flux and Qwen-Image: the shift of their largest pictures
+        sampler = replace(sampler, shift=round(math.exp(scheduler.get("max_shift") or 1.15), 4))
+    else:
+        sampler = replace(sampler, shift=float(scheduler.get("flow_shift") or scheduler.get("shift") or sampler.shift))
+    return replace(sampler, solver="euler") if is_euler else sampler
+
+
+def changed(sampler: TeacherSampler, options: SamplerOptions) -> TeacherSampler:
+    """The sampler with what a command line says; refuses options that its grid does not have."""
+    for name, grid in (("shift", "flow"), ("sigma_max", "karras")):
+        if getattr(options, name) is not None and sampler.grid != grid:
+            raise UserError(
+                f"{options.SPELLED[name]} has no effect on this teacher, whose grid is {sampler.grid}: leave it out"
+            )
+    if options.guidance_low is not None and sampler.boundary is None:
+        raise UserError("--guidance-low: this model is no pair of experts, one for high and one for low noise")
+    return replace(sampler, **options.values())
+
+
+def place_network(model: Model, device: torch.device, precision: str, world: World | None = None) -> None:
+    """Moves the network to its device, or to its shards in `world`, in the precision in which it computes."""
+    network, compute = model.network, torch.bfloat16 if precision == "bf16" else torch.float32
+    alone = World(0, 1, device, None)
+    place(network.module, network.blocks, world or alone, mode="fsdp", compute=compute, trained=False)
+
+
+def codec_of(
+    model: Model,
+    name: str,
+    address: str | None = None,
+    *,
+    tile: int | None = None,
+    precision: str = "fp32",
+    device: torch.device | str = "cpu",
+) -> Autoencoder:
+    """The codec at `address`, or the one beside the model that the user called `name`, at the scale of the model's latents."""
+    path = model.network.path
+    scale = path.sigma_data if isinstance(path, EDM) else 1.0  # the latents of an EDM network have the spread of its data
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return open_codec(codec_address(model, name, address), scale=scale, tile=tile, dtype=dtype, device=device)
+
+
+def codec_address(model: Model, name: str, address: str | None) -> str:
+    if address is not None:
+        return address
+    if model.folder is None or not ((model.folder / "vae").is_dir() or not model.folder.exists()):
+        raise UserError(f"{name}: has no codec beside it. Add --codec, the folder of an autoencoder or of its pipeline")
+    return str(model.folder)
 
 
 def _of_files(pieces: Sequence[Piece], controls: Sequence[str], known: str | None) -> Model:
@@ -220,7 +307,7 @@ def _of_files(pieces: Sequence[Piece], controls: Sequence[str], known: str | Non
         spec = replace(spec, controls=tuple(module.branches))  # type: ignore[arg-type]  # a ModuleDict
     network = spec.build()
     load_into(network.module, {n: stored.read() for n, stored in found.tensors.items()}, " and ".join(p[1] for p in pieces))
-    return Model(network, spec)
+    return Model(network, spec, teacher_sampler(network, None))
 
 
 def _of_diffusers(folder: Path) -> bool:

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fewstep.batch import Batch, Condition
 from fewstep.config import kind
-from fewstep.diffusion import Rng, samplers, times
-from fewstep.diffusion.rollout import start
+from fewstep.diffusion import Rng, TeacherSampler
 from fewstep.networks.analytic import MixtureSpec
 from fewstep.networks.contract import AnyNetwork
 
@@ -68,8 +66,7 @@ class TeacherPairs:
     shape: tuple[int, ...] = (2,)  # of one sample
     num: int = 16384
     seed: int = 1
-    sampler: Literal["euler", "heun", "dpmpp_2m", "unipc", "res_2ab"] = "heun"
-    num_calls: int = 64  # length of the solver's grid
+    sampler: TeacherSampler = TeacherSampler("heun", 64, shift=1.0)
     path_times: tuple[float, ...] = ()  # states to keep, in the time of the teacher's path; () keeps none
 
     @property
@@ -77,25 +74,18 @@ class TeacherPairs:
         return frozenset({"x0", "noise"} | ({"path", "path_times"} if self.path_times else set()))
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        if self.num_calls < 2 * max(len(self.path_times), 1):
-            yield "num_calls", f"is {self.num_calls}: too few to keep {len(self.path_times)} states and solve between them"
+        if self.sampler.num_steps < 2 * max(len(self.path_times), 1):
+            num = self.sampler.num_steps
+            yield "sampler.num_steps", f"is {num}: too few to keep {len(self.path_times)} states and solve between them"
 
     @torch.no_grad()
     def open(self) -> InMemory:
-        teacher = self.teacher.build()
-        grid = times.on_flow(self.num_calls, teacher.path)
-        solver, parts = getattr(samplers, self.sampler), []
+        teacher, parts = self.teacher.build(), list[Batch]()
         for rows in torch.arange(self.num).split(_CHUNK):
             noise = Rng(self.seed, 0, rows).normal(self.shape)
-            x = start(teacher.path, noise, float(grid[0]))
-            if not self.path_times:
-                parts.append(Batch(x0=solver(teacher, x, grid, Condition()), noise=noise))
-                continue
-            at = torch.tensor(self.path_times, dtype=torch.float64)
-            made = samplers.trajectory(solver, teacher, x, grid, Condition(), at)
-            parts.append(
-                Batch(x0=made.x0, noise=noise, path=made.states, path_times=made.times.expand(len(rows), -1).contiguous())
-            )
+            solved = self.sampler.trajectory(teacher, noise, Condition(), at=self.path_times)
+            states = (solved.states, solved.times.expand(len(rows), -1).contiguous()) if self.path_times else (None, None)
+            parts.append(Batch(x0=solved.x0, noise=noise, path=states[0], path_times=states[1]))
         return InMemory(_concatenated(parts))
 
 

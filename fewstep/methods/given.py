@@ -10,9 +10,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from fewstep.batch import Batch, Condition
+from fewstep.batch import Batch, Condition, first_frames
 from fewstep.diffusion import Rng
 
 
@@ -30,11 +29,6 @@ def with_given(batch: Batch, shares: tuple[float, ...], rng: Rng) -> Batch:
         return replace(cond, frames=x0, frame_mask=mask)
 
     return replace(batch, cond=shown(batch.cond), negative=None if batch.negative is None else shown(batch.negative))
-
-
-def first_frames(num: Tensor, frames: int) -> Tensor:
-    """(B, frames), true for the first num[i] of row i."""
-    return torch.arange(frames, device=num.device)[None] < num[:, None]
 
 
 def problems_of(shares: tuple[float, ...]) -> Iterable[tuple[str, str]]:

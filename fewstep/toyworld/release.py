@@ -25,6 +25,12 @@ from fewstep.networks.weights.addresses import load_into, read
 from fewstep.toyworld.tokenizer import TokenizerSpec
 
 app = typer.Typer(help=__doc__)
+SCHEDULER = {  # how the teacher is sampled: on an even grid of its flow
+    "_class_name": "UniPCMultistepScheduler",
+    "flow_shift": 1.0,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+}
 NUM_MEASURED = 1024  # clips: the mean of a channel is known to 1 / sqrt(80 x 1024) of its spread
 
 
@@ -118,6 +124,10 @@ def _index(pipeline: Path) -> None:
     version = max(config["_diffusers_version"] for config in configs.values())
     index = {"_class_name": "DiffusionPipeline", "_diffusers_version": version}
     index |= {name: ["diffusers", config["_class_name"]] for name, config in configs.items()}
+    index["scheduler"] = ["diffusers", SCHEDULER["_class_name"]]
+    (pipeline / "scheduler").mkdir(exist_ok=True)
+    scheduler = {**SCHEDULER, "_diffusers_version": version}
+    (pipeline / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
     (pipeline / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -14,15 +14,14 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fewstep.batch import Batch
-from fewstep.diffusion import Denoiser, Rng, StudentSampler, guided, on_path, samplers, times
-from fewstep.diffusion.rollout import start
+from fewstep.diffusion import Denoiser, Rng, StudentSampler, TeacherSampler, on_path
 
 Action = Literal["warn", "stop", "rollback", "off"]
 SEVERITY: tuple[Action, ...] = ("off", "warn", "stop", "rollback")
@@ -134,9 +133,9 @@ class Monitor:
         if self.teacher is None:
             return part.x0.float()
         noise = self._rng(rows, part.x0.device).normal_like(part.x0)  # that of the student's sample
-        grid = times.on_flow(self.config.reference_calls, self.teacher.path)
-        teacher = guided(self.teacher, part.negative, self.config.guidance)
-        return samplers.unipc(teacher, start(self.teacher.path, noise, float(grid[0])), grid, part.cond).float()
+        sampler = TeacherSampler.for_path(self.teacher.path)
+        sampler = replace(sampler, num_steps=self.config.reference_calls, guidance=self.config.guidance)
+        return sampler(self.teacher, noise, part.cond, negative=part.negative).float()
 
     def _errors(self, made: Tensor, rows: Tensor, critic: Denoiser, teacher: Denoiser) -> tuple[float, float]:
         """Denoising errors of critic and teacher on student samples, summed over these rows and four noise levels."""

@@ -164,7 +164,7 @@ for given in sorted(Path(sys.argv[1]).glob("*/given.safetensors")):
 def ours(address: str, cond: Condition) -> tuple[Tensor, dict[str, Tensor]]:
     """Latents of our sampler, and the noises that it drew."""
     model = open_model(address)
-    assert model.sampler is not None
+    assert isinstance(model.sampler, StudentSampler)
     rng = Rng.of_samples([3, 4])
     with torch.no_grad():
         made = model.sampler(model.network, rng.normal(SHAPE), cond, rng)

@@ -12,21 +12,20 @@ import fewstep
 from fewstep.data.files import video
 from fewstep.diffusion import StudentSampler
 from fewstep.evaluation.score import Value, over_sets
-from fewstep.inference.evaluate import Job, codec_of, line, run
-from fewstep.inference.model import Model, open_model
+from fewstep.inference.evaluate import Job, line, run
+from fewstep.inference.model import Model, codec_of, open_model
+from fewstep.inference.request import SamplerOptions
 from fewstep.toyworld.scores import ToyWorld
 
 TOY = str(fewstep.TOY)
 
 
 def test_a_model_without_a_codec_asks_for_one_and_takes_the_one_that_is_named() -> None:
-    here = Path()
     whole = open_model(TOY)
-    bare = Model(whole.network, whole.spec, folder=None)  # as a run's own checkpoint is
+    bare = Model(whole.network, whole.spec, whole.sampler, folder=None)  # as a run's own checkpoint is
     with pytest.raises(ValueError, match=r"somebody/run: has no codec beside it\. Add --codec"):
-        codec_of(bare, Job("somebody/run", here, here, here))
-    named = codec_of(bare, Job("somebody/run", here, here, here, codec=TOY))
-    assert named.fingerprint == codec_of(whole, Job(TOY, here, here, here)).fingerprint
+        codec_of(bare, "somebody/run")
+    assert codec_of(bare, "somebody/run", TOY).fingerprint == codec_of(whole, TOY).fingerprint
 
 
 def test_what_would_have_no_effect_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,15 +39,15 @@ def test_what_would_have_no_effect_is_refused(tmp_path: Path, monkeypatch: pytes
     job = Job("a/student", here, here, here, scorer=ToyWorld())
     with pytest.raises(ValueError, match=r"^--calls: a/student is a student, which takes the 2 steps it was trained for"):
         run(replace(job, calls=4))
-    with pytest.raises(ValueError, match=r"^--steps, --guidance: a/student is a student"):
-        run(replace(job, told=("--steps", "--guidance")))
+    with pytest.raises(ValueError, match=r"^--num-steps, --guidance: a/student is a student"):
+        run(replace(job, sampling=SamplerOptions(8, guidance=2.0)))
     with pytest.raises(ValueError, match=r"^--calls: .*clips holds clips that are made already"):
         run(replace(job, what=str(clips), calls=4))
     with pytest.raises(ValueError, match=r"^--shift: codec:x is a codec"):
-        run(replace(job, what="codec:x", told=("--shift",)))
+        run(replace(job, what="codec:x", sampling=SamplerOptions(shift=3.0)))
     student = whole
-    with pytest.raises(ValueError, match=r"^--calls: finds steps, sampler and shift by itself; leave out --steps"):
-        run(replace(job, calls=4, told=("--steps", "--guidance")))
+    with pytest.raises(ValueError, match=r"^--calls: finds steps, sampler and shift by itself; leave out --num-steps"):
+        run(replace(job, calls=4, sampling=SamplerOptions(8, guidance=2.0)))
     with pytest.raises(ValueError, match=r"^--num 11: a set needs at least 12 clips"):
         run(replace(job, num=11))
 

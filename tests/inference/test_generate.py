@@ -20,10 +20,10 @@ from fewstep.batch import Condition
 from fewstep.cli import main as cli
 from fewstep.config import dump
 from fewstep.data.files import arrays, video
-from fewstep.diffusion import Rng, guided, samplers, times
-from fewstep.inference.asked import read_command
-from fewstep.inference.generate import generate, sample
+from fewstep.diffusion import Rng, StudentSampler, TeacherSampler, guided, samplers, times
+from fewstep.inference.generate import generate, sampler_of
 from fewstep.inference.model import Model, open_model
+from fewstep.inference.request import read_command
 from fewstep.networks.encoders.codecs import open_codec
 from fewstep.networks.encoders.text import open_text_encoder
 from fewstep.networks.families.cosmos.control import CosmosControlSpec
@@ -99,7 +99,7 @@ def test_a_student_takes_its_own_steps(student: Path, tmp_path: Path) -> None:
     model, rng = open_model(student), Rng.of_samples([3])
     text, mask = open_text_encoder(student).encode(["a red ball"])
     cond = Condition(text=text, text_mask=mask, fps=torch.tensor([8.0]))
-    assert model.sampler is not None
+    assert isinstance(model.sampler, StudentSampler)
     noise = rng.normal((2, 3, 4, 4))
     wanted = as_frames(student, model.sampler(model.network, noise, cond, rng))
     found = video.read(tmp_path / "output.mp4")
@@ -141,7 +141,7 @@ def test_processes_divide_the_clips_and_make_what_one_makes(student: Path, tmp_p
 
 @torch.no_grad()
 def test_the_low_noise_expert_may_have_a_guidance_of_its_own() -> None:
-    from fewstep.networks.families.wan.experts import ExpertsSpec, guided_apart
+    from fewstep.networks.families.wan.experts import ExpertsSpec
     from fewstep.networks.families.wan.network import WanSpec
 
     torch.manual_seed(0)
@@ -154,11 +154,12 @@ def test_the_low_noise_expert_may_have_a_guidance_of_its_own() -> None:
     noise, text, other = (torch.randn(1, *shape, generator=draw) for shape in ((4, 2, 4, 4), (4, 8), (4, 8)))
     cond, negative = Condition(text=text), Condition(text=other)
     asked = read_command(["m", "--guidance", "4", "--guidance_scale_2", "3", "--num-steps", "4", "--sampler", "euler"])
-    made = sample(asked, Model(network, spec), noise, cond, negative, Rng.of_samples([0]))
-    wanted = samplers.euler(guided_apart(network, negative, 4.0, 3.0), noise, times.shifted(4, 5.0), cond)
+    model = Model(network, spec, replace(TeacherSampler.for_path(network.path), boundary=network.boundary))
+    made = sampler_of(asked, model, print)(network, noise, cond, Rng.of_samples([0]), negative)
+    wanted = samplers.euler(guided(network, negative, 4.0, below=(network.boundary, 3.0)), noise, times.shifted(4, 5.0), cond)
     torch.testing.assert_close(made, wanted, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="--guidance-low: m is no pair of experts"):
-        sample(asked, Model(network.low, wan), noise, cond, negative, Rng.of_samples([0]))
+    with pytest.raises(ValueError, match="--guidance-low: this model is no pair of experts"):
+        sampler_of(asked, Model(network.low, wan, TeacherSampler()), print)
 
 
 @torch.no_grad()
@@ -170,7 +171,7 @@ def test_a_longer_clip_is_made_chunk_after_chunk(student: Path, tmp_path: Path) 
     assert "trained on" not in "".join(told)
     model, codec = open_model(student), open_codec(student)
     text, mask = open_text_encoder(student).encode(["a red ball"])
-    assert model.sampler is not None
+    assert isinstance(model.sampler, StudentSampler)
     clips: list[Tensor] = []
     for chunk in range(4):
         cond = Condition(text=text, text_mask=mask, fps=torch.tensor([8.0]))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fewstep.batch import Condition
+from fewstep.diffusion import EDM, TeacherSampler
 from fewstep.inference.model import open_model, spec_of
 from fewstep.networks.families.cosmos.control import CosmosControlSpec
 from fewstep.networks.families.cosmos.keys import original_names
@@ -129,7 +130,7 @@ def test_original_weights_are_a_teacher(together: bool, tmp_path: Path, monkeypa
     torch.save({name: tensor for name, tensor in file.items() if name not in base}, tmp_path / "b.pt")
     address = str(tmp_path / "a.pt") + ("" if together else f"+{tmp_path / 'b.pt'}")
     model = open_model(address, controls=["seg"])
-    assert (model.spec.controls, model.sampler, model.folder) == (("seg",), None, None)
+    assert (model.spec.controls, model.sampler, model.folder) == (("seg",), TeacherSampler.for_path(EDM()), None)
     same_answer(network, model.network, "seg", 5.0)
     assert open_model(address, controls=["seg"], known="small").spec == model.spec
     with pytest.raises(ValueError, match="the nearest is transfer1_7b"):

@@ -3,6 +3,7 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from fewstep.batch import Condition
 from fewstep.data.files import arrays, cache, video
 from fewstep.data.files.arrays import write_pickle
 from fewstep.data.folder.dataset import Folder
-from fewstep.diffusion import Prediction, RectifiedFlow
-from fewstep.inference.pairs import Making, asked, write
+from fewstep.diffusion import Prediction, RectifiedFlow, TeacherSampler
+from fewstep.diffusion.sampling import student_times
+from fewstep.inference.pairs import PairSettings, write
+from fewstep.inference.request import PairsRequest, SamplerOptions, path_times_of
 
 NUM, FRAMES, SIZE = 5, 5, 8
 TIMES = (1.0, 0.75, 0.5)
@@ -25,6 +28,7 @@ class Pull:
 
     path = RectifiedFlow()
     module = nn.Module()
+    controls = ("edge",)
     asked = 0
 
     def __call__(self, x_t, t, cond: Condition, *, taps=(), cache=None) -> Prediction:
@@ -78,10 +82,14 @@ def by_hand(noise: torch.Tensor, target: float, w: float, num: int, until: float
     return x
 
 
+def settings(num_steps: int, guidance: float = 1.0, **changes: Any) -> PairSettings:
+    return PairSettings(TeacherSampler("euler", num_steps, shift=1.0, guidance=guidance), **changes)
+
+
 def made(tmp_path: Path, name: str = "out", source: Folder | None = None, **more) -> Path:
-    making = Making(num_steps=8, sampler="euler", guidance=2.0, seed=3, path_times=TIMES, quality="lossless")
+    making = settings(8, guidance=2.0, seed=3, path_times=TIMES, quality="lossless")
     source = source or dataset(tmp_path / "data")
-    write(tmp_path / name, Pull(), Blocks(), source, making, told="pull", batch_size=2, **more)  # type: ignore[arg-type]
+    write(tmp_path / name, Pull(), Blocks(), source, making, name="pull", batch_size=2, **more)  # type: ignore[arg-type]
     return tmp_path / name
 
 
@@ -130,14 +138,14 @@ def test_ranks_divide_the_work_and_change_nothing(tmp_path: Path) -> None:
 
 def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
     source, out = dataset(tmp_path / "data"), tmp_path / "out"
-    making, teacher = Making(num_steps=4, sampler="euler"), Pull()
+    making, teacher = settings(4), Pull()
     assert write(out, teacher, Blocks(), source, making, num=3) == 3  # type: ignore[arg-type]
     (out / "noise" / "1.pickle").unlink()  # as if killed before it was written
     teacher.asked = 0
     assert write(out, teacher, Blocks(), source, making, num=4) == 2  # type: ignore[arg-type]
     assert teacher.asked == 2 * 4
-    with pytest.raises(ValueError, match=r"guidance 1.0, not 3.0"):
-        write(out, teacher, Blocks(), source, Making(num_steps=4, sampler="euler", guidance=3.0))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"sampler\.guidance 1.0, not 3.0"):
+        write(out, teacher, Blocks(), source, settings(4, guidance=3.0))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"--num 9: .* has 5 samples"):
         write(out, teacher, Blocks(), source, making, num=9)  # type: ignore[arg-type]
 
@@ -151,7 +159,7 @@ def test_a_teacher_that_answers_nan_makes_no_pairs(tmp_path: Path) -> None:
 
     source, out = dataset(tmp_path / "data"), tmp_path / "out"
     with pytest.raises(ValueError, match=r"^pull: answers numbers that are not finite"):
-        write(out, Broken(), Blocks(), source, Making(num_steps=2, sampler="euler"), told="pull")  # type: ignore[arg-type]
+        write(out, Broken(), Blocks(), source, settings(2), name="pull")  # type: ignore[arg-type]
     assert [path.name for path in out.rglob("*") if path.is_file()] == ["pairs.json"]
     (out / "pairs.json").write_text('{"teacher": ')
     with pytest.raises(ValueError, match=r"pairs\.json: damaged, no JSON: .*Remove .*out and make its pairs again"):
@@ -163,7 +171,7 @@ def test_controls_and_given_frames_reach_the_teacher_and_stay_with_the_pair(tmp_
 
     plain = dataset(tmp_path / "data")
     source = Folder(plain.dataset_dir, max_tokens=2, control=Edge())
-    making = Making(num_steps=2, sampler="euler", given_frames=1)
+    making = settings(2, given_frames=1)
     write(tmp_path / "out", Pull(), Blocks(), source, making)  # type: ignore[arg-type]
     pixels = plain.open().batch(torch.tensor([2])).x0
     control = source.open().batch(torch.tensor([2])).cond.control["edge"]
@@ -183,20 +191,28 @@ def test_a_foreign_folder_is_not_written_into(tmp_path: Path) -> None:
     out.mkdir()
     (out / "thesis.txt").write_text("precious")
     with pytest.raises(ValueError, match=r"is not empty and has no pairs.json"):
-        write(out, Pull(), Blocks(), source, Making(num_steps=2))  # type: ignore[arg-type]
+        write(out, Pull(), Blocks(), source, settings(2))  # type: ignore[arg-type]
 
 
 def test_a_command_line_is_read_whole() -> None:
-    making = asked(35, "unipc", 1.0, 2.0, "4", 3.0, 0, 0, "lossless")
     # shift s of u: s u / (1 + (s - 1) u) at u = 1, 3/4, 1/2, 1/4
-    np.testing.assert_allclose(making.path_times, [1.0, 0.9, 0.75, 0.5], rtol=1e-12)
-    assert asked(8, "euler", 1.0, 1.0, "0.9,0.5", 5.0, 0, 0, "18").path_times == (0.9, 0.5)
+    assert path_times_of("4") == 4
+    np.testing.assert_allclose(student_times(4, RectifiedFlow(), 3.0), [1.0, 0.9, 0.75, 0.5], rtol=1e-12)
+    assert path_times_of("0.9,0.5") == (0.9, 0.5)
+    with pytest.raises(ValueError, match="--sampler is one of"):
+        SamplerOptions(solver="rk4")
+    with pytest.raises(ValueError, match="takes numbers"):
+        path_times_of("x")
+    here = Path()
     for wrong, match in (
-        (("rk4", None), "--sampler is one of"),
-        (("euler", "x"), "takes numbers"),
-        (("euler", "0.5,0.9"), "descend"),
+        ({"batch_size": 0}, "--batch-size 0: at least 1"),
+        ({"batch_size": -1}, "--batch-size -1: at least 1"),
+        ({"given_frames": -1}, "--given-frames -1: at least 0"),
+        ({"quality": "good"}, "--quality is 'lossless' or a CRF"),
     ):
         with pytest.raises(ValueError, match=match):
-            asked(8, wrong[0], 1.0, 1.0, wrong[1], 5.0, 0, 0, "18")
+            PairsRequest("m", here, here, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="--path-times: the times must descend"):
+        settings(8, path_times=(0.5, 0.9)).check(RectifiedFlow())
     with pytest.raises(ValueError, match="too few to keep 4 states"):
-        asked(6, "euler", 1.0, 1.0, "4", 3.0, 0, 0, "18")
+        settings(6, path_times=(1.0, 0.9, 0.75, 0.5)).check(RectifiedFlow())

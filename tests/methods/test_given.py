@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from fewstep.batch import Batch, Condition
+from fewstep.batch import Batch, Condition, first_frames
 from fewstep.diffusion import Prediction, RectifiedFlow, Rng
 from fewstep.diffusion.prediction import keep_given
 from fewstep.methods import Finetune
 from fewstep.methods.contract import Nets
-from fewstep.methods.given import first_frames, with_given
+from fewstep.methods.given import with_given
 
 
 def batch(num: int) -> Batch:

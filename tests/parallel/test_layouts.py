@@ -36,7 +36,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from fewstep.batch import Batch, Condition
 from fewstep.config import kind, recipe
-from fewstep.diffusion import Prediction, RectifiedFlow, Rng
+from fewstep.diffusion import Prediction, RectifiedFlow, Rng, TeacherSampler
 from fewstep.diffusion.path import AnyPath
 from fewstep.diffusion.times import Listed
 from fewstep.inference.synthetic import InMemory, MixtureSamples, TeacherPairs
@@ -123,7 +123,7 @@ NETS = {
 }
 METHODS = {
     "finetune": (Finetune(), MixtureSamples(MIXTURE, num=100)),
-    "kd": (KD(), TeacherPairs(MIXTURE, num=100, num_calls=8)),
+    "kd": (KD(), TeacherPairs(MIXTURE, num=100, sampler=TeacherSampler("heun", 8, shift=1.0))),
     "dmd2": (DMD2(t_list=(1.0, 0.6), student_update_freq=2), MixtureSamples(MIXTURE, num=100)),
     # features of a frozen teacher, through which the student's gradient goes; and of a critic, which the head trains too
     "gan": (DMD2(t_list=(1.0, 0.6), student_update_freq=2, gan=Gan(weight=0.3)), None),

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from fewstep.batch import Condition
 from fewstep.data.files import arrays, video
-from fewstep.diffusion import guided, samplers
+from fewstep.diffusion import TeacherSampler, guided, samplers
 from fewstep.inference import generate as room
-from fewstep.inference.asked import Control, Request, read_command
 from fewstep.inference.chunks import chunks_of
+from fewstep.inference.coming_from_cosmos import Control
 from fewstep.inference.conditions import Parts, Shot, Text
 from fewstep.inference.model import Model
-from fewstep.inference.pairs import to_uint8
-from fewstep.networks.encoders.codecs import codec_of
+from fewstep.inference.request import ClipRequest, read_command
+from fewstep.networks.encoders.codecs import codec_of, to_uint8
 from fewstep.networks.families.cogvideox import CogVideoXSpec
 from fewstep.networks.families.cosmos.control import CosmosControlSpec
 from fewstep.networks.families.cosmos.network import supply_resize
@@ -44,12 +44,12 @@ def latents_of(monkeypatch: pytest.MonkeyPatch, noise: Tensor, solve: Solve) -> 
     """What each call of the sampler gives, from now on."""
     made: list[Tensor] = []
 
-    def sample(asked: Any, model: Any, drawn: Tensor, cond: Condition, negative: Condition | None, rng: Any) -> Tensor:
+    def sample(self: Any, network: Any, drawn: Tensor, cond: Condition, rng: Any, negative: Condition | None) -> Tensor:
         assert drawn.shape == noise.shape
-        made.append(solve(model.network, noise, cond, negative))
+        made.append(solve(network, noise, cond, negative))
         return made[-1]
 
-    monkeypatch.setattr(room, "sample", sample)
+    monkeypatch.setattr(TeacherSampler, "__call__", sample)
     return made
 
 
@@ -232,10 +232,10 @@ def test_a_long_clip_led_by_edges_is_upstreams_chunk_after_chunk(
 
     made = latents_of(monkeypatch, noise, solve)
     words = {"p": Text(text, None), "n": Text(negative, None)}
-    request = Request("clip", "p", "n", control={"edge": Control(tmp_path / "edges.mp4")})
-    parts = Parts(Model(net, spec), codec_of(vae), words, torch.device("cpu"))
+    request = ClipRequest("clip", "p", "n", control={"edge": Control(tmp_path / "edges.mp4")})
+    parts = Parts(Model(net, spec, TeacherSampler()), codec_of(vae), words, torch.device("cpu"))
     chunks = chunks_of(15, 9, overlap)
-    pixels, _ = room._clip(read_command(["m"]), request, parts, Shot(15, 32, 32, 8.0), chunks)
+    pixels, _ = room._films([request], parts, TeacherSampler(), Shot(15, 32, 32, 8.0), chunks)
     assert pixels.shape == (1, 3, 15, 32, 32)
     taken = 1 + (overlap - 1) // 4
     ours = torch.cat([made[0], *(latents[:, :, taken:] for latents in made[1:])], 2)[:, :, : theirs.shape[2]]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fewstep.batch import Condition
 from fewstep.diffusion import guided, samplers
-from fewstep.networks.families.wan.experts import Experts, ExpertsSpec, guided_apart
+from fewstep.networks.families.wan.experts import Experts, ExpertsSpec
 from fewstep.networks.families.wan.network import Wan, WanSpec, start_from
 from fewstep.parallel import World, place
 
@@ -341,7 +341,7 @@ def test_two_experts_from_an_image_are_the_upstream_pipeline() -> None:
     beside = start_from(encoded(vae, torch.cat([picture[:, :, None], torch.zeros(1, 3, 8, 32, 48)], 2)))
     cond, other = (Condition(text=words[:1], beside=beside) for words in (text, negative))
     with torch.no_grad():
-        ours = samplers.euler(guided_apart(net, other, 4.0, 3.0), noise, grid, cond)
+        ours = samplers.euler(guided(net, other, 4.0, below=(net.boundary, 3.0)), noise, grid, cond)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
@@ -355,7 +355,7 @@ def test_two_experts_are_the_upstream_pipeline_with_two_transformers(low: float)
     grid = scheduler.sigmas[:-1].double()
     assert bool((grid >= 0.875).any()) and bool((grid < 0.875).any())
     text, negative = (Condition(text=words) for words in text_pair())
-    teacher = guided(net, negative, 5.0) if low == 5.0 else guided_apart(net, negative, 5.0, low)
+    teacher = guided(net, negative, 5.0) if low == 5.0 else guided(net, negative, 5.0, below=(net.boundary, low))
     with torch.no_grad():
         ours = samplers.euler(teacher, noise, grid, text)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)

@@ -16,7 +16,7 @@ import chromium
 
 import fewstep
 from fewstep.batch import Condition
-from fewstep.diffusion import Rng
+from fewstep.diffusion import Rng, StudentSampler
 from fewstep.inference.model import open_model
 from fewstep.networks.encoders.codecs import open_codec
 from fewstep.networks.encoders.text import open_text_encoder
@@ -150,7 +150,7 @@ save_file({"pixels": pixels.contiguous()}, out)
 @pytest.mark.parametrize("student", ["4step", "1step"])
 def test_plain_diffusers_makes_our_frames(made: Path, tmp_path: Path, student: str) -> None:
     model, encoder, codec = open_model(made / "students" / student), open_text_encoder(TOY), open_codec(TOY)
-    assert model.sampler is not None
+    assert isinstance(model.sampler, StudentSampler)
     text, mask = encoder.encode(["a red sphere rolls to the left."])
     rng, again = Rng.of_samples([5]), Rng.of_samples([5])
     with torch.no_grad():

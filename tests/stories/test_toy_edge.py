@@ -6,11 +6,10 @@ import torch
 import fewstep
 from fewstep.batch import Condition
 from fewstep.data.controls import Edge
-from fewstep.diffusion import Rng
+from fewstep.diffusion import Rng, TeacherSampler
 from fewstep.evaluation import canny_f1
 from fewstep.inference.model import open_model
-from fewstep.inference.pairs import Making, solve, to_uint8
-from fewstep.networks.encoders.codecs import open_codec
+from fewstep.networks.encoders.codecs import open_codec, to_uint8
 from fewstep.networks.encoders.text import open_text_encoder
 from fewstep.toyworld.clips import stream
 from fewstep.toyworld.physics import World
@@ -38,12 +37,10 @@ def test_clips_follow_the_edges_that_lead_them() -> None:
     text, mask = encoder.encode([clip.caption for clip in clips])
     noise = Rng.of_samples(list(range(NUM))).normal((8, 5, 4, 4))
     cond = Condition(text=text, text_mask=mask)
-    how = Making(num_steps=12, sampler="unipc", guidance=1.0)
+    sampler = TeacherSampler("unipc", 12, shift=1.0)
 
     def made(controls: tuple[str, ...], cond: Condition) -> np.ndarray:
-        return to_uint8(
-            codec.decode(solve(open_model(TOY, controls=controls).network, noise, cond, None, how)[0]), "the teacher"
-        )
+        return to_uint8(codec.decode(sampler(open_model(TOY, controls=controls).network, noise, cond)), "the teacher")
 
     led = made(("edge",), Condition(text=text, text_mask=mask, control={"edge": hint}))
     alone = made((), cond)

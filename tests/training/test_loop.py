@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.batch import Batch, Condition
 from fewstep.config import ConfigError, kind, recipe
-from fewstep.diffusion import Rng, StudentSampler
+from fewstep.diffusion import Rng, StudentSampler, TeacherSampler
 from fewstep.diffusion.times import Shifted
 from fewstep.inference.synthetic import MixtureSamples, TeacherPairs
 from fewstep.methods import DMD2, KD, Finetune, Nets, Terms, Turn
@@ -115,7 +115,7 @@ def test_a_run_is_the_loop_one_would_write_by_hand() -> None:
 
 TURNS = {
     "finetune": (Finetune(), MixtureSamples(MIXTURE, num=100)),
-    "kd": (KD(), TeacherPairs(MIXTURE, num=100, num_calls=8)),
+    "kd": (KD(), TeacherPairs(MIXTURE, num=100, sampler=TeacherSampler("heun", 8, shift=1.0))),
     "dmd2": (DMD2(t_list=(1.0, 0.6), student_update_freq=2), MixtureSamples(MIXTURE, num=100)),
 }
 

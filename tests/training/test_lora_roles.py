@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fewstep.batch import Condition
-from fewstep.diffusion import Rng
+from fewstep.diffusion import Rng, TeacherSampler
 from fewstep.diffusion.times import Shifted
 from fewstep.evaluation import energy_distance
 from fewstep.inference.synthetic import MixtureSamples, TeacherPairs
@@ -68,7 +68,7 @@ def networks(**roles: Any) -> Networks:
 
 
 def test_kd_learns_and_saves_adapters_only(root: Path) -> None:
-    data = TeacherPairs(MIXTURE, num=8192, num_calls=16)
+    data = TeacherPairs(MIXTURE, num=8192, sampler=TeacherSampler("heun", 16, shift=1.0))
     told = train(replace(run("kd", KD(), networks(student=Lora(rank=8)), data, 250, 4e-3), critic_optim=None))
     assert told["energy_distance_undistilled"] > 0.5 and told["energy_distance"] < 0.005
     average = read("lora/default/kd@latest:student.ema")

@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -166,6 +167,16 @@ class Autoencoder:
                 out[..., top * made : (top + tall) * made, left * made : (left + wide) * made] += part * down[:, None] * across
         assert out is not None
         return out
+
+
+def to_uint8(pixels: Tensor, whose: str) -> np.ndarray:
+    """Frames B T H W 3 of pixels B 3 T H W in -1..1. Refuses values that are not finite, naming `whose` they are."""
+    if not bool(pixels.isfinite().all()):
+        raise UserError(
+            f"{whose}: answers numbers that are not finite. Its weights or its codec's are damaged, or the precision is too "
+            "small for them. None of these clips was written"
+        )
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
 
 
 def _rows_at_once(like: Tensor, times: int = 1) -> int:

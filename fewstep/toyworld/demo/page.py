@@ -19,16 +19,17 @@ import torch
 
 import fewstep
 from fewstep.data.files import video
+from fewstep.diffusion import TeacherSampler
 from fewstep.evaluation.report import Chart, Film, Gallery, Gate, Model, Report, Row, Score, Stage, Value, curves_of, write
 from fewstep.files import write_json
 from fewstep.inference.evaluate import Job, generated, opened, speed
-from fewstep.inference.model import open_model
-from fewstep.inference.pairs import Making
-from fewstep.networks.encoders.codecs import open_codec
+from fewstep.inference.model import changed, codec_of, open_model
+from fewstep.inference.request import SamplerOptions
 from fewstep.toyworld.demo.stages import GUIDANCE, STEPS, TOY
 
 STUDENTS = ("4step", "1step")
 NUM_SHOWN = 8
+TEACHER = SamplerOptions(STEPS, "unipc", guidance=GUIDANCE)
 BOUNDS = {  # (ratio to the teacher's distance, share of the gap closed): set before the numbers were known
     "default": {"4step": (1.5, 0.60), "1step": (2.0, 0.50)},
     "long": {"4step": (1.2, 0.85), "1step": (1.5, 0.75)},
@@ -113,9 +114,8 @@ def measured_speed(out: Path, toy: str) -> dict[str, Value]:
     """Clips per second, noise to pixels, on one thread, one model after the other; kept once measured."""
     kept = out / "scores" / "speed.json"
     if not kept.is_file():
-        how = {"teacher": (toy, Making(num_steps=STEPS, sampler="unipc", guidance=GUIDANCE))}
-        how |= {name: (str(out / "students" / name), Making()) for name in STUDENTS}
-        found = {name: speed(address, out / "heldout", making)[:3] for name, (address, making) in how.items()}
+        models = {"teacher": (toy, TEACHER)} | {name: (str(out / "students" / name), SamplerOptions()) for name in STUDENTS}
+        found = {name: speed(address, out / "heldout", sampling)[:3] for name, (address, sampling) in models.items()}
         write_json(kept, found, indent=None)
     return {name: Value(*row) for name, row in json.loads(kept.read_text()).items()}
 
@@ -176,10 +176,10 @@ def show_teacher(out: Path, toy: str) -> None:
     folder = out / "scores" / "teacher_shown"
     if (folder / f"{NUM_SHOWN - 1:02d}.mp4").is_file():
         return
-    how = Making(num_steps=STEPS, sampler="unipc", guidance=GUIDANCE)
-    job = Job(toy, out / "heldout", out / "real", out / "scores" / "teacher_shown.json", NUM_SHOWN, 1, how=how)
-    model, codec = open_model(toy), open_codec(toy)
-    clips = generated(model, codec, opened(job), job, how, NUM_SHOWN, 0)
+    job = Job(toy, out / "heldout", out / "real", out / "scores" / "teacher_shown.json", NUM_SHOWN, 1)
+    model = open_model(toy)
+    assert isinstance(model.sampler, TeacherSampler)
+    clips = generated(model, changed(model.sampler, TEACHER), codec_of(model, toy), opened(job), job, NUM_SHOWN, 0)
     for n, clip in enumerate(clips):
         video.write(folder / f"{n:02d}.mp4", clip, 16.0, quality="lossless")
 

@@ -17,9 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fewstep.batch import Condition
 from fewstep.config import kind
-from fewstep.diffusion import Cache, Denoiser, Path, Prediction
-from fewstep.diffusion.guidance import with_and_without
-from fewstep.diffusion.path import spread
+from fewstep.diffusion import Cache, Path, Prediction
 from fewstep.errors import UserError
 from fewstep.networks.contract import AnyNetwork, Network, refuse_cache
 from fewstep.networks.families.upstream import told_by_pipeline
@@ -130,30 +128,6 @@ def for_each(network: Network, weights: Mapping[str, Tensor]) -> Mapping[str, Te
     if not isinstance(network, Experts) or any(key.split(".")[0] in names for key in weights):
         return weights
     return {f"{name}.{key}": tensor for name in names for key, tensor in weights.items()}
-
-
-def guided_apart(experts: Experts, negative: Condition, high: float, low: float) -> Denoiser:
-    """uncond + w (cond - uncond) with a w for each expert, as upstream samples A14B (guidance_scale, guidance_scale_2)."""
-    return _GuidedApart(experts, negative, high, low)
-
-
-@dataclass(frozen=True)
-class _GuidedApart:
-    inner: Experts
-    negative: Condition
-    high: float
-    low: float
-
-    @property
-    def path(self) -> Path:
-        return self.inner.path
-
-    def __call__(
-        self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
-    ) -> Prediction:
-        first, without = with_and_without(self.inner, self.negative, x_t, t, cond, taps=taps, cache=cache)
-        w = spread(torch.where(self.inner.is_high(t, cond), self.high, self.low), first.x_t).to(first.x_t.dtype)
-        return replace(first, velocity=without + w * (first.velocity - without))
 
 
 @kind("experts", group="network")

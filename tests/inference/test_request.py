@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fewstep.config import ConfigError
-from fewstep.inference.asked import WITHOUT_EFFECT, Control, read_command
+from fewstep.inference.coming_from_cosmos import WITHOUT_EFFECT, Control
+from fewstep.inference.request import SamplerOptions, read_command
 
 SEED_COMMAND = (  # posttraining_video2world.md, "Running the inference"
     "--checkpoint_dir checkpoints --diffusion_transformer_dir Cosmos-Predict1-7B-Video2World_post-trained "
@@ -22,7 +24,7 @@ def test_the_inference_command_of_the_seed_is_read() -> None:
     told: list[str] = []
     asked = read_command(SEED_COMMAND.split(), told.append)
     assert asked.model == "checkpoints/Cosmos-Predict1-7B-Video2World_post-trained"
-    (request,) = asked.requests
+    (request,) = asked.clips
     assert (request.name, request.num_input_frames) == ("diffusion-video2world-7b-post-trained", 1)
     assert request.source == Path("assets/diffusion/video2world_input0.jpg")
     assert asked.out == Path("outputs")
@@ -31,12 +33,12 @@ def test_the_inference_command_of_the_seed_is_read() -> None:
 
 def test_guidance_is_that_of_cosmos_in_a_command_of_cosmos_and_says_so() -> None:
     told: list[str] = []
-    assert read_command(["m", "--guidance", "8"], told.append).guidance == 8
+    assert read_command(["m", "--guidance", "8"], told.append).sampling.guidance == 8
     assert not told
-    assert read_command(["--video_save_name=a", "m", "--guidance", "7"], told.append).guidance == 8
+    assert read_command(["--video_save_name=a", "m", "--guidance", "7"], told.append).sampling.guidance == 8
     assert "w = 8" in told[0]
-    assert read_command(["m", "--video_save_name", "a", "--guidance_scale", "3.0"], told.append).guidance == 3
-    assert read_command(["m"]).guidance == 1
+    assert read_command(["m", "--video_save_name", "a", "--guidance_scale", "3.0"], told.append).sampling.guidance == 3
+    assert read_command(["m"]).sampling == SamplerOptions()
     with pytest.raises(ConfigError, match="not both"):
         read_command(["m", "--guidance", "1", "--guidance_scale", "2"])
 
@@ -52,9 +54,9 @@ def test_every_name_of_the_predict1_and_transfer1_tools_is_known(tmp_path: Path,
         "--save_input_noise --benchmark"
     )
     asked = read_command([*names.split(), "--batch_input_path", str(tmp_path / "x.jsonl")], lambda text: None)
-    assert (asked.num_steps, asked.num_frames, asked.height, asked.width, asked.fps) == (35, 121, 704, 1280, 24)
-    assert (asked.sigma_max, asked.codec, asked.wants_student, asked.save_noise) == (70, "t", True, True)
-    first, second = asked.requests
+    assert (asked.sampling.num_steps, asked.num_frames, asked.height, asked.width, asked.fps) == (35, 121, 704, 1280, 24)
+    assert (asked.sampling.sigma_max, asked.codec, asked.student_only, asked.save_noise) == (70, "t", True, True)
+    first, second = asked.clips
     assert (first.name, first.prompt, first.source, first.num_input_frames, first.seed) == ("x_0000", "a", Path("a.mp4"), 1, 1)
     assert (second.name, second.source, second.seed, second.negative) == ("x_0001", None, 2, "n")
 
@@ -70,21 +72,21 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--input_image_or_video_path a.mp4 --num_input_frames 9": {".num_input_frames": 9},
     "--prompt red": {".prompt": "red"},
     "--negative_prompt n": {".negative": "n"},
-    "--num_steps 35": {"num_steps": 35},
+    "--num_steps 35": {"sampling.num_steps": 35},
     "--num_video_frames 121": {"num_frames": 121},
     "--height 704": {"height": 704},
     "--width 1280": {"width": 1280},
     "--fps 24": {"fps": 24.0},
     "--seed 1": {".seed": 1},
-    "--sigma_max 70": {"sigma_max": 70.0},
-    "--guidance 7": {"guidance": 7.0},
-    "--guidance 7 --video_save_name a": {"guidance": 8.0},
-    "--guidance_scale 3.0": {"guidance": 3.0},
+    "--sigma_max 70": {"sampling.sigma_max": 70.0},
+    "--guidance 7": {"sampling.guidance": 7.0},
+    "--guidance 7 --video_save_name a": {"sampling.guidance": 8.0},
+    "--guidance_scale 3.0": {"sampling.guidance": 3.0},
     "--video_save_name v": {".name": "v"},
     "--video_save_folder o": {"out": Path("o")},
     "-o o": {"out": Path("o")},
     "--num_gpus 1": {"shard": False},
-    "--use_distilled": {"wants_student": True},
+    "--use_distilled": {"student_only": True},
     "--save_input_noise": {"save_noise": True},
     "--inference-type=text2world": {".num_input_frames": 0},
     "--inference-type=video2world --input_path a.mp4": {".num_input_frames": 5},
@@ -102,7 +104,7 @@ def test_each_argument_of_the_seeds_inference_commands_is_known_and_mapped_in_th
     model = [] if "diffusion_transformer_dir" in words else ["m"]
     asked = read_command([*model, *words.split()], told.append)
     for name, value in ARGUMENTS[words].items():
-        found = getattr(asked.requests[0], name[1:]) if name.startswith(".") else getattr(asked, name)
+        found = getattr(asked.clips[0], name[1:]) if name.startswith(".") else attrgetter(name)(asked)
         assert found == value, name
     page = (Path(__file__).parents[2] / "docs" / "coming-from-cosmos.md").read_text()
     for word in words.replace("=", " ").split():
@@ -127,13 +129,13 @@ def test_a_specification_of_predict2_5_and_transfer2_5_is_read(tmp_path: Path) -
     (tmp_path / "s.json").write_text(json.dumps(spec))
     told: list[str] = []
     asked = read_command(["folder", "-i", str(tmp_path / "s.json"), "-o", "out", "--model=edge/distilled"], told.append)
-    assert (asked.model, asked.out, asked.num_steps, asked.guidance) == ("folder", Path("out"), 4, 4.0)
-    (request,) = asked.requests
+    assert (asked.model, asked.out, asked.sampling.num_steps, asked.sampling.guidance) == ("folder", Path("out"), 4, 4.0)
+    (request,) = asked.clips
     assert (request.name, request.prompt, request.source, request.seed) == ("robot", "a robot", Path("in.mp4"), 2025)
     assert request.control == {"edge": Control(Path("e.mp4"), 0.5, "high"), "vis": Control(None, 0.5)}
     assert "because of -i" in told[0] and "--model edge/distilled has no effect" in told[1]
     (tmp_path / "s.json").write_text(json.dumps({"inference_type": "image2world", "input_path": "a.png", "prompt": "x"}))
-    (request,) = read_command(["m", "-i", str(tmp_path / "s.json")]).requests
+    (request,) = read_command(["m", "-i", str(tmp_path / "s.json")]).clips
     assert (request.num_input_frames, request.source) == (1, Path("a.png"))
     for wrong, said in (
         ({"resolution": "720"}, "unrecognized arguments: --resolution=720"),
@@ -157,11 +159,11 @@ def test_controls_by_name_and_by_a_spec_file(tmp_path: Path) -> None:
     }
     (tmp_path / "spec.json").write_text(json.dumps(spec))
     asked = read_command(["m", "--controlnet_specs", str(tmp_path / "spec.json"), "--sigma_max", "80"])
-    (request,) = asked.requests
+    (request,) = asked.clips
     assert (request.prompt, request.source, request.num_input_frames) == ("a street", Path("in.mp4"), 0)
     assert request.control == {"edge": Control(None, 0.5), "depth": Control(Path("depth.mp4"), 0.25)}
-    assert asked.sigma_max == 80  # the command line wins
-    ours = read_command(["m", "--control", "edge", "--control", "depth=d.mp4", "--input", "v.mp4"]).requests[0]
+    assert asked.sampling.sigma_max == 80  # the command line wins
+    ours = read_command(["m", "--control", "edge", "--control", "depth=d.mp4", "--input", "v.mp4"]).clips[0]
     assert ours.control == {"edge": Control(), "depth": Control(Path("d.mp4"))}
     row = {"prompt": "p", "name": "n", "control_overrides": {"edge": {"input_control": "e.mp4"}}, "seed": 9}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
@@ -169,7 +171,7 @@ def test_controls_by_name_and_by_a_spec_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--prompt or --prompts, not both"):
         read_command(arguments)
     (tmp_path / "spec.json").write_text(json.dumps({key: value for key, value in spec.items() if key != "prompt"}))
-    changed = read_command(arguments).requests[0]
+    changed = read_command(arguments).clips[0]
     assert changed.control["edge"] == Control(Path("e.mp4"), 0.5)
     assert (changed.name, changed.seed) == ("n", 9)
 
@@ -205,5 +207,5 @@ def test_rows_of_prompts_are_checked(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=said):
             read_command(["m", "--prompts", str(path)])
     (tmp_path / "p.txt").write_text("one\n\ntwo\n")
-    found = read_command(["m", "--prompts", str(tmp_path / "p.txt"), "--name", "x", "--seed", "5"]).requests
+    found = read_command(["m", "--prompts", str(tmp_path / "p.txt"), "--name", "x", "--seed", "5"]).clips
     assert [(r.name, r.prompt, r.seed) for r in found] == [("x_0000", "one", 5), ("x_0001", "two", 6)]

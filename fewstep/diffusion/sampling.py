@@ -1,0 +1,145 @@
+"""How a model is sampled, as a record: a few-step student by its own times, a many-step teacher by an ODE solver.
+
+generate, pairs, evaluate, health and synthetic pairs all call these records: the clips one looks at are those a student learns
+from. Both are called alike: sampler(denoiser, noise, cond, rng, negative) -> x0, from noise of unit variance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.batch import Condition
+from fewstep.diffusion import samplers
+from fewstep.diffusion.denoiser import Denoiser, on_path
+from fewstep.diffusion.guidance import guided
+from fewstep.diffusion.path import EDM, VP, AnyPath, Path, RectifiedFlow, floats
+from fewstep.diffusion.rng import Rng
+from fewstep.diffusion.rollout import Renoise, few_step, start
+from fewstep.diffusion.samplers import Solver, Trajectory
+from fewstep.diffusion.times import converted, even, karras, on_flow, shifted
+from fewstep.errors import UserError
+from fewstep.solvers import SolverName
+
+SIGMA = EDM(t_max=1e9)  # the path whose time is the noise-to-signal ratio, as far as a grid may begin
+Grid = Literal["flow", "karras", "even"]
+
+
+@dataclass(frozen=True)
+class StudentSampler:
+    """How a student is meant to be sampled; saved with its weights: other times or another renoise are another model."""
+
+    times: tuple[float, ...]  # in the time of `path`
+    path: AnyPath
+    renoise: Renoise = "fresh"
+    guidance: float = 1.0  # w; students are trained to do without
+
+    @property
+    def num_calls(self) -> int:
+        """Network calls for one clip; guidance calls the network twice."""
+        return len(self.times) * (1 if self.guidance == 1.0 else 2)
+
+    def __call__(
+        self, denoiser: Denoiser, noise: Tensor, cond: Condition, rng: Rng, negative: Condition | None = None
+    ) -> Tensor:
+        """x0 from unit-variance noise."""
+        x = start(self.path, noise, self.times[0])
+        student = on_path(guided(denoiser, negative, self.guidance), self.path)
+        return few_step(student, x, self.times, cond, renoise=self.renoise, rng=rng)
+
+
+@dataclass(frozen=True)
+class TeacherSampler:
+    """How a teacher is sampled: solver, grid and guidance. `for_path` has the published values.
+
+    The grid is one of three. flow: `shift` in flow time, on any path. karras: Karras et al. 2022, eq. 5, in the
+    noise-to-signal ratio, `num_steps` steps and a final clean denoise at `sigma_min`. even: in the path's own time.
+    """
+
+    solver: SolverName = "unipc"
+    num_steps: int = 35
+    grid: Grid = "flow"
+    shift: float = 5.0  # of grid=flow: Predict2.5 and Wan
+    sigma_max: float = 80.0  # of grid=karras: Cosmos 1
+    sigma_min: float = 0.002  # of grid=karras: Cosmos 1
+    guidance: float = 1.0  # w in uncond + w (cond - uncond), 1 is off; Cosmos writes g = w - 1
+    guidance_low: float | None = None  # w below `boundary`; none: the same
+    boundary: float | None = None  # time below which the low-noise expert of Wan A14B is called
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise UserError(f"the number of a teacher's steps must be at least 1, not {self.num_steps}")
+        if self.guidance_low is not None and self.boundary is None:
+            raise UserError("guidance_low: this network is no pair of experts, one for high and one for low noise")
+
+    @classmethod
+    def for_path(cls, path: Path) -> TeacherSampler:
+        """The published sampler of the families on this path: Cosmos 1 on EDM, Predict2.5 and Wan on flows, CogVideoX on VP."""
+        if isinstance(path, EDM):
+            return cls("res_2ab", grid="karras", sigma_max=path.t_max)
+        return cls(num_steps=50, grid="even") if isinstance(path, VP) else cls()
+
+    @property
+    def grid_size(self) -> int:
+        """Number of times of the grid: "35 steps" of Cosmos 1 are 35 and a clean denoise."""
+        return self.num_steps + (self.grid == "karras")
+
+    @property
+    def num_calls(self) -> int:
+        """Network calls for one clip; Heun calls the network twice for each step but the last, guidance twice for each."""
+        calls = 2 * self.grid_size - 1 if self.solver == "heun" else self.grid_size
+        return calls * (1 if self.guidance == 1.0 and self.guidance_low is None else 2)
+
+    def times(self, path: Path) -> Tensor:
+        """The grid in the path's own time."""
+        if self.grid == "karras":
+            return converted(karras(self.grid_size, self.sigma_max, self.sigma_min), SIGMA, path)
+        return on_flow(self.num_steps, path, self.shift) if self.grid == "flow" else even(self.num_steps, path.t_max)
+
+    def __call__(
+        self, denoiser: Denoiser, noise: Tensor, cond: Condition, rng: Rng | None = None, negative: Condition | None = None
+    ) -> Tensor:
+        """x0 from unit-variance noise. `rng` is not used: an ODE draws nothing."""
+        return self.trajectory(denoiser, noise, cond, negative).x0
+
+    def trajectory(
+        self, denoiser: Denoiser, noise: Tensor, cond: Condition, negative: Condition | None = None, at: Sequence[float] = ()
+    ) -> Trajectory:
+        """x0, and the states B K .. at the K times `at`, which are in the time of the denoiser's path; K may be 0."""
+        solver: Solver = getattr(samplers, self.solver)
+        below = None if self.guidance_low is None or self.boundary is None else (self.boundary, self.guidance_low)
+        teacher, grid = guided(denoiser, negative, self.guidance, below=below), self.times(denoiser.path)
+        x = start(denoiser.path, noise, float(grid[0]))
+        if not at:
+            return Trajectory(solver(teacher, x, grid, cond), grid.new_zeros(0), x.new_zeros(len(x), 0, *x.shape[1:]))
+        return samplers.trajectory(solver, teacher, x, grid, cond, torch.tensor(at, dtype=torch.float64))
+
+    def problems_of(self, at: Sequence[float], path: Path) -> Iterable[str]:
+        """Why the solver's states at the times `at` cannot be kept, or would not be what was meant."""
+        if not at:
+            return
+        if self.num_steps < 2 * len(at):
+            yield f"{self.num_steps} steps are too few to keep {len(at)} states and solve between them"
+        if list(at) != sorted(set(at), reverse=True):
+            yield f"the times must descend, from noise to the clip, not {list(at)}"
+        first = float(self.times(path)[0])
+        if not 0 < min(at) <= max(at) <= first * (1 + 1e-6):
+            yield f"the times must lie between 0 and {first:g}, where this teacher's grid on {path} begins, but are {list(at)}"
+        elif isinstance(path, EDM) and max(at) <= 1.0:
+            yield (
+                f"the times {list(at)} are flow times, from 1 to 0, but the time of this teacher's path {path} is sigma, "
+                f"from {first:g} to 0. Give sigmas, or the number of the student's steps"
+            )
+
+
+Sampler = StudentSampler | TeacherSampler
+
+
+def student_times(num_steps: int, path: Path, shift: float) -> tuple[float, ...]:
+    """`num_steps` times of a student on `path`, shifted in flow time: on a flow 1, .9375, .8333, .625 for 4 and shift 5."""
+    is_flow = isinstance(path, RectifiedFlow)
+    return tuple(floats(shifted(num_steps, shift) if is_flow else on_flow(num_steps, path, shift)))

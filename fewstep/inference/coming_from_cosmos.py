@@ -1,0 +1,179 @@
+"""The inference commands of the original Cosmos tools, in our words: option names, their json files, their guidance.
+
+    --controlnet_specs FILE    Transfer1: controls by name; every other entry is an option of the command
+    -i FILE                    Predict2.5, Transfer2.5: the same under other names
+
+Cosmos writes guidance as cond + g (cond - uncond), we as uncond + w (cond - uncond), w = g + 1. --guidance is w; in a command
+with an option that only Cosmos has (--checkpoint_dir, --video_save_name, --controlnet_specs, ..) it is g, which is printed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fewstep.config import ConfigError
+
+Print = Callable[[str], None]
+ALIASES = {  # theirs, and those of diffusers and FastGen: ours. An underscore for a dash is understood everywhere
+    "prompt_file": "prompts", "batch_input_path": "prompts",
+    "input_image_or_video_path": "input", "input_video_path": "input", "input_path": "input", "video_path": "input",
+    "video_save_folder": "out", "output_dir": "out", "save_root": "out", "video_save_name": "name",
+    "steps": "num-steps", "num_inference_steps": "num-steps", "guidance_scale_2": "guidance-low",
+    "num_video_frames": "num-frames", "num_output_frames": "num-frames",
+    "chunk_size": "chunk-frames", "num_frames_per_chunk": "chunk-frames", "num_video_frames_per_chunk": "chunk-frames",
+    "chunk_overlap": "overlap", "num_conditional_frames": "overlap", "num_ar_conditional_frames": "overlap",
+    "tokenizer_dir": "codec", "save_input_noise": "save-noise",
+}  # fmt: skip
+# Accepted, so that a command pastes, and without effect: what each would switch off or on is not here.
+WITHOUT_EFFECT = {
+    "guardrail": "there is no guardrail",
+    "offload_guardrail_models": "there is no guardrail",
+    "disable_guardrail": "there is no guardrail",
+    "disable_prompt_upsampler": "there is no prompt upsampler",
+    "offload_prompt_upsampler": "there is no prompt upsampler",
+    "prompt_upsampler_dir": "there is no prompt upsampler",
+    "upsample_prompt": "there is no prompt upsampler",
+    "offload_diffusion_transformer": "models are not moved between stages",
+    "offload_tokenizer": "models are not moved between stages",
+    "offload_text_encoder_model": "the text encoder is always left after its embeddings are made",
+    "benchmark": "every clip's seconds are in its .json",
+}
+COSMOS_ONLY = {
+    "checkpoint_dir", "diffusion_transformer_dir", "tokenizer_dir", "input_image_or_video_path", "video_save_name",
+    "video_save_folder", "batch_input_path", "use_distilled", "num_video_frames", "controlnet_specs", *WITHOUT_EFFECT,
+}  # fmt: skip
+_GIVEN = {"text2world": 0, "image2world": 1, "video2world": 5}  # frames of pixels: 0, 1 and 2 latent frames
+_CONTROL_WITHOUT_EFFECT = {
+    "ckpt_path": "branches come with the model",
+    "control_weight_prompt": "weights are numbers, they are not made from words",
+}
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control video of one clip."""
+
+    source: Path | None = None  # None: made from the input video
+    weight: float = 1.0
+    preset: str | None = None  # of one that is made; None: medium
+
+
+def in_our_words(arguments: Sequence[str], options: Container[str], tell: Print) -> tuple[list[str], list[str]]:
+    """The arguments with the names of our `options`, and the names among them that only Cosmos has."""
+    ours: list[str] = []
+    cosmos: list[str] = []
+    rest = [argument for argument in arguments if argument not in ("-", "--")]
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if argument in ("-i", "--spec"):
+            cosmos.append("-i")
+        if not argument.startswith("--"):
+            ours.append(argument)
+            continue
+        if name in COSMOS_ONLY:
+            cosmos.append(f"--{name}")
+        if name in WITHOUT_EFFECT:
+            tell(f"warning: --{name} has no effect: {WITHOUT_EFFECT[name]}")
+            if not equals and rest and not rest[0].startswith("-"):  # it may have a value
+                rest.pop(0)
+            continue
+        known = ALIASES.get(name, name.replace("_", "-"))
+        ours.append(f"--{known if f'--{known}' in options else name}{equals}{value}")
+    return ours, cosmos
+
+
+def guidance_of(guidance: float | None, scale: float | None, cosmos: Sequence[str], tell: Print) -> float | None:
+    """w of --guidance, which is Cosmos' g in a command with the names `cosmos`, or of --guidance_scale, which is always w."""
+    if guidance is not None and scale is not None:
+        raise ConfigError("give --guidance or --guidance_scale, not both")
+    if guidance is None or not cosmos:
+        return scale if guidance is None else guidance
+    w = guidance + 1
+    tell(
+        f"guidance {guidance:g} is read as Cosmos writes it, because of {min(cosmos)}: w = {w:g} in uncond + w (cond - uncond)"
+    )
+    return w
+
+
+def model_of(model: str | None, released: str | None, folder: str | None, transformer: str | None, tell: Print) -> str:
+    """The model that a command names: MODEL, or --checkpoint_dir and --diffusion_transformer_dir."""
+    if model is None and released is not None:
+        raise ConfigError(
+            f"--model {released}: names of released models are not known; give its folder: fewstep generate FOLDER"
+        )
+    if released is not None:
+        tell(f"warning: --model {released} has no effect: the model is {model}")
+    if model is None and transformer is not None:
+        return str(Path(folder or "checkpoints") / transformer)
+    if model is None:
+        raise ConfigError("which model? fewstep generate MODEL --prompt ...: a run, a folder of fewstep export or of diffusers")
+    return model
+
+
+def read_specs(path: Path, option: str, tell: Print) -> tuple[list[str], dict[str, Control]]:
+    """The options that the file stands for, each as --name=value, and its controls by name."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{option} {path}: {error}") from None
+    if not isinstance(entries, dict):
+        raise ConfigError(f"{option} {path}: is no json object")
+    controls: dict[str, Control] = {}
+    arguments: list[str] = []
+    for name, value in entries.items():
+        if isinstance(value, dict):
+            controls[name] = control_of(name, value, Control(), tell)
+        elif name == "inference_type":
+            arguments.append(f"--num-input-frames={given_of(str(value))}")
+        elif name == "prompt_path":
+            arguments.append(f"--prompt={_prompt(Path(value), option)}")
+        elif value is True:
+            arguments.append(f"--{name}")
+        elif value is not False and value is not None:
+            arguments.append(f"--{name}={value}")
+    return arguments, controls
+
+
+def given_of(inference_type: str) -> int:
+    """How many frames of its input a clip of Predict2.5 begins with."""
+    if inference_type not in _GIVEN:
+        raise ConfigError(f"inference_type {inference_type!r}: is none of {', '.join(_GIVEN)}")
+    return _GIVEN[inference_type]
+
+
+def control_of(name: str, entries: Mapping[str, Any], before: Control, tell: Print) -> Control:
+    """The control `before` with the changes that `entries` of such a file make."""
+    weight = entries.get("control_weight", before.weight)
+    if not isinstance(weight, int | float):
+        raise ConfigError(f"control {name}: its weight is {weight!r}; maps of weights (.pt files) are not read, only numbers")
+    known = {"control_weight", "input_control", "control_path", "canny_threshold", "blur_strength", *_CONTROL_WITHOUT_EFFECT}
+    unknown = sorted(set(entries) - known)
+    if unknown:
+        raise ConfigError(f"control {name}: has '{unknown[0]}', which is not read; known are {', '.join(sorted(known))}")
+    for key, why in _CONTROL_WITHOUT_EFFECT.items():
+        if key in entries:
+            tell(f"warning: {key} of control {name} has no effect: {why}")
+    source = entries.get("input_control") or entries.get("control_path")
+    preset = entries.get("canny_threshold") or entries.get("blur_strength")
+    return replace(
+        before, source=Path(source) if source else before.source, weight=float(weight), preset=preset or before.preset
+    )
+
+
+def _prompt(path: Path, option: str) -> str:
+    """The text of a file, or of a json file the one under "prompt"."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{option}: prompt_path {path}: {error}") from None
+    if path.suffix != ".json":
+        return text.strip()
+    entries = json.loads(text)
+    if not isinstance(entries, dict) or not isinstance(entries.get("prompt"), str):
+        raise ConfigError(f"{option}: prompt_path {path}: holds no 'prompt'")
+    return entries["prompt"]
