@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from fewstep.config import OneOf, kind
 from fewstep.data.files import keypoints, masks, video
+from fewstep.data.files.sizes import BUCKETS_720
 from fewstep.errors import UserError
 
 Pixels = NDArray[np.uint8]  # T H W 3
@@ -267,21 +268,19 @@ def _colours(num: int) -> list[tuple[int, int, int]]:
     return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in wheel]
 
 
-# Width and height of Transfer1's 720 buckets. Larger frames are shrunk before a signal is made of them: thresholds and
-# diameters are in pixels of that size.
-_BUCKETS = ((1280, 704), (960, 704), (960, 960), (704, 960), (704, 1280))
-
-
 def _within_720(frames: Pixels, make: Callable[[Pixels], Pixels]) -> Pixels:
-    """`make` of every frame, at the size of the frames; it sees frames that fit the bucket nearest in shape."""
+    """`make` of every frame, at the size of the frames; it receives frames that fit Transfer1's bucket nearest in shape.
+
+    Larger frames are shrunk before: thresholds and diameters are in pixels of that size.
+    """
     import cv2
 
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
         raise UserError(f"frames must be uint8 T H W 3, not {frames.dtype} {frames.shape}")
     height, width = frames.shape[1:3]
     shapes = (16 / 9, 4 / 3, 1, 3 / 4, 9 / 16)
-    bucket = _BUCKETS[min(range(5), key=lambda n: abs(shapes[n] - width / height))]
-    scale = min(bucket[0] / width, bucket[1] / height)
+    bucket = BUCKETS_720[min(range(5), key=lambda n: abs(shapes[n] - width / height))]
+    scale = min(bucket[0] / height, bucket[1] / width)
     if scale >= 1:
         return np.stack([make(picture) for picture in frames])
     small = int(scale * height + 0.5), int(scale * width + 0.5)

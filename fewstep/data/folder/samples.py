@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,11 +22,9 @@ from fewstep.data.files.packs import Packs, has_packs, open_packs
 from fewstep.data.files.sizes import nearest_shape
 from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout, Part
+from fewstep.data.folder.settings import FolderSettings
 from fewstep.errors import UserError
 from fewstep.files import some
-
-if TYPE_CHECKING:
-    from fewstep.data.folder.dataset import Folder  # which opens itself with what stands here
 
 _PROBE_THREADS = 8  # headers are small reads from disk: waiting, not work
 _Answer = TypeVar("_Answer")
@@ -43,7 +41,7 @@ class Sample:
     rows: Mapping[str, int] = field(default_factory=dict[str, int])  # its rows in the parts that are packed, by folder
 
 
-def packs_of(spec: Folder, place: Layout) -> dict[str, Packs]:
+def packs_of(spec: FolderSettings, place: Layout) -> dict[str, Packs]:
     """The parts of a sample that lie in packs, by folder."""
     if place.form != "flat":
         return {}
@@ -60,14 +58,14 @@ def _missing(place: Layout, part: Part, stems: Sequence[str], packs: Mapping[str
     return f"{len(lacking)} of {len(stems)} lack a row in {part.folder}/packs: {some(lacking)}" if lacking else None
 
 
-def buckets_of(spec: Folder, samples: Sequence[Sample]) -> Tensor:
+def buckets_of(spec: FolderSettings, samples: Sequence[Sample]) -> Tensor:
     """The number of each sample's bucket; all 0 where all samples are of one size."""
     if not spec.buckets or spec.x0 != "pixels":
         return torch.zeros(len(samples), dtype=torch.int64)
     return torch.tensor([nearest_shape(s.header.size, spec.buckets) for s in samples if s.header is not None])
 
 
-def samples_of(spec: Folder, place: Layout, packs: Mapping[str, Packs], left_out: dict[str, str]) -> tuple[Sample, ...]:
+def samples_of(spec: FolderSettings, place: Layout, packs: Mapping[str, Packs], left_out: dict[str, str]) -> tuple[Sample, ...]:
     """Every sample with its files, or one ValueError with all that is wrong. Fills `left_out`."""
     problems = [f"data.{key}: {message}" for key, message in spec.problems() if not key.startswith("warn:")]
     refuse(place, problems)
@@ -133,7 +131,7 @@ def _packed_samples(packs: Mapping[str, Packs], files: Mapping[str, Mapping[str,
     return tuple(out)
 
 
-def _packed_problems(spec: Folder, place: Layout, packs: Mapping[str, Packs]) -> list[str]:
+def _packed_problems(spec: FolderSettings, place: Layout, packs: Mapping[str, Packs]) -> list[str]:
     """Rows of different shapes, of clips that changed since, or without the same window of their control."""
     main, again, problems = packs["latents"], "Run fewstep prepare latents again", list[str]()
     names = [f"{label.stem}@{label.start}" if label.start else label.stem for label in main.rows]
@@ -165,7 +163,7 @@ def _packed_problems(spec: Folder, place: Layout, packs: Mapping[str, Packs]) ->
     return problems
 
 
-def parts_of(spec: Folder) -> list[Part]:
+def parts_of(spec: FolderSettings) -> list[Part]:
     """What a sample must have besides its clip."""
     needed: list[Part] = []
     if spec.text is not None:
@@ -177,7 +175,7 @@ def parts_of(spec: Folder) -> list[Part]:
     return needed + [{"noise": layout.NOISE, "path": layout.PATH}[name] for name in spec.pairs]
 
 
-def _remedy(part: Part, spec: Folder) -> str:
+def _remedy(part: Part, spec: FolderSettings) -> str:
     if part in (layout.NOISE, layout.PATH):
         return ". A teacher makes clips and what they came from together: fewstep pairs"
     if part.folder == spec.text:
@@ -220,7 +218,7 @@ def _headers(files: Mapping[str, Path]) -> tuple[dict[str, video.Header], dict[s
     return {stem: answer for stem, answer in answers.items() if isinstance(answer, video.Header)}, wrong
 
 
-def size_problems(spec: Folder, headers: Mapping[str, video.Header]) -> list[str]:
+def size_problems(spec: FolderSettings, headers: Mapping[str, video.Header]) -> list[str]:
     if spec.video_size is not None or spec.buckets or not headers:
         return []
     return _odd_ones("size", {s: h.size for s, h in headers.items()}, "Set data.video_size or data.buckets to resize them")
@@ -239,7 +237,7 @@ def _control_problems(name: str, files: Mapping[str, Path], headers: Mapping[str
     return problems
 
 
-def spans_of(spec: Folder, headers: Mapping[str, video.Header]) -> tuple[dict[str, list[Span]], list[str]]:
+def spans_of(spec: FolderSettings, headers: Mapping[str, video.Header]) -> tuple[dict[str, list[Span]], list[str]]:
     """The windows of each clip, in order, and what is wrong with clips that are too short or of the wrong length."""
     lengths = {stem: header.num_frames for stem, header in headers.items()}
     if spec.num_frames is None:
@@ -272,7 +270,7 @@ def spans_of(spec: Folder, headers: Mapping[str, video.Header]) -> tuple[dict[st
     ]
 
 
-def _latent_problems(spec: Folder, files: Mapping[str, Path]) -> list[str]:
+def _latent_problems(spec: FolderSettings, files: Mapping[str, Path]) -> list[str]:
     """Cache files that differ in shape, origin or length; other formats tell nothing before they are read."""
     entries, problems = dict[str, cache.Entry](), list[str]()
     for stem, path in files.items():
