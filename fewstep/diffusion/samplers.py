@@ -166,7 +166,8 @@ class _Exponential:
         if len(places) == 1:
             rho = [0.5]  # the paper's simplification at order 2
         else:
-            rho = floats(cast(Tensor, torch.linalg.solve(system, torch.stack(b))))  # pyright: ignore[reportUnknownMemberType]
+            solution = cast(Tensor, torch.linalg.solve(system, torch.stack(b)))  # pyright: ignore[reportUnknownMemberType]  # torch
+            rho = floats(solution)
         for weight, (place, value) in zip(rho, places, strict=True):
             out = out + self.gain[i] * (weight / place) * (value - x0)
         return out

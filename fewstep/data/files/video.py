@@ -186,8 +186,8 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
                 others = ", ".join(sorted({stream.type for stream in container.streams}))
                 raise UserError(f"{path}: has no {f'video, only {others}' if others else 'frames'}. Remove or replace it")
             stream = container.streams.video[0]
-            # None, against the stubs: FFmpeg has no decoder for what the file names.
-            if stream.codec_context is None:  # pyright: ignore[reportUnnecessaryComparison]
+            # None if FFmpeg has no decoder for what the file names.
+            if stream.codec_context is None:  # pyright: ignore[reportUnnecessaryComparison]  # the stubs leave None out
                 raise UserError(f"{path}: its video is in a format that FFmpeg does not know. Convert it to H.264 in mp4")
             small = stream.width * stream.height < _MANY_PIXELS
             stream.codec_context.thread_count = 1 if small else 0
