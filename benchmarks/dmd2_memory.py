@@ -36,7 +36,7 @@ import fewstep
 from fewstep.batch import Batch
 from fewstep.data.mock import Mock
 from fewstep.diffusion import Rng
-from fewstep.methods import DMD2
+from fewstep.methods import DMD2, StudentSample
 from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks, build
@@ -57,7 +57,7 @@ def run_of(layout: str, layers: int, width: int, tokens: int) -> Run:
     roles = (Full(), Full()) if layout == "full" else (Lora(rank=16), Lora(rank=16))
     side = int((tokens / 2) ** 0.5)
     return Run(
-        method=DMD2(t_list=(1.0, 0.7), guidance=4.0, student_update_freq=2, exit_step="last"),
+        method=DMD2(student=StudentSample((1.0, 0.7), exit_step="last"), guidance=4.0, student_update_freq=2),
         networks=Networks(teacher, *roles),
         data=Mock((16, 2, 2 * side, 2 * side), (64, 256)),
         trainer=Trainer(batch_size=1, checkpointing=True),

@@ -39,8 +39,7 @@ import fewstep
 from fewstep.batch import Batch, join
 from fewstep.data.mock import Mock
 from fewstep.diffusion import Rng, features
-from fewstep.methods import DMD2
-from fewstep.methods.dmd2_dialects import Predict25, Transfer1
+from fewstep.methods import DMD2, Warmup, predict25, transfer1
 from fewstep.networks.families.cosmos.network import Cosmos, CosmosSpec
 from fewstep.networks.heads import Conv3dSpec
 from fewstep.networks.lora import Lora
@@ -73,11 +72,12 @@ class Floor:
         self.t = torch.full((len(self.x),), 0.7, dtype=torch.float64, device=self.x.device)
 
     def turn(self, step: int) -> None:
-        turn, times = self.method.turn(step), len(self.method.t_list)
+        turn = self.method.turn(step)
+        times = len(self.method.student.t_list)
         if self.head is not None:
             self.head.module.requires_grad_("head" in turn.trains)
-        # as many as the method draws; `last` would ask for all
-        calls = 1 + Rng(0, step).shared.integer(times) if self.method.exit_step == "random" else times
+        # as many as the method draws; with exit_step=last all of them
+        calls = 1 + Rng(0, step).shared.integer(times) if self.method.student.exit_step == "random" else times
         (self._student if turn.name == "student" else self._critic)(calls)
         began = now()
         for role in turn.trains:
@@ -145,7 +145,7 @@ def run_of(part: str, max_iter: int) -> Run:
     head = Conv3dSpec(taps=(LAYERS // 2,), channels=64 * HEADS) if gan else None
     return Run(
         job=Job(project="benchmarks", group="dmd2_step", name=part),
-        method=Transfer1() if gan else Predict25(warmup_steps=0),
+        method=transfer1() if gan else replace(predict25(), warmup=Warmup()),
         networks=Networks(spec_of(part), *roles, head=head),
         data=TimedData(part),
         trainer=Trainer(max_iter=max_iter, batch_size=1, log_every=10),

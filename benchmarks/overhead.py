@@ -23,7 +23,7 @@ from common.interleaved import CLOCK, DEVICE, PREPARED, Ratio, Timed, TimedData,
 import fewstep
 from fewstep.batch import Batch, Condition
 from fewstep.diffusion import Rng
-from fewstep.methods import DMD2, Finetune
+from fewstep.methods import DMD2, Finetune, StudentSample
 from fewstep.networks.contract import Network
 from fewstep.networks.roles import Full, Networks
 from fewstep.networks.tiny import TinySpec
@@ -82,7 +82,7 @@ def calibrate() -> int:
 
 
 def measure(name: str, frames: int, cycles: int) -> Ratio:
-    method = Finetune() if name == "finetune" else DMD2(t_list=(1.0,), student_update_freq=2)
+    method = Finetune() if name == "finetune" else DMD2(student=StudentSample((1.0,)), student_update_freq=2)
     per_cycle = 1 if name == "finetune" else 2
     kinds = [name if name == "finetune" else method.turn(step).name for step in range(per_cycle * cycles + WARM_UP)]
     run = Run(

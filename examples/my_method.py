@@ -9,7 +9,7 @@ teacher's ODE already joined. The paths between them hardly cross, so that few s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from fewstep.batch import Batch
@@ -18,7 +18,7 @@ from fewstep.diffusion import Path, Prediction, Rng, StudentSampler, times
 from fewstep.methods import Nets, Terms, Turn
 from fewstep.methods.contract import Reduction, free_mask, reduced
 from fewstep.recipes.analytic import analytic_kd
-from fewstep.training.run import Job, Run
+from fewstep.training.run import Run
 
 
 @kind("reflow", group="method")
@@ -51,13 +51,4 @@ class Reflow:
 def my_reflow() -> Run:
     """Reflow on pairs of the exact teacher, sampled in two straight steps."""
     run = analytic_kd()
-    return Run(
-        job=Job(project="examples", group="my", name="my_reflow", after=run.job.after),
-        method=Reflow(),
-        networks=run.networks,
-        data=run.data,
-        optim=run.optim,
-        ema=run.ema,
-        trainer=run.trainer,
-        preview=run.preview,
-    )
+    return replace(run, method=Reflow(), job=replace(run.job, project="examples", group="my", name="my_reflow"))

@@ -203,12 +203,13 @@ def list_names(
 
         print(json.dumps(support.as_json()) if as_json else support.text())
         return
-    from fewstep.config import ConfigError, choices, recipes
+    from fewstep.config import ConfigError, choices, presets, recipes
 
     if what == "recipes":
         rows = {name: found.doc for name, found in recipes().items()}
     else:
-        found = choices(what if what in ("data", "times") else what.removesuffix("s"))
+        group = what if what in ("data", "times") else what.removesuffix("s")
+        found = dict(sorted((choices(group) | presets(group)).items()))
         if not found:
             raise ConfigError(
                 f"ls: there are no '{what}'; one of recipes, methods, networks, data, roles, paths, times, previews"
@@ -222,7 +223,7 @@ def list_names(
         print(f"{name:{width}}  {text}")
 
 
-def _about(cls: type) -> str:
+def _about(cls: Any) -> str:  # Any: a class, or a function that returns a preset
     """The first line a class says of itself; of its file, where it has no words of its own."""
     doc = cls.__doc__ or ""
     if doc.startswith(f"{cls.__name__}("):  # what dataclass writes when there is no docstring

@@ -1,8 +1,9 @@
 """Runs as frozen dataclasses: declare, override, suggest, dump. Knows no method and no network; imports no torch.
 
 A setting is a field of a frozen dataclass; its type says how text becomes a value, the comment on its line says what it
-is for. A field that is one of several classes is declared `Annotated[Method, OneOf("method")]`, and the classes enter
-with `@kind("kd", group="method")`. Functions that return one complete run enter with `@recipe("name")`.
+is for. A field that is one of several classes is declared `Annotated[Method, OneOf("method")]`. `@kind("kd", group="method")`
+registers such a class, `@preset("dmd2_fastgen", group="method")` a function that returns a value of one under a name of its
+own, and `@recipe("name")` a function that returns one complete run.
 """
 
 from fewstep.config.command import Command, compose, load_file, originals, read_command
@@ -11,7 +12,7 @@ from fewstep.config.listing import Row, fields_help
 from fewstep.config.problems import ConfigError, check
 from fewstep.config.reader import apply_overrides, parse
 from fewstep.config.recipes import Recipe, build_recipe, recipe, recipes
-from fewstep.config.types import OneOf, choices, kind
+from fewstep.config.types import OneOf, choices, kind, preset, presets
 
 __all__ = [
     "Command",
@@ -31,6 +32,8 @@ __all__ = [
     "load_file",
     "originals",
     "parse",
+    "preset",
+    "presets",
     "read_command",
     "recipe",
     "recipes",

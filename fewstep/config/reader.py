@@ -21,7 +21,6 @@ from fewstep.config.types import (
     OneOf,
     Record,
     Table,
-    choices,
     kind_of,
     settings_of,
     shape_of,
@@ -171,13 +170,16 @@ class _Reader:
                 name, inside = chosen, []  # another kind: what was said inside the old one is forgotten
             inside.append(body)
         if name is None:
-            self.problems.append((key, f"choose a {group} first, with {key}=NAME{hint('', choices(group))}"))
+            self.problems.append((key, f"choose a {group} first, with {key}=NAME{hint('', registry.entries(group))}"))
             return None
-        cls = registry.find(group, name)
-        if cls is None:
-            self.problems.append((key, f"no {group} is named {show(name)}{hint(name, choices(group))}"))
+        entry = registry.find(group, name)
+        if entry is None:
+            self.problems.append((key, f"no {group} is named {show(name)}{hint(name, registry.entries(group))}"))
             return None
-        return self.record(cls, inside, key)
+        if isinstance(entry, type):
+            return self.record(entry, inside, key)
+        value: object = entry()  # a preset
+        return self.record(type(value), [value, *inside], key)
 
     def chosen(self, group: str, part: Any, key: str) -> tuple[str | None, Any]:
         """The kind that a part names, if it names one, and what it says inside that kind."""
@@ -189,7 +191,7 @@ class _Reader:
         given = self.mapping(part, key, type_text(Annotated[Any, OneOf(group)]))
         names = _opened(given["kind"]) if "kind" in given else []
         if any(not isinstance(name, str) for name in names):
-            self.problems.append((join(key, "kind"), f"must be a name{hint('', choices(group))}"))
+            self.problems.append((join(key, "kind"), f"must be a name{hint('', registry.entries(group))}"))
             return None, {}
         if isinstance(part, _Edit) and names and part.beside not in (None, names[0]):
             self.problems.append((key, f"given twice, as {show(part.beside)} and as {show(names[0])}; keep one"))

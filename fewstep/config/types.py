@@ -11,6 +11,7 @@ from fewstep import registry
 from fewstep.errors import UserError
 
 C = TypeVar("C", bound=type)
+F = TypeVar("F", bound=Callable[[], Any])
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,7 @@ def kind(name: str, *, group: str) -> Callable[[C], C]:
 
     def decorate(cls: C) -> C:
         _refuse_mutable(cls)
-        if not name.isidentifier() or name.lower() in ("none", "null"):
-            raise UserError(f"{cls.__qualname__}: {name!r} is not a word that can name a kind")
+        _refuse_name(name, cls)
         taken = {"kind", "group"} & {field.name for field in fields(cls)}
         if taken:
             raise TypeError(f"{cls.__qualname__}: rename the field {taken.pop()!r}, @kind uses that name")
@@ -39,9 +39,28 @@ def kind(name: str, *, group: str) -> Callable[[C], C]:
     return decorate
 
 
+def preset(name: str, *, group: str) -> Callable[[F], F]:
+    """A decorator of a function without arguments that returns a value of a kind of the group: the choice `name`.
+
+    A configuration in which it was chosen holds the value; its dump names the kind of that value, and every setting.
+    """
+
+    def decorate(make: F) -> F:
+        _refuse_name(name, make)
+        registry.register(group, name, make)
+        return make
+
+    return decorate
+
+
+def presets(group: str) -> dict[str, Callable[[], Any]]:
+    """The functions registered with @preset in a group, by name, sorted."""
+    return {name: entry for name, entry in registry.entries(group).items() if not isinstance(entry, type)}
+
+
 def choices(group: str) -> dict[str, type]:
     """The classes of a group by kind, sorted. Imports every module that is known to register one."""
-    return registry.entries(group)
+    return {name: entry for name, entry in registry.entries(group).items() if isinstance(entry, type)}
 
 
 def kind_of(value: object) -> tuple[str, str] | None:
@@ -173,7 +192,8 @@ def type_text(declared: Any) -> str:
     origin, args = get_origin(bare), get_args(bare)
     groups = [rule.group for rule in rules if isinstance(rule, OneOf)]
     if groups:
-        return (" | ".join(choices(groups[0])) or groups[0]) + (" or none" if NoneType in args else "")
+        names = registry.entries(groups[0])
+        return (" | ".join(names) or groups[0]) + (" or none" if NoneType in args else "")
     if origin in (Union, UnionType):
         return " or ".join("none" if arg is NoneType else type_text(arg) for arg in args)
     if origin is Literal:
@@ -188,6 +208,11 @@ def type_text(declared: Any) -> str:
 
 def _constant(value: Any) -> Callable[[], Any]:
     return lambda: value
+
+
+def _refuse_name(name: str, entry: type | Callable[[], Any]) -> None:
+    if not name.isidentifier() or name.lower() in ("none", "null"):
+        raise UserError(f"{entry.__qualname__}: {name!r} is not a word that can name a kind")
 
 
 def _refuse_mutable(cls: type) -> None:

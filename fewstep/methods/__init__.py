@@ -1,32 +1,40 @@
 """Algorithms, one file each; each a frozen dataclass whose fields are its hyper-parameters."""
 
 from fewstep.methods.contract import Method, Nets, Terms, Turn
-from fewstep.methods.dmd2 import DMD2
-from fewstep.methods.dmd2_dialects import FastGen, Predict25, Transfer1
-from fewstep.methods.f_distill import FDistill
+from fewstep.methods.critic import Critic
+from fewstep.methods.dmd2 import DMD2, Normalizer, Regression
+from fewstep.methods.dmd2_dialects import fastgen, predict25, transfer1
+from fewstep.methods.f_distill import FDivergence
 from fewstep.methods.finetune import Finetune
 from fewstep.methods.gan import Gan
 from fewstep.methods.kd import KD
 from fewstep.methods.ladd import LADD
-from fewstep.methods.phased import PhasedDMD
-from fewstep.methods.reward import RewardDMD
+from fewstep.methods.phased_dmd import PhasedDMD
+from fewstep.methods.reward_dmd import RewardWeight
 from fewstep.methods.sid import SiD
+from fewstep.methods.student import StudentSample
+from fewstep.methods.turns import Warmup
 
 __all__ = [
     "DMD2",
     "KD",
     "LADD",
-    "FDistill",
-    "FastGen",
+    "Critic",
+    "FDivergence",
     "Finetune",
     "Gan",
     "Method",
     "Nets",
+    "Normalizer",
     "PhasedDMD",
-    "Predict25",
-    "RewardDMD",
+    "Regression",
+    "RewardWeight",
     "SiD",
+    "StudentSample",
     "Terms",
-    "Transfer1",
     "Turn",
+    "Warmup",
+    "fastgen",
+    "predict25",
+    "transfer1",
 ]

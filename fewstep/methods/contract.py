@@ -1,7 +1,7 @@
-"""What a method is: the contract between an algorithm and the loop.
+"""The contract between an algorithm and the training loop.
 
-A method is a frozen dataclass whose fields are its hyper-parameters. It says whose turn it is, and yields the loss terms of
-that turn; the loop does the rest: gradients, clipping, steps, EMA, ranks, devices. A method holds no state.
+A method is a frozen dataclass whose fields are its hyper-parameters. It decides which roles a turn trains and yields the loss
+terms of that turn; the loop does the rest: gradients, clipping, steps, EMA, ranks, devices. A method holds no state.
 """
 
 from __future__ import annotations
@@ -21,10 +21,16 @@ Reduction = Literal["mean", "half_mean", "sum", "mean_all", "half_mean_all"]
 
 @dataclass(frozen=True)
 class Turn:
-    """Whose turn it is."""
+    """One iteration's part of the algorithm."""
 
     name: str
     trains: tuple[str, ...]  # roles whose weights this turn changes
+    phase: int = 0  # of methods that train in phases, counted from 1; 0: the method has none
+
+    @property
+    def label(self) -> str:
+        """The name for logs and messages, with the phase if there is one."""
+        return f"{self.name}, phase {self.phase}" if self.phase else self.name
 
 
 @dataclass(frozen=True)
@@ -45,25 +51,31 @@ class Terms:
             watch or {},
         )
 
+    def scaled(self, share: float) -> Terms:
+        """The same terms, each with `share` of its weight."""
+        return Terms(self.values, {name: weight * share for name, weight in self.weights.items()}, self.watch)
+
     @property
     def total(self) -> Tensor:
         return torch.stack([value * self.weights[name] for name, value in self.values.items()]).sum()
 
 
 class Head(Protocol):
-    """A discriminator on what a network's blocks put out; it says which blocks."""
+    """A discriminator on the outputs of some of a network's blocks."""
 
     @property
-    def taps(self) -> tuple[int, ...]: ...
+    def taps(self) -> tuple[int, ...]:
+        """Numbers of those blocks."""
+        ...
 
     def __call__(self, features: Sequence[Tensor]) -> Tensor:
-        """(B, number of logits), one feature for each tap; a logit above 0 says real."""
+        """(B, number of logits) from one feature for each tap; a logit above 0 means real."""
         ...
 
 
 @dataclass(frozen=True)
 class Nets:
-    """The networks a method may ask, by role; a role the method does not name is not there."""
+    """The networks of a method by role. Only the roles that the method lists are there."""
 
     roles: Mapping[str, Any]  # Any: a Denoiser each, but for the head
 
@@ -78,7 +90,7 @@ class Nets:
         try:
             return self.__dict__["roles"][role]
         except KeyError:
-            raise AttributeError(f"no role '{role}' here; a method names the roles it asks in `roles`") from None
+            raise AttributeError(f"no role '{role}' here; a method lists the roles it uses in `roles`") from None
 
 
 class Method(Protocol):
@@ -89,35 +101,36 @@ class Method(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Fields of Batch that must be there, checked against the data set before any weight is read."""
+        """Fields of Batch that the data set must have; checked before any weight is read."""
         ...
 
     def turn(self, step: int) -> Turn: ...
 
     def losses(self, turn: Turn, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Terms]:
-        """Each Terms is back-propagated before the next is asked for: two big graphs never coexist."""
+        """Yields the terms of one turn. The loop back-propagates each before it requests the next, so that two large graphs
+        never exist at the same time."""
         ...
 
     def sampler(self, path: Path) -> StudentSampler | None:
-        """How its student is meant to be sampled, for a network on `path`; saved with the weights. None: it is not sampled."""
+        """How the student, a network on `path`, is sampled; saved with its weights. None: it is not sampled."""
         ...
 
 
 def free_mask(cond: Condition, like: Tensor) -> Tensor | None:
-    """1 where a frame is to be generated, 0 where it was given, shaped to multiply `like`; None when nothing was given."""
+    """1 where a frame is generated, 0 where it is a conditioning frame, shaped to multiply `like`; None without such frames."""
     if cond.frame_mask is None:
         return None
     return (1 - cond.frame_mask.to(like.dtype))[:, None, :, None, None]
 
 
 def reduced(error: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
-    """One number from the element-wise `error`; given frames neither add to it nor count.
+    """One number from the element-wise `error`. Conditioning frames, where `mask` is 0, neither add to it nor count.
 
     mean       over all free elements of a sample, then over samples        (Predict2.5's critic)
     half_mean  half of that
     sum        over the free elements of a sample, then mean over samples   (rCM)
-    mean_all, half_mean_all: given frames still add nothing, but are counted as zeros (how Transfer1, FastGen and the
-    student's term of Predict2.5 are written); without given frames the same as mean and half_mean
+    mean_all, half_mean_all: conditioning frames add nothing, but are counted as zeros (as in Transfer1, FastGen and the
+    student's term of Predict2.5); without such frames the same as mean and half_mean
     """
     axes = tuple(range(1, error.ndim))
     if reduction in ("mean_all", "half_mean_all"):
@@ -127,6 +140,6 @@ def reduced(error: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
     sums, count = (error * free).sum(axes), free.sum(axes)
     if reduction == "sum":
         return sums.mean()
-    # A sample whose frames are all given has nothing to learn from: it counts as 0, and does not divide by 0.
+    # A sample without free frames counts as 0 and must not divide by 0.
     means = sums / count.clamp(min=1)
     return means.mean() * (0.5 if reduction == "half_mean" else 1.0)

@@ -19,7 +19,7 @@ from fewstep.config import kind
 from fewstep.diffusion import Path, Prediction, Rng, StudentSampler, on_path, times
 from fewstep.diffusion.path import AnyPath, floats, spread
 from fewstep.methods.contract import Nets, Reduction, Terms, Turn, free_mask, reduced
-from fewstep.methods.given import problems_of, with_given
+from fewstep.methods.first_frames import problems_of_shares, with_first_frames
 
 
 @kind("finetune", group="method")
@@ -34,7 +34,7 @@ class Finetune:
     path: AnyPath | None = None  # None: the network's own
     per_frame_times: bool = False  # one noise level per frame (diffusion forcing) instead of one per sample
     drop_condition: float = 0.0  # share of samples trained on the negative condition, which makes guidance possible
-    given: tuple[float, ...] = ()  # shares of samples shown 0, 1, .. clean first frames; Predict2.5 draws 0, 1 or 2
+    first_frames: tuple[float, ...] = ()  # shares of samples conditioned on 0, 1, .. clean first frames; Predict2.5 0 to 2
     num_sample_steps: int = 35  # of the sampler its result is meant for: this method makes many-step models
 
     @property
@@ -49,7 +49,7 @@ class Finetune:
         return Turn("student", ("student",))
 
     def losses(self, turn: Turn, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Terms]:
-        batch = with_given(batch, self.given, rng)
+        batch = with_first_frames(batch, self.first_frames, rng)
         assert batch.x0 is not None
         x0, cond = batch.x0, self._dropped(batch, rng)
         student = nets.student if self.path is None else on_path(nets.student, self.path)
@@ -70,7 +70,7 @@ class Finetune:
             yield "weighting", f"{self.weighting!r} weighs the x0 error, but space is {self.space!r}: set space=x0"
         if not 0 <= self.drop_condition < 1:
             yield "drop_condition", f"is a share of samples, 0 up to but not 1, not {self.drop_condition}"
-        yield from problems_of(self.given)
+        yield from problems_of_shares(self.first_frames)
 
     def _dropped(self, batch: Batch, rng: Rng) -> Condition:
         if not self.drop_condition:

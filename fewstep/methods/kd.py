@@ -21,7 +21,7 @@ from fewstep.diffusion.path import AnyPath, floats
 from fewstep.diffusion.rollout import Renoise, start
 from fewstep.errors import UserError
 from fewstep.methods.contract import Nets, Reduction, Terms, Turn, free_mask, reduced
-from fewstep.methods.given import problems_of, with_given
+from fewstep.methods.first_frames import problems_of_shares, with_first_frames
 
 
 @kind("kd", group="method")
@@ -32,7 +32,7 @@ class KD:
     reduction: Reduction = "half_mean"  # Transfer1 and FastGen
     path: AnyPath | None = None  # None: the network's own; `t_list` and `path_times` are in its time
     renoise: Renoise = "fresh"  # fresh noise on the answer has the law of x_t; "ode" would leave the curve the states lie on
-    given: tuple[float, ...] = ()  # shares of samples shown 0, 1, .. of the clip's first frames; Transfer1 draws 0, 1 or 2
+    first_frames: tuple[float, ...] = ()  # shares of samples conditioned on 0, 1, .. clean first frames; Transfer1 0 to 2
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -46,7 +46,7 @@ class KD:
         return Turn("student", ("student",))
 
     def losses(self, turn: Turn, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Terms]:
-        batch = with_given(batch, self.given, rng)
+        batch = with_first_frames(batch, self.first_frames, rng)
         assert batch.x0 is not None
         student = nets.student if self.path is None else on_path(nets.student, self.path)
         if self.student_sample_steps == 1:
@@ -72,7 +72,7 @@ class KD:
             )
         if list(self.t_list) != sorted(set(self.t_list), reverse=True) or min(self.t_list, default=1.0) <= 0:
             yield "t_list", f"must descend and stay above 0 (the final 0 is left out), but is {list(self.t_list)}"
-        yield from problems_of(self.given)
+        yield from problems_of_shares(self.first_frames)
 
     def _state(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
         """A stored state of each sample at a random one of the student's times, and that time."""

@@ -1,53 +1,72 @@
-"""The sample on which distribution matching trains its student: a roll-out from pure noise, with gradient in one call."""
+"""The student's own sample, on which distribution matching trains it, and how the student is sampled afterwards.
+
+Backward simulation: a roll-out from pure noise, with gradient in its last call   Yin et al. 2024, arXiv:2405.14867, section 4.5
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fewstep.batch import Batch
-from fewstep.diffusion import Denoiser, Rng, rollout, times
+from fewstep.diffusion import Denoiser, Path, Rng, StudentSampler, rollout, times
 from fewstep.diffusion.rollout import Renoise, start
 from fewstep.methods.contract import free_mask
 
 
-def generate(
-    student: Denoiser,
-    batch: Batch,
-    rng: Rng,
-    t_list: Sequence[float],
-    *,
-    renoise: Renoise,
-    exit_step: Literal["random", "last"],
-    student_input: Literal["rollout", "data"] = "rollout",
-    from_pairs: bool = False,
-    with_grad: bool,
-) -> Tensor:
-    """The student's own x0 after some of its calls; given frames carry no gradient.
+@dataclass(frozen=True)
+class StudentSample:
+    t_list: tuple[float, ...] = (1.0, 0.9375, 0.8333333333333334, 0.625)  # its times, without the final 0: shifted(4, 5)
+    renoise: Renoise = "fresh"  # between two calls; "same" for Predict2.5
+    exit_step: Literal["random", "last"] = "random"  # which of its calls is trained; the same on all ranks
+    input: Literal["rollout", "data"] = "rollout"  # data: one call on real data noised to one of t_list, as FastGen
 
-    student_input: "data" asks it once, at noised real data (one call is still from pure noise).
-    from_pairs: start from the noise that the batch's x0 was made of.
-    """
-    assert batch.x0 is not None
-    if student_input == "data" and len(t_list) > 1:
-        t = times.Listed(tuple(t_list)).draw(rng, student.path).to(batch.x0.device)
-        with torch.set_grad_enabled(with_grad):
-            x_t = student.path.add_noise(batch.x0, rng.normal_like(batch.x0), t)
-            sample = student(x_t, t, batch.cond).x0
-    else:
-        num_calls = len(t_list) if exit_step == "last" else 1 + rng.shared.integer(len(t_list))
-        noise = batch.noise if from_pairs else rng.normal_like(batch.x0)
-        assert noise is not None
-        x = start(student.path, noise, t_list[0])
-        sample = rollout(student, x, t_list, batch.cond, renoise=renoise, rng=rng, num_calls=num_calls, with_grad=with_grad).x0
-    mask = free_mask(batch.cond, sample)
-    return sample if mask is None or not with_grad else torch.where(mask.bool(), sample, sample.detach())
+    def draw(self, student: Denoiser, batch: Batch, rng: Rng, *, with_grad: bool, noise: Tensor | None = None) -> Tensor:
+        """The student's x0 after some of its calls, of the shape of `batch.x0`; conditioning frames carry no gradient.
+
+        `noise` replaces the fresh noise that a roll-out starts from. A student of one call always starts from noise.
+        """
+        assert batch.x0 is not None
+        if self.uses_data:
+            t = times.Listed(self.t_list).draw(rng, student.path).to(batch.x0.device)
+            with torch.set_grad_enabled(with_grad):
+                x_t = student.path.add_noise(batch.x0, rng.normal_like(batch.x0), t)
+                sample = student(x_t, t, batch.cond).x0
+        else:
+            num_calls = len(self.t_list) if self.exit_step == "last" else 1 + rng.shared.integer(len(self.t_list))
+            noise = rng.normal_like(batch.x0) if noise is None else noise
+            x = start(student.path, noise, self.t_list[0])
+            sample = rollout(
+                student,
+                x,
+                self.t_list,
+                batch.cond,
+                renoise=self.renoise,
+                rng=rng,
+                num_calls=num_calls,
+                with_grad=with_grad,
+            ).x0
+        mask = free_mask(batch.cond, sample)
+        return sample if mask is None or not with_grad else torch.where(mask.bool(), sample, sample.detach())
+
+    @property
+    def uses_data(self) -> bool:
+        """Whether the student's input is noised real data."""
+        return self.input == "data" and len(self.t_list) > 1
+
+    def sampler(self, path: Path) -> StudentSampler:
+        return StudentSampler(self.t_list, path, self.renoise)
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from problems_of_times(self.t_list)
+        if self.uses_data and self.exit_step == "last":
+            yield "warn:exit_step", "has no effect with input=data, which trains a call at one of t_list, drawn at random"
 
 
-def check_times(t_list: Sequence[float]) -> Iterable[tuple[str, str]]:
-    """Problems of the student's times."""
+def problems_of_times(t_list: Sequence[float]) -> Iterable[tuple[str, str]]:
     if not t_list or list(t_list) != sorted(set(t_list), reverse=True) or min(t_list) <= 0:
         yield "t_list", f"must descend and stay above 0 (the final 0 is left out), but is {list(t_list)}"

@@ -7,11 +7,12 @@ on two cores, and reports the energy distance between the student's samples and 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from fewstep.config import recipe
 from fewstep.diffusion.times import Shifted
 from fewstep.inference.synthetic import MixtureSamples, TeacherPairs
-from fewstep.methods import DMD2, KD, Finetune
+from fewstep.methods import DMD2, KD, Finetune, StudentSample
 from fewstep.networks.analytic import MixtureSpec
 from fewstep.networks.roles import Full, Networks
 from fewstep.networks.tiny import TinySpec
@@ -28,6 +29,7 @@ MIXTURE = MixtureSpec(
 )
 STUDENT = TinySpec(width=64, depth=3)
 PRETRAINED = "analytic/basic/analytic_finetune@latest:student.ema"
+FOUR_STEPS = DMD2(times=Shifted(shift=2.0), student_update_freq=2)
 SCORE = PointsPreview(reference=MixtureSamples(MIXTURE, num=4096, seed=77))
 
 
@@ -53,7 +55,7 @@ def analytic_finetune() -> Run:
 
 @recipe("analytic_kd")
 def analytic_kd() -> Run:
-    """One-step KD on noise/answer pairs of the exact teacher."""
+    """One-step KD on pairs of noise and sample of the exact teacher."""
     return Run(
         job=_job("analytic_kd", "analytic_finetune"),
         method=KD(student_sample_steps=1, t_list=(1.0,)),
@@ -72,16 +74,11 @@ def analytic_kd_4step() -> Run:
     """Four-step KD on stored states of the exact teacher's ODE."""
     t_list = (1.0, 0.9375, 0.8333333333333334, 0.625)
     run = analytic_kd()
-    return Run(
-        job=_job("analytic_kd_4step", "analytic_finetune"),
+    return replace(
+        run,
+        job=replace(run.job, name="analytic_kd_4step"),
         method=KD(student_sample_steps=4, t_list=t_list),
-        networks=run.networks,
         data=TeacherPairs(MIXTURE, num=65536, path_times=t_list),
-        optim=run.optim,
-        ema=run.ema,
-        trainer=run.trainer,
-        checkpoint=run.checkpoint,
-        preview=SCORE,
     )
 
 
@@ -90,7 +87,7 @@ def analytic_dmd2() -> Run:
     """Four-step DMD2 against the exact teacher."""
     return Run(
         job=_job("analytic_dmd2", "analytic_finetune"),
-        method=DMD2(times=Shifted(shift=2.0), student_update_freq=2),
+        method=FOUR_STEPS,
         networks=Networks(teacher=MIXTURE, student=Full(STUDENT, init=PRETRAINED), critic=Full(STUDENT, init=PRETRAINED)),
         data=MixtureSamples(MIXTURE),
         optim=Optim(lr=5e-4, schedule="cosine", betas=(0.0, 0.999)),
@@ -107,16 +104,8 @@ def analytic_dmd2() -> Run:
 def analytic_dmd2_onestep() -> Run:
     """One-step DMD2 against the exact teacher."""
     run = analytic_dmd2()
-    return Run(
-        job=_job("analytic_dmd2_onestep", "analytic_finetune"),
-        method=DMD2(t_list=(1.0,), times=Shifted(shift=2.0)),
-        networks=run.networks,
-        data=run.data,
-        optim=run.optim,
-        critic_optim=run.critic_optim,
-        ema=run.ema,
-        trainer=run.trainer,
-        checkpoint=run.checkpoint,
-        preview=SCORE,
-        health=run.health,
+    return replace(
+        run,
+        job=replace(run.job, name="analytic_dmd2_onestep"),
+        method=DMD2(student=StudentSample(t_list=(1.0,)), times=Shifted(shift=2.0)),
     )

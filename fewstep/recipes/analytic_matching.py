@@ -11,12 +11,20 @@ from dataclasses import replace
 from fewstep.config import recipe
 from fewstep.diffusion.times import Shifted
 from fewstep.inference.synthetic import MixtureSamples
-from fewstep.methods import LADD, FDistill, Gan, PhasedDMD, RewardDMD, SiD
-from fewstep.methods.reward import Toward
+from fewstep.methods import LADD, FDivergence, Gan, PhasedDMD, RewardWeight, SiD, StudentSample
+from fewstep.methods.reward_dmd import Toward
 from fewstep.networks.families.wan.experts import ExpertsSpec
 from fewstep.networks.heads import MultiscaleSpec
 from fewstep.networks.roles import Full, Networks
-from fewstep.recipes.analytic import MIXTURE, PRETRAINED, STUDENT, analytic_dmd2, analytic_dmd2_onestep, analytic_finetune
+from fewstep.recipes.analytic import (
+    FOUR_STEPS,
+    MIXTURE,
+    PRETRAINED,
+    STUDENT,
+    analytic_dmd2,
+    analytic_dmd2_onestep,
+    analytic_finetune,
+)
 from fewstep.training.health import Health
 from fewstep.training.optim import Optim
 from fewstep.training.run import Run
@@ -54,7 +62,7 @@ def analytic_dmd2_gan() -> Run:
     run = analytic_dmd2_biased()
     return replace(
         _named(run, "analytic_dmd2_gan", "analytic_biased"),
-        method=replace(run.method, gan=Gan(weight=3.0, features="critic", real_noise="own", r1_weight=1.0, r1_std=0.05)),  # type: ignore[arg-type]
+        method=replace(FOUR_STEPS, gan=Gan(weight=3.0, features="critic", real_noise="own", r1_weight=1.0, r1_std=0.05)),
         networks=replace(run.networks, head=HEAD),
     )
 
@@ -65,14 +73,14 @@ def analytic_f_distill() -> Run:
     run = analytic_dmd2()
     return replace(
         _named(run, "analytic_f_distill"),
-        method=FDistill(times=Shifted(shift=2.0), student_update_freq=2, gan=Gan(weight=1e-2, features="critic")),
+        method=replace(FOUR_STEPS, gan=Gan(weight=1e-2, features="critic"), sample_weight=FDivergence("js")),
         networks=replace(run.networks, head=HEAD),
     )
 
 
 @recipe("analytic_ladd")
 def analytic_ladd() -> Run:
-    """Four-step LADD: the features are those of the flow-matching model, the samples to be told apart are data."""
+    """Four-step LADD: the features are those of the flow-matching model, the real samples are data."""
     run = analytic_dmd2()
     return replace(
         _named(run, "analytic_ladd"),
@@ -90,7 +98,7 @@ def analytic_sid() -> Run:
     """One-step SiD against the exact teacher."""
     return replace(
         _named(analytic_dmd2_onestep(), "analytic_sid"),
-        method=SiD(t_list=(1.0,), times=Shifted(shift=2.0), student_update_freq=2),
+        method=SiD(student=StudentSample(t_list=(1.0,)), times=Shifted(shift=2.0), student_update_freq=2),
     )
 
 
@@ -108,10 +116,8 @@ def analytic_phased() -> Run:
 
 @recipe("analytic_reward")
 def analytic_reward() -> Run:
-    """Four-step DMD2, weighted towards the right: a student that can be all the teacher is ends at the teacher still."""
+    """Four-step DMD2, weighted towards the right; the student can represent the teacher and ends at it all the same."""
     return replace(
         _named(analytic_dmd2(), "analytic_reward"),
-        method=RewardDMD(
-            times=Shifted(shift=2.0), student_update_freq=2, reward=Toward(direction=(1.0, 0.0)), beta=1.0, max_weight=5.0
-        ),
+        method=replace(FOUR_STEPS, sample_weight=RewardWeight(reward=Toward(direction=(1.0, 0.0)), beta=1.0, max_weight=5.0)),
     )

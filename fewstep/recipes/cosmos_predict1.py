@@ -27,7 +27,7 @@ def video2world_7b_example_cosmos_nemo_assets() -> Run:
     """Post-training of Cosmos-Predict1 7B Video2World: all weights, 8 GPUs."""
     return Run(
         job=Job("posttraining", "diffusion_video2world", "video2world_7b_example_cosmos_nemo_assets"),
-        method=Finetune(space="x0", weighting="edm", sigma_data=0.5, times=TIMES, given=(1 / 3, 1 / 3, 1 / 3)),
+        method=Finetune(space="x0", weighting="edm", sigma_data=0.5, times=TIMES, first_frames=(1 / 3, 1 / 3, 1 / 3)),
         networks=Networks(student=Full(PREDICT1_7B, init=WEIGHTS)),
         data=Folder("datasets/cosmos_nemo_assets", x0="latents"),
         # Theirs warms up to 2^-14.3 in 2500 iterations and ends after 2000: the same line, drawn to where it ends.

@@ -17,8 +17,7 @@ from functools import partial
 from fewstep.config import recipe
 from fewstep.data.controls import Control, Depth, Edge, Seg, Vis
 from fewstep.data.folder.dataset import Folder
-from fewstep.methods.dmd2_dialects import Predict25
-from fewstep.methods.gan import Gan
+from fewstep.methods import Gan, predict25
 from fewstep.networks.families.cosmos.models import PREDICT2_5_2B, PREDICT2_5_14B, transfer2_5_2b
 from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.heads import QuerySpec
@@ -28,13 +27,14 @@ from fewstep.training.optim import Optim
 from fewstep.training.run import Checkpoint, Job, Parallel, Run, Trainer
 
 CONTROLS: Mapping[str, Control] = {"edge": Edge(), "vis": Vis(), "depth": Depth(), "seg": Seg()}
+METHOD = replace(predict25(), first_frames=(0.6, 0.2, 0.2))  # its guidance 3; every 5th turn is the student's
 GAN = Gan(weight=1.0, features="critic", form="bce", real_noise="same")
 
 
 def _run(name: str, teacher: CosmosSpec, weights: str, critic_lr: float = 2e-7, control: Control | None = None) -> Run:
     return Run(
         job=Job(project="cosmos_predict2_distill", group="predict2_distill", name=name),
-        method=Predict25(given=(0.6, 0.2, 0.2)),  # their guidance 3, and every 5th turn the student's
+        method=METHOD,
         networks=Networks(teacher=teacher, teacher_init=weights),
         data=Folder("datasets/dmd2", x0="latents", text="reason1", negative="zeros", control=control),
         optim=_optim(1e-6),
@@ -51,17 +51,6 @@ def _optim(lr: float) -> Optim:
     return Optim(lr=0.99 * lr, clip=1.0, schedule="linear", warmup_iters=100, end_factor=0.9555)
 
 
-def _with_head(run: Run, head: QuerySpec) -> Run:
-    """The published variant with a discriminator on the critic's features."""
-    return replace(
-        run,
-        job=replace(run.job, name=f"{run.job.name}_w_discriminator"),
-        method=replace(run.method, gan=GAN),  # type: ignore[type-var]  # a Predict25
-        networks=replace(run.networks, head=head),
-        head_optim=_optim(2e-7),
-    )
-
-
 def predict_2b() -> Run:
     name = "dmd2_trigflow_distill_cosmos_predict2_2B_bidirectional_TnI2V"
     return _run(name, PREDICT2_5_2B, "checkpoints/nvidia/Cosmos-Predict2.5-2B/model.pt")
@@ -73,8 +62,14 @@ def predict_14b() -> Run:
 
 
 def predict_2b_with_head() -> Run:
-    run = _with_head(predict_2b(), QuerySpec(taps=(11, 19, 27), channels=2048))
-    return replace(run, method=replace(run.method, given=(0.5, 0.3, 0.2)))  # type: ignore[type-var]  # a Predict25
+    run = predict_2b()
+    return replace(
+        run,
+        job=replace(run.job, name=f"{run.job.name}_w_discriminator"),
+        method=replace(METHOD, first_frames=(0.5, 0.3, 0.2), gan=GAN),
+        networks=replace(run.networks, head=QuerySpec(taps=(11, 19, 27), channels=2048)),
+        head_optim=_optim(2e-7),
+    )
 
 
 def transfer_2b(control: str) -> Run:

@@ -18,8 +18,7 @@ from fewstep.config import recipe
 from fewstep.data.controls import Control, Depth, Edge, Keypoint, Seg, Vis
 from fewstep.data.folder.dataset import Folder
 from fewstep.diffusion.times import LogNormal
-from fewstep.methods import KD, Finetune
-from fewstep.methods.dmd2_dialects import Transfer1
+from fewstep.methods import KD, Finetune, transfer1
 from fewstep.networks.families.cosmos.models import transfer1_7b
 from fewstep.networks.heads import Conv3dSpec
 from fewstep.networks.roles import Full, Networks
@@ -28,7 +27,7 @@ from fewstep.training.optim import Optim
 from fewstep.training.run import Checkpoint, Job, Parallel, Run, Trainer
 
 CONTROLS: Mapping[str, Control] = {"edge": Edge(), "vis": Vis(), "depth": Depth(), "seg": Seg(), "keypoint": Keypoint()}
-GIVEN = (1 / 3, 1 / 3, 1 / 3)  # first_random_n: 0, 1 or 2 latent frames, each as likely
+FIRST_FRAMES = (1 / 3, 1 / 3, 1 / 3)  # first_random_n: 0, 1 or 2 latent frames, each as likely
 FILES = "checkpoints/nvidia/Cosmos-Transfer1-7B"  # where their download, and `fewstep convert --ctrl_type`, put them
 
 
@@ -37,7 +36,7 @@ def dmd2_cosmos_transfer1_7b_edge() -> Run:
     """DMD2 of Cosmos-Transfer1 7B (edge) into one step: 704 x 1280, 121 frames. Its weights: networks.teacher_init=ADDRESS."""
     return Run(
         job=Job(project="cosmos_transfer1", group="dmd2", name="dmd2_cosmos_transfer1_7b_edge"),
-        method=Transfer1(),
+        method=transfer1(),
         networks=Networks(teacher=transfer1_7b("edge"), head=Conv3dSpec(taps=(14,), channels=4096)),
         data=Folder("datasets/dmd2", x0="latents", control=Edge(), negative="zeros"),
         optim=Optim(lr=5e-7, weight_decay=0.01),
@@ -54,7 +53,7 @@ def _distilled(control: str, stage: str) -> Job:
 def _kd(control: str) -> Run:
     return Run(
         job=_distilled(control, "kd"),
-        method=KD(student_sample_steps=1, t_list=(80.0,), given=GIVEN),
+        method=KD(student_sample_steps=1, t_list=(80.0,), first_frames=FIRST_FRAMES),
         networks=Networks(teacher=transfer1_7b(control), teacher_init=f"{FILES}/checkpoints_teacher/{control}_control.pt"),
         data=Folder("datasets/kd", x0="latents", control=CONTROLS[control], pairs=("noise",)),
         optim=Optim(lr=1e-5, weight_decay=0.01, clip=10.0),
@@ -70,7 +69,7 @@ def _dmd2(control: str) -> Run:
     return replace(
         run,
         job=_distilled(control, "dmd2"),
-        method=Transfer1(given=GIVEN),  # their guidance 5, a GAN of 1e-3, and every 5th turn the student's
+        method=replace(transfer1(), first_frames=FIRST_FRAMES),  # its guidance 5, GAN 1e-3; every 5th turn is the student's
         networks=replace(run.networks, head=Conv3dSpec(taps=(14,), channels=4096)),
         data=Folder("datasets/dmd2", x0="latents", control=CONTROLS[control], negative="zeros"),
         optim=Optim(lr=5e-7, weight_decay=0.01, clip=10.0),  # of all three roles
@@ -88,7 +87,7 @@ def _branch(control: str, stage: str) -> Run:
     times = LogNormal(mean=0.0, std=1.0, scale=4.0)  # sqrt(16 latent frames)
     return Run(
         job=Job(project=f"cosmos_transfer1_{stage}", group="CTRL_7Bv1_lvg", name=name),
-        method=Finetune(space="x0", weighting="edm", sigma_data=0.5, times=times, given=GIVEN),
+        method=Finetune(space="x0", weighting="edm", sigma_data=0.5, times=times, first_frames=FIRST_FRAMES),
         networks=Networks(student=student),
         data=Folder("datasets/dmd2", x0="latents", control=CONTROLS[control]),
         optim=Optim(lr=2**-14.3, betas=(0.9, 0.99), weight_decay=0.1, eps=1e-10),

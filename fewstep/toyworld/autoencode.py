@@ -82,7 +82,7 @@ class Autoencode:
             critic: Any = nets.critic
             real, fake = critic.judge(torch.cat([pixels, made.detach()])).chunk(2)
             watch = {"logit_real": real.detach().mean(), "logit_fake": fake.detach().mean()}
-            yield Terms.of(critic=HINGE.tells(fake, real), watch=watch)
+            yield Terms.of(critic=HINGE.head_loss(fake, real), watch=watch)
 
     def sampler(self, path: Path) -> None:
         return None  # its result is no student of anything
@@ -103,7 +103,7 @@ def _seen_otherwise(eye: Any, made: Tensor, pixels: Tensor) -> Tensor:
 def _also_fool(critic: Any, made: Tensor, share: float) -> None:
     """Adds the critic's part to whatever gradient comes back to the made pixels; the critic's own gradients are left alone."""
     pixels = made.detach().requires_grad_(True)
-    (h,) = torch.autograd.grad(HINGE.fools(critic.judge(pixels)), pixels)
+    (h,) = torch.autograd.grad(HINGE.student_loss(critic.judge(pixels)), pixels)
 
     def with_more(g: Tensor) -> Tensor:
         return g + share * (g.square().sum() / h.square().sum().clamp(min=1e-24)).sqrt() * h

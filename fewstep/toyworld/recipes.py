@@ -25,7 +25,7 @@ from fewstep.data.folder.dataset import Folder
 from fewstep.diffusion.path import floats
 from fewstep.diffusion.times import LogitNormal, Shifted, shifted
 from fewstep.environment import output_root
-from fewstep.methods import DMD2, KD, Finetune
+from fewstep.methods import DMD2, KD, Finetune, StudentSample
 from fewstep.networks.families.cosmos.control import CosmosControlSpec
 from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.lora import Lora
@@ -115,7 +115,7 @@ def toy_teacher() -> Run:
     """The toy world's teacher: a rectified flow, led by text and by 0, 1 or 2 given latent frames."""
     return Run(
         job=_job("toy_teacher"),
-        method=Finetune(times=LogitNormal(), drop_condition=0.1, given=(0.7, 0.15, 0.15)),
+        method=Finetune(times=LogitNormal(), drop_condition=0.1, first_frames=(0.7, 0.15, 0.15)),
         networks=Networks(student=Full(TEACHER, init="random")),
         data=Folder(TRAIN, x0="latents", max_tokens=40, mask_text=True, negative="zeros"),
         optim=Optim(lr=1.2e-3, betas=(0.9, 0.99), weight_decay=0.01, schedule="cosine", warmup_iters=500, clip=1.0),
@@ -131,7 +131,7 @@ def toy_edge() -> Run:
     """A control branch for the toy teacher, which stays frozen: clips led by the edges of another (Transfer2.5's form)."""
     return Run(
         job=_job("toy_edge"),
-        method=Finetune(times=LogitNormal(), drop_condition=0.1, given=(0.7, 0.15, 0.15)),
+        method=Finetune(times=LogitNormal(), drop_condition=0.1, first_frames=(0.7, 0.15, 0.15)),
         networks=Networks(student=Full(replace(LED, pretrained=SHIPPED), init="random")),
         data=Folder(TRAIN, x0="latents", max_tokens=40, mask_text=True, negative="zeros", control=Edge("medium")),
         optim=Optim(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, schedule="cosine", warmup_iters=100, clip=1.0),
@@ -182,7 +182,7 @@ def _dmd2(name: str, num_steps: int, start: str) -> Run:
     return Run(
         job=_job(name, start),
         method=DMD2(
-            t_list=tuple(floats(shifted(num_steps, STUDENT_SHIFT))),
+            student=StudentSample(t_list=tuple(floats(shifted(num_steps, STUDENT_SHIFT)))),
             student_update_freq=2,
             guidance=GUIDANCE,
             times=Shifted(shift=1.0),

@@ -37,7 +37,7 @@ def refuse_non_finite(
     messages = [text + where.format(rank) for rank, text in enumerate(world.gather("; ".join(problems))) if text]
     checkpoints.finish()
     raise TrainingError(
-        f"iteration {step}, {turn.name} turn, training {', '.join(norms)}: {'; '.join(messages)}. No weight was "
+        f"iteration {step}, {turn.label} turn, training {', '.join(norms)}: {'; '.join(messages)}. No weight was "
         f"changed by this iteration; the last checkpoint is {checkpoints.latest() or 'none'}. Look at the data of this "
         "iteration, or lower optim.lr"
     )

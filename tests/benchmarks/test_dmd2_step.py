@@ -20,9 +20,7 @@ from dmd2_step import Floor
 from fewstep.batch import Batch
 from fewstep.data.mock import Mock
 from fewstep.diffusion import Rng
-from fewstep.methods import DMD2
-from fewstep.methods.contract import Nets
-from fewstep.methods.dmd2_dialects import Predict25, Transfer1
+from fewstep.methods import DMD2, Nets, Warmup, predict25, transfer1
 from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.heads import Conv3dSpec
 
@@ -42,7 +40,7 @@ def counting(trains: Sequence[str], spec: CosmosSpec) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("step", [0, 1, 5])
-@pytest.mark.parametrize("method", [Predict25(warmup_steps=0), Transfer1()], ids=["predict25", "transfer1"])
+@pytest.mark.parametrize("method", [replace(predict25(), warmup=Warmup()), transfer1()], ids=["predict25", "transfer1"])
 def test_the_floor_asks_what_the_method_asks(method: DMD2, step: int) -> None:
     spec = SPEC if method.gan is None else replace(SPEC, family="edm", sigma_data=0.5)
     head = None if method.gan is None else Conv3dSpec(taps=(1,), channels=12, hidden=4).build()

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import FrozenInstanceError, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import yaml
@@ -136,6 +136,37 @@ def test_a_swap_that_leaves_something_open_is_refused() -> None:
     assert message("critic_optim=none", "critic_optim.lr=1") == [
         "critic_optim: given as none, and critic_optim.lr too; keep one"
     ]
+
+
+@kind("plain", group="toy_path")
+@dataclass(frozen=True)
+class Plain:
+    t_max: float = 1.0
+    optim: Optim = Optim()
+
+
+@config.preset("steep", group="toy_path")
+def steep() -> Plain:
+    return Plain(t_max=9.0, optim=Optim(lr=5.0, clip=3.0))
+
+
+@dataclass(frozen=True)
+class OnPath:
+    path: Annotated[Any, config.OneOf("toy_path")] = Plain()
+
+
+def test_a_preset_is_a_value_under_a_name_of_its_own() -> None:
+    """It is chosen and changed as a kind is; the dump holds the kind and every value."""
+    assert config.presets("toy_path") == {"steep": steep}
+    changed = apply_overrides(OnPath(), ["path=steep", "path.optim.lr=7"])
+    assert changed.path == Plain(9.0, Optim(lr=7.0, clip=3.0))
+    assert config.dump(changed)["path"]["kind"] == "plain"
+    assert parse(OnPath, config.dump(changed)) == changed
+    assert parse(OnPath, {"path": {"kind": "steep", "t_max": 2}}).path == Plain(2.0, Optim(lr=5.0, clip=3.0))
+    with pytest.raises(ConfigError, match="no toy_path is named 'steeep'; did you mean steep"):
+        apply_overrides(OnPath(), ["path=steeep"])
+    with pytest.raises(ValueError, match=r"toy_path .plain. is both .*Plain"):
+        config.preset("plain", group="toy_path")(steep)
 
 
 def test_part_of_a_group_merges_over_what_is_there() -> None:

@@ -16,9 +16,7 @@ from counting import Counting
 from fewstep.batch import Batch, Condition
 from fewstep.diffusion import Rng, features, on_path
 from fewstep.diffusion.path import RectifiedFlow, TrigFlow
-from fewstep.methods import DMD2, KD
-from fewstep.methods.contract import Nets
-from fewstep.methods.gan import Gan
+from fewstep.methods import DMD2, KD, Critic, Gan, Nets, StudentSample
 from fewstep.networks.families.cosmos.models import transfer1_7b
 from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.heads import Conv2dSpec
@@ -54,7 +52,7 @@ def counted(method: DMD2, turn: str, shared: bool) -> dict[str, Counter[str]]:
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_student_turn_asks_each_network_once(shared: bool) -> None:
     """cond and negative are one call of twice the rows; teacher and critic keep no graph."""
-    seen = counted(DMD2(t_list=(1.0, 0.7, 0.4), exit_step="last", guidance=3.0), "student", shared)
+    seen = counted(DMD2(student=StudentSample((1.0, 0.7, 0.4), exit_step="last"), guidance=3.0), "student", shared)
     assert seen["student"] == Counter(calls=3, rows=6, graphs=1)  # two of them lead to the state of the third
     assert seen["critic"] == Counter(calls=1, rows=2, graphs=0)
     assert seen["teacher"] == Counter(calls=1, rows=4, graphs=0)
@@ -62,19 +60,19 @@ def test_a_student_turn_asks_each_network_once(shared: bool) -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_critic_turn_asks_no_teacher_and_keeps_no_graph_of_the_student(shared: bool) -> None:
-    seen = counted(DMD2(t_list=(1.0, 0.7), exit_step="last", guidance=3.0), "critic", shared)
+    seen = counted(DMD2(student=StudentSample((1.0, 0.7), exit_step="last"), guidance=3.0), "critic", shared)
     assert seen["student"] == Counter(calls=2, rows=4, graphs=0) and seen["critic"] == Counter(calls=1, rows=2, graphs=1)
     assert not seen["teacher"]
 
 
 def test_one_sample_serves_several_draws_of_the_critic() -> None:
-    seen = counted(DMD2(t_list=(1.0, 0.7), exit_step="last", critic_draws=4), "critic", True)
+    seen = counted(DMD2(student=StudentSample((1.0, 0.7), exit_step="last"), critic=Critic(draws=4)), "critic", True)
     assert seen["student"]["calls"] == 2 and seen["critic"]["calls"] == 4
 
 
 def test_features_come_with_the_score_and_alone_they_cost_the_blocks_up_to_the_tap() -> None:
     """Student: the score's own call gives them. Critic: fake and real, blocks 0 and 1 of 4, which is half a call each."""
-    gan = DMD2(t_list=(1.0,), gan=Gan(features="teacher"))
+    gan = DMD2(student=StudentSample((1.0,)), gan=Gan(features="teacher"))
     student = counted(gan, "student", False)
     assert student["teacher"]["calls"] == 1 and student["blocks"] == Counter({"0": 1, "1": 1, "2": 1, "3": 1})
     critic = counted(gan, "critic", False)

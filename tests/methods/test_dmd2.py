@@ -7,10 +7,11 @@ import scipy.stats
 import torch
 
 from fewstep.batch import Batch, Condition
+from fewstep.config import ConfigError, check
 from fewstep.diffusion import EDM, VP, Prediction, RectifiedFlow, Rng, TrigFlow, rollout, times
 from fewstep.diffusion.rollout import start
-from fewstep.methods import DMD2, Nets, Turn
-from fewstep.methods.dmd2 import vsd
+from fewstep.methods import DMD2, Critic, Nets, Normalizer, StudentSample, Turn, Warmup
+from fewstep.methods.dmd2 import surrogate
 from fewstep.networks.analytic import GaussianMixture
 from fewstep.networks.tiny import TinySpec
 
@@ -49,6 +50,13 @@ def terms(method, turn, networks, batch, seed=1, step=0, rows=None):
 
 
 # --- the gradient -----------------------------------------------------------------------------------------------------
+
+
+def vsd(sample, critic, teacher, mask, reduction):
+    """The loss of `sample`, and the gradient it stands for."""
+    with torch.no_grad():
+        gradient = Normalizer()(critic - teacher, sample, teacher, mask)
+    return surrogate(sample, gradient, mask, reduction), gradient
 
 
 def by_autograd(sample, critic, teacher, mask, reduction):
@@ -119,7 +127,7 @@ def test_a_sample_that_is_the_teachers_answer_does_not_explode():
 def test_the_students_turn_by_hand(path, exit_step):
     """From the records of the three networks: same x_t and t for critic and teacher, the loss and gradient written out."""
     networks = nets(path)
-    method = DMD2(t_list=LISTS[path], exit_step=exit_step, times=times.Shifted(shift=5.0, low=0.05, high=0.95))
+    method = DMD2(student=StudentSample(LISTS[path], exit_step=exit_step), times=times.Shifted(shift=5.0, low=0.05, high=0.95))
     found = terms(method, STUDENT, networks, Batch(x0=normal(64, 3)))
     student, critic, teacher = networks.student.asked, networks.critic.asked, networks.teacher.asked
     assert (
@@ -173,7 +181,7 @@ def test_guidance_is_on_the_teacher_alone():
 @pytest.mark.parametrize("renoise", ["fresh", "same", "ode"])
 def test_real_data_is_never_passed_off_as_a_roll_out(turn, renoise):
     """x0 gives the shape and nothing else: not even a NaN in it is seen."""
-    method = DMD2(renoise=renoise)
+    method = DMD2(student=StudentSample(renoise=renoise))
     found = [
         terms(method, turn, nets(RectifiedFlow()), Batch(x0=x0)).total
         for x0 in (normal(4, 3), torch.full((4, 3), math.nan).double())
@@ -185,7 +193,7 @@ def test_real_data_is_never_passed_off_as_a_roll_out(turn, renoise):
 def test_only_the_last_call_of_the_student_is_trained(renoise):
     for step in range(12):
         networks = nets(RectifiedFlow())
-        terms(DMD2(renoise=renoise), STUDENT, networks, Batch(x0=normal(2, 3)), step=step)
+        terms(DMD2(student=StudentSample(renoise=renoise)), STUDENT, networks, Batch(x0=normal(2, 3)), step=step)
         grads = [call[4] for call in networks.student.asked]
         assert grads == [False] * (len(grads) - 1) + [True]
         assert not networks.critic.asked[0][4] and not networks.teacher.asked[0][4]
@@ -205,7 +213,7 @@ def test_the_exit_step_is_shared_by_all_rows_and_ranks_and_even():
     found = torch.bincount(torch.tensor(counts), minlength=5)[1:]
     assert scipy.stats.chisquare(found.numpy()).pvalue > 1e-3
     networks = nets(RectifiedFlow())
-    terms(DMD2(exit_step="last"), STUDENT, networks, Batch(x0=normal(2, 1)))
+    terms(DMD2(student=StudentSample(exit_step="last")), STUDENT, networks, Batch(x0=normal(2, 1)))
     assert len(networks.student.asked) == 4
 
 
@@ -249,7 +257,7 @@ def test_no_graph_of_teacher_or_critic_is_kept_in_the_students_turn(path):
     """What autograd saves is what the student's last call and the loss need; nothing else gets a gradient."""
     roles = networks_to_train()
     t_list = LISTS[path or RectifiedFlow()]
-    method, batch = DMD2(path=path, t_list=t_list, exit_step="last"), Batch(x0=normal(2, 3, 2, 2, 2).float())
+    method, batch = DMD2(path=path, student=StudentSample(t_list, exit_step="last")), Batch(x0=normal(2, 3, 2, 2, 2).float())
     found, kept = saved(lambda: terms(method, STUDENT, Nets(roles), batch))
     found.total.backward()
     for role in ("teacher", "critic"):
@@ -297,7 +305,7 @@ def test_given_frames_end_to_end():
 def test_the_critics_loss_by_hand(path, space):
     networks = nets(path)
     law = times.Shifted(shift=2.0, low=0.1, high=0.9)
-    method = DMD2(t_list=(path.t_max,), critic_space=space, critic_times=law)
+    method = DMD2(student=StudentSample((path.t_max,)), critic=Critic(space, times=law))
     found = terms(method, CRITIC, networks, Batch(x0=normal(16, 3)))
     sample, (x_t, t, _, made, _) = networks.student.asked[-1][3], networks.critic.asked[0]
     assert not networks.teacher.asked and not networks.student.asked[-1][4]
@@ -312,19 +320,21 @@ def test_the_critics_loss_by_hand(path, space):
 def test_predict_2_5_is_the_velocity_form_on_trigflow():
     """cosmos.md 2.3: mean((G - x0)^2 / sin^2 t). On TrigFlow F = (cos t x_t - x0) / sin t, so that is the error of F."""
     networks = nets(TrigFlow())
-    method = DMD2(t_list=TRIG_LIST, critic_space="velocity", times=times.Shifted(shift=5.0))
+    method = DMD2(student=StudentSample(TRIG_LIST), critic=Critic("velocity"), times=times.Shifted(shift=5.0))
     found = terms(method, CRITIC, networks, Batch(x0=normal(16, 3)))
     sample, (_, t, _, made, _) = networks.student.asked[-1][3], networks.critic.asked[0]
     want = ((sample - made) ** 2 / t.sin()[:, None] ** 2).mean()
     torch.testing.assert_close(found.total.detach(), want, rtol=1e-7, atol=0)
-    eps_form = terms(DMD2(t_list=TRIG_LIST, critic_space="eps"), CRITIC, nets(TrigFlow()), Batch(x0=normal(16, 3)))
+    eps_form = terms(
+        DMD2(student=StudentSample(TRIG_LIST), critic=Critic("eps")), CRITIC, nets(TrigFlow()), Batch(x0=normal(16, 3))
+    )
     assert float(eps_form.total.detach()) != pytest.approx(float(want), rel=0.1)  # that would be / tan^2 t
 
 
 def test_transfer1_is_the_eps_form_on_edm():
     """cosmos.md 1.4: mean(eps' - eps_fake)^2, which is (G - x0)^2 / sigma^2."""
     networks = nets(EDM())
-    method = DMD2(t_list=(80.0,), critic_space="eps", times=times.KarrasIndex(scale=4.0))
+    method = DMD2(student=StudentSample((80.0,)), critic=Critic("eps"), times=times.KarrasIndex(scale=4.0))
     found = terms(method, CRITIC, networks, Batch(x0=normal(16, 3)))
     sample, (_, t, _, made, _) = networks.student.asked[-1][3], networks.critic.asked[0]
     torch.testing.assert_close(found.total.detach(), ((sample - made) ** 2 / t[:, None] ** 2).mean(), rtol=1e-6, atol=0)
@@ -340,10 +350,10 @@ def turns(method, num=16):
 def test_turn_tables():
     """cosmos.md 1.4, 2.3 and A.5.4: iterations 0, 5, 10, .. are the student's, with a warm-up of 1 too."""
     assert turns(DMD2()) == "sccccsccccsccccs"
-    assert turns(DMD2(warmup_steps=1, warmup_role="student")) == "sccccsccccsccccs"
-    assert turns(DMD2(warmup_steps=7, warmup_role="student")) == "sssssssccc" + "sccccs"
-    assert turns(DMD2(warmup_steps=7, warmup_role="critic")) == "cccccccccc" + "sccccs"
-    assert turns(DMD2(warmup_steps=1, warmup_role="critic")) == "cccccsccccsccccs"
+    assert turns(DMD2(warmup=Warmup(1, "student"))) == "sccccsccccsccccs"
+    assert turns(DMD2(warmup=Warmup(7, "student"))) == "sssssssccc" + "sccccs"
+    assert turns(DMD2(warmup=Warmup(7, "critic"))) == "cccccccccc" + "sccccs"
+    assert turns(DMD2(warmup=Warmup(1, "critic"))) == "cccccsccccsccccs"
     assert turns(DMD2(student_update_freq=2), 6) == "scscsc"
     assert turns(DMD2(student_update_freq=1), 4) == "ssss"
     for step in range(8):
@@ -357,14 +367,18 @@ def test_a_list_for_another_path_is_refused():
 
 
 def test_its_sampler_is_its_roll_out():
-    sampler = DMD2(path=TrigFlow(), t_list=TRIG_LIST, renoise="same").sampler(RectifiedFlow())
+    sampler = DMD2(path=TrigFlow(), student=StudentSample(TRIG_LIST, "same")).sampler(RectifiedFlow())
     assert (sampler.path, sampler.times, sampler.renoise) == (TrigFlow(), TRIG_LIST, "same")
     assert DMD2().sampler(RectifiedFlow()).path == RectifiedFlow()
 
 
 def test_problems_are_named():
-    assert [key for key, _ in DMD2(t_list=()).problems()] == ["t_list"]
-    assert [key for key, _ in DMD2(t_list=(0.5, 1.0)).problems()] == ["t_list"]
+    assert [key for key, _ in StudentSample(()).problems()] == ["t_list"]
+    assert [key for key, _ in StudentSample((0.5, 1.0)).problems()] == ["t_list"]
+    assert [key for key, _ in StudentSample(exit_step="last", input="data").problems()] == ["warn:exit_step"]
+    assert check(DMD2()) == []
+    with pytest.raises(ConfigError, match=r"^student\.t_list: must descend.*\ncritic\.draws: must be at least 1"):
+        check(DMD2(student=StudentSample(()), critic=Critic(draws=0)))
     assert [key for key, _ in DMD2(student_update_freq=0).problems()] == ["student_update_freq"]
     assert [key for key, _ in DMD2(student_update_freq=1).problems()] == ["warn:student_update_freq"]
     assert not list(DMD2().problems())

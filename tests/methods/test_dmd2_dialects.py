@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn.functional import softplus
 
 from fewstep.batch import Batch, Condition
-from fewstep.config import fields_help
+from fewstep.config import check, fields_help, presets
 from fewstep.diffusion import EDM, Prediction, RectifiedFlow, Rng, TrigFlow
 from fewstep.diffusion.prediction import keep_given
-from fewstep.methods import FastGen, Gan, Nets, Predict25, Transfer1
+from fewstep.methods import DMD2, Gan, Nets, Regression, fastgen, predict25, transfer1
 from fewstep.networks.heads import Conv3dSpec, QuerySpec
 
 F64 = torch.float64
@@ -169,7 +169,7 @@ def karras_draw(rng, place):
 def test_transfer1_student(given, step):
     raws, nets = world(EDM(t_max=320.0), HEAD)
     batch = batch_of(given)
-    ours = found(Transfer1(), "student", nets, batch, step)
+    ours = found(transfer1(), "student", nets, batch, step)
     noise, eps = ours[2].normals
     sigma = karras_draw(ours[2], 0)
     text, negative = batch.cond.text, batch.negative.text
@@ -190,7 +190,7 @@ def test_transfer1_student(given, step):
 def test_transfer1_critic(given):
     raws, nets = world(EDM(t_max=320.0), HEAD)
     batch = batch_of(given)
-    ours = found(Transfer1(), "critic", nets, batch)
+    ours = found(transfer1(), "critic", nets, batch)
     noise, eps, eps_real = ours[2].normals
     sigma, text = karras_draw(ours[2], 0), batch.cond.text
     with torch.no_grad():
@@ -244,7 +244,7 @@ def free_mean(value, given):
 def test_predict25_student(given, step):
     raws, nets = world(RectifiedFlow())
     batch = batch_of(given)
-    ours = found(Predict25(), "student", nets, batch, step)
+    ours = found(predict25(), "student", nets, batch, step)
     rng, text = ours[2], batch.cond.text
     noise, eps = rng.normals
     sample = backward_simulation(raws["student"], noise, 1 + int(rng.shared.ints[0]), batch)
@@ -272,7 +272,7 @@ def test_predict25_critic(given, with_gan):
     raws, nets = world(RectifiedFlow(), QuerySpec(taps=(0,), channels=8, hidden=8, num_heads=2) if with_gan else None)
     batch = batch_of(given)
     gan = Gan(features="critic", form="bce", real_noise="same") if with_gan else None
-    ours = found(Predict25(gan=gan), "critic", nets, batch, step=2)
+    ours = found(replace(predict25(), gan=gan), "critic", nets, batch, step=2)
     rng, text = ours[2], batch.cond.text
     noise, eps = rng.normals
     with torch.no_grad():
@@ -322,7 +322,10 @@ def fastgen_sample(raw, rng, batch, renoise, one_step):
 def test_fastgen_student(given, one_step, renoise):
     raws, nets = world(RectifiedFlow(), HEAD)
     batch = batch_of(given)
-    method = FastGen(**GUIDED, renoise=renoise, **({"t_list": (LIST[0],)} if one_step else {}))
+    student = replace(fastgen().student, renoise=renoise)
+    if one_step:
+        student = replace(student, t_list=(LIST[0],))
+    method = replace(fastgen(), student=student, **GUIDED)
     ours = found(method, "student", nets, batch)
     rng, text = ours[2], batch.cond.text
     sample = fastgen_sample(raws["student"], rng, batch, renoise, one_step)
@@ -348,7 +351,7 @@ def test_fastgen_critic(r1, same):
     raws, nets = world(RectifiedFlow(), HEAD)
     batch = batch_of(False)
     gan = Gan(real_noise="same" if same else "independent", r1_weight=r1, r1_std=0.1)
-    ours = found(FastGen(**GUIDED, gan=gan), "critic", nets, batch)
+    ours = found(replace(fastgen(), gan=gan, **GUIDED), "critic", nets, batch)
     rng, text = ours[2], batch.cond.text
     with torch.no_grad():
         sample = fastgen_sample(raws["student"], rng, batch, "fresh", False)
@@ -385,12 +388,12 @@ class Free(nn.Module):
 @pytest.mark.parametrize("features", ["teacher", "critic"])
 @pytest.mark.parametrize(
     ("method", "path"),
-    [(Transfer1(), EDM(t_max=320.0)), (Predict25(), TrigFlow()), (FastGen(), RectifiedFlow())],
+    [(transfer1(), EDM(t_max=320.0)), (predict25(), TrigFlow()), (fastgen(), RectifiedFlow())],
     ids=["transfer1", "predict25", "fastgen"],
 )
 def test_given_frames_contribute_exactly_nothing(method, path, features):
     """All terms on, a head that looks at every frame, and a student that does not keep what it was given."""
-    method = replace(method, gan=Gan(weight=0.5, features=features), regression_weight=0.7, regression_on="data")
+    method = replace(method, gan=Gan(weight=0.5, features=features), regression=Regression(weight=0.7, on="data"))
     _, nets = world(RectifiedFlow() if isinstance(path, TrigFlow) else path, HEAD)
     nets["student"] = Free(path)
     total, (grad,), _ = found(method, "student", nets, batch_of(True))
@@ -398,8 +401,10 @@ def test_given_frames_contribute_exactly_nothing(method, path, features):
     assert bool(torch.isfinite(total)) and not grad[given].any() and bool((grad[~given] != 0).all())
 
 
-def test_a_dialect_explains_its_settings():
-    """The comment on the line, or where a dialect says nothing of its own, that of DMD2."""
-    said = {row.key: row.comment for row in fields_help(Transfer1())}
-    assert said["guidance"] == "g 5" and said["normalizer_over"].startswith("all: given frames")
-    assert all(said[key] for key in ("t_list", "critic_space", "gan.weight", "regression_on"))
+def test_a_dialect_is_a_dmd2_whose_settings_are_explained():
+    """The comment on the line where a setting is declared."""
+    said = {row.key: row.comment for row in fields_help(transfer1())}
+    assert "Transfer1 g 5" in said["guidance"] and said["normalizer.over"].startswith("all: conditioning frames")
+    assert all(said[key] for key in ("student.t_list", "critic.space", "gan.weight", "regression"))
+    for make in (transfer1, predict25, fastgen):
+        assert type(make()) is DMD2 and presets("method")[f"dmd2_{make.__name__}"] is make and check(make()) == []

@@ -1,14 +1,16 @@
 """f-distill: h from the divergences themselves, by autograd; the binned ratio; the weight in the loss."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fewstep.batch import Batch
+from fewstep.config import check, presets
 from fewstep.diffusion import EDM, Prediction, RectifiedFlow, Rng, TrigFlow, times
-from fewstep.methods import DMD2, FDistill, Gan, Nets, Turn
-from fewstep.methods.f_distill import bin_means, h
+from fewstep.methods import DMD2, FDivergence, Gan, Nets, StudentSample, Turn
+from fewstep.methods.f_distill import bin_means, f_distill, h
 
 F64 = torch.float64
 # f of D_f(p || q) = E_q f(p / q)
@@ -78,7 +80,12 @@ class Sight:
 @pytest.mark.parametrize("name", ["js", "kl", "rkl"])
 def test_the_students_turn_by_hand(name, num_bins):
     roles = {"student": Known(0.7), "teacher": Known(0.9), "critic": Known(0.5), "head": Sight()}
-    method = FDistill(t_list=(1.0,), divergence=name, num_bins=num_bins, ratio_min=0.5, ratio_max=3.0, times=times.Uniform())
+    method = DMD2(
+        student=StudentSample((1.0,)),
+        times=times.Uniform(),
+        gan=Gan(),
+        sample_weight=FDivergence(name, ratio_min=0.5, ratio_max=3.0, num_bins=num_bins),
+    )
     batch = Batch(x0=torch.zeros(64, 3, dtype=F64))
     (terms,) = method.losses(Turn("student", ("student",)), Nets(roles), batch, Rng(1, 0, range(64)))
     (x_t, t, fake), (_, _, real), sample = roles["critic"].asked[0], roles["teacher"].asked[0], roles["student"].asked[0][2]
@@ -93,14 +100,15 @@ def test_the_students_turn_by_hand(name, num_bins):
     assert "gan" in terms.values and float(terms.watch["sample_weight"]) == pytest.approx(1.0)
     if name == "rkl":
         plain = {"student": Known(0.7), "teacher": Known(0.9), "critic": Known(0.5), "head": Sight()}
-        dmd2 = DMD2(t_list=(1.0,), times=times.Uniform(), gan=Gan())
+        dmd2 = replace(method, sample_weight=None)
         (other,) = dmd2.losses(Turn("student", ("student",)), Nets(plain), batch, Rng(1, 0, range(64)))
         torch.testing.assert_close(other.total, terms.total)
 
 
 def test_problems():
-    assert not list(FDistill().problems()) and FDistill().roles[-1] == "head"
-    for wrong in (FDistill(gan=None), FDistill(gan=Gan(form="hinge"))):
-        assert [key for key, _ in wrong.problems()] == ["gan"]
-    assert [key for key, _ in FDistill(ratio_min=2.0).problems()] == ["ratio_min"]
-    assert [key for key, _ in FDistill(num_bins=-1).problems()] == ["num_bins"]
+    method = f_distill()
+    assert check(method) == [] and method.roles[-1] == "head" and presets("method")["f_distill"] is f_distill
+    for gan in (None, Gan(form="hinge")):
+        assert [key for key, _ in replace(method, gan=gan).problems()] == ["gan"]
+    assert [key for key, _ in FDivergence(ratio_min=2.0).problems()] == ["ratio_min"]
+    assert [key for key, _ in FDivergence(num_bins=-1).problems()] == ["num_bins"]

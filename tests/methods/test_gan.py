@@ -8,13 +8,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from fewstep.batch import Batch, Condition
 from fewstep.diffusion import Prediction, RectifiedFlow, Rng, times
-from fewstep.methods import DMD2, LADD, Gan, Nets, PhasedDMD, SiD, Turn
-from fewstep.methods.dmd2 import normalised
+from fewstep.methods import DMD2, LADD, Critic, Gan, Nets, Normalizer, PhasedDMD, Regression, SiD, StudentSample, Turn
 from fewstep.networks.analytic import GaussianMixture
 from fewstep.networks.heads import AttentionSpec
 from fewstep.networks.tiny import TinySpec
 
 F64 = torch.float64
+ONE_STEP = StudentSample((1.0,))
 STUDENT, CRITIC = Turn("student", ("student",)), Turn("critic", ("critic", "head"))
 
 
@@ -61,14 +61,14 @@ def test_forms():
     ones, zeros = torch.ones(5, 2, dtype=F64), torch.zeros(5, 2, dtype=F64)
     for form in ("softplus", "bce"):
         gan = Gan(form=form)
-        torch.testing.assert_close(gan.tells(fake, real), bce(fake, zeros) + bce(real, ones), rtol=1e-13, atol=0)
-        torch.testing.assert_close(gan.fools(fake), bce(fake, ones), rtol=1e-13, atol=0)
-        ours = torch.autograd.grad(gan.tells(fake, real), (fake, real))
+        torch.testing.assert_close(gan.head_loss(fake, real), bce(fake, zeros) + bce(real, ones), rtol=1e-13, atol=0)
+        torch.testing.assert_close(gan.student_loss(fake), bce(fake, ones), rtol=1e-13, atol=0)
+        ours = torch.autograd.grad(gan.head_loss(fake, real), (fake, real))
         for grad, want in zip(ours, torch.autograd.grad(bce(fake, zeros) + bce(real, ones), (fake, real)), strict=True):
             torch.testing.assert_close(grad, want)
     hinge, fake, real = Gan(form="hinge"), fake.detach(), real.detach()
-    assert float(hinge.tells(fake * 0 - 1, real * 0 + 1)) == 0 and float(hinge.tells(fake * 0, real * 0)) == 2
-    torch.testing.assert_close(hinge.fools(fake), -fake.mean())
+    assert float(hinge.head_loss(fake * 0 - 1, real * 0 + 1)) == 0 and float(hinge.head_loss(fake * 0, real * 0)) == 2
+    torch.testing.assert_close(hinge.student_loss(fake), -fake.mean())
 
 
 @pytest.mark.parametrize("noise", ["same", "own", "independent"])
@@ -109,7 +109,7 @@ def test_r1_tends_to_the_squared_gradient():
 
 def test_a_critic_as_trunk_is_trained_by_the_head_and_a_teacher_is_not():
     for features in ("teacher", "critic"):
-        roles, method = tiny_roles(), DMD2(gan=Gan(features=features), t_list=(1.0,))
+        roles, method = tiny_roles(), DMD2(student=ONE_STEP, gan=Gan(features=features))
         count = 0
         for terms in method.losses(CRITIC, Nets(roles), Batch(x0=normal(4, 2).float()), Rng(1, 0, range(4))):
             terms.total.backward()
@@ -119,7 +119,7 @@ def test_a_critic_as_trunk_is_trained_by_the_head_and_a_teacher_is_not():
             assert all(p.grad is None for p in roles[role].module.parameters())
         for role in ("critic", "head"):
             assert all(p.grad is not None for p in roles[role].module.parameters() if p.requires_grad), role
-        alone = DMD2(t_list=(1.0,))
+        alone = DMD2(student=ONE_STEP)
         reference = tiny_roles()
         for terms in alone.losses(
             Turn("critic", ("critic",)), Nets(reference), Batch(x0=normal(4, 2).float()), Rng(1, 0, range(4))
@@ -161,7 +161,7 @@ def test_the_score_and_the_features_are_one_call():
     ):
         calls.clear()
         list(
-            DMD2(gan=Gan(features=features), guidance=2.0, t_list=(1.0,)).losses(
+            DMD2(student=ONE_STEP, gan=Gan(features=features), guidance=2.0).losses(
                 STUDENT, Nets(roles), batch, Rng(1, 0, range(4))
             )
         )
@@ -203,7 +203,10 @@ def test_decoupled_guidance_by_hand():
     """(critic - cond) at one noise, (w - 1)(cond - uncond) at another, each over its own distance."""
     roles, batch = known_roles(), labelled()
     method = DMD2(
-        t_list=(1.0,), guidance=4.0, guidance_times=times.Uniform(low=0.6, high=0.9), times=times.Uniform(low=0.1, high=0.5)
+        student=ONE_STEP,
+        guidance=4.0,
+        guidance_times=times.Uniform(low=0.6, high=0.9),
+        times=times.Uniform(low=0.1, high=0.5),
     )
     terms = one(method, STUDENT, roles, batch)
     sample = roles["student"].asked[-1][3]
@@ -216,7 +219,7 @@ def test_decoupled_guidance_by_hand():
     gradient = gradient - 3 * (cond2 - uncond2) / (sample - guided).abs().mean(1, keepdim=True)
     torch.testing.assert_close(terms.total.detach(), 0.5 * (gradient**2).mean(), rtol=1e-9, atol=0)
     outside = DMD2(
-        t_list=(1.0,), guidance=4.0, guidance_times=times.Uniform(low=0.6, high=0.9), guidance_interval=(0.0, 0.5),
+        student=ONE_STEP, guidance=4.0, guidance_times=times.Uniform(low=0.6, high=0.9), guidance_interval=(0.0, 0.5),
         times=times.Uniform(low=0.1, high=0.5),
     )  # fmt: skip
     roles = known_roles()
@@ -230,14 +233,14 @@ def test_the_two_parts_of_decoupled_dmd_add_up_to_the_coupled_one():
     """At one noise and over one distance: critic - guided = (critic - cond) - (w - 1)(cond - uncond)."""
     critic, cond, uncond, sample = (normal(4, 3, seed=i) for i in range(4))
     guided = uncond + 5 * (cond - uncond)
-    whole = normalised(critic - guided, sample, guided, None)
-    parts = normalised(critic - cond, sample, guided, None) + normalised(-4 * (cond - uncond), sample, guided, None)
+    whole = Normalizer()(critic - guided, sample, guided, None)
+    parts = Normalizer()(critic - cond, sample, guided, None) + Normalizer()(-4 * (cond - uncond), sample, guided, None)
     torch.testing.assert_close(whole, parts)
 
 
 def test_guidance_on_an_interval():
     roles, batch = known_roles(), labelled(64)
-    method = DMD2(t_list=(1.0,), guidance=4.0, guidance_interval=(0.3, 0.6), times=times.Uniform(low=0.1, high=0.9))
+    method = DMD2(student=ONE_STEP, guidance=4.0, guidance_interval=(0.3, 0.6), times=times.Uniform(low=0.1, high=0.9))
     terms = one(method, STUDENT, roles, batch)
     sample, fake = roles["student"].asked[-1][3], roles["critic"].asked[0][3]
     both, t = roles["teacher"].asked[0][3], roles["teacher"].asked[0][1][:64]
@@ -250,18 +253,18 @@ def test_guidance_on_an_interval():
 
 def test_the_regression_term():
     noise, x0 = normal(4, 3, seed=3), normal(4, 3)
-    pairs = DMD2(t_list=(1.0, 0.5), renoise="same", exit_step="last", regression_weight=0.25)
+    pairs = DMD2(student=StudentSample((1.0, 0.5), "same", "last"), regression=Regression(0.25))
     roles = known_roles()
     terms = one(pairs, STUDENT, roles, Batch(x0=x0, noise=noise))
     assert pairs.needs == {"x0", "noise"} and torch.equal(roles["student"].asked[0][0], noise)
     want = ((0.7 * (0.5 * 0.7 * noise + 0.5 * noise) - x0) ** 2).mean()
     torch.testing.assert_close(terms.values["regression"].detach(), want)
     assert terms.weights["regression"] == 0.25
-    data = DMD2(t_list=(1.0,), regression_weight=0.25, regression_on="data")
+    data = DMD2(student=ONE_STEP, regression=Regression(0.25, on="data"))
     roles = known_roles()
     terms = one(data, STUDENT, roles, Batch(x0=x0))
     torch.testing.assert_close(terms.values["regression"].detach(), ((roles["student"].asked[0][3] - x0) ** 2).mean())
-    warm = DMD2(t_list=(1.0,), regression_weight=0.25, regression_on="data", warmup_steps=3, warmup_role="regression")
+    warm = DMD2(student=ONE_STEP, regression=Regression(0.25, on="data", warmup_steps=3))
     assert [warm.turn(i).name for i in range(6)] == ["regression"] * 3 + ["critic"] * 2 + ["student"]
     roles = known_roles()
     terms = one(warm, warm.turn(0), roles, Batch(x0=x0))
@@ -271,7 +274,7 @@ def test_the_regression_term():
 
 
 def test_one_sample_may_serve_several_draws_of_a_critic_turn():
-    roles, method = known_roles(), DMD2(t_list=(1.0,), critic_draws=3)
+    roles, method = known_roles(), DMD2(student=ONE_STEP, critic=Critic(draws=3))
     found = list(method.losses(Turn("critic", ("critic",)), Nets(roles), Batch(x0=normal(4, 3)), Rng(1, 0, range(4))))
     assert len(found) == 3 and len(roles["student"].asked) == 1
     assert len({float(t[0]) for _, t, _, _ in roles["critic"].asked}) == 3
@@ -280,7 +283,7 @@ def test_one_sample_may_serve_several_draws_of_a_critic_turn():
 
 
 @pytest.mark.parametrize("make", [DMD2, LADD, PhasedDMD, SiD])
-def test_first_frames_are_given_to_all_roles_alike(make):
+def test_all_roles_are_conditioned_on_the_same_first_frames(make):
     """Shares 0, 1: every sample is shown its first frame, in every call of the turn."""
 
     class Video(Known):
@@ -291,31 +294,30 @@ def test_first_frames_are_given_to_all_roles_alike(make):
 
     x0, masks, frames = normal(2, 3, 4, 2, 2), [], []
     roles = {name: Video(0.5) for name in ("student", "teacher", "critic")} | {"head": Sight(lambda x: x[:, :1])}
-    method = make(given=(0.0, 1.0))
+    method = make(first_frames=(0.0, 1.0))
     for step in (0, 1):
         list(method.losses(method.turn(step), Nets(roles), Batch(x0=x0), Rng(1, step, range(2))))
     want = torch.tensor([[1.0, 0, 0, 0]] * 2, dtype=F64)
     assert len(masks) >= 4 and all(torch.equal(m, want) and f is x0 for m, f in zip(masks, frames, strict=True))
-    assert [key for key, _ in make(given=(0.5, 0.4)).problems()] == ["given"]
+    assert [key for key, _ in make(first_frames=(0.5, 0.4)).problems()] == ["first_frames"]
 
 
 def test_noised_data_as_the_students_input():
     roles, batch = known_roles(), Batch(x0=normal(256, 3))
-    method = DMD2(student_input="data")
+    method = DMD2(student=StudentSample(input="data"))
     one(method, STUDENT, roles, batch)
     ((x_t, t, _, _),) = roles["student"].asked
-    assert set(t.tolist()) == set(method.t_list)
+    assert set(t.tolist()) == set(method.student.t_list)
     noise = (x_t - (1 - t)[:, None] * batch.x0) / t[:, None]
     assert abs(float(noise.std()) - 1) < 0.1
 
 
 def test_problems_of_the_new_fields():
     keys = lambda method: [key for key, _ in method.problems()]  # noqa: E731
-    assert keys(DMD2(critic_draws=0)) == ["critic_draws"]
-    assert keys(DMD2(warmup_role="regression", warmup_steps=2)) == ["regression_weight"]
-    assert keys(DMD2(regression_weight=1.0)) == ["regression_on"]
-    assert not keys(DMD2(regression_weight=1.0, t_list=(1.0,)))
-    assert keys(DMD2(regression_weight=1.0, student_input="data", renoise="ode")) == ["student_input"]
+    assert keys(Critic(draws=0)) == ["draws"] and keys(Regression(weight=0.0)) == ["weight"]
+    assert keys(DMD2(regression=Regression())) == ["regression.on"]
+    assert not keys(DMD2(student=ONE_STEP, regression=Regression()))
+    assert keys(DMD2(student=StudentSample(renoise="ode", input="data"), regression=Regression())) == ["student.input"]
     assert keys(DMD2(guidance_times=times.Uniform())) == ["warn:guidance_times"]
     assert [key for key, _ in Gan(weight=0.0).problems()] == ["weight"]
     assert [key for key, _ in Gan(r1_weight=1.0, r1_std=0.0).problems()] == ["r1_std"]
@@ -326,6 +328,6 @@ def test_problems_of_the_new_fields():
 def test_a_mixture_says_that_it_has_no_features():
     roles = tiny_roles() | {"teacher": GaussianMixture([[0.0, 0.0]], [1.0])}
     with pytest.raises(ValueError, match="no blocks to tap"):
-        one(DMD2(gan=Gan(), t_list=(1.0,)), STUDENT, roles, Batch(x0=normal(4, 2).float()))
-    terms = one(DMD2(gan=Gan(features="critic"), t_list=(1.0,)), STUDENT, roles, Batch(x0=normal(4, 2).float()))
+        one(DMD2(student=ONE_STEP, gan=Gan()), STUDENT, roles, Batch(x0=normal(4, 2).float()))
+    terms = one(DMD2(student=ONE_STEP, gan=Gan(features="critic")), STUDENT, roles, Batch(x0=normal(4, 2).float()))
     assert math.isfinite(float(terms.total.detach()))

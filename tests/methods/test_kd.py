@@ -182,14 +182,14 @@ def test_needs_and_problems():
 def test_given_frames_are_shown_clean_and_asked_of_nobody():
     """Transfer1 shows 0, 1 or 2 of the clip's own frames; what is given is no part of the mean."""
     noise, x0, net = normal(4, 2, 3, 2, 2), normal(4, 2, 3, 2, 2, seed=1), Probe(EDM())
-    loss = loss_of(KD(t_list=(80.0,), given=(0.0, 0.0, 1.0)), net, Batch(x0=x0, noise=noise))
+    loss = loss_of(KD(t_list=(80.0,), first_frames=(0.0, 0.0, 1.0)), net, Batch(x0=x0, noise=noise))
     cond = net.asked[0][2]
     assert torch.equal(cond.frames, x0) and cond.frame_mask.tolist() == [[1, 1, 0]] * 4
     error = (0.5 * torch.tanh(80 * noise) - x0)[:, :, 2:] ** 2
     torch.testing.assert_close(loss, error.mean() / 2, rtol=1e-9, atol=0)
     shown = set()
     for step in range(8):
-        loss_of(KD(t_list=(80.0,), given=(1 / 3, 1 / 3, 1 / 3)), net, Batch(x0=x0, noise=noise), step=step)
+        loss_of(KD(t_list=(80.0,), first_frames=(1 / 3, 1 / 3, 1 / 3)), net, Batch(x0=x0, noise=noise), step=step)
         shown |= set(net.asked[-1][2].frame_mask.sum(1).tolist())
     assert shown == {0, 1, 2}
-    assert [key for key, text in KD(given=(0.5,)).problems() if "must sum to 1" in text] == ["given"]
+    assert [key for key, text in KD(first_frames=(0.5,)).problems() if "must sum to 1" in text] == ["first_frames"]

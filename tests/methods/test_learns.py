@@ -6,7 +6,7 @@ from torch import nn
 
 from fewstep.batch import Batch, Condition
 from fewstep.diffusion import EDM, Prediction, RectifiedFlow, Rng, TrigFlow, times
-from fewstep.methods import DMD2, KD, Nets
+from fewstep.methods import DMD2, KD, Critic, Nets, StudentSample
 from fewstep.networks.analytic import GaussianMixture
 
 MEAN, STD = torch.tensor([1.0, -0.5]), torch.tensor([0.3, 0.8])
@@ -86,9 +86,9 @@ def test_dmd2_recovers_the_distribution(path):
     torch.manual_seed(0)
     teacher, student, critic = GaussianMixture(MEAN[None], STD[None], path=path), Linear(path), Gaussian(path)
     method = DMD2(
-        t_list=(path.t_max,),
+        student=StudentSample((path.t_max,)),
         times=times.Shifted(shift=2.0, low=0.02, high=0.98),
-        critic_space="velocity",
+        critic=Critic("velocity"),
         student_update_freq=3,
     )
     optimizers = {

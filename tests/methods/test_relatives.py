@@ -1,19 +1,35 @@
 """LADD, SiD, phased and reward-weighted DMD: their turns by hand, and the identities they stand on."""
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 from torch.nn.functional import softplus
 
 from fewstep.batch import Batch, Condition
+from fewstep.config import check, presets
 from fewstep.diffusion import EDM, Prediction, RectifiedFlow, Rng, TrigFlow
-from fewstep.methods import DMD2, LADD, Gan, Nets, PhasedDMD, RewardDMD, SiD, Turn
-from fewstep.methods.phased import renoised
-from fewstep.methods.reward import Motion, Toward
+from fewstep.methods import (
+    DMD2,
+    LADD,
+    Critic,
+    Gan,
+    Nets,
+    Normalizer,
+    PhasedDMD,
+    RewardWeight,
+    SiD,
+    StudentSample,
+    Turn,
+    Warmup,
+)
+from fewstep.methods.phased_dmd import renoised
+from fewstep.methods.reward_dmd import Motion, Toward, reward_dmd
 from fewstep.networks.analytic import GaussianMixture
 
 F64 = torch.float64
+ONE_STEP = StudentSample((1.0,))
 STUDENT, CRITIC = Turn("student", ("student",)), Turn("critic", ("critic",))
 
 
@@ -54,7 +70,10 @@ def one(method, turn, roles, batch, step=0):
 
 
 def test_ladd_by_hand():
-    method, batch = LADD(t_list=(1.0, 0.5), gan=Gan(weight=0.5, r1_weight=0.2, r1_std=0.3)), Batch(x0=normal(8, 3))
+    method, batch = (
+        LADD(student=StudentSample((1.0, 0.5)), gan=Gan(weight=0.5, r1_weight=0.2, r1_std=0.3)),
+        Batch(x0=normal(8, 3)),
+    )
     assert [method.turn(i).trains for i in range(3)] == [("student",), ("head",), ("student",)]
     roles = roles_on()
     terms = one(method, STUDENT, roles, batch)
@@ -68,7 +87,7 @@ def test_ladd_by_hand():
     assert not roles["student"].asked[-1][3]
     loss = softplus(fake[:, 0] ** 2).mean() + softplus(-(real[:, 0] ** 2)).mean()
     torch.testing.assert_close(terms.total, loss + 0.2 * ((real[:, 0] ** 2 - moved[:, 0] ** 2) ** 2).mean())
-    assert [key for key, _ in LADD(student_update_freq=1, t_list=(0.5, 1.0)).problems()] == ["t_list", "student_update_freq"]
+    assert [key for key, _ in LADD(student_update_freq=1).problems()] == ["student_update_freq"]
     assert [key for key, _ in LADD(gan=Gan(features="critic")).problems()] == ["gan.features"]
 
 
@@ -78,7 +97,7 @@ def test_ladd_by_hand():
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 1.2])
 def test_sid_by_hand(alpha):
     roles, batch = roles_on(), Batch(x0=normal(8, 3))
-    method = SiD(t_list=(1.0,), alpha=alpha)
+    method = SiD(student=ONE_STEP, alpha=alpha)
     terms = one(method, STUDENT, roles, batch)
     (x_t, t, _, _), noise = roles["teacher"].asked[0], roles["student"].asked[0][0]
     gain = roles["student"].gain
@@ -121,21 +140,32 @@ def test_the_score_identity_and_the_gradient_of_the_fisher_divergence():
     assert partial + held == pytest.approx(want, rel=1e-9)
 
 
-def test_sid_trains_nothing_but_the_student_and_refuses_what_it_has_not():
-    assert [key for key, _ in SiD(gan=Gan()).problems()] == ["gan"]
-    assert [key for key, _ in SiD(t_list=(1.0,), regression_weight=1.0).problems()] == ["regression_weight"]
-    assert SiD().turn(1).name == "critic" and not list(SiD().problems())
+def test_sid_has_no_setting_without_effect():
+    assert not {"gan", "guidance_times", "regression", "sample_weight"} & {field.name for field in fields(SiD)}
+    assert SiD().turn(1).name == "critic" and check(SiD()) == []
+
+
+@pytest.mark.parametrize("over", ["free", "all"])
+def test_sids_normaliser_counts_what_it_is_set_to_count(over):
+    """Of two frames one is conditioned on: with over=all the mean |x - phi| is half as large, and the loss twice."""
+    x0 = normal(4, 2, 2, 1, 1)
+    cond = Condition(frames=x0, frame_mask=torch.tensor([[1.0, 0.0]] * 4, dtype=F64))
+    method = SiD(student=ONE_STEP, normalizer=Normalizer(over=over))
+    free = one(SiD(student=ONE_STEP), STUDENT, roles_on(), Batch(x0=x0, cond=cond)).total
+    loss = one(method, STUDENT, roles_on(), Batch(x0=x0, cond=cond)).total
+    torch.testing.assert_close(loss, free * (2 if over == "all" else 1))
 
 
 # --- phased DMD -------------------------------------------------------------------------------------------------------
 
 
 def test_turns_of_the_phases():
-    method = PhasedDMD(steps_per_phase=6, student_update_freq=3, warmup_steps=2)
-    names = [method.turn(i).name for i in range(20)]
-    assert names[:6] == [f"{n}_phase1" for n in ("critic", "critic", "critic", "student", "critic", "critic")]
-    assert names[6:9] == ["critic_phase2", "critic_phase2", "critic_phase2"] and names[9] == "student_phase2"
-    assert names[12] == "student_phase2" and method.turn(9).trains == ("student",)  # the last phase has no end
+    method = PhasedDMD(steps_per_phase=6, student_update_freq=3, warmup=Warmup(2))
+    turns = [method.turn(i) for i in range(20)]
+    assert [turn.name for turn in turns[:6]] == ["critic", "critic", "critic", "student", "critic", "critic"]
+    assert [turn.phase for turn in turns] == [1] * 6 + [2] * 14  # the last phase has no end
+    assert [turn.name for turn in turns[6:10]] == ["critic", "critic", "critic", "student"] and turns[12].name == "student"
+    assert turns[9].trains == ("student",) and turns[9].label == "student, phase 2" and CRITIC.label == "critic"
 
 
 @pytest.mark.parametrize("path", [RectifiedFlow(), TrigFlow(), EDM()], ids=str)
@@ -170,7 +200,7 @@ def test_a_phase_by_hand():
     method, batch = PhasedDMD(t_list=(1.0, 0.6), steps_per_phase=5, student_update_freq=2), Batch(x0=normal(6, 3))
     for phase, calls in ((1, 1), (2, 2)):
         roles = roles_on()
-        terms = one(method, Turn(f"student_phase{phase}", ("student",)), roles, batch)
+        terms = one(method, Turn("student", ("student",), phase), roles, batch)
         assert [asked[3] for asked in roles["student"].asked] == [False] * (calls - 1) + [True]
         (_, t, fake, g), (_, t_teacher, real, _) = roles["critic"].asked[0], roles["teacher"].asked[0]
         assert torch.equal(t, t_teacher) and not g and float(t.min()) >= (0.6 if phase == 1 else 0.0)
@@ -178,23 +208,23 @@ def test_a_phase_by_hand():
         gradient = (fake - real) / (sample - real).abs().mean(1, keepdim=True)
         torch.testing.assert_close(terms.total.detach(), 0.5 * (gradient**2).mean(), rtol=1e-9, atol=0)
         roles = roles_on()
-        terms = one(method, Turn(f"critic_phase{phase}", ("critic",)), roles, batch)
+        terms = one(method, Turn("critic", ("critic",), phase), roles, batch)
         assert not roles["teacher"].asked and bool(torch.isfinite(terms.total))
         assert torch.autograd.grad(terms.total, roles["critic"].gain)[0] != 0
     # the last phase is DMD2's own last call: same critic loss, in the eps form
-    last = PhasedDMD(t_list=(1.0,), critic_space="eps")
+    last = PhasedDMD(t_list=(1.0,), critic=Critic("eps"))
     roles = roles_on()
-    terms = one(last, Turn("critic_phase1", ("critic",)), roles, batch)
+    terms = one(last, Turn("critic", ("critic",), 1), roles, batch)
     (x_t, t, made, _), sample = roles["critic"].asked[0], roles["student"].asked[0][2]
     error = ((x_t - (1 - t)[:, None] * made) - (x_t - (1 - t)[:, None] * sample)) / t[:, None]
     torch.testing.assert_close(terms.total.detach(), (error**2).mean(), rtol=1e-8, atol=0)
 
 
-def test_phased_refuses_what_it_has_not():
-    assert not list(PhasedDMD().problems())
-    assert [key for key, _ in PhasedDMD(renoise="same", gan=Gan(), steps_per_phase=0).problems()] == [
-        "steps_per_phase", "renoise", "gan",
-    ]  # fmt: skip
+def test_phased_has_no_setting_without_effect():
+    assert check(PhasedDMD()) == [] and PhasedDMD().sampler(RectifiedFlow()).renoise == "fresh"
+    assert not {"renoise", "exit_step", "student", "gan", "guidance_times"} & {field.name for field in fields(PhasedDMD)}
+    wrong = PhasedDMD(t_list=(0.5, 1.0), steps_per_phase=0)
+    assert [key for key, _ in wrong.problems()] == ["t_list", "steps_per_phase"]
 
 
 # --- reward -----------------------------------------------------------------------------------------------------------
@@ -202,7 +232,8 @@ def test_phased_refuses_what_it_has_not():
 
 def test_the_weight_by_hand():
     roles, batch = roles_on(), Batch(x0=normal(8, 2))
-    method = RewardDMD(t_list=(1.0,), reward=Toward(direction=(1.0, -2.0)), beta=0.5, baseline=0.2, max_weight=4.0)
+    weight = RewardWeight(Toward(direction=(1.0, -2.0)), beta=0.5, baseline=0.2, max_weight=4.0)
+    method = DMD2(student=ONE_STEP, sample_weight=weight)
     terms = one(method, STUDENT, roles, batch)
     sample, fake, real = roles["student"].asked[0][2], roles["critic"].asked[0][2], roles["teacher"].asked[0][2]
     weight = torch.exp((sample[:, 0] - 2 * sample[:, 1] - 0.2) / 0.5).clamp(max=4.0)
@@ -221,5 +252,6 @@ def test_rewards():
         Motion()(normal(2, 3), Condition())
     with pytest.raises(ValueError, match="1 entries for data of 3 channels"):
         Toward()(normal(2, 3), Condition())
-    assert [key for key, _ in RewardDMD(beta=-1.0, max_weight=0.0).problems()] == ["beta", "max_weight"]
-    assert math.isinf(RewardDMD(max_weight=math.inf).max_weight) and DMD2().roles == RewardDMD().roles
+    assert [key for key, _ in RewardWeight(beta=-1.0, max_weight=0.0).problems()] == ["beta", "max_weight"]
+    assert math.isinf(RewardWeight(max_weight=math.inf).max_weight) and DMD2().roles == reward_dmd().roles
+    assert check(reward_dmd()) == [] and presets("method")["reward_dmd"] is reward_dmd

@@ -6,14 +6,15 @@ from torch import nn
 
 from fewstep.batch import Batch, Condition
 from fewstep.diffusion import Prediction, RectifiedFlow, Rng, times
-from fewstep.methods import DMD2, LADD, FDistill, Gan, Nets, PhasedDMD, RewardDMD, SiD
-from fewstep.methods.reward import Toward
+from fewstep.methods import DMD2, LADD, FDivergence, Gan, Nets, PhasedDMD, RewardWeight, SiD, StudentSample
+from fewstep.methods.reward_dmd import Toward
 from fewstep.networks.analytic import GaussianMixture
 
 PATH = RectifiedFlow()
 MEAN, STD = torch.tensor([1.0, -0.5]), torch.tensor([0.3, 0.8])
 TARGET = GaussianMixture(MEAN[None], STD[None])
 LAW = times.Shifted(shift=2.0, low=0.02, high=0.98)
+SETTINGS = {"student": StudentSample((1.0,)), "times": LAW, "student_update_freq": 3}
 ROWS = 256
 
 
@@ -93,7 +94,7 @@ def assert_close(made, mean=0.05, std=0.12):
 
 
 def test_sid_learns():
-    assert_close(learnt(SiD(t_list=(1.0,), times=LAW, student_update_freq=3), TARGET, 350))
+    assert_close(learnt(SiD(**SETTINGS), TARGET, 350))
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("kl", "sf", "neyman", "sh", "jf", "rkl")]
@@ -102,12 +103,12 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("kl", "sf", "ney
 @pytest.mark.parametrize("divergence", ["js", *SLOW])
 def test_f_distill_learns(divergence):
     gan = Gan(weight=1e-3, features="critic")
-    method = FDistill(t_list=(1.0,), times=LAW, student_update_freq=3, divergence=divergence, gan=gan)
+    method = DMD2(**SETTINGS, gan=gan, sample_weight=FDivergence(divergence))
     assert_close(learnt(method, TARGET, 350))
 
 
 def test_ladd_learns():
-    method = LADD(t_list=(1.0,), times=LAW, gan=Gan(weight=1.0, r1_weight=1.0, r1_std=0.1))
+    method = LADD(student=StudentSample((1.0,)), times=LAW, gan=Gan(weight=1.0, r1_weight=1.0, r1_std=0.1))
     made = learnt(method, Critic(), 600)  # a map of noise may turn it: the axes' means and spreads are what is learnt
     torch.testing.assert_close(made.mean(0), MEAN, rtol=0, atol=0.15)
     torch.testing.assert_close(made.std(0), STD, rtol=0.25, atol=0)
@@ -134,22 +135,20 @@ def test_phased_learns_phase_by_phase():
 def test_a_reward_chooses_what_a_student_covers_that_cannot_cover_all(side):
     """A Gaussian student of two far modes lies between them, and leans to the one it is paid for."""
     teacher = GaussianMixture([[-1.2, 0.0], [1.2, 0.0]], [0.3, 0.3])
-    settings = {"t_list": (1.0,), "times": LAW, "student_update_freq": 3}
-    paid = learnt(RewardDMD(**settings, reward=Toward((side, 0.0)), beta=0.5), teacher, 250)
+    paid = learnt(DMD2(**SETTINGS, sample_weight=RewardWeight(Toward((side, 0.0)), beta=0.5)), teacher, 250)
     assert 0.15 < float(side * paid[:, 0].mean()) < 0.5
-    unpaid = learnt(RewardDMD(**settings, reward=Toward((0.0, 0.0)), beta=0.5), teacher, 250)
+    unpaid = learnt(DMD2(**SETTINGS, sample_weight=RewardWeight(Toward((0.0, 0.0)), beta=0.5)), teacher, 250)
     assert abs(float(unpaid[:, 0].mean())) < 0.08
 
 
 def test_a_gan_takes_the_student_nearer_to_the_data_than_its_biased_teacher_is():
     wrong = GaussianMixture((MEAN + 0.3)[None], (1.4 * STD)[None])
-    settings = {"t_list": (1.0,), "times": LAW, "student_update_freq": 3}
 
     def distance(made):  # of Gaussians, the Frechet distance
         return float(((made.mean(0) - MEAN) ** 2).sum() + ((made.std(0) - STD) ** 2).sum())
 
     teachers = distance(wrong.sample(Rng(3, rows=range(20000))))
-    alone = distance(learnt(DMD2(**settings), wrong, 300))
-    with_gan = distance(learnt(DMD2(**settings, gan=Gan(weight=3.0, features="critic", r1_weight=1.0)), wrong, 400))
+    alone = distance(learnt(DMD2(**SETTINGS), wrong, 300))
+    with_gan = distance(learnt(DMD2(**SETTINGS, gan=Gan(weight=3.0, features="critic", r1_weight=1.0)), wrong, 400))
     assert 0.7 * teachers < alone < 1.4 * teachers, (teachers, alone)
     assert with_gan < 0.4 * teachers, (teachers, with_gan)

@@ -10,7 +10,7 @@ from torch.nn import functional
 from fewstep.batch import Batch, Condition
 from fewstep.config import choices
 from fewstep.diffusion import Rng
-from fewstep.methods import DMD2, Gan, Nets, Turn
+from fewstep.methods import DMD2, Gan, Nets, StudentSample, Turn
 from fewstep.networks.heads import AttentionSpec, Conv2dSpec, Conv3dSpec, MultiscaleSpec, QuerySpec, SpatioTemporalSpec
 from fewstep.networks.roles import Networks, build
 from fewstep.networks.tiny import TinySpec
@@ -169,7 +169,7 @@ def test_a_head_learns_to_tell_two_sets_apart(spec):
 
     for step in range(60):
         optimizer.zero_grad()
-        gan.tells(head([draw(2 * step, 0.0)]), head([draw(2 * step + 1, 1.0)])).backward()
+        gan.head_loss(head([draw(2 * step, 0.0)]), head([draw(2 * step + 1, 1.0)])).backward()
         optimizer.step()
     assert float((head([draw(1001, 1.0)]).mean(1) > head([draw(1000, 0.0)]).mean(1)).float().mean()) > 0.9
 
@@ -197,7 +197,7 @@ def networks(checkpointed, spec):
 def test_gradients_are_the_same_under_checkpointing(spec, trunk):
     """Both turns, R1 and guidance on: the blocks' second run must see what the first saw."""
     gan = Gan(weight=0.5, features=trunk, r1_weight=0.3)
-    method = DMD2(gan=gan, guidance=3.0, exit_step="last", t_list=(1.0, 0.6))
+    method = DMD2(student=StudentSample((1.0, 0.6), exit_step="last"), gan=gan, guidance=3.0)
     cond, negative = (Condition(text=normal(2, 5, 4, seed=seed)) for seed in (8, 9))
     batch = Batch(x0=normal(2, 3, 4, 4, 4, seed=5), cond=cond, negative=negative)
     for turn in (Turn("student", ("student",)), Turn("critic", ("critic", "head"))):

@@ -40,7 +40,7 @@ from fewstep.diffusion import Prediction, RectifiedFlow, Rng, TeacherSampler
 from fewstep.diffusion.path import AnyPath
 from fewstep.diffusion.times import Listed
 from fewstep.inference.synthetic import InMemory, MixtureSamples, TeacherPairs
-from fewstep.methods import DMD2, KD, LADD, Finetune, Gan, Terms
+from fewstep.methods import DMD2, KD, LADD, Finetune, Gan, StudentSample, Terms
 from fewstep.networks.analytic import MixtureSpec
 from fewstep.networks.heads import MultiscaleSpec
 from fewstep.networks.lora import Lora
@@ -121,14 +121,15 @@ NETS = {
     "head": Networks(DIT, Full(), full(DIT), head=MultiscaleSpec(taps=(0, 1), channels=24, hidden=16)),
     "lora": Networks(DIT, Lora(rank=2, train=("enter",)), Lora(rank=3)),  # adapters over one frozen network
 }
+TWO_STEPS = StudentSample((1.0, 0.6))
 METHODS = {
     "finetune": (Finetune(), MixtureSamples(MIXTURE, num=100)),
     "kd": (KD(), TeacherPairs(MIXTURE, num=100, sampler=TeacherSampler("heun", 8, shift=1.0))),
-    "dmd2": (DMD2(t_list=(1.0, 0.6), student_update_freq=2), MixtureSamples(MIXTURE, num=100)),
+    "dmd2": (DMD2(student=TWO_STEPS, student_update_freq=2), MixtureSamples(MIXTURE, num=100)),
     # features of a frozen teacher, through which the student's gradient goes; and of a critic, which the head trains too
-    "gan": (DMD2(t_list=(1.0, 0.6), student_update_freq=2, gan=Gan(weight=0.3)), None),
-    "trunk": (DMD2(t_list=(1.0, 0.6), student_update_freq=2, gan=Gan(weight=0.3, features="critic", r1_weight=0.5)), None),
-    "ladd": (LADD(t_list=(1.0, 0.6)), None),
+    "gan": (DMD2(student=TWO_STEPS, student_update_freq=2, gan=Gan(weight=0.3)), None),
+    "trunk": (DMD2(student=TWO_STEPS, student_update_freq=2, gan=Gan(weight=0.3, features="critic", r1_weight=0.5)), None),
+    "ladd": (LADD(student=TWO_STEPS), None),
 }
 
 def make(name, method, net, mode, size, num_replicas=None, **trainer):

@@ -9,7 +9,7 @@ import torch
 
 from fewstep.config import check
 from fewstep.inference.synthetic import MixtureSamples
-from fewstep.methods import DMD2
+from fewstep.methods import DMD2, StudentSample
 from fewstep.networks.analytic import MixtureSpec
 from fewstep.networks.roles import Full, Networks
 from fewstep.networks.tiny import TinySpec
@@ -75,7 +75,7 @@ def test_it_is_counted_in_updates_of_the_student(tmp_path: Path, monkeypatch: py
     tiny = Full(TinySpec(width=8, depth=1), init="random")
     run = Run(
         job=Job(name="turns"),
-        method=DMD2(t_list=(1.0,), student_update_freq=3),
+        method=DMD2(student=StudentSample((1.0,)), student_update_freq=3),
         networks=Networks(mixture, tiny, tiny),
         data=MixtureSamples(mixture, num=64),
         optim=Optim(lr=1e-2),

@@ -15,7 +15,7 @@ from fewstep.config import ConfigError, kind, recipe
 from fewstep.diffusion import Rng, StudentSampler, TeacherSampler
 from fewstep.diffusion.times import Shifted
 from fewstep.inference.synthetic import MixtureSamples, TeacherPairs
-from fewstep.methods import DMD2, KD, Finetune, Nets, Terms, Turn
+from fewstep.methods import DMD2, KD, Finetune, Nets, StudentSample, Terms, Turn
 from fewstep.networks.analytic import MixtureSpec
 from fewstep.networks.roles import Full, Networks, build
 from fewstep.networks.tiny import TinySpec
@@ -116,7 +116,7 @@ def test_a_run_is_the_loop_one_would_write_by_hand() -> None:
 TURNS = {
     "finetune": (Finetune(), MixtureSamples(MIXTURE, num=100)),
     "kd": (KD(), TeacherPairs(MIXTURE, num=100, sampler=TeacherSampler("heun", 8, shift=1.0))),
-    "dmd2": (DMD2(t_list=(1.0, 0.6), student_update_freq=2), MixtureSamples(MIXTURE, num=100)),
+    "dmd2": (DMD2(student=StudentSample((1.0, 0.6)), student_update_freq=2), MixtureSamples(MIXTURE, num=100)),
 }
 
 
@@ -152,7 +152,7 @@ def test_accumulation_is_the_large_batch(name: str) -> None:
 
 
 def test_a_line_of_metrics_holds_what_its_iterations_saw() -> None:
-    run = run_of("lines", method=DMD2(t_list=(1.0,), student_update_freq=2))
+    run = run_of("lines", method=DMD2(student=StudentSample((1.0,)), student_update_freq=2))
     train(run)
     for step, line in metrics(run).items():
         mine, other = ("student", "critic") if step % 2 else ("critic", "student")
@@ -295,7 +295,7 @@ def test_data_that_lacks_what_it_declares_is_refused() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_load_path_takes_the_weights_and_nothing_else(precision: Any) -> None:
     trainer = Trainer(max_iter=4, batch_size=8, num_threads=1, precision=precision)
-    dmd2 = DMD2(t_list=(1.0,), student_update_freq=2)
+    dmd2 = DMD2(student=StudentSample((1.0,)), student_update_freq=2)
     train(run_of("first", method=dmd2, trainer=trainer, optim=Optim(lr=1e-2), checkpoint=Checkpoint(save_iter=2)))
     second = run_of(
         "second",
@@ -358,7 +358,7 @@ class ConstantScore:
 
 
 def test_the_summary_holds_the_last_of_everything() -> None:
-    run = run_of("papers", preview=ConstantScore(), method=DMD2(t_list=(1.0,), student_update_freq=2))
+    run = run_of("papers", preview=ConstantScore(), method=DMD2(student=StudentSample((1.0,)), student_update_freq=2))
     said = train(run)
     folder = run.job.folder()
     assert json.loads((folder / "summary.json").read_text()) == said

@@ -14,7 +14,7 @@ from fewstep.diffusion import Rng, TeacherSampler
 from fewstep.diffusion.times import Shifted
 from fewstep.evaluation import energy_distance
 from fewstep.inference.synthetic import MixtureSamples, TeacherPairs
-from fewstep.methods import DMD2, KD, Finetune
+from fewstep.methods import DMD2, KD, Finetune, StudentSample
 from fewstep.networks.lora import Lora, merged
 from fewstep.networks.roles import Full, Networks
 from fewstep.networks.tiny import TinySpec
@@ -84,7 +84,7 @@ def test_kd_learns_and_saves_adapters_only(root: Path) -> None:
 
 
 def test_dmd2_learns_with_student_and_critic_on_the_teacher_s_backbone(root: Path) -> None:
-    method = DMD2(t_list=(1.0, 0.7), times=Shifted(shift=2.0), student_update_freq=2)
+    method = DMD2(student=StudentSample((1.0, 0.7)), times=Shifted(shift=2.0), student_update_freq=2)
     roles = networks(student=Lora(rank=8), critic=Lora(rank=8))
     told = train(run("dmd2", method, roles, MixtureSamples(MIXTURE), 400, 2e-3))
     assert told["energy_distance_undistilled"] > 0.2
@@ -106,7 +106,7 @@ def test_finetune_learns_other_data(root: Path) -> None:
 
 
 def test_a_run_with_adapters_resumes_with_the_same_bits(root: Path) -> None:
-    method = DMD2(t_list=(1.0,), student_update_freq=2)
+    method = DMD2(student=StudentSample((1.0,)), student_update_freq=2)
     roles = networks(student=Lora(rank=2), critic=Lora(rank=2, train=("enter",)))
     whole = replace(run("whole", method, roles, MixtureSamples(MIXTURE), 6, 1e-3), preview=None)
     whole = replace(whole, checkpoint=Checkpoint(save_iter=3), optim=Optim(lr=1e-3))

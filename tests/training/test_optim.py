@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewstep.inference.synthetic import MixtureSamples
-from fewstep.methods import DMD2
+from fewstep.methods import DMD2, StudentSample
 from fewstep.networks.analytic import MixtureSpec
 from fewstep.networks.roles import Full, Networks
 from fewstep.networks.tiny import TinySpec
@@ -65,7 +65,7 @@ def test_the_weights_move_by_the_rate_that_is_logged(tmp_path: Path, monkeypatch
     critic = Optim(lr=4e-3, betas=(0.0, 0.0), weight_decay=0.0, eps=1e-20, clip=None, schedule="linear")
     run = Run(
         job=Job(name="rates"),
-        method=DMD2(t_list=(1.0,), student_update_freq=2),
+        method=DMD2(student=StudentSample((1.0,)), student_update_freq=2),
         networks=Networks(mixture, tiny, tiny),
         data=MixtureSamples(mixture, num=64),
         optim=student,

@@ -23,7 +23,7 @@ import os, time
 from dataclasses import dataclass
 from fewstep.config import kind, recipe
 from fewstep.inference.synthetic import MixtureSamples
-from fewstep.methods import DMD2
+from fewstep.methods import DMD2, StudentSample
 from fewstep.networks.analytic import MixtureSpec
 from fewstep.networks.files import distributed
 from fewstep.networks.roles import Full, Networks
@@ -59,7 +59,7 @@ distributed.write_chunks = slow_write
 def toy():
     return Run(
         job=Job(name="toy"),
-        method=DMD2(t_list=(1.0, 0.6), student_update_freq=3),
+        method=DMD2(student=StudentSample((1.0, 0.6)), student_update_freq=3),
         networks=Networks(MIXTURE, TINY, TINY),
         data=Unhurried(MIXTURE, num=100),
         optim=Optim(lr=1e-2, schedule="cosine", warmup_iters=5),

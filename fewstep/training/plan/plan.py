@@ -134,7 +134,7 @@ def measure(run: Run, batch: Batch) -> Measurement:
             ledger.begin()
             with ledger:
                 _iterate(run, crew, turn, step, batch, ledger, world)
-            turns[turn.name] = max(ledger.peak, turns.get(turn.name, 0))
+            turns[turn.label] = max(ledger.peak, turns.get(turn.label, 0))
             if ledger.peak > sum(worst.values()):
                 worst = {name: size for name, size in ledger.at_peak.items() if size}
             for role in crew.trained.values():
@@ -268,15 +268,10 @@ def _no_step(closure: Any = None) -> Any:
 
 def _turns(run: Run) -> dict[int, Turn]:
     """The first step of each turn the method has."""
-    found: dict[int, Turn] = {}
-    seen: set[tuple[str, tuple[str, ...]]] = set()
-    warmup = getattr(run.method, "warmup_steps", 0)
-    for step in (*range(min(run.trainer.max_iter, 256)), *range(warmup, min(run.trainer.max_iter, warmup + 256))):
-        turn = run.method.turn(step)
-        if (turn.name, turn.trains) not in seen:
-            seen.add((turn.name, turn.trains))
-            found[step] = turn
-    return found
+    first: dict[Turn, int] = {}
+    for step in range(min(run.trainer.max_iter, 20_000)):  # longer than any warm-up or phase that is not the last
+        first.setdefault(run.method.turn(step), step)
+    return {step: turn for turn, step in first.items()}
 
 
 def _iterate(run: Run, crew: Crew, turn: Turn, step: int, batch: Batch, ledger: Ledger, world: World) -> None:

@@ -8,7 +8,7 @@ from fewstep.diffusion import Prediction, RectifiedFlow, Rng
 from fewstep.diffusion.prediction import keep_given
 from fewstep.methods import Finetune
 from fewstep.methods.contract import Nets
-from fewstep.methods.given import with_given
+from fewstep.methods.first_frames import with_first_frames
 
 
 def batch(num: int) -> Batch:
@@ -19,7 +19,7 @@ def batch(num: int) -> Batch:
 
 def test_shares_are_kept_and_shown_to_both_conditions() -> None:
     num = 20_000
-    some = with_given(batch(num), (0.5, 0.2, 0.3), Rng(0, 0, torch.arange(num)))
+    some = with_first_frames(batch(num), (0.5, 0.2, 0.3), Rng(0, 0, torch.arange(num)))
     assert some.cond.frame_mask is not None and some.negative is not None
     shown = some.cond.frame_mask.sum(1)
     counts = torch.stack([(shown == k).double().mean() for k in range(3)])
@@ -34,7 +34,7 @@ def test_shares_are_kept_and_shown_to_both_conditions() -> None:
 def test_no_shares_change_nothing_and_draw_nothing() -> None:
     rng, again = Rng(0, 0, torch.arange(4)), Rng(0, 0, torch.arange(4))
     some = batch(4)
-    assert with_given(some, (), rng) is some
+    assert with_first_frames(some, (), rng) is some
     assert torch.equal(rng.uniform(), again.uniform())
 
 
@@ -60,18 +60,18 @@ def test_given_frames_have_no_loss_and_no_gradient() -> None:
     some = batch(64)
     assert some.x0 is not None
     net = Wrong(some.x0)
-    method = Finetune(space="x0", given=(0.4, 0.3, 0.3))
+    method = Finetune(space="x0", first_frames=(0.4, 0.3, 0.3))
     (terms,) = method.losses(method.turn(0), Nets({"student": net}), some, Rng(0, 0, torch.arange(64)))
     # The error is 1 wherever frames are to be made, and given ones do not count: the mean is exactly 1.
     torch.testing.assert_close(terms.total, torch.ones((), dtype=torch.float64))
     terms.total.backward()
-    mask = with_given(some, method.given, Rng(0, 0, torch.arange(64))).cond.frame_mask
+    mask = with_first_frames(some, method.first_frames, Rng(0, 0, torch.arange(64))).cond.frame_mask
     assert mask is not None and net.offset.grad is not None
     given = mask[:, None, :, None, None].bool().expand_as(net.offset.grad)
     assert not net.offset.grad[given].any() and bool((net.offset.grad[~given] > 0).all())
 
 
 def test_shares_must_sum_to_one() -> None:
-    assert [key for key, _ in Finetune(given=(0.5, 0.4)).problems()] == ["given"]
+    assert [key for key, _ in Finetune(first_frames=(0.5, 0.4)).problems()] == ["first_frames"]
     with pytest.raises(StopIteration):
-        next(iter(Finetune(given=(0.5, 0.5)).problems()))
+        next(iter(Finetune(first_frames=(0.5, 0.5)).problems()))
