@@ -1,4 +1,4 @@
-"""The training commands of the seed documents compose under their names, with the published numbers. No network is built."""
+"""The training commands of the Cosmos documents compose under their names, with the published numbers. No network is built."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def composed(words: str) -> Run:
 
 
 @pytest.mark.parametrize("words", COMMANDS)
-def test_a_command_of_the_seeds_pastes(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_published_command_composes(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OUTPUT_ROOT", raising=False)
     run = composed(words)
     assert str(run.job.folder()) == f"checkpoints/{COMMANDS[words]}"
@@ -93,7 +93,7 @@ def test_it_composes_without_a_warning_and_is_the_same_when_read_back(name: str)
 
 
 def test_transfer1s_numbers() -> None:
-    """Seed document: KD at 1e-5 for 10,000 iterations; DMD2 at 5e-7 for 24,000, guidance 5, GAN 1e-3, 1 of 5; batch 64."""
+    """Published: KD at 1e-5 for 10,000 iterations; DMD2 at 5e-7 for 24,000, guidance 5, GAN 1e-3, 1 of 5; batch 64."""
     for control in CONTROLS:
         kd, dmd2 = (composed(f"experiment=DISTILL_CTRL_7Bv1_{control}_fsdp_{stage}_train") for stage in ("kd", "dmd2"))
         assert (kd.optim.lr, kd.trainer.max_iter, kd.optim.weight_decay, kd.optim.clip) == (1e-5, 10_000, 0.01, 10.0)
@@ -101,7 +101,7 @@ def test_transfer1s_numbers() -> None:
         assert {dmd2.optim_of(role) for role in ("student", "critic", "head")} == {dmd2.optim}
         method: Any = dmd2.method
         assert (method.guidance - 1, method.gan.weight, method.student_update_freq) == (5.0, 1e-3, 5)  # Cosmos' g is w - 1
-        assert method.t_list == (80.0,) == kd.method.t_list  # type: ignore[attr-defined]
+        assert method.student.t_list == (80.0,) == kd.method.t_list  # type: ignore[attr-defined]
         for run in (kd, dmd2):
             assert 8 * run.trainer.batch_size * run.trainer.grad_accum == 64
             assert run.data.control.folder == control  # type: ignore[attr-defined]
@@ -114,8 +114,8 @@ def test_predict25s_numbers(size: str, critic_lr: float) -> None:
     """cosmos.md 2.6: learning rates, guidance 3, every fifth turn, 60/20/20 % of 0, 1, 2 frames, the rate's slow decline."""
     run = composed(f"experiment=dmd2_trigflow_distill_cosmos_predict2_{size}_bidirectional_TnI2V")
     method: Any = run.method
-    assert (method.guidance - 1, method.student_update_freq, method.given) == (3.0, 5, (0.6, 0.2, 0.2))
-    assert method.t_list == (math.pi / 2, math.atan(15), math.atan(5), math.atan(5 / 3))
+    assert (method.guidance - 1, method.student_update_freq, method.first_frames) == (3.0, 5, (0.6, 0.2, 0.2))
+    assert method.student.t_list == (math.pi / 2, math.atan(15), math.atan(5), math.atan(5 / 3))
     assert (run.trainer.max_iter, run.checkpoint.save_iter, run.ema.width) == (30_000, 500, 0.1)
     for role, lr in (("student", 1e-6), ("critic", critic_lr)):
         optim = run.optim_of(role)
