@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from fewstep.errors import UserError
 from fewstep.parallel import is_sharded
@@ -34,18 +35,11 @@ class Optim:
         if self.warmup_iters < 0:
             yield "warmup_iters", f"must not be negative, but is {self.warmup_iters}"
 
-    def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    def build(self, parameters: Iterable[Tensor]) -> AdamW | torch.optim.Optimizer:
         parameters = list(parameters)
         if self.states == "8bit":
             return self._with_8bit_states(parameters)
-        return torch.optim.AdamW(
-            parameters,
-            lr=torch.tensor(self.lr),  # a tensor: changing it never recompiles, and it is saved like all state
-            betas=self.betas,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            fused=_can_fuse(parameters),
-        )
+        return AdamW(parameters, self)
 
     def _with_8bit_states(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         try:
@@ -59,8 +53,7 @@ class Optim:
                 "optim.states=8bit has no checkpoint that loads on another number of processes, so it does not go with "
                 "parallel.mode=fsdp, where every process holds a part of the states anyway: set optim.states=fp32"
             )
-        # a tensor, as below
-        lr: Any = torch.tensor(self.lr)
+        lr: Any = torch.tensor(self.lr)  # a tensor, as below
         return AdamW8bit(parameters, lr=lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
 
     def lr_at(self, iteration: int, max_iter: int) -> float:
@@ -74,29 +67,73 @@ class Optim:
         return self.lr * factor
 
 
+class AdamW:
+    """The update of torch.optim.AdamW, by the function that it calls, with the parts of its interface that a role uses.
+
+    torch's class imports torch's compiler when it is built, which takes longer than to import torch.
+    """
+
+    def __init__(self, parameters: list[Tensor], options: Optim):
+        self.options = options
+        self.defaults = {"fused": _can_fuse(parameters)}
+        # The learning rate is a tensor: changing it never recompiles.
+        self.param_groups: list[dict[str, Any]] = [{"params": parameters, "lr": torch.tensor(options.lr)}]
+        self.state: dict[Tensor, dict[str, Tensor]] = {parameter: {} for parameter in parameters}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step of all parameters that have a gradient."""
+        (group,) = self.param_groups
+        trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+        states = [self.state_of(parameter) for parameter in trained]
+        options = self.options
+        adamw(
+            trained,
+            [parameter.grad for parameter in trained],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=self.defaults["fused"],
+            amsgrad=False,
+            beta1=options.betas[0],
+            beta2=options.betas[1],
+            lr=group["lr"],
+            weight_decay=options.weight_decay,
+            eps=options.eps,
+            maximize=False,
+        )
+
+    def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The number of its steps and its two moments, made as zeros where there was no step yet."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device if self.defaults["fused"] else "cpu")
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+
 def _can_fuse(parameters: list[Tensor]) -> bool:
     return all(not is_sharded(p) or p.device.type == "cuda" for p in parameters)
 
 
-def state_of(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def state_of(optimizer: AdamW | torch.optim.Optimizer, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The optimiser's state by parameter name, made (as zeros) where no step was taken yet, so that it can be loaded into."""
     out: dict[str, Tensor] = {}
     for name, parameter in names.items():
-        state = optimizer.state[parameter]
-        blocks: Any = getattr(optimizer, "_new_buffer", None)  # torchao's: what it makes its states with at the first step
-        if not state and blocks is not None:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"], state["exp_avg_sq"] = blocks(parameter, True), blocks(parameter, False)
-        elif not state:
-            state["step"] = torch.zeros((), device=parameter.device if _is_fused(optimizer) else "cpu")
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state: Any  # tensors, or torchao's subclass of them
+        if isinstance(optimizer, AdamW):
+            state = optimizer.state_of(parameter)
+        else:
+            state = optimizer.state[parameter]
+            blocks: Any = getattr(optimizer, "_new_buffer")  # noqa: B009  # torchao's: makes its states at the first step
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"], state["exp_avg_sq"] = blocks(parameter, True), blocks(parameter, False)
         for key, value in state.items():
             if hasattr(value, "codes"):  # eight bits: the codes and the scale of each block; their table is a constant
                 out[f"{name}.{key}.codes"], out[f"{name}.{key}.scale"] = value.codes, value.scale
             else:
                 out[f"{name}.{key}"] = value
     return out
-
-
-def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    return bool(optimizer.defaults.get("fused"))

@@ -14,7 +14,7 @@ from fewstep.networks.roles import Full, Networks
 from fewstep.networks.tiny import TinySpec
 from fewstep.networks.weights.addresses import read
 from fewstep.training.loop import train
-from fewstep.training.optim import Optim
+from fewstep.training.optim import AdamW, Optim
 from fewstep.training.run import Checkpoint, Job, Run, Trainer
 
 
@@ -84,3 +84,21 @@ def test_the_weights_move_by_the_rate_that_is_logged(tmp_path: Path, monkeypatch
         assert float(moved[moved > 0].median()) == pytest.approx(want, rel=1e-3)
         still = [read(f"fewstep/default/rates@{s}:{other}") for s in (step, step + 1)]
         assert all(torch.equal(still[0][n], still[1][n]) for n in still[0])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_is_bit_for_bit_that_of_torchs_adamw(fused: bool) -> None:
+    optim = Optim(lr=1e-2, betas=(0.5, 0.99), weight_decay=0.1, eps=1e-6)
+    weights = [[torch.nn.Parameter(w) for w in torch.randn(2, 7, generator=torch.Generator().manual_seed(0))] for _ in "ab"]
+    unused = torch.nn.Parameter(torch.ones(3))
+    ours = optim.build([*weights[0], unused])
+    assert isinstance(ours, AdamW)
+    ours.defaults["fused"] = fused
+    theirs = torch.optim.AdamW(weights[1], lr=torch.tensor(1e-2), betas=(0.5, 0.99), weight_decay=0.1, eps=1e-6, fused=fused)
+    for step in range(4):
+        for own, other in zip(*weights, strict=True):
+            own.grad = other.grad = torch.sin(own.detach() * (step + 1))
+        ours.step()
+        theirs.step()
+    assert all(torch.equal(own, other) for own, other in zip(*weights, strict=True))
+    assert torch.equal(unused, torch.ones(3)) and not ours.state[unused]
