@@ -31,8 +31,8 @@ from fewstep.training.run import Run
 
 HEAD = MultiscaleSpec(taps=(0, 1, 2), channels=STUDENT.width, hidden=64)
 
-# A teacher that is wrong: shifted, and with all modes of one weight. They are as wide as the data's: a student of few steps has
-# narrower modes than its teacher, and that must not pass for getting nearer to the data.
+# A wrong teacher: shifted, and with all modes of equal weight. Its modes are as wide as those of the data, because a few-step
+# student has narrower modes than its teacher, which must not count as getting nearer to the data.
 BIASED = replace(
     MIXTURE, means=tuple((round(x + 0.4, 4), round(y + 0.2, 4)) for x, y in MIXTURE.means), weights=(1.0,) * len(MIXTURE.means)
 )
@@ -44,13 +44,13 @@ def _named(run: Run, name: str, *after: str) -> Run:
 
 @recipe("analytic_biased")
 def analytic_biased() -> Run:
-    """Flow matching on samples of a biased teacher: what a student of it starts from. Scored against the true data."""
+    """Flow matching on samples of a biased teacher, from which its students start. Scored against the true data."""
     return _named(replace(analytic_finetune(), data=MixtureSamples(BIASED)), "analytic_biased", "analytic_finetune")
 
 
 @recipe("analytic_dmd2_biased")
 def analytic_dmd2_biased() -> Run:
-    """Four-step DMD2 against a biased teacher, no GAN: it learns the bias."""
+    """Four-step DMD2 against a biased teacher, without GAN: the student inherits the bias."""
     run, start = analytic_dmd2(), "analytic/basic/analytic_biased@latest:student.ema"
     networks = Networks(teacher=BIASED, student=Full(STUDENT, init=start), critic=Full(STUDENT, init=start))
     return _named(replace(run, networks=networks, health=Health()), "analytic_dmd2_biased", "analytic_biased")
@@ -58,7 +58,7 @@ def analytic_dmd2_biased() -> Run:
 
 @recipe("analytic_dmd2_gan")
 def analytic_dmd2_gan() -> Run:
-    """The same with the GAN on, which sees the true data: the student ends nearer to them than its teacher is."""
+    """The same with a GAN on the true data: the student ends nearer to the data than its teacher."""
     run = analytic_dmd2_biased()
     return replace(
         _named(run, "analytic_dmd2_gan", "analytic_biased"),
@@ -104,7 +104,7 @@ def analytic_sid() -> Run:
 
 @recipe("analytic_phased")
 def analytic_phased() -> Run:
-    """Two phases, an expert each, against the exact teacher; both begin as the flow-matching model."""
+    """Two phases with one expert each against the exact teacher; both experts start from the flow-matching model."""
     run = analytic_dmd2()
     return replace(
         _named(run, "analytic_phased"),

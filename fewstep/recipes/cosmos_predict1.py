@@ -1,7 +1,7 @@
-"""Recipes of Cosmos-Predict1 7B Video2World post-training, all weights or adapters, with the published settings and names.
+"""Recipes of Cosmos-Predict1 7B Video2World post-training, all weights or adapters, under the published names and settings.
 
 Clips of 121 frames as latents (`fewstep prepare latents DIR --scale 0.5 --num-frames 121 --size 720 1280`; the adapters' 480
-848). Shown are 0, 1 or 2 latent frames; theirs are shown a little noisy (sigma exp(N(-3, 2))), ours clean.
+848). The network receives 0, 1 or 2 clean latent frames; the original adds a little noise to them (sigma exp(N(-3, 2))).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def video2world_7b_example_cosmos_nemo_assets() -> Run:
         method=Finetune(space="x0", weighting="edm", sigma_data=0.5, times=TIMES, first_frames=(1 / 3, 1 / 3, 1 / 3)),
         networks=Networks(student=Full(PREDICT1_7B, init=WEIGHTS)),
         data=Folder("datasets/cosmos_nemo_assets", x0="latents"),
-        # Theirs warms up to 2^-14.3 in 2500 iterations and ends after 2000: the same line, drawn to where it ends.
+        # The original warms up to 2^-14.3 in 2500 iterations and ends after 2000: this is the same line up to its end.
         optim=Optim(lr=0.8 * 2**-14.3, betas=(0.9, 0.99), weight_decay=0.1, eps=1e-10, warmup_iters=2000),
         trainer=Trainer(max_iter=2000, batch_size=1, precision="bf16", checkpointing=True, log_every=200),
         checkpoint=Checkpoint(save_iter=200),

@@ -1,11 +1,12 @@
-"""Recipes of Cosmos-Predict2.5 and Transfer2.5: DMD2 in TrigFlow into four steps, with the published settings and names.
+"""Recipes of Cosmos-Predict2.5 and Transfer2.5: DMD2 in TrigFlow into four steps, under the published names and settings.
 
     dmd2_trigflow_distill_cosmos_predict2_{2B|14B}_bidirectional_TnI2V[_w_discriminator]
     dmd2_trigflow_distill_cosmos_transfer2p5_2B_bidirectional_{edge|vis|depth|seg}
 
-720p, 93 frames: latents of 24 x 88 x 160 (`fewstep prepare latents`), texts as Qwen2.5-VL's 28 layers say them
-(`fewstep prepare text --into reason1`). Learning rates: in a warm-up of 100 iterations to 0.99 of the nominal one, from there
-towards 0.4 over 400,000; the run ends long before. Where the published code leaves the uncond prompt to a file, ours is zeros.
+720p, 93 frames: latents of 24 x 88 x 160 (`fewstep prepare latents`), texts are the outputs of Qwen2.5-VL's 28 layers
+(`fewstep prepare text --into reason1`). The learning rate rises to 0.99 of its nominal value in 100 iterations and then falls
+towards 0.4 over 400,000; the run ends long before. The published code reads the unconditional prompt from a file; here it is
+zeros.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def _run(name: str, teacher: CosmosSpec, weights: str, critic_lr: float = 2e-7, 
 
 
 def _optim(lr: float) -> Optim:
-    """0.99 of lr after the warm-up, 0.946 of it in iteration 30,000: on the way to 0.4 in iteration 400,000."""
+    """lr times 0.99 after the warm-up and 0.946 at iteration 30,000, on a line to 0.4 at iteration 400,000."""
     return Optim(lr=0.99 * lr, clip=1.0, schedule="linear", warmup_iters=100, end_factor=0.9555)
 
 

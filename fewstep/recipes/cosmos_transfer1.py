@@ -1,11 +1,12 @@
-"""Recipes of Cosmos-Transfer1 7B, with the settings that were published for them, and under their names.
+"""Recipes of Cosmos-Transfer1 7B under their published names and with the published settings.
 
     DISTILL_CTRL_7Bv1_{type}_fsdp_{kd|dmd2}_train                                   distillation into one step
     CTRL_7Bv1pt3_lvg_tp_121frames_control_input_{type}_block3_{pretrain|posttrain}  a control branch for the frozen base
 
-704 x 1280, 121 frames, as latents (`fewstep prepare latents --scale 0.5`). The batch of 64 is 8 processes with 8 micro-batches
-each: with another number of processes set trainer.grad_accum. DMD2 goes on from KD with networks.student.init=RUN. Pre-training
-wants its base as a folder: `fewstep convert .../base_model.pt .../base_model`; optimiser as published, a warm-up is not.
+704 x 1280, 121 frames, as latents (`fewstep prepare latents --scale 0.5`). The batch of 64 is 8 processes with 8 micro-
+batches each: with another number of processes set trainer.grad_accum. DMD2 starts from KD with networks.student.init=RUN.
+Pre-training needs its base as a folder: `fewstep convert .../base_model.pt .../base_model`; The optimiser is as published;
+there is no warm-up.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ FILES = "checkpoints/nvidia/Cosmos-Transfer1-7B"  # where their download, and `f
 
 @recipe("dmd2_cosmos_transfer1_7b_edge")
 def dmd2_cosmos_transfer1_7b_edge() -> Run:
-    """DMD2 of Cosmos-Transfer1 7B (edge) into one step: 704 x 1280, 121 frames. Its weights: networks.teacher_init=ADDRESS."""
+    """DMD2 of Cosmos-Transfer1 7B (edge) into one step: 704 x 1280, 121 frames. Set networks.teacher_init=ADDRESS."""
     return Run(
         job=Job(project="cosmos_transfer1", group="dmd2", name="dmd2_cosmos_transfer1_7b_edge"),
         method=transfer1(),
