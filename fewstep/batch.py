@@ -31,7 +31,7 @@ class _ByRow:
                 return {name: walk(part) for name, part in value.items()}
             return value
 
-        return replace(self, **{f.name: walk(getattr(self, f.name)) for f in fields(self)})  # type: ignore[type-var]
+        return replace(self, **{f.name: walk(getattr(self, f.name)) for f in fields(self)})  # pyright: ignore[reportArgumentType]  # each field by its own name
 
     def rows(self: _Rows, index: slice | Tensor) -> _Rows:
         """The same record with only the rows of `index`."""

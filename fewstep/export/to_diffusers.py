@@ -88,7 +88,7 @@ def _parts(network: Any) -> dict[str, Any]:
     """The modules of diffusers in this network, by the names their pipelines give them."""
     module: nn.Module = network.module
     if hasattr(module, "base") and hasattr(module, "branches"):
-        branches: Any = list(module.branches.values())  # type: ignore[operator]
+        branches: Any = list(module.branches.values())  # pyright: ignore[reportCallIssue]  # an attribute of a module
         if len(branches) != 1 or not hasattr(branches[0], "save_pretrained"):
             raise UserError(
                 "--format diffusers: diffusers has control branches of Transfer2.5, one at a time; this network has "

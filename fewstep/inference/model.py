@@ -304,7 +304,7 @@ def _of_files(pieces: Sequence[Piece], controls: Sequence[str], known: str | Non
     name, module = model_of(found, known)
     spec: Any = MODELS[name]
     if hasattr(spec, "branches"):
-        spec = replace(spec, controls=tuple(module.branches))  # type: ignore[arg-type]  # a ModuleDict
+        spec = replace(spec, controls=tuple(module.branches))  # pyright: ignore[reportArgumentType]  # a ModuleDict
     network = spec.build()
     load_into(network.module, {n: stored.read() for n, stored in found.tensors.items()}, " and ".join(p[1] for p in pieces))
     return Model(network, spec, teacher_sampler(network, None))

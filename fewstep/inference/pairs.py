@@ -251,7 +251,7 @@ def run(request: PairsRequest, track: Track) -> str:
         max_tokens=request.max_tokens,
         mask_text=request.mask_text,
         negative=request.negative,
-        control=None if request.control is None else choices("control")[request.control](),  # type: ignore[arg-type]  # registered by name
+        control=None if request.control is None else choices("control")[request.control](),  # registered by name
     )
     branches = branches_of(model.network, source, request.model)
     if len(branches) > 1 and request.control is not None:

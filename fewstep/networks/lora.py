@@ -80,7 +80,7 @@ class Backbone:
         if names:
             # peft would tell us that the module has adapters already, which is what we want.
             module.__dict__.pop("peft_config", None)
-            options = LoraConfig(r=config.rank, lora_alpha=config.scale * config.rank, target_modules=names)  # type: ignore[arg-type]
+            options = LoraConfig(r=config.rank, lora_alpha=config.scale * config.rank, target_modules=names)  # pyright: ignore[reportArgumentType]  # peft's stubs
             inject_adapter_in_model(options, module, role)
             module.__dict__.pop("peft_config", None)
         for name in own:
@@ -88,7 +88,7 @@ class Backbone:
         tree = nn.Module()
         for name, layer in module.named_modules():
             if isinstance(layer, LoraLayer):
-                layer._active_adapter = self.active  # type: ignore[assignment]
+                layer._active_adapter = self.active
                 if role in layer.lora_A:
                     _graft(tree, f"{name}.lora_A", layer.lora_A[role])
                     _graft(tree, f"{name}.lora_B", layer.lora_B[role])

@@ -99,7 +99,7 @@ class _TimeEmbedding(nn.Module):
     def forward(self, phi: Tensor) -> Tensor:
         angle = phi[..., None].float() * self.frequencies.float()
         waves = torch.cat([phi[..., None].float(), angle.sin(), angle.cos()], -1)
-        return self.net(waves.to(self.net[0].weight.dtype))  # type: ignore[union-attr]
+        return self.net(waves.to(self.net[0].weight.dtype))  # pyright: ignore[reportArgumentType, reportCallIssue]  # an attribute of a module
 
 
 class _MlpBlock(nn.Module):

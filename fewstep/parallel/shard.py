@@ -76,7 +76,7 @@ def place(
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     # FSDP fixes the precision of gradients at the first forward, from the weights that require one then. A critic is first
     # asked in the student's turn: its gradients would stay bf16 for ever. So it is done here, while all of them do.
-    module._get_fsdp_state()._lazy_init()  # type: ignore[operator, union-attr]  # there is no public way; torch 2.6 .. 2.13
+    module._get_fsdp_state()._lazy_init()  # pyright: ignore[reportCallIssue]  # there is no public way; torch 2.6 .. 2.13
 
 
 def kept_in_fp32(module: nn.Module) -> set[str]:

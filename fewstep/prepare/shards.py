@@ -179,7 +179,7 @@ def _part(name: str) -> Part:
         return layout.control_latents(name.removesuffix("_latents"))
     from fewstep.config import choices
 
-    control: Control | None = choices("control").get(name)  # type: ignore[assignment]  # its class knows the suffix
+    control: Control | None = choices("control").get(name)  # pyright: ignore[reportAssignmentType]  # its class knows the suffix
     return layout.text(name) if control is None else layout.control(name, control.suffix)
 
 

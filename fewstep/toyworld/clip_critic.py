@@ -44,7 +44,7 @@ class ClipCritic(NoDenoiser):
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        return list(self.module.convs)  # type: ignore[arg-type]  # a ModuleList
+        return list(self.module.convs)  # pyright: ignore[reportArgumentType]  # a ModuleList
 
     def judge(self, pixels: Tensor) -> Tensor:
         """Logits (B 1 t h w) of pixels (B 3 T H W in -1..1), high where they look real."""

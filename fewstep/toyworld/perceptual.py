@@ -57,7 +57,7 @@ class Eye(NoDenoiser):
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        return list(self.module.convs)  # type: ignore[arg-type]
+        return list(self.module.convs)  # pyright: ignore[reportArgumentType]  # an attribute of a module
 
     def look(self, pixels: Tensor) -> list[Tensor]:
         """What each layer says of pixels (B 3 T H W in -1..1)."""

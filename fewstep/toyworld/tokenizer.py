@@ -46,10 +46,10 @@ class Tokenizer(NoDenoiser):
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        return (self.module.vae.encoder, self.module.vae.decoder)  # type: ignore[union-attr,return-value]
+        return (self.module.vae.encoder, self.module.vae.decoder)  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]  # an attribute of a module
 
     def latent_shape(self, pixels: Tensor) -> tuple[int, ...]:
-        config: Any = self.module.vae.config  # type: ignore[union-attr]
+        config: Any = self.module.vae.config  # pyright: ignore[reportAttributeAccessIssue]  # an attribute of a module
         num, _, frames, height, width = pixels.shape
         across = config.spatial_compression_ratio
         along = (frames - 1) // config.temporal_compression_ratio + 1

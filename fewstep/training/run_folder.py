@@ -88,7 +88,7 @@ def summary(
     run: Run, first: Mapping[str, float], last: Mapping[str, float], progress: Progress, world: World
 ) -> dict[str, Any]:
     """summary.json: `last` value of each metric, those of the `first` look as NAME_undistilled, cost, device, versions."""
-    values: dict[str, Any] = {"recipe": run.job.name, "method": run.method.kind}  # type: ignore[attr-defined]  # @kind sets it
+    values: dict[str, Any] = {"recipe": run.job.name, "method": run.method.kind}  # pyright: ignore[reportAttributeAccessIssue]  # @kind sets it
     values |= {"step": progress.step, "samples": progress.samples}
     values |= {"student_updates": progress.updates, "rollbacks": progress.rollbacks}
     values |= dict(last) | {f"{name}_undistilled": value for name, value in first.items()}

@@ -105,7 +105,7 @@ def _pictures(place: Layout, sample: Sample) -> Mapping[str, Pixels]:
         return out
     out["clip"] = frames
     for name, cls in choices("control").items():
-        part = layout.control(cls.folder, cls.suffix)  # type: ignore[attr-defined]  # what makes it a control
+        part = layout.control(cls.folder, cls.suffix)  # what makes it a control
         control = place.files(part).get(sample.stem)
         if control is not None:
             try:

@@ -171,7 +171,7 @@ class _Held:
 
 
 def _control_parts() -> list[Part]:
-    return [layout.control(cls.folder, cls.suffix) for cls in choices("control").values()]  # type: ignore[attr-defined]
+    return [layout.control(cls.folder, cls.suffix) for cls in choices("control").values()]
 
 
 def _held(place: Layout) -> _Held:

@@ -114,7 +114,7 @@ class Autoencoder:
 
     @cached_property  # no protocol has such a member
     def _fingerprint(self) -> str:
-        told = {name: value for name, value in dict(self.module.config).items() if not name.startswith("_")}  # type: ignore[arg-type]
+        told = {name: value for name, value in dict(self.module.config).items() if not name.startswith("_")}  # pyright: ignore[reportArgumentType, reportCallIssue]  # an attribute of a module
         settings = {"class": type(self.module).__name__, "tile": self.tile, **told}
         return fingerprint_of(self.module, settings, self.mean, self.std)
 
@@ -126,10 +126,10 @@ class Autoencoder:
         return mean, std
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        return self._asked(pixels, lambda x: self.module.encode(x).latent_dist.mode())  # type: ignore[operator]
+        return self._asked(pixels, lambda x: self.module.encode(x).latent_dist.mode())  # pyright: ignore[reportCallIssue]  # an attribute of a module
 
     def _decode(self, raw: Tensor) -> Tensor:
-        return self._asked(raw, lambda z: self.module.decode(z).sample)  # type: ignore[operator]
+        return self._asked(raw, lambda z: self.module.decode(z).sample)  # pyright: ignore[reportCallIssue]  # an attribute of a module
 
     def _asked(self, x: Tensor, ask: Callable[[Tensor], Tensor]) -> Tensor:
         """In float32, whatever the module computes in; an image autoencoder is shown the frames as pictures."""
@@ -231,7 +231,7 @@ def open_codec(
 def codec_of(module: nn.Module, *, scale: float = 1.0, tile: int | None = None, statistics: Path | None = None) -> Autoencoder:
     """The codec around an autoencoder that is in memory; it is frozen by this."""
     form, mean, std = _FORMS[type(module).__name__](module.config)
-    if statistics is not None and statistics.is_file() and module.config.latents_mean is None:  # type: ignore[union-attr]
+    if statistics is not None and statistics.is_file() and module.config.latents_mean is None:  # pyright: ignore[reportAttributeAccessIssue]  # an attribute of a module
         mean, std = _read_statistics(statistics, form.channels)
     return Autoencoder(module.eval().requires_grad_(False), form, mean, std / scale, tile)
 
@@ -267,7 +267,7 @@ def _config(address: str) -> tuple[dict[str, Any], str | None]:
     errors: list[str] = []
     for subfolder in ("vae", None):
         try:
-            return dict(AutoencoderKL.load_config(address, subfolder=subfolder)), subfolder  # type: ignore[arg-type]
+            return dict(AutoencoderKL.load_config(address, subfolder=subfolder)), subfolder  # pyright: ignore[reportArgumentType, reportCallIssue, reportReturnType]  # diffusers types it loosely
         except (OSError, ValueError) as error:
             errors.append(str(error).splitlines()[0])
     raise UserError(f"no codec at {address}: there is no such folder, and as a hub id: {errors[0]}")
@@ -276,7 +276,7 @@ def _config(address: str) -> tuple[dict[str, Any], str | None]:
 def _read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
     """mean and std of the original Cosmos tokenizers, beside whose weights they lie as mean_std.pt."""
     mean, std = torch.load(path, map_location="cpu", weights_only=True)
-    return tuple(value.float().reshape(1, channels, -1, 1, 1) for value in (mean, std))  # type: ignore[return-value]
+    return tuple(value.float().reshape(1, channels, -1, 1, 1) for value in (mean, std))
 
 
 def _listed(config: Any, channels: int, factor: float = 1.0, shift: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ class CogVideoX:
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        return tuple(self.module.transformer_blocks)  # type: ignore[arg-type]
+        return tuple(self.module.transformer_blocks)  # pyright: ignore[reportArgumentType]  # an attribute of a module
 
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
@@ -96,7 +96,7 @@ class CogVideoX:
             extra: dict[str, Any] = {"crops_coords": crops}
         else:
             extra = {"crops_coords": None, "grid_type": "slice", "max_size": taught}
-        return get_3d_rotary_pos_embed(  # type: ignore[return-value]  # a pair, as use_real is left on
+        return get_3d_rotary_pos_embed(  # pyright: ignore[reportReturnType]  # a pair, as use_real is left on
             embed_dim=config.attention_head_dim, grid_size=grid[1:], temporal_size=grid[0], device=device, **extra
         )
 

@@ -38,7 +38,7 @@ class Dit:
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        return tuple(self.module.transformer_blocks)  # type: ignore[arg-type]
+        return tuple(self.module.transformer_blocks)  # pyright: ignore[reportArgumentType]  # an attribute of a module
 
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None

@@ -69,7 +69,7 @@ class Flux:
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         places = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).to(x)
         extra: dict[str, Any] = {}
-        if self.module.config.guidance_embeds:  # type: ignore[union-attr]
+        if self.module.config.guidance_embeds:  # pyright: ignore[reportAttributeAccessIssue]  # an attribute of a module
             extra["guidance"] = torch.full((len(x),), self.guidance, dtype=torch.float32, device=x.device)
         with tapped(self.blocks, taps) as seen:
             raw = self.module(

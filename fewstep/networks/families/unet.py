@@ -55,7 +55,7 @@ class Unet:
         refuse_given(cond, "a UNet of Stable Diffusion")
         picture, time = as_picture(x, t, "a UNet of Stable Diffusion")
         extra: dict[str, Any] = {}
-        if self.module.config.addition_embed_type == "text_time":  # type: ignore[union-attr]
+        if self.module.config.addition_embed_type == "text_time":  # pyright: ignore[reportAttributeAccessIssue]  # an attribute of a module
             pooled = needed(cond, "pooled", "SDXL", "the pooled vector of its prompt")
             extra["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": self._sizes(cond, picture)}
         with tapped(self.blocks, taps) as seen:

@@ -115,7 +115,7 @@ def from_words(
             raise UserError(f"convert: there is no {' and no '.join(lacking)}")
     if base is not None and source is not None and out is None:
         source, out = None, Path(source)  # one word beside --base is what to write
-    return convert(source, out, base=base, control=control, model=model, dtype=dtype, lora_scale=lora_scale)  # type: ignore[arg-type]
+    return convert(source, out, base=base, control=control, model=model, dtype=dtype, lora_scale=lora_scale)  # pyright: ignore[reportArgumentType]  # words, which convert checks
 
 
 def teacher_pieces(ctrl_type: str, checkpoint_dir: str) -> tuple[str, str]:
@@ -205,7 +205,7 @@ def _write_torch(out: Path, tensors: Mapping[str, Stored], dtype: Dtype, about: 
 def _write_folder(out: Path, found: Collected, model: str | None, dtype: Dtype) -> list[Written]:
     name, module = model_of(found, model)
     controls = list(getattr(module, "branches", {}))
-    if controls and not hasattr(module.branches[controls[0]], "save_config"):  # type: ignore[index]
+    if controls and not hasattr(module.branches[controls[0]], "save_config"):  # pyright: ignore[reportIndexIssue]  # an attribute of a module
         raise UserError(
             "convert: diffusers has no branch of Cosmos-Transfer1; write OUT.safetensors for us, or OUT.pt, originally named"
         )
@@ -213,10 +213,10 @@ def _write_folder(out: Path, found: Collected, model: str | None, dtype: Dtype) 
         raise UserError(f"convert: '{out}' exists and is not empty; remove it or write elsewhere")
     parts: dict[str, tuple[Any, dict[str, Stored]]] = {}
     if controls:
-        parts["transformer"] = module.base, _under(found.tensors, "base.")  # type: ignore[assignment]
+        parts["transformer"] = module.base, _under(found.tensors, "base.")
         for control in controls:
             folder = "controlnet" if len(controls) == 1 else f"controlnet_{control}"
-            parts[folder] = module.branches[control], _under(found.tensors, f"branches.{control}.")  # type: ignore[index]
+            parts[folder] = module.branches[control], _under(found.tensors, f"branches.{control}.")  # pyright: ignore[reportIndexIssue]  # an attribute of a module
     else:
         parts["."] = module, dict(found.tensors)
     written: list[Written] = []

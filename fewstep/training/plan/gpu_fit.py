@@ -140,7 +140,7 @@ def dryrun(run: Run) -> str:
 def _given(run: Run, asked: Mapping[str, str]) -> Batch:
     shape = _sizes("shape", asked["shape"]) if "shape" in asked else None
     text = _sizes("text", asked["text"], 2) if "text" in asked else None
-    return mock_batch(run, shape, text)  # type: ignore[arg-type]  # two of them
+    return mock_batch(run, shape, text)  # pyright: ignore[reportArgumentType]  # two of them
 
 
 def _sizes(name: str, text: str, num: int | None = None) -> tuple[int, ...]:

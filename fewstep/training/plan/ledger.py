@@ -78,7 +78,7 @@ class Ledger(TorchDispatchMode):
 def _parts(tensor: Tensor) -> Iterable[Tensor]:
     """The tensors that hold the memory of this one: a shard's own, the pieces of a quantised one."""
     if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        names, _ = tensor.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]  # of tensor subclasses
         return [part for name in names for part in _parts(getattr(tensor, name))]
     if tensor.layout != torch.strided:
         return ()

@@ -185,8 +185,8 @@ def _fake() -> Iterator[Any]:  # Any: torch's FakeTensorMode
         return self
 
     convert_before = nn.Module._apply
-    ModelMixin.from_pretrained = classmethod(from_configuration)  # type: ignore[assignment]
-    nn.Module._apply = convert  # type: ignore[assignment]
+    ModelMixin.from_pretrained = classmethod(from_configuration)  # pyright: ignore[reportAttributeAccessIssue]  # for as long as the plan is made
+    nn.Module._apply = convert
     try:
         with warnings.catch_warnings():
             # torch's own, about what it does itself when a fake is made of another or copied

@@ -55,7 +55,7 @@ class Cosmos:
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        branches: Any = self.module.branches.values() if self.controls else ()  # type: ignore[operator]
+        branches: Any = self.module.branches.values() if self.controls else ()  # pyright: ignore[reportCallIssue]  # an attribute of a module
         return (*self.base.transformer_blocks, *(block for branch in branches for block in branch.control_blocks))
 
     def __call__(

@@ -42,7 +42,7 @@ class Wan:
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
-        has_picture = self.module.config.image_dim is not None  # type: ignore[union-attr]
+        has_picture = self.module.config.image_dim is not None  # pyright: ignore[reportAttributeAccessIssue]  # an attribute of a module
         ours = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
         return (*ours, "add_k_proj", "add_v_proj") if has_picture else ours
 
@@ -52,7 +52,7 @@ class Wan:
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        return tuple(self.module.blocks)  # type: ignore[arg-type]
+        return tuple(self.module.blocks)  # pyright: ignore[reportArgumentType]  # an attribute of a module
 
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
