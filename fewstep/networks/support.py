@@ -1,13 +1,16 @@
 """What `fewstep ls networks` prints: every published network with its size and licence, and the memory its recipes need.
 
-The plans are stored, because planning 7 B takes minutes; each names the command that plans it anew, and a slow test runs it.
+The plans are stored in plans.yaml, because planning 7 B takes minutes; each names the command that plans it anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from fewstep.networks.families.published import FAMILIES, PUBLISHED
 
@@ -32,96 +35,9 @@ class StoredPlan:
         return " ".join(("fewstep plan", *words))
 
 
-PLANS: tuple[StoredPlan, ...] = (
-    StoredPlan(
-        recipe="dmd2_cosmos_transfer1_7b_edge",
-        network="cosmos_control",
-        overrides=("networks.student=lora", "networks.critic=lora"),
-        shape="16x16x88x160",  # 704 x 1280, 121 frames
-        gpus=1,
-        gpu="h100",
-        peak_gib=58.18,
-        needed_gib=61.43,
-        largest=(("activations", 39.53), ("teacher weights", 15.14)),
-    ),
-    # Of the other controls: the same.
-    StoredPlan(
-        recipe="DISTILL_CTRL_7Bv1_edge_fsdp_kd_train",
-        network="cosmos_control",
-        overrides=(),
-        shape="16x16x88x160",
-        gpus=8,
-        gpu="h100",
-        peak_gib=41.08,
-        needed_gib=43.82,
-        largest=(("activations", 25.85), ("student optimizer", 7.57)),
-    ),
-    StoredPlan(
-        recipe="DISTILL_CTRL_7Bv1_edge_fsdp_dmd2_train",
-        network="cosmos_control",
-        overrides=(),
-        shape="16x16x88x160",
-        gpus=8,
-        gpu="h100",
-        peak_gib=70.08,
-        needed_gib=73.68,
-        largest=(("activations", 43.15), ("critic optimizer", 7.57)),
-    ),
-    StoredPlan(
-        recipe="dmd2_trigflow_distill_cosmos_predict2_2B_bidirectional_TnI2V",
-        network="cosmos",
-        overrides=("text=512x100352",),
-        shape="16x24x88x160",  # 704 x 1280, 93 frames
-        gpus=4,
-        gpu="h100",
-        peak_gib=44.95,
-        needed_gib=47.80,
-        largest=(("activations", 29.83), ("critic optimizer", 3.84)),
-    ),
-    StoredPlan(
-        recipe="dmd2_trigflow_distill_cosmos_predict2_14B_bidirectional_TnI2V",
-        network="cosmos",
-        overrides=("text=512x100352",),
-        shape="16x24x88x160",
-        gpus=32,
-        gpu="h200",
-        peak_gib=79.31,
-        needed_gib=83.19,
-        largest=(("activations", 63.44), ("critic optimizer", 3.35)),
-    ),
-    StoredPlan(
-        recipe="dmd2_trigflow_distill_cosmos_transfer2p5_2B_bidirectional_edge",
-        network="cosmos_control",
-        overrides=("text=512x100352",),
-        shape="16x24x88x160",
-        gpus=8,
-        gpu="h100",
-        peak_gib=47.02,
-        needed_gib=49.93,
-        largest=(("activations", 36.47), ("critic optimizer", 2.57)),
-    ),
-    StoredPlan(
-        recipe="video2world_7b_example_cosmos_nemo_assets",
-        network="cosmos",
-        overrides=(),
-        shape="16x16x88x160",
-        gpus=8,
-        gpu="h100",
-        peak_gib=38.05,
-        needed_gib=40.69,
-        largest=(("activations", 20.92), ("student optimizer", 6.74)),
-    ),
-    StoredPlan(
-        recipe="video2world_7b_lora_example_cosmos_nemo_assets",
-        network="cosmos",
-        overrides=(),
-        shape="16x16x60x106",  # 480 x 848
-        gpus=4,
-        gpu="h100",
-        peak_gib=25.70,
-        needed_gib=27.97,
-        largest=(("teacher weights", 13.48), ("activations", 12.11)),
-    ),
+PLANS: tuple[StoredPlan, ...] = tuple(
+    StoredPlan(**row | {"overrides": tuple(row["overrides"]), "largest": tuple(row["largest"].items())})
+    for row in yaml.safe_load(Path(__file__).with_name("plans.yaml").read_text(encoding="utf-8"))
 )
 
 
