@@ -111,8 +111,8 @@ class Method(Protocol):
         never exist at the same time."""
         ...
 
-    def sampler(self, path: Path) -> StudentSampler | None:
-        """How the student, a network on `path`, is sampled; saved with its weights. None: it is not sampled."""
+    def sampler(self, path: Path) -> StudentSampler:
+        """How the student, a network on `path`, is sampled; saved with its weights."""
         ...
 
 

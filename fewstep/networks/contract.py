@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Protocol
+from typing import Annotated, Protocol
 
 from torch import Tensor, nn
 
-from fewstep.batch import Condition
 from fewstep.config import OneOf
-from fewstep.diffusion import Cache, Denoiser, Path, Prediction, RectifiedFlow
+from fewstep.diffusion import Cache, Denoiser
 from fewstep.errors import UserError
 
 
@@ -39,24 +38,6 @@ class NetworkSpec(Protocol):
     def build(self) -> Network:
         """The network with the weights this configuration names, or random ones; the same for the same global seed."""
         ...
-
-
-class NoDenoiser:
-    """A network that a method trains or asks, but not to denoise: a tokenizer, and what looks at its clips."""
-
-    name: ClassVar[str]
-
-    @property
-    def path(self) -> Path:
-        return RectifiedFlow()  # for whoever asks every network; it has none of its own
-
-    def __call__(
-        self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
-    ) -> Prediction:
-        raise UserError(f"{self.name} denoises nothing: it belongs to method=autoencode")
-
-    def new_cache(self, like: Tensor) -> Cache:
-        return refuse_cache(self.name)
 
 
 AnyNetwork = Annotated[NetworkSpec, OneOf("network")]  # a field that holds the configuration of one network

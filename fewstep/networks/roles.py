@@ -95,7 +95,7 @@ def _adapted(configs: Mapping[str, Lora], teacher: Network, seed: int) -> dict[s
     backbone = Backbone(teacher)
     nets: dict[str, Network] = {}
     for role, config in configs.items():
-        with _drawing(role, seed):
+        with drawing(role, seed):
             nets[role] = backbone.add(role, config)
         if config.init != "teacher":
             source = f"{config.init} (networks.{role}.init)"
@@ -157,12 +157,12 @@ def twin_of(network: Network) -> Network:
 
 
 def _built(spec: Any, role: str, seed: int) -> Network:  # Any: whatever the user registered in group "network"
-    with _drawing(role, seed):
+    with drawing(role, seed):
         return spec.build()
 
 
 @contextmanager
-def _drawing(role: str, seed: int) -> Iterator[None]:
+def drawing(role: str, seed: int) -> Iterator[None]:
     """Within, torch's global generator draws what belongs to this role, whatever was drawn before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed * 1_000_003 + zlib.crc32(role.encode()))

@@ -1,4 +1,4 @@
-"""Autoencode: what makes the toy world's tokenizer. Pixels are to survive encoding, a little noise, and decoding.
+"""The losses of the toy world's tokenizer: pixels must survive encoding, a little noise, and decoding.
 
 loss = mean over pixels of w (|e| + 2 e^2), e = D(E(x) + noise) - x, and `whiten` times (|C - I|^2 + |m|^2) / channels, with m
 and C the mean and covariance of the latents' channels over the clips and places of a batch (of a rank's own part of it).
@@ -8,107 +8,101 @@ all that a world model is about.
 Without the pull to unit covariance an encoder says the same few things in all of its channels: the noise makes repeating worth
 while, and what the decoder does not read teaches the encoder nothing.
 
-With `look` above 0 the teacher is a perceptual network (toyworld/perceptual.py) that receives x and x + e, and `look` times the
-relative change of its activations is added: the mean over its layers of |a(x + e) - a(x)| / |a(x)|, absolute values summed over
-the batch. A loss on pixels alone asks for the mean of the possible clips, which is a blur (Johnson et al. 2016,
-arXiv:1603.08155).
+With `perceptual` above 0 a perceptual network (perceptual.py) receives x and x + e, and `perceptual` times the relative change
+of its activations is added: the mean over its layers of |a(x + e) - a(x)| / |a(x)|, absolute values summed over the batch. A
+loss on pixels alone asks for the mean of the possible clips, which is a blur (Johnson et al. 2016, arXiv:1603.08155).
 
-With `fool` above 0 a critic (toyworld/clip_critic.py) learns to tell D(E(x) + noise) from x, with a hinge loss, on the clips of
-the very same iteration. The gradient g of the terms above on the made pixels becomes
+With `adversarial` above 0 a critic (clip_critic.py) learns to tell D(E(x) + noise) from x, with a hinge loss, on the clips of
+the very same iteration. The gradient g of the terms above on the decoded pixels becomes
 
-    g + fool |g| / |h| h,        h the gradient of -mean of the critic's logits
+    g + adversarial |g| / |h| h,        h the gradient of -mean of the critic's logits
 
-so that `fool` means the same whatever the critic's scale (Esser et al. 2021, arXiv:2012.09841, weigh alike, by the gradients on
-the last layer). A blur that is the same in every clip is little error in each, and is the first thing a critic finds.
+so that `adversarial` means the same whatever the critic's scale (Esser et al. 2021, arXiv:2012.09841, weigh alike, by the
+gradients on the last layer). A blur that is the same in every clip is little error in each, and is the first thing a critic
+finds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.batch import Batch
-from fewstep.config import kind
-from fewstep.diffusion import Path, Rng
-from fewstep.methods.contract import Nets, Terms, Turn
+from fewstep.diffusion import Rng
+from fewstep.methods.contract import Terms
 from fewstep.methods.gan import Gan
+from fewstep.toyworld.clip_critic import ClipCritic
+from fewstep.toyworld.perceptual import PerceptualNetwork
+from fewstep.toyworld.tokenizer import Tokenizer
 
 HINGE = Gan(form="hinge")
 
 
-@kind("autoencode", group="method")
+@dataclass(frozen=True)
+class Networks:
+    """What the losses receive: the tokenizer, and what looks at its clips."""
+
+    tokenizer: Tokenizer
+    perceptual: PerceptualNetwork | None = None  # frozen
+    critic: ClipCritic | None = None  # trained beside the tokenizer
+
+
 @dataclass(frozen=True)
 class Autoencode:
     noise: float = 0.1  # standard deviation of the noise on the latents while training
     whiten: float = 0.02  # weight of the latents' departure from channels of unit spread that tell different things
-    look: float = 0.0  # weight of what the teacher, an eye, sees otherwise
-    fool: float = 0.0  # what the critic's gradient on pixels has of the length of all others'
+    perceptual: float = 0.0  # weight of the relative change of a perceptual network's activations
+    adversarial: float = 0.0  # length of the critic's gradient on pixels, as a share of the length of all others'
     motion: float = 8.0  # how much more a pixel counts that differs from its own mean over time
 
-    @property
-    def roles(self) -> tuple[str, ...]:
-        return ("student", *(("teacher",) if self.look else ()), *(("critic",) if self.fool else ()))
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"x0"})
-
-    def turn(self, step: int) -> Turn:
-        return Turn("student", ("student", "critic") if self.fool else ("student",))
-
-    def losses(self, turn: Turn, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Terms]:
-        assert batch.x0 is not None
-        tokenizer: Any = nets.student  # a tokenizer, which is more and less than a Denoiser
-        pixels = batch.x0
+    def losses(self, networks: Networks, pixels: Tensor, rng: Rng) -> Iterator[Terms]:
+        """The tokenizer's terms on pixels (B 3 T H W in -1..1), then the critic's. Back-propagate each before the next."""
+        tokenizer, perceptual, critic = networks.tokenizer, networks.perceptual, networks.critic
         noise = self.noise * rng.normal_like(pixels.new_empty(tokenizer.latent_shape(pixels)))
-        made, latents = tokenizer.reconstruct(pixels, noise)
-        error = made - pixels
+        decoded, latents = tokenizer.reconstruct(pixels, noise)
+        error = decoded - pixels
         weight = 1 + self.motion * (pixels - pixels.mean(2, keepdim=True)).abs().amax(1, keepdim=True)
         rebuilt = (weight * (error.abs() + 2 * error**2)).mean()
-        seen = {"look": (_seen_otherwise(nets.teacher, made, pixels), self.look)} if self.look else {}
-        if self.fool:
-            _also_fool(nets.critic, made, self.fool)
-        yield Terms.of(
-            rebuilt=rebuilt,
-            **seen,
-            whiten=(departure(latents), self.whiten),
-            watch={"psnr_db": psnr_db(error.detach()), "latent_std": latents.detach().std()},
-        )
-        if self.fool:
-            critic: Any = nets.critic
-            real, fake = critic.judge(torch.cat([pixels, made.detach()])).chunk(2)
+        terms: dict[str, Tensor | tuple[Tensor, float]] = {"rebuilt": rebuilt}
+        if self.perceptual:
+            assert perceptual is not None
+            terms["perceptual"] = (_change(perceptual, decoded, pixels), self.perceptual)
+        terms["whiten"] = (departure(latents), self.whiten)
+        if self.adversarial:
+            assert critic is not None
+            _add_adversarial(critic, decoded, self.adversarial)
+        yield Terms.of(**terms, watch={"psnr_db": psnr_db(error.detach()), "latent_std": latents.detach().std()})
+        if self.adversarial:
+            assert critic is not None
+            real, fake = critic.judge(torch.cat([pixels, decoded.detach()])).chunk(2)
             watch = {"logit_real": real.detach().mean(), "logit_fake": fake.detach().mean()}
             yield Terms.of(critic=HINGE.head_loss(fake, real), watch=watch)
 
-    def sampler(self, path: Path) -> None:
-        return None  # its result is no student of anything
-
     def problems(self) -> Iterable[tuple[str, str]]:
-        for name in ("noise", "whiten", "look", "fool", "motion"):
+        for name in ("noise", "whiten", "perceptual", "adversarial", "motion"):
             if getattr(self, name) < 0:
                 yield name, f"must be 0 or more, not {getattr(self, name)}"
 
 
-def _seen_otherwise(eye: Any, made: Tensor, pixels: Tensor) -> Tensor:
+def _change(perceptual: PerceptualNetwork, decoded: Tensor, pixels: Tensor) -> Tensor:
+    """The relative change of the activations, mean over layers."""
     with torch.no_grad():
-        wanted = eye.look(pixels)
-    apart = [(a - b).abs().sum() / b.abs().sum() for a, b in zip(eye.look(made), wanted, strict=True)]
-    return torch.stack(apart).mean()
+        targets = perceptual.activations(pixels)
+    layers = zip(perceptual.activations(decoded), targets, strict=True)
+    return torch.stack([(layer - target).abs().sum() / target.abs().sum() for layer, target in layers]).mean()
 
 
-def _also_fool(critic: Any, made: Tensor, share: float) -> None:
-    """Adds the critic's part to whatever gradient comes back to the made pixels; the critic's own gradients are left alone."""
-    pixels = made.detach().requires_grad_(True)
+def _add_adversarial(critic: ClipCritic, decoded: Tensor, share: float) -> None:
+    """Adds the critic's part to the gradient that comes back to the decoded pixels; its own gradients stay as they are."""
+    pixels = decoded.detach().requires_grad_(True)
     (h,) = torch.autograd.grad(HINGE.student_loss(critic.judge(pixels)), pixels)
 
-    def with_more(g: Tensor) -> Tensor:
+    def add(g: Tensor) -> Tensor:
         return g + share * (g.square().sum() / h.square().sum().clamp(min=1e-24)).sqrt() * h
 
-    made.register_hook(with_more)  # pyright: ignore[reportUnknownMemberType]  # torch types its hooks loosely
+    decoded.register_hook(add)
 
 
 def departure(latents: Tensor) -> Tensor:

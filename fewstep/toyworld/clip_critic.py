@@ -1,7 +1,7 @@
 """A network that tells real clips from those of a tokenizer: its logits, one for each place and time.
 
-Convolutions over colours and their differences in time, as an eye has them, but with fresh weights that learn while the
-tokenizer does, as the critic of `autoencode`. Spectral norms (Miyato et al. 2018, arXiv:1802.05957) keep each layer's slope
+Convolutions over colours and their differences in time, as in the perceptual network, but with fresh weights that are trained
+beside the tokenizer. Spectral norms (Miyato et al. 2018, arXiv:1802.05957) keep each layer's slope
 at 1.
 """
 
@@ -9,14 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
-from fewstep.config import kind
-from fewstep.networks.contract import NoDenoiser
 from fewstep.toyworld.perceptual import VIEWS, in_time
 
 STRIDES = ((1, 2, 2), (1, 1, 1), (2, 2, 2), (2, 1, 1))  # t, h, w
@@ -38,23 +35,17 @@ class _Patches(nn.Module):
 
 
 @dataclass(frozen=True)
-class ClipCritic(NoDenoiser):
+class ClipCritic:
     module: nn.Module
-    name: ClassVar[str] = "a clip critic"
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return list(self.module.convs)  # pyright: ignore[reportArgumentType]  # a ModuleList
 
     def judge(self, pixels: Tensor) -> Tensor:
         """Logits (B 1 t h w) of pixels (B 3 T H W in -1..1), high where they look real."""
         return self.module(pixels)
 
 
-@kind("clip_critic", group="network")
 @dataclass(frozen=True)
 class ClipCriticSpec:
-    """What tells a tokenizer's clips from real ones, while both learn: convolutions in space and time."""
+    """Tells a tokenizer's clips from real ones, trained beside it: convolutions in space and time."""
 
     channels: tuple[int, int, int, int] = (32, 64, 96, 96)
 

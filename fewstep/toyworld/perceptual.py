@@ -1,8 +1,8 @@
-"""A network that looks at pixels: what a tokenizer's clips should look like to it is what the real ones look like.
+"""The perceptual network of the tokenizer's training: its activations on decoded clips should match those on real ones.
 
 A stack of 3D convolutions over colours and their first and second differences in time, as `python -m
-fewstep.toyworld.train_features --seed 1 --out FILE` writes it. It takes the role of a teacher of `autoencode`. The network
-that scores must be another one, or the score would be what was learned.
+fewstep.toyworld.train_features --seed 1 --out FILE` writes it. The network that scores must be another one, or the score would
+measure what was trained on.
 """
 
 from __future__ import annotations
@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fewstep.config import kind
 from fewstep.errors import UserError
-from fewstep.networks.contract import NoDenoiser
 
 STRIDES = ((1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 1, 1))  # t, h, w, of the feature network of the toy world
 DIFFERENCES = 3.0  # times those of neighbouring frames, which are a third of the colours' own deviation
@@ -43,47 +41,41 @@ class _Convolutions(nn.Module):
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         x = in_time(pixels)
-        seen: list[Tensor] = []
+        activations: list[Tensor] = []
         for conv in self.convs:
             x = functional.silu(conv(x))
-            seen.append(x)
-        return seen
+            activations.append(x)
+        return activations
 
 
 @dataclass(frozen=True)
-class Eye(NoDenoiser):
+class PerceptualNetwork:
     module: nn.Module
-    name: ClassVar[str] = "an eye"
 
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return list(self.module.convs)  # pyright: ignore[reportArgumentType]  # an attribute of a module
-
-    def look(self, pixels: Tensor) -> list[Tensor]:
-        """What each layer says of pixels (B 3 T H W in -1..1)."""
+    def activations(self, pixels: Tensor) -> list[Tensor]:
+        """The activations of each layer on pixels (B 3 T H W in -1..1)."""
         return self.module(pixels)
 
 
-@kind("eye", group="network")
 @dataclass(frozen=True)
-class EyeSpec:
+class PerceptualSpec:
     """The feature network of a file that train_features wrote."""
 
     weights: str
 
-    def build(self) -> Eye:
+    def build(self) -> PerceptualNetwork:
         from safetensors import safe_open
 
         if not Path(self.weights).is_file():
             raise UserError(
-                f"no eye at {self.weights}. Make it with: python -m fewstep.toyworld.train_features --seed 1 "
+                f"no perceptual network at {self.weights}. Train it with: python -m fewstep.toyworld.train_features --seed 1 "
                 f"--out {self.weights}"
             )
         with safe_open(self.weights, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith("convs.")]  # noqa: SIM118
-            found: dict[str, Any] = {name: file.get_tensor(name).float() for name in names}
-        if len(found) != 2 * len(STRIDES):
-            raise UserError(f"{self.weights}: {len(found) // 2} convolutions, where an eye has {len(STRIDES)}")
-        module = _Convolutions([found[f"convs.{i}.weight"] for i in range(len(STRIDES))])
-        module.load_state_dict(found)
-        return Eye(module)
+            tensors: dict[str, Any] = {name: file.get_tensor(name).float() for name in names}
+        if len(tensors) != 2 * len(STRIDES):
+            raise UserError(f"{self.weights}: {len(tensors) // 2} convolutions, where a perceptual network has {len(STRIDES)}")
+        module = _Convolutions([tensors[f"convs.{i}.weight"] for i in range(len(STRIDES))])
+        module.load_state_dict(tensors)
+        return PerceptualNetwork(module)

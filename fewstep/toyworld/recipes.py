@@ -1,13 +1,13 @@
 """The toy world, from pixels to a teacher: the recipes that made the weights shipped in fewstep/toyworld/stack/.
 
 fewstep prepare toyworld --out datasets/toyworld/train --num 24000 --seed 11 --only videos,metas,edge
-python -m fewstep.toyworld.train_features --seed 1 --out eye.safetensors      (below the output root)
-fewstep train experiment=toy_tokenizer
+python -m fewstep.toyworld.train_features --seed 1 --out perceptual.safetensors   (below the output root)
+python -m fewstep.toyworld.train_tokenizer tokenizer
 python -m fewstep.toyworld.train_words datasets/toyworld/train/metas --out fewstep/toyworld/stack/text_encoder
 fewstep prepare text datasets/toyworld/train --encoder fewstep/toyworld/stack
 fewstep prepare latents datasets/toyworld/train --codec fewstep/toyworld/stack --control edge
 fewstep train experiment=toy_teacher
-fewstep train experiment=toy_decoder
+python -m fewstep.toyworld.train_tokenizer decoder
 fewstep train experiment=toy_edge
 
 After each training `python -m fewstep.toyworld.release` copies the weights into the stack; docs/toyworld.md has every command.
@@ -30,10 +30,7 @@ from fewstep.networks.families.cosmos.control import CosmosControlSpec
 from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks
-from fewstep.toyworld.autoencode import Autoencode
-from fewstep.toyworld.clip_critic import ClipCriticSpec
-from fewstep.toyworld.perceptual import EyeSpec
-from fewstep.toyworld.tokenizer import TokenizerSpec
+from fewstep.toyworld.train_tokenizer import LATENT_CHANNELS
 from fewstep.training.ema import Ema
 from fewstep.training.health import Health
 from fewstep.training.optim import Optim
@@ -42,11 +39,9 @@ from fewstep.training.run import Checkpoint, Job, Run, Trainer
 TRAIN = "datasets/toyworld/train"
 SHIPPED = str(fewstep.TOY)
 WORLD, PAIRS = "world", "pairs"  # of the demo, below the output root: clips with captions, and what the teacher made of them
-EYE = "eye.safetensors"  # below the output root, too: what the tokenizer's clips should look right to
 GUIDANCE = 2.0  # of the teacher; baked into every student
 STUDENT_SHIFT = 3.0  # of the students' times
 LORA_LR = 5.0  # times the learning rate of full weights
-LATENT_CHANNELS = 8
 TEACHER = CosmosSpec(
     latent_channels=LATENT_CHANNELS,
     num_heads=5,
@@ -69,45 +64,6 @@ LED = CosmosControlSpec(
 
 def _job(name: str, *after: str) -> Job:
     return Job(project="toyworld", group="basic", name=name, after=after)
-
-
-@recipe("toy_tokenizer")
-def toy_tokenizer() -> Run:
-    """The toy world's video tokenizer: 17 x 32 x 32 pixels to 5 x 4 x 4 latents of 8 channels."""
-    return Run(
-        job=_job("toy_tokenizer"),
-        method=Autoencode(noise=0.05, look=1.0),
-        networks=Networks(
-            teacher=EyeSpec(str(output_root() / EYE)),
-            student=Full(TokenizerSpec(latent_channels=LATENT_CHANNELS), init="random"),
-        ),
-        data=Folder(TRAIN, text=None),
-        optim=Optim(lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4, schedule="cosine", warmup_iters=200, clip=1.0),
-        ema=Ema(beta=0.999),
-        trainer=Trainer(max_iter=10000, batch_size=8, num_threads=1, log_every=100),
-        checkpoint=Checkpoint(save_iter=500),
-        health=Health(every=None),
-    )
-
-
-@recipe("toy_decoder")
-def toy_decoder() -> Run:
-    """The tokenizer's decoder alone, trained on: clips that a critic takes for real, from the same latents."""
-    first = toy_tokenizer()
-    return replace(
-        first,
-        job=_job("toy_decoder"),
-        method=Autoencode(noise=0.05, look=1.0, fool=1.0),
-        networks=replace(
-            first.networks,
-            student=Full(TokenizerSpec(pretrained=f"{SHIPPED}/vae", trains="decoder"), init="random"),
-            critic=Full(ClipCriticSpec(), init="random"),
-        ),
-        optim=replace(first.optim, lr=4e-4, betas=(0.5, 0.99)),
-        critic_optim=Optim(lr=4e-4, betas=(0.5, 0.99), weight_decay=0.0, clip=None),
-        trainer=replace(first.trainer, max_iter=8000, batch_size=4),
-        checkpoint=Checkpoint(save_iter=500),
-    )
 
 
 @recipe("toy_teacher")

@@ -36,16 +36,16 @@ NUM_MEASURED = 1024  # clips: the mean of a channel is known to 1 / sqrt(80 x 10
 
 @app.command()
 def tokenizer(
-    run: Annotated[str, typer.Argument(help="The finished run of toy_tokenizer.")],
+    run: Annotated[str, typer.Argument(help="The finished run of the tokenizer.")],
     data: Annotated[Path, typer.Argument(help="Clips on which the latents are measured.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
 ) -> None:
     """The video tokenizer, with the statistics of its latents."""
-    from fewstep.toyworld.recipes import LATENT_CHANNELS
+    from fewstep.toyworld.train_tokenizer import LATENT_CHANNELS
 
     torch.set_num_threads(1)
     made = TokenizerSpec(latent_channels=LATENT_CHANNELS).build()
-    load_into(made.module, read(run), run)
+    load_into(made.module, read(f"{run}:tokenizer.ema"), run)
     vae: Any = made.module.vae
     vae.eval().half().float()  # measured as it will be used: with the weights that are written
     clips = Folder(str(data), text=None).open()
@@ -59,13 +59,13 @@ def tokenizer(
 
 @app.command()
 def decoder(
-    run: Annotated[str, typer.Argument(help="The finished run of toy_decoder.")],
+    run: Annotated[str, typer.Argument(help="The finished run of the decoder.")],
     out: Annotated[Path, typer.Option(help="The tokenizer's folder, whose decoder is replaced.")],
 ) -> None:
     """A decoder that was trained on alone: encoder, statistics and so every latent stay what they are."""
     made = TokenizerSpec(pretrained=str(out)).build()
     before = {name: value.clone() for name, value in made.module.state_dict().items()}
-    load_into(made.module, read(run), run)
+    load_into(made.module, read(f"{run}:tokenizer.ema"), run)
     moved = [name for name, value in made.module.state_dict().items() if not torch.equal(value, before[name])]
     if any(name.startswith(("vae.encoder.", "vae.quant_conv.")) for name in moved):
         raise UserError(f"{run}: its encoder is not that of {out}; what was trained on its latents would be void")

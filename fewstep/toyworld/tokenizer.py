@@ -1,4 +1,4 @@
-"""A video tokenizer as a network that can be trained: diffusers' own class, with what the `autoencode` method asks of it.
+"""A video tokenizer that can be trained: diffusers' own class, with what the losses of autoencode.py need.
 
 Only tokenizers of the toy world are trained here; real ones come finished (networks/encoders/codecs.py). The noise on the
 latents during training makes a latent space in which small errors of a denoiser stay small errors of the picture.
@@ -6,15 +6,12 @@ latents during training makes a latent space in which small errors of a denoiser
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.config import kind
-from fewstep.networks.contract import NoDenoiser
 from fewstep.networks.files.folders import load
 
 
@@ -40,13 +37,8 @@ class _Reconstruct(nn.Module):
 
 
 @dataclass(frozen=True)
-class Tokenizer(NoDenoiser):
+class Tokenizer:
     module: nn.Module
-    name: ClassVar[str] = "a tokenizer"
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return (self.module.vae.encoder, self.module.vae.decoder)  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]  # an attribute of a module
 
     def latent_shape(self, pixels: Tensor) -> tuple[int, ...]:
         config: Any = self.module.vae.config  # pyright: ignore[reportAttributeAccessIssue]  # an attribute of a module
@@ -60,7 +52,6 @@ class Tokenizer(NoDenoiser):
         return self.module(pixels, noise)
 
 
-@kind("tokenizer", group="network")
 @dataclass(frozen=True)
 class TokenizerSpec:
     """A tiny AutoencoderKLCosmos: pixels in Haar wavelets, causal in time, 8 x 8 pixels and 4 frames to a latent."""

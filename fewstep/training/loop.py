@@ -100,7 +100,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
     log, stop = RunLog(folder if world.is_main else None, title, progress.step, last), Signals()
     with log, stop, checkpoints, _open_batches(run, data, progress, world, log) as batches:
         log.say(_greeting(run, data, crew, latest, progress, world))
-        if progress.step == 0 and run.preview is not None and sampler is not None:
+        if progress.step == 0 and run.preview is not None:
             log.metrics(0, _preview(run, crew, sampler, 0, world))
 
         meter = Meter()
@@ -133,7 +133,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
             if step % run.trainer.log_every == 0 or ended:
                 record |= meter.read(world, global_batch) | _data_metrics(batches, world)
                 record["memory_gib"] = peak_memory_gib(world.device)
-            if run.preview is not None and sampler is not None and (ended or _is_due(run.preview.every, step)):
+            if run.preview is not None and (ended or _is_due(run.preview.every, step)):
                 record |= _preview(run, crew, sampler, step, world)
             if monitor is not None and _is_due(run.health.every, step):
                 values = _mean_over_ranks(monitor.look(crew.student.network), world)
@@ -244,8 +244,8 @@ def _mean_over_ranks(values: Mapping[str, float], world: World) -> dict[str, flo
     return dict(zip(values, world.mean(numbers).tolist(), strict=True))
 
 
-def _monitor(run: Run, crew: Crew, data: Dataset, sampler: StudentSampler | None, world: World) -> Monitor | None:
-    if not run.health.every or sampler is None:
+def _monitor(run: Run, crew: Crew, data: Dataset, sampler: StudentSampler, world: World) -> Monitor | None:
+    if not run.health.every:
         return None
     conditions = first_batch(data, run.health.num).to(world.device)
     return Monitor(run.health, conditions, sampler, crew.teacher, crew.critic, run.trainer.seed, run.trainer.batch_size)

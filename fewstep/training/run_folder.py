@@ -22,13 +22,11 @@ from fewstep.training.checkpoint import Progress
 from fewstep.training.run import Run
 
 
-def write_papers(run: Run, folder: Path, sampler: StudentSampler | None, first: Batch) -> None:
+def write_papers(run: Run, folder: Path, sampler: StudentSampler, first: Batch) -> None:
     """What is to be done, on what, and how its student is meant to be built and sampled. first: a batch of its data."""
     (folder / "previews").mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", to_yaml(run))
     write_json(folder / "env.json", environment())
-    if sampler is None:  # a tokenizer is not sampled
-        return
     network = run.networks.student.network or run.networks.teacher
     about = {
         "times": list(sampler.times),

@@ -1,4 +1,4 @@
-"""Autoencode: the loss by hand, its noise, whitening against numpy, an eye, a decoder that leaves every latent as it was."""
+"""The tokenizer's losses by hand, their noise, whitening against numpy, and a decoder that leaves every latent as it was."""
 
 import math
 from pathlib import Path
@@ -7,16 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.batch import Batch
-from fewstep.diffusion import RectifiedFlow, Rng
-from fewstep.methods.contract import Nets
-from fewstep.toyworld.autoencode import Autoencode, departure, psnr_db
+from fewstep.diffusion import Rng
+from fewstep.toyworld.autoencode import Autoencode, Networks, departure, psnr_db
 
 
 class Off:
     """Makes pixels that are off by 0.5, from latents that are all 3: each channel has covariance 0 where 1 is asked."""
-
-    path = RectifiedFlow()
 
     def __init__(self) -> None:
         self.error = torch.full((), 0.5, dtype=torch.float64, requires_grad=True)
@@ -34,7 +30,7 @@ def test_the_loss_is_that_of_the_formula() -> None:
     pixels = torch.zeros(2, 3, 4, 1, 1, dtype=torch.float64)
     pixels[:, 1, 0] = 1.0  # its mean over time is 1/4: it differs by 3/4 in one frame and by 1/4 in three
     net, method = Off(), Autoencode(noise=0.2, whiten=0.01, motion=8.0)
-    (terms,) = method.losses(method.turn(0), Nets({"student": net}), Batch(x0=pixels), Rng(0, 0, torch.arange(2)))  # type: ignore[dict-item]
+    (terms,) = method.losses(Networks(net), pixels, Rng(0, 0, torch.arange(2)))  # type: ignore[arg-type]
     weight = 1 + 8 * (0.75 + 3 * 0.25) / 4
     torch.testing.assert_close(terms.total.item(), weight * (0.5 + 2 * 0.25) + 0.01 * (1 + 9), atol=1e-12, rtol=0)
     terms.total.backward()
@@ -43,29 +39,26 @@ def test_the_loss_is_that_of_the_formula() -> None:
     torch.testing.assert_close(terms.watch["psnr_db"].item(), 10 * math.log10(4 / 0.25), atol=1e-9, rtol=0)
 
 
-class Sees:
+class Perceptual:
     """Two layers: the pixels, and twice their mean over the colours."""
 
-    def look(self, pixels):
+    def activations(self, pixels):
         return [pixels, 2 * pixels.mean(1, keepdim=True)]
 
 
-def test_what_an_eye_sees_otherwise_is_added() -> None:
+def test_the_change_of_a_perceptual_network_is_added() -> None:
     pixels = torch.full((2, 3, 4, 1, 1), -0.5, dtype=torch.float64)
     pixels[:, 0] = 1.0  # mean over the colours 0: the second layer is told of the error alone
     pixels[0] = 1.0  # but in the first clip, where it is 2
-    net, method = Off(), Autoencode(whiten=0.0, look=0.3)
-    assert method.roles == ("student", "teacher") and Autoencode().roles == ("student",)
-    nets = Nets({"student": net, "teacher": Sees()})
-    (terms,) = method.losses(method.turn(0), nets, Batch(x0=pixels), Rng(0, 0, torch.arange(2)))  # type: ignore[dict-item]
+    net, method = Off(), Autoencode(whiten=0.0, perceptual=0.3)
+    nets = Networks(net, perceptual=Perceptual())  # type: ignore[arg-type]
+    (terms,) = method.losses(nets, pixels, Rng(0, 0, torch.arange(2)))
     wanted = (0.5 / ((1 + 2 / 3) / 2) + 1.0 / (2 / 2)) / 2  # off by 0.5 of 5/6 on average, and by 1 of 1
     torch.testing.assert_close(terms.total.item(), 1 * (0.5 + 2 * 0.25) + 0.3 * wanted, atol=1e-12, rtol=0)
 
 
 class Judges:
     """One logit a clip: `slope` times its mean."""
-
-    path = RectifiedFlow()
 
     def __init__(self, slope: float) -> None:
         self.slope = torch.full((), slope, dtype=torch.float64, requires_grad=True)
@@ -78,10 +71,9 @@ class Judges:
 def test_a_critic_adds_its_part_to_the_gradient_on_pixels_whatever_its_scale(slope: float) -> None:
     """All pixels are 0.5 too high, so g is the same number everywhere; the critic says "higher", so h is its negative."""
     pixels = torch.zeros(2, 3, 4, 1, 1, dtype=torch.float64)
-    net, critic, method = Off(), Judges(slope), Autoencode(whiten=0.0, fool=0.25)
-    assert method.roles == ("student", "critic") and method.turn(0).trains == ("student", "critic")
-    nets = Nets({"student": net, "critic": critic})
-    turns = method.losses(method.turn(0), nets, Batch(x0=pixels), Rng(0, 0, torch.arange(2)))  # type: ignore[dict-item]
+    net, critic, method = Off(), Judges(slope), Autoencode(whiten=0.0, adversarial=0.25)
+    nets = Networks(net, critic=critic)  # type: ignore[arg-type]
+    turns = method.losses(nets, pixels, Rng(0, 0, torch.arange(2)))
     first = next(turns)
     torch.testing.assert_close(first.total.item(), 0.5 + 2 * 0.25, atol=1e-12, rtol=0)  # as without a critic
     first.total.backward()
@@ -111,13 +103,8 @@ def test_psnr_is_of_the_whole_batch() -> None:
 
 
 def test_negative_settings_are_refused() -> None:
-    assert [key for key, _ in Autoencode(noise=-1.0, whiten=-1.0, look=-1.0, fool=-1.0, motion=-1.0).problems()] == [
-        "noise",
-        "whiten",
-        "look",
-        "fool",
-        "motion",
-    ]
+    names = ["noise", "whiten", "perceptual", "adversarial", "motion"]
+    assert [key for key, _ in Autoencode(**dict.fromkeys(names, -1.0)).problems()] == names
 
 
 @pytest.mark.parametrize("trains", ["all", "decoder"])
@@ -136,7 +123,7 @@ def test_a_decoder_trained_alone_leaves_the_latents(trains: str, tmp_path: Path)
     method, first, last = Autoencode(), 0.0, 0.0
     for step in range(40):
         rng = Rng(0, step, torch.arange(2))
-        (terms,) = method.losses(method.turn(step), Nets({"student": tokenizer}), Batch(x0=pixels), rng)
+        (terms,) = method.losses(Networks(tokenizer), pixels, rng)
         optimizer.zero_grad()
         terms.total.backward()
         optimizer.step()

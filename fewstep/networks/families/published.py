@@ -24,9 +24,6 @@ FAMILIES: Mapping[str, str] = {  # network= : what it is, in a line
     "qwen_image": "Qwen-Image; QwenImageTransformer2DModel; rectified flow",
     "dit": "DiT, SiT (family=flow); DiTTransformer2DModel; VP, eps, or rectified flow",
     "tiny": "networks of ours, trained from nothing: the toy world's, and an MLP for points",
-    "tokenizer": "the toy world's video tokenizer",
-    "eye": "what that tokenizer's clips are to look right to: convolutions that know the toy world",
-    "clip_critic": "what tells that tokenizer's clips from real ones, while both learn",
     "gaussian_mixture": "the analytic teacher: exact answers, no weights",
 }
 

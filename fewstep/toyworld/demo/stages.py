@@ -26,7 +26,8 @@ from typing import Any, Literal
 import fewstep
 from fewstep.errors import UserError
 from fewstep.files import read_json, write_json
-from fewstep.toyworld.recipes import EYE, GUIDANCE, STUDENT_SHIFT, toy_tokenizer
+from fewstep.toyworld.recipes import GUIDANCE, STUDENT_SHIFT
+from fewstep.toyworld.train_tokenizer import PERCEPTUAL, tokenizer
 
 TOY = Path(os.path.relpath(fewstep.TOY))  # short in the commands one reads
 Size = Literal["quick", "default", "long"]
@@ -212,33 +213,34 @@ def _scratch(out: Path, toy: str, plan: Plan) -> list[Stage]:
     """The tokenizer, the text encoder, the teacher and its control branch, as the shipped ones: hours on two cores."""
     data, runs, root = str(out / "train"), "toyworld/basic", f"OUTPUT_ROOT={out}"
 
-    def train(recipe: str, *more: str, first: Sequence[str] = ()) -> Command:
-        short = () if plan.scratch_iters is None else (f"trainer.max_iter={plan.scratch_iters}", "optim.warmup_iters=2")
-        return (root, *first, "fewstep", "train", f"experiment={recipe}", f"data.dataset_dir={data}", *more, *short)
+    short = () if plan.scratch_iters is None else (f"trainer.max_iter={plan.scratch_iters}", "optim.warmup_iters=2")
+    settings = (f"data.dataset_dir={data}", *short)
+    tokenizer_module = "fewstep.toyworld.train_tokenizer"
+    both_cores = ("torchrun", "--standalone", "--nproc_per_node", "2", "-m", tokenizer_module)
+    half_a_batch = f"trainer.batch_size={tokenizer().trainer.batch_size // 2}"
 
-    def train_on_both_cores(recipe: str, batch_size: int) -> Command:
-        both = ("torchrun", "--standalone", "--nproc_per_node", "2", "-m")
-        return (*train(recipe, first=both), f"trainer.batch_size={batch_size // 2}")
+    def train(recipe: str, *more: str) -> Command:
+        return (root, "fewstep", "train", f"experiment={recipe}", *settings, *more)
 
     def release(part: str, run: str, where: str, *more: str) -> Command:
         made = (f"{runs}/{run}", *more, "--out", f"{toy}/{where}")
         return (root, sys.executable, "-m", "fewstep.toyworld.release", part, *made)
 
     clips = ("--out", data, "--num", str(plan.num_train), "--seed", str(SERIES["train"]), "--only", "videos,metas,edge")
-    eye = (sys.executable, "-m", "fewstep.toyworld.train_features", "--seed", "1", "--out", str(out / EYE))
-    eye += () if plan.scratch_iters is None else ("--num", "256", "--epochs", "1")
+    perceptual = (sys.executable, "-m", "fewstep.toyworld.train_features", "--seed", "1", "--out", str(out / PERCEPTUAL))
+    perceptual += () if plan.scratch_iters is None else ("--num", "256", "--epochs", "1")
     words = (sys.executable, "-m", "fewstep.toyworld.train_words", f"{data}/metas", "--out", f"{toy}/text_encoder")
     return [
         Stage.of(
             "scratch_world",
-            "the clips that tokenizer and teacher learn from, and the eye to which the tokenizer's are to look right",
+            "the clips that tokenizer and teacher are trained on, and the perceptual network of the tokenizer's training",
             ("fewstep", "prepare", "toyworld", *clips),
-            eye,
+            perceptual,
         ),
         Stage(
             "scratch_tokenizer",
             "an encoder of captions, and a video tokenizer",
-            ((words, train_on_both_cores("toy_tokenizer", toy_tokenizer().trainer.batch_size)),),
+            ((words, (root, *both_cores, "tokenizer", *settings, half_a_batch)),),
         ),
         Stage(
             "scratch_latents",
@@ -255,7 +257,7 @@ def _scratch(out: Path, toy: str, plan: Plan) -> list[Stage]:
             "scratch_teacher",
             "the teacher; beside it the tokenizer's decoder learns on, which leaves every latent what it is",
             train("toy_teacher"),
-            train("toy_decoder", f"networks.student.network.pretrained={toy}/vae"),
+            (root, sys.executable, "-m", tokenizer_module, "decoder", *settings, f"tokenizer.pretrained={toy}/vae"),
         ),
         Stage(
             "scratch_control",
