@@ -3,10 +3,10 @@
     DISTILL_CTRL_7Bv1_{type}_fsdp_{kd|dmd2}_train                                   distillation into one step
     CTRL_7Bv1pt3_lvg_tp_121frames_control_input_{type}_block3_{pretrain|posttrain}  a control branch for the frozen base
 
-704 x 1280, 121 frames, as latents (`fewstep prepare latents --scale 0.5`). The batch of 64 is 8 processes with 8 micro-
-batches each: with another number of processes set trainer.grad_accum. DMD2 starts from KD with networks.student.init=RUN.
-Pre-training needs its base as a folder: `fewstep convert .../base_model.pt .../base_model`; The optimiser is as published;
-there is no warm-up.
+704 x 1280, 121 frames, as latents (`fewstep prepare latents --scale 0.5`). The batch of 64 is 8 processes with 8
+micro-batches each: with another number of processes set trainer.grad_accum. DMD2 starts from KD with
+networks.student.init=RUN. Pre-training needs its base as a folder: `fewstep convert .../base_model.pt .../base_model`. The
+optimiser is as published; there is no warm-up.
 """
 
 from __future__ import annotations
