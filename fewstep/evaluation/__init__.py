@@ -1,4 +1,4 @@
-"""The room of scores: sets of features against sets, clips against the clips that controlled them, spreads, and small plots."""
+"""Scores of sets of features and of clips against their controls, their spreads, and small plots."""
 
 from fewstep.evaluation.control import blur_ssim, canny_f1, depth_rmse, mean_iou
 from fewstep.evaluation.energy import energy_distance

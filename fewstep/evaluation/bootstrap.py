@@ -1,10 +1,10 @@
 """Spreads of scores over clips. Frames of a clip are correlated, so whole clips are drawn: axis 0 of every set is the clip.
 
-Two ways, since they fail differently. Half-sampling without replacement suits set scores (Frechet, recall, coverage): drawing
-with replacement leaves fewer distinct points, which raises a Frechet distance by itself. A subset of half the clips varies by
-sd^2 / (n/2) * (1 - 1/2) = sd^2 / n, exactly what all n clips vary by, so its spread needs no correction. It errs on the wide
-side for a Frechet distance that is mostly bias (0.22 for a true 0.14 at n = 256, d = 24, equal laws; coverage .037 for .039).
-The bootstrap proper suits means over clips.
+There are two ways, which fail differently. Half-sampling without replacement suits set scores (Frechet, recall, coverage):
+drawing with replacement leaves fewer distinct points, which raises a Frechet distance by itself. A subset of half the clips
+varies by sd^2 / (n/2) * (1 - 1/2) = sd^2 / n, exactly the variance of all n clips, so its spread needs no correction. It errs
+on the wide side for a Frechet distance that is mostly bias (0.22 for a true 0.14 at n = 256, d = 24, equal laws; coverage .037
+for .039). The bootstrap suits means over clips.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Control fidelity as TransferBench (Transfer1, arXiv 2503.14492, and the PAI-Bench code) measures it: does the clip made keep
-the blur, edges, depth and objects of the clip wanted? Both go through the same transform and are compared; one number a clip,
-and a table is the plain mean over clips.
+"""Control fidelity as TransferBench (Transfer1, arXiv 2503.14492, and the PAI-Bench code) measures it: whether a generated
+clip keeps the blur, edges, depth and objects of the clip that controlled it. Both go through the same transform and are
+compared; each clip has one number, and a table shows the plain mean over clips.
 
 The defaults are the published ones, for clips of 720p and their first 121 frames. They do not fit small clips: at 32 x 32 the
 published blur leaves an unrelated clip at .81 and Canny at .42. Scale them (`blur_ssim(..., diameter=5, sigma_color=60,
@@ -82,9 +82,9 @@ def canny_f1(made: Clip, wanted: Clip, low: float = 100, high: float = 200, tole
 def canny_scores(made: Clip, wanted: Clip, low: float = 100, high: float = 200, tolerance: int = 0) -> CannyScores:
     """F1, precision and recall of edge pixels, pooled over the whole clip.
 
-    RGB to grey, then cv2.Canny (aperture 3, L1 gradient). An edge counts as found if the other clip has one within
+    RGB to grey, then cv2.Canny (aperture 3, L1 gradient). An edge counts as matched if the other clip has one within
     `tolerance` pixels (a square of 2 t + 1); published scores use 0. Published thresholds: 20/50, 50/100, 100/200, 200/300,
-    300/400. A wanted clip without any edge is refused; a made clip without any scores 0.
+    300/400. A controlling clip without an edge is an error; a generated clip without one scores 0.
     """
     if tolerance < 0:
         raise UserError(f"tolerance is a number of pixels, not {tolerance}.")
@@ -98,7 +98,7 @@ def canny_scores(made: Clip, wanted: Clip, low: float = 100, high: float = 200, 
 
 
 def edge_scores(edges_made: np.ndarray, edges_wanted: np.ndarray, tolerance: int = 0) -> CannyScores:
-    """The same of edges that are there already, T H W, not 0 where an edge is."""
+    """`canny_scores` of edges that are already computed, T H W, not 0 where an edge is."""
     import cv2
 
     near_made, near_wanted = edges_made, edges_wanted
@@ -154,7 +154,8 @@ def match_masks(made: Masks, wanted: Masks, *, threshold: float = 0.1) -> MaskMa
 
     Masks are boolean tubes T H W: a mapping {phrase: mask}, or pairs (phrase, mask), where masks of one phrase are united; or
     one integer array T H W of labels, 0 being background. Dropping misses raises the mean, hence the recall beside it:
-    kept / matched, where min(objects made, objects wanted) are matched. Nothing made scores 0; nothing wanted is refused.
+    kept / matched, where min(generated objects, controlling objects) are matched. No generated object scores 0; no controlling
+    object is an error.
     """
     ours, theirs = _tubes(made, "made"), _tubes(wanted, "wanted")
     if not theirs:

@@ -1,7 +1,7 @@
-"""Diversity of one set, without a reference: how many different things are in it, and how far apart they are.
+"""Diversity of one set, without a reference: its effective number of different items, and their mean distance.
 
-Prompt diversity (many prompts, one seed) and noise diversity (one prompt, many seeds) are different claims; distillation kills
-the second first. Give the second as groups to `mean_pairwise_distance` and divide by the teacher's.
+Prompt diversity (many prompts, one seed) and noise diversity (one prompt, many seeds) are different claims; distillation loses
+the second first. Pass the second as groups to `mean_pairwise_distance` and divide by the teacher's.
 """
 
 from __future__ import annotations

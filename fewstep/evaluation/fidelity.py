@@ -2,11 +2,11 @@
 
     edge      F1 of edge pixels: Canny of the clip against the edges it was conditioned on
     vis       SSIM of the clip's blur and the blur it was conditioned on
-    depth     scale-invariant RMSE of two depth videos; that of the clips must lie beside them (`fewstep prepare controls`)
-    seg       mean IoU of matched objects; the masks of the clips must lie beside them
+    depth     scale-invariant RMSE of two depth videos; the clips' own must be beside them (`fewstep prepare controls`)
+    seg       mean IoU of matched objects; the clips' own masks must be beside them
 
 A control of the user's own that has `fidelity(clip, signal) -> float`, 0 to 1, is scored as NAME_fidelity. The measures are
-those of control.py, where their sources and their limits for small clips stand.
+those of control.py, which has their sources and their limits for small clips.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
     d^2 = |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1^1/2 S2 S1^1/2)^1/2                                          (1)
 
 With any roots R'R = S the last trace is the sum of the singular values of R1 R2' (2). Roots come from a QR of the centred rows,
-or from eigh of a covariance that was streamed. So nothing is squared that was not squared before: the result is real, and exact
+or from eigh of a covariance that was streamed. No further squaring is needed, so the result is real, and exact
 to 1e-12 for singular S, where sqrtm of S1 S2 turns complex and float32 gives 0.06 on identical sets.
 
 Covariances are unbiased (n - 1). The distance itself is not: finite n adds about c / n, so compare at equal n only, or
-extrapolate (Chong & Forsyth 2020, "Effectively unbiased FID"), and call nothing settled that had n <= d.
+extrapolate (Chong & Forsyth 2020, "Effectively unbiased FID"), and trust no result with n <= d.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Moments:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Starts again without any row."""
         self.count = 0
         self._mean = torch.zeros(0, dtype=torch.float64)
         self._scatter = torch.zeros(0, 0, dtype=torch.float64)
 
     def update(self, features: Samples) -> None:
-        """Takes in rows of features (n, d)."""
+        """Adds rows of features (n, d)."""
         rows = as_samples(features, "features", least=1)
         part = Moments()
         part.count, part._mean = len(rows), rows.mean(dim=0)
@@ -83,7 +83,7 @@ class Moments:
         return {"count": torch.tensor(self.count), "mean": self._mean.clone(), "scatter": self._scatter.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Replaces what was gathered by what `state_dict` gave."""
+        """Replaces the state by one that `state_dict` returned."""
         self.count = int(state["count"])
         self._mean, self._scatter = state["mean"].clone(), state["scatter"].clone()
 
@@ -93,7 +93,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class FrechetScore:
-    """A Frechet distance with what one must know to read it."""
+    """A Frechet distance, with its sample counts."""
 
     value: float
     num_a: int
@@ -102,7 +102,7 @@ class FrechetScore:
 
     @property
     def is_determined(self) -> bool:
-        """False where a covariance had n <= d: it is singular by want of samples, and the value mostly bias."""
+        """False where a covariance had n <= d: it is singular for lack of samples, and the value is mostly bias."""
         return min(self.num_a, self.num_b) > self.dims
 
 
@@ -124,7 +124,7 @@ class FrechetLimit:
 
 
 class Remembered:
-    """Rows against which many sets are held: what a distance needs of each of their subsets, d x d numbers, is computed once.
+    """Rows that many sets are compared with: what a distance needs of each of their subsets (d x d numbers) is computed once.
 
     A seed draws the same subsets of a reference for every set of one size, so the halves of a spread share most of the work.
     """
@@ -151,7 +151,7 @@ def frechet_distance(a: Samples | Moments, b: Samples | Moments | Remembered) ->
 
 
 def frechet_score(a: Samples | Moments, b: Samples | Moments | Remembered) -> FrechetScore:
-    """The same with the sample counts and whether they determine it (n > d)."""
+    """`frechet_distance` with the sample counts, and whether they determine it (n > d)."""
     if not isinstance(a, Moments) and not isinstance(b, Moments | Remembered):
         a, b = as_pair(a, b, ("a", "b"))
     mean_a, root_a, num_a = _root(a, "a")

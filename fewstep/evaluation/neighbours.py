@@ -2,10 +2,10 @@
 
 The ball of a sample reaches to its k-th neighbour in its own set. Precision: fakes inside some real ball. Recall: reals inside
 some fake ball. Density: real balls around a fake, over k (real against real: about 1; can exceed 1). Coverage: real balls that
-hold a fake. Read them together: a collapsed student has high precision and low coverage, and coverage is the steadier witness
+hold a fake. Read them together: a collapsed student has high precision and low coverage, and coverage is the more reliable sign
 (recall of 256 clips drawn from 64 repeated ones is still .66).
 
-Exact duplicates have balls of radius zero: k or more copies of a fake see nothing but themselves, so recall falls to 0 for that
+Exact duplicates have balls of radius zero: k or more copies of a fake contain only themselves, so recall falls to 0 for that
 reason alone. `num_zero_balls` counts them; a test of mode collapse must jitter its copies.
 """
 

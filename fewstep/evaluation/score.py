@@ -39,7 +39,7 @@ Need = Literal["real", "prompts", "controls"]
 
 @dataclass(frozen=True)
 class Score:
-    """What a score is called, and what a reader who never heard of it needs to know."""
+    """The name of a score and its explanation for a reader who does not know it."""
 
     name: str  # its key in Record.scores
     title: str
@@ -49,7 +49,7 @@ class Score:
 
 
 class Value(NamedTuple):
-    """A number with its spread and the count of what it is about."""
+    """A number with its spread and the number of clips (groups, flights) behind it."""
 
     value: float
     spread: float = math.nan  # standard error of a set, or the deviation between sets if that is larger; nan: not measured
@@ -108,7 +108,7 @@ class Scorer(ABC):
         return False
 
     def reference(self, real: Path | None, cache: Path | None = None) -> Any:
-        """What `score` needs to know of the real clips in a folder; `cache` is a folder for what is costly to compute."""
+        """Statistics of the real clips in a folder, for `score`; `cache` is a folder for those that are costly to compute."""
         return None
 
     @abstractmethod
@@ -139,8 +139,8 @@ def mean_over_clips(values: Sequence[float]) -> Value:
 def over_sets(parts: Sequence[Value]) -> Value:
     """Mean over the sets; the spread is that within a set, or the deviation between sets if that is larger.
 
-    A set in which there was nothing to measure (no flight, for gravity) has nan, and no part in the mean; nan is also the mean
-    over none.
+    A set in which nothing could be measured (no flight, for gravity) is nan and is left out of the mean; the mean over no set
+    is nan.
     """
     values = [part.value for part in parts if math.isfinite(part.value)]
     within = [part.spread for part in parts if math.isfinite(part.spread)]

@@ -1,4 +1,4 @@
-"""What a report is made of: plain frozen records that any evaluation can fill; nothing here knows of a model or a data set.
+"""What a report is made of: plain frozen records that any evaluation can fill; nothing here depends on a model or a data set.
 
     Report(
         title="A 70-call teacher becomes a 1-call student",
@@ -31,7 +31,7 @@ Kind = Literal["real", "codec", "teacher", "student", "control"]
 
 @dataclass(frozen=True)
 class Model:
-    """One maker of clips with its scores; a way to sample a model counts as one. `kind` decides its colour and its place."""
+    """A source of clips with its scores: real clips, a codec, a model with its sampler. `kind` decides colour and place."""
 
     kind: Kind  # real and codec: references; teacher: joined to a line by `line`; student: a point of its own
     name: str  # unique, short: "teacher, 35 steps"
@@ -88,7 +88,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Gate:
-    """A bound set beforehand and the number that must keep it. Whether it is met is computed, never said."""
+    """A bound set beforehand and the number that must keep it. Whether it is met is computed from the two."""
 
     name: str
     value: float
@@ -114,7 +114,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything on the page, top to bottom. Parts that are empty leave no trace."""
+    """Everything on the page, top to bottom. Empty parts are left out."""
 
     title: str
     summary: str = ""  # two sentences: what was done, how good it is
@@ -130,7 +130,7 @@ class Report:
     environment: Mapping[str, str] = field(default_factory=dict[str, str])  # {"device": ..., "torch": ...}
 
     def problems(self) -> list[str]:
-        """All that would make the page wrong or unclear, in one go."""
+        """Everything that would make the page wrong or unclear, collected."""
         out = [f"two {what} are called {name!r}" for what, names in self._names() for name in _repeated(names)]
         known = {score.name for score in self.scores}
         told = {name for model in self.models for name in model.scores}

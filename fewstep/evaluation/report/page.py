@@ -37,7 +37,7 @@ _KIND_COLOURS: Mapping[Kind, str] = {
 
 
 def write(report: Report, path: str | os.PathLike[str], max_bytes: int = 5_000_000) -> Path:
-    """Writes the page, whole or not at all, and gives back where."""
+    """Writes the page, whole or not at all, and returns its path."""
     text = page(report, max_bytes)
     write_text(path, text)
     return Path(path)
@@ -46,7 +46,8 @@ def write(report: Report, path: str | os.PathLike[str], max_bytes: int = 5_000_0
 def page(report: Report, max_bytes: int = 5_000_000) -> str:
     """The page as text. Clips are compressed until the page takes about `max_bytes`; the page says if they were.
 
-    Refuses a report with doubled names, scores nobody explains, or clips that are not uint8 T H W 3: all faults in one message.
+    Refuses a report with doubled names, scores without an explanation, or clips that are not uint8 T H W 3: all problems in one
+    message.
     """
     if faults := report.problems():
         raise UserError("the report cannot be written:\n" + "\n".join(f"- {fault}" for fault in faults))
@@ -109,7 +110,7 @@ def numbers(report: Report) -> dict[str, Any]:
 
 
 def _facts(report: Report) -> str:
-    """What one wants to know first, as far as the report has it."""
+    """The facts at the top of the page, as far as the report has them."""
     facts: list[tuple[str, str, str]] = []
     shown = [model for model in report.models if model.is_featured and model.num_calls is not None]
     teachers, students = ([model for model in shown if model.kind == kind] for kind in ("teacher", "student"))
@@ -331,7 +332,7 @@ def _who(name: str) -> str:
 
 
 def _scale(shown: Sequence[Value]) -> tuple[Callable[[float], float], bool]:
-    """Where a value stands on a track, in per cent; and whether that is logarithmic: then 0 and below are the left end."""
+    """Position of a value on a track in per cent, and whether the track is logarithmic: then 0 and below are its left end."""
     values = [one.value for one in shown if math.isfinite(one.value)]
     spreads = [one.spread if math.isfinite(one.spread) else 0.0 for one in shown if math.isfinite(one.value)]
     if not values:
