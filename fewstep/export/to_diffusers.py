@@ -8,8 +8,7 @@ that loop; it imports torch and diffusers only.
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,17 @@ from fewstep import registry
 from fewstep.diffusion import StudentSampler
 from fewstep.diffusion.path import floats
 from fewstep.errors import UserError
+from fewstep.export.base import copy_parts
 from fewstep.export.schedulers import scheduler_of
-from fewstep.inference.model import Envelope, Model
+from fewstep.inference.card import StudentCard
+from fewstep.inference.model import Model
+from fewstep.networks.encoders.codecs import Form
 
 PIPELINE = Path(__file__).with_name("student_pipeline.py.txt")
-LEFT_OUT = ("transformer", "unet", "scheduler", "controlnet", "safety_checker")  # of a base: ours, or nobody's
 
 
-def write_folder(model: Model, about: Mapping[str, Any], out: Path, base: Path | None) -> dict[str, Any]:
-    """Writes the folder and returns what student.json should say."""
+def write_folder(model: Model, card: StudentCard, out: Path, base: Path | None) -> StudentCard:
+    """Writes the folder; returns the card with what the folder's own pipeline.py reads."""
     assert isinstance(model.sampler, StudentSampler)
     network: Any = model.network  # Any: an adapter over a class of diffusers
     parts = _parts(network)
@@ -36,7 +37,9 @@ def write_folder(model: Model, about: Mapping[str, Any], out: Path, base: Path |
     for name, part in parts.items():
         part.save_pretrained(str(out / name))
         index[name] = ["diffusers", type(part).__name__]
-    base_class = "" if base is None else _copy(base, out, index)
+    base_class = "" if base is None else copy_parts(base, out, index)
+    if _standalone(out) is not None:
+        index.pop("text_encoder", None)  # no class of transformers: pipeline.py reads it
     predicts = "v" if type(network).__name__ == "CogVideoX" else getattr(network, "predicts", "eps")
     scheduler = scheduler_of(model.sampler, network.path, base_class, predicts)
     if scheduler is not None:
@@ -63,11 +66,10 @@ def write_folder(model: Model, about: Mapping[str, Any], out: Path, base: Path |
     told["denoising_timesteps"] = [round(1000 * step["flow_time"]) for step in steps]
     index["dmd2_config"] = told
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    more = {"schedule": steps, "network_family": asked, "latent_scale": _scale(network)}
-    config, known = next(iter(parts.values())).config, model.envelope.latent_shape
-    more["latent_channels"] = config.out_channels if known is None else known[0]
-    more["envelope"] = dict(about.get("envelope") or {}) | _pixels(model.envelope, out, index)
-    return {**about, **more}
+    envelope = card.envelope.with_codec(_codec_form(out)) if "vae" in index else card.envelope
+    channels = next(iter(parts.values())).config.out_channels if envelope.latent_shape is None else envelope.latent_shape[0]
+    pipeline = {"schedule": steps, "network_family": asked, "latent_scale": _scale(network), "latent_channels": channels}
+    return replace(card, envelope=envelope, pipeline=pipeline)
 
 
 def schedule(sampler: StudentSampler, network: Any) -> list[dict[str, float]]:
@@ -118,32 +120,6 @@ def _scale(network: Any) -> float:
     return network.sigma_data if getattr(network, "family", "flow") == "edm" else 1.0
 
 
-def _copy(base: Path, out: Path, index: dict[str, Any]) -> str:
-    """Puts the base's other parts into `out`, without copying where the file system can link; its pipeline's class."""
-    told = json.loads((base / "model_index.json").read_text())
-    for name, value in told.items():
-        folder = base / name
-        if name.startswith("_") or name in LEFT_OUT or not folder.is_dir() or (out / name).exists():
-            if not name.startswith("_") and not folder.is_dir() and name not in LEFT_OUT and not isinstance(value, list):
-                index[name] = value  # a setting of the pipeline
-            continue
-        shutil.copytree(folder, out / name, copy_function=_linked)
-        index[name] = value
-    if not any(name in told for name in ("text_encoder",)) and (base / "text_encoder").is_dir():
-        shutil.copytree(base / "text_encoder", out / "text_encoder", copy_function=_linked)
-    if _standalone(out) is not None:
-        index.pop("text_encoder", None)  # no class of transformers: pipeline.py reads it
-    said = told.get("_class_name", "")
-    return said if isinstance(said, str) else ""
-
-
-def _linked(source: str, target: str) -> None:
-    try:
-        Path(target).hardlink_to(Path(source).resolve())
-    except OSError:
-        shutil.copy2(source, target)
-
-
 def _standalone(out: Path) -> Path | None:
     """The source of the folder's text encoder, if neither diffusers nor transformers has its class."""
     config = out / "text_encoder" / "config.json"
@@ -158,23 +134,10 @@ def _pipeline(out: Path) -> str:
     return PIPELINE.read_text() + ("" if source is None else f"\n\n{source.read_text()}")
 
 
-def _pixels(envelope: Envelope, out: Path, index: Mapping[str, Any]) -> dict[str, Any]:
-    """Frames, height and width of the latents it was trained on, and the other way round, where the folder has its codec."""
-    if "vae" not in index:
-        return {}
+def _codec_form(out: Path) -> Form:
     from fewstep.networks.encoders.codecs import open_codec
 
-    form = open_codec(out / "vae").form
-    if envelope.latent_shape is not None and envelope.num_frames is None:
-        _, frames, height, width = envelope.latent_shape
-        time = 1 + (frames - 1) * form.time if form.sees_time else frames
-        return {"num_frames": time, "height": height * form.space, "width": width * form.space}
-    if envelope.latent_shape is None and None not in (envelope.num_frames, envelope.height, envelope.width):
-        frames, height, width = envelope.num_frames, envelope.height, envelope.width
-        assert frames and height and width
-        time = 1 + (frames - 1) // form.time if form.sees_time else frames
-        return {"latent_shape": [form.channels, time, height // form.space, width // form.space]}
-    return {}
+    return open_codec(out / "vae").form
 
 
 def _version() -> str:

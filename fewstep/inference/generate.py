@@ -251,10 +251,7 @@ def _envelope(request: GenerateRequest, model: Model) -> Envelope:
     envelope = model.envelope
     if envelope.num_frames is not None or envelope.latent_shape is None:
         return envelope
-    form = open_codec(codec_address(model, request.model, request.codec)).form
-    _, frames, height, width = envelope.latent_shape
-    pixels = {"height": height * form.space, "width": width * form.space}
-    return replace(envelope, num_frames=1 + (frames - 1) * form.time if form.sees_time else frames, **pixels)
+    return envelope.with_codec(open_codec(codec_address(model, request.model, request.codec)).form)
 
 
 def _shot(request: GenerateRequest, model: Model) -> Shot:

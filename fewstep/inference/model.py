@@ -11,43 +11,29 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.config import ConfigError, parse
+from fewstep.config import parse
 from fewstep.config.text import read_text, read_yaml_mapping
-from fewstep.data.contract import AnyData
 from fewstep.diffusion import EDM, StudentSampler, TeacherSampler
-from fewstep.diffusion.path import AnyPath
 from fewstep.errors import UserError
 from fewstep.files import read_json
+from fewstep.inference.card import Envelope, StudentCard
 from fewstep.inference.request import SamplerOptions
-from fewstep.networks.contract import AnyNetwork, Network
+from fewstep.networks.contract import Network
 from fewstep.networks.encoders.codecs import Autoencoder, open_codec
 from fewstep.networks.families.upstream import told_by_pipeline
 from fewstep.networks.families.wan.experts import Experts
 from fewstep.networks.files import hub
 from fewstep.networks.lora import Lora, merged
 from fewstep.networks.roles import Networks, build
-from fewstep.networks.weights.addresses import Piece, collect, load_into, locate, pieces_of, read, tell
+from fewstep.networks.weights.addresses import Piece, checkpoint_of, collect, load_into, pieces_of, read, tell
 from fewstep.parallel import World, place
-
-
-@dataclass(frozen=True)
-class Envelope:
-    """What a student was trained on; beyond it nobody knows what it does. None: not known."""
-
-    latent_shape: tuple[int, int, int, int] | None = None  # C t h w
-    num_frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    fps: float | None = None
-    num_inference_steps: int | None = None
-    guidance_in_teacher: float | None = None  # uncond + w (cond - uncond), baked in; 1: none
 
 
 @dataclass(frozen=True)
@@ -57,7 +43,6 @@ class Model:
     sampler: StudentSampler | TeacherSampler
     envelope: Envelope = Envelope()
     folder: Path | None = None  # where its codec and text encoder are, if it has them
-    about: Mapping[str, Any] = field(default_factory=dict[str, Any])  # of the paper that came with it
 
     @property
     def is_teacher(self) -> bool:
@@ -101,37 +86,30 @@ def folder_of(address: str) -> Path | None:
 
 
 @dataclass(frozen=True)
-class _Sampling:
-    path: AnyPath
-    network: AnyNetwork
-
-
-@dataclass(frozen=True)
-class _Nets:
+class _NetworksOfRun:
     networks: Networks
 
 
-@dataclass(frozen=True)
-class _Data:
-    data: AnyData
+def networks_of(run: Path) -> Networks:
+    """The networks in the configuration of a run folder. Raises ConfigError if a kind is not registered."""
+    config = run / "config.yaml"
+    mapping = read_yaml_mapping(read_text(config), str(config))
+    return parse(_NetworksOfRun, {"networks": mapping.get("networks")}).networks
 
 
 def of_run(address: str) -> Model:
     """The model of a run address: its student, of which LoRA adapters are merged into a plain network; RUN:teacher too."""
     place, _, role = address.partition(":")
-    folder, _ = locate(place)
+    folder = checkpoint_of(place)
     run = folder.parent.parent
-    config = read_yaml_mapping(read_text(run / "config.yaml"), str(run / "config.yaml"))
-    nets = parse(_Nets, {"networks": config["networks"]}).networks
+    networks = networks_of(run)
     if role == "teacher":
-        network, folder = build(nets, ("teacher",), 0)["teacher"], getattr(nets.teacher, "pretrained", None)
-        return Model(network, nets.teacher, teacher_sampler(network, folder))  # Any network may have come from a pipeline
-    told = read_json(run / "student.json", "It is written anew when the run goes on")
-    network = student_network(nets, read(f"{place}:{role or 'student.ema'}"), address)
-    role_config = nets.student
-    spec = role_config.network or nets.teacher
-    about = {"source": str(folder), "role": role or "student.ema", "config": config, **told}
-    return Model(network, spec, sampler_of(told), envelope_of(config, told), None, about)
+        network: Any = build(networks, ("teacher",), 0)["teacher"]
+        pretrained = getattr(networks.teacher, "pretrained", None)  # of networks that may come from a pipeline
+        return Model(network, networks.teacher, teacher_sampler(network, pretrained))
+    card = StudentCard.read(run, "It is written anew when the run goes on")
+    network = student_network(networks, read(address), address)
+    return Model(network, networks.student.network or networks.teacher, card.sampler, card.envelope)
 
 
 def student_network(nets: Networks, tensors: Mapping[str, Tensor], source: str) -> Network:
@@ -148,45 +126,9 @@ def student_network(nets: Networks, tensors: Mapping[str, Tensor], source: str) 
     return network
 
 
-def sampler_of(told: Mapping[str, Any]) -> StudentSampler:
-    """From the paper student.json."""
-    sampling = parse(_Sampling, {"path": told["path"], "network": told["network"]})
-    return StudentSampler(tuple(told["times"]), sampling.path, told["renoise"])
-
-
-def envelope_of(config: Mapping[str, Any], told: Mapping[str, Any]) -> Envelope:
-    """What the training wrote down. Runs of 0.1 did not: what their configuration and their data tell, or it alone."""
-    if "envelope" in told:
-        known = dict(told["envelope"])
-        shape = known.pop("latent_shape")
-        return Envelope(latent_shape=None if shape is None else tuple(shape), num_inference_steps=len(told["times"]), **known)
-    guidance = (config.get("method") or {}).get("guidance")
-    known = Envelope(
-        num_inference_steps=len(told["times"]),
-        guidance_in_teacher=None if guidance is None else float(guidance),
-    )
-    try:
-        data: Any = parse(_Data, {"data": config.get("data") or {}}).data
-    except ConfigError:
-        return known  # of the user's own: nothing is known of it here
-    height, width = getattr(data, "video_size", None) or (None, None)
-    known = replace(known, num_frames=getattr(data, "num_frames", None), height=height, width=width)
-    try:
-        batch = data.open().batch(torch.tensor([0]))
-    except (OSError, ValueError, IndexError):
-        return known
-    if batch.x0 is None or batch.x0.ndim != 5:
-        return known
-    fps = None if batch.cond.fps is None else round(float(batch.cond.fps[0]), 3)
-    channels, frames, height, width = batch.x0.shape[1:]
-    if getattr(data, "x0", None) == "pixels" or channels == 3:
-        return replace(known, num_frames=frames, height=height, width=width, fps=fps)
-    return replace(known, latent_shape=(channels, frames, height, width), fps=fps)
-
-
 def _is_run(address: str) -> bool:
     try:
-        locate(address.partition(":")[0])
+        checkpoint_of(address.partition(":")[0])
     except ValueError:
         return False
     return True
@@ -196,18 +138,16 @@ def _is_run(address: str) -> bool:
 
 
 def _exported(folder: Path) -> Model:
-    told = read_json(folder / "student.json", "Export the student again")
-    spec: Any = parse(_Sampling, {"path": told["path"], "network": told["network"]}).network
-    if (folder / "student.safetensors").is_file():
+    card = StudentCard.read(folder, "Export the student again")
+    spec: Any = card.spec()
+    weights = folder / "student.safetensors"
+    if weights.is_file():
         network = spec.build()
-        load_into(network.module, read(str(folder / "student.safetensors")), str(folder))
+        load_into(network.module, read(str(weights)), str(folder))
     else:
         spec = _from(spec, folder)
         network = spec.build()
-    known = {name: told.get("envelope", {}).get(name) for name in asdict(Envelope())}
-    shape = known.pop("latent_shape")
-    envelope = Envelope(latent_shape=None if shape is None else tuple(shape), **known)
-    return Model(network, spec, sampler_of(told), envelope, folder, told)
+    return Model(network, spec, card.sampler, card.envelope, folder)
 
 
 def _from(spec: Any, folder: Path) -> Any:  # Any: whatever is registered in group "network"

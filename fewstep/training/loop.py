@@ -40,7 +40,7 @@ from fewstep.training.log import RunLog
 from fewstep.training.meter import Meter
 from fewstep.training.preview import Scene
 from fewstep.training.run import Run
-from fewstep.training.run_folder import peak_memory_gib, summary, write_papers
+from fewstep.training.run_folder import peak_memory_gib, summary, write_records
 from fewstep.training.signals import Signals
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -92,7 +92,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
     progress = Progress() if latest is None else _restore(checkpoints, latest, crew)
     earlier_s = progress.wall_s
     if world.is_main:
-        write_papers(run, folder, sampler, first)
+        write_records(run, folder, sampler, first)
     world.barrier()
     monitor = _monitor(run, crew, data, sampler, world)
 

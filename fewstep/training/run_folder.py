@@ -1,4 +1,4 @@
-"""The run folder's own papers: config.yaml, env.json, student.json, summary.json."""
+"""The records in a run folder: config.yaml, env.json, student.json, summary.json."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import platform
 import resource
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,49 +18,40 @@ from fewstep.batch import Batch
 from fewstep.config import dump, to_yaml
 from fewstep.diffusion import StudentSampler
 from fewstep.files import write_json, write_text
+from fewstep.inference.card import Envelope, StudentCard
 from fewstep.parallel import World
 from fewstep.training.checkpoint import Progress
 from fewstep.training.run import Run
 
 
-def write_papers(run: Run, folder: Path, sampler: StudentSampler, first: Batch) -> None:
-    """What is to be done, on what, and how its student is meant to be built and sampled. first: a batch of its data."""
+def write_records(run: Run, folder: Path, sampler: StudentSampler, first: Batch) -> None:
+    """Writes the run's settings, its environment, and the card of its student. first: a batch of its data."""
     (folder / "previews").mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", to_yaml(run))
     write_json(folder / "env.json", environment())
-    network = run.networks.student.network or run.networks.teacher
-    about = {
-        "times": list(sampler.times),
-        "num_inference_steps": len(sampler.times),
-        "renoise": sampler.renoise,
-        "path": _named(sampler.path),
-        "guidance": 1.0,
-        "network": _named(network),
-        "envelope": envelope(run, first),
-    }
-    write_json(folder / "student.json", about)
+    network: Any = run.networks.student.network or run.networks.teacher  # Any: @kind gives it the attribute
+    card = StudentCard({"kind": network.kind, **dump(network)}, sampler, envelope(run, first))
+    card.write(folder)
 
 
-def envelope(run: Run, first: Batch) -> dict[str, Any]:
-    """What the student is trained on, under the names of inference/model.py: so that it is known when the data are gone."""
+def envelope(run: Run, first: Batch) -> Envelope:
+    """What the student is trained on, from the first batch, so that it is known when the data are gone."""
     data, x0 = run.data, first.x0
     height, width = getattr(data, "video_size", None) or (None, None)  # no part of the contract: of folders of clips
-    told: dict[str, Any] = {"num_frames": getattr(data, "num_frames", None), "height": height, "width": width}
-    told |= {"latent_shape": None, "fps": None}
     guidance = getattr(run.method, "guidance", None)  # of methods with a teacher
-    told |= {"guidance_in_teacher": None if guidance is None else float(guidance)}
+    known = Envelope(
+        num_frames=getattr(data, "num_frames", None),
+        height=height,
+        width=width,
+        guidance_in_teacher=None if guidance is None else float(guidance),
+    )
     if x0 is None or x0.ndim != 5:
-        return told
+        return known
     channels, frames, height, width = x0.shape[1:]
-    if first.cond.fps is not None:
-        told |= {"fps": round(float(first.cond.fps[0]), 3)}
+    fps = None if first.cond.fps is None else round(float(first.cond.fps[0]), 3)
     if getattr(data, "x0", None) == "pixels" or channels == 3:
-        return told | {"num_frames": frames, "height": height, "width": width}
-    return told | {"latent_shape": [channels, frames, height, width]}
-
-
-def _named(config: Any) -> dict[str, Any]:  # Any: whatever is registered with @kind, which gives it the attribute
-    return {"kind": config.kind, **dump(config)}
+        return replace(known, num_frames=frames, height=height, width=width, fps=fps)
+    return replace(known, latent_shape=(channels, frames, height, width), fps=fps)
 
 
 def environment() -> dict[str, Any]:

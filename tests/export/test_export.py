@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -29,8 +30,9 @@ from fewstep.networks.encoders.codecs import open_codec
 from fewstep.networks.encoders.text import open_text_encoder
 from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.lora import Lora
-from fewstep.networks.roles import Full, Networks
+from fewstep.networks.roles import Full, Networks, build
 from fewstep.networks.tiny import TinySpec
+from fewstep.networks.weights.addresses import read
 from fewstep.toyworld.words import WordsConfig, WordsEncoder, WordsModel
 from fewstep.training.ema import Ema
 from fewstep.training.health import Health
@@ -69,13 +71,15 @@ class Clips:
         return Batch(x0=x0, noise=noise, cond=cond, index=index)
 
 
-def trained(root: Path, name: str, spec: Any = NET, method: Any = None, nets: Networks | None = None) -> Path:
+def trained(
+    root: Path, name: str, spec: Any = NET, method: Any = None, nets: Networks | None = None, ema: Ema | None = None
+) -> Path:
     run = Run(
         job=Job(name=name),
         method=method or Finetune(),
         networks=nets or Networks(student=Full(spec, init="random")),
         data=Clips(),
-        ema=Ema(beta=0.5),
+        ema=ema or Ema(beta=0.5),
         trainer=Trainer(max_iter=2, batch_size=2, num_threads=1, log_every=1),
         checkpoint=Checkpoint(save_iter=2),
         health=Health(every=None),
@@ -352,6 +356,106 @@ def test_a_folder_that_is_no_export_is_left_alone(run: Path, tmp_path: Path) -> 
     export(str(run), tmp_path / "new", "safetensors")  # an earlier export is replaced
     assert (tmp_path / "new" / "student.safetensors").is_file()
     assert not (tmp_path / "new" / "model_index.json").exists()
+
+
+def test_what_the_user_put_beside_an_export_stays(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "student"
+    export(str(run), out, "safetensors")
+    (out / "notes").mkdir()
+    (out / "notes" / "mine.txt").write_text("keep")
+    (out / "link").symlink_to("notes/mine.txt")
+    files = export(str(run), out)
+    assert (out / "notes" / "mine.txt").read_text() == "keep" and (out / "link").readlink() == Path("notes/mine.txt")
+    assert (out / "transformer").is_dir() and not (out / "student.safetensors").exists()
+    assert not {"mine.txt", "link"} & {path.name for path in files}
+    (out / "student.safetensors").write_text("mine, too")
+    with pytest.raises(ValueError, match=r"would replace student\.safetensors, which no export wrote"):
+        export(str(run), out, "safetensors")
+    assert (out / "student.safetensors").read_text() == "mine, too" and (out / "transformer").is_dir()
+
+
+# ---- a base from somewhere else --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(base: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(base, tmp_path / "base"))
+
+
+def test_only_data_of_known_parts_is_copied_from_a_base(run: Path, copied: Path, tmp_path: Path) -> None:
+    for name in ("vae/evil.py", "evil/model.py", "vae/deep/evil.py", "text_encoder/run.sh"):
+        (copied / name).parent.mkdir(exist_ok=True)
+        (copied / name).write_text("raise SystemExit('executed')")
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "key.json").write_text("{}")
+    index = json.loads((copied / "model_index.json").read_text())
+    index |= {"../secret": ["diffusers", "AutoencoderKLCosmos"], "evil": ["evil", "Model"], "tokenizer": ["vae.evil", "X"]}
+    index |= {"image_encoder": ["transformers", "__import__('os')"], "_class_name": ["evil", "Pipeline"], "boundary_ratio": 0.5}
+    (copied / "model_index.json").write_text(json.dumps(index))
+    files = export(str(run), tmp_path / "out" / "student", base=copied)
+    names = {path.relative_to(tmp_path / "out" / "student").as_posix() for path in files}
+    assert {name for name in names if not name.endswith((".json", ".safetensors"))} == {
+        "README.md",
+        "config.yaml",
+        "pipeline.py",
+    }
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["student"]
+    written = json.loads((tmp_path / "out" / "student" / "model_index.json").read_text())
+    assert not {"../secret", "evil", "tokenizer", "image_encoder"} & written.keys() and written["boundary_ratio"] == 0.5
+    assert written["_class_name"] == ["pipeline", "StudentPipeline"]
+    for file in files:
+        assert file.stat().st_nlink == 1, file  # an edit of the student's file must not change the teacher's
+
+
+@pytest.mark.parametrize("name", ["vae/config.json", "vae/more.safetensors", "vae"])
+def test_links_in_a_base_are_not_followed(name: str, run: Path, copied: Path, tmp_path: Path) -> None:
+    target = tmp_path / "elsewhere"
+    if (copied / name).exists():
+        (copied / name).rename(target)
+    else:
+        target.write_text("a private key")
+    (copied / name).symlink_to(target)
+    with pytest.raises(ValueError, match=rf"--base {copied / name}: is a symbolic link"):
+        export(str(run), tmp_path / "student", base=copied)
+    assert not (tmp_path / "student").exists()
+
+
+def test_the_links_of_the_hubs_own_cache_are_followed(run: Path, copied: Path, tmp_path: Path) -> None:
+    blobs = tmp_path / "models--x" / "blobs"
+    snapshot = tmp_path / "models--x" / "snapshots" / "1234"
+    blobs.mkdir(parents=True)
+    snapshot.parent.mkdir()
+    copied.rename(snapshot)
+    (snapshot / "vae" / "config.json").rename(blobs / "5678")
+    (snapshot / "vae" / "config.json").symlink_to("../../../blobs/5678")
+    export(str(run), tmp_path / "student", base=snapshot)
+    assert not (tmp_path / "student" / "vae" / "config.json").is_symlink()
+
+
+def test_a_part_that_asks_for_code_of_its_own_is_refused(run: Path, copied: Path, tmp_path: Path) -> None:
+    config = copied / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoModel": "evil.Model"}}))
+    with pytest.raises(ValueError, match="asks for code of its own"):
+        export(str(run), tmp_path / "student", base=copied)
+
+
+# ---- a run without a moving average ----------------------------------------------------------------------------------
+
+
+def test_a_run_without_a_moving_average_gives_its_weights_and_says_so(root: Path, tmp_path: Path, capfd: Any) -> None:
+    plain = trained(root, "no_average", ema=Ema(profile="none"))
+    said = "keeps no moving average; its student's weights are taken as trained"
+    model = open_model(str(plain))
+    assert said in capfd.readouterr().err
+    export(str(plain), tmp_path / "student")
+    assert said in capfd.readouterr().err and "weights: `student`" in (tmp_path / "student" / "README.md").read_text()
+    initialised = build(Networks(student=Full(NET, init=str(plain))), ("student",), 0)["student"]
+    again = open_model(tmp_path / "student")
+    for name, tensor in read(f"{plain}:student").items():
+        for network in (model.network, again.network, initialised):
+            torch.testing.assert_close(network.module.state_dict()[name], tensor, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"holds no 'student\.ema'"):
+        open_model(f"{plain}:student.ema")
 
 
 # ---- schedulers ------------------------------------------------------------------------------------------------------

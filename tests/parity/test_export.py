@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from fewstep.batch import Condition
 from fewstep.diffusion import VP, RectifiedFlow, Rng, StudentSampler
 from fewstep.diffusion.times import shifted
 from fewstep.export.to_diffusers import write_folder
-from fewstep.inference.model import Envelope, Model
+from fewstep.inference.card import Envelope, StudentCard
+from fewstep.inference.model import Model
 from fewstep.networks.encoders.codecs import open_codec
 from fewstep.networks.families.cosmos.control import CosmosControlSpec
 from fewstep.networks.families.flux import FluxSpec
@@ -36,11 +36,11 @@ def randomised(network: Any) -> Any:
 
 def folder_of(tmp_path: Path, network: Any, sampler: StudentSampler, pipeline: Any, shape: tuple[int, int, int, int]) -> Path:
     pipeline.save_pretrained(tmp_path / "base")
-    about = {"times": list(sampler.times), "renoise": sampler.renoise, "path": {"kind": "rectified_flow"}}
+    envelope = Envelope(latent_shape=shape)
     out = tmp_path / "student"
     out.mkdir()
-    told = write_folder(Model(network, None, sampler, Envelope(latent_shape=shape)), about, out, tmp_path / "base")
-    (out / "student.json").write_text(json.dumps(told))
+    card = StudentCard({}, sampler, envelope)
+    write_folder(Model(network, None, sampler, envelope), card, out, tmp_path / "base").write(out)
     return out
 
 
@@ -181,9 +181,8 @@ def test_transfer_2_5_goes_out_as_a_transformer_and_its_controlnet(tmp_path: Pat
     network, sampler = randomised(spec.build()), StudentSampler(FLOW, RectifiedFlow(), "same")
     out = tmp_path / "student"
     out.mkdir()
-    about = {"times": list(sampler.times), "renoise": "same", "path": {"kind": "rectified_flow"}, "envelope": {}}
-    told = write_folder(Model(network, None, sampler, Envelope(latent_shape=(2, 3, 4, 4))), about, out, None)
-    (out / "student.json").write_text(json.dumps(told))
+    card = StudentCard({}, sampler, Envelope(latent_shape=(2, 3, 4, 4)))
+    write_folder(Model(network, None, sampler, card.envelope), card, out, None).write(out)
     pipe: Any = DiffusionPipeline.from_pretrained(str(out), trust_remote_code=True)
     noise, text, control = Rng.of_samples([3]).normal((2, 3, 4, 4)), draw(1, 5, 8), draw(1, 2, 3, 4, 4, seed=5)
     theirs = pipe(prompt_embeds=text, latents=noise, control_latents=control, output_type="latent").frames
@@ -196,4 +195,4 @@ def test_transfer_2_5_goes_out_as_a_transformer_and_its_controlnet(tmp_path: Pat
 def test_what_diffusers_cannot_sample_is_refused(tmp_path: Path) -> None:
     network, sampler = randomised(UNET.build()), StudentSampler((1.0, 0.5), VP("scaled_linear"), "same")
     with pytest.raises(ValueError, match="a scheduler that diffusers does not have; --format safetensors always works"):
-        write_folder(Model(network, None, sampler), {"envelope": {}}, tmp_path, None)
+        write_folder(Model(network, None, sampler), StudentCard({}, sampler), tmp_path, None)

@@ -62,6 +62,16 @@ class Form:
     frames_step: int  # a clip has 1 + k * frames_step frames: upstream drops silently what is left over
     sees_time: bool = True  # false: an image autoencoder, to which frames are pictures
 
+    def latents(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(C, t, h, w) of the latents of a clip."""
+        num = 1 + (frames - 1) // self.time if self.sees_time else frames
+        return self.channels, num, height // self.space, width // self.space
+
+    def pixels(self, shape: tuple[int, int, int, int]) -> tuple[int, int, int]:
+        """Frames, height and width of the clip that latents of this shape (C, t, h, w) decode to."""
+        _, num, height, width = shape
+        return 1 + (num - 1) * self.time if self.sees_time else num, height * self.space, width * self.space
+
 
 @dataclass(frozen=True, eq=False)
 class Autoencoder:
@@ -98,14 +108,15 @@ class Autoencoder:
             )
         if height % form.space or width % form.space:
             raise UserError(f"{name}: {height} x {width} pixels do not fit; both sides must be multiples of {form.space}")
-        num = 1 + (frames - 1) // form.time if form.sees_time else frames
+        shape = form.latents(frames, height, width)
+        num = shape[1]
         if self.mean.shape[2] not in (1, num) and num > self.mean.shape[2]:
             most = 1 + (self.mean.shape[2] - 1) * form.time
             raise UserError(
                 f"{name}: {frames} frames are more than its statistics know: {self.mean.shape[2]} latent frames, which are "
                 f"{most} frames. Cut the clip into pieces of at most {most}"
             )
-        return form.channels, num, height // form.space, width // form.space
+        return shape
 
     @property
     def fingerprint(self) -> str:

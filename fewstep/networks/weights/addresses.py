@@ -1,7 +1,8 @@
 """Weights are addresses, resolved here and nowhere else.
 
     RUN@latest:student.ema       of a run folder (absolute, or below the output root): the EMA of its student
-    RUN@500:critic               the critic after 500 iterations; without :ROLE the student.ema, without @ITER the latest
+    RUN@500:critic               the critic after 500 iterations; without @ITER the latest, without :ROLE the student.ema, or
+                                 the student of a run that keeps no moving average
     FILE or FOLDER               tensors of others in any form that tensor_files.py reads: original Cosmos, FastGen, diffusers,
                                  safetensors, distributed checkpoints, parts of tensor parallelism; FILE:ema of several sets
     BASE+CONTROL                 a base and its control branch as two files; several branches as BASE+edge=FILE+depth=FILE
@@ -137,15 +138,32 @@ def tell(found: Collected) -> None:
 
 
 def locate(address: str) -> tuple[Path, str]:
-    """The checkpoint folder and the role that a run address names."""
+    """The checkpoint folder and the role that a run address names; without :ROLE student.ema, or student where that is all.
+
+    Of a student without a moving average a note is printed.
+    """
     place, _, role = address.partition(":")
+    folder = checkpoint_of(place)
+    if role:
+        return folder, role
+    from fewstep.networks.files.distributed import open_distributed
+
+    if any(name.startswith("student.ema.") for name in open_distributed(folder)):
+        return folder, "student.ema"
+    if ranks().is_main:
+        print(f"weights: {place} keeps no moving average; its student's weights are taken as trained", file=sys.stderr)
+    return folder, "student"
+
+
+def checkpoint_of(place: str) -> Path:
+    """The checkpoint folder of a run, RUN or RUN@ITERATION."""
+    address = place
     place, _, iteration = place.partition("@")
-    role = role or "student.ema"
     run = next((root for root in (Path(place), output_root() / place) if root.is_dir()), None)
     if run is None:
         raise UserError(f"no weights at '{address}': neither '{place}' nor '{output_root() / place}' is a folder")
     if (run / ".metadata").is_file():  # the checkpoint folder itself
-        return run, role
+        return run
     checkpoints = run / "checkpoints" if (run / "checkpoints").is_dir() else run
     if iteration and iteration != "latest":
         name = f"iter_{int(iteration):09d}" if iteration.isdigit() else iteration
@@ -157,7 +175,7 @@ def locate(address: str) -> tuple[Path, str]:
     if not (checkpoints / name / ".metadata").is_file():
         have = sorted(path.name for path in checkpoints.glob("iter_*") if path.is_dir())
         raise UserError(f"no weights at '{address}': {checkpoints} has no {name}; it has {', '.join(have) or 'none'}")
-    return checkpoints / name, role
+    return checkpoints / name
 
 
 def read_tensors(folder: Path, prefix: str, *more: str) -> dict[str, Tensor]:
