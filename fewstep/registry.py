@@ -43,6 +43,11 @@ def find(group: str, name: str) -> Any | None:
         return _ENTRIES.get(group, {}).get(name)
 
 
+def registered(group: str) -> frozenset[str]:
+    """The names of a group that are registered so far; imports nothing."""
+    return frozenset(_ENTRIES.get(group, {}))
+
+
 def entries(group: str) -> dict[str, Any]:
     """Every entry of a group by name, sorted."""
     with _IMPORTING:

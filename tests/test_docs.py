@@ -18,7 +18,7 @@ from PIL import Image
 from fewstep.cli import app, main
 from fewstep.config import build_recipe, choices, compose, fields_help, read_command, recipes
 from fewstep.inference import coming_from_cosmos, request
-from fewstep.training.plan.gpu_fit import split_words
+from fewstep.training.plan.request import split_words
 from fewstep.training.run import Run
 
 ROOT = Path(__file__).parents[1]

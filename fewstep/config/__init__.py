@@ -8,7 +8,7 @@ own, and `@recipe("name")` a function that returns one complete run.
 
 from fewstep.config.command import Command, compose, load_file, originals, read_command
 from fewstep.config.dump import dump, from_yaml, to_yaml
-from fewstep.config.listing import Row, fields_help
+from fewstep.config.listing import Row, fields_help, settings_help
 from fewstep.config.problems import ConfigError, check
 from fewstep.config.reader import apply_overrides, parse
 from fewstep.config.recipes import Recipe, build_recipe, recipe, recipes
@@ -37,5 +37,6 @@ __all__ = [
     "read_command",
     "recipe",
     "recipes",
+    "settings_help",
     "to_yaml",
 ]

@@ -10,8 +10,10 @@ from dataclasses import is_dataclass
 from functools import cache
 from typing import Any, NamedTuple, cast
 
+from fewstep import registry
 from fewstep.config.dump import dump
-from fewstep.config.problems import join
+from fewstep.config.problems import ConfigError, hint, join
+from fewstep.config.recipes import build_recipe
 from fewstep.config.types import Choice, Either, kind_of, settings_of, shape_of, type_text
 
 
@@ -27,6 +29,30 @@ class Row(NamedTuple):
 def fields_help(config: object) -> list[Row]:
     """One row per setting, in order of declaration; a choice gives its kind, then the settings of that kind."""
     return list(_rows(config, dump(config), ""))
+
+
+def settings_help(word: str) -> list[Row]:
+    """One row per setting of what GROUP=NAME names, with its default: method=dmd2, or experiment=NAME for a whole recipe."""
+    group, _, name = word.partition("=")
+    if group == "experiment":
+        return fields_help(build_recipe(name))
+    names = registry.entries(group)
+    if name not in names:
+        raise ConfigError(f"ls: {word}: there is no {group} {name!r}{hint(name, names)}")
+    entry = names[name]
+    if not is_dataclass(entry):
+        return fields_help(entry())  # a preset
+    rows: list[Row] = []
+    for key, setting in settings_of(cast(type, entry)).items():
+        value = setting.default() if setting.default is not None else "(required)"
+        comment = _comments(cast(type, entry)).get(key, "")
+        if is_dataclass(value) and not isinstance(value, type):
+            if _has_choice(setting.declared):
+                rows.append(Row(key, type_text(setting.declared), (kind_of(value) or ("", ""))[1], comment))
+            rows += _rows(value, dump(value), key)
+        else:
+            rows.append(Row(key, type_text(setting.declared), value, comment))
+    return rows
 
 
 def _rows(config: object, plain: Mapping[str, Any], prefix: str) -> Iterator[Row]:

@@ -50,7 +50,7 @@ from fewstep.inference.model import (
     place_network,
 )
 from fewstep.inference.record import differences
-from fewstep.inference.request import ClipRequest, GenerateRequest, read_command
+from fewstep.inference.request import ClipRequest, GenerateRequest
 from fewstep.networks.contract import Network
 from fewstep.networks.encoders.codecs import open_codec, to_uint8
 from fewstep.networks.encoders.vision import ClipVision
@@ -59,9 +59,8 @@ from fewstep.parallel import World, join_world, leave_world
 Print = Callable[[str], None]
 
 
-def main(arguments: Sequence[str]) -> int:
-    """The command; the number of clips that were new."""
-    request = read_command(list(arguments))
+def run(request: GenerateRequest) -> int:
+    """This process's share of a `generate` command; returns the number of clips that were new."""
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

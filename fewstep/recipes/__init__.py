@@ -1,1 +1,41 @@
-"""Recipes: functions that return one complete Run, registered by name."""
+"""Recipes: functions that return one complete Run, registered by name.
+
+The names stand here once more, so that a command with a mistyped name is refused without importing torch; a test compares them
+with what is registered.
+"""
+
+from __future__ import annotations
+
+from fewstep.config import Command, ConfigError
+from fewstep.config.problems import hint
+from fewstep.registry import registered
+
+_CONTROLS = ("depth", "edge", "keypoint", "seg", "vis")
+_TRANSFER1 = "CTRL_7Bv1pt3_lvg_tp_121frames_control_input"
+_PREDICT25 = "dmd2_trigflow_distill_cosmos_predict2"
+NAMES = frozenset(
+    [
+        *(f"{_TRANSFER1}_{control}_block3_{kind}" for control in _CONTROLS for kind in ("posttrain", "pretrain")),
+        *(f"DISTILL_CTRL_7Bv1_{control}_fsdp_{method}_train" for control in _CONTROLS for method in ("kd", "dmd2")),
+        *(f"dmd2_trigflow_distill_cosmos_transfer2p5_2B_bidirectional_{name}" for name in ("depth", "edge", "seg", "vis")),
+        *(f"{_PREDICT25}_{size}_bidirectional_TnI2V" for size in ("2B", "14B")),
+        f"{_PREDICT25}_2B_bidirectional_TnI2V_w_discriminator",
+        "dmd2_cosmos_transfer1_7b_edge",
+        *("video2world_7b_example_cosmos_nemo_assets", "video2world_7b_lora_example_cosmos_nemo_assets"),
+        *("analytic_finetune", "analytic_kd", "analytic_kd_4step", "analytic_dmd2", "analytic_dmd2_onestep"),
+        *("analytic_biased", "analytic_dmd2_biased", "analytic_dmd2_gan", "analytic_f_distill", "analytic_ladd"),
+        *("analytic_phased", "analytic_reward", "analytic_sid"),
+        *("toy_teacher", "toy_edge", "toy_kd_1step", "toy_kd_4step"),
+        *("toy_dmd2_1step", "toy_dmd2_4step", "toy_dmd2_1step_lora", "toy_dmd2_4step_lora"),
+    ]
+)
+
+
+def refuse_unknown(command: Command) -> None:
+    """Raises ConfigError if the command names no run, or a recipe that neither this package nor a file of it can have."""
+    if any(file.endswith(".py") for file in command.files):
+        return  # which may register the name
+    if command.experiment is None and not command.files:
+        raise ConfigError([("experiment", f"which run? Give experiment=NAME or a .yaml file{hint('', NAMES)}")])
+    if command.experiment is not None and command.experiment not in NAMES | registered("recipe"):
+        raise ConfigError([("experiment", f"no recipe is named {command.experiment!r}{hint(command.experiment, NAMES)}")])

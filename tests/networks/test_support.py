@@ -11,16 +11,16 @@ from fewstep.config import compose, read_command
 from fewstep.config.types import kind_of
 from fewstep.networks.families.published import PUBLISHED
 from fewstep.networks.support import PLANS, StoredPlan
-from fewstep.training.plan import gpu_fit
-from fewstep.training.plan.plan import GIB, measure
+from fewstep.training.plan.plan import GIB, measure, mock_batch
+from fewstep.training.plan.request import PlanRequest, memory_of, split_words
 from fewstep.training.run import Run
 
 
-def run_of(plan: StoredPlan) -> tuple[Run, dict[str, str]]:
+def run_of(plan: StoredPlan) -> tuple[Run, PlanRequest]:
     program, verb, *words = plan.command.split()
     assert (program, verb) == ("fewstep", "plan")
-    overrides, asked = gpu_fit.split_words(words)
-    return compose(read_command(overrides), Run), asked
+    overrides, request = split_words(words)
+    return compose(read_command(overrides), Run), request
 
 
 def test_the_matrix_names_every_model_its_size_its_licence_and_the_plans(capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,17 +54,17 @@ def test_it_answers_without_torch() -> None:
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.recipe)
 def test_a_stored_plan_names_a_run_there_is_and_a_gpu_it_fits(plan: StoredPlan) -> None:
-    run, asked = run_of(plan)
+    run, request = run_of(plan)
     assert kind_of(run.networks.teacher or run.networks.student.network) == ("network", plan.network)
-    assert (asked["shape"], asked["gpus"], asked["gpu"]) == (plan.shape, str(plan.gpus), plan.gpu)
-    assert plan.peak_gib < plan.needed_gib <= gpu_fit.memory_of(plan.gpu)
+    assert ("x".join(map(str, request.shape or ())), request.gpus, request.gpu) == (plan.shape, plan.gpus, plan.gpu)
+    assert plan.peak_gib < plan.needed_gib <= memory_of(plan.gpu)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.recipe)
 def test_a_stored_plan_is_what_is_planned(plan: StoredPlan) -> None:
-    run, asked = run_of(plan)
-    told = measure(run, gpu_fit._given(run, asked)).on(plan.gpus)
+    run, request = run_of(plan)
+    told = measure(run, mock_batch(run, request.shape, request.text)).on(plan.gpus)
     assert abs(told.peak_gib - plan.peak_gib) < 0.01 and abs(told.needed_gib - plan.needed_gib) < 0.01
     parts = {name: size / GIB for name, size in told.parts.items()}
     for name, gib in plan.largest:

@@ -411,26 +411,31 @@ def test_what_is_written_is_whole_or_not_there(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "told", "status"),
     [
-        (["convert"], "give either SRC, or --base with --control"),
-        (["convert", "a.pt", "b.pt", "--base", "c.pt", "--control", "d.pt"], "give either SRC"),
-        (["convert", "--base", "c.pt", "x.pt"], "--base wants the --control"),
-        (["convert", "none.pt", "x.pt"], "no weights at 'none.pt': there is no such file"),
-        (["convert", "model.pt"], "say what to write"),
-        (["convert", "model.pt", "x.zip"], "must end in .pt or .safetensors"),
-        (["convert", "model.pt", "model.pt"], "is what is read"),
-        (["convert", "model.pt", "x.pt", "--dtype", "int8"], "none of keep, fp32, bf16, fp16"),
-        (["convert", "model.pt", "x", "--model", "huge"], "neither a folder with a config.json nor one of predict1_7b"),
+        (["convert"], "give either SRC, or --base with --control", 2),
+        (["convert", "a.pt", "b.pt", "--base", "c.pt", "--control", "d.pt"], "give either SRC", 1),
+        (["convert", "--base", "c.pt", "x.pt"], "--base wants the --control", 2),
+        (["convert", "none.pt", "x.pt"], "no weights at 'none.pt': there is no such file", 1),
+        (["convert", "model.pt"], "say what to write", 1),
+        (["convert", "model.pt", "x.zip"], "must end in .pt or .safetensors", 1),
+        (["convert", "model.pt", "model.pt"], "is what is read", 1),
+        (["convert", "model.pt", "x.pt", "--dtype", "int8"], "not one of keep, fp32, bf16, fp16", 2),
+        (["convert", "model.pt", "x", "--model", "huge"], "neither a folder with a config.json nor one of predict1_7b", 1),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_wrong_use_is_told_apart(
-    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    told: str,
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(original(module(FLOW), "2"), "model.pt")
-    assert main(words) == 1
+    assert main(words) == status
     assert told in capsys.readouterr().err
 
 

@@ -28,8 +28,9 @@ from fewstep.parallel import World
 from fewstep.training import iteration, loop
 from fewstep.training.crew import assemble
 from fewstep.training.plan import plan as planning
-from fewstep.training.plan.gpu_fit import advice, command, dryrun
+from fewstep.training.plan.gpu_fit import advice, answer, dryrun
 from fewstep.training.plan.plan import measure, plan
+from fewstep.training.plan.request import PlanRequest, split_words
 from fewstep.training.run import Checkpoint, Parallel, Run, Trainer
 
 ALONE = World(0, 1, torch.device("cpu"), None)
@@ -201,18 +202,20 @@ def test_changes_add_up_where_one_is_not_enough(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_command_answers_in_json_and_says_what_is_missing(tmp_path: Path) -> None:
-    told, text = command(CASES["finetune"], {"gpus": "2", "gpu": "24", "shape": "4x2x6x6", "text": "5x32"})
+    words, request = split_words(["a.b=c", "gpus=2", "gpu=24", "shape=4x2x6x6", "text=5x32"])
+    assert words == ["a.b=c"]
+    told, text = answer(CASES["finetune"], request)
     assert told["fits"] and told["gpus"] == 2 and told["batch"] == "x0 4x4x2x6x6, text 4x5x32"
     assert told["peak_gib_per_gpu"] == pytest.approx(sum(told["parts_gib"].values()))
     assert told["activations_gib"]["checkpointing"] < told["activations_gib"]["no_checkpointing"]
     assert "fits 24" in text
     assert json.loads(json.dumps(told)) == told
     with pytest.raises(ValueError, match="gpu=h1000: give GiB, or one of h100"):
-        command(CASES["finetune"], {"gpu": "h1000"})
+        split_words(["gpu=h1000"])
     with pytest.raises(ValueError, match="shape=4by4"):
-        command(CASES["finetune"], {"shape": "4by4"})
+        split_words(["shape=4by4"])
     nowhere = replace(CASES["finetune"], data=Folder(str(tmp_path / "nothing")))
-    told, text = command(nowhere, {"gpu": "h200"})
+    told, text = answer(nowhere, PlanRequest(gpu="h200"))
     assert "ASSUMED, because the data cannot be opened" in text and told["assumed"]
     assert dryrun(nowhere).startswith("memory is not planned")
 

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from fewstep.batch import Batch
 from fewstep.data.loader import first_batch
-from fewstep.errors import UserError
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full
 from fewstep.training.plan.ledger import PASSING
 from fewstep.training.plan.plan import GIB, Measurement, measure, mock_batch
+from fewstep.training.plan.request import PlanRequest, memory_of
 from fewstep.training.run import Run
 
-GPUS = {  # GiB that the driver reports, most of which a process can have
-    "h100": 79.6, "a100": 79.2, "a100-40": 39.4, "h200": 139.8, "b200": 178.4, "l40s": 44.4, "a6000": 47.5, "l4": 22.0,
-    "rtx4090": 23.5, "rtx5090": 31.4,
-}  # fmt: skip
-
-
 OFFLOAD = "trainer.offload_teacher=true"
-
-
-def memory_of(gpu: str) -> float:
-    """GiB of a GPU, by name or as a number."""
-    if gpu.lower() in GPUS:
-        return GPUS[gpu.lower()]
-    try:
-        return float(gpu)
-    except ValueError:
-        raise UserError(f"gpu={gpu}: give GiB, or one of {', '.join(GPUS)}") from None
 
 
 def advice(run: Run, batch: Batch, found: Measurement, gpus: int, gib: float) -> str:
@@ -90,18 +74,19 @@ def _part_of(batch: Batch, run: Run) -> Batch:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def command(run: Run, asked: Mapping[str, str]) -> tuple[dict[str, Any], str]:
-    """What `fewstep plan` answers, as JSON and as text. asked: gpus, gpu, shape, text, of the command line."""
-    gpus, name = int(asked.get("gpus", "1")), asked.get("gpu", "h100")
+def answer(run: Run, request: PlanRequest) -> tuple[dict[str, Any], str]:
+    """What `fewstep plan` prints, as JSON and as text."""
+    gpus, name = request.gpus, request.gpu
     gib = memory_of(name)
     note = ""
-    if "shape" in asked or "text" in asked:
-        batch = _given(run, asked)
+    if request.shape is not None or request.text is not None:
+        batch = mock_batch(run, request.shape, request.text)
     else:
         try:
             batch = first_batch(run.data.open(), run.trainer.batch_size)
         except (ValueError, OSError) as error:
-            batch, said = _given(run, {}), str(error).strip().splitlines()[0]
+            said = str(error).strip().splitlines()[0]
+            batch = mock_batch(run, None, None)
             note = f"ASSUMED, because the data cannot be opened ({said}); shape=CxTxHxW and text=TOKENSxCHANNELS say otherwise"
     found = measure(run, batch)
     made = found.on(gpus)
@@ -135,29 +120,3 @@ def dryrun(run: Run) -> str:
     except (ValueError, OSError) as error:
         said = str(error).strip().splitlines()[0]
         return f"memory is not planned, because the data cannot be opened: {said} (fewstep plan takes shape=CxTxHxW)"
-
-
-def _given(run: Run, asked: Mapping[str, str]) -> Batch:
-    shape = _sizes("shape", asked["shape"]) if "shape" in asked else None
-    text = _sizes("text", asked["text"], 2) if "text" in asked else None
-    return mock_batch(run, shape, text)  # pyright: ignore[reportArgumentType]  # two of them
-
-
-def _sizes(name: str, text: str, num: int | None = None) -> tuple[int, ...]:
-    try:
-        sizes = tuple(int(word) for word in text.lower().split("x"))
-    except ValueError:
-        sizes = ()
-    if not sizes or min(sizes) < 1 or (num is not None and len(sizes) != num):
-        example = "512x1024 (tokens, channels)" if name == "text" else "16x16x88x160 (C T H W of latents)"
-        raise UserError(f"{name}={text}: sizes are written as {example}")
-    return sizes
-
-
-ASKED = ("gpus", "gpu", "shape", "text")
-
-
-def split_words(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The words of the run, and those of the plan by name."""
-    mine = {word.partition("=")[0]: word.partition("=")[2] for word in words if word.partition("=")[0] in ASKED and "=" in word}
-    return [word for word in words if not (word.partition("=")[0] in ASKED and "=" in word)], mine

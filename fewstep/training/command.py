@@ -1,0 +1,59 @@
+"""`fewstep train`: the stages that a run starts from, then the run; or, with --dryrun, its configuration and its memory."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+from fewstep.config import Command, build_recipe, check, compose, originals, to_yaml
+from fewstep.environment import ranks
+from fewstep.files import write_text
+from fewstep.parallel import join_world, leave_world
+from fewstep.training.loop import train
+from fewstep.training.run import Run
+
+
+def run(command: Command) -> None:
+    """Trains what the command says, or goes on; the stages that are not finished come first."""
+    config = compose(command, Run)
+    if ranks().is_main:  # under torchrun one process speaks for all
+        for warning in check(config):
+            print(f"warning: {warning}", file=sys.stderr)
+        for file in originals(command):
+            print(
+                f"note: {file} belongs to the original code and is ignored: {command.experiment} replaces it", file=sys.stderr
+            )
+    if command.dryrun:
+        _dry_run(config)
+        return
+    # Joined once for all stages: gloo cannot meet a second time under the same address.
+    join_world(config.parallel.device, config.parallel.num_replicas, config.parallel.timeout_s)
+    try:
+        for stage in config.job.after:
+            _train_stage(stage, config)
+        train(config)
+    finally:
+        leave_world()
+
+
+def _dry_run(config: Run) -> None:
+    from fewstep.training.plan.gpu_fit import dryrun
+
+    path = config.job.folder() / "config.yaml"
+    text = to_yaml(config)
+    write_text(path, text)
+    print(text, end="")
+    print(dryrun(config), file=sys.stderr)
+    print(f"dry run: {path} is written, nothing was trained", file=sys.stderr)
+
+
+def _train_stage(name: str, later: Run) -> None:
+    """Trains the recipe `name`, from which `later` starts, unless its run has finished."""
+    stage: Run = build_recipe(name)
+    if (stage.job.folder() / "summary.json").is_file():
+        return
+    if ranks().is_main:
+        print(f"{later.job.name} starts from {name}, which is not there yet: training it first", file=sys.stderr)
+    for earlier in stage.job.after:
+        _train_stage(earlier, stage)
+    train(replace(stage, parallel=later.parallel))
