@@ -66,8 +66,10 @@ FLOORS = {
         ("check",),
     ),
     "networks": (
-        ("contract", "files"),
-        ("analytic", "encoders", "frozen", "heads", "lora", "tiny"),
+        ("files", "taps"),
+        ("encoders",),
+        ("contract",),
+        ("analytic", "frozen", "heads", "lora", "tiny"),
         ("families",),
         ("support", "weights"),
         ("roles",),

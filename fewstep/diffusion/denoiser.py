@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,13 @@ from fewstep.diffusion.prediction import Prediction, coefficients_for
 
 class Cache(Protocol):
     """What a causal network remembers of finished frames; made by `new_cache`, passed by a rollout, dropped by it."""
+
+
+class FeaturesOnly(tuple[int, ...]):
+    """Taps of a call of which only the features are used: the network skips the blocks behind the last tap.
+
+    Its velocity has no meaning then. A network that treats these taps as any others runs all blocks and is only slower.
+    """
 
 
 class Denoiser(Protocol):
@@ -39,26 +46,8 @@ def on_path(denoiser: Denoiser, path: Path) -> Denoiser:
 
 
 def features(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, taps: Sequence[int]) -> tuple[Tensor, ...]:
-    """What the blocks in `taps` put out, and nothing else: blocks after the last of them do not run.
-
-    That is where the network says which those are: `idle_after(tap)`, no part of its contract. Others run whole.
-    """
-    inner: Any = denoiser  # Any: a Network says more than a Denoiser must
-    while isinstance(inner, _OnPath):
-        inner = inner.inner
-    idle: Callable[[int], Iterable[Any]] = getattr(inner, "idle_after", lambda tap: ())
-    blocks = [block for block in idle(max(taps)) if "forward" not in vars(block)]
-    for block in blocks:
-        block.forward = _passed_on
-    try:
-        return denoiser(x_t, t, cond, taps=taps).features
-    finally:
-        for block in blocks:
-            del block.forward
-
-
-def _passed_on(h: Tensor, *others: object, **more: object) -> Tensor:
-    return h
+    """The outputs of the blocks in `taps`, without running the blocks behind the last of them."""
+    return denoiser(x_t, t, cond, taps=FeaturesOnly(taps)).features
 
 
 @dataclass(frozen=True)

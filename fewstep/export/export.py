@@ -20,7 +20,6 @@ from typing import Any, Literal, cast, get_args
 
 from torch import Tensor
 
-from fewstep import registry
 from fewstep.config import ConfigError
 from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.errors import UserError
@@ -117,20 +116,14 @@ def _save(tensors: Mapping[str, Tensor], path: Path, card: StudentCard) -> None:
 
 
 def _usual_form(run: Path) -> tuple[Form, str]:
-    """What --format auto writes, as far as the run's card says (nothing is built); and why that is no folder of diffusers."""
-    network = StudentCard.read(run, "It is written anew when the run goes on").network if (run / CARD).is_file() else {}
-    cls = registry.find("network", str(network.get("kind")))
-    if cls is None or "pretrained" not in getattr(cls, "__dataclass_fields__", {}):
+    """What --format auto stands for, by the run's network (which is not built); and why that is no folder of diffusers."""
+    if not (run / CARD).is_file():
         return "safetensors", ""
-    controls = network.get("controls") or ()
-    if network.get("style") == "transfer1":
-        why = (
-            "diffusers has no class for the control branch of Cosmos-Transfer1, and so no pipeline that could run this student"
-        )
-        return ("pt-original" if len(controls) == 1 else "safetensors"), why
-    if len(controls) > 1:
-        return "pt-original", f"diffusers' pipeline of Transfer2.5 has one control branch, and this network has {len(controls)}"
-    return "diffusers", ""
+    try:
+        form, why = StudentCard.read(run, "It is written anew when the run goes on").spec().export_format()
+    except ConfigError:  # a network of the user's own, whose file is not loaded
+        return "safetensors", ""
+    return checked_form(form), why
 
 
 def _is_lora(config: Mapping[str, Any]) -> bool:

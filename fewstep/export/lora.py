@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from fewstep.errors import UserError
-from fewstep.networks.lora import Lora, as_diffusers, as_kohya, by_module
+from fewstep.networks.lora import Lora, as_diffusers, as_kohya
 from fewstep.networks.roles import Networks
 from fewstep.networks.weights.addresses import read
 
@@ -21,15 +21,15 @@ LOW_NOISE_EXPERT = "`{file}` is for the low-noise expert: `load_lora_weights(...
 def write_lora(address: str, networks: Networks, out: Path) -> tuple[str, ...]:
     """Writes one file for each module of diffusers that has adapters; returns what a reader must know of them."""
     role = networks.student
-    kind = getattr(networks.teacher, "kind", "")  # @kind sets it
-    if not isinstance(role, Lora):
+    spec = networks.teacher
+    if not isinstance(role, Lora) or spec is None:
         raise UserError("--format lora: this run's student is a full network; networks.student=lora trains adapters")
     notes: list[str] = []
-    for part, adapters in by_module(read(address)).items():
-        stem = {"transformer": "", "transformer_2": "transformer_2_"}.get(part, f"{part}_")
+    for part, adapters in spec.by_part(read(address)).items():
+        stem = "" if part == spec.pipeline_part else f"{part}_"
         file = f"{stem}pytorch_lora_weights.safetensors"
         is_branch = part.startswith("controlnet")  # of no class that takes adapters by itself
-        prefix = "" if is_branch else "unet" if kind == "unet" else "transformer"
+        prefix = "" if is_branch else spec.pipeline_part
         save_file(as_diffusers(adapters, role.scale, prefix=prefix), out / file, metadata={"format": "pt"})
         if not is_branch:
             save_file(as_kohya(adapters, role.scale), out / f"{stem}kohya_lora.safetensors", metadata={"format": "pt"})

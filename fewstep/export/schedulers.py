@@ -8,7 +8,7 @@ Nothing is believed: each candidate is made, told the number of steps, and its n
 
 On a flow its words are `shift` and `shift_terminal`: the grid's last time is met by the second, the one after the first by
 solving for the first. That meets every grid of the form s u / (1 + (s - 1) u), u = 1 .. 1/n, which students are trained on.
-Pipelines that hand u to their scheduler (Flux, Qwen-Image) need the plain shift s.
+Pipelines that send u to their scheduler (Scheduling.sends_sigmas) need the plain shift s.
 """
 
 from __future__ import annotations
@@ -21,18 +21,16 @@ import torch
 from fewstep.diffusion import EDM, VP, Path, RectifiedFlow, StudentSampler
 from fewstep.diffusion.path import floats
 from fewstep.diffusion.times import converted, explicit
+from fewstep.networks.contract import Scheduling
 
+PLAIN = Scheduling()
 CLOSE = 2e-6  # of a noise level, relative: diffusers keeps them in float32
-HANDS_U = ("Flux", "QwenImage")  # pipelines that call set_timesteps(sigmas=(1, .. 1/n))
 
 
 def scheduler_of(
-    sampler: StudentSampler, network_path: Path, pipeline: str = "", predicts: str = "eps"
+    sampler: StudentSampler, network_path: Path, scheduling: Scheduling = PLAIN
 ) -> Any | None:  # Any: diffusers' schedulers have no useful type
-    """A scheduler that takes exactly the student's steps on the network's path; None if diffusers has none.
-
-    predicts: what a VP network puts out, eps or v.
-    """
+    """A scheduler that takes exactly the student's steps on the network's path; None if diffusers has none."""
     num = len(sampler.times)
     if sampler.renoise == "same" and num > 1:
         return None
@@ -43,30 +41,30 @@ def scheduler_of(
         except ValueError:  # beyond the end of the flow
             return None
         name = "FlowMatchLCMScheduler" if is_fresh else "FlowMatchEulerDiscreteScheduler"
-        return _flow(name, times, pipeline.startswith(HANDS_U))
+        return _flow(name, times, scheduling.sends_sigmas)
     if sampler.path != network_path:
         return None
     if isinstance(network_path, VP):
-        return _vp(list(sampler.times), network_path, is_fresh, pipeline, predicts)
+        return _vp(list(sampler.times), network_path, is_fresh, scheduling)
     if isinstance(network_path, EDM) and not is_fresh:
         return _edm(list(sampler.times), network_path.sigma_data)
     return None
 
 
-def _flow(name: str, times: Sequence[float], hands_u: bool) -> Any | None:
+def _flow(name: str, times: Sequence[float], sends_sigmas: bool) -> Any | None:
     import diffusers
     import numpy as np
 
     cls, num = getattr(diffusers, name), len(times)
-    words = {} if hands_u or num == 1 else {"shift_terminal": times[-1]}
+    words = {} if sends_sigmas or num == 1 else {"shift_terminal": times[-1]}
 
     def levels(shift: float) -> list[float]:
         made = cls(shift=shift, **words)
-        made.set_timesteps(num, **({"sigmas": np.linspace(1.0, 1 / num, num)} if hands_u else {}))
+        made.set_timesteps(num, **({"sigmas": np.linspace(1.0, 1 / num, num)} if sends_sigmas else {}))
         return floats(made.sigmas[:-1])
 
     low, high = 1.0, 1.0
-    if num > (1 if hands_u else 2):  # the second level grows with the shift
+    if num > (1 if sends_sigmas else 2):  # the second level grows with the shift
         low, high = 1e-3, 1e3
         for _ in range(80):
             middle = (low * high) ** 0.5
@@ -83,7 +81,7 @@ def _edm(times: Sequence[float], sigma_data: float) -> Any | None:
     return made if _close(floats(made.sigmas[:-1]), times) else None
 
 
-def _vp(times: Sequence[float], path: VP, is_fresh: bool, pipeline: str, predicts: str) -> Any | None:
+def _vp(times: Sequence[float], path: VP, is_fresh: bool, scheduling: Scheduling) -> Any | None:
     """The DDPM family counts its table's entries: time t is entry 1000 t - 1."""
     import diffusers
 
@@ -99,19 +97,19 @@ def _vp(times: Sequence[float], path: VP, is_fresh: bool, pipeline: str, predict
         "timestep_spacing": "trailing",
         "clip_sample": False,
         "set_alpha_to_one": True,
-        "prediction_type": "v_prediction" if predicts == "v" else "epsilon",
+        "prediction_type": "v_prediction" if scheduling.predicts == "v" else "epsilon",
     }
-    num, is_cogvideox = len(times), pipeline.startswith("CogVideoX")
+    num = len(times)
+    if is_fresh and scheduling.shifts_table:
+        return None
     if is_fresh:
-        if is_cogvideox:
-            return None
         # It takes entries of a table of `original_inference_steps`, which it counts from its noisy end.
         made: Any = diffusers.LCMScheduler(**words, original_inference_steps=num)
-    elif is_cogvideox:
+    elif scheduling.shifts_table:
         made = diffusers.CogVideoXDDIMScheduler(**words, snr_shift_scale=path.snr_shift)
     else:
         made = diffusers.DDIMScheduler(**words)
-    if not is_cogvideox and path.snr_shift != 1.0:
+    if not scheduling.shifts_table and path.snr_shift != 1.0:
         return None
     made.set_timesteps(num)
     return made if _close([(float(i) + 1) / path.num_steps for i in made.timesteps], times) else None

@@ -5,10 +5,9 @@ The arguments say what (request.py); here files are read and encoded. Of a long 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from fewstep.errors import UserError
 from fewstep.inference.chunks import Chunk
 from fewstep.inference.model import Model
 from fewstep.inference.request import ClipRequest, GenerateRequest
+from fewstep.networks.contract import Beginning, Network
 from fewstep.networks.encoders.codecs import Autoencoder, to_uint8
 from fewstep.networks.encoders.vision import ClipVision
 
@@ -103,6 +103,13 @@ class Parts:
     device: torch.device
     pictures: ClipVision | None = None  # for networks that read features of their picture
 
+    @property
+    def image_features(self) -> Callable[[Tensor], Tensor] | None:
+        encoder = self.pictures
+        if encoder is None:
+            return None
+        return lambda picture: encoder.encode(to_uint8(picture[:, :, None], "the first frame")[:, 0]).to(self.device)
+
 
 @dataclass(frozen=True)
 class Footage:
@@ -134,12 +141,13 @@ def conditions(
     text = parts.texts[request.embedding or request.prompt]
     cond = replace(cond, text=text.embedding, text_mask=text.mask, pooled=text.pooled)
     if seen.begins is not None:
-        cond = _given(cond, seen.begins, parts, chunk.num_frames, latent_shape)
-    elif is_of_pictures(parts.model):
+        beginning = Beginning(seen.begins, chunk.num_frames, latent_shape[1], parts.codec, parts.image_features)
+        cond = parts.model.network.begin(cond, beginning)
+    elif parts.model.network.traits.first_frames == "picture":
         raise UserError("this network makes a clip that begins with a picture: give --input FILE")
     if request.control:
         found = {name: _tensor(chunk.of(frames), device) for name, frames in seen.controls.items()}
-        cond = replace(cond, control=_controls(request, parts, found))
+        cond = replace(cond, control=_controls(parts, found))
     return cond, _negative(request, parts.texts, cond)
 
 
@@ -155,27 +163,6 @@ def _negative(clip: ClipRequest, texts: Mapping[str | Path, Text], cond: Conditi
     return replace(cond, text=_of_length(text.embedding, num), text_mask=mask, pooled=text.pooled)
 
 
-def is_of_pictures(model: Model) -> bool:
-    """Whether the network reads the latents of a picture on channels of their own (I2V): one picture, the first frame."""
-    network = _one_of(model)
-    config: Any = getattr(network.module, "config", {})
-    return type(network).__name__ in ("Wan", "CogVideoX") and config.in_channels > config.out_channels
-
-
-def has_place_for_frames(model: Model) -> bool:
-    """Whether channels of the network tell it of given frames or of a picture: it was taught to go on from them."""
-    network = _one_of(model)
-    if type(network).__name__ == "Cosmos":
-        return network.base.config.in_channels > network.base.config.out_channels
-    return is_of_pictures(model)
-
-
-def takes_frames(model: Model) -> bool:
-    """Whether frames can be given to this network at all. Wan T2V is told by their time only, which 2.2 5B was taught."""
-    known = type(_one_of(model)).__name__
-    return has_place_for_frames(model) or known not in ("Cosmos", "CogVideoX", "Unet", "Flux", "QwenImage", "Dit")
-
-
 def check_given(num: int, window: int, parts: Parts, option: str) -> None:
     """Refuses a number of given frames that the codec or the network cannot be shown."""
     time = parts.codec.form.time if parts.codec.form.sees_time else 1
@@ -183,62 +170,29 @@ def check_given(num: int, window: int, parts: Parts, option: str) -> None:
         raise UserError(f"{option} {num}: this codec takes 1 + k * {time}, {num - (num - 1) % time} for instance")
     if num >= window:
         raise UserError(f"{option} {num}: nothing is left to be made of {window} frames")
-    if num > 1 and is_of_pictures(parts.model):
+    if num > 1 and parts.model.network.traits.first_frames == "picture":
         raise UserError(f"{option} {num}: this network begins with one picture, 1")
 
 
-def _one_of(model: Model) -> Any:  # Any: an adapter over a class of diffusers
-    """The network; of two experts either reads what is given."""
-    return getattr(model.network, "high", model.network)
-
-
-def _given(
-    cond: Condition, begins: Tensor, parts: Parts, num_frames: int, latent_shape: tuple[int, int, int, int]
-) -> Condition:
-    """With `begins`, 1 3 T H W, as the first frames of a clip of `num_frames`."""
-    network, codec = _one_of(parts.model), parts.codec
-    config: Any = getattr(network.module, "config", {})
-    num, rest = begins.shape[2], num_frames - begins.shape[2]
-    if is_of_pictures(parts.model) and type(network).__name__ == "CogVideoX":
-        from fewstep.networks.families.cogvideox import from_picture
-
-        latent = codec.encode(begins)
-        told: Any = codec.module.config
-        if told.invert_scale_latents:  # 1.5 I2V was taught with the picture, and it alone, divided by the scale
-            latent = latent / told.scaling_factor**2
-        return replace(cond, beside=from_picture(latent, latent_shape[1]))
-    if is_of_pictures(parts.model):
-        from fewstep.networks.families.wan.network import start_from
-
-        grey = begins.new_zeros(1, 3, rest, *begins.shape[3:])
-        cond = replace(cond, beside=start_from(codec.encode(torch.cat([begins, grey], 2))))
-        if config.image_dim is None:
-            return cond
-        if parts.pictures is None:
-            raise UserError("Wan 2.1 I2V also reads its picture's CLIP features: give --image-encoder, a pipeline's folder")
-        return replace(cond, image=parts.pictures.encode(to_uint8(begins, "what the clip begins with")[:, 0]).to(parts.device))
-    rest_of_it = begins[:, :, -1:].expand(-1, -1, rest, -1, -1)  # not seen: the codec is causal, the mask hides it
-    mask = torch.zeros(1, latent_shape[1], device=parts.device)
-    mask[:, : 1 + (num - 1) // (codec.form.time if codec.form.sees_time else 1)] = 1
-    return replace(cond, frames=codec.encode(torch.cat([begins, rest_of_it], 2)), frame_mask=mask)
+def with_controls_of(request: ClipRequest, network: Network) -> Network:
+    """The network, whose controls count what the request says."""
+    weights = {name: control.weight for name, control in request.control.items()}
+    return network.with_control_weights(weights) if weights else network
 
 
 def _wanted(request: ClipRequest, model: Model) -> Sequence[str]:
     """The controls of this clip, in the order of the request; refuses those that the network has no branch for."""
-    known = getattr(model.network, "controls", ())
+    known = model.network.traits.controls
     wrong = sorted(set(request.control) - set(known))
     if wrong:
         raise UserError(f"control '{wrong[0]}': this network is led by {', '.join(known) or 'no control'}")
     return tuple(request.control)
 
 
-def _controls(request: ClipRequest, parts: Parts, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    network: Any = parts.model.network  # Any: only networks with control branches have names of them
-    weights = {name: control.weight for name, control in request.control.items()}
-    total = max(1.0, sum(weights.values()))
-    network.module.weights = {name: weights.get(name, 0.0) / total for name in network.controls}
-    found = {name: parts.codec.encode(shown) for name, shown in pixels.items()}
-    for name in network.controls:
+def _controls(parts: Parts, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Latents of the controls; zeros for those of the network's that the clip does not use, which count nothing."""
+    found = {name: parts.codec.encode(frames) for name, frames in pixels.items()}
+    for name in parts.model.network.traits.controls:
         found.setdefault(name, torch.zeros_like(next(iter(found.values()))))
     return found
 

@@ -35,9 +35,8 @@ from fewstep.inference.conditions import (
     check_given,
     conditions,
     footage,
-    has_place_for_frames,
-    takes_frames,
     texts_of,
+    with_controls_of,
 )
 from fewstep.inference.model import (
     Envelope,
@@ -51,7 +50,6 @@ from fewstep.inference.model import (
 )
 from fewstep.inference.record import differences
 from fewstep.inference.request import ClipRequest, GenerateRequest
-from fewstep.networks.contract import Network
 from fewstep.networks.encoders.codecs import open_codec, to_uint8
 from fewstep.networks.encoders.vision import ClipVision
 from fewstep.parallel import World, join_world, leave_world
@@ -146,9 +144,10 @@ def _films(
     clips: Sequence[ClipRequest], parts: Parts, sampler: Sampler, shot: Shot, chunks: Sequence[Chunk]
 ) -> tuple[Tensor, Tensor]:
     """Pixels B 3 T H W of clips whose conditions have the same shapes, and the noise of their last chunk."""
-    codec, network = parts.codec, parts.model.network
+    codec = parts.codec
+    network = with_controls_of(clips[0], parts.model.network)  # those of a batch have the same weights
     channels, frames, height, width = codec.shape(chunks[0].num_frames, shot.height, shot.width)
-    front = _frames_in_front(network, frames)
+    front = -frames % network.traits.frame_multiple  # made in front and dropped, as upstream does for CogVideoX 1.5
     latent_shape = (channels, front + frames, height, width)
     footages = [footage(clip, parts, shot, chunks[0].num_frames) for clip in clips]
     films: list[Tensor] = []
@@ -181,21 +180,15 @@ def _batches(clips: Sequence[ClipRequest], texts: Mapping[str | Path, Text], siz
     return [rows[i : i + size] for rows in groups.values() for i in range(0, len(rows), size)]
 
 
-def _frames_in_front(network: Network, frames: int) -> int:
-    """Latent frames that CogVideoX 1.5, which works on pairs of them, makes in front and drops after, as upstream does."""
-    config: Any = getattr(network.module, "config", {})
-    return -frames % (getattr(config, "patch_size_t", None) or 1)
-
-
 def _chunks(request: GenerateRequest, model: Model, shot: Shot) -> list[Chunk]:
     """All at once, unless --chunk-frames says how many at a time; a student made for given frames takes its own number."""
     window = request.chunk_frames
-    if window is None and not model.is_teacher and has_place_for_frames(model):
+    if window is None and not model.is_teacher and model.network.traits.first_frames in ("mask", "picture"):
         window = _envelope(request, model).num_frames
     chunks = chunks_of(shot.num_frames, window or shot.num_frames, 1 if request.overlap is None else request.overlap)
     if len(chunks) == 1:
         return chunks
-    if not takes_frames(model):
+    if model.network.traits.first_frames == "none":
         raise UserError(
             f"--chunk-frames {window}: a clip of {shot.num_frames} frames would be made chunk after chunk, each from the last "
             "frames of the one before; this network cannot be given frames"
@@ -264,8 +257,7 @@ def _shot(request: GenerateRequest, model: Model) -> Shot:
 
 def _pictures(request: GenerateRequest, model: Model, device: torch.device) -> ClipVision | None:
     """The encoder of pictures, where the network reads its features."""
-    config: Any = getattr(getattr(model.network, "high", model.network).module, "config", {})
-    if getattr(config, "image_dim", None) is None or (request.image_encoder is None and model.folder is None):
+    if not model.network.traits.reads_image or (request.image_encoder is None and model.folder is None):
         return None
     from fewstep.networks.encoders.vision import open_image_encoder
 

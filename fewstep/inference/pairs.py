@@ -94,7 +94,7 @@ def write(
 
 def branches_of(teacher: Network, source: Folder, name: str) -> tuple[str, ...]:
     """The control branches of the teacher; refuses a control of the data set that it has no branch for."""
-    branches: tuple[str, ...] = tuple(getattr(teacher, "controls", ()))  # only networks with control branches have them
+    branches = teacher.traits.controls
     control = None if source.control is None else source.control.folder
     if control is not None and control not in branches:
         raise UserError(f"--control {control}: {name} has {_listed(branches)}. Leave it out, or choose another teacher")
@@ -253,15 +253,14 @@ def run(request: PairsRequest, track: Track) -> str:
         negative=request.negative,
         control=None if request.control is None else choices("control")[request.control](),  # registered by name
     )
-    branches = branches_of(model.network, source, request.model)
-    if len(branches) > 1 and request.control is not None:
-        module: Any = model.network.module  # whose weights say how much each branch counts
-        module.weights = {name: float(name == request.control) for name in branches}
+    teacher = model.network
+    if len(branches_of(teacher, source, request.model)) > 1 and request.control is not None:
+        teacher = teacher.with_control_weights({request.control: 1.0})
     place_network(model, torch.device(device), request.precision)
     codec = codec_of(model, request.model, request.codec, precision=request.precision, device=device)
     new = write(
         request.out,
-        model.network,
+        teacher,
         codec,
         source,
         settings,

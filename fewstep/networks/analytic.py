@@ -20,10 +20,10 @@ from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow, Rng
 from fewstep.diffusion.path import AnyPath, spread, working_dtype
 from fewstep.diffusion.prediction import coefficients_for
 from fewstep.errors import UserError
-from fewstep.networks.contract import refuse_cache
+from fewstep.networks.contract import NetworkDefaults, NetworkSpec
 
 
-class GaussianMixture:
+class GaussianMixture(NetworkDefaults):
     """means: (K, *shape); stds: K numbers, or of means' shape; weights: K, any positive; labels: class of each component.
 
     A condition with a label sees the components of that class only; label -1 and no label see all.
@@ -101,9 +101,6 @@ class GaussianMixture:
         """The same mixture, answering on another path."""
         return GaussianMixture(self.means, self.stds, self.weights, path=path, labels=self.labels)
 
-    def new_cache(self, like: Tensor) -> Cache:
-        return refuse_cache("a Gaussian mixture")
-
     def _log_weights(self, num: int, label: Tensor | None) -> Tensor:
         log_weights = self.weights.log().expand(num, -1)
         if self.labels is None or label is None:
@@ -134,7 +131,7 @@ class GaussianMixture:
 
 @kind("gaussian_mixture", group="network")
 @dataclass(frozen=True)
-class MixtureSpec:
+class MixtureSpec(NetworkSpec):
     """The analytic teacher, and with `sample` of what it builds the data of the analytic recipes."""
 
     means: tuple[tuple[float, ...], ...] = ((0.0, 0.0),)

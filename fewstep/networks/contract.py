@@ -1,18 +1,114 @@
-"""What training needs of a network, besides being a Denoiser; and what a network's configuration must offer."""
+"""What training, inference and export need of a network besides being a Denoiser, and of its configuration.
+
+A network family is two classes, each of which inherits its defaults from here:
+
+    class MyNetwork(NetworkDefaults): path, module, blocks, __call__     and what differs from the defaults
+    class MySpec(NetworkSpec): build()                                   a frozen dataclass, registered with @kind
+
+Wrappers (adapters over a shared backbone, weights kept on the CPU) inherit from Wrapper, which asks the network inside.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
+from fewstep.batch import Condition
 from fewstep.config import OneOf
-from fewstep.diffusion import Cache, Denoiser
+from fewstep.diffusion import Cache, Denoiser, Path
 from fewstep.errors import UserError
+from fewstep.networks.encoders.codecs import Autoencoder
+from fewstep.networks.files.pipeline import PipelineFolder
+
+# How a clip can begin with frames that are given.
+#   none     not at all                          time   their time 0 alone distinguishes them from noisy frames
+#   mask     an input channel marks them         picture   it always begins with one picture, read on channels of its own
+FirstFrames = Literal["none", "time", "mask", "picture"]
 
 
-class Network(Denoiser, Protocol):
+@dataclass(frozen=True)
+class Scheduling:
+    """What decides which scheduler of diffusers can sample a student of this network."""
+
+    predicts: Literal["eps", "v"] = "eps"  # the raw output of a VP network
+    sends_sigmas: bool = False  # its pipelines call set_timesteps(sigmas=(1, .. 1/n))
+    shifts_table: bool = False  # its pipelines use CogVideoXDDIMScheduler, which shifts the signal-to-noise ratio of the table
+    needs_own_loop: bool = False  # diffusers' pipelines of it do more than their scheduler says, so a student needs pipeline.py
+
+
+@dataclass(frozen=True)
+class Traits:
+    """The facts about a network that others need to know."""
+
+    lora_targets: tuple[str, ...] | None = None  # endings of the names of Linear layers; None: all Linear layers in blocks
+    first_frames: FirstFrames = "none"
+    reads_image: bool = False  # reads image features of its first picture from cond.image
+    controls: tuple[str, ...] = ()  # names in cond.control, all of which it reads
+    boundary: float | None = None  # time below which a second expert is called; None: one network for all noise levels
+    frame_multiple: int = 1  # number of latent frames must be a multiple of it
+    scheduling: Scheduling = Scheduling()
+    pipeline_settings: Mapping[str, Any] | None = None  # for the exported pipeline.py; None: it cannot run this network
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The frames that a clip begins with, and what turns them into a condition."""
+
+    pixels: Tensor  # 1 3 T H W in -1..1
+    num_frames: int  # of the whole clip
+    num_latents: int  # latent frames of the whole clip
+    codec: Autoencoder
+    image_features: Callable[[Tensor], Tensor] | None = None  # of one picture, 1 3 H W in -1..1 -> 1 N D
+
+
+class NetworkDefaults(Protocol):
+    """Members that a network may leave as they are."""
+
+    @property
+    def traits(self) -> Traits:
+        return Traits()
+
+    def new_cache(self, like: Tensor) -> Cache:
+        """An empty cache for a causal roll-out of latents like `like`."""
+        raise UserError("this network is not causal: every frame sees every other, so finished frames cannot be cached")
+
+    def begin(self, cond: Condition, beginning: Beginning) -> Condition:
+        """`cond` for a clip that begins with given frames.
+
+        By default they are passed as clean latents and a mask (cond.frames, cond.frame_mask). Networks whose
+        `traits.first_frames` is "none" refuse.
+        """
+        if self.traits.first_frames == "none":
+            raise UserError("this network cannot be given first frames")
+        pixels, form = beginning.pixels, beginning.codec.form
+        num = pixels.shape[2]
+        rest = pixels[:, :, -1:].expand(-1, -1, beginning.num_frames - num, -1, -1)  # not seen: the codec is causal
+        mask = torch.zeros(1, beginning.num_latents, device=pixels.device)
+        mask[:, : 1 + (num - 1) // (form.time if form.sees_time else 1)] = 1
+        return replace(cond, frames=beginning.codec.encode(torch.cat([pixels, rest], 2)), frame_mask=mask)
+
+    def with_control_weights(self, weights: Mapping[str, float]) -> Network:
+        """The same network, whose controls count `weights`; scaled down to a sum of 1 where they sum to more."""
+        raise UserError("this network has no controls")
+
+    def own_weights(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What is loaded where `weights` (by name) are named as the source of this network's weights."""
+        return weights
+
+    def parts(self) -> dict[str, Any]:
+        """Modules of diffusers, by the names that a pipeline gives them."""
+        raise UserError("--format diffusers: this network is no class of diffusers; take --format safetensors")
+
+    def in_original_names(self) -> dict[str, Tensor]:
+        """Its weights, named as in the files that were published with it."""
+        raise UserError("--format pt-original: this network is no Cosmos network, and has no such names")
+
+
+class Network(Denoiser, NetworkDefaults, Protocol):
     @property
     def module(self) -> nn.Module:
         """What is sharded, optimised and saved. The Denoiser around it is none of these: times and x_t stay exact there.
@@ -27,21 +123,88 @@ class Network(Denoiser, Protocol):
         """The repeated unit: checkpointed, compiled, wrapped."""
         ...
 
+
+class Wrapper(NetworkDefaults):
+    """A network around another one, which decides everything but the call and the module."""
+
+    def inside(self) -> Network:
+        raise NotImplementedError
+
+    @property
+    def path(self) -> Path:
+        return self.inside().path
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.inside().blocks
+
+    @property
+    def traits(self) -> Traits:
+        return self.inside().traits
+
     def new_cache(self, like: Tensor) -> Cache:
-        """An empty cache for a causal roll-out of latents like `like`; networks that are not causal refuse and say why."""
-        ...
+        return self.inside().new_cache(like)
+
+    def begin(self, cond: Condition, beginning: Beginning) -> Condition:
+        return self.inside().begin(cond, beginning)
 
 
-class NetworkSpec(Protocol):
-    """A frozen dataclass registered with @kind(NAME, group="network")."""
+class NetworkSpec:
+    """The configuration of a network: inherit it in a frozen dataclass registered with @kind(NAME, group="network")."""
+
+    diffusers_class: ClassVar[str] = ""  # the class of denoiser whose folders `of` opens; "": none
+    pipeline_part: ClassVar[str] = "transformer"  # what a pipeline calls the network
+    starts_as_teacher: ClassVar[bool] = False  # another network than the teacher, which can begin with its weights
+
+    @property
+    def source(self) -> str | None:
+        """The diffusers folder or hub id that the weights come from; None: another one."""
+        return None
 
     def build(self) -> Network:
         """The network with the weights this configuration names, or random ones; the same for the same global seed."""
-        ...
+        raise NotImplementedError
+
+    @classmethod
+    def of(cls, folder: PipelineFolder, controls: Sequence[str] = ()) -> NetworkSpec:
+        """The configuration of the network in a diffusers folder or hub id whose denoiser is a `diffusers_class`.
+
+        controls: names of the controls that the user wants to use.
+        """
+        raise NotImplementedError
+
+    def in_folder(self, folder: str) -> NetworkSpec:
+        """This configuration, with the weights that export wrote into `folder` in the diffusers format."""
+        raise UserError(f"{folder}: its student.safetensors is missing. Export the student again")
+
+    def export_format(self) -> tuple[str, str]:
+        """What --format auto stands for; and why that is no folder of diffusers, or ""."""
+        return "safetensors", ""
+
+    def by_part(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Weights or adapters by the part of a pipeline that they belong to, and named as in it."""
+        return {self.pipeline_part: dict(tensors)}
 
 
 AnyNetwork = Annotated[NetworkSpec, OneOf("network")]  # a field that holds the configuration of one network
 
 
-def refuse_cache(name: str) -> Cache:
-    raise UserError(f"{name} is not causal: every frame sees every other, so finished frames cannot be cached")
+@dataclass(frozen=True)
+class DiffusersSpec(NetworkSpec):
+    """The configuration of a network whose module is one of diffusers' own classes."""
+
+    pretrained: str | None = None  # folder with config.json and weights, or of a whole pipeline; or a hub id. None: random
+
+    @property
+    def source(self) -> str | None:
+        return self.pretrained
+
+    @classmethod
+    def of(cls, folder: PipelineFolder, controls: Sequence[str] = ()) -> NetworkSpec:
+        return cls(pretrained=folder.address)
+
+    def in_folder(self, folder: str) -> NetworkSpec:
+        return replace(self, pretrained=folder)
+
+    def export_format(self) -> tuple[str, str]:
+        return "diffusers", ""

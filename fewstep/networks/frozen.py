@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.batch import Condition
-from fewstep.diffusion import Cache, Path, Prediction
+from fewstep.diffusion import Cache, Prediction
 from fewstep.errors import UserError
-from fewstep.networks.contract import Network
+from fewstep.networks.contract import Network, Wrapper
 
 
 @dataclass(frozen=True)
-class Offloaded:
+class Offloaded(Wrapper):
     """A frozen network whose weights lie on the CPU, and on `device` while it is asked.
 
     After a call that leaves a graph they stay until the next call: backward needs them, and a block that is recomputed in
@@ -35,17 +35,12 @@ class Offloaded:
             self._home[parameter] = home.pin_memory() if self.device.type == "cuda" else home
             parameter.data = self._home[parameter]
 
+    def inside(self) -> Network:
+        return self.inner
+
     @property
     def module(self) -> nn.Module:
         return self.inner.module
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return self.inner.blocks
-
-    @property
-    def path(self) -> Path:
-        return self.inner.path
 
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
@@ -64,12 +59,6 @@ class Offloaded:
     def at_home(self) -> list[Tensor]:
         """What lies on the CPU."""
         return list(self._home.values())
-
-    def new_cache(self, like: Tensor) -> Cache:
-        return self.inner.new_cache(like)
-
-    def idle_after(self, tap: int) -> Sequence[nn.Module]:
-        return getattr(self.inner, "idle_after", lambda tap: ())(tap)  # no part of the contract
 
 
 def to_8bit(modules: Iterable[nn.Module]) -> int:

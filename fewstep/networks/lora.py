@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from fewstep.batch import Condition
 from fewstep.config import kind
-from fewstep.diffusion import Cache, Path, Prediction
+from fewstep.diffusion import Cache, Prediction
 from fewstep.errors import UserError
-from fewstep.networks.contract import Network
+from fewstep.networks.contract import Network, Wrapper
 
 
 @kind("lora", group="role")
@@ -117,32 +117,21 @@ class Backbone:
 
 
 @dataclass(frozen=True)
-class Shared:
+class Shared(Wrapper):
     """One role of a backbone; with role None the network itself, which the adapters do not touch."""
 
     backbone: Backbone
     role: str | None
     module: nn.Module  # the adapters and what else is this role's own, named as in the network; all of it, with role None
 
-    @property
-    def path(self) -> Path:
-        return self.backbone.network.path
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return self.backbone.network.blocks
+    def inside(self) -> Network:
+        return self.backbone.network
 
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
     ) -> Prediction:
         with self.backbone.speaking(*([] if self.role is None else [self.role])):
             return self.backbone.network(x_t, t, cond, taps=taps, cache=cache)
-
-    def new_cache(self, like: Tensor) -> Cache:
-        return self.backbone.network.new_cache(like)
-
-    def idle_after(self, tap: int) -> Sequence[nn.Module]:
-        return getattr(self.backbone.network, "idle_after", lambda tap: ())(tap)  # no part of the contract
 
 
 class _Switched(nn.Module):
@@ -177,7 +166,7 @@ def target_names(network: Network, targets: Sequence[str] | None, key: str) -> l
     module = network.module
     linear = [name for name, layer in module.named_modules() if _is_linear(layer)]
     if targets is None:
-        targets = getattr(network, "lora_targets", None)  # no part of the contract: few families have a custom of their own
+        targets = network.traits.lora_targets
     if targets is not None:
         found = _matching(module, targets, key) if targets else []
         wrong = [name for name in found if name not in linear]
@@ -330,23 +319,6 @@ def merged(base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scale: fl
             raise UserError(f"the adapters are for another network: it has no tensor '{name}'")
         out[name] = tensor.to(base[name].dtype)
     return out
-
-
-def by_module(adapters: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Adapters by the module of diffusers they belong to, and named as in it: transformer, transformer_2 (the second expert),
-    controlnet or, where there are several branches, controlnet_NAME."""
-    branches = {name.split(".")[1] for name in adapters if name.startswith("branches.")}
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in adapters.items():
-        first, _, rest = name.partition(".")
-        part, inside = "transformer", name
-        if first == "branches":
-            branch, _, inside = rest.partition(".")
-            part = "controlnet" if len(branches) == 1 else f"controlnet_{branch}"
-        elif first in ("base", "transformer", "transformer_2"):
-            part, inside = ("transformer" if first == "base" else first), rest
-        found.setdefault(part, {})[inside] = tensor
-    return found
 
 
 def as_diffusers(adapters: Mapping[str, Tensor], scale: float = 1.0, prefix: str = "transformer") -> dict[str, Tensor]:

@@ -15,7 +15,6 @@ from torch import nn
 from fewstep.config import OneOf, kind
 from fewstep.errors import UserError
 from fewstep.networks.contract import AnyNetwork, Network
-from fewstep.networks.families.wan.experts import ExpertsSpec, for_each
 from fewstep.networks.heads import AnyHead
 from fewstep.networks.lora import Backbone, Lora, Shared, as_adapters
 from fewstep.networks.weights.addresses import load_into, read
@@ -44,7 +43,7 @@ class Full:
     init: str = "teacher"
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        if self.network is not None and self.init == "teacher" and not isinstance(self.network, ExpertsSpec):
+        if self.network is not None and self.init == "teacher" and not self.network.starts_as_teacher:
             yield "init", "is 'teacher', but this role has a network of its own: give a weights address, or init=random"
 
 
@@ -120,8 +119,7 @@ def wholes(nets: Mapping[str, Network]) -> list[Whole]:
     seen: set[int] = set()
     for role, network in nets.items():
         if not isinstance(network, Shared):
-            blocks = getattr(network, "blocks", ())  # a head has none
-            found.append(Whole(network.module, blocks, role not in FROZEN))
+            found.append(Whole(network.module, network.blocks, role not in FROZEN))
         elif id(network.backbone) not in seen:
             seen.add(id(network.backbone))
             backbone, inner = network.backbone, network.backbone.network
@@ -144,7 +142,7 @@ def _role(role: Role, config: Networks, teacher: Network | None, name: str, seed
         raise UserError(f"networks.{name}.init: is teacher, and there is none: give a weights address, or random")
     else:
         weights = teacher.module.state_dict()
-    load_into(network.module, for_each(network, weights), f"{role.init} (networks.{name}.init)")
+    load_into(network.module, network.own_weights(weights), f"{role.init} (networks.{name}.init)")
     return network
 
 

@@ -21,12 +21,12 @@ from fewstep.config import kind
 from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import AnyPath, spread, working_dtype
 from fewstep.diffusion.prediction import coefficients_for, keep_given
-from fewstep.errors import UserError
-from fewstep.networks.contract import refuse_cache
+from fewstep.networks.contract import NetworkDefaults, NetworkSpec, Traits
+from fewstep.networks.taps import block_outputs
 
 
 @dataclass(frozen=True)
-class Tiny:
+class Tiny(NetworkDefaults):
     """A raw module F(y, phi, cond, taps) -> (F, features) as a Network."""
 
     module: nn.Module
@@ -34,12 +34,13 @@ class Tiny:
     sigma_data: float
     blocks: Sequence[nn.Module] = field(default=())
 
+    @property
+    def traits(self) -> Traits:
+        return Traits(first_frames="time")
+
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
     ) -> Prediction:
-        wrong = [tap for tap in taps if not 0 <= tap < len(self.blocks)]
-        if wrong:
-            raise UserError(f"tap {wrong[0]} is no block of this network, whose blocks are 0 .. {len(self.blocks) - 1}")
         x = x_t.to(working_dtype(x_t))
         mask = None if cond.frame_mask is None else cond.frame_mask.to(x)
         a, s, _, _ = self.path.coefficients(t)
@@ -52,7 +53,8 @@ class Tiny:
         y = x / spread(scale, x).to(x.dtype)
         if mask is not None and cond.frames is not None:
             y = torch.lerp(y, cond.frames.to(x) / self.sigma_data, mask[:, None, :, None, None])
-        raw, features = self.module(y, phi, cond, taps)
+        with block_outputs(self.blocks, taps):  # the module returns the outputs itself, for FSDP to see them
+            raw, features = self.module(y, phi, cond, taps)
         raw = raw.to(x.dtype)
         cos, sin = spread(phi.cos(), x).to(x.dtype), spread(phi.sin(), x).to(x.dtype)
         x0 = self.sigma_data * (cos * y - sin * raw)
@@ -60,17 +62,10 @@ class Tiny:
         _, _, da, ds = coefficients_for(self.path, t, x)
         return keep_given(Prediction(x, t, self.path, da * x0 + ds * eps, features), cond.frames, cond.frame_mask)
 
-    def new_cache(self, like: Tensor) -> Cache:
-        return refuse_cache("the tiny network")
-
-    def idle_after(self, tap: int) -> Sequence[nn.Module]:
-        """Blocks that the output of block `tap` does not depend on; each answers with what becomes of its first argument."""
-        return self.blocks[tap + 1 :]
-
 
 @kind("tiny", group="network")
 @dataclass(frozen=True)
-class TinySpec:
+class TinySpec(NetworkSpec):
     architecture: Literal["mlp", "dit"] = "mlp"
     channels: int = 2  # D of points, C of latents
     width: int = 128

@@ -12,7 +12,7 @@ from fewstep.config import recipe
 from fewstep.data.folder.dataset import Folder
 from fewstep.diffusion.times import LogNormal
 from fewstep.methods import Finetune
-from fewstep.networks.families.cosmos.models import PREDICT1_7B
+from fewstep.networks.families.cosmos.predict import PREDICT1_7B
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks
 from fewstep.training.optim import Optim

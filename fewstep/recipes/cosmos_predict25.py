@@ -19,8 +19,9 @@ from fewstep.config import recipe
 from fewstep.data.controls import Control, Depth, Edge, Seg, Vis
 from fewstep.data.folder.dataset import Folder
 from fewstep.methods import Gan, predict25
-from fewstep.networks.families.cosmos.models import PREDICT2_5_2B, PREDICT2_5_14B, transfer2_5_2b
+from fewstep.networks.families.cosmos.models import transfer2_5_2b
 from fewstep.networks.families.cosmos.network import CosmosSpec
+from fewstep.networks.families.cosmos.predict import PREDICT2_5_2B, PREDICT2_5_14B
 from fewstep.networks.heads import QuerySpec
 from fewstep.networks.roles import Networks
 from fewstep.training.ema import Ema

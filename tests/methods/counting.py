@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,6 @@ class Counting:
     @property
     def path(self) -> Any:
         return self.inner.path
-
-    def idle_after(self, tap: int) -> Sequence[nn.Module]:
-        return self.inner.idle_after(tap)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Any, *, taps: Sequence[int] = (), cache: Any = None) -> Any:
         answer = self.inner(x_t, t, cond, taps=taps, cache=cache)

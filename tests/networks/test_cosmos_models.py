@@ -9,8 +9,9 @@ from torch import nn
 
 from fewstep.networks.families.cosmos.control import CosmosControlSpec
 from fewstep.networks.families.cosmos.keys import generation_of, match, num_branches, original_names
-from fewstep.networks.families.cosmos.models import MODELS, PREDICT2_5_2B, transfer1_7b, transfer2_5_2b
+from fewstep.networks.families.cosmos.models import MODELS, transfer1_7b, transfer2_5_2b
 from fewstep.networks.families.cosmos.network import Cosmos, CosmosSpec
+from fewstep.networks.families.cosmos.predict import PREDICT2_5_2B
 from fewstep.networks.families.published import PUBLISHED
 
 TABLE = {model.model: model for model in PUBLISHED if model.constant == "cosmos.models.MODELS"}

@@ -1,6 +1,7 @@
 """Every family of pictures and video: what LoRA adapts in it, and what a pipeline's folder tells of it."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from fewstep.batch import Condition
 from fewstep.data.mock import Mock
-from fewstep.diffusion import VP
+from fewstep.diffusion import VP, features
 from fewstep.methods import DMD2
 from fewstep.networks.families.cogvideox import CogVideoXSpec
 from fewstep.networks.families.dit import DitSpec
@@ -19,6 +20,7 @@ from fewstep.networks.families.qwen_image import QwenImageSpec
 from fewstep.networks.families.unet import UnetSpec
 from fewstep.networks.families.wan.experts import ExpertsSpec
 from fewstep.networks.families.wan.network import WanSpec
+from fewstep.networks.files.pipeline import PipelineFolder
 from fewstep.networks.lora import Backbone, Lora
 from fewstep.networks.roles import Full, Networks, build
 from fewstep.networks.weights.addresses import read
@@ -82,7 +84,7 @@ def test_adapters_lie_over_every_named_layer_begin_as_the_teacher_and_learn(name
             torch.nn.init.normal_(parameter, std=0.2)
     x, cond = draw(2, 4, 1, 8, 8), told()
     before = net(x, T, cond).velocity.detach()
-    for target in net.lora_targets:
+    for target in net.traits.lora_targets or ():
         assert any(layer.endswith("." + target) for layer, _ in net.module.named_modules()), target
     net.module.requires_grad_(False)
     backbone = Backbone(net)
@@ -100,6 +102,35 @@ def test_adapters_lie_over_every_named_layer_begin_as_the_teacher_and_learn(name
             parameter.add_(0.1)
         assert (student(x, T, cond).velocity - before).abs().max() > 1e-3
         torch.testing.assert_close(backbone.itself()(x, T, cond).velocity, before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_blocks_behind_the_last_tap_do_not_run_where_only_features_are_wanted(name: str) -> None:
+    """A head's logits and their gradients, into the weights and into x, are those of a call that runs all blocks."""
+    torch.manual_seed(0)
+    net = FAMILIES[name].build()
+    for parameter in net.module.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x, cond = draw(2, 4, 1, 8, 8).requires_grad_(), told()
+    runs: Counter[str] = Counter()
+    layers = {f"{i}.{layer}": part for i, block in enumerate(net.blocks) for layer, part in block.named_modules() if layer}
+    for layer, part in layers.items():
+        part.register_forward_hook(lambda module, inputs, output, layer=layer: runs.update([layer]))
+    num = len(net.high.blocks) if name == "experts" else len(net.blocks)
+    for taps in ((0,), (num // 2, 0), (num - 1,)):
+        weights = [x, *net.module.parameters()]
+        runs.clear()
+        whole = net(x, T, cond, taps=taps).features
+        in_whole, _ = runs.copy(), runs.clear()
+        alone = features(net, x, T, cond, taps)
+        assert len(alone) == len(taps) and all(torch.equal(a, b) for a, b in zip(alone, whole, strict=True))
+        number = {layer: int(layer.split(".")[0]) % num for layer in layers}
+        assert set(runs) == {layer for layer in in_whole if number[layer] <= max(taps)}
+        wanted = torch.autograd.grad(sum(f.square().sum() for f in whole), weights, allow_unused=True)
+        found = torch.autograd.grad(sum(f.square().sum() for f in alone), weights, allow_unused=True)
+        for (weight, _), a, b in zip([("x", x), *net.module.named_parameters()], found, wanted, strict=True):
+            assert (a is None) == (b is None) and (a is None or torch.equal(a, b)), weight
+    assert all("forward" not in vars(block) for block in net.blocks)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -144,15 +175,15 @@ def test_dmd2_moves_the_student_through_the_whole_loop(name: str, tmp_path: Path
     assert any(not torch.equal(moved["student"][weight], teacher[weight]) for weight in teacher)
 
 
-def scheduler(folder: Path, **told: Any) -> str:
+def scheduler(folder: Path, **told: Any) -> PipelineFolder:
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(told))
-    return str(folder)
+    return PipelineFolder(str(folder))
 
 
 def test_the_scheduler_of_a_pipeline_tells_how_the_table_of_cogvideox_is_shifted(tmp_path: Path) -> None:
     FAMILIES["cogvideox"].build().module.save_pretrained(str(tmp_path / "transformer"))
-    assert CogVideoXSpec.of(str(tmp_path)).snr_shift == 3.0
+    assert CogVideoXSpec.of(PipelineFolder(str(tmp_path))).snr_shift == 3.0
     net = CogVideoXSpec.of(scheduler(tmp_path, snr_shift_scale=1.0)).build()
     assert net.path == VP("scaled_linear", zero_terminal_snr=True, snr_shift=1.0)
 
@@ -163,7 +194,7 @@ def test_the_scheduler_of_a_pipeline_tells_what_its_unet_predicts(tmp_path: Path
     assert spec.predicts == "v" and spec.path == VP("scaled_linear", zero_terminal_snr=True)
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"prediction_type": "sample"}))
     with pytest.raises(ValueError, match="predicts 'sample' on a table 'scaled_linear'"):
-        UnetSpec.of(address)
+        UnetSpec.of(PipelineFolder(str(tmp_path)))
 
 
 def test_the_index_of_a_wan_pipeline_tells_of_its_experts(tmp_path: Path) -> None:
@@ -172,9 +203,9 @@ def test_the_index_of_a_wan_pipeline_tells_of_its_experts(tmp_path: Path) -> Non
     for part in ("transformer", "transformer_2"):
         net.module.get_submodule(part).save_pretrained(str(tmp_path / part))
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "boundary_ratio": 0.875}))
-    spec = ExpertsSpec.of(str(tmp_path))
+    spec = ExpertsSpec.of(PipelineFolder(str(tmp_path)))
     assert isinstance(spec, ExpertsSpec) and spec.boundary == 0.875
     x, cond = draw(2, 4, 1, 8, 8), told()
     torch.testing.assert_close(spec.build()(x, T, cond).velocity, net(x, T, cond).velocity, rtol=0, atol=1e-6)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "boundary_ratio": None}))
-    assert ExpertsSpec.of(str(tmp_path)) == WanSpec(pretrained=str(tmp_path))
+    assert ExpertsSpec.of(PipelineFolder(str(tmp_path))) == WanSpec(pretrained=str(tmp_path))

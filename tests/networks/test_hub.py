@@ -16,7 +16,7 @@ from huggingface_hub import constants
 
 from fewstep.cli import main
 from fewstep.networks.families.cosmos.network import CosmosSpec
-from fewstep.networks.families.upstream import told_by_pipeline
+from fewstep.networks.files.pipeline import PipelineFolder
 
 SMALL = CosmosSpec(
     latent_channels=2, num_heads=2, head_dim=12, num_layers=1, mlp_ratio=2, text_dim=8, adaln_lora_dim=4, max_size=(4, 8, 8)
@@ -100,8 +100,8 @@ def test_a_pipelines_name_gives_its_transformer(hub: str, tmp_path: Path) -> Non
     wanted = CosmosSpec(pretrained=str(tmp_path / "hub")).build().module.state_dict()
     found = CosmosSpec(pretrained="team/pipeline").build().module.state_dict()
     assert found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in wanted)
-    assert told_by_pipeline("team/pipeline", "") == {"_class_name": "Cosmos2_5_PredictBasePipeline"}
-    assert told_by_pipeline("team/pipeline") == {}  # it has no scheduler
+    assert PipelineFolder("team/pipeline").index == {"_class_name": "Cosmos2_5_PredictBasePipeline"}
+    assert PipelineFolder("team/pipeline").scheduler == {}  # it has no scheduler
     assert main(["convert", "team/pipeline", str(tmp_path / "model.pt")]) == 0
     assert len(torch.load(tmp_path / "model.pt", weights_only=True)) == len(wanted)
 
@@ -122,7 +122,7 @@ def test_what_does_not_come_is_said_in_one_line(
         CosmosSpec(pretrained=name).build()
     assert str(refusal.value).startswith(wanted) and "\n" not in str(refusal.value)
     with pytest.raises(ValueError) as refusal:
-        told_by_pipeline(name)
+        _ = PipelineFolder(name).scheduler
     assert str(refusal.value).startswith(wanted)
     capsys.readouterr()
     assert main(["convert", name, str(tmp_path / "x.pt")]) == 1

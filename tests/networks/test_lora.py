@@ -13,8 +13,12 @@ from torch import Tensor, nn
 
 from fewstep.batch import Condition
 from fewstep.networks.analytic import MixtureSpec
+from fewstep.networks.families.cosmos.control import CosmosControlSpec
 from fewstep.networks.families.cosmos.network import CosmosSpec
-from fewstep.networks.lora import Backbone, Lora, Shared, as_diffusers, as_kohya, by_module, extract, merged, target_names
+from fewstep.networks.families.unet import UnetSpec
+from fewstep.networks.families.wan.experts import ExpertsSpec
+from fewstep.networks.families.wan.network import WanSpec
+from fewstep.networks.lora import Backbone, Lora, Shared, as_diffusers, as_kohya, extract, merged, target_names
 from fewstep.networks.roles import Full, Networks, build, wholes
 from fewstep.networks.tiny import TinySpec
 from fewstep.parallel import World, place
@@ -324,16 +328,18 @@ def test_a_full_role_beside_adapters_is_a_copy_of_the_teacher_alone() -> None:
 
 
 def test_adapters_are_told_apart_by_the_module_of_diffusers_they_lie_in() -> None:
+    controlled = CosmosControlSpec()
     names = {
-        "base.transformer_blocks.0.attn1.to_q": ("transformer", "transformer_blocks.0.attn1.to_q"),
-        "branches.edge.control_blocks.0.attn1.to_q": ("controlnet", "control_blocks.0.attn1.to_q"),
-        "transformer.blocks.0.attn1.to_q": ("transformer", "blocks.0.attn1.to_q"),  # two experts
-        "transformer_2.blocks.0.attn1.to_q": ("transformer_2", "blocks.0.attn1.to_q"),
-        "transformer_blocks.1.attn1.to_q": ("transformer", "transformer_blocks.1.attn1.to_q"),  # one network, as it is
-        "blocks.0.attn1.to_q": ("transformer", "blocks.0.attn1.to_q"),
+        "base.transformer_blocks.0.attn1.to_q": (controlled, "transformer", "transformer_blocks.0.attn1.to_q"),
+        "branches.edge.control_blocks.0.attn1.to_q": (controlled, "controlnet", "control_blocks.0.attn1.to_q"),
+        "transformer.blocks.0.attn1.to_q": (ExpertsSpec(), "transformer", "blocks.0.attn1.to_q"),
+        "transformer_2.blocks.0.attn1.to_q": (ExpertsSpec(), "transformer_2", "blocks.0.attn1.to_q"),
+        "transformer_blocks.1.attn1.to_q": (CosmosSpec(), "transformer", "transformer_blocks.1.attn1.to_q"),
+        "blocks.0.attn1.to_q": (WanSpec(), "transformer", "blocks.0.attn1.to_q"),
+        "mid_block.attentions.0.to_q": (UnetSpec(), "unet", "mid_block.attentions.0.to_q"),
     }
-    for name, (part, inside) in names.items():
+    for name, (spec, part, inside) in names.items():
         tensor = torch.randn(2, 3)
-        assert by_module({f"{name}.lora_A.weight": tensor}) == {part: {f"{inside}.lora_A.weight": tensor}}
-    two = by_module({f"branches.{control}.x.lora_A.weight": torch.zeros(1) for control in ("edge", "depth")})
+        assert spec.by_part({f"{name}.lora_A.weight": tensor}) == {part: {f"{inside}.lora_A.weight": tensor}}
+    two = controlled.by_part({f"branches.{control}.x.lora_A.weight": torch.zeros(1) for control in ("edge", "depth")})
     assert set(two) == {"controlnet_edge", "controlnet_depth"}

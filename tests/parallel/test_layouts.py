@@ -42,6 +42,7 @@ from fewstep.diffusion.times import Listed
 from fewstep.inference.synthetic import InMemory, MixtureSamples, TeacherPairs
 from fewstep.methods import DMD2, KD, LADD, Finetune, Gan, StudentSample, Terms
 from fewstep.networks.analytic import MixtureSpec
+from fewstep.networks.contract import NetworkDefaults, NetworkSpec
 from fewstep.networks.heads import MultiscaleSpec
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks
@@ -88,7 +89,7 @@ class Probe(nn.Module):
 SEEN = []
 
 @dataclass(frozen=True)
-class ProbeNetwork:
+class ProbeNetwork(NetworkDefaults):
     module: Probe
     path: Any
     blocks: tuple[nn.Module, ...] = ()
@@ -97,7 +98,7 @@ class ProbeNetwork:
 
 @kind("layout_probe", group="network")
 @dataclass(frozen=True)
-class ProbeSpec:
+class ProbeSpec(NetworkSpec):
     path: AnyPath = field(default_factory=RectifiedFlow)
     def build(self):
         module = Probe()

@@ -18,6 +18,7 @@ from fewstep.diffusion.times import Listed
 from fewstep.inference.synthetic import MixtureSamples
 from fewstep.methods import Finetune
 from fewstep.networks.analytic import MixtureSpec
+from fewstep.networks.contract import NetworkDefaults, NetworkSpec
 from fewstep.networks.roles import Full, Networks, build
 from fewstep.networks.tiny import TinySpec
 from fewstep.networks.weights.addresses import read
@@ -37,7 +38,7 @@ def output_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @kind("precision_small_weights", group="network")
 @dataclass(frozen=True)
-class SmallWeights:
+class SmallWeights(NetworkSpec):
     """A tiny network whose weights are of size 0.02, as those of a large one are."""
 
     width: int = 64
@@ -159,7 +160,7 @@ class Probe(nn.Module):
 
 
 @dataclass(frozen=True)
-class ProbeNetwork:
+class ProbeNetwork(NetworkDefaults):
     module: Probe
     path: Any
     blocks: tuple[nn.Module, ...] = ()
@@ -173,7 +174,7 @@ class ProbeNetwork:
 
 @kind("precision_probe", group="network")
 @dataclass(frozen=True)
-class ProbeSpec:
+class ProbeSpec(NetworkSpec):
     path: AnyPath = field(default_factory=RectifiedFlow)
 
     def build(self) -> ProbeNetwork:

@@ -19,28 +19,37 @@ from fewstep.config import kind
 from fewstep.diffusion import VP, Cache, Path, Prediction
 from fewstep.diffusion.path import working_dtype
 from fewstep.errors import UserError
-from fewstep.networks.contract import refuse_cache
+from fewstep.networks.contract import Beginning, DiffusersSpec, Scheduling, Traits
 from fewstep.networks.families.upstream import (
+    Adapter,
     enters_in_compute_dtype,
     needed,
     of_v,
     one_time,
     refuse_given,
     table_index,
-    tapped,
-    told_by_pipeline,
 )
 from fewstep.networks.files.folders import from_folder
+from fewstep.networks.files.pipeline import PipelineFolder
+from fewstep.networks.taps import block_outputs, picture_and_text
 
 MOTION = 2.0  # what 1.5 I2V is told by its "ofs" embedding, always
 
 
 @dataclass(frozen=True)
-class CogVideoX:
+class CogVideoX(Adapter):
     module: nn.Module  # CogVideoXTransformer3DModel
     path: Path
 
-    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+    @property
+    def traits(self) -> Traits:
+        config: Any = self.module.config  # Any: diffusers' FrozenDict
+        return Traits(
+            lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
+            first_frames="picture" if config.in_channels > config.out_channels else "none",
+            frame_multiple=config.patch_size_t or 1,
+            scheduling=Scheduling(predicts="v", shifts_table=True),
+        )
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -70,7 +79,7 @@ class CogVideoX:
             extra["image_rotary_emb"] = self._rotary(config, grid, x.device)
         if config.ofs_embed_dim is not None:
             extra["ofs"] = x.new_full((1,), MOTION)
-        with tapped(self.blocks, taps) as seen:
+        with block_outputs(self.blocks, taps, picture_and_text) as outputs:
             raw = self.module(
                 hidden_states=shown.transpose(1, 2),  # B T C H W
                 encoder_hidden_states=needed(cond, "text", "CogVideoX", "its prompt (B, 226, channels)"),
@@ -78,11 +87,17 @@ class CogVideoX:
                 return_dict=False,
                 **extra,
             )[0]
-        features = tuple(seen[i][0].unflatten(1, grid).permute(0, 4, 1, 2, 3) for i in taps)
+        features = tuple(outputs[i][0].unflatten(1, grid).permute(0, 4, 1, 2, 3) for i in taps)
         return of_v(raw.transpose(1, 2).to(x.dtype), x, t, self.path, features)
 
-    def new_cache(self, like: Tensor) -> Cache:
-        return refuse_cache("CogVideoXTransformer3DModel")
+    def begin(self, cond: Condition, beginning: Beginning) -> Condition:
+        if self.traits.first_frames == "none":
+            raise UserError("this CogVideoX cannot begin with a picture; those made for I2V can")
+        latent = beginning.codec.encode(beginning.pixels)
+        config: Any = beginning.codec.module.config
+        if config.invert_scale_latents:  # 1.5 I2V was trained with the picture, and it alone, divided by the scale
+            latent = latent / config.scaling_factor**2
+        return replace(cond, beside=from_picture(latent, beginning.num_latents))
 
     @staticmethod
     def _rotary(config: Any, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -108,10 +123,10 @@ def from_picture(latent: Tensor, num_frames: int) -> Tensor:
 
 @kind("cogvideox", group="network")
 @dataclass(frozen=True)
-class CogVideoXSpec:
+class CogVideoXSpec(DiffusersSpec):
     """A CogVideoXTransformer3DModel: from a diffusers folder or hub id, or random of the size given. The defaults are 2B."""
 
-    pretrained: str | None = None  # folder with config.json and weights (its transformer/ subfolder is found), or a hub id
+    diffusers_class: ClassVar[str] = "CogVideoXTransformer3DModel"
     snr_shift: float = 3.0  # 5B and 1.5: 1
     latent_channels: int = 16
     has_picture: bool = False  # I2V: reads as many channels again
@@ -129,9 +144,9 @@ class CogVideoXSpec:
     sample_frames: int = 49  # 1.5: 81
 
     @classmethod
-    def of(cls, address: str) -> CogVideoXSpec:
-        """The network of a pipeline, whose scheduler tells how its table is shifted."""
-        return cls(pretrained=address, snr_shift=told_by_pipeline(address).get("snr_shift_scale", cls.snr_shift))
+    def of(cls, folder: PipelineFolder, controls: Sequence[str] = ()) -> CogVideoXSpec:
+        """The scheduler of a pipeline says how its table is shifted."""
+        return cls(pretrained=folder.address, snr_shift=folder.scheduler.get("snr_shift_scale", cls.snr_shift))
 
     @property
     def path(self) -> Path:

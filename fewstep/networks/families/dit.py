@@ -20,17 +20,20 @@ from fewstep.config import kind
 from fewstep.diffusion import VP, Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import working_dtype
 from fewstep.errors import UserError
-from fewstep.networks.contract import refuse_cache
-from fewstep.networks.families.upstream import as_picture, enters_in_compute_dtype, needed, refuse_given, table_index, tapped
+from fewstep.networks.contract import DiffusersSpec, Traits
+from fewstep.networks.families.upstream import Adapter, as_picture, enters_in_compute_dtype, needed, refuse_given, table_index
 from fewstep.networks.files.folders import from_folder
+from fewstep.networks.taps import block_outputs
 
 
 @dataclass(frozen=True)
-class Dit:
+class Dit(Adapter):
     module: nn.Module  # DiTTransformer2DModel
     family: Literal["ddpm", "flow"] = "ddpm"
 
-    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+    @property
+    def traits(self) -> Traits:
+        return Traits(lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"))
 
     @property
     def path(self) -> Path:
@@ -50,7 +53,7 @@ class Dit:
         if picture.shape[2] != picture.shape[3]:
             raise UserError(f"diffusers' DiT makes square pictures only, not {picture.shape[2]} x {picture.shape[3]} latents")
         label = needed(cond, "label", "DiT", "its class (B,; -1 is none)").to(x.device)
-        with tapped(self.blocks, taps) as seen:
+        with block_outputs(self.blocks, taps) as outputs:
             raw = self.module(
                 hidden_states=picture,
                 timestep=table_index(time) if self.family == "ddpm" else (1 - time.double()).float(),
@@ -59,22 +62,19 @@ class Dit:
             )[0]
         raw = raw[:, : config.in_channels].to(x.dtype).reshape(x.shape)
         grid = (picture.shape[2] // config.patch_size,) * 2
-        maps = (seen[i].transpose(1, 2).unflatten(2, grid) for i in taps)
+        maps = (outputs[i].transpose(1, 2).unflatten(2, grid) for i in taps)
         features = tuple(feature if x.ndim == 4 else feature[:, :, None] for feature in maps)
         if self.family == "flow":
             return Prediction(x, t, self.path, -raw, features)
         return Prediction.of("eps", raw, x, t, self.path, features)
 
-    def new_cache(self, like: Tensor) -> Cache:
-        return refuse_cache("DiTTransformer2DModel")
-
 
 @kind("dit", group="network")
 @dataclass(frozen=True)
-class DitSpec:
+class DitSpec(DiffusersSpec):
     """A DiTTransformer2DModel: from a diffusers folder or hub id, or random of the size given; that of DiT-XL/2 at 256."""
 
-    pretrained: str | None = None  # folder with config.json and weights (its transformer/ subfolder is found), or a hub id
+    diffusers_class: ClassVar[str] = "DiTTransformer2DModel"
     family: Literal["ddpm", "flow"] = "ddpm"  # flow: SiT
     latent_channels: int = 4
     learned_variance: bool = True

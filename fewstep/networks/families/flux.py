@@ -18,9 +18,10 @@ from fewstep.config import kind
 from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import working_dtype
 from fewstep.errors import UserError
-from fewstep.networks.contract import refuse_cache
-from fewstep.networks.families.upstream import as_picture, enters_in_compute_dtype, needed, refuse_given, tapped
+from fewstep.networks.contract import DiffusersSpec, Scheduling, Traits
+from fewstep.networks.families.upstream import Adapter, as_picture, enters_in_compute_dtype, needed, refuse_given
 from fewstep.networks.files.folders import from_folder
+from fewstep.networks.taps import block_outputs, text_and_picture
 
 
 def packed(picture: Tensor) -> Tensor:
@@ -39,14 +40,17 @@ def unpacked(tokens: Tensor, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Flux:
+class Flux(Adapter):
     module: nn.Module  # FluxTransformer2DModel
     guidance: float = 3.5  # told to a network that was distilled from guidance; the others have no input for it
 
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.net.0.proj", "ff.net.2",
-        "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp",
-    )  # fmt: skip
+    @property
+    def traits(self) -> Traits:
+        targets = (
+            "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.net.0.proj",
+            "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp",
+        )  # fmt: skip
+        return Traits(lora_targets=targets, scheduling=Scheduling(sends_sigmas=True))
 
     @property
     def path(self) -> Path:
@@ -71,7 +75,7 @@ class Flux:
         extra: dict[str, Any] = {}
         if self.module.config.guidance_embeds:  # pyright: ignore[reportAttributeAccessIssue]  # an attribute of a module
             extra["guidance"] = torch.full((len(x),), self.guidance, dtype=torch.float32, device=x.device)
-        with tapped(self.blocks, taps) as seen:
+        with block_outputs(self.blocks, taps, text_and_picture) as outputs:
             raw = self.module(
                 hidden_states=packed(picture),
                 encoder_hidden_states=text,
@@ -82,11 +86,8 @@ class Flux:
                 return_dict=False,
                 **extra,
             )[0]
-        features = tuple(as_map(seen[i][1], x) for i in taps)
+        features = tuple(as_map(outputs[i][1], x) for i in taps)
         return Prediction(x, t, self.path, unpacked(raw.to(x.dtype), x).reshape(x.shape), features)
-
-    def new_cache(self, like: Tensor) -> Cache:
-        return refuse_cache("FluxTransformer2DModel")
 
 
 def as_map(tokens: Tensor, like: Tensor) -> Tensor:
@@ -97,10 +98,10 @@ def as_map(tokens: Tensor, like: Tensor) -> Tensor:
 
 @kind("flux", group="network")
 @dataclass(frozen=True)
-class FluxSpec:
+class FluxSpec(DiffusersSpec):
     """A FluxTransformer2DModel: from a diffusers folder or hub id, or random of the size given; that of Flux.1-dev."""
 
-    pretrained: str | None = None  # folder with config.json and weights (its transformer/ subfolder is found), or a hub id
+    diffusers_class: ClassVar[str] = "FluxTransformer2DModel"
     guidance: float = 3.5  # told to Flux.1-dev; schnell has no input for it
     guidance_input: bool = True  # dev; schnell False
     latent_channels: int = 16

@@ -16,20 +16,24 @@ from fewstep.config import kind
 from fewstep.diffusion import Cache, Denoiser, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.guidance import with_and_without
 from fewstep.diffusion.path import working_dtype
-from fewstep.networks.contract import refuse_cache
+from fewstep.networks.contract import DiffusersSpec, Scheduling, Traits
 from fewstep.networks.families.flux import as_map, packed, unpacked
-from fewstep.networks.families.upstream import as_picture, enters_in_compute_dtype, needed, refuse_given, tapped
+from fewstep.networks.families.upstream import Adapter, as_picture, enters_in_compute_dtype, needed, refuse_given
 from fewstep.networks.files.folders import from_folder
+from fewstep.networks.taps import block_outputs, text_and_picture
 
 
 @dataclass(frozen=True)
-class QwenImage:
+class QwenImage(Adapter):
     module: nn.Module  # QwenImageTransformer2DModel
 
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "img_mlp.net.0.proj",
-        "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
-    )  # fmt: skip
+    @property
+    def traits(self) -> Traits:
+        targets = (
+            "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "img_mlp.net.0.proj",
+            "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
+        )  # fmt: skip
+        return Traits(lora_targets=targets, scheduling=Scheduling(sends_sigmas=True))
 
     @property
     def path(self) -> Path:
@@ -46,7 +50,7 @@ class QwenImage:
         refuse_given(cond, "Qwen-Image")
         picture, time = as_picture(x, t, "Qwen-Image")
         grid = (picture.shape[2] // 2, picture.shape[3] // 2)
-        with tapped(self.blocks, taps) as seen:
+        with block_outputs(self.blocks, taps, text_and_picture) as outputs:
             raw = self.module(
                 hidden_states=packed(picture),
                 encoder_hidden_states=needed(cond, "text", "Qwen-Image", "its prompt (B, tokens, channels)"),
@@ -55,11 +59,8 @@ class QwenImage:
                 img_shapes=[[(1, *grid)]] * len(x),
                 return_dict=False,
             )[0]
-        features = tuple(as_map(seen[i][1], x) for i in taps)
+        features = tuple(as_map(outputs[i][1], x) for i in taps)
         return Prediction(x, t, self.path, unpacked(raw.to(x.dtype), x).reshape(x.shape), features)
-
-    def new_cache(self, like: Tensor) -> Cache:
-        return refuse_cache("QwenImageTransformer2DModel")
 
 
 def guided_at_length(denoiser: Denoiser, negative: Condition, w: float) -> Denoiser:
@@ -90,10 +91,10 @@ class _GuidedAtLength:
 
 @kind("qwen_image", group="network")
 @dataclass(frozen=True)
-class QwenImageSpec:
+class QwenImageSpec(DiffusersSpec):
     """A QwenImageTransformer2DModel: from a diffusers folder or hub id, or random of the size given; that of Qwen-Image."""
 
-    pretrained: str | None = None  # folder with config.json and weights (its transformer/ subfolder is found), or a hub id
+    diffusers_class: ClassVar[str] = "QwenImageTransformer2DModel"
     latent_channels: int = 16
     num_heads: int = 24
     head_dim: int = 128

@@ -18,29 +18,37 @@ from fewstep.config import kind
 from fewstep.diffusion import VP, Cache, Path, Prediction
 from fewstep.diffusion.path import working_dtype
 from fewstep.errors import UserError
-from fewstep.networks.contract import refuse_cache
+from fewstep.networks.contract import DiffusersSpec, Scheduling, Traits
 from fewstep.networks.families.upstream import (
+    Adapter,
     as_picture,
     enters_in_compute_dtype,
     needed,
     of_v,
     refuse_given,
     table_index,
-    tapped,
-    told_by_pipeline,
 )
 from fewstep.networks.files.folders import from_folder
+from fewstep.networks.files.pipeline import PipelineFolder
+from fewstep.networks.taps import block_outputs
 
 PIXELS_PER_LATENT = 8  # of their autoencoders
 
 
 @dataclass(frozen=True)
-class Unet:
+class Unet(Adapter):
     module: nn.Module  # UNet2DConditionModel
     path: Path = VP()
     predicts: Literal["eps", "v"] = "eps"  # SD 2.1 at 768 pixels: v
 
-    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+    part: ClassVar[str] = "unet"
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
+            scheduling=Scheduling(predicts=self.predicts),
+        )
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -58,7 +66,7 @@ class Unet:
         if self.module.config.addition_embed_type == "text_time":  # pyright: ignore[reportAttributeAccessIssue]  # an attribute of a module
             pooled = needed(cond, "pooled", "SDXL", "the pooled vector of its prompt")
             extra["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": self._sizes(cond, picture)}
-        with tapped(self.blocks, taps) as seen:
+        with block_outputs(self.blocks, taps, self._stand_in) as outputs:
             raw = self.module(
                 sample=picture,
                 timestep=table_index(time),
@@ -67,14 +75,20 @@ class Unet:
                 **extra,
             )[0]
         raw = raw.to(x.dtype).reshape(x.shape)
-        outputs = (seen[i][0] if isinstance(seen[i], tuple) else seen[i] for i in taps)
-        features = tuple(output if x.ndim == 4 else output[:, :, None] for output in outputs)
+        maps = (outputs[i][0] if isinstance(outputs[i], tuple) else outputs[i] for i in taps)
+        features = tuple(feature if x.ndim == 4 else feature[:, :, None] for feature in maps)
         if self.predicts == "v":
             return of_v(raw, x, t, self.path, features)
         return Prediction.of("eps", raw, x, t, self.path, features)
 
-    def new_cache(self, like: Tensor) -> Cache:
-        return refuse_cache("UNet2DConditionModel")
+    def _stand_in(self, block: Any, hidden_states: Tensor, *others: object, **more: Any) -> Any:  # Any: diffusers' blocks
+        """As many outputs as the block has and, where one that runs reads them, of the same shape."""
+        unet: Any = self.module
+        if block is unet.mid_block:
+            return hidden_states
+        if "res_hidden_states_tuple" in more:  # on the way up; the first of the last block's has the shape of its output
+            return more["res_hidden_states_tuple"][0]
+        return hidden_states, (hidden_states,) * (len(block.resnets) + len(block.downsamplers or ()))
 
     @staticmethod
     def _sizes(cond: Condition, picture: Tensor) -> Tensor:
@@ -87,10 +101,11 @@ class Unet:
 
 @kind("unet", group="network")
 @dataclass(frozen=True)
-class UnetSpec:
+class UnetSpec(DiffusersSpec):
     """A UNet2DConditionModel: from a diffusers folder or hub id, or random of the size given. The defaults are SDXL."""
 
-    pretrained: str | None = None  # folder with config.json and weights (its unet/ subfolder is found), or a hub id
+    diffusers_class: ClassVar[str] = "UNet2DConditionModel"
+    pipeline_part: ClassVar[str] = "unet"
     predicts: Literal["eps", "v"] = "eps"
     zero_terminal_snr: bool = False  # some descendants of SD 2.1 and SDXL, with predicts=v
     latent_channels: int = 4
@@ -107,14 +122,16 @@ class UnetSpec:
     sample_size: int = 128
 
     @classmethod
-    def of(cls, address: str) -> UnetSpec:
-        """The network of a pipeline, whose scheduler tells what it predicts and on which table."""
-        told = told_by_pipeline(address)
+    def of(cls, folder: PipelineFolder, controls: Sequence[str] = ()) -> UnetSpec:
+        """The scheduler of a pipeline says what the network predicts, and on which table."""
+        scheduler = folder.scheduler
         kinds: dict[str, Literal["eps", "v"]] = {"epsilon": "eps", "v_prediction": "v"}
-        named, schedule = told.get("prediction_type", "epsilon"), told.get("beta_schedule", "scaled_linear")
-        if named not in kinds or schedule != "scaled_linear":
-            raise UserError(f"{address}: its UNet predicts '{named}' on a table '{schedule}', for which there is no adapter")
-        return cls(pretrained=address, predicts=kinds[named], zero_terminal_snr=bool(told.get("rescale_betas_zero_snr")))
+        name = scheduler.get("prediction_type", "epsilon")
+        table = scheduler.get("beta_schedule", "scaled_linear")
+        if name not in kinds or table != "scaled_linear":
+            raise UserError(f"{folder.address}: its UNet predicts '{name}' on a table '{table}', for which there is no adapter")
+        zero_snr = bool(scheduler.get("rescale_betas_zero_snr"))
+        return cls(pretrained=folder.address, predicts=kinds[name], zero_terminal_snr=zero_snr)
 
     @property
     def path(self) -> Path:

@@ -1,12 +1,9 @@
-"""What the adapters of diffusers classes share: tapped blocks, precision at the door, pictures as clips of one frame."""
+"""What the adapters of diffusers classes share: precision of inputs, pictures as clips of one frame, required conditions."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path as FilePath
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,28 +13,19 @@ from fewstep.batch import Condition
 from fewstep.diffusion import Path, Prediction
 from fewstep.diffusion.prediction import coefficients_for
 from fewstep.errors import UserError
-from fewstep.networks.files import hub
+from fewstep.networks.contract import NetworkDefaults
 
 _M = TypeVar("_M", bound=nn.Module)
 
 
-@contextmanager
-def tapped(blocks: Sequence[nn.Module], taps: Sequence[int]) -> Iterator[dict[int, Any]]:
-    """Within, what the blocks in `taps` return is collected, by number."""
-    wrong = [tap for tap in taps if not 0 <= tap < len(blocks)]
-    if wrong:
-        raise UserError(f"tap {wrong[0]} is no block of this network, whose blocks are 0 .. {len(blocks) - 1}")
-    seen: dict[int, Any] = {}
+class Adapter(NetworkDefaults):
+    """A network whose `module` is one class of diffusers."""
 
-    def keep(i: int) -> Any:
-        return lambda module, inputs, output: seen.__setitem__(i, output)
+    module: nn.Module
+    part: ClassVar[str] = "transformer"  # what pipelines call it
 
-    handles = [blocks[i].register_forward_hook(keep(i)) for i in taps]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+    def parts(self) -> dict[str, Any]:
+        return {self.part: self.module}
 
 
 def enters_in_compute_dtype(
@@ -58,16 +46,6 @@ def enters_in_compute_dtype(
 
     module.register_forward_pre_hook(enter, with_kwargs=True)
     return module
-
-
-def told_by_pipeline(address: str, part: str = "scheduler") -> dict[str, Any]:
-    """What the pipeline in a diffusers folder or at a hub id says of its scheduler, or with part "" of itself; {} where the
-    folder is that of a network alone."""
-    folder = FilePath(address)
-    name = "scheduler/scheduler_config.json" if part == "scheduler" else "model_index.json"
-    if folder.is_dir():
-        return json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
-    return hub.read_json(address, name) or {}
 
 
 def needed(cond: Condition, field: str, network: str, what: str) -> Tensor:

@@ -31,6 +31,8 @@ from fewstep.networks.families.cosmos.keys import (
     refuse_apart,
 )
 from fewstep.networks.families.cosmos.models import MODELS
+from fewstep.networks.families.cosmos.network import CosmosSpec
+from fewstep.networks.families.cosmos.transfer1 import Transfer1Branch
 from fewstep.networks.files import hub
 from fewstep.networks.files.stored import Stored
 from fewstep.networks.files.tensor_files import SUFFIXES, open_tensors, write_safetensors
@@ -204,8 +206,9 @@ def _write_torch(out: Path, tensors: Mapping[str, Stored], dtype: Dtype, about: 
 
 def _write_folder(out: Path, found: Collected, model: str | None, dtype: Dtype) -> list[Written]:
     name, module = model_of(found, model)
-    controls = list(getattr(module, "branches", {}))
-    if controls and not hasattr(module.branches[controls[0]], "save_config"):  # pyright: ignore[reportIndexIssue]  # an attribute of a module
+    branches: Any = module.branches if isinstance(module, Controlled) else {}
+    controls = list(branches)
+    if any(isinstance(branch, Transfer1Branch) for branch in branches.values()):
         raise UserError(
             "convert: diffusers has no branch of Cosmos-Transfer1; write OUT.safetensors for us, or OUT.pt, originally named"
         )
@@ -216,7 +219,7 @@ def _write_folder(out: Path, found: Collected, model: str | None, dtype: Dtype) 
         parts["transformer"] = module.base, _under(found.tensors, "base.")
         for control in controls:
             folder = "controlnet" if len(controls) == 1 else f"controlnet_{control}"
-            parts[folder] = module.branches[control], _under(found.tensors, f"branches.{control}.")  # pyright: ignore[reportIndexIssue]  # an attribute of a module
+            parts[folder] = branches[control], _under(found.tensors, f"branches.{control}.")
     else:
         parts["."] = module, dict(found.tensors)
     written: list[Written] = []
@@ -259,7 +262,7 @@ def _write_shards(folder: Path, tensors: Mapping[str, Stored], dtype: Dtype) -> 
 def model_of(found: Collected, name: str | None) -> tuple[str, nn.Module]:
     """The module, without weights, that these tensors fill: the one published model that fits, or the one that was named."""
     shapes = {n: stored.shape for n, stored in found.tensors.items()}
-    controls = tuple(dict.fromkeys(n.split(".")[1] for n in shapes if n.startswith("branches.")))
+    controls = _branch_names(shapes)
     if name is not None and name not in MODELS:
         module = _of_folder(Path(name), controls)
         if {n: tuple(tensor.shape) for n, tensor in module.state_dict().items()} != shapes:
@@ -291,6 +294,19 @@ def model_of(found: Collected, name: str | None) -> tuple[str, nn.Module]:
     if nearest is None:
         raise UserError(f"convert: no published model{f' called {name}' if name else ''} has such branches")
     raise UserError(_unfit(nearest[1], nearest[2], shapes))
+
+
+def published_spec(found: Collected, name: str | None) -> CosmosSpec:
+    """The configuration of the published network that these tensors fill; with `name`, of that one."""
+    if name is not None and name not in MODELS:
+        raise UserError(f"--network {name}: is none of {', '.join(MODELS)}")
+    name, _ = model_of(found, name)
+    spec = MODELS[name]
+    return replace(spec, controls=_branch_names(found.tensors)) if isinstance(spec, CosmosControlSpec) else spec
+
+
+def _branch_names(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.split(".")[1] for name in names if name.startswith("branches.")))
 
 
 def _of_folder(folder: Path, controls: Sequence[str]) -> nn.Module:

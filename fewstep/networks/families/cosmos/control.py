@@ -9,26 +9,23 @@ several branches put out is added, each times its weight; weights that sum to mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fewstep.config import kind
+from fewstep.networks.families.cosmos.keys import SHARED
 from fewstep.networks.families.cosmos.network import Cosmos, CosmosSpec, framed, supply_resize
+from fewstep.networks.families.cosmos.predict import PREDICT
+from fewstep.networks.families.cosmos.transfer1 import Transfer1Branch
 from fewstep.networks.files.folders import from_folder
-
-# Parts of the base that a Transfer2.5 branch holds a second time. Originally they are one and the same tensors.
-SHARED = {
-    "patch_embed": "patch_embed_base",
-    "time_embed": "time_embed",
-    "learnable_pos_embed": "learnable_pos_embed",
-    "img_context_proj": "img_context_proj",
-    "crossattn_proj": "crossattn_proj",
-}
+from fewstep.networks.files.pipeline import PipelineFolder
 
 
 class Controlled(nn.Module):
@@ -52,22 +49,29 @@ class Controlled(nn.Module):
         if self.freezes_base:
             self.base.requires_grad_(False)
             for branch in self.branches.values():
-                for name in SHARED.values():
-                    part = getattr(branch, name, None) if branch_shares(branch) else None
+                for name in () if isinstance(branch, Transfer1Branch) else SHARED.values():
+                    part = getattr(branch, name)
                     if part is not None:
                         part.requires_grad_(False)
         return self
 
-    def forward(self, controls: Mapping[str, Tensor], return_dict: bool = False, **inputs: Any) -> tuple[Tensor]:
-        """What the base answers, its blocks corrected by what the branches say of `controls` (by name, B C T H W)."""
+    def forward(
+        self,
+        controls: Mapping[str, Tensor],
+        control_weights: Mapping[str, float] | None = None,
+        return_dict: bool = False,
+        **inputs: Any,
+    ) -> tuple[Tensor]:
+        """The base's output, its blocks corrected by the branches' outputs for `controls` (by name, B C T H W)."""
         config = self.base.config
+        weights = self.weights if control_weights is None else control_weights
         residuals: list[Tensor | None] = [None] * len(range(0, config.num_layers, config.controlnet_block_every_n))
         shared = {name: value for name, value in inputs.items() if name != "hidden_states"}
         for name, branch in self.branches.items():
             made = branch(
                 controls_latents=controls[name].to(inputs["hidden_states"].dtype),
                 latents=inputs["hidden_states"],
-                conditioning_scale=self.weights[name],
+                conditioning_scale=weights[name],
                 return_dict=False,
                 **shared,
             )[0]
@@ -77,15 +81,12 @@ class Controlled(nn.Module):
         return self.base(block_controlnet_hidden_states=residuals, return_dict=False, **inputs)
 
 
-def branch_shares(branch: nn.Module) -> bool:
-    """Whether the branch repeats parts of its base (Transfer2.5) instead of having its own (Transfer1)."""
-    return hasattr(branch, "patch_embed_base")
-
-
 @kind("cosmos_control", group="network")
 @dataclass(frozen=True)
 class CosmosControlSpec(CosmosSpec):
     """A CosmosTransformer3DModel with control branches; `pretrained` is the base's."""
+
+    diffusers_class: ClassVar[str] = "CosmosTransformer3DModel"  # with branches beside it or not
 
     style: Literal["transfer2_5", "transfer1"] = "transfer2_5"
     controls: tuple[str, ...] = ("edge",)  # one branch each: names in cond.control
@@ -112,6 +113,54 @@ class CosmosControlSpec(CosmosSpec):
         if self.style == "transfer1" and self.num_control_blocks > self.num_layers:
             yield "num_control_blocks", f"is more than the base has ({self.num_layers})"
 
+    @classmethod
+    def of(cls, folder: PipelineFolder, controls: Sequence[str] = ()) -> CosmosSpec:
+        """The network with the control branches beside it, or without where there are none."""
+        config, pipeline, address = folder.denoiser, folder.pipeline, folder.address
+        is_first = pipeline in ("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline")
+        if is_first or config.get("extra_pos_embed_type") == "learnable":
+            return CosmosSpec(pretrained=address, family="edm", sigma_data=0.5, use_fps=True, clean_time=None)
+        branches = _branches(folder, controls)
+        if branches:
+            branch = json.loads((next(iter(branches.values())) / "config.json").read_text())
+            return cls(
+                pretrained=address,
+                latent_channels=config["out_channels"],
+                num_layers=config["num_layers"],
+                num_control_blocks=branch["n_controlnet_blocks"],
+                hint_channels=branch["in_channels"] - 2,  # beside the masks of given frames and of padding
+                controls=tuple(branches),
+                branches=tuple(map(str, branches.values())),
+            )
+        published = None if pipeline else _published(config)
+        if published is not None:
+            return replace(published, pretrained=address)
+        return CosmosSpec(pretrained=address, use_fps=pipeline == "Cosmos2VideoToWorldPipeline")
+
+    def in_folder(self, folder: str) -> CosmosControlSpec:
+        return replace(self, pretrained=folder, branches=(folder,))
+
+    def export_format(self) -> tuple[str, str]:
+        num = len(self.controls)
+        if self.style == "transfer1":
+            why = "diffusers has no class for the control branch of Cosmos-Transfer1, and so no pipeline for this student"
+            return ("pt-original" if num == 1 else "safetensors"), why
+        if num > 1:
+            return "pt-original", f"diffusers' pipeline of Transfer2.5 has one control branch, and this network has {num}"
+        return "diffusers", ""
+
+    def by_part(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        branches = {name.split(".")[1] for name in tensors if name.startswith("branches.")}
+        split: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            first, _, inside = name.partition(".")
+            part = "transformer"
+            if first == "branches":
+                branch, _, inside = inside.partition(".")
+                part = "controlnet" if len(branches) == 1 else f"controlnet_{branch}"
+            split.setdefault(part, {})[inside] = tensor
+        return split
+
     def build(self) -> Cosmos:
         base: Any = self.transformer(controlnet_block_every_n=self._every())
         branches = {name: self._branch(base, i) for i, name in enumerate(self.controls)}
@@ -125,8 +174,6 @@ class CosmosControlSpec(CosmosSpec):
 
     def _branch(self, base: Any, number: int) -> nn.Module:
         if self.style == "transfer1":
-            from fewstep.networks.families.cosmos.transfer1 import Transfer1Branch
-
             return Transfer1Branch(base, self.num_control_blocks, self.hint_channels)
         from diffusers import CosmosControlNetModel
 
@@ -155,6 +202,33 @@ class CosmosControlSpec(CosmosSpec):
             encoder_hidden_states_channels=config.encoder_hidden_states_channels,
         )
         return _fresh(branch, base)
+
+
+def _branches(folder: PipelineFolder, controls: Sequence[str]) -> dict[str, Path]:
+    """The control branches beside a transformer, by name: controlnet_NAME, or controlnet for the one that the user names.
+
+    Where the folder's index names other parts only, the pipeline is whole without them: only those in `controls` come along.
+    """
+    place = folder.path
+    found = {path.name.removeprefix("controlnet_"): path for path in sorted(place.glob("controlnet_*")) if path.is_dir()}
+    if not found and (place / "controlnet").is_dir():
+        found = {controls[0] if len(controls) == 1 else "control": place / "controlnet"}
+    if not folder.index or any(part.startswith("controlnet") for part in folder.index):
+        return found
+    return {name: path for name, path in found.items() if name in controls}
+
+
+def _published(config: Mapping[str, Any]) -> CosmosSpec | None:
+    """The published network of the dimensions in this config.json, beside which no pipeline says how the network is called."""
+
+    def facts(spec: CosmosSpec) -> tuple[Any, ...]:
+        projects = spec.text_projection_from is not None
+        return spec.num_heads, spec.num_layers, list(spec.rope_scale), spec.frame_mask, projects
+
+    has_mask = config.get("in_channels", 0) > config.get("out_channels", 0)
+    sizes = (config.get(name) for name in ("num_attention_heads", "num_layers", "rope_scale"))
+    wanted = (*sizes, has_mask, bool(config.get("use_crossattn_projection")))
+    return next((spec for spec in PREDICT.values() if facts(spec) == wanted), None)
 
 
 def _fresh(branch: Any, base: Any) -> nn.Module:

@@ -20,8 +20,16 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.networks.families.cosmos.control import SHARED
-from fewstep.networks.families.cosmos.transfer1 import HINT_WIDTHS
+
+# Parts of the base that a Transfer2.5 branch holds a second time. Originally they are one and the same tensors.
+SHARED = {
+    "patch_embed": "patch_embed_base",
+    "time_embed": "time_embed",
+    "learnable_pos_embed": "learnable_pos_embed",
+    "img_context_proj": "img_context_proj",
+    "crossattn_proj": "crossattn_proj",
+}
+HINT_WIDTHS = (16, 16, 32, 32, 96, 96, 256)  # of the small MLP that reads Transfer1's control
 
 Generation = Literal["1", "2"]
 Table = tuple[tuple[str, str], ...]  # (original, ours), starts of names; # is a block's number

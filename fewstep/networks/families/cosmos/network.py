@@ -11,9 +11,9 @@ of their own next to 0 (`clean_time`); Predict1 tells them the time of the other
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,23 +26,48 @@ from fewstep.diffusion.path import spread, working_dtype
 from fewstep.diffusion.precondition import edm_preconditioning
 from fewstep.diffusion.prediction import keep_given
 from fewstep.errors import UserError
-from fewstep.networks.contract import refuse_cache
-from fewstep.networks.families.upstream import tapped
+from fewstep.networks.contract import DiffusersSpec, Scheduling, Traits
+from fewstep.networks.families.cosmos.keys import original_names, refuse_apart
+from fewstep.networks.families.cosmos.transfer1 import Transfer1Branch
+from fewstep.networks.families.upstream import Adapter
 from fewstep.networks.files.folders import from_folder
+from fewstep.networks.taps import block_outputs
 
 CLEAN_TIME = 1e-4  # flow time told for given frames (Predict2 and 2.5, sigma_conditional)
 
 
 @dataclass(frozen=True)
-class Cosmos:
+class Cosmos(Adapter):
     module: nn.Module  # CosmosTransformer3DModel, or a Controlled one (control.py)
     family: Literal["flow", "edm"] = "flow"
     sigma_data: float = 1.0  # edm only: Predict1 and Transfer1 0.5
     use_fps: bool = False  # Predict1 and Predict2 turn the rate of frames into positions; Predict2.5 does not
     clean_time: float | None = CLEAN_TIME  # flow only; None: given frames are told the time of the others
     controls: tuple[str, ...] = ()  # which of cond.control a Controlled module reads
-    # Where adapters lie unless the role says otherwise: as in Predict2.5's own LoRA post-training
-    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+    control_weights: Mapping[str, float] | None = None  # of the controls; None: those the module was built with
+
+    @property
+    def traits(self) -> Traits:
+        config = self.base.config
+        return Traits(
+            lora_targets=(
+                "to_q",
+                "to_k",
+                "to_v",
+                "to_out.0",
+                "ff.net.0.proj",
+                "ff.net.2",
+            ),  # as Predict2.5's LoRA post-training
+            first_frames="mask" if config.in_channels > config.out_channels else "none",
+            controls=self.controls,
+            scheduling=Scheduling(needs_own_loop=True),
+            pipeline_settings={
+                "family": self.family,
+                "sigma_data": self.sigma_data,
+                "use_fps": self.use_fps,
+                "clean_time": self.clean_time,
+            },
+        )
 
     @property
     def path(self) -> Path:
@@ -72,12 +97,27 @@ class Cosmos:
             answer = Prediction.of("x0", c_skip * x + c_out * raw, x, t, self.path, features)
         return keep_given(answer, cond.frames, cond.frame_mask)
 
-    def idle_after(self, tap: int) -> Sequence[nn.Module]:
-        """Blocks that the output of block `tap` does not depend on: those of the base behind it, not those of its controls."""
-        return tuple(self.base.transformer_blocks[tap + 1 :])
+    def with_control_weights(self, weights: Mapping[str, float]) -> Cosmos:
+        total = max(1.0, sum(weights.values()))
+        return replace(self, control_weights={name: weights.get(name, 0.0) / total for name in self.controls})
 
-    def new_cache(self, like: Tensor) -> Cache:
-        return refuse_cache("CosmosTransformer3DModel")
+    def parts(self) -> dict[str, Any]:
+        if not self.controls:
+            return super().parts()
+        module: Any = self.module
+        branches = list(module.branches.values())
+        if len(branches) != 1 or isinstance(branches[0], Transfer1Branch):
+            raise UserError(
+                "--format diffusers: diffusers has control branches of Transfer2.5, one at a time; this network has "
+                f"{', '.join(self.controls)}. Take --format safetensors or pt-original"
+            )
+        return {"transformer": module.base, "controlnet": branches[0]}
+
+    def in_original_names(self) -> dict[str, Tensor]:
+        state = self.module.state_dict()
+        names = original_names(state, "1" if self.family == "edm" else "2")
+        refuse_apart({name: (lambda tensor=tensor: tensor) for name, tensor in state.items()})
+        return {names[name]: tensor.contiguous().clone() for name, tensor in state.items() if name in names}
 
     def _ask(
         self, x: Tensor, scaled: Tensor, time: Tensor, cond: Condition, taps: Sequence[int]
@@ -108,9 +148,10 @@ class Cosmos:
             extra["fps"] = _one_rate(cond.fps)
         if self.controls:
             extra["controls"] = self._controls(cond, scaled)
+            extra["control_weights"] = self.control_weights
         if time.ndim == 2:
             time = time.expand(num, frames)[:, None, :, None, None]
-        with tapped(self.base.transformer_blocks, taps) as seen:
+        with block_outputs(self.base.transformer_blocks, taps) as outputs:
             raw = self.module(
                 hidden_states=scaled,
                 timestep=time.float(),  # float32: bf16 would round 0.999 to 1
@@ -121,7 +162,7 @@ class Cosmos:
             )[0]
         patch_t, patch_h, patch_w = config.patch_size
         grid = (frames // patch_t, height // patch_h, width // patch_w)
-        return raw.to(x.dtype), tuple(seen[i].unflatten(1, grid).permute(0, 4, 1, 2, 3) for i in taps)
+        return raw.to(x.dtype), tuple(outputs[i].unflatten(1, grid).permute(0, 4, 1, 2, 3) for i in taps)
 
     def _shown(self, frames: Tensor) -> Tensor:
         """Clean frames as the network wants to see them: EDM nets see everything at unit spread."""
@@ -158,10 +199,9 @@ class Cosmos:
 
 @kind("cosmos", group="network")
 @dataclass(frozen=True)
-class CosmosSpec:
+class CosmosSpec(DiffusersSpec):
     """A CosmosTransformer3DModel: from a diffusers folder or hub id, or random of the size given."""
 
-    pretrained: str | None = None  # folder with config.json and weights (its transformer/ subfolder is found), or a hub id
     family: Literal["flow", "edm"] = "flow"
     sigma_data: float = 1.0
     use_fps: bool = False

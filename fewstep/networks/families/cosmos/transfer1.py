@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-HINT_WIDTHS = (16, 16, 32, 32, 96, 96, 256)
+from fewstep.networks.families.cosmos.keys import HINT_WIDTHS
 
 
 class Transfer1Branch(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,10 +19,12 @@ from fewstep.batch import Condition
 from fewstep.config import kind
 from fewstep.diffusion import Cache, Path, Prediction
 from fewstep.errors import UserError
-from fewstep.networks.contract import AnyNetwork, Network, refuse_cache
-from fewstep.networks.families.upstream import told_by_pipeline
+from fewstep.networks.contract import AnyNetwork, Beginning, Network, NetworkDefaults, NetworkSpec, Traits
 from fewstep.networks.families.wan.network import A14B_I2V, T2V_14B, WanSpec
+from fewstep.networks.files.pipeline import PipelineFolder
 from fewstep.parallel import is_sharded
+
+PARTS = ("transformer", "transformer_2")  # of the pair, as diffusers names them: for high noise, for low noise
 
 
 class _Raw(NamedTuple):
@@ -44,7 +46,7 @@ class Pair(nn.Module):
 
 
 @dataclass(frozen=True)
-class Experts:
+class Experts(NetworkDefaults):
     module: nn.Module  # Pair
     high: Network
     low: Network
@@ -60,9 +62,8 @@ class Experts:
         return (*self.high.blocks, *self.low.blocks)
 
     @property
-    def lora_targets(self) -> tuple[str, ...]:
-        found: Any = self.high  # Any: not every network names layers for LoRA
-        return found.lora_targets
+    def traits(self) -> Traits:
+        return replace(self.high.traits, pipeline_settings=None, boundary=self.boundary)
 
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
@@ -100,8 +101,17 @@ class Experts:
             t = t.amax(1)
         return t >= self.boundary
 
-    def new_cache(self, like: Tensor) -> Cache:
-        return refuse_cache("a pair of experts")
+    def begin(self, cond: Condition, beginning: Beginning) -> Condition:
+        return self.high.begin(cond, beginning)
+
+    def own_weights(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Those of one network count for either expert."""
+        if any(name.split(".")[0] in PARTS for name in weights):
+            return weights
+        return {f"{part}.{name}": tensor for part in PARTS for name, tensor in weights.items()}
+
+    def parts(self) -> dict[str, Any]:
+        return {part: own for part, expert in zip(PARTS, (self.high, self.low)) for own in expert.parts().values()}
 
     def _part(self, expert: Network, rows: Tensor, x_t: Tensor, t: Tensor, cond: Condition, taps: Sequence[int]) -> Prediction:
         place = rows.nonzero()[:, 0] if bool(rows.any()) else torch.zeros(1, dtype=torch.long, device=x_t.device)
@@ -122,29 +132,37 @@ class Experts:
         return any(is_sharded(parameter) for parameter in self.module.parameters())
 
 
-def for_each(network: Network, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """`weights` as they are, or, where they are those of one network and `network` is two experts, for either of them."""
-    names = ("transformer", "transformer_2")
-    if not isinstance(network, Experts) or any(key.split(".")[0] in names for key in weights):
-        return weights
-    return {f"{name}.{key}": tensor for name in names for key, tensor in weights.items()}
-
-
 @kind("experts", group="network")
 @dataclass(frozen=True)
-class ExpertsSpec:
+class ExpertsSpec(NetworkSpec):
     """Two networks on one path, by noise level."""
+
+    diffusers_class: ClassVar[str] = "WanTransformer3DModel"  # a pipeline of Wan has two networks, or the one
+    starts_as_teacher: ClassVar[bool] = True
 
     high: AnyNetwork = T2V_14B  # Wan 2.2 T2V A14B
     low: AnyNetwork = replace(T2V_14B, subfolder="transformer_2")
     boundary: float = 0.875  # Wan 2.2 T2V A14B; I2V 0.9
 
     @classmethod
-    def of(cls, address: str) -> WanSpec | ExpertsSpec:
-        """The network of a Wan pipeline: two experts where it says between which noise levels, else the one."""
-        boundary = told_by_pipeline(address, "").get("boundary_ratio")
-        high = WanSpec(pretrained=address)
+    def of(cls, folder: PipelineFolder, controls: Sequence[str] = ()) -> WanSpec | ExpertsSpec:
+        """Two experts where the pipeline says at which noise level they meet, else the one network."""
+        boundary = folder.index.get("boundary_ratio")
+        high = WanSpec(pretrained=folder.address)
         return high if boundary is None else cls(high, replace(high, subfolder="transformer_2"), boundary)
+
+    @property
+    def source(self) -> str | None:
+        return self.high.source
+
+    def in_folder(self, folder: str) -> ExpertsSpec:
+        high, low = self.high.in_folder(folder), self.low.in_folder(folder)
+        assert isinstance(low, WanSpec)  # only networks of diffusers are exported so, and Wan's alone come in pairs
+        return replace(self, high=high, low=replace(low, subfolder=PARTS[1]))
+
+    def by_part(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        split = {part: _inside(tensors, part) for part in PARTS}
+        return {part: inside for part, inside in split.items() if inside}
 
     def build(self) -> Experts:
         high, low = self.high.build(), self.low.build()
@@ -154,6 +172,10 @@ class ExpertsSpec:
                 f"and {low.path} with {len(low.blocks)}"
             )
         return Experts(Pair(high.module, low.module), high, low, self.boundary)
+
+
+def _inside(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
 
 
 A14B = ExpertsSpec()  # Wan 2.2 T2V

@@ -26,25 +26,33 @@ from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import working_dtype
 from fewstep.diffusion.prediction import keep_given
 from fewstep.errors import UserError
-from fewstep.networks.contract import refuse_cache
-from fewstep.networks.families.upstream import enters_in_compute_dtype, needed, tapped, zero_padded
+from fewstep.networks.contract import Beginning, DiffusersSpec, Traits
+from fewstep.networks.families.upstream import Adapter, enters_in_compute_dtype, needed, zero_padded
 from fewstep.networks.files.folders import from_folder
+from fewstep.networks.taps import block_outputs
 
 TEXT_TOKENS = 512  # what all were taught with; beside a picture's features diffusers counts the last 512 as text, always
 FRAMES_PER_LATENT = 4  # of the Wan VAEs; the first latent holds one frame
 
 
 @dataclass(frozen=True)
-class Wan:
+class Wan(Adapter):
     module: nn.Module  # WanTransformer3DModel
     whole_times: bool = False  # ask at floor(1000 t), as upstream's UniPC sampler does
     text_tokens: int = TEXT_TOKENS  # shorter texts are padded with zeros, which it attends to
 
     @property
-    def lora_targets(self) -> tuple[str, ...]:
-        has_picture = self.module.config.image_dim is not None  # pyright: ignore[reportAttributeAccessIssue]  # an attribute of a module
-        ours = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
-        return (*ours, "add_k_proj", "add_v_proj") if has_picture else ours
+    def traits(self) -> Traits:
+        config: Any = self.module.config  # Any: diffusers' FrozenDict
+        targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+        reads_image, has_picture = config.image_dim is not None, config.in_channels > config.out_channels
+        own_pipeline = {"family": "wan", "whole_times": self.whole_times, "text_tokens": self.text_tokens}
+        return Traits(
+            lora_targets=(*targets, "add_k_proj", "add_v_proj") if reads_image else targets,
+            first_frames="picture" if has_picture else "time",  # the latter is what 2.2 5B was trained for
+            reads_image=reads_image,
+            pipeline_settings=None if has_picture else own_pipeline,
+        )
 
     @property
     def path(self) -> Path:
@@ -81,16 +89,25 @@ class Wan:
         grid = (frames // patch_t, height // patch_h, width // patch_w)
         if time.ndim == 2:  # one for every token
             time = time.expand(num, frames)[:, ::patch_t].repeat_interleave(grid[1] * grid[2], 1)
-        with tapped(self.blocks, taps) as seen:
+        with block_outputs(self.blocks, taps) as outputs:
             raw = self.module(
                 hidden_states=shown, timestep=time.float(), encoder_hidden_states=text, return_dict=False, **extra
             )[0]
-        features = tuple(seen[i].unflatten(1, grid).permute(0, 4, 1, 2, 3) for i in taps)
+        features = tuple(outputs[i].unflatten(1, grid).permute(0, 4, 1, 2, 3) for i in taps)
         answer = Prediction(x, t, self.path, raw.to(x.dtype), features)
         return keep_given(answer, cond.frames, cond.frame_mask)
 
-    def new_cache(self, like: Tensor) -> Cache:
-        return refuse_cache("WanTransformer3DModel")
+    def begin(self, cond: Condition, beginning: Beginning) -> Condition:
+        traits, pixels = self.traits, beginning.pixels
+        if traits.first_frames != "picture":
+            return super().begin(cond, beginning)
+        grey = pixels.new_zeros(1, 3, beginning.num_frames - pixels.shape[2], *pixels.shape[3:])
+        cond = replace(cond, beside=start_from(beginning.codec.encode(torch.cat([pixels, grey], 2))))
+        if not traits.reads_image:
+            return cond
+        if beginning.image_features is None:
+            raise UserError("Wan 2.1 I2V also reads its picture's CLIP features: give --image-encoder, a pipeline's folder")
+        return replace(cond, image=beginning.image_features(pixels[:, :, 0]))
 
     @staticmethod
     def _text(cond: Condition, tokens: int) -> Tensor:
@@ -124,10 +141,9 @@ def start_from(latents: Tensor, *, last: bool = False) -> Tensor:
 
 @kind("wan", group="network")
 @dataclass(frozen=True)
-class WanSpec:
+class WanSpec(DiffusersSpec):
     """A WanTransformer3DModel: from a diffusers folder or hub id, or random of the size given; that of 2.1 T2V 1.3B."""
 
-    pretrained: str | None = None  # folder with config.json and weights (its transformer/ subfolder is found), or a hub id
     subfolder: str = "transformer"  # of a pipeline's folder; the low-noise expert of A14B lies in transformer_2
     whole_times: bool = False
     latent_channels: int = 16  # 2.2 5B 48

@@ -1,0 +1,61 @@
+"""A folder of diffusers, or a repository on the hub: a whole pipeline, or a network alone. Its small json files, read once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fewstep.errors import UserError
+from fewstep.files import read_json
+from fewstep.networks.files import hub
+
+_ADVICE = "Copy that folder again"
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    address: str  # a folder, or OWNER/NAME on the hub
+
+    @property
+    def path(self) -> Path:
+        return Path(self.address)
+
+    @property
+    def pipeline(self) -> str:
+        """The class of the pipeline; "" for a network alone, or a pipeline whose code lies in the folder."""
+        name = self.index.get("_class_name", "")
+        return name if isinstance(name, str) else ""
+
+    @cached_property
+    def index(self) -> Mapping[str, Any]:
+        """model_index.json; {} for a network alone."""
+        return self._read("model_index.json")
+
+    @cached_property
+    def scheduler(self) -> Mapping[str, Any]:
+        """The configuration of the pipeline's scheduler; {} where there is none."""
+        return self._read("scheduler/scheduler_config.json")
+
+    @cached_property
+    def denoiser(self) -> Mapping[str, Any]:
+        """config.json of its denoiser."""
+        if self.path.is_dir():
+            for part in ("transformer", "unet", ""):
+                if (self.path / part / "config.json").is_file():
+                    return read_json(self.path / part / "config.json", _ADVICE)
+            raise UserError(f"no model at {self.address}: it has no transformer/, no unet/ and no config.json")
+        hub.expect_id(self.address, "model")
+        part = "transformer" if "transformer" in self.index else "unet"
+        return self._read(f"{part}/config.json") or self._read("config.json")
+
+    def _read(self, name: str) -> Mapping[str, Any]:
+        if self.path.is_dir():
+            return read_json(self.path / name, _ADVICE) if (self.path / name).is_file() else {}
+        return hub.read_json(self.address, name) or {}
+
+
+def is_diffusers_folder(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("model_index.json", "transformer", "unet", "config.json"))
