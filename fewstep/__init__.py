@@ -1,6 +1,14 @@
-"""Few-step students of video world models: distil, post-train, measure."""
+"""Few-step students of video world models: distil, post-train, measure.
 
+    run = fewstep.build_recipe("analytic_finetune")      summary = fewstep.train(run)
+    model = fewstep.open_model(run.job.folder())         data = fewstep.Folder("datasets/robots").open()
+
+The names of `_PUBLIC` are imported when they are first used, so that `import fewstep` alone loads no torch.
+"""
+
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from fewstep.registry import provide
 
@@ -24,3 +32,24 @@ provide("times", "fewstep.diffusion.times")
 provide("preview", "fewstep.training.preview")
 provide("reward", "fewstep.methods.reward_dmd")
 provide("sample_weight", "fewstep.methods.f_distill", "fewstep.methods.reward_dmd")
+
+_PUBLIC = {
+    "Batch": "fewstep.batch",
+    "ClipRequest": "fewstep.inference.request",
+    "Condition": "fewstep.batch",
+    "Folder": "fewstep.data.folder.dataset",
+    "GenerateRequest": "fewstep.inference.request",
+    "Run": "fewstep.training.run",
+    "build_recipe": "fewstep.config",
+    "generate": "fewstep.inference.generate",
+    "open_codec": "fewstep.networks.encoders.codecs",
+    "open_model": "fewstep.inference.model",
+    "train": "fewstep.training.loop",
+}
+__all__ = ["TOY", "__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]  # __getattr__ finds them
+
+
+def __getattr__(name: str) -> Any:  # Any: whatever has that name
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
