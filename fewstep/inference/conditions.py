@@ -153,9 +153,9 @@ def conditions(
 
 def _negative(clip: ClipRequest, texts: Mapping[str | Path, Text], cond: Condition) -> Condition | None:
     assert cond.text is not None
+    if clip.embedding is not None and clip.negative_embedding is None:  # how Cosmos 1 drops text
+        return replace(cond, text=torch.zeros_like(cond.text), pooled=None)
     text = texts.get(clip.negative_embedding or clip.negative)
-    if text is None and clip.embedding is not None:  # how Cosmos 1 drops text
-        text = Text(torch.zeros_like(cond.text), cond.text_mask)
     if text is None:
         return None
     num = cond.text.shape[1]

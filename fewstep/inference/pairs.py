@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from fewstep.batch import first_frames
 from fewstep.config import choices, dump
@@ -123,12 +124,12 @@ def _write_some(
     pixels, cond, negative = batch.x0, batch.cond, batch.negative
     shape = codec.shape(*pixels.shape[2:])
     noise = Rng(settings.seed, 0, torch.tensor(rows), device).normal(shape)
-    control = {name: codec.encode(frames) for name, frames in cond.control.items()}
+    control = {name: _encoded(codec, frames) for name, frames in cond.control.items()}
     unused = {name: torch.zeros_like(noise) for name in branches if control and name not in control}
     cond = replace(cond, control={**control, **unused})
     if settings.given_frames:
         mask = first_frames(torch.full((len(rows),), settings.given_frames, device=noise.device), shape[1]).to(noise.dtype)
-        cond = replace(cond, frames=codec.encode(pixels), frame_mask=mask)
+        cond = replace(cond, frames=_encoded(codec, pixels), frame_mask=mask)
     negative = None if negative is None else replace(cond, text=negative.text)
     solved = settings.sampler.trajectory(teacher, noise, cond, negative, settings.path_times)
     frames = to_uint8(codec.decode(solved.x0), name)
@@ -144,6 +145,11 @@ def _write_some(
         arrays.write_pickle(place.file(layout.NOISE, stem), noise[n].cpu().numpy())
         cache.write(place.file(layout.LATENTS, stem), {"latents": solved.x0[n].cpu()}, facts={"fps": fps[n]})
         video.write(place.file(layout.VIDEOS, stem), frames[n], fps[n], quality=settings.quality)  # last: it says "done"
+
+
+def _encoded(codec: Codec, pixels: Tensor) -> Tensor:
+    """Latents of clips, encoded one by one: `prepare latents` and `generate` do so, and a batch may differ in its last bits."""
+    return torch.cat([codec.encode(one) for one in pixels.split(1)])
 
 
 # ---- the record ------------------------------------------------------------------------------------------------------

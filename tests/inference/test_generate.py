@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fewstep.batch import Condition
 from fewstep.cli import main as cli
-from fewstep.config import dump
+from fewstep.config import ConfigError, dump
 from fewstep.data.files import arrays, video
 from fewstep.diffusion import Rng, StudentSampler, TeacherSampler, guided, samplers, times
 from fewstep.inference.generate import generate, sampler_of
@@ -137,6 +137,42 @@ def test_processes_divide_the_clips_and_make_what_one_makes(student: Path, tmp_p
     alone = [str(student), "--prompt", "rolls", "--seed", "9"]  # the third's seed
     made(tmp_path / "alone", *alone)
     assert (tmp_path / "alone" / "output.mp4").read_bytes() == (tmp_path / "one" / "p_0002.mp4").read_bytes()
+
+
+def test_batches_of_any_size_make_the_same_clips(student: Path, teacher: Path, clip: Path, tmp_path: Path) -> None:
+    """Clips whose conditions have other shapes go through by themselves."""
+    text, _ = open_text_encoder(student).encode(["a red ball"])
+    arrays.write_pickle(tmp_path / "e.pickle", [text[0].numpy()])
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a ball"},
+        {"prompt": "rolls", "visual_input": str(clip)},
+        {"prompt": "a red ball"},
+    ]
+    rows += [{"embedding": str(tmp_path / "e.pickle")}, {"prompt": "red"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prompts = ["--prompts", str(tmp_path / "p.jsonl")]
+    for model in (student, teacher):
+        more = [] if model == student else [*SIZE, "--guidance", "3", "--num-steps", "3"]
+        for size in ("1", "2", "8"):
+            out = tmp_path / f"{model.name}_{size}"
+            assert made(out, str(model), *prompts, *more, "--batch-size", size, "--save-noise") == 5
+            for i in range(5):
+                one, many = (tmp_path / f"{model.name}_{num}" / f"p_{i:04d}.mp4" for num in ("1", size))
+                np.testing.assert_array_equal(video.read(one).frames, video.read(many).frames)
+    assert made(tmp_path / f"{student.name}_1", str(student), *prompts, "--batch-size", "2") == 0  # they are there already
+    with pytest.raises(ConfigError, match="--batch-size 0: at least 1"):
+        made(tmp_path, str(student), "--prompt", "a", "--batch-size", "0")
+
+
+def test_a_word_that_the_text_encoder_does_not_know_is_refused_before_the_network_is_opened(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the network was opened")
+
+    monkeypatch.setattr("fewstep.inference.generate.open_model", refuse)
+    with pytest.raises(ValueError, match="has no word for purple"):
+        made(tmp_path, str(student), "--prompt", "a purple ball")
 
 
 @torch.no_grad()

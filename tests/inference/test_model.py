@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+import fewstep
 from fewstep.batch import Condition
-from fewstep.diffusion import EDM, TeacherSampler
-from fewstep.inference.model import open_model, spec_of
+from fewstep.diffusion import EDM, VP, RectifiedFlow, TeacherSampler
+from fewstep.inference.model import open_model, spec_of, teacher_sampler
+from fewstep.networks.analytic import MixtureSpec
 from fewstep.networks.families.cosmos.control import CosmosControlSpec
 from fewstep.networks.families.cosmos.keys import original_names
 from fewstep.networks.families.cosmos.models import MODELS, transfer1_7b
@@ -39,6 +41,29 @@ def test_a_pipelines_folder_names_its_network_and_how_it_is_asked(tmp_path: Path
     assert (two.kind, two.low.subfolder, two.boundary) == ("experts", "transformer_2", 0.875)
     for network, kind in (("CogVideoXTransformer3DModel", "cogvideox"), ("FluxTransformer2DModel", "flux")):
         assert spec_of(folder(tmp_path, "P", network)).kind == kind
+
+
+def test_a_teacher_is_sampled_as_its_pipelines_scheduler_says(tmp_path: Path) -> None:
+    def sampler(path: Any = None, **scheduler: Any) -> TeacherSampler:
+        (tmp_path / "scheduler").mkdir(exist_ok=True)
+        (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+        return teacher_sampler(MixtureSpec(path=path or RectifiedFlow()).build(), str(tmp_path))  # type: ignore[arg-type]
+
+    euler, unipc = "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"
+    published = TeacherSampler.for_path(RectifiedFlow())
+    assert sampler(_class_name=unipc, flow_shift=3.0) == replace(published, shift=3.0)
+    assert sampler(_class_name=euler, shift=3.0) == replace(published, solver="euler", shift=3.0)
+    flux = sampler(_class_name=euler, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+    assert flux == replace(published, solver="euler", shift=3.1582)
+    assert sampler(_class_name=unipc, use_karras_sigmas=True, sigma_max=200.0, flow_shift=1.0) == published  # Predict2.5
+    predict2 = sampler(_class_name=euler, use_karras_sigmas=True, sigma_max=80.0, shift=1.0)
+    assert predict2 == TeacherSampler("res_2ab", grid="karras")
+    assert sampler(EDM(), _class_name="EDMEulerScheduler", sigma_max=70.0) == TeacherSampler(
+        "res_2ab", grid="karras", sigma_max=70.0
+    )
+    assert sampler(VP(), _class_name="DDIMScheduler") == TeacherSampler.for_path(VP())
+    assert open_model(fewstep.TOY).sampler == replace(published, shift=1.0)
+    assert teacher_sampler(MixtureSpec().build(), None) == published  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["predict2_2b", "predict2_14b", "predict2_5_2b", "predict2_5_14b", "predict1_7b"])

@@ -186,6 +186,41 @@ def test_controls_and_given_frames_reach_the_teacher_and_stay_with_the_pair(tmp_
     assert json.loads((tmp_path / "out" / "pairs.json").read_text())["given_frames"] == 1
 
 
+def test_a_control_without_a_branch_is_refused(tmp_path: Path) -> None:
+    from fewstep.data.controls import Edge
+
+    class Plain(Pull):
+        controls = ()
+
+    class Deep(Pull):
+        controls = ("depth", "seg")
+
+    source = Folder(dataset(tmp_path / "data").dataset_dir, max_tokens=2, control=Edge())
+    for teacher, words in ((Plain(), "no control branch"), (Deep(), "branches for depth, seg only")):
+        with pytest.raises(ValueError, match=rf"--control edge: pull has {words}"):
+            write(tmp_path / "out", teacher, Blocks(), source, settings(2), name="pull")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_captions_texts_or_weights_do_not_mix_in(tmp_path: Path) -> None:
+    source, out = dataset(tmp_path / "data"), tmp_path / "out"
+    write(out, Pull(), Blocks(), source, settings(2), num=1)  # type: ignore[arg-type]
+    caption, text = (Path(source.dataset_dir) / name for name in ("metas/3.txt", "t5_xxl/4.pickle"))
+
+    class Other(Pull):
+        module = nn.Linear(1, 1)
+
+    with pytest.raises(ValueError, match=r"teacher_weights '[0-9a-f]{16}', not '[0-9a-f]{16}'"):
+        write(out, Other(), Blocks(), source, settings(2))  # type: ignore[arg-type]
+    caption.write_text("another clip\n")
+    with pytest.raises(ValueError, match=r"captions '[0-9a-f]{16}', not"):
+        write(out, Pull(), Blocks(), source, settings(2))  # type: ignore[arg-type]
+    caption.write_text("clip 3\n")
+    write_pickle(text, [np.ones((2, 3), np.float32)])
+    with pytest.raises(ValueError, match=r"text_tensors '[0-9a-f]{16}', not"):
+        write(out, Pull(), Blocks(), source, settings(2))  # type: ignore[arg-type]
+
+
 def test_a_foreign_folder_is_not_written_into(tmp_path: Path) -> None:
     source, out = dataset(tmp_path / "data"), tmp_path / "mine"
     out.mkdir()
