@@ -464,13 +464,13 @@ def evaluate(
     from fewstep.inference.request import SamplerOptions
 
     sampling = SamplerOptions(steps, sampler, shift, sigma_max, guidance)
-    from fewstep.inference.evaluate import Job, line, scorer_of
+    from fewstep.inference.evaluate import Evaluation, line, scorer_of
     from fewstep.inference.evaluate import run as score
 
     if config is not None:
         load_file(config)
     chosen = scorer_of(scorer, context.args)
-    job = Job(what, prompts, real, out, num, sets, calls, sampling, codec=codec, scorer=chosen, control=control)
+    job = Evaluation(what, prompts, real, out, num, sets, calls, sampling, codec=codec, scorer=chosen, control=control)
     print(f"{out}: {line(score(job))}")
 
 

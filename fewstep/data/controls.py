@@ -246,17 +246,6 @@ def paint(found: Sequence[masks.Mask], places: Sequence[int], max_objects: int =
     return out
 
 
-def grey_of_depth(depth: NDArray[np.floating], near: float, far: float) -> Pixels:
-    """(T, H, W) metres to grey frames: 255 at `near`, 0 at `far`, linear in 1 / depth, as depth networks answer."""
-    grey = 255 * (1 / np.clip(depth, near, far) - 1 / far) / (1 / near - 1 / far)
-    return np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, axis=-1)
-
-
-def depth_of_grey(frames: Pixels, near: float, far: float) -> NDArray[np.float64]:
-    """(T, H, W) metres of what `grey_of_depth` gave; off by at most depth^2 (1 / near - 1 / far) / 510."""
-    return 1 / (frames[..., 0] / 255 * (1 / near - 1 / far) + 1 / far)
-
-
 def _read_video(path: Path, span: Span, size: video.Size) -> Pixels:
     return video.read(path, span.start, span.count, span.stride, size=size).frames
 

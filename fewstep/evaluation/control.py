@@ -1,6 +1,6 @@
-"""Control fidelity as TransferBench (Transfer1, arXiv 2503.14492, and the PAI-Bench code) measures it: whether a generated
-clip keeps the blur, edges, depth and objects of the clip that controlled it. Both go through the same transform and are
-compared; each clip has one number, and a table shows the plain mean over clips.
+"""Control fidelity as TransferBench (Transfer1, arXiv 2503.14492, and the PAI-Bench code) measures it: whether a clip keeps the
+blur, edges, depth and objects of its target, the clip that controlled it. Both go through the same transform and are compared;
+each clip has one number, and a table shows the plain mean over clips.
 
 The defaults are the published ones, for clips of 720p and their first 121 frames. They do not fit small clips: at 32 x 32 the
 published blur leaves an unrelated clip at .81 and Canny at .42. Scale them (`blur_ssim(..., diameter=5, sigma_color=60,
@@ -34,16 +34,16 @@ class CannyScores(NamedTuple):
 class MaskMatch(NamedTuple):
     """Objects of the two clips matched one to one by the overlap of their space-time tubes."""
 
-    mean_iou: float  # over the kept pairs; 0 if there is none
-    recall: float  # kept pairs / matched pairs: what the mean does not show
-    kept: tuple[tuple[str, str, float], ...]  # (name made, name wanted, IoU)
-    num_made: int
-    num_wanted: int
+    mean_iou: float  # over the pairs; 0 if there is none
+    recall: float  # pairs / matched objects: what the mean does not show
+    pairs: tuple[tuple[str, str, float], ...]  # (name in the clip, in the target, IoU) of those that overlap
+    num: int
+    num_target: int
 
 
 def blur_ssim(
-    made: Clip,
-    wanted: Clip,
+    clip: Clip,
+    target: Clip,
     *,
     diameter: int = 30,
     sigma_color: float = 150.0,
@@ -54,84 +54,84 @@ def blur_ssim(
 
     SSIM (Wang et al. 2004) as scikit-image computes it: 7 x 7 uniform window, unbiased variances, K1 .01, K2 .03, channels
     averaged, but the mean of the *full* map with its mirrored borders (1e-3 to 1e-2 from scikit-image's default, which crops
-    them). data_range "frame" is max - min of each blurred wanted frame, as published; it makes flat frames harsh, and is held
-    at 1 grey level for constant ones. `made` is cut to the length of `wanted` and resized to its size. 3 s a frame of 720p.
+    them). data_range "frame" is max - min of each blurred target frame, as published; it makes flat frames harsh, and is held
+    at 1 grey level for constant ones. `clip` is cut to the length of `target` and resized to its size. 3 s a frame of 720p.
     """
-    made, wanted = _same_frame(made, wanted)
+    clip, target = _same_frame(clip, target)
     how = (diameter, sigma_color, sigma_space)
-    return ssim(_blurred(made, *how), _blurred(wanted, *how), data_range)
+    return ssim(_blurred(clip, *how), _blurred(target, *how), data_range)
 
 
-def ssim(made: Iterable[np.ndarray], wanted: Iterable[np.ndarray], data_range: float | Literal["frame"] = "frame") -> float:
+def ssim(clip: Iterable[np.ndarray], target: Iterable[np.ndarray], data_range: float | Literal["frame"] = "frame") -> float:
     """The mean structural similarity of two clips of one size, frame by frame; see `blur_ssim`."""
     scores: list[float] = []
-    for frame_made, frame_wanted in zip(made, wanted, strict=True):
-        if min(frame_wanted.shape[:2]) < 7:
-            size = " x ".join(map(str, frame_wanted.shape[:2]))
+    for frame, target_frame in zip(clip, target, strict=True):
+        if min(target_frame.shape[:2]) < 7:
+            size = " x ".join(map(str, target_frame.shape[:2]))
             raise UserError(f"SSIM's window is 7 x 7, the frames are {size}. Score larger frames.")
-        span = max(float(frame_wanted.max()) - float(frame_wanted.min()), 1.0) if data_range == "frame" else data_range
-        scores.append(float(_ssim_map(frame_made.astype(np.float64), frame_wanted.astype(np.float64), span).mean()))
+        span = max(float(target_frame.max()) - float(target_frame.min()), 1.0) if data_range == "frame" else data_range
+        scores.append(float(_ssim_map(frame.astype(np.float64), target_frame.astype(np.float64), span).mean()))
     return float(np.mean(scores))
 
 
-def canny_f1(made: Clip, wanted: Clip, low: float = 100, high: float = 200, tolerance: int = 0) -> float:
-    """The F1 score of the Canny edges of `made` against those of `wanted`; published models reach .28 to .49."""
-    return canny_scores(made, wanted, low, high, tolerance).f1
+def canny_f1(clip: Clip, target: Clip, low: float = 100, high: float = 200, tolerance: int = 0) -> float:
+    """The F1 score of the Canny edges of `clip` against those of `target`; published models reach .28 to .49."""
+    return canny_scores(clip, target, low, high, tolerance).f1
 
 
-def canny_scores(made: Clip, wanted: Clip, low: float = 100, high: float = 200, tolerance: int = 0) -> CannyScores:
+def canny_scores(clip: Clip, target: Clip, low: float = 100, high: float = 200, tolerance: int = 0) -> CannyScores:
     """F1, precision and recall of edge pixels, pooled over the whole clip.
 
     RGB to grey, then cv2.Canny (aperture 3, L1 gradient). An edge counts as matched if the other clip has one within
     `tolerance` pixels (a square of 2 t + 1); published scores use 0. Published thresholds: 20/50, 50/100, 100/200, 200/300,
-    300/400. A controlling clip without an edge is an error; a generated clip without one scores 0.
+    300/400. A target without an edge is an error; a clip without one scores 0.
     """
     if tolerance < 0:
         raise UserError(f"tolerance is a number of pixels, not {tolerance}.")
-    made, wanted = _same_frame(made, wanted)
-    edges_made, edges_wanted = _edges(made, low, high), _edges(wanted, low, high)
-    if not edges_wanted.any():
+    clip, target = _same_frame(clip, target)
+    edges, target_edges = _edges(clip, low, high), _edges(target, low, high)
+    if not target_edges.any():
         raise UserError(
-            f"the wanted clip has no edge at Canny thresholds {low:g}/{high:g}. Lower them: small clips need 40/90 or less."
+            f"the target has no edge at Canny thresholds {low:g}/{high:g}. Lower them: small clips need 40/90 or less."
         )
-    return edge_scores(edges_made, edges_wanted, tolerance)
+    return edge_scores(edges, target_edges, tolerance)
 
 
-def edge_scores(edges_made: np.ndarray, edges_wanted: np.ndarray, tolerance: int = 0) -> CannyScores:
+def edge_scores(edges: np.ndarray, target_edges: np.ndarray, tolerance: int = 0) -> CannyScores:
     """`canny_scores` of edges that are already computed, T H W, not 0 where an edge is."""
     import cv2
 
-    near_made, near_wanted = edges_made, edges_wanted
+    near, near_target = edges, target_edges
     if tolerance:
         square = np.ones((2 * tolerance + 1, 2 * tolerance + 1), np.uint8)
-        near_made = np.stack([cv2.dilate(frame, square) for frame in edges_made])
-        near_wanted = np.stack([cv2.dilate(frame, square) for frame in edges_wanted])
-    precision = _share(edges_made, near_wanted)
-    recall = _share(edges_wanted, near_made)
+        near = np.stack([cv2.dilate(frame, square) for frame in edges])
+        near_target = np.stack([cv2.dilate(frame, square) for frame in target_edges])
+    precision = _share(edges, near_target)
+    recall = _share(target_edges, near)
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
     return CannyScores(f1, precision, recall)
 
 
-def depth_rmse(made: Depth, wanted: Depth, mode: Literal["linear", "log"] = "linear", *, cap: float | None = 10.0) -> float:
+def depth_rmse(clip: Depth, target: Depth, mode: Literal["linear", "log"] = "linear", *, cap: float | None = 10.0) -> float:
     """The scale-invariant root mean square error of depth T H W, mean over frames; 0 is equal up to a factor per frame.
 
-    "linear": each frame of `made` is scaled by median(wanted) / median(made), residuals are clipped to -+ cap. The result has
-    the unit of `wanted`, and TransferBench feeds relative *inverse* depth, so its numbers are not metres.
-    "log": sqrt(mean d^2 - mean(d)^2), d = log made - log wanted (Eigen et al. 2014, MegaDepth eq. 2), in which the factor
+    "linear": each frame of `clip` is scaled by median(target) / median(clip), residuals are clipped to -+ cap. The result has
+    the unit of `target`, and TransferBench feeds relative *inverse* depth, so its numbers are not metres.
+    "log": sqrt(mean d^2 - mean(d)^2), d = log clip - log target (Eigen et al. 2014, MegaDepth eq. 2), in which the factor
     cancels. The two are not comparable. Pixels that are not positive in both are left out; a frame without any counts as 0,
     as published, and a clip without any is refused.
     """
     if mode not in ("linear", "log"):
         raise UserError(f"mode is 'linear' or 'log', not {mode!r}.")
-    ours, theirs = _depth(made, "made"), _depth(wanted, "wanted")
-    ours = _cut(ours, theirs)
-    if ours.shape[1:] != theirs.shape[1:]:
-        ours = np.stack([_resized(frame, theirs.shape[1], theirs.shape[2]) for frame in ours])
+    own, others = _depth(clip, "clip"), _depth(target, "target")
+    own = _cut(own, others)
+    if own.shape[1:] != others.shape[1:]:
+        own = np.stack([_resized(frame, others.shape[1], others.shape[2]) for frame in own])
     errors = []
-    valid = (ours > 0) & (theirs > 0)
+    valid = (own > 0) & (others > 0)
     if not valid.any():
         raise UserError("no pixel has positive depth in both clips. Pass depth or inverse depth, not normals or a mask.")
-    for a, b, known in zip(ours, theirs, valid):
+    for a, b, known in zip(own, others, valid):
         if not known.any():
             errors.append(0.0)
         elif mode == "linear":
@@ -144,42 +144,42 @@ def depth_rmse(made: Depth, wanted: Depth, mode: Literal["linear", "log"] = "lin
     return float(np.mean(errors))
 
 
-def mean_iou(made: Masks, wanted: Masks, *, threshold: float = 0.1) -> float:
+def mean_iou(clip: Masks, target: Masks, *, threshold: float = 0.1) -> float:
     """The mean intersection over union of matched objects; never quote it without `match_masks(...).recall`."""
-    return match_masks(made, wanted, threshold=threshold).mean_iou
+    return match_masks(clip, target, threshold=threshold).mean_iou
 
 
-def match_masks(made: Masks, wanted: Masks, *, threshold: float = 0.1) -> MaskMatch:
+def match_masks(clip: Masks, target: Masks, *, threshold: float = 0.1) -> MaskMatch:
     """Objects matched one to one so that the sum of their IoU over the whole clip is largest; pairs up to `threshold` dropped.
 
     Masks are boolean tubes T H W: a mapping {phrase: mask}, or pairs (phrase, mask), where masks of one phrase are united; or
     one integer array T H W of labels, 0 being background. Dropping misses raises the mean, hence the recall beside it:
-    kept / matched, where min(generated objects, controlling objects) are matched. No generated object scores 0; no controlling
-    object is an error.
+    pairs / matched, where the smaller number of objects is matched. A clip without objects scores 0; a target without
+    objects is an error.
     """
-    ours, theirs = _tubes(made, "made"), _tubes(wanted, "wanted")
-    if not theirs:
-        raise UserError("the wanted clip has no object to find. Leave this clip out, or pass its masks.")
-    if not ours:
-        return MaskMatch(0.0, 0.0, (), 0, len(theirs))
-    shapes = {mask.shape for mask in (*ours.values(), *theirs.values())}
+    own, others = _tubes(clip, "clip"), _tubes(target, "target")
+    if not others:
+        raise UserError("the target has no object to find. Leave this clip out, or pass its masks.")
+    if not own:
+        return MaskMatch(0.0, 0.0, (), 0, len(others))
+    shapes = {mask.shape for mask in (*own.values(), *others.values())}
     if len(shapes) > 1:
-        raise UserError(f"masks of different shapes {sorted(shapes)}. Cut and resize the made clip before segmenting it.")
-    overlap = np.array([[_iou(a, b) for b in theirs.values()] for a in ours.values()])
-    names_made, names_wanted = list(ours), list(theirs)
+        raise UserError(f"masks of different shapes {sorted(shapes)}. Cut and resize the clip before segmenting it.")
+    overlap = np.array([[_iou(a, b) for b in others.values()] for a in own.values()])
+    names, target_names = list(own), list(others)
     matched = _assignment(-overlap)
-    kept = tuple((names_made[i], names_wanted[j], float(overlap[i, j])) for i, j in matched if overlap[i, j] > threshold)
-    mean = sum(iou for _, _, iou in kept) / len(kept) if kept else 0.0
-    return MaskMatch(mean, len(kept) / len(matched), kept, len(ours), len(theirs))
+    pairs = tuple((names[i], target_names[j], float(overlap[i, j])) for i, j in matched if overlap[i, j] > threshold)
+    mean = sum(iou for _, _, iou in pairs) / len(pairs) if pairs else 0.0
+    return MaskMatch(mean, len(pairs) / len(matched), pairs, len(own), len(others))
 
 
-def _same_frame(made: Clip, wanted: Clip) -> tuple[np.ndarray, np.ndarray]:
-    """Both as arrays, the made one cut to the length of the wanted one and resized to its size."""
-    ours, theirs = _pixels(made, "made"), _pixels(wanted, "wanted")
-    ours = _cut(ours, theirs)
-    if ours.shape != theirs.shape:
-        ours = np.stack([_resized(frame, theirs.shape[1], theirs.shape[2]) for frame in ours])
-    return ours, theirs
+def _same_frame(clip: Clip, target: Clip) -> tuple[np.ndarray, np.ndarray]:
+    """Both as arrays, the clip cut to the length of the target and resized to its size."""
+    own, others = _pixels(clip, "clip"), _pixels(target, "target")
+    own = _cut(own, others)
+    if own.shape != others.shape:
+        own = np.stack([_resized(frame, others.shape[1], others.shape[2]) for frame in own])
+    return own, others
 
 
 def _pixels(clip: Clip, name: str) -> np.ndarray:
@@ -202,12 +202,12 @@ def _depth(depth: Depth, name: str) -> np.ndarray:
     return array.astype(np.float64)
 
 
-def _cut(made: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    if len(made) < len(wanted):
+def _cut(clip: np.ndarray, target: np.ndarray) -> np.ndarray:
+    if len(clip) < len(target):
         raise UserError(
-            f"made has {len(made)} frames and wanted has {len(wanted)}. Generate as many, or pass wanted[:{len(made)}]."
+            f"clip has {len(clip)} frames and target has {len(target)}. Generate as many, or pass target[:{len(clip)}]."
         )
-    return made[: len(wanted)]
+    return clip[: len(target)]
 
 
 def _resized(frame: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -72,7 +72,7 @@ class ControlFidelity(Scorer):
                 notes.append(f"{name}: there is no measure of its fidelity.")
                 continue
             rows = zip(clips, signals.conditioned, signals.measured, strict=True)
-            values = [measure(clip, wanted, own) for clip, wanted, own in rows if wanted and (own or name not in OF_FILES)]
+            values = [measure(clip, target, own) for clip, target, own in rows if target and (own or name not in OF_FILES)]
             if len(values) < len(clips):
                 advice = f"; measure theirs with: fewstep prepare controls DIR --type {name}" if name in OF_FILES else ""
                 notes.append(f"{name}: {len(clips) - len(values)} of {len(clips)} clips have no file to compare{advice}.")
@@ -85,28 +85,28 @@ class ControlFidelity(Scorer):
     def _measure(self, name: str, control: Control) -> Callable[[Clip, Path, Path | None], dict[str, float]] | None:
         """What computes the scores of a clip from the file it was conditioned on and, where needed, its own."""
         if isinstance(control, Comparable):
-            return lambda clip, wanted, _: {f"{name}_fidelity": control.fidelity(clip, _read(control, wanted, clip))}
+            return lambda clip, target, _: {f"{name}_fidelity": control.fidelity(clip, _read(control, target, clip))}
         if is_dataclass(control) and "preset" in {field.name for field in fields(control)}:
             control = replace(control, preset=self.preset)
 
-        def edge(clip: Clip, wanted: Path, _: Path | None) -> dict[str, float]:
-            signal = _read(control, wanted, clip)[..., 0] > 127
+        def edge(clip: Clip, target: Path, _: Path | None) -> dict[str, float]:
+            signal = _read(control, target, clip)[..., 0] > 127
             if not signal.any():
                 return {}  # no edge to keep
             overlap = edge_scores(made_of(control, clip, 0)[..., 0], 255 * signal.astype(np.uint8), self.tolerance)
             return {"edge_f1": overlap.f1, "edge_recall": overlap.recall}
 
-        def vis(clip: Clip, wanted: Path, _: Path | None) -> dict[str, float]:
-            return {"vis_ssim": ssim(made_of(control, clip, 0), _read(control, wanted, clip))}
+        def vis(clip: Clip, target: Path, _: Path | None) -> dict[str, float]:
+            return {"vis_ssim": ssim(made_of(control, clip, 0), _read(control, target, clip))}
 
-        def depth(clip: Clip, wanted: Path, own: Path | None) -> dict[str, float]:
+        def depth(clip: Clip, target: Path, own: Path | None) -> dict[str, float]:
             assert own is not None
-            made, signal = (_read(control, path, clip)[..., 0] / 255 for path in (own, wanted))
-            return {"depth_rmse": depth_rmse(made, signal)}
+            depths, signal = (_read(control, path, clip)[..., 0] / 255 for path in (own, target))
+            return {"depth_rmse": depth_rmse(depths, signal)}
 
-        def seg(clip: Clip, wanted: Path, own: Path | None) -> dict[str, float]:
+        def seg(clip: Clip, target: Path, own: Path | None) -> dict[str, float]:
             assert own is not None
-            objects = _objects(wanted, clip)
+            objects = _objects(target, clip)
             if not objects:
                 return {}
             match = match_masks(_objects(own, clip), objects)

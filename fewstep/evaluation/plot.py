@@ -316,14 +316,14 @@ def _checked(one: Series, log_x: bool, log_y: bool) -> list[np.ndarray]:
     return [array[order] for array in arrays]
 
 
-def _apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions near the wanted ones, at least `gap` apart and within [low, high] as far as there is room."""
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    gap = min(gap, (high - low) / max(len(wanted) - 1, 1))
+def _apart(targets: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions near the targets, at least `gap` apart and within [low, high] as far as there is room."""
+    order = sorted(range(len(targets)), key=lambda i: targets[i])
+    gap = min(gap, (high - low) / max(len(targets) - 1, 1))
     # Clusters of touching labels; each sits where its members want to be on average.
     clusters: list[tuple[float, int]] = []  # first position, number of labels
     for i in order:
-        position, num = min(max(wanted[i], low), high), 1
+        position, num = min(max(targets[i], low), high), 1
         while clusters and position < clusters[-1][0] + clusters[-1][1] * gap:
             first, count = clusters.pop()
             centre = ((first + (count - 1) * gap / 2) * count + (position + (num - 1) * gap / 2) * num) / (count + num)
@@ -331,7 +331,7 @@ def _apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list
             position = min(max(centre - (num - 1) * gap / 2, low), high - (num - 1) * gap)
         clusters.append((position, num))
     placed = [first + k * gap for first, num in clusters for k in range(num)]
-    out = [0.0] * len(wanted)
+    out = [0.0] * len(targets)
     for i, position in zip(order, placed):
         out[i] = position
     return out

@@ -42,7 +42,9 @@ RANKING = 256  # clips by which the samplers of a teacher are compared before th
 
 
 @dataclass(frozen=True)
-class Job:
+class Evaluation:
+    """What to score, against what, and where to write the record."""
+
     what: str
     prompts: Path | None  # data set: captions, text, controls, and real clips of the same scenes
     real: Path | None  # the clips everything is compared with; of other scenes
@@ -60,57 +62,61 @@ class Job:
     control: str | None = None  # the control of the data set that a model is conditioned on
 
 
-def run(job: Job) -> dict[str, Any]:
-    """Scores what the job names, writes its JSON, and returns what that says."""
+def run(task: Evaluation) -> dict[str, Any]:
+    """Scores what the task names, writes its JSON, and returns the same record."""
     for name in ("num", "sets", "calls"):
-        if (value := getattr(job, name)) is not None and value < 1:
+        if (value := getattr(task, name)) is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}")
     torch.set_num_threads(1)
-    scorer = _scorer_of(job)
-    told: dict[str, Any] = {"what": job.what}
+    scorer = _scorer_of(task)
+    results: dict[str, Any] = {"what": task.what}
     records: list[Record] = []
-    if _is_clips(job.what):
-        _refuse_options(job, "holds clips that are made already")
-        sources = _sets_of(Path(job.what), job, scorer)
-        known = _reference(job, scorer)
-    elif job.what.startswith("codec:"):
-        _refuse_options(job, "is a codec, which takes no steps")
-        if job.what == "codec:":
+    if _is_clips(task.what):
+        _refuse_options(task, "holds clips that are made already")
+        sources = _sets_of(Path(task.what), task, scorer)
+        known = _reference(task, scorer)
+    elif task.what.startswith("codec:"):
+        _refuse_options(task, "is a codec, which takes no steps")
+        if task.what == "codec:":
             raise UserError("codec: which one? codec:FOLDER, of an autoencoder of diffusers or of its pipeline")
-        codec, data, known = open_codec(job.what.removeprefix("codec:")), opened(job), _reference(job, scorer)
-        sources = iter([_set_of(_through(codec, data, job), data, job)])
+        codec, data, known = (
+            open_codec(task.what.removeprefix("codec:")),
+            opened(task),
+            _reference(task, scorer),
+        )
+        sources = iter([_set_of(_through(codec, data, task), data, task)])
     else:
-        model, data = open_model(job.what, controls=_controls(job)), opened(job)
+        model, data = open_model(task.what, controls=_controls(task)), opened(task)
         sampler: Sampler = model.sampler
         if not isinstance(sampler, TeacherSampler):
-            _refuse_options(job, f"is a student, which takes the {len(sampler.times)} steps it was trained for")
-        if job.calls is not None and (names := [name for name in job.sampling.names() if name != "--guidance"]):
+            _refuse_options(task, f"is a student, which takes the {len(sampler.times)} steps it was trained for")
+        if task.calls is not None and (names := [name for name in task.sampling.names() if name != "--guidance"]):
             raise UserError(f"--calls: finds steps, sampler and shift by itself; leave out {', '.join(names)}")
-        codec, known = codec_of(model, job.what, job.codec), _reference(job, scorer)
+        codec, known = codec_of(model, task.what, task.codec), _reference(task, scorer)
         candidates: list[dict[str, Any]] = []
         if isinstance(sampler, TeacherSampler):
-            sampler = changed(sampler, job.sampling)
-            if job.calls is not None:
-                sampler, candidates = best_of(model, sampler, codec, data, job, scorer, known)
-        told |= {"num_calls": sampler.num_calls, "candidates": candidates, "guidance": sampler.guidance}
-        told |= {"sampler": _named(sampler)} if isinstance(sampler, TeacherSampler) else {}
-        sources = (_set_of(generated(model, sampler, codec, data, job, job.num, k), data, job) for k in range(job.sets))
+            sampler = changed(sampler, task.sampling)
+            if task.calls is not None:
+                sampler, candidates = best_of(model, sampler, codec, data, task, scorer, known)
+        results |= {"num_calls": sampler.num_calls, "candidates": candidates, "guidance": sampler.guidance}
+        results |= {"sampler": _named(sampler)} if isinstance(sampler, TeacherSampler) else {}
+        sources = (_set_of(generated(model, sampler, codec, data, task, task.num, k), data, task) for k in range(task.sets))
     for k, clips in enumerate(sources):
         if k == 0:
-            _keep(clips.clips, job)
+            _keep(clips.clips, task)
         records.append(scorer.score(clips.clips, clips.prompts, known, clips.controls))
     names = list(dict.fromkeys(name for record in records for name in record.scores))
     values = {name: over_sets([record[name] for record in records if name in record.scores]) for name in names}
-    told |= {
+    results |= {
         "scorer": {"kind": scorer.kind, **dump(scorer)},  # pyright: ignore[reportAttributeAccessIssue]  # @kind sets it
         "measured_by": records[0].name,
         "num_reference": records[0].num_reference,
-        "notes": sorted({*_few_sets(job, len(records)), *(note for record in records for note in record.notes)}),
+        "notes": sorted({*_few_sets(task, len(records)), *(note for record in records for note in record.notes)}),
         "legend": [asdict(score) for score in scorer.legend if score.name in values],
         "scores": {name: _written(value) for name, value in values.items()},
     }
-    write_json(job.out, told)
-    return told
+    write_json(task.out, results)
+    return results
 
 
 @dataclass(frozen=True)
@@ -128,11 +134,11 @@ def scorer_of(name: str | None, settings: Sequence[str] = ()) -> Scorer | None:
     return apply_overrides(choice, [f"scorer.{setting}" for setting in settings]).scorer
 
 
-def _scorer_of(job: Job) -> Scorer:
-    """The scorer of the job, after a check that the job has all it needs."""
-    scorer = job.scorer
+def _scorer_of(task: Evaluation) -> Scorer:
+    """The scorer of the task; raises UserError if the task lacks something it needs."""
+    scorer = task.scorer
     if scorer is None:
-        folder = Path(job.what) if _is_clips(job.what) else _prompts(job)
+        folder = Path(task.what) if _is_clips(task.what) else _prompts(task)
         first = next(iter(Layout.open(folder).files(VIDEOS).values()), None)
         if first is None:
             raise UserError(f"{folder}: has no videos/*.mp4, by whose size a scorer could be chosen; name one with --scorer")
@@ -142,36 +148,36 @@ def _scorer_of(job: Job) -> Scorer:
         scorer = next((kind() for kind in kinds.values() if kind().suits(*size)), None)
         if scorer is None:
             raise UserError(f"no scorer is made for clips of {' x '.join(map(str, size))}: add --scorer {' or '.join(kinds)}")
-    if job.num < scorer.min_clips:
-        raise UserError(f"--num {job.num}: a set needs at least {scorer.min_clips} clips, and better hundreds")
-    if "real" in scorer.needs and job.real is None:
+    if task.num < scorer.min_clips:
+        raise UserError(f"--num {task.num}: a set needs at least {scorer.min_clips} clips, and better hundreds")
+    if "real" in scorer.needs and task.real is None:
         raise UserError("--real: this scorer compares with real clips; give their folder")
     return scorer
 
 
-def _prompts(job: Job) -> Path:
-    if job.prompts is None:
-        raise UserError(f"--prompts: {job.what} is not a folder of clips; give the data set whose captions it is to follow")
-    return job.prompts
+def _prompts(task: Evaluation) -> Path:
+    if task.prompts is None:
+        raise UserError(f"--prompts: {task.what} is not a folder of clips; give the data set whose captions it is to follow")
+    return task.prompts
 
 
-def _controls(job: Job) -> list[str]:
-    return [] if job.control is None else [job.control]
+def _controls(task: Evaluation) -> list[str]:
+    return [] if task.control is None else [task.control]
 
 
-def _refuse_options(job: Job, why: str) -> None:
+def _refuse_options(task: Evaluation, why: str) -> None:
     """Refuses options of a teacher's sampler where they would have no effect."""
-    names = ["--calls"] * (job.calls is not None) + job.sampling.names()
+    names = ["--calls"] * (task.calls is not None) + task.sampling.names()
     if names:
-        raise UserError(f"{', '.join(names)}: {job.what} {why}. Leave it out: it is for a teacher")
+        raise UserError(f"{', '.join(names)}: {task.what} {why}. Leave it out: it is for a teacher")
 
 
-def _few_sets(job: Job, num: int) -> list[str]:
-    return [f"{num} of {job.sets} sets: {job.what} holds no more clips."] * (num < job.sets)
+def _few_sets(task: Evaluation, num: int) -> list[str]:
+    return [f"{num} of {task.sets} sets: {task.what} holds no more clips."] * (num < task.sets)
 
 
-def _reference(job: Job, scorer: Scorer) -> Any:
-    return scorer.reference(job.real, job.out.parent / "cache")
+def _reference(task: Evaluation, scorer: Scorer) -> Any:
+    return scorer.reference(task.real, task.out.parent / "cache")
 
 
 def _written(value: Value) -> dict[str, Any]:
@@ -188,46 +194,54 @@ def _written(value: Value) -> dict[str, Any]:
     }
 
 
-def line(told: dict[str, Any]) -> str:
+def line(results: dict[str, Any]) -> str:
     """The scores one looks at first, and what makes them less than they seem."""
-    shown = ((score["name"], told["scores"][score["name"]]) for score in told["legend"] if score["is_headline"])
+    shown = ((score["name"], results["scores"][score["name"]]) for score in results["legend"] if score["is_headline"])
     known = ((name, v["value"], v["spread"]) for name, v in shown if v["value"] is not None)
     text = "  ".join(f"{name} {value:.3g}" + ("" if spread is None else f" +- {spread:.2g}") for name, value, spread in known)
-    return "\n".join([text, *(f"  note: {note}" for note in told["notes"])])
+    return "\n".join([text, *(f"  note: {note}" for note in results["notes"])])
 
 
 # ---- clips -----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def generated(model: Model, sampler: Sampler, codec: Codec, data: FolderData, job: Job, num: int, number: int) -> np.ndarray:
+def generated(
+    model: Model, sampler: Sampler, codec: Codec, data: FolderData, task: Evaluation, num: int, number: int
+) -> np.ndarray:
     """`num` clips of evaluation set `number`: row i from the same noise whatever the model."""
     parts: list[np.ndarray] = []
-    for rows in torch.arange(num).split(job.batch_size):
+    for rows in torch.arange(num).split(task.batch_size):
         batch, rng = data.batch(rows), Rng(SEEDS + number, 0, rows)
         assert batch.x0 is not None
         noise = rng.normal(codec.shape(*batch.x0.shape[2:]))
         control = {name: codec.encode(frames) for name, frames in batch.cond.control.items()}
         cond = replace(batch.cond, control=control)
         negative = None if batch.negative is None else replace(batch.negative, control=control)
-        parts.append(to_uint8(codec.decode(sampler(model.network, noise, cond, rng, negative)), job.what))
+        parts.append(to_uint8(codec.decode(sampler(model.network, noise, cond, rng, negative)), task.what))
     return np.concatenate(parts)
 
 
 def best_of(
-    model: Model, sampler: TeacherSampler, codec: Codec, data: FolderData, job: Job, scorer: Scorer, reference: Any
+    model: Model,
+    sampler: TeacherSampler,
+    codec: Codec,
+    data: FolderData,
+    task: Evaluation,
+    scorer: Scorer,
+    reference: Any,
 ) -> tuple[TeacherSampler, list[dict[str, Any]]]:
-    """The way to spend `job.calls` network calls that the scorer ranks first, and its distance of each way.
+    """The way to spend `task.calls` network calls that the scorer ranks first, and its distance of each way.
 
     Ways are solvers, grids, and half as many steps with guidance. The ranking has noise of its own, and fewer clips.
     """
-    assert job.calls is not None
-    num, table = min(RANKING, job.num), list[tuple[float, TeacherSampler]]()
-    ways = ways_of(job.calls, sampler)
+    assert task.calls is not None
+    num, table = min(RANKING, task.num), list[tuple[float, TeacherSampler]]()
+    ways = ways_of(task.calls, sampler)
     if len(ways) == 1:
         return ways[0], []  # nothing to choose
     for way in ways:
-        clips = _set_of(generated(model, way, codec, data, job, num, job.sets), data, job)
+        clips = _set_of(generated(model, way, codec, data, task, num, task.sets), data, task)
         table.append((scorer.distance(clips.clips, clips.prompts, reference, clips.controls), way))
     table.sort(key=lambda row: row[0])
     return table[0][1], [{"sampler": _named(way), "distance": value, "n": num} for value, way in table]
@@ -258,25 +272,25 @@ def _named(sampler: TeacherSampler) -> str:
     return f"{sampler.solver}, {sampler.num_steps} steps, {grid}{guided}"
 
 
-def opened(job: Job) -> FolderData:
-    control: Any = None if job.control is None else _control_kinds((job.control,))[job.control]()
+def opened(task: Evaluation) -> FolderData:
+    control: Any = None if task.control is None else _control_kinds((task.control,))[task.control]()
     data = Folder(
-        str(_prompts(job)),
-        text=job.text,
-        max_tokens=job.max_tokens,
+        str(_prompts(task)),
+        text=task.text,
+        max_tokens=task.max_tokens,
         mask_text=True,
         negative="zeros",
         control=control,
     ).open()
-    if len(data) < job.num:
-        raise UserError(f"--num {job.num}: {job.prompts} has {len(data)} prompts")
+    if len(data) < task.num:
+        raise UserError(f"--num {task.num}: {task.prompts} has {len(data)} prompts")
     return data
 
 
 @torch.no_grad()
-def _through(codec: Codec, data: FolderData, job: Job) -> np.ndarray:
-    batches = (data.batch(rows).x0 for rows in torch.arange(job.num).split(job.batch_size))
-    return np.concatenate([to_uint8(codec.decode(codec.encode(pixels)), job.what) for pixels in batches if pixels is not None])
+def _through(codec: Codec, data: FolderData, task: Evaluation) -> np.ndarray:
+    batches = (data.batch(rows).x0 for rows in torch.arange(task.num).split(task.batch_size))
+    return np.concatenate([to_uint8(codec.decode(codec.encode(pixels)), task.what) for pixels in batches if pixels is not None])
 
 
 def _is_clips(what: str) -> bool:
@@ -292,28 +306,28 @@ class _ClipSet:
     controls: Mapping[str, Signals]
 
 
-def _set_of(clips: np.ndarray, data: FolderData, job: Job) -> _ClipSet:
+def _set_of(clips: np.ndarray, data: FolderData, task: Evaluation) -> _ClipSet:
     """Clips that were made for the first samples of the data set."""
     stems = data.stems[: len(clips)]
-    return _ClipSet(list(clips), data.captions()[: len(clips)], _signals(stems, data.layout, None, _controls(job)))
+    return _ClipSet(list(clips), data.captions()[: len(clips)], _signals(stems, data.layout, None, _controls(task)))
 
 
-def _sets_of(folder: Path, job: Job, scorer: Scorer) -> Iterator[_ClipSet]:
-    """The folder's clips, `job.num` at a time, as many whole sets as there are, up to `job.sets`.
+def _sets_of(folder: Path, task: Evaluation, scorer: Scorer) -> Iterator[_ClipSet]:
+    """The folder's clips, `task.num` at a time, as many whole sets as there are, up to `task.sets`.
 
     Captions are the folder's own. The controls that the clips were conditioned on are those of --prompts, by file name; without
     --prompts they are the folder's own.
     """
     own = Layout.open(folder)
-    theirs = own if job.prompts is None else Layout.open(job.prompts)
+    theirs = own if task.prompts is None else Layout.open(task.prompts)
     files, captions = own.files(VIDEOS), own.files(CAPTIONS)
     stems = list(files)
-    if len(files) < job.num or ("prompts" in scorer.needs and set(captions) != set(files)):
-        raise UserError(f"{folder}: has {len(files)} clips and {len(captions)} captions; a set needs {job.num} of both")
-    for k in range(min(job.sets, len(files) // job.num)):
-        part = stems[k * job.num : (k + 1) * job.num]
+    if len(files) < task.num or ("prompts" in scorer.needs and set(captions) != set(files)):
+        raise UserError(f"{folder}: has {len(files)} clips and {len(captions)} captions; a set needs {task.num} of both")
+    for k in range(min(task.sets, len(files) // task.num)):
+        part = stems[k * task.num : (k + 1) * task.num]
         prompts = [captions[stem].read_text().strip() if stem in captions else "" for stem in part]
-        controls = _signals(part, theirs, own if theirs != own else None, _controls(job))
+        controls = _signals(part, theirs, own if theirs != own else None, _controls(task))
         yield _ClipSet([video.read(files[stem]).frames for stem in part], prompts, controls)
 
 
@@ -337,9 +351,9 @@ def _control_kinds(names: Sequence[str]) -> dict[str, Any]:
     return {name: kinds[name] for name in names or kinds}
 
 
-def _keep(clips: Sequence[Clip], job: Job) -> None:
-    for n, clip in enumerate(clips[: job.keep]):
-        video.write(job.out.with_suffix("") / f"{n:02d}.mp4", clip, 16.0, quality="lossless")
+def _keep(clips: Sequence[Clip], task: Evaluation) -> None:
+    for n, clip in enumerate(clips[: task.keep]):
+        video.write(task.out.with_suffix("") / f"{n:02d}.mp4", clip, 16.0, quality="lossless")
 
 
 def speed(
@@ -355,15 +369,15 @@ def speed(
 
     torch.set_num_threads(1)
     model = open_model(address)
-    job = replace(Job(address, prompts, prompts, Path("-")), num=num, batch_size=num, max_tokens=max_tokens)
+    task = replace(Evaluation(address, prompts, prompts, Path("-")), num=num, batch_size=num, max_tokens=max_tokens)
     codec, sampler = codec_of(model, address), model.sampler
-    data, rates = opened(job), list[float]()
+    data, rates = opened(task), list[float]()
     if isinstance(sampler, TeacherSampler):
         sampler = changed(sampler, sampling or SamplerOptions())
     warm = replace(sampler, num_steps=min(2, sampler.num_steps)) if isinstance(sampler, TeacherSampler) else sampler
-    generated(model, warm, codec, data, job, num, 0)
+    generated(model, warm, codec, data, task, num, 0)
     for _ in range(repeats):
         began = time.monotonic()
-        generated(model, sampler, codec, data, job, num, 0)
+        generated(model, sampler, codec, data, task, num, 0)
         rates.append(num / (time.monotonic() - began))
     return Value(statistics.mean(rates), statistics.stdev(rates), repeats, tuple(rates))

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fewstep.data.controls import Edge, Vis, grey_of_depth
+from fewstep.data.controls import Edge, Pixels, Vis
 from fewstep.data.files import keypoints, masks, video
 from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout, Part
@@ -64,19 +65,20 @@ def write(
 ) -> int:
     """Writes clips 0 .. num - 1 of the series `seed` to `out`, but for those that are there; how many it made.
 
-    `only` names the folders wanted (videos, metas, edge ..); None: all of them. `encoder`, a folder or hub id, embeds the
+    `only` names the folders to write (videos, metas, edge ..); None: all of them. `encoder`, a folder or hub id, embeds the
     captions, unless `only` leaves them out; None: they are not embedded.
 
     `workers` processes render and write, or this one if 0. Refuses a folder that holds other clips than these.
     """
-    wanted, embeds = _wanted(only)
+    parts, embeds = _parts_of(only)
     opened = open_text_encoder(encoder) if embeds and encoder is not None else None  # before anything is rendered
-    place, known = _claimed(out, num, seed, world)
-    there = [place.files(part) for part in wanted]
+    place, earlier = _claimed(out, num, seed, world)
+    there = [place.files(part) for part in parts]
     todo = [index for index in range(num) if not all(stem_of(index) in files for files in there)]
-    jobs = [(world, seed, index, place, wanted) for index in todo]
-    made = {label["index"]: label for label in track(_done(jobs, workers), len(jobs), f"rendering {out}")}
-    labels = known | made | {index: _label(world, seed, index) for index in range(num) if index not in known | made}
+    jobs = [(world, seed, index, place, parts) for index in todo]
+    new = {label["index"]: label for label in track(_done(jobs, workers), len(jobs), f"rendering {out}")}
+    rest = {index: _label(world, seed, index) for index in range(num) if index not in earlier | new}
+    labels = earlier | new | rest
     _write_index(out, num, seed, world, [labels[index] for index in range(num)])
     if opened is not None:
         text.write(out, opened, folder=TEXT.folder)
@@ -97,14 +99,14 @@ def depth_range_m(world: World) -> tuple[float, float]:
 # ---- parts of the above --------------------------------------------------------------------------------------------
 
 
-def _wanted(only: Iterable[str] | None) -> tuple[tuple[Part, ...], bool]:
+def _parts_of(only: Iterable[str] | None) -> tuple[tuple[Part, ...], bool]:
     """What is written of each clip, and whether captions are embedded; those that are, are written."""
     if only is None:
         return PARTS, True
-    names, known = set(only), [part.folder for part in (*PARTS, TEXT)]
-    unknown = sorted(names - set(known))
+    names, choices = set(only), [part.folder for part in (*PARTS, TEXT)]
+    unknown = sorted(names - set(choices))
     if unknown or not names:
-        raise UserError(f"--only: there is no {', '.join(unknown) or 'name in it'}; it takes {', '.join(known)}")
+        raise UserError(f"--only: there is no {', '.join(unknown) or 'name in it'}; it takes {', '.join(choices)}")
     embeds = TEXT.folder in names
     return tuple(part for part in PARTS if part.folder in names or (embeds and part is layout.CAPTIONS)), embeds
 
@@ -187,30 +189,41 @@ def _use_one_thread() -> None:
 
 
 def _write_clip(job: _Job) -> _Label:
-    world, seed, index, place, wanted = job
-    made = clips.clip(world, seed, index)
-    stem, rgb, phrases = stem_of(index), made.rgb, _phrases(made.scene)
+    world, seed, index, place, parts = job
+    clip = clips.clip(world, seed, index)
+    stem, rgb, phrases = stem_of(index), clip.rgb, _phrases(clip.scene)
 
     def film(part: Part, frames: Callable[[], np.ndarray]) -> None:
-        if part in wanted:
-            video.write(place.file(part, stem), frames(), made.fps, quality="lossless")
+        if part in parts:
+            video.write(place.file(part, stem), frames(), clip.fps, quality="lossless")
 
     film(layout.VIDEOS, lambda: rgb)
     for control in (EDGE, VIS):
         film(layout.control(control.folder, control.suffix), lambda control=control: control(rgb))
-    film(DEPTH, lambda: grey_of_depth(made.depth, *depth_range_m(world)))
-    if SEG in wanted:
-        masks.write(place.file(SEG, stem), [(phrase, made.segmentation == n + 1) for n, phrase in enumerate(phrases)])
-    if KEYPOINT in wanted:
-        keypoints.write_objects(place.file(KEYPOINT, stem), phrases, made.keypoints)
-    if layout.CAPTIONS in wanted:
-        _write_caption(place.file(layout.CAPTIONS, stem), made)
-    return _label_of(index, made.scene, made.caption, made.events)
+    film(DEPTH, lambda: grey_of_depth(clip.depth, *depth_range_m(world)))
+    if SEG in parts:
+        masks.write(place.file(SEG, stem), [(phrase, clip.segmentation == n + 1) for n, phrase in enumerate(phrases)])
+    if KEYPOINT in parts:
+        keypoints.write_objects(place.file(KEYPOINT, stem), phrases, clip.keypoints)
+    if layout.CAPTIONS in parts:
+        _write_caption(place.file(layout.CAPTIONS, stem), clip)
+    return _label_of(index, clip.scene, clip.caption, clip.events)
 
 
 def _phrases(scene: Scene) -> list[str]:
     return [f"{body.colour} {body.shape}" for body in scene.bodies]
 
 
-def _write_caption(path: Path, made: Clip) -> None:
-    write_text(path, made.caption + "\n")
+def _write_caption(path: Path, clip: Clip) -> None:
+    write_text(path, clip.caption + "\n")
+
+
+def grey_of_depth(depth: NDArray[np.floating], near: float, far: float) -> Pixels:
+    """(T, H, W) metres to grey frames: 255 at `near`, 0 at `far`, linear in 1 / depth, as depth networks answer."""
+    grey = 255 * (1 / np.clip(depth, near, far) - 1 / far) / (1 / near - 1 / far)
+    return np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def depth_of_grey(frames: Pixels, near: float, far: float) -> NDArray[np.float64]:
+    """(T, H, W) metres of what `grey_of_depth` gave; off by at most depth^2 (1 / near - 1 / far) / 510."""
+    return 1 / (frames[..., 0] / 255 * (1 / near - 1 / far) + 1 / far)

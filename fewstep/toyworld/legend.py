@@ -28,7 +28,7 @@ LEGEND = (
     Score(
         "adherence",
         "Prompt adherence",
-        "Share of clips in which every asked colour is found in its asked shape, and no other object.",
+        "Share of clips in which every colour of the caption is found in its shape, and no other object.",
         "higher",
         is_headline=True,
     ),
@@ -62,9 +62,9 @@ LEGEND = (
     Score("seed_diversity", "Seed diversity", "Mean feature distance between clips of one prompt.", "as real"),
     Score("adherence_colours", "Adherence, colours", "Adherence without the shapes.", "higher"),
     Score("adherence_chance", "Adherence by chance", "Adherence of the same clips to the captions of others.", "as real"),
-    Score("count", "Count", "Share of clips with as many objects as asked.", "higher"),
-    Score("shape", "Shape", "Share of the asked and found objects with the right shape.", "higher"),
-    Score("direction", "Direction", "Share of the objects asked to go left or right that do, in the first frames.", "higher"),
+    Score("count", "Count", "Share of clips with as many objects as the caption names.", "higher"),
+    Score("shape", "Shape", "Share of the captions' objects that are found with the right shape.", "higher"),
+    Score("direction", "Direction", "Share of the objects that should go left or right and do, in the first frames.", "higher"),
     Score("second_difference_px", "Bend of tracks", "In px per frame squared; 0 for a frozen clip.", "as real"),
     Score(
         "flights", "Flights", "Stretches of free flight found in a clip; where they are few, gravity means little.", "as real"

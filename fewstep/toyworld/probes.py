@@ -52,9 +52,9 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Parsed:
-    """What n clips show, by colour (K = 6, as in COLOURS) and frame (T). Where a colour is not found the rest means nothing."""
+    """What n clips show, by colour (K = 6, as in COLOURS) and frame (T). Only the rows of present colours mean anything."""
 
-    found: Bools  # (n, K): in a quarter of the frames at least
+    present: Bools  # (n, K): in a quarter of the frames at least
     extra: NDArray[np.int64]  # (n, K): further objects of a colour that is found
     is_box: Bools  # (n, K)
     area: Floats  # (n, K, T), px; 0 where the colour is not seen
@@ -65,7 +65,7 @@ class Parsed:
     @property
     def count(self) -> NDArray[np.int64]:
         """Objects in each clip (n,)."""
-        return self.found.sum(1) + (self.extra * self.found).sum(1)
+        return self.present.sum(1) + (self.extra * self.present).sum(1)
 
     def rows(self, index: slice | NDArray[np.integer]) -> Parsed:
         """The same of some of the clips."""
@@ -96,7 +96,7 @@ def _stacked(parts: Sequence[R]) -> R:
 
 def _parse(rgb: NDArray[np.uint8]) -> Parsed:
     parsed, looks = _tracked(rgb)
-    return replace(parsed, is_box=_boxes(looks, parsed.found.shape))
+    return replace(parsed, is_box=_boxes(looks, parsed.present.shape))
 
 
 def looks_at(clips: NDArray[np.uint8]) -> Crops:
@@ -145,12 +145,12 @@ def _tracked(rgb: NDArray[np.uint8]) -> tuple[Parsed, Crops]:
         sizeable = mass[big] / scale**2 >= 0.5 * area[clip, k, t]
         extra[:, k] = np.bincount(frame[sizeable], minlength=frames).reshape(num, num_frames) - 1
     is_inside = (box[..., :2] > 0).all(-1) & (box[..., 2] < width / scale) & (box[..., 3] < height / scale)
-    seen = area > 0
-    found = seen.mean(2) >= _MIN_SHARE
-    num_extra = np.round((np.maximum(extra, 0) * seen).sum(2) / np.maximum(seen.sum(2), 1)).astype(np.int64)
+    visible = area > 0
+    present = visible.mean(2) >= _MIN_SHARE
+    num_extra = np.round((np.maximum(extra, 0) * visible).sum(2) / np.maximum(visible.sum(2), 1)).astype(np.int64)
     coverage, colour = coverage.reshape(rgb.shape[:4]), colour.reshape(rgb.shape[:4])
-    looks = _crops(rgb, coverage, colour, found, seen, centre)
-    return Parsed(found, num_extra, np.zeros_like(found), area, centre, box, is_inside), looks
+    looks = _crops(rgb, coverage, colour, present, visible, centre)
+    return Parsed(present, num_extra, np.zeros_like(present), area, centre, box, is_inside), looks
 
 
 def coverage_of(rgb: NDArray[np.uint8]) -> tuple[Floats, NDArray[np.int8]]:
@@ -233,8 +233,8 @@ def _crops(
     rgb: NDArray[np.uint8],
     coverage: Floats,
     colour: NDArray[np.int8],
-    found: Bools,
-    seen: Bools,
+    present: Bools,
+    visible: Bools,
     centre: Floats,
     every: int = 2,
 ) -> Crops:
@@ -244,8 +244,8 @@ def _crops(
     window = ((0, 0), (0, 0), (half, half), (half, half))
     covered, owner = np.pad(coverage * (colour >= 0), window), np.pad(colour, window, constant_values=-1)
     bright = np.pad(_extremes(rgb)[1], window)
-    looked_at = seen & found[:, :, None]
-    looked_at[:, :, np.arange(seen.shape[2]) % every > 0] = False
+    looked_at = visible & present[:, :, None]
+    looked_at[:, :, np.arange(visible.shape[2]) % every > 0] = False
     clip, k, t = np.nonzero(looked_at)
     left, top = np.floor(centre[clip, k, t].T).astype(np.intp)
     y = (scale * top[:, None] + np.arange(scale * _CROP))[:, :, None]
@@ -277,26 +277,26 @@ def _boxes(looks: Crops, shape: tuple[int, int]) -> Bools:
     return (np.bincount(looks.clip * NUM + looks.colour, logits, shape[0] * NUM) > 0).reshape(shape)
 
 
-# ---- what the caption asked for ------------------------------------------------------------------------------------
+# ---- what the caption describes ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Asked:
+class Description:
     """What n captions ask for, by colour (n, K)."""
 
     present: Bools
     is_box: Bools
     side: NDArray[np.int64]  # -1 to the left, 1 to the right, 0 neither
 
-    def rows(self, index: NDArray[np.integer]) -> Asked:
+    def rows(self, index: NDArray[np.integer]) -> Description:
         """The same of some of the captions, in the order of `index`."""
-        return Asked(self.present[index], self.is_box[index], self.side[index])
+        return Description(self.present[index], self.is_box[index], self.side[index])
 
 
-def asked(captions: Sequence[str]) -> Asked:
+def descriptions(captions: Sequence[str]) -> Description:
     """What captions in the words of the toy world ask for; refuses two objects of one colour, which are not told apart."""
     shape = (len(captions), NUM)
-    out = Asked(np.zeros(shape, np.bool_), np.zeros(shape, np.bool_), np.zeros(shape, np.int64))
+    out = Description(np.zeros(shape, np.bool_), np.zeros(shape, np.bool_), np.zeros(shape, np.int64))
     for row, caption in enumerate(captions):
         for one in read_caption(caption)[0]:
             k = NAMES.index(one.colour)
@@ -308,52 +308,52 @@ def asked(captions: Sequence[str]) -> Asked:
 
 
 class Adherence(NamedTuple):
-    """Shares of clips that show what was asked for and nothing else."""
+    """Shares of clips that show what the caption describes and nothing else."""
 
     colours: float
     colours_and_shapes: float
 
 
-def adherence(clips: Clips | Parsed, captions: Sequence[str] | Asked) -> Adherence:
+def adherence(clips: Clips | Parsed, captions: Sequence[str] | Description) -> Adherence:
     """Shares of clips that show what their caption asks for, and no more.
 
-    colours: each asked colour is found, no other colour is, and no colour twice. colours_and_shapes: besides, each of these
-    objects is a sphere or a box as asked. A colour is found when a blob of it, at least 4 pixels in area and 3 across, is in
-    a quarter of the frames. Motion words do not count here.
+    colours: each colour of the caption is found, no other one is, and none twice. colours_and_shapes: besides, each of these
+    objects is a sphere or a box as described. A colour is present when a blob of it, at least 4 pixels in area and 3 across, is
+    in a quarter of the frames. Motion words do not count here.
     """
-    parsed, wanted = _both(clips, captions)
-    colours, shapes = colours_as_asked(parsed, wanted), shapes_as_asked(parsed, wanted)
+    parsed, description = _both(clips, captions)
+    colours, shapes = colours_match(parsed, description), shapes_match(parsed, description)
     return Adherence(float(colours.mean()), float((colours & shapes).mean()))
 
 
-def colours_as_asked(parsed: Parsed, wanted: Asked) -> Bools:
-    """(n,): the colours found are those asked for, each once."""
-    return (parsed.found == wanted.present).all(1) & (parsed.count == wanted.present.sum(1))
+def colours_match(parsed: Parsed, description: Description) -> Bools:
+    """(n,): the colours found are those of the caption, each once."""
+    return (parsed.present == description.present).all(1) & (parsed.count == description.present.sum(1))
 
 
-def shapes_as_asked(parsed: Parsed, wanted: Asked) -> Bools:
-    """(n,): no object that was asked for and found has the wrong shape."""
-    return ~(parsed.found & wanted.present & (parsed.is_box != wanted.is_box)).any(1)
+def shapes_match(parsed: Parsed, description: Description) -> Bools:
+    """(n,): no object of the caption that is found has the wrong shape."""
+    return ~(parsed.present & description.present & (parsed.is_box != description.is_box)).any(1)
 
 
-def _both(clips: Clips | Parsed, captions: Sequence[str] | Asked) -> tuple[Parsed, Asked]:
+def _both(clips: Clips | Parsed, captions: Sequence[str] | Description) -> tuple[Parsed, Description]:
     parsed = clips if isinstance(clips, Parsed) else parse(clips)
-    wanted = captions if isinstance(captions, Asked) else asked(captions)
-    if len(parsed.found) != len(wanted.present):
-        raise UserError(f"{len(parsed.found)} clips and {len(wanted.present)} captions: give each clip its caption.")
-    return parsed, wanted
+    description = captions if isinstance(captions, Description) else descriptions(captions)
+    if len(parsed.present) != len(description.present):
+        raise UserError(f"{len(parsed.present)} clips and {len(description.present)} captions: give each clip its caption.")
+    return parsed, description
 
 
-def sides_as_asked(parsed: Parsed, wanted: Asked) -> Floats:
-    """(n,): share of the objects asked to go left or right that do in the first four frames; nan where none is asked to.
+def sides_match(parsed: Parsed, description: Description) -> Floats:
+    """(n,): share of the objects described as going left or right that do in the first four frames; nan if there is none.
 
     An object that is missing, or that moves less than 0.05 px a frame, does not.
     """
     x = parsed.centre[:, :, :4, 0]
     step = np.diff(x)
     speed = np.where(np.isnan(step), 0, step).sum(2) / np.maximum((~np.isnan(step)).sum(2), 1)
-    right = (np.sign(speed) == wanted.side) & (np.abs(speed) > 0.05) & parsed.found
-    has_side = wanted.side != 0
+    right = (np.sign(speed) == description.side) & (np.abs(speed) > 0.05) & parsed.present
+    has_side = description.side != 0
     return ratio((right & has_side).sum(1), has_side.sum(1))
 
 
@@ -366,7 +366,7 @@ def second_difference_px(parsed: Parsed) -> Floats:
     A parabola under gravity has 0.23 to 0.35; a frozen clip 0, which is no merit: read it beside gravity and direction.
     """
     bend = np.linalg.norm(np.diff(parsed.centre, 2, axis=2), axis=-1)
-    has_track = parsed.found & ~np.isnan(bend).all(2)
+    has_track = parsed.present & ~np.isnan(bend).all(2)
     middle = np.nanmedian(np.where(has_track[..., None], bend, 0), axis=2)
     return ratio((middle * has_track).sum(1), has_track.sum(1))
 
@@ -376,12 +376,12 @@ def permanence(parsed: Parsed) -> Floats:
 
     It may be hidden where it was last seen (or will next be) at the border of the picture, or behind another object.
     """
-    seen = parsed.area > 0
-    num_frames = seen.shape[2]
+    visible = parsed.area > 0
+    num_frames = visible.shape[2]
     frame = np.arange(num_frames)
-    last = np.maximum.accumulate(np.where(seen, frame, -1), axis=2)
-    following = np.minimum.accumulate(np.where(seen, frame, num_frames)[:, :, ::-1], axis=2)[:, :, ::-1]
-    excused = np.zeros_like(seen)
+    last = np.maximum.accumulate(np.where(visible, frame, -1), axis=2)
+    following = np.minimum.accumulate(np.where(visible, frame, num_frames)[:, :, ::-1], axis=2)[:, :, ::-1]
+    excused = np.zeros_like(visible)
     for near in (last, following):
         inside = (near >= 0) & (near < num_frames)
         index = np.clip(near, 0, num_frames - 1)
@@ -391,8 +391,8 @@ def permanence(parsed: Parsed) -> Floats:
             b = parsed.box[:, k : k + 1]
             behind = ((c > b[..., :2] - 2) & (c < b[..., 2:] + 2)).all(-1)
             excused |= inside & behind & (np.arange(NUM)[:, None] != k)
-    there = (seen | excused) & parsed.found[..., None]
-    return ratio(there.sum((1, 2)), parsed.found.sum(1) * num_frames)
+    there = (visible | excused) & parsed.present[..., None]
+    return ratio(there.sum((1, 2)), parsed.present.sum(1) * num_frames)
 
 
 class Flights(NamedTuple):
@@ -414,7 +414,7 @@ def flights(parsed: Parsed, fps: float = 16.0) -> Flights:
     value. On real clips three of four are within 5 % of the truth, a few span a bounce: state the law by the median.
     """
     y = parsed.centre[..., 1]
-    whole = parsed.found[..., None] & parsed.is_inside
+    whole = parsed.present[..., None] & parsed.is_inside
     for k in range(NUM):
         other = parsed.box[:, k : k + 1]
         touches = ((parsed.box[..., :2] < other[..., 2:] + 1) & (parsed.box[..., 2:] > other[..., :2] - 1)).all(-1)

@@ -177,7 +177,7 @@ def video_files(folder: Path | str) -> list[Path]:
 
 
 def score(
-    made: Source | Sequence[Source],
+    clip_sets: Source | Sequence[Source],
     prompts: Sequence[str],
     real: Reference | Source,
     *,
@@ -186,43 +186,43 @@ def score(
     draws: int = 20,
     cache: Path | None = None,
 ) -> Record:
-    """Every score of `made`, one set of clips for the `prompts` or several (evaluation seeds), against `real` clips.
+    """Every score of `clip_sets`, one set of clips for the `prompts` or several (evaluation seeds), against `real` clips.
 
     `groups` (P, S, T, H, W, 3) are S seeds for each of P prompts; with them comes `seed_diversity`, to be divided by the
     teacher's. Precision and its kin compare equal numbers of clips. 512 clips take 8 s on one core.
     """
     net = features.shipped() if net is None else net
-    known = real if isinstance(real, Reference) else reference(real, cache, net)
-    sources = [made] if isinstance(made, (Tensor, np.ndarray, Path, str)) else list(made)
+    stats = real if isinstance(real, Reference) else reference(real, cache, net)
+    sources = [clip_sets] if isinstance(clip_sets, (Tensor, np.ndarray, Path, str)) else list(clip_sets)
     sets = [read_clips(source, net.size[0]) for source in sources]
     wrong = [len(one) for one in sets if len(one) != len(prompts)]
     if wrong or not sets:
         raise UserError(f"{len(prompts)} prompts, but sets of {wrong} clips: give each set one clip for each prompt.")
-    least = min(len(known.features), *map(len, sets))
+    least = min(len(stats.features), *map(len, sets))
     if least < LEAST:
         raise UserError(f"{least} clips are too few to score: sets, and the real clips, need {LEAST} and better hundreds.")
-    wanted = probes.asked(prompts)
+    captions = probes.descriptions(prompts)
     notes: list[str] = []
-    columns = [_scores_of(clips, wanted, known, net, draws, seed, notes) for seed, clips in enumerate(sets)]
+    columns = [_scores_of(clips, captions, stats, net, draws, seed, notes) for seed, clips in enumerate(sets)]
     scores = {name: over_sets([column[name] for column in columns]) for name in columns[0]}
     if groups is not None:
         scores["seed_diversity"] = _seed_diversity(groups, net, draws)
-    return Record(features.name(net), scores, len(known.features), tuple(dict.fromkeys(notes)))
+    return Record(features.name(net), scores, len(stats.features), tuple(dict.fromkeys(notes)))
 
 
 def _scores_of(
-    clips: Tensor, wanted: probes.Asked, known: Reference, net: FeatureNet, draws: int, seed: int, notes: list[str]
+    clips: Tensor, captions: probes.Description, stats: Reference, net: FeatureNet, draws: int, seed: int, notes: list[str]
 ) -> dict[str, Value]:
     made, witness = _features(clips, net)
-    real, real_witness = Remembered(known.features), Remembered(known.random_features)
+    real, real_witness = Remembered(stats.features), Remembered(stats.random_features)
     limit = frechet_extrapolated(made, real, scales=_SCALES, seed=seed)
     if not limit.is_determined:
         notes.append(f"frechet is undetermined: {len(made)} clips, thinned, are fewer than {limit.full.dims} features.")
     copies = num_zero_balls(made)
     if copies:
         notes.append(f"{copies} clips have five exact copies: recall means nothing.")
-    num = min(len(made), len(known.features))
-    same = known.features[:num]
+    num = min(len(made), len(stats.features))
+    same = stats.features[:num]
 
     def of_set(measure: Callable[[Tensor], float], rows: Tensor) -> Value:
         spread = half_sampled(lambda some: measure(_tensor(some)), rows, draws=draws, seed=seed)
@@ -235,7 +235,7 @@ def _scores_of(
         "frechet": of_set(lambda rows: extrapolated(rows, real).value, made)._replace(value=limit.value),
         "frechet_plain": of_set(lambda rows: frechet_distance(rows, real), made),
         "frechet_random_net": of_set(lambda rows: extrapolated(rows, real_witness).value, witness),
-        "mmd": of_set(SubsetMMD(made, known.features).of, torch.arange(len(made))),
+        "mmd": of_set(SubsetMMD(made, stats.features).of, torch.arange(len(made))),
     }
     whole = precision_recall(same, made[:num])
     neighbours = SubsetNeighbours(same, made[:num])
@@ -243,23 +243,23 @@ def _scores_of(
     for place, name in enumerate(whole._fields):
         out[name] = Value(whole[place], float(np.std(halves[:, place], ddof=1)), num)
     out["vendi"] = of_set(vendi, made)
-    return out | _probed(probes.parse(clips), wanted, known, draws, seed)
+    return out | _probed(probes.parse(clips), captions, stats, draws, seed)
 
 
-def _probed(parsed: probes.Parsed, wanted: probes.Asked, known: Reference, draws: int, seed: int) -> dict[str, Value]:
+def _probed(parsed: probes.Parsed, captions: probes.Description, stats: Reference, draws: int, seed: int) -> dict[str, Value]:
     """Means over clips and medians over flights."""
-    num = len(parsed.found)
-    colours = probes.colours_as_asked(parsed, wanted)
-    both = parsed.found & wanted.present
+    num = len(parsed.present)
+    colours = probes.colours_match(parsed, captions)
+    both = parsed.present & captions.present
     flights = probes.flights(parsed)
-    chance = np.mean([_adheres(parsed, wanted.rows(np.roll(np.arange(num), shift))) for shift in _SHIFTS], axis=0)
+    chance = np.mean([_adheres(parsed, captions.rows(np.roll(np.arange(num), shift))) for shift in _SHIFTS], axis=0)
     per_clip: dict[str, probes.Floats] = {
-        "adherence": _adheres(parsed, wanted).astype(np.float64),
+        "adherence": _adheres(parsed, captions).astype(np.float64),
         "adherence_colours": colours.astype(np.float64),
         "adherence_chance": chance,
-        "count": (parsed.count == wanted.present.sum(1)).astype(np.float64),
-        "shape": probes.ratio((both & (parsed.is_box == wanted.is_box)).sum(1), both.sum(1)),
-        "direction": probes.sides_as_asked(parsed, wanted),
+        "count": (parsed.count == captions.present.sum(1)).astype(np.float64),
+        "shape": probes.ratio((both & (parsed.is_box == captions.is_box)).sum(1), both.sum(1)),
+        "direction": probes.sides_match(parsed, captions),
         "second_difference_px": probes.second_difference_px(parsed),
         "permanence": probes.permanence(parsed),
         "flights": np.bincount(flights.clip, minlength=num).astype(np.float64),
@@ -272,15 +272,15 @@ def _probed(parsed: probes.Parsed, wanted: probes.Asked, known: Reference, draws
             continue
         spread = half_sampled(lambda some: float(some.mean()), finite, draws=draws, seed=seed)
         out[name] = Value(spread.value, spread.stderr, len(finite))
-    real = float(known.pull_px.median()) if len(known.pull_px) else float("nan")
+    real = float(stats.pull_px.median()) if len(stats.pull_px) else float("nan")
     for name, values in (("gravity", flights.gravity), ("gravity_ratio", flights.pull_px / real)):
         is_known = ~np.isnan(values)
         out[name] = _median_over_flights(flights.clip[is_known], values[is_known], num, draws, seed)
     return out
 
 
-def _adheres(parsed: probes.Parsed, wanted: probes.Asked) -> NDArray[np.bool_]:
-    return probes.colours_as_asked(parsed, wanted) & probes.shapes_as_asked(parsed, wanted)
+def _adheres(parsed: probes.Parsed, captions: probes.Description) -> NDArray[np.bool_]:
+    return probes.colours_match(parsed, captions) & probes.shapes_match(parsed, captions)
 
 
 def _median_over_flights(clip: NDArray[np.integer], values: probes.Floats, num: int, draws: int, seed: int) -> Value:
@@ -310,8 +310,8 @@ def _seed_diversity(groups: Clips, net: FeatureNet, draws: int) -> Value:
     tensor = groups if isinstance(groups, Tensor) else torch.from_numpy(groups)
     if tensor.ndim != 6 or tensor.shape[1] < 2:
         raise UserError(f"groups must be (prompts, seeds, T, H, W, 3) with two seeds or more, not {tuple(tensor.shape)}.")
-    found = features.features(tensor.flatten(0, 1), net).unflatten(0, tensor.shape[:2])
-    each = torch.tensor([mean_pairwise_distance(group) for group in found])
+    values = features.features(tensor.flatten(0, 1), net).unflatten(0, tensor.shape[:2])
+    each = torch.tensor([mean_pairwise_distance(group) for group in values])
     if len(each) < 4:
         return Value(float(each.mean()), float("nan"), len(each), (float(each.mean()),))
     spread = half_sampled(lambda some: float(some.mean()), each, draws=draws)

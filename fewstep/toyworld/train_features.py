@@ -148,7 +148,7 @@ def accuracy(trainee: Trainee, clips: Tensor, labels: Labels) -> dict[str, float
     head, objects = torch.cat([a for a, _ in answers]), torch.cat([b for _, b in answers])
     box, motion, side, places = objects.split([1, len(_MOTIONS), 3, 6], dim=-1)
     there, flies = labels.present.bool(), labels.flies.bool()
-    found = head[:, :NUM] > 0
+    predicted = head[:, :NUM] > 0
 
     def share(right: Tensor) -> float:
         return round(float(right.float().mean()), 3)
@@ -157,8 +157,8 @@ def accuracy(trainee: Trainee, clips: Tensor, labels: Labels) -> dict[str, float
         return round(float((1 - (answer - truth).square().mean(0) / truth.var(0)).mean()), 3)
 
     out = {
-        "colours": share((found == there).all(1)),
-        "count": share(found.sum(1) == there.sum(1)),
+        "colours": share((predicted == there).all(1)),
+        "count": share(predicted.sum(1) == there.sum(1)),
         "shape": share(((box[..., 0] > 0) == labels.is_box.bool())[there]),
         "motion": share((motion.argmax(-1) == labels.motion)[there]),
         "side": share((side.argmax(-1) == labels.side)[there]),

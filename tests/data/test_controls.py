@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fewstep.config import choices
-from fewstep.data.controls import Depth, Edge, Keypoint, Seg, Span, Strength, Vis, depth_of_grey, grey_of_depth
+from fewstep.data.controls import Depth, Edge, Keypoint, Seg, Span, Strength, Vis
 from fewstep.data.files import keypoints, masks, video
 from fewstep.toyworld import clips, physics
+from fewstep.toyworld.dataset import depth_of_grey, grey_of_depth
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ import torch
 
 from fewstep.config import ConfigError, check, choices, parse, to_yaml
 from fewstep.data.contract import BadSamples
-from fewstep.data.controls import Depth, Edge, Keypoint, Seg, Vis, depth_of_grey
+from fewstep.data.controls import Depth, Edge, Keypoint, Seg, Vis
 from fewstep.data.files import cache, video
 from fewstep.data.files.arrays import write_pickle
 from fewstep.data.folder.dataset import Folder
 from fewstep.toyworld import clips
-from fewstep.toyworld.dataset import depth_range_m, stem_of, write
+from fewstep.toyworld.dataset import depth_of_grey, depth_range_m, stem_of, write
 from fewstep.toyworld.physics import World
 
 WORLD = World(num_frames=9)

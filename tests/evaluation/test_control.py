@@ -70,7 +70,7 @@ def test_the_made_clip_is_cut_and_resized_to_the_wanted_one() -> None:
     larger = np.stack([cv2.resize(frame, (104, 80)) for frame in wanted])
     assert blur_ssim(longer, wanted) == pytest.approx(1, abs=1e-12)
     assert blur_ssim(larger, wanted, diameter=5) > 0.98
-    with pytest.raises(ValueError, match=r"made has 2 frames and wanted has 3.*wanted\[:2\]"):
+    with pytest.raises(ValueError, match=r"clip has 2 frames and target has 3.*target\[:2\]"):
         blur_ssim(wanted[:2], wanted)
 
 
@@ -175,9 +175,9 @@ def test_masks_matched_by_hand() -> None:
     }
     made = {"a cup": wanted["cup"], "a ball": box(slice(0, 4), slice(0, 10)), "none": np.zeros((2, 10, 10), bool)}
     match = match_masks(made, wanted)
-    assert match.kept == (("a cup", "cup", 1.0), ("a ball", "ball", 0.5))
+    assert match.pairs == (("a cup", "cup", 1.0), ("a ball", "ball", 0.5))
     assert match.mean_iou == mean_iou(made, wanted) == 0.75
-    assert match.recall == 1.0 and (match.num_made, match.num_wanted) == (2, 3)
+    assert match.recall == 1.0 and (match.num, match.num_target) == (2, 3)
 
 
 def test_dropped_misses_raise_the_mean_and_show_in_the_recall() -> None:
@@ -200,7 +200,7 @@ def test_label_arrays() -> None:
     labels[:, :3, :3], labels[:, 3:, 3:] = 1, 7
     swapped = np.where(labels == 1, 7, np.where(labels == 7, 1, 0))
     assert mean_iou(labels, swapped) == 1  # labels are names, not classes
-    assert match_masks(torch.from_numpy(labels), labels).kept == (("1", "1", 1.0), ("7", "7", 1.0))
+    assert match_masks(torch.from_numpy(labels), labels).pairs == (("1", "1", 1.0), ("7", "7", 1.0))
     assert match_masks(np.zeros_like(labels), labels) == (0.0, 0.0, (), 0, 2)
 
 
@@ -220,13 +220,13 @@ def test_matching_is_the_best_overall_and_not_greedy() -> None:
     wide = slice(0, 10)
     wanted = {"p": box(slice(0, 6), wide), "q": box(slice(5, 10), wide)}
     made = {"x": box(slice(0, 10), wide), "y": box(slice(0, 3), wide)}
-    assert match_masks(made, wanted).kept == (("x", "q", 0.5), ("y", "p", 0.5))
+    assert match_masks(made, wanted).pairs == (("x", "q", 0.5), ("y", "p", 0.5))
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: blur_ssim(np.zeros((2, 9, 9, 3)), np.zeros((2, 9, 9, 3), np.uint8)), "made must be uint8 RGB"),
+        (lambda: blur_ssim(np.zeros((2, 9, 9, 3)), np.zeros((2, 9, 9, 3), np.uint8)), "clip must be uint8 RGB"),
         (lambda: canny_f1(np.zeros((2, 3, 9, 9), np.uint8), np.zeros((2, 9, 9, 3), np.uint8)), r"\(T, H, W, 3\)"),
         (lambda: blur_ssim(soft_clip(0, 1, 6, 9), soft_clip(0, 1, 6, 9)), "7 x 7"),
         (lambda: canny_f1(squares((1, 1)), squares((1, 1)), tolerance=-1), "tolerance"),

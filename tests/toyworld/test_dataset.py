@@ -16,10 +16,10 @@ import torch
 
 import fewstep
 from fewstep import cli
-from fewstep.data.controls import Edge, Vis, depth_of_grey
+from fewstep.data.controls import Edge, Vis
 from fewstep.data.files import keypoints, masks, video
 from fewstep.toyworld import clips, scenes
-from fewstep.toyworld.dataset import PARTS, depth_range_m, stem_of, write
+from fewstep.toyworld.dataset import PARTS, depth_of_grey, depth_range_m, stem_of, write
 from fewstep.toyworld.physics import World
 from fewstep.toyworld.words import open_words
 

@@ -8,7 +8,7 @@ import pytest
 from fewstep.toyworld import clips, probes
 from fewstep.toyworld.clips import Clip
 from fewstep.toyworld.physics import COLOURS, Body, Scene, World
-from fewstep.toyworld.probes import NAMES, Asked, Parsed, adherence, asked, flights, parse
+from fewstep.toyworld.probes import NAMES, Description, Parsed, adherence, descriptions, flights, parse
 from fewstep.toyworld.scores import damaged
 
 WORLD = World()
@@ -31,8 +31,8 @@ def parsed(real: np.ndarray) -> Parsed:
 
 
 @pytest.fixture(scope="module")
-def wanted(series: list[Clip]) -> Asked:
-    return asked([clip.caption for clip in series])
+def wanted(series: list[Clip]) -> Description:
+    return descriptions([clip.caption for clip in series])
 
 
 def test_coverage_of_a_mixed_pixel_is_its_share() -> None:
@@ -49,10 +49,10 @@ def test_coverage_of_a_mixed_pixel_is_its_share() -> None:
     assert (grey == 0).all() and (none == -1).all()
 
 
-def test_count_colours_and_shapes_of_real_clips(parsed: Parsed, wanted: Asked) -> None:
-    assert (parsed.found == wanted.present).all(1).mean() >= 0.99
+def test_count_colours_and_shapes_of_real_clips(parsed: Parsed, wanted: Description) -> None:
+    assert (parsed.present == wanted.present).all(1).mean() >= 0.99
     assert (parsed.count == wanted.present.sum(1)).mean() >= 0.99
-    both = parsed.found & wanted.present
+    both = parsed.present & wanted.present
     assert (parsed.is_box == wanted.is_box)[both].mean() >= 0.98
     found = adherence(parsed, wanted)
     assert found.colours >= 0.99 and found.colours_and_shapes >= 0.97
@@ -93,18 +93,18 @@ def test_wrong_gravity_is_read_off(factor: float, parsed: Parsed) -> None:
     assert np.median(known) == pytest.approx(factor * 9.81, rel=0.06)
 
 
-def test_direction_smoothness_and_permanence_of_real_clips(parsed: Parsed, wanted: Asked) -> None:
-    assert np.nanmean(probes.sides_as_asked(parsed, wanted)) >= 0.98
+def test_direction_smoothness_and_permanence_of_real_clips(parsed: Parsed, wanted: Description) -> None:
+    assert np.nanmean(probes.sides_match(parsed, wanted)) >= 0.98
     assert 0.15 < np.nanmean(probes.second_difference_px(parsed)) < 0.4
     assert np.nanmean(probes.permanence(parsed)) >= 0.995
 
 
-def test_broken_time_is_seen(real: np.ndarray, wanted: Asked) -> None:
+def test_broken_time_is_seen(real: np.ndarray, wanted: Description) -> None:
     mirrored, reversed_ = parse(real[:, :, :, ::-1]), parse(real[:, ::-1])
     for wrong in (mirrored, reversed_):
-        assert np.nanmean(probes.sides_as_asked(wrong, wanted)) < 0.2
+        assert np.nanmean(probes.sides_match(wrong, wanted)) < 0.2
     frozen = parse(np.repeat(real[:, :1], 17, axis=1))
-    assert np.nanmean(probes.sides_as_asked(frozen, wanted)) == 0
+    assert np.nanmean(probes.sides_match(frozen, wanted)) == 0
     assert len(flights(frozen).clip) == 0
     assert np.nanmax(probes.second_difference_px(frozen)) == 0
     rng = np.random.Generator(np.random.Philox(key=0))
@@ -138,7 +138,7 @@ def test_two_objects_of_one_colour_are_counted() -> None:
     assert adherence(made, ["a red sphere rolls to the right."]) == (0.0, 0.0)
 
 
-def test_light_damage_changes_little(real: np.ndarray, wanted: Asked) -> None:
+def test_light_damage_changes_little(real: np.ndarray, wanted: Description) -> None:
     for blur, noise in ((0.4, 0.01), (0.0, 0.03), (0.7, 0.0)):
         assert adherence(parse(damaged(real[:64], blur, noise)), wanted.rows(np.arange(64))).colours_and_shapes >= 0.95
 
@@ -147,8 +147,8 @@ def test_twice_the_resolution_gives_the_same_answers(parsed: Parsed) -> None:
     fine = dataclasses.replace(WORLD, height=64, width=64)
     large = parse(np.stack([clip.rgb for clip in clips.clips(fine, SEED, range(8))]))
     small = parsed.rows(slice(8))
-    np.testing.assert_array_equal(large.found, small.found)
-    np.testing.assert_array_equal(large.is_box & large.found, small.is_box & small.found)
+    np.testing.assert_array_equal(large.present, small.present)
+    np.testing.assert_array_equal(large.is_box & large.present, small.is_box & small.present)
     assert np.nanmedian(np.abs(large.centre - small.centre)) < 0.15
     assert np.nanmedian(flights(large).gravity) == pytest.approx(9.81, rel=0.06)
 
@@ -159,12 +159,12 @@ def test_empty_pictures_have_no_objects_and_no_numbers() -> None:
     assert np.isnan(probes.second_difference_px(empty)).all() and np.isnan(probes.permanence(empty)).all()
     assert len(flights(empty).clip) == 0
     assert adherence(empty, ["a red box slides to the left."] * 2).colours == 0
-    assert probes.sides_as_asked(empty, asked(["a red box slides to the left.", "a red box is dropped."]))[0] == 0
+    assert probes.sides_match(empty, descriptions(["a red box slides to the left.", "a red box is dropped."]))[0] == 0
 
 
 def test_what_cannot_be_probed_is_refused(real: np.ndarray) -> None:
     with pytest.raises(ValueError, match="two red objects"):
-        asked(["a red sphere is dropped, a red box is dropped."])
+        descriptions(["a red sphere is dropped, a red box is dropped."])
     with pytest.raises(ValueError, match="2 clips and 1 captions"):
         adherence(real[:2], ["a red sphere is dropped."])
     with pytest.raises(ValueError, match="17 frames of 20 x 32"):

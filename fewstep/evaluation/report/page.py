@@ -331,10 +331,11 @@ def _who(name: str) -> str:
     return f'<span class="who"><span class="dot"></span><span>{_esc(name)}</span></span>'
 
 
-def _scale(shown: Sequence[Value]) -> tuple[Callable[[float], float], bool]:
+def _scale(scores: Sequence[Value]) -> tuple[Callable[[float], float], bool]:
     """Position of a value on a track in per cent, and whether the track is logarithmic: then 0 and below are its left end."""
-    values = [one.value for one in shown if math.isfinite(one.value)]
-    spreads = [one.spread if math.isfinite(one.spread) else 0.0 for one in shown if math.isfinite(one.value)]
+    finite = [score for score in scores if math.isfinite(score.value)]
+    values = [score.value for score in finite]
+    spreads = [score.spread if math.isfinite(score.spread) else 0.0 for score in finite]
     if not values:
         return (lambda value: 0.0), False
     positive = [value for value in values if value > 0]

@@ -22,7 +22,7 @@ from fewstep.data.files import video
 from fewstep.diffusion import TeacherSampler
 from fewstep.evaluation.report import Chart, Film, Gallery, Gate, Model, Report, Row, Score, Stage, Value, curves_of, write
 from fewstep.files import write_json
-from fewstep.inference.evaluate import Job, generated, opened, speed
+from fewstep.inference.evaluate import Evaluation, generated, opened, speed
 from fewstep.inference.model import changed, codec_of, open_model
 from fewstep.inference.request import SamplerOptions
 from fewstep.toyworld.demo.stages import GUIDANCE, STEPS, TOY
@@ -47,19 +47,19 @@ TITLES = {
 
 
 def main(out: Path, size: str, toy: str) -> None:
-    told = {name: json.loads((out / "scores" / f"{name}.json").read_text()) for name in TITLES}
+    records = {name: json.loads((out / "scores" / f"{name}.json").read_text()) for name in TITLES}
     torch.set_num_threads(1)
     rates = measured_speed(out, toy)
     show_teacher(out, toy)
-    summary = summarised(told, rates) | {"size": size, "seconds": seconds(out)}
+    summary = summarised(records, rates) | {"size": size, "seconds": seconds(out)}
     write_json(out / "summary.json", summary)
     report = Report(
         title="A many-step world model becomes a one-step and a four-step student",
         summary=_summary_text(summary),
         galleries=galleries(out),
         gates=gates(summary, size),
-        models=[model_of(name, told[name], rates.get(name)) for name in TITLES],
-        scores=[Score(**score) for score in told["real"]["legend"]],
+        models=[model_of(name, records[name], rates.get(name)) for name in TITLES],
+        scores=[Score(**score) for score in records["real"]["legend"]],
         charts=charts(out),
         stages=[Stage(s["name"], "\n".join(s["commands"]), s["seconds"]) for s in ran(out)],
         limits=LIMITS,
@@ -69,7 +69,7 @@ def main(out: Path, size: str, toy: str) -> None:
             "torch": torch.__version__,
             "fewstep": fewstep.__version__,
             "size": size,
-            "feature network": told["real"]["measured_by"],
+            "feature network": records["real"]["measured_by"],
         },
     )
     write(report, out / "report.html")
@@ -79,7 +79,7 @@ def main(out: Path, size: str, toy: str) -> None:
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def summarised(told: dict[str, Any], rates: dict[str, Value]) -> dict[str, Any]:
+def summarised(records: dict[str, Any], rates: dict[str, Value]) -> dict[str, Any]:
     """Every number with NAME_spread and NAME_n; None is what could not be measured (no flight, no gravity)."""
     out: dict[str, Any] = {}
 
@@ -87,11 +87,11 @@ def summarised(told: dict[str, Any], rates: dict[str, Value]) -> dict[str, Any]:
         out.update({name: value, f"{name}_spread": spread, f"{name}_n": num})
 
     for who in TITLES:
-        for name, score in told[who]["scores"].items():
+        for name, score in records[who]["scores"].items():
             put(f"{name}_{who}", score["value"], score["spread"], score["num"])
-    teacher = told["teacher"]["scores"]["frechet"]
+    teacher = records["teacher"]["scores"]["frechet"]
     for name in STUDENTS:
-        mine, few = told[name]["scores"]["frechet"], told[FEW[name]]["scores"]["frechet"]
+        mine, few = records[name]["scores"]["frechet"], records[FEW[name]]["scores"]["frechet"]
         ratio = mine["value"] / teacher["value"]
         put(f"frechet_ratio_{name}", ratio, ratio * math.hypot(_rel(mine), _rel(teacher)), mine["num"])
         gap = few["value"] - teacher["value"]
@@ -101,23 +101,23 @@ def summarised(told: dict[str, Any], rates: dict[str, Value]) -> dict[str, Any]:
         put(f"gap_closed_{name}", closed, math.hypot(*parts), mine["num"])
     for who, rate in rates.items():
         put(f"clips_per_s_{who}", rate.value, rate.spread, rate.num)
-        calls = 2 * STEPS if who == "teacher" else told[who]["num_calls"]
+        calls = 2 * STEPS if who == "teacher" else records[who]["num_calls"]
         put(f"network_calls_{who}", calls, 0.0, 1)
     return out
 
 
-def _rel(found: dict[str, Any]) -> float:
-    return found["spread"] / found["value"]
+def _rel(score: dict[str, Any]) -> float:
+    return score["spread"] / score["value"]
 
 
 def measured_speed(out: Path, toy: str) -> dict[str, Value]:
     """Clips per second, noise to pixels, on one thread, one model after the other; kept once measured."""
-    kept = out / "scores" / "speed.json"
-    if not kept.is_file():
+    path = out / "scores" / "speed.json"
+    if not path.is_file():
         models = {"teacher": (toy, TEACHER)} | {name: (str(out / "students" / name), SamplerOptions()) for name in STUDENTS}
-        found = {name: speed(address, out / "heldout", sampling)[:3] for name, (address, sampling) in models.items()}
-        write_json(kept, found, indent=None)
-    return {name: Value(*row) for name, row in json.loads(kept.read_text()).items()}
+        rates = {name: speed(address, out / "heldout", sampling)[:3] for name, (address, sampling) in models.items()}
+        write_json(path, rates, indent=None)
+    return {name: Value(*row) for name, row in json.loads(path.read_text()).items()}
 
 
 def gates(summary: dict[str, float], size: str) -> list[Gate]:
@@ -148,14 +148,14 @@ def _student_gates(name: str, summary: dict[str, float], bounds: tuple[float, fl
 # ---- page ------------------------------------------------------------------------------------------------------------
 
 
-def model_of(name: str, told: dict[str, Any], rate: Value | None) -> Model:
+def model_of(name: str, record: dict[str, Any], rate: Value | None) -> Model:
     kinds: dict[str, Any] = {"real": "real", "tokenizer": "codec"}
     scores = {
         key: Value(v["value"], math.nan if v["spread"] is None else v["spread"], v["num"])
-        for key, v in told["scores"].items()
+        for key, v in record["scores"].items()
         if v["value"] is not None  # no flight, no gravity
     }
-    calls, guidance = told.get("num_calls"), told.get("guidance")
+    calls, guidance = record.get("num_calls"), record.get("guidance")
     if name == "teacher":
         calls, guidance = 2 * STEPS, GUIDANCE
     return Model(
@@ -166,7 +166,7 @@ def model_of(name: str, told: dict[str, Any], rate: Value | None) -> Model:
         scores=scores,
         clips_per_s=rate,
         line="teacher, best sampler" if name.startswith("teacher") else "",
-        note=told.get("sampler", "unipc, guidance baked in pairs" if name == "teacher" else ""),
+        note=record.get("sampler", "unipc, guidance baked in pairs" if name == "teacher" else ""),
         is_featured=name in ("tokenizer", "teacher", *STUDENTS),
     )
 
@@ -176,7 +176,7 @@ def show_teacher(out: Path, toy: str) -> None:
     folder = out / "scores" / "teacher_shown"
     if (folder / f"{NUM_SHOWN - 1:02d}.mp4").is_file():
         return
-    job = Job(toy, out / "heldout", out / "real", out / "scores" / "teacher_shown.json", NUM_SHOWN, 1)
+    job = Evaluation(toy, out / "heldout", out / "real", out / "scores" / "teacher_shown.json", NUM_SHOWN, 1)
     model = open_model(toy)
     assert isinstance(model.sampler, TeacherSampler)
     clips = generated(model, changed(model.sampler, TEACHER), codec_of(model, toy), opened(job), job, NUM_SHOWN, 0)
@@ -203,7 +203,9 @@ def galleries(out: Path) -> list[Gallery]:
         )
         for n, caption in enumerate(captions)
     ]
-    found = [Gallery("Held-out prompts, the same noise for all", rows, fps=16, about="Nobody learned from these prompts.")]
+    held_out = [
+        Gallery("Held-out prompts, the same noise for all", rows, fps=16, about="No model was trained on these prompts.")
+    ]
     plain = [
         Row(
             (out / "samples" / "4step" / f"{n:02d}.txt").read_text().strip(),
@@ -219,7 +221,7 @@ def galleries(out: Path) -> list[Gallery]:
         )
         for n in range(4)
     ]
-    return [*found, Gallery("Exported, and sampled by plain diffusers", plain, fps=16)]
+    return [*held_out, Gallery("Exported, and sampled by plain diffusers", plain, fps=16)]
 
 
 def _read(path: Path) -> np.ndarray:
@@ -233,8 +235,8 @@ def charts(out: Path) -> list[Chart]:
 
 
 def ran(out: Path) -> list[dict[str, Any]]:
-    found = [json.loads(path.read_text()) for path in (out / "stages").glob("*.json")]
-    return sorted(found, key=lambda stage: stage.get("order", 0))
+    stages = [json.loads(path.read_text()) for path in (out / "stages").glob("*.json")]
+    return sorted(stages, key=lambda stage: stage.get("order", 0))
 
 
 def seconds(out: Path) -> dict[str, float]:
