@@ -1,4 +1,4 @@
-"""Finetune: denoising or flow matching on data, no teacher. What makes a teacher, and what post-trains one.
+"""Finetune: denoising or flow matching on data, without a teacher. It trains teachers and post-trains them.
 
 x_t = a x0 + s eps at a random time; the prediction is regressed in one of three spaces, with one of the published weightings.
 Karras et al. 2022 (EDM, arXiv:2206.00364 eq. 8), Lipman et al. 2023 (flow matching, arXiv:2210.02747),
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,11 +35,9 @@ class Finetune:
     per_frame_times: bool = False  # one noise level per frame (diffusion forcing) instead of one per sample
     drop_condition: float = 0.0  # share of samples trained on the negative condition, which makes guidance possible
     first_frames: tuple[float, ...] = ()  # shares of samples conditioned on 0, 1, .. clean first frames; Predict2.5 0 to 2
-    num_sample_steps: int = 35  # of the sampler its result is meant for: this method makes many-step models
+    num_sample_steps: int = 35  # of the sampler of the resulting many-step model
 
-    @property
-    def roles(self) -> tuple[str, ...]:
-        return ("student",)
+    roles: ClassVar[tuple[str, ...]] = ("student",)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -67,7 +65,7 @@ class Finetune:
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if self.weighting != "none" and self.space != "x0":
-            yield "weighting", f"{self.weighting!r} weighs the x0 error, but space is {self.space!r}: set space=x0"
+            yield "weighting", f"{self.weighting!r} weights the x0 error, but space is {self.space!r}: set space=x0"
         if not 0 <= self.drop_condition < 1:
             yield "drop_condition", f"is a share of samples, 0 up to but not 1, not {self.drop_condition}"
         yield from problems_of_shares(self.first_frames)

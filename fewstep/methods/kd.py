@@ -1,15 +1,16 @@
-"""KD: regress the student's answer onto the clip the teacher made from the same noise.
+"""KD: regress the student's output onto the clip that the teacher generated from the same noise.
 
     L = || f(x_t, t) - x0_teacher ||^2          Luhman & Luhman 2021, arXiv:2101.02388
 
 One step: x_t is the stored noise at the first time. More steps: x_t is a stored state of the teacher's ODE at one of the
-student's times; which state belongs to which time is looked up in `path_times`, never assumed from its place.
+student's times; the state is looked up by its time in `path_times`, never by its position.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,21 +23,20 @@ from fewstep.diffusion.rollout import Renoise, start
 from fewstep.errors import UserError
 from fewstep.methods.contract import Nets, Reduction, Terms, Turn, free_mask, reduced
 from fewstep.methods.first_frames import problems_of_shares, with_first_frames
+from fewstep.methods.student import problems_of_times
 
 
 @kind("kd", group="method")
 @dataclass(frozen=True)
 class KD:
-    student_sample_steps: int = 1  # 1, 2 or 4 in the seeds; any number for which the data holds states
+    student_sample_steps: int = 1  # 1, 2 or 4 in Cosmos; any number of steps whose states the data set holds
     t_list: tuple[float, ...] = (1.0,)  # the student's times, descending, without the final 0, in the path's time
     reduction: Reduction = "half_mean"  # Transfer1 and FastGen
     path: AnyPath | None = None  # None: the network's own; `t_list` and `path_times` are in its time
-    renoise: Renoise = "fresh"  # fresh noise on the answer has the law of x_t; "ode" would leave the curve the states lie on
+    renoise: Renoise = "fresh"  # fresh noise on its x0 has the distribution of x_t; "ode" leaves the teacher's curve
     first_frames: tuple[float, ...] = ()  # shares of samples conditioned on 0, 1, .. clean first frames; Transfer1 0 to 2
 
-    @property
-    def roles(self) -> tuple[str, ...]:
-        return ("student",)
+    roles: ClassVar[tuple[str, ...]] = ("student",)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -70,30 +70,29 @@ class KD:
                     "give one time per step, descending, without the final 0"
                 ),
             )
-        if list(self.t_list) != sorted(set(self.t_list), reverse=True) or min(self.t_list, default=1.0) <= 0:
-            yield "t_list", f"must descend and stay above 0 (the final 0 is left out), but is {list(self.t_list)}"
+        yield from problems_of_times(self.t_list)
         yield from problems_of_shares(self.first_frames)
 
     def _state(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
         """A stored state of each sample at a random one of the student's times, and that time."""
         assert batch.path is not None and batch.path_times is not None
-        wanted = torch.tensor(self.t_list, dtype=torch.float64, device=batch.path.device)
-        place = aligned(wanted, batch.path_times.double())  # B, steps
-        pick = rng.integers(len(self.t_list)).to(place.device)
-        row = torch.arange(len(pick), device=place.device)
-        return batch.path[row, place[row, pick]], wanted[pick]
+        times = torch.tensor(self.t_list, dtype=torch.float64, device=batch.path.device)
+        index = aligned(times, batch.path_times.double())  # B, steps
+        step = rng.integers(len(self.t_list)).to(index.device)
+        row = torch.arange(len(step), device=index.device)
+        return batch.path[row, index[row, step]], times[step]
 
 
-def aligned(wanted: Tensor, path_times: Tensor, tolerance: float = 1e-4) -> Tensor:
-    """(B, steps) places in `path_times` (B, K) of the times `wanted`; refuses times that no state was stored for."""
-    distance = (path_times[:, None, :] - wanted[None, :, None]).abs()
-    nearest, place = distance.min(-1)
-    wrong = (nearest > tolerance * wanted).any(-1)
+def aligned(times: Tensor, path_times: Tensor, tolerance: float = 1e-4) -> Tensor:
+    """(B, steps) indices of `times` in `path_times` (B, K). Raises UserError if no state was stored for one of them."""
+    distance = (path_times[:, None, :] - times[None, :, None]).abs()
+    nearest, index = distance.min(-1)
+    wrong = (nearest > tolerance * times).any(-1)
     if bool(wrong.any()):
         row = int(wrong.int().argmax())
         raise UserError(
-            f"t_list {[round(t, 6) for t in floats(wanted)]} does not align with the stored path, whose states are at "
+            f"t_list {[round(t, 6) for t in floats(times)]} does not align with the stored path, whose states are at "
             f"{[round(t, 6) for t in floats(path_times[row])]} (row {row} of this batch). Choose "
             "method.t_list among these times, or make the pairs anew with these (data.path_times)"
         )
-    return place
+    return index

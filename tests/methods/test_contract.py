@@ -1,10 +1,15 @@
-"""Reductions under their names, masks, and the sum of named terms."""
+"""Reductions under their names, masks, the sum of named terms; and that methods are composed and read all their settings."""
+
+import ast
+import inspect
+from dataclasses import fields, is_dataclass
 
 import pytest
 import torch
 
 from fewstep.batch import Condition
-from fewstep.methods import Nets, Terms
+from fewstep.config import choices
+from fewstep.methods import Critic, Gan, Nets, Normalizer, Regression, StudentSample, Terms
 from fewstep.methods.contract import free_mask, reduced
 
 F64 = torch.float64
@@ -62,7 +67,27 @@ def test_total_is_the_weighted_sum():
 
 
 def test_a_role_that_is_not_there_is_named():
-    nets = Nets({"student": object()})  # type: ignore[dict-item]
+    nets = Nets({"student": object()})  # pyright: ignore[reportArgumentType]  # nothing is called
     assert nets.student is nets.roles["student"]
     with pytest.raises(AttributeError, match="no role 'critic'"):
         _ = nets.critic
+
+
+OURS = [cls for cls in choices("method").values() if cls.__module__.startswith("fewstep.")]
+
+
+@pytest.mark.parametrize("cls", OURS, ids=[cls.kind for cls in OURS])
+def test_no_method_derives_from_another(cls):
+    assert [base for base in cls.__mro__ if is_dataclass(base)] == [cls]
+
+
+RECORDS = [*OURS, Critic, Gan, Normalizer, Regression, StudentSample, *choices("sample_weight").values()]
+
+
+@pytest.mark.parametrize("cls", RECORDS, ids=[cls.__name__ for cls in RECORDS])
+def test_every_setting_is_read_by_its_own_class(cls):
+    """A setting without effect does not exist."""
+    tree = ast.parse(inspect.getsource(inspect.getmodule(cls)))
+    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    named = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}  # getattr(self, name)
+    assert {field.name for field in fields(cls)} <= read | named

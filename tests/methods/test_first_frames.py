@@ -25,7 +25,7 @@ def test_shares_are_kept_and_shown_to_both_conditions() -> None:
     counts = torch.stack([(shown == k).double().mean() for k in range(3)])
     # One share of 20,000 draws is known to sqrt(.25 / 20000) = .0035: four of these.
     torch.testing.assert_close(counts, torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64), atol=0.014, rtol=0)
-    assert torch.equal(some.cond.frame_mask, some.negative.frame_mask)  # type: ignore[arg-type]
+    assert torch.equal(some.cond.frame_mask, some.negative.frame_mask)  # pyright: ignore[reportArgumentType]
     assert some.cond.frames is some.x0
     # Always the first ones: a mask never rises along time.
     assert bool((some.cond.frame_mask.diff(dim=1) <= 0).all())
