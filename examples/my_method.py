@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from fewstep.batch import Batch
 from fewstep.config import kind, recipe
@@ -26,8 +25,8 @@ from fewstep.training.run import Run
 class Reflow:
     """The five members of a method: roles, needs, turn, losses, sampler. Its fields are its hyper-parameters."""
 
-    roles: ClassVar[tuple[str, ...]] = ("student",)
-    needs: ClassVar[frozenset[str]] = frozenset({"x0", "noise"})
+    roles = ("student",)
+    needs = frozenset({"x0", "noise"})
 
     num_steps: int = 2  # of the straight sampler afterwards
     reduction: Reduction = "mean"

@@ -1,4 +1,4 @@
-"""The contract: all that mathematics and methods may know of a network."""
+"""The contract of a network as diffusion and methods use it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fewstep.diffusion.prediction import Prediction, coefficients_for
 
 
 class Cache(Protocol):
-    """What a causal network remembers of finished frames; made by `new_cache`, passed by a rollout, dropped by it."""
+    """The state a causal network keeps of finished frames: created by `new_cache`, passed on and dropped by a rollout."""
 
 
 class FeaturesOnly(tuple[int, ...]):
@@ -37,10 +37,10 @@ class Denoiser(Protocol):
 
 
 def on_path(denoiser: Denoiser, path: Path) -> Denoiser:
-    """The same network asked on another path: the time is matched by noise-to-signal ratio, the state rescaled.
+    """The same network on another path: the time is matched by noise-to-signal ratio, the state is rescaled.
 
-    Where the network's own path ends before the ratio asked for (EDM stops at sigma 80, a flow goes on to infinity), it is
-    asked at its own t_max and its x0 is taken.
+    Where the network's own path ends before that ratio (EDM at sigma 80, while a flow goes to infinity), the network is
+    evaluated at its own t_max and its x0 is used.
     """
     return denoiser if denoiser.path == path else _OnPath(denoiser, path)
 
@@ -63,9 +63,9 @@ class _OnPath:
         inner_t = self.inner.path.time_of(s / a)
         inner_a, inner_s, _, _ = self.inner.path.coefficients(inner_t)
         scale = torch.hypot(inner_a, inner_s) / torch.hypot(a, s)
-        answer = self.inner(spread(scale, x_t).to(x_t.dtype) * x_t, inner_t, cond, taps=taps, cache=cache)
-        x0 = answer.x0
+        inner = self.inner(spread(scale, x_t).to(x_t.dtype) * x_t, inner_t, cond, taps=taps, cache=cache)
+        x0 = inner.x0
         a, s, da, ds = coefficients_for(self.path, t, x0)
-        # Below ratio 1 the noise is the better known part of x_t, above it the data: divide by the larger one only.
-        eps = torch.where(s < a, answer.eps, (x_t - a * x0) / torch.where(s < a, 1.0, s))
-        return Prediction(x_t, t, self.path, da * x0 + ds * eps, answer.features)
+        # Divide by the larger coefficient only: below ratio 1 by a (inside inner.eps), above it by s.
+        eps = torch.where(s < a, inner.eps, (x_t - a * x0) / torch.where(s < a, 1.0, s))
+        return Prediction(x_t, t, self.path, da * x0 + ds * eps, inner.features)

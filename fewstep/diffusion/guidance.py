@@ -31,12 +31,12 @@ def guided(
     rescale: float = 0.0,
     negative_grad: bool = True,
 ) -> Denoiser:
-    """A denoiser that answers uncond + w (cond - uncond), both asked as one batch.
+    """A denoiser that predicts uncond + w (cond - uncond), both evaluated as one batch.
 
     interval: (low, high) in the path's own time; outside of it w is 1 for that row (Kynkaanniemi et al., arXiv:2404.07724).
     below: (time, w), another w for rows whose time lies below it: the low-noise expert of Wan A14B has one of its own.
-    negative_grad: False asks cond and negative one after the other and keeps no graph of the negative: for a caller who needs
-    gradients through the features of cond, and not through the guided answer.
+    negative_grad: False evaluates cond and negative one after the other and keeps no graph of the negative: for callers that
+    need gradients through the features of cond, and not through the guided prediction.
     rescale: 0 .. 1, how far the spread of the guided x0 is drawn back to that of cond (Lin et al., arXiv:2305.08891 eq. 15-16).
     """
     if w == 1.0 and below is None:
@@ -56,10 +56,11 @@ def with_and_without(
     taps: Sequence[int] = (),
     cache: Cache | None = None,
 ) -> tuple[Prediction, Tensor]:
-    """The answer under cond and the velocity under the negative, from one call of the denoiser on a batch of both."""
+    """The prediction under cond and the velocity under the negative, from one call of the denoiser on a batch of both."""
     both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), join(cond, negative), taps=taps, cache=cache)
-    x, velocity, features = both.x_t.chunk(2)[0], both.velocity.chunk(2), (part.chunk(2)[0] for part in both.features)
-    return Prediction(x, t, denoiser.path, velocity[0], tuple(features)), velocity[1]
+    with_text, without = both.velocity.chunk(2)
+    features = tuple(part.chunk(2)[0] for part in both.features)
+    return Prediction(both.x_t.chunk(2)[0], t, denoiser.path, with_text, features), without
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class _Guided:
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
     ) -> Prediction:
         if self.interval is not None and not bool(self._inside(t).any()):
-            return self.inner(x_t, t, cond, taps=taps, cache=cache)  # w is 1 everywhere: the second pass would be thrown away
+            return self.inner(x_t, t, cond, taps=taps, cache=cache)  # w is 1 everywhere: no second pass
         if self.negative_grad:
             first, without = with_and_without(self.inner, self.negative, x_t, t, cond, taps=taps, cache=cache)
         else:
@@ -93,16 +94,17 @@ class _Guided:
         if self.interval is not None:
             w = torch.where(self._inside(t), w, 1.0)
         velocity = without + spread(w, without).to(without.dtype) * (first.velocity - without)
-        answer = replace(first, velocity=velocity)
-        return self._rescaled(answer, first) if self.rescale else answer
+        prediction = replace(first, velocity=velocity)
+        return self._rescaled(prediction, first) if self.rescale else prediction
 
     def _inside(self, t: Tensor) -> Tensor:
         assert self.interval is not None
         low, high = self.interval
         return (t >= low) & (t <= high)
 
-    def _rescaled(self, answer: Prediction, with_text: Prediction) -> Prediction:
-        x0, axes = answer.x0, tuple(range(1, answer.x_t.ndim))
+    def _rescaled(self, prediction: Prediction, with_text: Prediction) -> Prediction:
+        x0 = prediction.x0
+        axes = tuple(range(1, x0.ndim))
         scale = with_text.x0.std(axes, keepdim=True) / x0.std(axes, keepdim=True)
         x0 = x0 * (1 - self.rescale + self.rescale * scale)
-        return Prediction.of("x0", x0, answer.x_t, answer.t, self.path, answer.features)
+        return Prediction.of("x0", x0, prediction.x_t, prediction.t, self.path, prediction.features)

@@ -74,7 +74,7 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 class _Affine(ABC):
-    """What all paths share, given `coefficients`."""
+    """The part that all paths share, from their `coefficients`."""
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> Coefficients:

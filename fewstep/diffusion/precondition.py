@@ -1,4 +1,4 @@
-"""Preconditioning: what is put around a raw network so that its input and target have unit variance at every noise level.
+"""Preconditioning: scales around a raw network that give its input and target unit variance at every noise level.
 
 Karras et al. 2022, arXiv:2206.00364, table 1 and eq. 7: x0 = c_skip x + c_out F(c_in x, c_noise), on the EDM path.
 """
@@ -30,6 +30,8 @@ def edm_preconditioning(sigma: Tensor, sigma_data: float) -> Preconditioning:
 
 
 def edm_weight(sigma: Tensor, sigma_data: float) -> Tensor:
-    """lambda(sigma) = (sigma^2 + sigma_d^2) / (sigma sigma_d)^2: the x0 error so weighted is the raw network's error."""
-    sigma = sigma.double()
-    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    """lambda(sigma) = (sigma^2 + sigma_d^2) / (sigma sigma_d)^2, with which the x0 error becomes the raw network's error.
+
+    Written as 1/sigma_d^2 + 1/sigma^2, it is finite at pure noise (sigma infinite) too.
+    """
+    return sigma_data**-2 + sigma.double() ** -2

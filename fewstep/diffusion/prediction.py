@@ -1,9 +1,9 @@
-"""One answer of a denoiser, read as x0, eps or velocity.
+"""One prediction of a denoiser, read as x0, eps or velocity.
 
 x_t = a x0 + s eps and velocity = a' x0 + s' eps are two equations for two unknowns, so that any one of the three, with x_t,
 gives the others. The determinant a s' - s a' is 1 for RectifiedFlow and EDM, 1/sigma_d for TrigFlow and phi' for VP: never 0.
-What is stored is the velocity, because it alone is finite and complete at both ends. At t = 0 an x0 says nothing of eps, and
-at pure noise an eps says nothing of x0: the silent part is then read as 0, the mean of normalised data and of noise.
+The velocity is stored, because it alone is finite and complete at both ends. At t = 0 an x0 does not determine eps, and at pure
+noise an eps does not determine x0: the undetermined part is then 0, the mean of normalised data and of noise.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Prediction:
     t: Tensor  # (B,), or (B, T) for one time per frame
     path: Path
     velocity: Tensor  # dx_t/dt in the path's own time; float32 or better
-    features: tuple[Tensor, ...] = ()  # what the network's tapped blocks put out
+    features: tuple[Tensor, ...] = ()  # outputs of the network's tapped blocks
 
     @classmethod
     def of(cls, kind: Kind, value: Tensor, x_t: Tensor, t: Tensor, path: Path, features: tuple[Tensor, ...] = ()) -> Prediction:
@@ -46,7 +46,7 @@ class Prediction:
 
     @classmethod
     def exact(cls, x0: Tensor, eps: Tensor, t: Tensor, path: Path) -> Prediction:
-        """What a perfect network would say if x_t held one x0 and one eps only: the target of denoising."""
+        """The prediction of a perfect network if the data were this x0 alone: the target of denoising."""
         x_t = path.add_noise(x0, eps, t)
         _, _, da, ds = coefficients_for(path, t, x_t)
         return cls(x_t, t, path, da * x0 + ds * eps)
@@ -66,13 +66,13 @@ class Prediction:
         return {"x0": lambda: self.x0, "eps": lambda: self.eps, "velocity": lambda: self.velocity}[kind]()
 
 
-def keep_given(answer: Prediction, frames: Tensor | None, frame_mask: Tensor | None) -> Prediction:
-    """The prediction whose x0 is `frames` where `frame_mask` (B, T) is 1, as it was elsewhere."""
+def with_clean_frames(prediction: Prediction, frames: Tensor | None, frame_mask: Tensor | None) -> Prediction:
+    """The prediction with x0 replaced by `frames` where `frame_mask` (B, T) is 1."""
     if frame_mask is None or frames is None:
-        return answer
-    given = Prediction.of("x0", frames.to(answer.velocity), answer.x_t, answer.t, answer.path).velocity
-    is_given = frame_mask.bool()[:, None, :, None, None]
-    return replace(answer, velocity=torch.where(is_given, given, answer.velocity))
+        return prediction
+    clean = Prediction.of("x0", frames.to(prediction.velocity), prediction.x_t, prediction.t, prediction.path).velocity
+    is_clean = frame_mask.bool()[:, None, :, None, None]
+    return replace(prediction, velocity=torch.where(is_clean, clean, prediction.velocity))
 
 
 def coefficients_for(path: Path, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -40,7 +40,7 @@ class Rng:
     """Draws for the rows of one batch, each row from its own stream; `.shared` draws are the same on every replica.
 
     rows: the number of each row in the whole step's batch (training), or the seed of each sample (generation).
-    Two draws of one Rng differ; two Rngs made alike draw alike.
+    Two draws of one Rng differ; two Rngs with the same arguments draw the same numbers.
     """
 
     def __init__(self, seed: int, step: int = 0, rows: Sequence[int] | Tensor = (0,), device: torch.device | str = "cpu"):

@@ -1,6 +1,6 @@
 """Samplers of the probability-flow ODE: (denoiser, x, times, cond) -> x0.
 
-x is the state at times[0]; times descend, without the final 0 (times.py). Every sampler asks the network once per time (Heun
+x is the state at times[0]; times descend, without the final 0 (times.py). Every sampler calls the network once per time (Heun
 twice, but for the last) and ends with the x0 of its last call: Transfer1's "final clean denoise". So the number of network
 calls is len(times), and no step is wasted on a sliver of noise.
 
@@ -33,7 +33,7 @@ class Solver(Protocol):
     ) -> Tensor: ...
 
 
-def _ask(denoiser: Denoiser, x: Tensor, t: Tensor, cond: Condition) -> Prediction:
+def _predict(denoiser: Denoiser, x: Tensor, t: Tensor, cond: Condition) -> Prediction:
     return denoiser(x, t.to(x.device).expand(x.shape[0]), cond)
 
 
@@ -41,23 +41,23 @@ def euler(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, *, on_s
     """Order 1, straight steps in the path's own time."""
     x = x.to(working_dtype(x))
     for t, t_next in pairwise(times):
-        _tell(on_state, t, x)
-        x = x + (t_next - t).to(x.dtype).to(x.device) * _ask(denoiser, x, t, cond).velocity
-    _tell(on_state, times[-1], x)
-    return _ask(denoiser, x, times[-1], cond).x0
+        _report(on_state, t, x)
+        x = x + (t_next - t).to(x.dtype).to(x.device) * _predict(denoiser, x, t, cond).velocity
+    _report(on_state, times[-1], x)
+    return _predict(denoiser, x, times[-1], cond).x0
 
 
 def heun(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, *, on_state: OnState | None = None) -> Tensor:
     """Order 2, Karras et al. 2022, algorithm 1 without churn: two calls a step, one for the last."""
     x = x.to(working_dtype(x))
     for t, t_next in pairwise(times):
-        _tell(on_state, t, x)
+        _report(on_state, t, x)
         step = (t_next - t).to(x.dtype).to(x.device)
-        first = _ask(denoiser, x, t, cond).velocity
-        second = _ask(denoiser, x + step * first, t_next, cond).velocity
+        first = _predict(denoiser, x, t, cond).velocity
+        second = _predict(denoiser, x + step * first, t_next, cond).velocity
         x = x + step * (first + second) / 2
-    _tell(on_state, times[-1], x)
-    return _ask(denoiser, x, times[-1], cond).x0
+    _report(on_state, times[-1], x)
+    return _predict(denoiser, x, times[-1], cond).x0
 
 
 def dpmpp_2m(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, *, on_state: OnState | None = None) -> Tensor:
@@ -66,8 +66,8 @@ def dpmpp_2m(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, *, o
     steps = _Exponential(denoiser.path, times, x)
     last = None
     for i in range(len(times) - 1):
-        _tell(on_state, times[i], x)
-        x0 = _ask(denoiser, x, times[i], cond).x0
+        _report(on_state, times[i], x)
+        x0 = _predict(denoiser, x, times[i], cond).x0
         guess = x0
         if last is not None:
             # 1 / (2 r) with r = h_last / h: 0 when the last step came from pure noise, an infinite h.
@@ -75,8 +75,8 @@ def dpmpp_2m(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, *, o
             guess = (1 + lean) * x0 - lean * last
         x = steps.shrink[i] * x + steps.gain[i] * guess
         last = x0
-    _tell(on_state, times[-1], x)
-    return _ask(denoiser, x, times[-1], cond).x0
+    _report(on_state, times[-1], x)
+    return _predict(denoiser, x, times[-1], cond).x0
 
 
 def res_2ab(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, *, on_state: OnState | None = None) -> Tensor:
@@ -88,8 +88,8 @@ def res_2ab(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, *, on
     steps = _Exponential(denoiser.path, times, x)
     last = None
     for i in range(len(times) - 1):
-        _tell(on_state, times[i], x)
-        x0 = _ask(denoiser, x, times[i], cond).x0
+        _report(on_state, times[i], x)
+        x0 = _predict(denoiser, x, times[i], cond).x0
         h = steps.h[i]
         h_phi1 = -torch.expm1(-h)
         h_b2 = torch.zeros_like(h)
@@ -101,8 +101,8 @@ def res_2ab(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, *, on
         guess = (h_b1 / h_phi1) * x0 + (h_b2 / h_phi1) * (x0 if last is None else last)
         x = steps.shrink[i] * x + steps.gain[i] * guess.to(x.dtype)
         last = x0
-    _tell(on_state, times[-1], x)
-    return _ask(denoiser, x, times[-1], cond).x0
+    _report(on_state, times[-1], x)
+    return _predict(denoiser, x, times[-1], cond).x0
 
 
 def unipc(
@@ -114,18 +114,18 @@ def unipc(
     """
     x = x.to(working_dtype(x))
     steps = _Exponential(denoiser.path, times, x)
-    known: list[tuple[int, Tensor]] = []  # (place in the grid, x0), newest last
+    history: list[tuple[int, Tensor]] = []  # (index in the grid, x0), newest last
     before = x
     for i in range(len(times)):
-        x0 = _ask(denoiser, x, times[i], cond).x0
-        if i > 0:  # correct x with what was just learned at its end; the corrected state keeps this x0
-            x = steps.multistep(i - 1, before, known[-order:], end=x0)
-        _tell(on_state, times[i], x)
+        x0 = _predict(denoiser, x, times[i], cond).x0
+        if i > 0:  # correct x with the x0 just predicted at its end; the corrected state keeps this x0
+            x = steps.multistep(i - 1, before, history[-order:], end=x0)
+        _report(on_state, times[i], x)
         if i == len(times) - 1:
             return x0
-        known = [*known, (i, x0)][-order:]
+        history = [*history, (i, x0)][-order:]
         before = x
-        x = steps.multistep(i, x, known[-order:], end=None)
+        x = steps.multistep(i, x, history[-order:], end=None)
     raise AssertionError("times is never empty")
 
 
@@ -140,40 +140,41 @@ class _Exponential:
         self.shrink = (s[1:] / s[:-1]).to(like.dtype).to(like.device)
         self.gain = (a[1:] * (1 - decay)).to(like.dtype).to(like.device)
 
-    def multistep(self, i: int, x: Tensor, known: Sequence[tuple[int, Tensor]], end: Tensor | None) -> Tensor:
-        """The state after step i from earlier x0 (predictor) and, if given, from the x0 at its end (corrector)."""
-        (here, x0), h = known[-1], self.h[i]
-        assert here == i, (here, i)
+    def multistep(self, i: int, x: Tensor, history: Sequence[tuple[int, Tensor]], end: Tensor | None) -> Tensor:
+        """The state after step i from earlier x0 (predictor) and, with `end`, from the x0 at its end (corrector)."""
+        last, x0 = history[-1]
+        assert last == i, (last, i)
+        h = self.h[i]
         out = self.shrink[i] * x + self.gain[i] * x0
         if bool(torch.isinf(h)):
             return out if end is None else self.shrink[i] * x + self.gain[i] * end
-        places = [(float((self.lam[j] - self.lam[i]) / h), value) for j, value in known[:-1]]
-        places = [(r, value) for r, value in reversed(places) if r > float("-inf")]
+        points = [(float((self.lam[j] - self.lam[i]) / h), value) for j, value in history[:-1]]
+        points = [(r, value) for r, value in reversed(points) if r > float("-inf")]
         if end is not None:
-            places.append((1.0, end))
-        if not places:
+            points.append((1.0, end))
+        if not points:
             return out
         # D_k = (x0_k - x0) / r_k; the weights solve sum_k r_k^(n-1) rho_k = b_n (UniPC, theorem 3.1, with z = -h).
-        r = torch.tensor([place for place, _ in places], dtype=torch.float64)
+        r = torch.tensor([r for r, _ in points], dtype=torch.float64)
         z, factorial = -h, 1.0
         b_h = torch.expm1(z)
         phi, b = b_h / z - 1, list[Tensor]()
-        for n in range(1, len(places) + 1):
+        for n in range(1, len(points) + 1):
             factorial *= n
             b.append(phi * factorial / b_h)
             phi = phi / z - 1 / (factorial * (n + 1))
-        system = torch.stack([r**n for n in range(len(places))])
-        if len(places) == 1:
+        system = torch.stack([r**n for n in range(len(points))])
+        if len(points) == 1:
             rho = [0.5]  # the paper's simplification at order 2
         else:
             solution = cast(Tensor, torch.linalg.solve(system, torch.stack(b)))  # pyright: ignore[reportUnknownMemberType]  # torch
             rho = floats(solution)
-        for weight, (place, value) in zip(rho, places, strict=True):
-            out = out + self.gain[i] * (weight / place) * (value - x0)
+        for weight, (ratio, value) in zip(rho, points, strict=True):
+            out = out + self.gain[i] * (weight / ratio) * (value - x0)
         return out
 
 
-def _tell(on_state: OnState | None, t: Tensor, x: Tensor) -> None:
+def _report(on_state: OnState | None, t: Tensor, x: Tensor) -> None:
     if on_state is not None:
         on_state(float(t), x)
 
@@ -183,30 +184,30 @@ def _tell(on_state: OnState | None, t: Tensor, x: Tensor) -> None:
 
 class Trajectory(NamedTuple):
     x0: Tensor
-    times: Tensor  # (K,), exactly as asked for
+    times: Tensor  # (K,), those of `at`
     states: Tensor  # B K ...
 
 
 def trajectory(solver: Solver, denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, at: Tensor) -> Trajectory:
     """x0 and the solver's states at exactly the times `at`.
 
-    The times asked for are put on the solver's grid, each in the place of its nearest inner neighbour, so that the number of
-    calls stays; taking the state at the first solver time below a target trains the student at a time its state never had.
+    Each of these times replaces its nearest inner neighbour in the solver's grid, so that the number of calls stays the same.
+    The state at the first solver time below a target would be paired with a time that is not its own.
     """
     grid = with_targets(times, at)
-    kept: dict[float, Tensor] = {}
-    wanted = floats(at)
+    targets = floats(at)
+    states: dict[float, Tensor] = {}
 
-    def keep(t: float, state: Tensor) -> None:
-        if t in wanted:
-            kept[t] = state
+    def store(t: float, state: Tensor) -> None:
+        if t in targets:
+            states[t] = state
 
-    x0 = solver(denoiser, x, grid, cond, on_state=keep)
-    return Trajectory(x0, at.double(), torch.stack([kept[t] for t in wanted], dim=1))
+    x0 = solver(denoiser, x, grid, cond, on_state=store)
+    return Trajectory(x0, at.double(), torch.stack([states[t] for t in targets], dim=1))
 
 
 def with_targets(times: Tensor, at: Tensor) -> Tensor:
-    """`times` with every time of `at` in it, both ends kept, and as many as before where inner neighbours can give way."""
+    """`times` with every time of `at` in it: both ends stay, and each new time replaces an inner neighbour if there is one."""
     grid, targets = floats(times), floats(at)
     if max(targets) > grid[0] or min(targets) <= 0:
         raise UserError(f"the times to keep, {targets}, must lie between the first time of the grid, {grid[0]}, and 0")

@@ -1,7 +1,7 @@
 """Times: grids to sample on, and distributions to train on.
 
 A grid is a 1-D float64 tensor of the path's own times, descending, without the final 0: its length is the number of network
-calls. A distribution is a frozen dataclass with `draw(rng, path, shape)`, which answers in the path's own time; it is written
+calls. A distribution is a frozen dataclass with `draw(rng, path, shape)`, which returns times of the path; it is written
 in the units its paper uses and matched to the path by noise-to-signal ratio, so that each works on every path.
 """
 
@@ -24,7 +24,7 @@ from fewstep.errors import UserError
 
 
 def explicit(times: Iterable[float] | Tensor, path: Path | None = None) -> Tensor:
-    """The times given, checked: descending, positive, and within the path."""
+    """The times as a grid. Raises UserError unless they are descending, positive and within the path."""
     grid = torch.as_tensor(times if isinstance(times, Tensor) else list(times), dtype=torch.float64)
     if grid.ndim != 1 or len(grid) == 0 or not bool((grid[1:] < grid[:-1]).all()) or not float(grid[-1]) > 0:
         raise UserError(f"times must be descending and above 0 (the final 0 is left out), but are {floats(grid)}")
@@ -69,7 +69,7 @@ def on_flow(num: int, path: Path, shift: float = 1.0) -> Tensor:
     """A grid for any path: `shifted` in flow time, from the path's own t_max down."""
     a, s, _, _ = path.coefficients(torch.tensor([path.t_max]))
     end = FLOW.time_of(s / a)
-    u = end / (shift + (1 - shift) * end) * torch.arange(num, 0, -1, dtype=torch.float64) / num  # its shift ends at `end`
+    u = end / (shift + (1 - shift) * end) * torch.arange(num, 0, -1, dtype=torch.float64) / num  # the shift maps this to `end`
     times = _from(FLOW, shift * u / (1 + (shift - 1) * u), path)
     times[0] = path.t_max
     return times
@@ -165,7 +165,7 @@ class KarrasIndex:
 @kind("listed", group="times")
 @dataclass(frozen=True)
 class Listed:
-    """One of the given times of the path, each as likely."""
+    """One of `times`, in the path's own time, each as likely."""
 
     times: tuple[float, ...] = ()
 

@@ -96,7 +96,7 @@ class Nets:
 class Method(Protocol):
     @property
     def roles(self) -> tuple[str, ...]:
-        """Of "student", "teacher", "critic", "head": a ClassVar, or a property where they depend on the fields."""
+        """Of "student", "teacher", "critic", "head": a class attribute, or a property where they depend on the fields."""
         ...
 
     @property

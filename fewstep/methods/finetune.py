@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from fewstep.batch import Batch, Condition, choose
 from fewstep.config import kind
 from fewstep.diffusion import Path, Prediction, Rng, StudentSampler, on_path, times
 from fewstep.diffusion.path import AnyPath, floats, spread
+from fewstep.diffusion.precondition import edm_weight
 from fewstep.methods.contract import Nets, Reduction, Terms, Turn, free_mask, reduced
 from fewstep.methods.first_frames import problems_of_shares, with_first_frames
 
@@ -37,7 +38,7 @@ class Finetune:
     first_frames: tuple[float, ...] = ()  # shares of samples conditioned on 0, 1, .. clean first frames; Predict2.5 0 to 2
     num_sample_steps: int = 35  # of the sampler of the resulting many-step model
 
-    roles: ClassVar[tuple[str, ...]] = ("student",)
+    roles = ("student",)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -81,7 +82,8 @@ class Finetune:
         if self.weighting == "none":
             return torch.ones((), dtype=like.dtype, device=like.device)
         a, s, _, _ = path.coefficients(t)
-        snr = (a / s) ** 2
-        # (sigma^2 + sigma_d^2) / (sigma sigma_d)^2 = 1/sigma_d^2 + 1/sigma^2, which is finite at pure noise too.
-        weight = self.sigma_data**-2 + snr if self.weighting == "edm" else snr.clamp(max=self.min_snr_gamma)
+        if self.weighting == "edm":
+            weight = edm_weight(s / a, self.sigma_data)
+        else:
+            weight = ((a / s) ** 2).clamp(max=self.min_snr_gamma)
         return spread(weight, like).to(like.dtype)

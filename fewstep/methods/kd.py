@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ class KD:
     renoise: Renoise = "fresh"  # fresh noise on its x0 has the distribution of x_t; "ode" leaves the teacher's curve
     first_frames: tuple[float, ...] = ()  # shares of samples conditioned on 0, 1, .. clean first frames; Transfer1 0 to 2
 
-    roles: ClassVar[tuple[str, ...]] = ("student",)
+    roles = ("student",)
 
     @property
     def needs(self) -> frozenset[str]:

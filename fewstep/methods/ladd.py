@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -35,8 +34,8 @@ class LADD:
     gan: Gan = Gan(weight=1.0, r1_weight=0.1, r1_std=0.1)
     student_update_freq: int = 2  # FastGen's Wan recipe; its class default 5
 
-    roles: ClassVar[tuple[str, ...]] = ("student", "teacher", "head")
-    needs: ClassVar[frozenset[str]] = frozenset({"x0"})  # real data with their own conditions
+    roles = ("student", "teacher", "head")
+    needs = frozenset({"x0"})  # real data with their own conditions
 
     def turn(self, step: int) -> Turn:
         student = step % self.student_update_freq == 0

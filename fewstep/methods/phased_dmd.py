@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -56,7 +55,7 @@ class PhasedDMD:
     student_update_freq: int = 5  # one student turn, then four critic turns
     warmup: Warmup = Warmup()  # at the beginning of each phase
 
-    roles: ClassVar[tuple[str, ...]] = ("student", "teacher", "critic")
+    roles = ("student", "teacher", "critic")
 
     @property
     def needs(self) -> frozenset[str]:

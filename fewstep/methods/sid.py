@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -44,7 +43,7 @@ class SiD:
     student_update_freq: int = 5  # one student turn, then four critic turns
     warmup: Warmup = Warmup()
 
-    roles: ClassVar[tuple[str, ...]] = ("student", "teacher", "critic")
+    roles = ("student", "teacher", "critic")
 
     @property
     def needs(self) -> frozenset[str]:

@@ -20,7 +20,7 @@ from fewstep.batch import Condition
 from fewstep.config import kind
 from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import AnyPath, spread, working_dtype
-from fewstep.diffusion.prediction import coefficients_for, keep_given
+from fewstep.diffusion.prediction import coefficients_for, with_clean_frames
 from fewstep.networks.contract import NetworkDefaults, NetworkSpec, Traits
 from fewstep.networks.taps import block_outputs
 
@@ -60,7 +60,7 @@ class Tiny(NetworkDefaults):
         x0 = self.sigma_data * (cos * y - sin * raw)
         eps = sin * y + cos * raw
         _, _, da, ds = coefficients_for(self.path, t, x)
-        return keep_given(Prediction(x, t, self.path, da * x0 + ds * eps, features), cond.frames, cond.frame_mask)
+        return with_clean_frames(Prediction(x, t, self.path, da * x0 + ds * eps, features), cond.frames, cond.frame_mask)
 
 
 @kind("tiny", group="network")

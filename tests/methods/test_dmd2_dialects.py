@@ -15,7 +15,7 @@ from torch.nn.functional import softplus
 from fewstep.batch import Batch, Condition
 from fewstep.config import check, fields_help, presets
 from fewstep.diffusion import EDM, Prediction, RectifiedFlow, Rng, TrigFlow
-from fewstep.diffusion.prediction import keep_given
+from fewstep.diffusion.prediction import with_clean_frames
 from fewstep.methods import DMD2, Gan, Nets, Regression, fastgen, predict25, transfer1
 from fewstep.networks.heads import Conv3dSpec, QuerySpec
 
@@ -58,7 +58,7 @@ class Adapter:
         else:
             raw, features = self.raw(x, t, cond.text)
             answer = Prediction(x_t, t, self.path, raw, (features,) if taps else ())
-        return keep_given(answer, cond.frames, cond.frame_mask)
+        return with_clean_frames(answer, cond.frames, cond.frame_mask)
 
 
 class Log(Rng):

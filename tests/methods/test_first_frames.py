@@ -5,7 +5,7 @@ import torch
 
 from fewstep.batch import Batch, Condition, first_frames
 from fewstep.diffusion import Prediction, RectifiedFlow, Rng
-from fewstep.diffusion.prediction import keep_given
+from fewstep.diffusion.prediction import with_clean_frames
 from fewstep.methods import Finetune
 from fewstep.methods.contract import Nets
 from fewstep.methods.first_frames import with_first_frames
@@ -53,7 +53,7 @@ class Wrong:
 
     def __call__(self, x_t, t, cond, *, taps=(), cache=None):
         answer = Prediction.of("x0", self.truth + self.offset, x_t, t, self.path)
-        return keep_given(answer, cond.frames, cond.frame_mask)
+        return with_clean_frames(answer, cond.frames, cond.frame_mask)
 
 
 def test_given_frames_have_no_loss_and_no_gradient() -> None:

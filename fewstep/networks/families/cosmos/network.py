@@ -24,7 +24,7 @@ from fewstep.config import kind
 from fewstep.diffusion import EDM, Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import spread, working_dtype
 from fewstep.diffusion.precondition import edm_preconditioning
-from fewstep.diffusion.prediction import keep_given
+from fewstep.diffusion.prediction import with_clean_frames
 from fewstep.errors import UserError
 from fewstep.networks.contract import DiffusersSpec, Scheduling, Traits
 from fewstep.networks.families.cosmos.keys import original_names, refuse_apart
@@ -95,7 +95,7 @@ class Cosmos(Adapter):
             c_in, c_skip, c_out = (spread(value, x).to(x.dtype) for value in (c.c_in, c.c_skip, c.c_out))
             raw, features = self._ask(x, c_in * x, c.c_noise, cond, taps)
             answer = Prediction.of("x0", c_skip * x + c_out * raw, x, t, self.path, features)
-        return keep_given(answer, cond.frames, cond.frame_mask)
+        return with_clean_frames(answer, cond.frames, cond.frame_mask)
 
     def with_control_weights(self, weights: Mapping[str, float]) -> Cosmos:
         total = max(1.0, sum(weights.values()))

@@ -24,7 +24,7 @@ from fewstep.batch import Condition
 from fewstep.config import kind
 from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import working_dtype
-from fewstep.diffusion.prediction import keep_given
+from fewstep.diffusion.prediction import with_clean_frames
 from fewstep.errors import UserError
 from fewstep.networks.contract import Beginning, DiffusersSpec, Traits
 from fewstep.networks.families.upstream import Adapter, enters_in_compute_dtype, needed, zero_padded
@@ -95,7 +95,7 @@ class Wan(Adapter):
             )[0]
         features = tuple(outputs[i].unflatten(1, grid).permute(0, 4, 1, 2, 3) for i in taps)
         answer = Prediction(x, t, self.path, raw.to(x.dtype), features)
-        return keep_given(answer, cond.frames, cond.frame_mask)
+        return with_clean_frames(answer, cond.frames, cond.frame_mask)
 
     def begin(self, cond: Condition, beginning: Beginning) -> Condition:
         traits, pixels = self.traits, beginning.pixels
