@@ -2,24 +2,24 @@
 
 loss = mean over pixels of w (|e| + 2 e^2), e = D(E(x) + noise) - x, and `whiten` times (|C - I|^2 + |m|^2) / channels, with m
 and C the mean and covariance of the latents' channels over the clips and places of a batch (of a rank's own part of it).
-Weights w = 1 + motion |x - mean over time of x| (greatest of the three colours): what moves is a small share of a picture, and
-all that a world model is about.
+Weights w = 1 + motion |x - mean over time of x| (greatest of the three colours): moving objects are few pixels of
+a picture, and what a world model is about.
 
-Without the pull to unit covariance an encoder says the same few things in all of its channels: the noise makes repeating worth
-while, and what the decoder does not read teaches the encoder nothing.
+Without the pull to unit covariance an encoder repeats a few numbers in all of its channels: the noise rewards repetition,
+and what the decoder does not read gives the encoder no gradient.
 
 With `perceptual` above 0 a perceptual network (perceptual.py) receives x and x + e, and `perceptual` times the relative change
 of its activations is added: the mean over its layers of |a(x + e) - a(x)| / |a(x)|, absolute values summed over the batch. A
 loss on pixels alone asks for the mean of the possible clips, which is a blur (Johnson et al. 2016, arXiv:1603.08155).
 
 With `adversarial` above 0 a critic (clip_critic.py) learns to tell D(E(x) + noise) from x, with a hinge loss, on the clips of
-the very same iteration. The gradient g of the terms above on the decoded pixels becomes
+the same iteration. The gradient g of the terms above on the decoded pixels becomes
 
     g + adversarial |g| / |h| h,        h the gradient of -mean of the critic's logits
 
 so that `adversarial` means the same whatever the critic's scale (Esser et al. 2021, arXiv:2012.09841, weigh alike, by the
-gradients on the last layer). A blur that is the same in every clip is little error in each, and is the first thing a critic
-finds.
+gradients on the last layer). A blur that is the same in every clip is a small error in each of them, but easy for a
+critic to detect.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ HINGE = Gan(form="hinge")
 
 @dataclass(frozen=True)
 class Networks:
-    """What the losses receive: the tokenizer, and what looks at its clips."""
+    """The networks of the losses."""
 
     tokenizer: Tokenizer
     perceptual: PerceptualNetwork | None = None  # frozen

@@ -1,4 +1,4 @@
-"""The words of the toy world: a caption made from what happened in a clip, never from what was planned, and read back."""
+"""The language of the toy world: writes a caption from the events of a clip, and reads captions."""
 
 import re
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
     made = clip(World(), seed=0, index=7)  # rgb, exact depth, segmentation, keypoints, state, events, caption
 
-Everything follows from (seed, index) alone, bit for bit, whatever the batch, the order or the process.
+A clip is a function of (seed, index) alone, with equal bits whatever the batch, the order or the process.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ from fewstep.toyworld.workers import spawned
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip with all there is to know about it. Image coordinates run from the top left, 0..1."""
+    """One clip with its ground truth. Image coordinates run from the top left, 0..1."""
 
     rgb: NDArray[np.uint8]  # (T, H, W, 3)
     depth: NDArray[np.float32]  # (T, H, W), metres along the camera's axis, of the pixel's centre
@@ -40,7 +40,7 @@ class Clip:
 
     @property
     def collides(self) -> bool:
-        """True if the caption says so: two objects meet in view."""
+        """Whether two objects collide in view, which the caption then says."""
         return "collide" in self.caption
 
 
@@ -62,9 +62,9 @@ def clips(
 def stream(
     world: World, seed: int, indices: Sequence[int], *, gravity: float | Sequence[float] | None = None, workers: int = 0
 ) -> Iterator[Clip]:
-    """Yields the clips of `indices` in their order, made by this process or, if `workers` is above 0, by that many.
+    """Yields the clips of `indices` in their order, rendered by this process or, if `workers` is above 0, by that many.
 
-    Workers are spawned: a script that asks for them needs the usual `if __name__ == "__main__"`.
+    Workers are spawned: a script that uses them needs the usual `if __name__ == "__main__"`.
     """
     wanted = list(gravity) if isinstance(gravity, Sequence) else [gravity] * len(indices)
     if len(wanted) != len(indices):

@@ -1,8 +1,8 @@
-"""The toy world as a data set on disk, in the folder layout of the seeds.
+"""The toy world as a data set on disk, in the folder layout of Cosmos-Transfer1.
 
     videos/clip_000000.mp4         lossless: 17 frames of 32 x 32 at 16 fps
     metas/clip_000000.txt          its caption
-    edge|vis|depth/clip_000000.mp4 lossless; vis is the preset "very_low": the others leave nothing of 32 pixels
+    edge|vis|depth/clip_000000.mp4 lossless; vis has the preset "very_low": the others blur 32 pixels to nothing
     seg/clip_000000.pickle         masks, in the layout of Cosmos-Transfer1
     keypoint/clip_000000.pickle    centres and corners, in a layout like that of its people
     t5_xxl/clip_000000.pickle      the caption, embedded
@@ -63,12 +63,12 @@ def write(
     only: Iterable[str] | None = None,
     encoder: str | Path | None = None,
 ) -> int:
-    """Writes clips 0 .. num - 1 of the series `seed` to `out`, but for those that are there; how many it made.
+    """Writes those clips 0 .. num - 1 of the series `seed` that `out` lacks, and returns their number.
 
     `only` names the folders to write (videos, metas, edge ..); None: all of them. `encoder`, a folder or hub id, embeds the
     captions, unless `only` leaves them out; None: they are not embedded.
 
-    `workers` processes render and write, or this one if 0. Refuses a folder that holds other clips than these.
+    `workers` processes render and write, or this one if 0. A folder that holds other clips is a UserError.
     """
     parts, embeds = _parts_of(only)
     opened = open_text_encoder(encoder) if embeds and encoder is not None else None  # before anything is rendered
@@ -90,7 +90,7 @@ def stem_of(index: int) -> str:
 
 
 def depth_range_m(world: World) -> tuple[float, float]:
-    """The nearest floor in the picture, and the wall: what the depth video's white and black mean."""
+    """Depths in metres of white and black in the depth video: the nearest floor in the picture, and the wall."""
     camera = world.camera
     floor = camera.y_m * camera.focal_px / (camera.height - camera.cy_px)
     return min(floor, world.lanes_m[0] - max(*world.sphere_sizes_m, *world.box_sizes_m)), world.stage.wall_z_m
@@ -100,7 +100,7 @@ def depth_range_m(world: World) -> tuple[float, float]:
 
 
 def _parts_of(only: Iterable[str] | None) -> tuple[tuple[Part, ...], bool]:
-    """What is written of each clip, and whether captions are embedded; those that are, are written."""
+    """The parts to write of each clip, and whether to embed captions; embedded captions are also written."""
     if only is None:
         return PARTS, True
     names, choices = set(only), [part.folder for part in (*PARTS, TEXT)]
@@ -112,7 +112,7 @@ def _parts_of(only: Iterable[str] | None) -> tuple[tuple[Part, ...], bool]:
 
 
 def _claimed(out: Path, num: int, seed: int, world: World) -> tuple[Layout, _Labels]:
-    """The folder, marked as this series' own before the first clip is written, and the labels it has already."""
+    """The folder, after marking it as this series' own, and the labels of the clips that it has already."""
     if num < 1:
         raise UserError(f"--num must be at least 1, not {num}")
     if seed < 0:
@@ -145,7 +145,7 @@ def _write_index(out: Path, num: int, seed: int, world: World, labels: list[_Lab
 
 
 def _label(world: World, seed: int, index: int) -> _Label:
-    """What is in a clip, without rendering it: about 3 ms."""
+    """The label of a clip, without rendering it: about 3 ms."""
     scene = scenes.specification(world, seed, index)
     path = physics.simulate(world, scene)
     return _label_of(index, scene, captions.caption(world, scene, path), path.events)
@@ -164,7 +164,7 @@ def _label_of(index: int, scene: Scene, caption: str, events: tuple[Event, ...])
 
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:
-    """As json gives it back: tuples become lists."""
+    """The value as json returns it: tuples become lists."""
     return json.loads(json.dumps(value))
 
 

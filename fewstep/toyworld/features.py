@@ -9,7 +9,7 @@ Features are standardised by the mean and deviation that real clips had when the
 weights, so that distances of different runs compare. A distance on them is a "toy Frechet (net HASH)", by `name`; it has
 nothing to do with FID or FVD, whose networks these are not.
 
-`random_net` is the same form with seeded random weights: a witness that cannot have been tuned.
+`random_net` has the same layers with random weights from a fixed seed: a check that cannot have been tuned.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def features_by(clips: Clips, nets: Sequence[FeatureNet]) -> list[Tensor]:
 
 
 def as_clips(clips: Clips) -> Tensor:
-    """`clips` as a uint8 tensor (B, T, H, W, 3); refuses everything else, floats above all: 0..1 or -1..1 is not told."""
+    """`clips` as a uint8 tensor (B, T, H, W, 3); UserError for anything else: the range of floats is unknown, 0..1 or -1..1."""
     tensor = clips if isinstance(clips, Tensor) else torch.from_numpy(np.ascontiguousarray(clips))
     if tensor.dtype != torch.uint8 or tensor.ndim != 5 or tensor.shape[-1] != 3 or len(tensor) == 0:
         raise UserError(f"clips must be uint8 of shape (B, T, H, W, 3), not {tensor.dtype} of shape {tuple(tensor.shape)}.")
@@ -157,7 +157,7 @@ def load(path: Path) -> FeatureNet:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a weights file; refuses one that is missing with the command that makes it."""
+    """The tensors and the metadata of a weights file; a missing file is a UserError that names the command to train it."""
     from safetensors import safe_open
 
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""What the scores of `scores` mean, one sentence each, for the cards and the table of a report."""
+"""The legend of the toy world's scores: one sentence for each."""
 
 from fewstep.evaluation.score import Score
 

@@ -1,8 +1,8 @@
 """Physics probes: what a clip of the toy world shows, read from its pixels alone.
 
 Pixels are sorted by hue into the six colours, blobs of one colour are tracked from frame to frame, and the tracks are
-asked: how many objects, of which colour and shape, where to, how smoothly, under which gravity, and do they stay. Nothing here
-was told how the clip was made, so generated and real clips are read alike. Lengths are in pixels of a picture 32 high.
+described: how many objects, of which colour and shape, where to, how smoothly, under which gravity, and whether they stay. The
+probes read pixels only, so generated and real clips are measured alike. Lengths are in pixels of a picture 32 high.
 
 A pixel at an object's border is a mix a k object + (1 - a) background. The background is nearly grey, so with
 chroma = max - min and r = min / (max - min) of the object's paint
@@ -294,7 +294,7 @@ class Description:
 
 
 def descriptions(captions: Sequence[str]) -> Description:
-    """What captions in the words of the toy world ask for; refuses two objects of one colour, which are not told apart."""
+    """The contents of captions. Two objects of one colour are a UserError: the probes cannot tell them apart."""
     shape = (len(captions), NUM)
     out = Description(np.zeros(shape, np.bool_), np.zeros(shape, np.bool_), np.zeros(shape, np.int64))
     for row, caption in enumerate(captions):

@@ -68,7 +68,7 @@ def _job(name: str, *after: str) -> Job:
 
 @recipe("toy_teacher")
 def toy_teacher() -> Run:
-    """The toy world's teacher: a rectified flow, led by text and by 0, 1 or 2 given latent frames."""
+    """The toy world's teacher: a rectified flow, conditioned on text and on 0, 1 or 2 given latent frames."""
     return Run(
         job=_job("toy_teacher"),
         method=Finetune(times=LogitNormal(), drop_condition=0.1, first_frames=(0.7, 0.15, 0.15)),
@@ -84,7 +84,7 @@ def toy_teacher() -> Run:
 
 @recipe("toy_edge")
 def toy_edge() -> Run:
-    """A control branch for the toy teacher, which stays frozen: clips led by the edges of another (Transfer2.5's form)."""
+    """A control branch for the frozen toy teacher: clips follow the edges of another clip (form of Transfer2.5)."""
     return Run(
         job=_job("toy_edge"),
         method=Finetune(times=LogitNormal(), drop_condition=0.1, first_frames=(0.7, 0.15, 0.15)),
@@ -167,7 +167,7 @@ def toy_dmd2_1step() -> Run:
 
 
 def _dmd2_lora(name: str, num_steps: int) -> Run:
-    """From the teacher itself: adapters lie over its weights, and a student of KD would have to be extracted into them."""
+    """Starts from the teacher: the adapters lie over its weights, and a KD student would have to be extracted into adapters."""
     run, adapters = _dmd2(name, num_steps, ""), Lora(rank=32)
     assert run.critic_optim is not None
     return replace(

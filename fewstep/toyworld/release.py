@@ -1,11 +1,11 @@
-"""Puts what the toy recipes trained where the package ships it: half precision, in the layout of diffusers.
+"""Writes the weights of the toy recipes into the shipped stack, in half precision, in the layout of diffusers.
 
     python -m fewstep.toyworld.release tokenizer toyworld/basic/toy_tokenizer TRAIN --out fewstep/toyworld/stack/vae
     python -m fewstep.toyworld.release transformer toyworld/basic/toy_teacher --out fewstep/toyworld/stack/transformer
     python -m fewstep.toyworld.release control toyworld/basic/toy_edge --out fewstep/toyworld/stack/controlnet_edge
 
-The tokenizer's folder carries the mean and spread of each latent channel, measured on clips of the data set, so that a
-diffusion model sees latents of unit spread whoever encodes them.
+The tokenizer's folder carries the mean and spread of each latent channel, measured on clips of the data set, so that
+latents have unit spread.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def decoder(
     run: Annotated[str, typer.Argument(help="The finished run of the decoder.")],
     out: Annotated[Path, typer.Option(help="The tokenizer's folder, whose decoder is replaced.")],
 ) -> None:
-    """A decoder that was trained on alone: encoder, statistics and so every latent stay what they are."""
+    """A decoder that was trained alone. Encoder and statistics, and so every latent, stay the same."""
     made = TokenizerSpec(pretrained=str(out)).build()
     before = {name: value.clone() for name, value in made.module.state_dict().items()}
     load_into(made.module, read(f"{run}:tokenizer.ema"), run)
@@ -97,7 +97,7 @@ def control(
     run: Annotated[str, typer.Argument(help="The finished run of toy_edge.")],
     out: Annotated[Path, typer.Option(help="Folder to write, beside transformer/.")],
 ) -> None:
-    """The teacher's control branch. The pipeline's index does not name it: it is there for those who ask."""
+    """The teacher's control branch. The pipeline's index does not name it: a caller has to name it."""
     from fewstep.toyworld.recipes import LED
 
     made = replace(LED, pretrained=str(out.parent)).build()
@@ -118,7 +118,7 @@ def _save(module: Any, out: Path) -> None:
 
 
 def _index(pipeline: Path) -> None:
-    """What diffusers opens a pipeline's folder by, of the parts that lie in it."""
+    """Writes model_index.json for the parts in the folder."""
     parts = {name: pipeline / name / "config.json" for name in ("transformer", "vae")}
     configs = {name: json.loads(path.read_text()) for name, path in parts.items() if path.is_file()}
     version = max(config["_diffusers_version"] for config in configs.values())

@@ -1,4 +1,4 @@
-"""All scores of a set of toy-world clips against real ones, each with its spread over clips and its n.
+"""Scores of sets of toy-world clips against real ones, each with its spread over clips and its n.
 
     real = reference(toyworld_clips)                            # once; kept on disk by its content if a folder is given
     record = score([made_0, made_1, made_2], prompts, real)     # one set of clips for each evaluation seed
@@ -8,7 +8,7 @@ What each score means is in docs/evaluation.md, with the table of anchors (real 
 
     python -m fewstep.toyworld.scores
 
-prints: no score means anything without what real and what bad clips get.
+prints: read a score beside those of real and of damaged clips.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _stacked(clips: Sequence[Clip]) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the scores need to know of the real clips."""
+    """Statistics of the real clips."""
 
     features: Tensor  # n 96
     random_features: Tensor  # n 96, of the untrained witness
@@ -98,10 +98,10 @@ class Reference:
 
 
 def reference(source: Source, cache: Path | None = None, net: FeatureNet | None = None) -> Reference:
-    """The real clips' side of every score: 2048 clips take some 15 s, or nothing if `cache` (a folder) knows them.
+    """Statistics of the real clips. 2048 clips take some 15 s, or nothing if the folder `cache` has them.
 
     The name in the cache is a hash of the pictures or files, of the number of frames and their size, of both networks, and of
-    the code that reads them: what changes any of these is never served from an old file.
+    the code that reads them: if any of these changes, an old file is not used.
     """
     net = features.shipped() if net is None else net
     if cache is None:
@@ -125,7 +125,7 @@ def _reference(clips: Tensor, net: FeatureNet) -> Reference:
 
 
 def _features(clips: Tensor, net: FeatureNet) -> tuple[Tensor, Tensor]:
-    """By the network and by the untrained witness, at once if they read the same size."""
+    """Features by the network and by the untrained network, in one pass if they read the same size."""
     witness = features.random_net()
     if net.size != witness.size or net.mean.device != witness.mean.device:
         return features.features(clips, net), features.features(clips, witness)
@@ -189,7 +189,7 @@ def score(
     """Every score of `clip_sets`, one set of clips for the `prompts` or several (evaluation seeds), against `real` clips.
 
     `groups` (P, S, T, H, W, 3) are S seeds for each of P prompts; with them comes `seed_diversity`, to be divided by the
-    teacher's. Precision and its kin compare equal numbers of clips. 512 clips take 8 s on one core.
+    teacher's. Precision, recall, density and coverage compare equal numbers of clips. 512 clips take 8 s on one core.
     """
     net = features.shipped() if net is None else net
     stats = real if isinstance(real, Reference) else reference(real, cache, net)

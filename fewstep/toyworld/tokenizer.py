@@ -1,7 +1,7 @@
 """A video tokenizer that can be trained: diffusers' own class, with what the losses of autoencode.py need.
 
-Only tokenizers of the toy world are trained here; real ones come finished (networks/encoders/codecs.py). The noise on the
-latents during training makes a latent space in which small errors of a denoiser stay small errors of the picture.
+Only tokenizers of the toy world are trained here; real ones are opened as they are (networks/encoders/codecs.py). The noise on
+the latents during training makes a latent space in which small errors of a denoiser stay small errors of the picture.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _Reconstruct(nn.Module):
         self.vae, self.trains = vae, trains
 
     def requires_grad_(self, requires_grad: bool = True) -> _Reconstruct:
-        """As for any module; but where the latents are to stay what they are, training means the decoder."""
+        """As for any module; with trains=decoder only the decoder's weights require gradients."""
         super().requires_grad_(requires_grad)
         if self.trains == "decoder":
             self.vae.encoder.requires_grad_(False)

@@ -2,7 +2,7 @@
 
     python -m fewstep.toyworld.train_features
 
-is how the shipped weights were made. Half of the clips play under the world's own gravity, half under 0.25 to 2.5 times of it.
+wrote the shipped weights. Half of the clips play under the world's own gravity, half under 0.25 to 2.5 times of it.
 Batch normalisation helps the training and is folded into the convolutions afterwards. Some four minutes on one core,
 one of them rendering.
 """
@@ -45,7 +45,7 @@ _PER_COLOUR = 1 + len(_MOTIONS) + 3 + 6  # box, motion, side, places
 
 @dataclass(frozen=True)
 class Labels:
-    """What the world knows of n clips, by colour where K stands."""
+    """Ground truth of n clips, by colour where K stands."""
 
     present: Tensor  # n K
     is_box: Tensor  # n K
@@ -89,7 +89,7 @@ def labels_of(world: World, clips: Iterable[Clip]) -> tuple[Tensor, Labels]:
 
 
 class Trainee(nn.Module):
-    """The feature network with batch normalisation, and the heads that make it learn."""
+    """The feature network with batch normalisation, and the heads of its training."""
 
     def __init__(self, size: tuple[int, int, int]) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ def losses(clip_head: Tensor, object_head: Tensor, labels: Labels) -> dict[str, 
 
 
 def accuracy(trainee: Trainee, clips: Tensor, labels: Labels) -> dict[str, float]:
-    """Shares of right answers on held-out clips, R^2 for places and log gravity."""
+    """Shares of correct predictions on held-out clips, R^2 for places and log gravity."""
     trainee.eval()
     with torch.inference_mode():
         answers = [trainee(some) for some in clips.split(64)]

@@ -1,10 +1,10 @@
-"""Teaches the toy world's text encoder its language: to fill gaps in captions.
+"""Trains the toy world's text encoder to fill gaps in captions.
 
-    python -m fewstep.toyworld.train_words datasets/toyworld/train/metas --out fewstep/toyworld/stack/words
+    python -m fewstep.toyworld.train_words datasets/toyworld/train/metas --out fewstep/toyworld/stack/text_encoder
 
 A quarter of the words of each caption is a gap; a linear layer, thrown away afterwards, names the word from the embedding. To
-know the colour of an object a gap must look at the other clause that names it, and to know a side at nothing: what is left
-of the loss is what a caption truly leaves open.
+predict a colour, the encoder must read the other clause that names the object; a side cannot be predicted at all. The loss
+that remains is what a caption leaves open.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     embeddings, mask = encoder.encode(["a red sphere rolls to the right."])   # B N 64; B N, true where a token is
 
 A folder holds config.json (with the words) and model.safetensors. It stands where T5-XXL stands in the real pipelines: same
-contract, same files on disk. What computes stands in words_alone.py, which exported students carry with them.
+contract, same files on disk. The computation is in words_alone.py, which exported students carry with them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Processes that work for this one: spawned, and gone when it is, even if it was killed."""
+"""Worker processes: spawned, and ended with this process, even if it is killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fewstep demo`: the mission in miniature. The toy world's teacher becomes a four-step and a one-step student."""
+"""`fewstep demo`: the whole road in miniature. The toy world's teacher becomes a four-step and a one-step student."""
 
 from fewstep.toyworld.demo.stages import Size, demo
 

@@ -1,4 +1,4 @@
-"""The demo's last stage: summary.json and report.html from what the others left.
+"""The demo's last stage: writes summary.json and report.html from the files of the other stages.
 
 python -m fewstep.toyworld.demo.page demo --size default
 """
@@ -80,7 +80,7 @@ def main(out: Path, size: str, toy: str) -> None:
 
 
 def summarised(records: dict[str, Any], rates: dict[str, Value]) -> dict[str, Any]:
-    """Every number with NAME_spread and NAME_n; None is what could not be measured (no flight, no gravity)."""
+    """Every number with NAME_spread and NAME_n; None if it could not be measured (no free flight, no gravity)."""
     out: dict[str, Any] = {}
 
     def put(name: str, value: float | None, spread: float | None, num: int) -> None:
@@ -111,7 +111,7 @@ def _rel(score: dict[str, Any]) -> float:
 
 
 def measured_speed(out: Path, toy: str) -> dict[str, Value]:
-    """Clips per second, noise to pixels, on one thread, one model after the other; kept once measured."""
+    """Clips per second, noise to pixels, on one thread, one model after the other. Read from the file if measured before."""
     path = out / "scores" / "speed.json"
     if not path.is_file():
         models = {"teacher": (toy, TEACHER)} | {name: (str(out / "students" / name), SamplerOptions()) for name in STUDENTS}
@@ -172,7 +172,7 @@ def model_of(name: str, record: dict[str, Any], rate: Value | None) -> Model:
 
 
 def show_teacher(out: Path, toy: str) -> None:
-    """The teacher's clips for the first held-out prompts, from the noise the students had; kept once made."""
+    """The teacher's clips for the first held-out prompts, from the students' noise. Written once."""
     folder = out / "scores" / "teacher_shown"
     if (folder / f"{NUM_SHOWN - 1:02d}.mp4").is_file():
         return
