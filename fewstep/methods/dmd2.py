@@ -191,25 +191,18 @@ class DMD2:
         yield from problems_of_shares(self.first_frames)
         yield from problems_of_frequency(self.student_update_freq)
         if self._uses_pairs and self.student.renoise == "fresh" and len(self.student.t_list) > 1:
+            remedy = "choose student.renoise=same or ode, a student of one step, or regression.on=data"
             yield (
                 "regression.on",
-                (
-                    "is 'pairs', but with student.renoise=fresh the roll-out does not depend on its first noise alone: "
-                    "choose renoise=same or ode, or one step, or regression.on=data"
-                ),
+                f"is 'pairs', but with fresh noise between calls a roll-out is no function of its first: {remedy}",
             )
         if self._uses_pairs and self.student.uses_data:
             yield "student.input", "is 'data', so that the noise of a pair is not used: choose regression.on=data"
         if self.guidance_times is not None and self.guidance == 1.0:
             yield "warn:guidance_times", "has no effect with guidance=1.0, which is off"
         if self.sample_weight is not None and self.sample_weight.needs_ratio and (self.gan is None or self.gan.form == "hinge"):
-            yield (
-                "gan",
-                (
-                    "must have form=softplus (or bce), because sample_weight reads the density ratio of data and student: "
-                    "the exponential of such a head's logit"
-                ),
-            )
+            reason = "sample_weight reads the density ratio of data and student, the exponential of such a head's logit"
+            yield "gan", f"must have form=softplus (or bce): {reason}"
 
 
 def surrogate(sample: Tensor, gradient: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:

@@ -62,13 +62,8 @@ class KD:
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if self.student_sample_steps != len(self.t_list):
-            yield (
-                "t_list",
-                (
-                    f"has {len(self.t_list)} times for student_sample_steps={self.student_sample_steps}: "
-                    "give one time per step, descending, without the final 0"
-                ),
-            )
+            steps = f"student_sample_steps={self.student_sample_steps}"
+            yield "t_list", f"has {len(self.t_list)} times for {steps}: give one per step, descending, without the final 0"
         yield from problems_of_times(self.t_list)
         yield from problems_of_shares(self.first_frames)
 

@@ -80,7 +80,7 @@ def transfer_2b(control: str) -> Run:
     return _run(name, transfer2_5_2b(control), weights, control=CONTROLS[control])
 
 
-def _known(make: Callable[[], Run], about: str) -> None:
+def _register(make: Callable[[], Run], about: str) -> None:
     def build() -> Run:
         return make()
 
@@ -88,8 +88,8 @@ def _known(make: Callable[[], Run], about: str) -> None:
     recipe(make().job.name)(build)
 
 
-_known(predict_2b, "DMD2 of Cosmos-Predict2.5 2B into four steps: text, image and video to world.")
-_known(predict_2b_with_head, "The same with a discriminator on the critic's features.")
-_known(predict_14b, "DMD2 of Cosmos-Predict2.5 14B into four steps: 32 GPUs of 140 GB; of 80 GB with networks.critic=lora.")
+_register(predict_2b, "DMD2 of Cosmos-Predict2.5 2B into four steps: text, image and video to world.")
+_register(predict_2b_with_head, "The same with a discriminator on the critic's features.")
+_register(predict_14b, "DMD2 of Cosmos-Predict2.5 14B into four steps: 32 GPUs of 140 GB; of 80 GB with networks.critic=lora.")
 for _control in CONTROLS:
-    _known(partial(transfer_2b, _control), f"DMD2 of Cosmos-Transfer2.5 2B ({_control}) into four steps.")
+    _register(partial(transfer_2b, _control), f"DMD2 of Cosmos-Transfer2.5 2B ({_control}) into four steps.")

@@ -98,7 +98,7 @@ def _branch(control: str, stage: str) -> Run:
     )
 
 
-def _known(make: Callable[[], Run], about: str) -> None:
+def _register(make: Callable[[], Run], about: str) -> None:
     def build() -> Run:
         return make()
 
@@ -107,7 +107,7 @@ def _known(make: Callable[[], Run], about: str) -> None:
 
 
 for _control in CONTROLS:
-    _known(partial(_kd, _control), f"KD of Cosmos-Transfer1 7B ({_control}) into one step, on 10,000 pairs of its own.")
-    _known(partial(_dmd2, _control), f"DMD2 of Cosmos-Transfer1 7B ({_control}) into one step, from its teacher.")
-    _known(partial(_branch, _control, "pretrain"), f"A fresh {_control} branch for the frozen base of Cosmos-Transfer1 7B.")
-    _known(partial(_branch, _control, "posttrain"), f"The published {_control} branch of Cosmos-Transfer1 7B, trained on.")
+    _register(partial(_kd, _control), f"KD of Cosmos-Transfer1 7B ({_control}) into one step, on 10,000 pairs of its own.")
+    _register(partial(_dmd2, _control), f"DMD2 of Cosmos-Transfer1 7B ({_control}) into one step, from its teacher.")
+    _register(partial(_branch, _control, "pretrain"), f"A fresh {_control} branch for the frozen base of Cosmos-Transfer1 7B.")
+    _register(partial(_branch, _control, "posttrain"), f"The published {_control} branch of Cosmos-Transfer1 7B, trained on.")

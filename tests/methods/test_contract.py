@@ -27,7 +27,7 @@ def test_reductions_without_a_mask():
     torch.testing.assert_close(reduced(error, None, "sum"), error.sum() / 3)
 
 
-def test_given_frames_neither_add_nor_count():
+def test_conditioning_frames_neither_add_nor_count():
     error = video()
     cond = Condition(frame_mask=torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]]))
     mask = free_mask(cond, error)
@@ -43,7 +43,7 @@ def test_given_frames_neither_add_nor_count():
     assert free_mask(Condition(), error) is None
 
 
-def test_a_sample_whose_frames_are_all_given_counts_as_nothing():
+def test_a_sample_without_free_frames_counts_as_nothing():
     error = video().requires_grad_()
     mask = free_mask(Condition(frame_mask=torch.tensor([[1.0] * 4, [0.0] * 4, [0.0] * 4])), error)
     loss = reduced(error, mask, "mean")

@@ -29,13 +29,13 @@ class Probe:
     """x0 = gain a x_t / (a^2 + s^2) + 0.1, and a record of every call."""
 
     def __init__(self, path, gain=0.7):
-        self.path, self.asked = path, []
+        self.path, self.calls = path, []
         self.gain = torch.tensor(gain, dtype=F64, requires_grad=True)
 
     def __call__(self, x_t, t, cond, *, taps=(), cache=None):
         a, s, _, _ = (c.reshape(-1, *[1] * (x_t.ndim - 1)) for c in self.path.coefficients(t))
         answer = Prediction.of("x0", self.gain * a * x_t / (a**2 + s**2) + 0.1, x_t, t, self.path)
-        self.asked.append((x_t, t, cond, answer.x0.detach(), torch.is_grad_enabled()))
+        self.calls.append((x_t, t, cond, answer.x0.detach(), torch.is_grad_enabled()))
         return answer
 
 
@@ -95,7 +95,7 @@ def test_the_normaliser_is_that_of_transfer1():
     torch.testing.assert_close(gradient, want, rtol=1e-8, atol=1e-8)
 
 
-def test_given_frames_have_exactly_no_gradient_and_do_not_weigh():
+def test_conditioning_frames_have_exactly_no_gradient_and_do_not_weigh():
     """cosmos.md 2.3: the weight is the mean over the frames that are not given."""
     sample, critic, teacher = (normal(2, 3, 4, 2, 2, seed=i) for i in range(3))
     frame_mask = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 1]])
@@ -129,7 +129,7 @@ def test_the_students_turn_by_hand(path, exit_step):
     networks = nets(path)
     method = DMD2(student=StudentSample(LISTS[path], exit_step=exit_step), times=times.Shifted(shift=5.0, low=0.05, high=0.95))
     found = terms(method, STUDENT, networks, Batch(x0=normal(64, 3)))
-    student, critic, teacher = networks.student.asked, networks.critic.asked, networks.teacher.asked
+    student, critic, teacher = networks.student.calls, networks.critic.calls, networks.teacher.calls
     assert (
         len(critic) == len(teacher) == 1
         and torch.equal(critic[0][0], teacher[0][0])
@@ -161,7 +161,7 @@ def test_guidance_is_on_the_teacher_alone():
 
     student, critic = Probe(RectifiedFlow()), Recording(RectifiedFlow(), 0.5)
     found = terms(DMD2(guidance=4.0), STUDENT, Nets({"student": student, "critic": critic, "teacher": mixture}), batch)
-    x_t, t, sample, fake = seen["x"], seen["t"], student.asked[-1][3], critic.asked[0][3]
+    x_t, t, sample, fake = seen["x"], seen["t"], student.calls[-1][3], critic.calls[0][3]
     assert len(x_t) == 8 and torch.equal(seen["label"], batch.cond.label)  # the critic is not guided
     c, u = mixture(x_t, t, batch.cond).x0, mixture(x_t, t, batch.negative).x0
     teacher = c + 3.0 * (c - u)  # Predict2.5: g = 3 is w = 4
@@ -194,9 +194,9 @@ def test_only_the_last_call_of_the_student_is_trained(renoise):
     for step in range(12):
         networks = nets(RectifiedFlow())
         terms(DMD2(student=StudentSample(renoise=renoise)), STUDENT, networks, Batch(x0=normal(2, 3)), step=step)
-        grads = [call[4] for call in networks.student.asked]
+        grads = [call[4] for call in networks.student.calls]
         assert grads == [False] * (len(grads) - 1) + [True]
-        assert not networks.critic.asked[0][4] and not networks.teacher.asked[0][4]
+        assert not networks.critic.calls[0][4] and not networks.teacher.calls[0][4]
 
 
 def test_the_exit_step_is_shared_by_all_rows_and_ranks_and_even():
@@ -207,14 +207,14 @@ def test_the_exit_step_is_shared_by_all_rows_and_ranks_and_even():
             for turn in (STUDENT, CRITIC):
                 networks = nets(RectifiedFlow())
                 terms(method, turn, networks, Batch(x0=normal(len(rows), 1)), step=step, rows=rows)
-                calls.add(len(networks.student.asked))
+                calls.add(len(networks.student.calls))
         assert len(calls) == 1
         counts += calls
     found = torch.bincount(torch.tensor(counts), minlength=5)[1:]
     assert scipy.stats.chisquare(found.numpy()).pvalue > 1e-3
     networks = nets(RectifiedFlow())
     terms(DMD2(student=StudentSample(exit_step="last")), STUDENT, networks, Batch(x0=normal(2, 1)))
-    assert len(networks.student.asked) == 4
+    assert len(networks.student.calls) == 4
 
 
 def test_a_row_does_not_depend_on_its_batch():
@@ -283,7 +283,7 @@ def test_the_critics_turn_trains_the_critic_alone():
         assert any(parameter.grad is not None for parameter in roles[role].module.parameters()) is trained
 
 
-def test_given_frames_end_to_end():
+def test_conditioning_frames_end_to_end():
     """A network that keeps its given frames: their x0 moves no loss, and the gradient to the sample is exactly 0 there."""
     roles = networks_to_train()
     mask = torch.tensor([[1.0, 0, 0], [1, 1, 0]])
@@ -307,8 +307,8 @@ def test_the_critics_loss_by_hand(path, space):
     law = times.Shifted(shift=2.0, low=0.1, high=0.9)
     method = DMD2(student=StudentSample((path.t_max,)), critic=Critic(space, times=law))
     found = terms(method, CRITIC, networks, Batch(x0=normal(16, 3)))
-    sample, (x_t, t, _, made, _) = networks.student.asked[-1][3], networks.critic.asked[0]
-    assert not networks.teacher.asked and not networks.student.asked[-1][4]
+    sample, (x_t, t, _, made, _) = networks.student.calls[-1][3], networks.critic.calls[0]
+    assert not networks.teacher.calls and not networks.student.calls[-1][4]
     a, s, da, ds = (c[:, None] for c in path.coefficients(t))
     eps, made_eps = (x_t - a * sample) / s, (x_t - a * made) / s
     error = {"x0": made - sample, "eps": made_eps - eps, "velocity": da * (made - sample) + ds * (made_eps - eps)}[space]
@@ -322,7 +322,7 @@ def test_predict_2_5_is_the_velocity_form_on_trigflow():
     networks = nets(TrigFlow())
     method = DMD2(student=StudentSample(TRIG_LIST), critic=Critic("velocity"), times=times.Shifted(shift=5.0))
     found = terms(method, CRITIC, networks, Batch(x0=normal(16, 3)))
-    sample, (_, t, _, made, _) = networks.student.asked[-1][3], networks.critic.asked[0]
+    sample, (_, t, _, made, _) = networks.student.calls[-1][3], networks.critic.calls[0]
     want = ((sample - made) ** 2 / t.sin()[:, None] ** 2).mean()
     torch.testing.assert_close(found.total.detach(), want, rtol=1e-7, atol=0)
     eps_form = terms(
@@ -336,7 +336,7 @@ def test_transfer1_is_the_eps_form_on_edm():
     networks = nets(EDM())
     method = DMD2(student=StudentSample((80.0,)), critic=Critic("eps"), times=times.KarrasIndex(scale=4.0))
     found = terms(method, CRITIC, networks, Batch(x0=normal(16, 3)))
-    sample, (_, t, _, made, _) = networks.student.asked[-1][3], networks.critic.asked[0]
+    sample, (_, t, _, made, _) = networks.student.calls[-1][3], networks.critic.calls[0]
     torch.testing.assert_close(found.total.detach(), ((sample - made) ** 2 / t[:, None] ** 2).mean(), rtol=1e-6, atol=0)
 
 

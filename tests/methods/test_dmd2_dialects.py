@@ -391,7 +391,7 @@ class Free(nn.Module):
     [(transfer1(), EDM(t_max=320.0)), (predict25(), TrigFlow()), (fastgen(), RectifiedFlow())],
     ids=["transfer1", "predict25", "fastgen"],
 )
-def test_given_frames_contribute_exactly_nothing(method, path, features):
+def test_conditioning_frames_contribute_exactly_nothing(method, path, features):
     """All terms on, a head that looks at every frame, and a student that does not keep what it was given."""
     method = replace(method, gan=Gan(weight=0.5, features=features), regression=Regression(weight=0.7, on="data"))
     _, nets = world(RectifiedFlow() if isinstance(path, TrigFlow) else path, HEAD)

@@ -57,19 +57,19 @@ def test_bins_by_hand_and_alike_on_every_path():
     assert torch.equal(bin_means(ratio, u, EDM(), 1), ratio.mean().expand(6))
 
 
-class Known:
+class Affine:
     path = RectifiedFlow()
 
     def __init__(self, gain):
-        self.gain, self.asked = torch.tensor(gain, dtype=F64, requires_grad=True), []
+        self.gain, self.calls = torch.tensor(gain, dtype=F64, requires_grad=True), []
 
     def __call__(self, x_t, t, cond, *, taps=(), cache=None):
         x0 = self.gain * x_t
-        self.asked.append((x_t.detach(), t, x0.detach()))
+        self.calls.append((x_t.detach(), t, x0.detach()))
         return Prediction.of("x0", x0, x_t, t, self.path, (x_t,) if taps else ())
 
 
-class Sight:
+class FunctionHead:
     taps = (0,)
 
     def __call__(self, features):
@@ -79,7 +79,7 @@ class Sight:
 @pytest.mark.parametrize("num_bins", [0, 3])
 @pytest.mark.parametrize("name", ["js", "kl", "rkl"])
 def test_the_students_turn_by_hand(name, num_bins):
-    roles = {"student": Known(0.7), "teacher": Known(0.9), "critic": Known(0.5), "head": Sight()}
+    roles = {"student": Affine(0.7), "teacher": Affine(0.9), "critic": Affine(0.5), "head": FunctionHead()}
     method = DMD2(
         student=StudentSample((1.0,)),
         times=times.Uniform(),
@@ -88,7 +88,7 @@ def test_the_students_turn_by_hand(name, num_bins):
     )
     batch = Batch(x0=torch.zeros(64, 3, dtype=F64))
     (terms,) = method.losses(Turn("student", ("student",)), Nets(roles), batch, Rng(1, 0, range(64)))
-    (x_t, t, fake), (_, _, real), sample = roles["critic"].asked[0], roles["teacher"].asked[0], roles["student"].asked[0][2]
+    (x_t, t, fake), (_, _, real), sample = roles["critic"].calls[0], roles["teacher"].calls[0], roles["student"].calls[0][2]
     ratio = (2 * x_t[:, :2]).mean(1).exp().clamp(0.5, 3.0)
     if num_bins:
         bins = (torch.atan(t / (1 - t)) / (math.pi / 2) * num_bins).long()
@@ -99,7 +99,7 @@ def test_the_students_turn_by_hand(name, num_bins):
     torch.testing.assert_close(terms.values["vsd"].detach(), 0.5 * (gradient**2).mean(), rtol=1e-9, atol=0)
     assert "gan" in terms.values and float(terms.watch["sample_weight"]) == pytest.approx(1.0)
     if name == "rkl":
-        plain = {"student": Known(0.7), "teacher": Known(0.9), "critic": Known(0.5), "head": Sight()}
+        plain = {"student": Affine(0.7), "teacher": Affine(0.9), "critic": Affine(0.5), "head": FunctionHead()}
         dmd2 = replace(method, sample_weight=None)
         (other,) = dmd2.losses(Turn("student", ("student",)), Nets(plain), batch, Rng(1, 0, range(64)))
         torch.testing.assert_close(other.total, terms.total)

@@ -17,13 +17,13 @@ class Probe:
     """x0 = gain x_t / (1 + s/a): something definite and wrong, and a record of what was asked."""
 
     def __init__(self, path):
-        self.path, self.asked = path, []
+        self.path, self.calls = path, []
         self.gain = torch.tensor(0.7, dtype=F64, requires_grad=True)
 
     def __call__(self, x_t, t, cond, *, taps=(), cache=None):
         a, s = self.coefficients(t, x_t)
         answer = Prediction.of("x0", self.gain * a * x_t / (a + s), x_t, t, self.path)
-        self.asked.append((x_t.detach(), t, cond, answer.x0.detach()))
+        self.calls.append((x_t.detach(), t, cond, answer.x0.detach()))
         return answer
 
     def coefficients(self, t, like):
@@ -45,7 +45,7 @@ def loss_of(method, net, batch, seed=1):
 
 def hand(net, x0, space):
     """The squared error in `space`, from x_t, t and the answer that the probe saw: eps is what x_t holds besides x0."""
-    x_t, t, _, made = net.asked[0]
+    x_t, t, _, made = net.calls[0]
     a, s = net.coefficients(t, x0)
     eps, made_eps = (x_t - a * x0) / s, (x_t - a * made) / s
     if space == "x0":
@@ -119,7 +119,7 @@ def test_x_t_is_x0_noised_by_unit_noise_at_times_of_the_law():
     loss_of(Finetune(times=times.Uniform(0.2, 0.8)), net, Batch(x0=x0))
     _, eps, _ = hand(net, x0, "x0")
     assert scipy.stats.kstest(eps.flatten().numpy(), "norm").pvalue > 1e-3
-    assert scipy.stats.kstest(net.asked[0][1].numpy(), "uniform", args=(0.2, 0.6)).pvalue > 1e-3
+    assert scipy.stats.kstest(net.calls[0][1].numpy(), "uniform", args=(0.2, 0.6)).pvalue > 1e-3
 
 
 def test_a_perfect_network_has_the_least_loss():
@@ -167,7 +167,7 @@ def test_masked_frames_contribute_exactly_nothing():
 def test_every_frame_gets_its_own_time():
     x0, net = normal(5, 3, 4, 2, 2), Probe(RectifiedFlow())
     loss = loss_of(Finetune(space="x0", per_frame_times=True), net, Batch(x0=x0))
-    t = net.asked[0][1]
+    t = net.calls[0][1]
     assert t.shape == (5, 4) and len(set(t.flatten().tolist())) == 20
     torch.testing.assert_close(loss, hand(net, x0, "x0")[0].mean(), rtol=1e-9, atol=0)
 
@@ -189,12 +189,12 @@ def test_a_share_of_the_samples_is_trained_on_the_negative():
     )
     method, net = Finetune(drop_condition=0.2), Probe(RectifiedFlow())
     loss_of(method, net, batch)
-    dropped = (net.asked[0][2].label == -1).double()
+    dropped = (net.calls[0][2].label == -1).double()
     assert abs(float(dropped.mean()) - 0.2) < 4 * (0.16 / rows) ** 0.5
     assert method.needs == {"x0", "negative"} and Finetune().needs == {"x0"}
     net = Probe(RectifiedFlow())
     loss_of(Finetune(), net, batch)
-    assert bool((net.asked[0][2].label == 1).all())
+    assert bool((net.calls[0][2].label == 1).all())
 
 
 @pytest.mark.parametrize("path", [RectifiedFlow(), EDM(), TrigFlow(0.5)], ids=str)

@@ -56,7 +56,7 @@ class Wrong:
         return with_clean_frames(answer, cond.frames, cond.frame_mask)
 
 
-def test_given_frames_have_no_loss_and_no_gradient() -> None:
+def test_conditioning_frames_have_no_loss_and_no_gradient() -> None:
     some = batch(64)
     assert some.x0 is not None
     net = Wrong(some.x0)

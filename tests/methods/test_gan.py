@@ -22,20 +22,20 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
-class Glass:
+class IdentityTrunk:
     """A trunk whose feature is x_t itself, and a record of what it was asked."""
 
     path = RectifiedFlow()
 
     def __init__(self):
-        self.asked = []
+        self.calls = []
 
     def __call__(self, x_t, t, cond, *, taps=(), cache=None):
-        self.asked.append((x_t, t, torch.is_grad_enabled()))
+        self.calls.append((x_t, t, torch.is_grad_enabled()))
         return Prediction(x_t, t, self.path, torch.zeros_like(x_t), (x_t,))
 
 
-class Sight:
+class FunctionHead:
     """A head that is a function of x_t."""
 
     taps = (0,)
@@ -52,7 +52,12 @@ def head_terms(gan, head, trunk, rows=6, dim=3, **more):
     fake = [normal(rows, dim, seed=2)]
     law = times.Shifted(shift=1.0)
     rng = Rng(0, 0, range(rows))
-    return gan.head_terms(Sight(head), trunk, fake, x0, eps, t, law, trunk.path, Condition(), rng, **more), (x0, eps, t, fake)
+    return gan.head_terms(FunctionHead(head), trunk, fake, x0, eps, t, law, trunk.path, Condition(), rng, **more), (
+        x0,
+        eps,
+        t,
+        fake,
+    )
 
 
 def test_forms():
@@ -73,9 +78,9 @@ def test_forms():
 
 @pytest.mark.parametrize("noise", ["same", "own", "independent"])
 def test_noise_of_the_real_branch(noise):
-    trunk = Glass()
+    trunk = IdentityTrunk()
     terms, (x0, eps, t, fake) = head_terms(Gan(real_noise=noise), lambda x: x.sum(1, keepdim=True), trunk)
-    ((x_t, real_t, with_grad),) = trunk.asked
+    ((x_t, real_t, with_grad),) = trunk.calls
     found = (x_t - (1 - real_t)[:, None] * x0) / real_t[:, None]
     assert torch.equal(real_t, t) is (noise != "independent")
     assert torch.allclose(found, eps) is (noise == "same") and not with_grad
@@ -85,9 +90,9 @@ def test_noise_of_the_real_branch(noise):
 
 
 def test_r1_perturbs_the_real_sample_and_noises_both_alike():
-    trunk = Glass()
+    trunk = IdentityTrunk()
     head_terms(Gan(r1_weight=1.0, r1_std=0.2, real_noise="independent"), lambda x: x[:, :1], trunk)
-    (real, t, _), (moved, t_moved, _) = trunk.asked
+    (real, t, _), (moved, t_moved, _) = trunk.calls
     assert torch.equal(t, t_moved)
     n = (moved - real) / (1 - t)[:, None] / 0.2  # what is left of the difference is (1 - t) 0.2 n: no noise of its own
     assert 0.6 < float(n.std()) < 1.4
@@ -99,7 +104,7 @@ def test_r1_tends_to_the_squared_gradient():
     head = lambda x: torch.tanh(x @ weights)[:, None]  # noqa: E731
     found = []
     for std in (0.01, 1e-6):
-        terms, (x0, eps, t, _) = head_terms(Gan(r1_weight=1.0, r1_std=std, real_noise="same"), head, Glass(), rows)
+        terms, (x0, eps, t, _) = head_terms(Gan(r1_weight=1.0, r1_std=std, real_noise="same"), head, IdentityTrunk(), rows)
         found.append(float(terms.values["r1"]))
     x0 = x0.requires_grad_()
     (grad,) = torch.autograd.grad(head((1 - t)[:, None] * x0 + t[:, None] * eps).sum(), x0)
@@ -143,7 +148,7 @@ def tiny_roles():
 def test_the_score_and_the_features_are_one_call():
     calls = []
 
-    class Counting(Glass):
+    class Counting(IdentityTrunk):
         def __init__(self, name):
             super().__init__()
             self.name = name
@@ -152,7 +157,7 @@ def test_the_score_and_the_features_are_one_call():
             calls.append((self.name, tuple(taps), torch.is_grad_enabled()))
             return super().__call__(x_t, t, cond, taps=taps)
 
-    roles = {name: Counting(name) for name in ("student", "teacher", "critic")} | {"head": Sight(lambda x: x[:, :1])}
+    roles = {name: Counting(name) for name in ("student", "teacher", "critic")} | {"head": FunctionHead(lambda x: x[:, :1])}
     cond = Condition(label=torch.zeros(4).long())
     batch = Batch(x0=normal(4, 2), cond=cond, negative=cond)
     for features, want in (
@@ -171,7 +176,7 @@ def test_the_score_and_the_features_are_one_call():
 # --- the other terms of DMD2 ------------------------------------------------------------------------------------------
 
 
-class Known(Glass):
+class Affine(IdentityTrunk):
     """x0 = gain x_t + label / 10, remembered."""
 
     def __init__(self, gain):
@@ -181,12 +186,12 @@ class Known(Glass):
     def __call__(self, x_t, t, cond, *, taps=(), cache=None):
         label = 0 if cond.label is None else cond.label[:, None] / 10
         x0 = self.gain * x_t + label
-        self.asked.append((x_t.detach(), t, cond.label, x0.detach()))
+        self.calls.append((x_t.detach(), t, cond.label, x0.detach()))
         return Prediction.of("x0", x0, x_t, t, self.path)
 
 
-def known_roles():
-    return {"student": Known(0.7), "teacher": Known(0.9), "critic": Known(0.5)}
+def affine_roles():
+    return {"student": Affine(0.7), "teacher": Affine(0.9), "critic": Affine(0.5)}
 
 
 def one(method, turn, roles, batch, step=0):
@@ -201,7 +206,7 @@ def labelled(rows=8):
 
 def test_decoupled_guidance_by_hand():
     """(critic - cond) at one noise, (w - 1)(cond - uncond) at another, each over its own distance."""
-    roles, batch = known_roles(), labelled()
+    roles, batch = affine_roles(), labelled()
     method = DMD2(
         student=ONE_STEP,
         guidance=4.0,
@@ -209,9 +214,9 @@ def test_decoupled_guidance_by_hand():
         times=times.Uniform(low=0.1, high=0.5),
     )
     terms = one(method, STUDENT, roles, batch)
-    sample = roles["student"].asked[-1][3]
-    (_, t1, label, cond1), (_, t2, label2, both) = roles["teacher"].asked
-    fake = roles["critic"].asked[0][3]
+    sample = roles["student"].calls[-1][3]
+    (_, t1, label, cond1), (_, t2, label2, both) = roles["teacher"].calls
+    fake = roles["critic"].calls[0][3]
     assert float(t1.max()) <= 0.5 and float(t2.min()) >= 0.6 and len(label) == 8 and len(label2) == 16
     cond2, uncond2 = both.chunk(2)
     guided = uncond2 + 4 * (cond2 - uncond2)
@@ -222,9 +227,9 @@ def test_decoupled_guidance_by_hand():
         student=ONE_STEP, guidance=4.0, guidance_times=times.Uniform(low=0.6, high=0.9), guidance_interval=(0.0, 0.5),
         times=times.Uniform(low=0.1, high=0.5),
     )  # fmt: skip
-    roles = known_roles()
+    roles = affine_roles()
     terms = one(outside, STUDENT, roles, batch)
-    sample, cond1, fake = roles["student"].asked[-1][3], roles["teacher"].asked[0][3], roles["critic"].asked[0][3]
+    sample, cond1, fake = roles["student"].calls[-1][3], roles["teacher"].calls[0][3], roles["critic"].calls[0][3]
     alone = (fake - cond1) / (sample - cond1).abs().mean(1, keepdim=True)
     torch.testing.assert_close(terms.total.detach(), 0.5 * (alone**2).mean(), rtol=1e-9, atol=0)
 
@@ -239,11 +244,11 @@ def test_the_two_parts_of_decoupled_dmd_add_up_to_the_coupled_one():
 
 
 def test_guidance_on_an_interval():
-    roles, batch = known_roles(), labelled(64)
+    roles, batch = affine_roles(), labelled(64)
     method = DMD2(student=ONE_STEP, guidance=4.0, guidance_interval=(0.3, 0.6), times=times.Uniform(low=0.1, high=0.9))
     terms = one(method, STUDENT, roles, batch)
-    sample, fake = roles["student"].asked[-1][3], roles["critic"].asked[0][3]
-    both, t = roles["teacher"].asked[0][3], roles["teacher"].asked[0][1][:64]
+    sample, fake = roles["student"].calls[-1][3], roles["critic"].calls[0][3]
+    both, t = roles["teacher"].calls[0][3], roles["teacher"].calls[0][1][:64]
     cond, uncond = both.chunk(2)
     w = torch.where((t >= 0.3) & (t <= 0.6), 4.0, 1.0)[:, None].double()
     guided = uncond + w * (cond - uncond)
@@ -254,30 +259,30 @@ def test_guidance_on_an_interval():
 def test_the_regression_term():
     noise, x0 = normal(4, 3, seed=3), normal(4, 3)
     pairs = DMD2(student=StudentSample((1.0, 0.5), "same", "last"), regression=Regression(0.25))
-    roles = known_roles()
+    roles = affine_roles()
     terms = one(pairs, STUDENT, roles, Batch(x0=x0, noise=noise))
-    assert pairs.needs == {"x0", "noise"} and torch.equal(roles["student"].asked[0][0], noise)
+    assert pairs.needs == {"x0", "noise"} and torch.equal(roles["student"].calls[0][0], noise)
     want = ((0.7 * (0.5 * 0.7 * noise + 0.5 * noise) - x0) ** 2).mean()
     torch.testing.assert_close(terms.values["regression"].detach(), want)
     assert terms.weights["regression"] == 0.25
     data = DMD2(student=ONE_STEP, regression=Regression(0.25, on="data"))
-    roles = known_roles()
+    roles = affine_roles()
     terms = one(data, STUDENT, roles, Batch(x0=x0))
-    torch.testing.assert_close(terms.values["regression"].detach(), ((roles["student"].asked[0][3] - x0) ** 2).mean())
+    torch.testing.assert_close(terms.values["regression"].detach(), ((roles["student"].calls[0][3] - x0) ** 2).mean())
     warm = DMD2(student=ONE_STEP, regression=Regression(0.25, on="data", warmup_steps=3))
     assert [warm.turn(i).name for i in range(6)] == ["regression"] * 3 + ["critic"] * 2 + ["student"]
-    roles = known_roles()
+    roles = affine_roles()
     terms = one(warm, warm.turn(0), roles, Batch(x0=x0))
-    assert set(terms.values) == {"regression"} and not roles["teacher"].asked and not roles["critic"].asked
+    assert set(terms.values) == {"regression"} and not roles["teacher"].calls and not roles["critic"].calls
     terms.total.backward()
     assert roles["student"].gain.grad is not None
 
 
 def test_one_sample_may_serve_several_draws_of_a_critic_turn():
-    roles, method = known_roles(), DMD2(student=ONE_STEP, critic=Critic(draws=3))
+    roles, method = affine_roles(), DMD2(student=ONE_STEP, critic=Critic(draws=3))
     found = list(method.losses(Turn("critic", ("critic",)), Nets(roles), Batch(x0=normal(4, 3)), Rng(1, 0, range(4))))
-    assert len(found) == 3 and len(roles["student"].asked) == 1
-    assert len({float(t[0]) for _, t, _, _ in roles["critic"].asked}) == 3
+    assert len(found) == 3 and len(roles["student"].calls) == 1
+    assert len({float(t[0]) for _, t, _, _ in roles["critic"].calls}) == 3
     total = sum(float(terms.total.detach()) for terms in found)
     assert total == pytest.approx(sum(float(terms.values["critic"].detach()) for terms in found) / 3)
 
@@ -286,14 +291,14 @@ def test_one_sample_may_serve_several_draws_of_a_critic_turn():
 def test_all_roles_are_conditioned_on_the_same_first_frames(make):
     """Shares 0, 1: every sample is shown its first frame, in every call of the turn."""
 
-    class Video(Known):
+    class Video(Affine):
         def __call__(self, x_t, t, cond, *, taps=(), cache=None):
             masks.append(cond.frame_mask)
             frames.append(cond.frames)
             return Prediction.of("x0", self.gain * x_t, x_t, t, self.path, (x_t.flatten(1),) if taps else ())
 
     x0, masks, frames = normal(2, 3, 4, 2, 2), [], []
-    roles = {name: Video(0.5) for name in ("student", "teacher", "critic")} | {"head": Sight(lambda x: x[:, :1])}
+    roles = {name: Video(0.5) for name in ("student", "teacher", "critic")} | {"head": FunctionHead(lambda x: x[:, :1])}
     method = make(first_frames=(0.0, 1.0))
     for step in (0, 1):
         list(method.losses(method.turn(step), Nets(roles), Batch(x0=x0), Rng(1, step, range(2))))
@@ -303,10 +308,10 @@ def test_all_roles_are_conditioned_on_the_same_first_frames(make):
 
 
 def test_noised_data_as_the_students_input():
-    roles, batch = known_roles(), Batch(x0=normal(256, 3))
+    roles, batch = affine_roles(), Batch(x0=normal(256, 3))
     method = DMD2(student=StudentSample(input="data"))
     one(method, STUDENT, roles, batch)
-    ((x_t, t, _, _),) = roles["student"].asked
+    ((x_t, t, _, _),) = roles["student"].calls
     assert set(t.tolist()) == set(method.student.t_list)
     noise = (x_t - (1 - t)[:, None] * batch.x0) / t[:, None]
     assert abs(float(noise.std()) - 1) < 0.1
@@ -325,7 +330,7 @@ def test_problems_of_the_new_fields():
     assert DMD2(gan=Gan()).turn(1).trains == ("critic", "head") and DMD2(gan=Gan()).turn(0).trains == ("student",)
 
 
-def test_a_mixture_says_that_it_has_no_features():
+def test_a_mixture_without_features_is_refused():
     roles = tiny_roles() | {"teacher": GaussianMixture([[0.0, 0.0]], [1.0])}
     with pytest.raises(ValueError, match="no blocks to tap"):
         one(DMD2(student=ONE_STEP, gan=Gan()), STUDENT, roles, Batch(x0=normal(4, 2).float()))

@@ -21,11 +21,11 @@ def normal(*shape, seed=0):
 
 class Probe:
     def __init__(self, path, gain=0.5):
-        self.path, self.asked = path, []
+        self.path, self.calls = path, []
         self.gain = torch.tensor(gain, dtype=F64, requires_grad=True)
 
     def __call__(self, x_t, t, cond, *, taps=(), cache=None):
-        self.asked.append((x_t, t, cond))
+        self.calls.append((x_t, t, cond))
         return Prediction.of("x0", self.gain * torch.tanh(x_t), x_t, t, self.path)
 
 
@@ -51,7 +51,7 @@ def test_one_step_is_shown_pure_noise_of_the_right_size(path, scale, reduction):
     """cosmos.md 1.3: 1/2 mean (G(80 noise) - x0)^2."""
     noise, x0, net = normal(6, 3), normal(6, 3, seed=1), Probe(path)
     loss = loss_of(KD(t_list=(path.t_max,), reduction=reduction), net, Batch(x0=x0, noise=noise))
-    x_t, t, _ = net.asked[0]
+    x_t, t, _ = net.calls[0]
     torch.testing.assert_close(x_t, scale * noise, rtol=1e-14, atol=0)
     assert bool((t == path.t_max).all()) and t.dtype == F64
     error = (0.5 * torch.tanh(scale * noise) - x0) ** 2
@@ -102,7 +102,7 @@ def test_the_state_is_looked_up_by_its_time_in_any_order():
     net = Probe(RectifiedFlow())
     batch = Batch(x0=normal(rows, 1), path=path, path_times=path_times.float())
     loss_of(KD(student_sample_steps=4, t_list=FLOW_LIST), net, batch)
-    x_t, t, _ = net.asked[0]
+    x_t, t, _ = net.calls[0]
     assert set(t.tolist()) == set(FLOW_LIST)  # the student's own time, not the rounded one of the file
     torch.testing.assert_close(x_t[:, 0], t * torch.arange(1, rows + 1), rtol=1e-12, atol=0)
     counts = torch.tensor([int((t == value).sum()) for value in FLOW_LIST])
@@ -139,7 +139,7 @@ def test_on_another_path_than_the_networks_own():
     assert method.sampler(RectifiedFlow()).path == TrigFlow() and method.sampler(RectifiedFlow()).times == TRIG_LIST
 
 
-def test_given_frames_contribute_exactly_nothing():
+def test_conditioning_frames_contribute_exactly_nothing():
     noise, x0 = normal(2, 3, 4, 2, 2), normal(2, 3, 4, 2, 2, seed=1)
     cond = Condition(frames=x0, frame_mask=torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0]]))
     given = cond.frame_mask.bool()[:, None, :, None, None].expand_as(x0)
@@ -179,17 +179,17 @@ def test_needs_and_problems():
     assert not list(KD(student_sample_steps=4, t_list=FLOW_LIST).problems())
 
 
-def test_given_frames_are_shown_clean_and_asked_of_nobody():
+def test_conditioning_frames_are_shown_clean_and_asked_of_nobody():
     """Transfer1 shows 0, 1 or 2 of the clip's own frames; what is given is no part of the mean."""
     noise, x0, net = normal(4, 2, 3, 2, 2), normal(4, 2, 3, 2, 2, seed=1), Probe(EDM())
     loss = loss_of(KD(t_list=(80.0,), first_frames=(0.0, 0.0, 1.0)), net, Batch(x0=x0, noise=noise))
-    cond = net.asked[0][2]
+    cond = net.calls[0][2]
     assert torch.equal(cond.frames, x0) and cond.frame_mask.tolist() == [[1, 1, 0]] * 4
     error = (0.5 * torch.tanh(80 * noise) - x0)[:, :, 2:] ** 2
     torch.testing.assert_close(loss, error.mean() / 2, rtol=1e-9, atol=0)
     shown = set()
     for step in range(8):
         loss_of(KD(t_list=(80.0,), first_frames=(1 / 3, 1 / 3, 1 / 3)), net, Batch(x0=x0, noise=noise), step=step)
-        shown |= set(net.asked[-1][2].frame_mask.sum(1).tolist())
+        shown |= set(net.calls[-1][2].frame_mask.sum(1).tolist())
     assert shown == {0, 1, 2}
     assert [key for key, text in KD(first_frames=(0.5,)).problems() if "must sum to 1" in text] == ["first_frames"]

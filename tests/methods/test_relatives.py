@@ -37,20 +37,20 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
-class Known:
+class Affine:
     """x0 = gain x_t + 0.1, remembered; its feature is x_t."""
 
     def __init__(self, gain, path=None):
-        self.path, self.asked = path or RectifiedFlow(), []
+        self.path, self.calls = path or RectifiedFlow(), []
         self.gain = torch.tensor(gain, dtype=F64, requires_grad=True)
 
     def __call__(self, x_t, t, cond, *, taps=(), cache=None):
         x0 = self.gain * x_t + 0.1
-        self.asked.append((x_t, t, x0.detach(), torch.is_grad_enabled()))
+        self.calls.append((x_t, t, x0.detach(), torch.is_grad_enabled()))
         return Prediction.of("x0", x0, x_t, t, self.path, (x_t,) if taps else ())
 
 
-class Sight:
+class FunctionHead:
     taps = (0,)
 
     def __call__(self, features):
@@ -58,7 +58,7 @@ class Sight:
 
 
 def roles_on(path=None):
-    return {"student": Known(0.7, path), "teacher": Known(0.9, path), "critic": Known(0.5, path), "head": Sight()}
+    return {"student": Affine(0.7, path), "teacher": Affine(0.9, path), "critic": Affine(0.5, path), "head": FunctionHead()}
 
 
 def one(method, turn, roles, batch, step=0):
@@ -77,14 +77,14 @@ def test_ladd_by_hand():
     assert [method.turn(i).trains for i in range(3)] == [("student",), ("head",), ("student",)]
     roles = roles_on()
     terms = one(method, STUDENT, roles, batch)
-    ((x_t, _, _, with_grad),) = roles["teacher"].asked
+    ((x_t, _, _, with_grad),) = roles["teacher"].calls
     torch.testing.assert_close(terms.total, 0.5 * softplus(-(x_t[:, 0] ** 2)).mean())
-    assert with_grad and not roles["critic"].asked and torch.autograd.grad(terms.total, roles["student"].gain)[0] != 0
+    assert with_grad and not roles["critic"].calls and torch.autograd.grad(terms.total, roles["student"].gain)[0] != 0
     roles = roles_on()
     terms = one(method, method.turn(1), roles, batch)
-    (fake, t, _, g0), (real, t_real, _, g1), (moved, t_moved, _, g2) = roles["teacher"].asked
+    (fake, t, _, g0), (real, t_real, _, g1), (moved, t_moved, _, g2) = roles["teacher"].calls
     assert torch.equal(t, t_real) and torch.equal(t_real, t_moved) and not (g0 or g1 or g2)
-    assert not roles["student"].asked[-1][3]
+    assert not roles["student"].calls[-1][3]
     loss = softplus(fake[:, 0] ** 2).mean() + softplus(-(real[:, 0] ** 2)).mean()
     torch.testing.assert_close(terms.total, loss + 0.2 * ((real[:, 0] ** 2 - moved[:, 0] ** 2) ** 2).mean())
     assert [key for key, _ in LADD(student_update_freq=1).problems()] == ["student_update_freq"]
@@ -99,7 +99,7 @@ def test_sid_by_hand(alpha):
     roles, batch = roles_on(), Batch(x0=normal(8, 3))
     method = SiD(student=ONE_STEP, alpha=alpha)
     terms = one(method, STUDENT, roles, batch)
-    (x_t, t, _, _), noise = roles["teacher"].asked[0], roles["student"].asked[0][0]
+    (x_t, t, _, _), noise = roles["teacher"].calls[0], roles["student"].calls[0][0]
     gain = roles["student"].gain
     sample = gain * noise + 0.1
     eps = ((x_t - (1 - t)[:, None] * sample) / t[:, None]).detach()
@@ -201,21 +201,21 @@ def test_a_phase_by_hand():
     for phase, calls in ((1, 1), (2, 2)):
         roles = roles_on()
         terms = one(method, Turn("student", ("student",), phase), roles, batch)
-        assert [asked[3] for asked in roles["student"].asked] == [False] * (calls - 1) + [True]
-        (_, t, fake, g), (_, t_teacher, real, _) = roles["critic"].asked[0], roles["teacher"].asked[0]
+        assert [asked[3] for asked in roles["student"].calls] == [False] * (calls - 1) + [True]
+        (_, t, fake, g), (_, t_teacher, real, _) = roles["critic"].calls[0], roles["teacher"].calls[0]
         assert torch.equal(t, t_teacher) and not g and float(t.min()) >= (0.6 if phase == 1 else 0.0)
-        sample = roles["student"].asked[-1][2]
+        sample = roles["student"].calls[-1][2]
         gradient = (fake - real) / (sample - real).abs().mean(1, keepdim=True)
         torch.testing.assert_close(terms.total.detach(), 0.5 * (gradient**2).mean(), rtol=1e-9, atol=0)
         roles = roles_on()
         terms = one(method, Turn("critic", ("critic",), phase), roles, batch)
-        assert not roles["teacher"].asked and bool(torch.isfinite(terms.total))
+        assert not roles["teacher"].calls and bool(torch.isfinite(terms.total))
         assert torch.autograd.grad(terms.total, roles["critic"].gain)[0] != 0
     # the last phase is DMD2's own last call: same critic loss, in the eps form
     last = PhasedDMD(t_list=(1.0,), critic=Critic("eps"))
     roles = roles_on()
     terms = one(last, Turn("critic", ("critic",), 1), roles, batch)
-    (x_t, t, made, _), sample = roles["critic"].asked[0], roles["student"].asked[0][2]
+    (x_t, t, made, _), sample = roles["critic"].calls[0], roles["student"].calls[0][2]
     error = ((x_t - (1 - t)[:, None] * made) - (x_t - (1 - t)[:, None] * sample)) / t[:, None]
     torch.testing.assert_close(terms.total.detach(), (error**2).mean(), rtol=1e-8, atol=0)
 
@@ -235,7 +235,7 @@ def test_the_weight_by_hand():
     weight = RewardWeight(Toward(direction=(1.0, -2.0)), beta=0.5, baseline=0.2, max_weight=4.0)
     method = DMD2(student=ONE_STEP, sample_weight=weight)
     terms = one(method, STUDENT, roles, batch)
-    sample, fake, real = roles["student"].asked[0][2], roles["critic"].asked[0][2], roles["teacher"].asked[0][2]
+    sample, fake, real = roles["student"].calls[0][2], roles["critic"].calls[0][2], roles["teacher"].calls[0][2]
     weight = torch.exp((sample[:, 0] - 2 * sample[:, 1] - 0.2) / 0.5).clamp(max=4.0)
     gradient = weight[:, None] * (fake - real) / (sample - real).abs().mean(1, keepdim=True)
     torch.testing.assert_close(terms.total.detach(), 0.5 * (gradient**2).mean(), rtol=1e-9, atol=0)
