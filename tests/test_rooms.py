@@ -82,7 +82,6 @@ HEAVY = {
 # Files that still dispatch by the name of a class.
 CLASS_NAMES = {
     "export/to_diffusers.py",
-    "inference/conditions.py",
     "networks/encoders/codecs.py",
 }
 # No names of parameters or fields: a noun says what the thing is.
@@ -99,13 +98,7 @@ WITH_PARTICIPLES: set[str] = {
     "data/files/sizes.py",
     "data/files/video.py",
     "data/folder/parts.py",
-    "diffusion/samplers.py",
     "export/schedulers.py",
-    "inference/conditions.py",
-    "inference/generate.py",
-    "inference/model.py",
-    "inference/pairs.py",
-    "inference/specs.py",
     "methods/dmd2.py",
     "methods/finetune.py",
     "methods/kd.py",

@@ -130,7 +130,7 @@ def footage(request: ClipRequest, parts: Parts, shot: Shot, window: int) -> Foot
 
 
 def conditions(
-    request: ClipRequest, parts: Parts, shot: Shot, latent_shape: tuple[int, int, int, int], seen: Footage, chunk: Chunk
+    request: ClipRequest, parts: Parts, shot: Shot, latent_shape: tuple[int, int, int, int], films: Footage, chunk: Chunk
 ) -> tuple[Condition, Condition | None]:
     """What leads one chunk (of a short clip, the only one), and what guidance pushes away from."""
     device = parts.device
@@ -140,13 +140,13 @@ def conditions(
         return cond, replace(cond, label=torch.full_like(torch.tensor([0], device=device), -1))
     text = parts.texts[request.embedding or request.prompt]
     cond = replace(cond, text=text.embedding, text_mask=text.mask, pooled=text.pooled)
-    if seen.begins is not None:
-        beginning = Beginning(seen.begins, chunk.num_frames, latent_shape[1], parts.codec, parts.image_features)
+    if films.begins is not None:
+        beginning = Beginning(films.begins, chunk.num_frames, latent_shape[1], parts.codec, parts.image_features)
         cond = parts.model.network.begin(cond, beginning)
     elif parts.model.network.traits.first_frames == "picture":
         raise UserError("this network makes a clip that begins with a picture: give --input FILE")
     if request.control:
-        found = {name: _tensor(chunk.of(frames), device) for name, frames in seen.controls.items()}
+        found = {name: _tensor(chunk.of(frames), device) for name, frames in films.controls.items()}
         cond = replace(cond, control=_controls(parts, found))
     return cond, _negative(request, parts.texts, cond)
 

@@ -105,7 +105,7 @@ def generate(
     device = torch.device(request.device or (f"cuda:{ranks().local}" if torch.cuda.is_available() else "cpu"))
     texts = texts_of(todo, request, folder_of(request.model), device)  # first: a word it does not know stops the command here
     controls = sorted({name for clip in request.clips for name in clip.control})
-    model = open_model(request.model, controls=controls, known=request.network)
+    model = open_model(request.model, controls=controls, network=request.network)
     sampler = sampler_of(request, model, say)
     shot = _shot(request, model)
     chunks = _chunks(request, model, shot)

@@ -46,10 +46,10 @@ class Model:
         return isinstance(self.sampler, TeacherSampler)
 
 
-def open_model(address: str | Path, *, controls: Sequence[str] = (), known: str | None = None) -> Model:
+def open_model(address: str | Path, *, controls: Sequence[str] = (), network: str | None = None) -> Model:
     """The model at `address`, in eval mode and frozen.
 
-    controls: what leads it, for a branch whose files do not say. known: which published network files of weights hold; None: as
+    controls: the control of a branch whose files do not name it. network: which published one files of weights hold; None: as
     their shapes say.
     """
     text = str(address)
@@ -60,9 +60,9 @@ def open_model(address: str | Path, *, controls: Sequence[str] = (), known: str 
         model = of_run(text)
     else:
         pieces = None if is_diffusers_folder(folder) else pieces_of(text)
-        if pieces is None and known is not None:
-            raise UserError(f"--network {known}: {text} says itself what it is; the name is for files of weights")
-        model = _teacher(text, controls) if pieces is None else _of_files(pieces, controls, known)
+        if pieces is None and network is not None:
+            raise UserError(f"--network {network}: {text} says itself what it is; the name is for files of weights")
+        model = _teacher(text, controls) if pieces is None else _of_files(pieces, controls, network)
     model.network.module.eval().requires_grad_(False)
     return model
 

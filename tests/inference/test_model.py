@@ -157,10 +157,10 @@ def test_original_weights_are_a_teacher(together: bool, tmp_path: Path, monkeypa
     model = open_model(address, controls=["seg"])
     assert (model.spec.controls, model.sampler, model.folder) == (("seg",), TeacherSampler.for_path(EDM()), None)
     same_answer(network, model.network, "seg", 5.0)
-    assert open_model(address, controls=["seg"], known="small").spec == model.spec
+    assert open_model(address, controls=["seg"], network="small").spec == model.spec
     with pytest.raises(ValueError, match="the nearest is transfer1_7b"):
-        open_model(address, controls=["seg"], known="transfer1_7b")
+        open_model(address, controls=["seg"], network="transfer1_7b")
     with pytest.raises(ValueError, match="--network nothing: is none of predict1_7b"):
-        open_model(address, known="nothing")
+        open_model(address, network="nothing")
     with pytest.raises(ValueError, match=r"--network small: .* says itself what it is"):
-        open_model(folder(tmp_path, "WanPipeline", "WanTransformer3DModel"), known="small")
+        open_model(folder(tmp_path, "WanPipeline", "WanTransformer3DModel"), network="small")

@@ -18,6 +18,7 @@ from fewstep.diffusion import Prediction, RectifiedFlow, TeacherSampler
 from fewstep.diffusion.sampling import student_times
 from fewstep.inference.pairs import PairSettings, write
 from fewstep.inference.request import PairsRequest, SamplerOptions, path_times_of
+from fewstep.networks.contract import Traits
 
 NUM, FRAMES, SIZE = 5, 5, 8
 TIMES = (1.0, 0.75, 0.5)
@@ -28,7 +29,7 @@ class Pull:
 
     path = RectifiedFlow()
     module = nn.Module()
-    controls = ("edge",)
+    traits = Traits(controls=("edge",))
     asked = 0
 
     def __call__(self, x_t, t, cond: Condition, *, taps=(), cache=None) -> Prediction:
@@ -190,10 +191,10 @@ def test_a_control_without_a_branch_is_refused(tmp_path: Path) -> None:
     from fewstep.data.controls import Edge
 
     class Plain(Pull):
-        controls = ()
+        traits = Traits()
 
     class Deep(Pull):
-        controls = ("depth", "seg")
+        traits = Traits(controls=("depth", "seg"))
 
     source = Folder(dataset(tmp_path / "data").dataset_dir, max_tokens=2, control=Edge())
     for teacher, words in ((Plain(), "no control branch"), (Deep(), "branches for depth, seg only")):
