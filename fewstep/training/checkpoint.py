@@ -1,6 +1,6 @@
 """Checkpoints: sharded, complete or not there at all.
 
-    checkpoints/iter_000000500/      torch DCP: every rank writes its shards; loads on any number of ranks
+    checkpoints/iter_000000500/      in the form of torch DCP: every rank writes its shards; loads on any number of ranks
     checkpoints/iter_000000500/trainer.json
     checkpoints/latest_checkpoint.txt
 
@@ -10,21 +10,24 @@ at any moment costs the new checkpoint at most, never the one before.
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
 import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
-from fewstep.files import remove, some, write_json, write_text
+from fewstep.config import ConfigError, parse
+from fewstep.errors import UserError
+from fewstep.files import read_json, remove, some, write_json, write_text
 from fewstep.networks.files.distributed import open_distributed, write_distributed
+from fewstep.networks.files.stored import Stored
 from fewstep.parallel import World
 from fewstep.training.errors import TrainingError
 
@@ -74,11 +77,12 @@ class Checkpoints:
     def latest(self, healthy_only: bool = False) -> Path | None:
         """The newest complete checkpoint."""
         if healthy_only:
-            good = [path for path in self._all() if read_progress(path).healthy]
+            records = [(path, _progress_or_none(path)) for path in self._all()]
+            good = [path for path, progress in records if progress is not None and progress.healthy]
             return good[-1] if good else None
         pointer = self.folder / POINTER
-        name = pointer.read_text().strip() if pointer.is_file() else ""
-        if name and self._is_whole(self.folder / name):
+        name = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+        if name.startswith("iter_") and Path(name).name == name and self._is_whole(self.folder / name):
             return self.folder / name
         # The pointer is the last thing written: a checkpoint without it may still be whole.
         return self._all()[-1] if self._all() else None
@@ -139,30 +143,29 @@ class Checkpoints:
 
     def load(self, path: Path, state: Mapping[str, Tensor]) -> Progress:
         """Fills the tensors of `state` in place; refuses, by name, a checkpoint with other tensors than these."""
+        progress = Progress()
+        problems: list[str] = []
+        damage = ""
         try:
-            problems = _differences(path, state)
+            saved = open_distributed(path, only_tensors=True)
+            problems = _differences(saved, state)
+            progress = read_progress(path)
             if not problems:
-                self._read(path, state)
-                return read_progress(path)
-        except _failures() as error:
-            raise TrainingError(
-                f"the checkpoint {path} is damaged: {_first_line(error)}. Remove it to resume from the one before"
-            ) from error
+                for name, tensor in state.items():
+                    _fill(tensor, saved[name])
+        except (UserError, RuntimeError) as error:
+            damage = _first_line(error)
+        damages = [text for text in self.world.gather(damage) if text]  # of one rank: all end, and none waits for it
+        if damages:
+            raise TrainingError(f"the checkpoint {path} is damaged: {damages[0]}. Remove it to resume from the one before")
+        if not problems:
+            return progress
         shown = some(problems, 8, "\n")
         raise TrainingError(
             f"the checkpoint {path} does not fit this configuration:\n{shown}\n"
             f"Resume with the configuration it was written with ({self.folder.parent / 'config.yaml'}), or give the run "
             "another job.name"
         )
-
-    def _read(self, path: Path, state: Mapping[str, Tensor]) -> None:
-        if self.world.mesh is None:
-            for name, stored in open_distributed(path).items():
-                state[name].detach().copy_(stored.read())
-            return
-        from torch.distributed import checkpoint as dcp
-
-        dcp.load(dict(state), checkpoint_id=path)
 
     def return_to(self, path: Path, progress: Progress) -> None:
         """Makes `path` the newest checkpoint again, from where `progress` goes on; later ones are removed."""
@@ -188,8 +191,9 @@ class Checkpoints:
     def _prune(self, newest: Path) -> None:
         healthy = self.latest(healthy_only=True)  # what a roll-back needs, however many alarms rang since
         for path in self._all()[: -self.keep_last]:
-            multiple = self.keep_every and read_progress(path).step % self.keep_every == 0
-            if not multiple and path not in (newest, healthy):
+            progress = _progress_or_none(path)
+            is_kept = progress is not None and bool(self.keep_every) and progress.step % (self.keep_every or 1) == 0
+            if not is_kept and path not in (newest, healthy):
                 _discard(path)
 
     def _all(self) -> list[Path]:
@@ -209,7 +213,20 @@ class Checkpoints:
 
 
 def read_progress(path: Path) -> Progress:
-    return replace(Progress(), **json.loads((path / "trainer.json").read_text()))
+    """What trainer.json of a checkpoint says. Raises UserError if it is damaged."""
+    advice = "Remove this checkpoint to resume from the one before"
+    try:
+        return parse(Progress, read_json(path / "trainer.json", advice))
+    except ConfigError as error:
+        raise UserError(f"{path / 'trainer.json'} is damaged: {'; '.join(str(error).splitlines())}. {advice}") from None
+
+
+def _progress_or_none(path: Path) -> Progress | None:
+    """The same, or None where it is damaged: of an older checkpoint that must not stop a run."""
+    try:
+        return read_progress(path)
+    except UserError:
+        return None
 
 
 def _failures() -> tuple[type[BaseException], ...]:
@@ -226,9 +243,22 @@ def _discard(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _differences(path: Path, state: Mapping[str, Tensor]) -> list[str]:
+def _fill(tensor: Tensor, stored: Stored) -> None:
+    """Reads a tensor in place; of one that is sharded, this process's shard."""
+    if not hasattr(tensor, "to_local"):
+        tensor.detach().copy_(stored.read())
+        return
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # as DCP itself does it
+
+    assert isinstance(tensor, DTensor) and stored.read_part is not None
+    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    if math.prod(sizes):
+        tensor.to_local().detach().copy_(stored.read_part(offsets, sizes))
+
+
+def _differences(saved: Mapping[str, Stored], state: Mapping[str, Tensor]) -> list[str]:
     """One line for each tensor that the checkpoint lacks, has too many, or has in another shape."""
-    saved = open_distributed(path)
     lines = [f"  the checkpoint lacks {name}" for name in state if name not in saved]
     lines += [f"  this run has no {name}" for name in saved if name not in state]
     for name, tensor in state.items():

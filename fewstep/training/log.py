@@ -121,11 +121,11 @@ class RunLog:
 def _records(path: Path, first: int) -> list[dict[str, Any]]:
     """The lines up to the iteration a run goes on from; later ones will be written again, and so will all of a run from 0."""
     kept: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.is_file() and first else []:
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() and first else []:
         try:
-            record: dict[str, Any] = json.loads(line)
-        except json.JSONDecodeError:  # the process died within the line
+            record: Any = json.loads(line)
+        except (ValueError, RecursionError):  # the process died within the line
             continue
-        if record["step"] <= first:
+        if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= first:
             kept.append(record)
     return kept

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import checkpoint as dcp
 
 from fewstep.networks.files import distributed
 from fewstep.parallel import World
@@ -307,6 +309,57 @@ def test_a_damaged_one_is_told(tmp_path: Path, what: str) -> None:
     file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(TrainingError, match=r"iter_000000001 is damaged: .*Remove it to resume from the one before"):
         checkpoints.load(file.parent, state(0.0))
+
+
+class Payload:
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("what", ["table", "entry"])
+def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path, what: str) -> None:
+    """Neither its table of contents, which is a pickle, nor an entry that is one."""
+    checkpoints = open_folder(tmp_path)
+    checkpoints.save(state(1.0), Progress(step=1))
+    folder = tmp_path / "checkpoints" / "iter_000000001"
+    payload = Payload(tmp_path / "executed")
+    if what == "table":
+        (folder / ".metadata").write_bytes(pickle.dumps(payload))
+    else:
+        for name in (".metadata", "__0_0.distcp"):
+            (folder / name).unlink()
+        dcp.save(state(1.0) | {"extra": payload}, checkpoint_id=folder, no_dist=True)
+    with pytest.raises(TrainingError, match=r"iter_000000001 is damaged: .*(wants to load|extra is no tensor)") as error:
+        checkpoints.load(folder, state(0.0))
+    assert "\n" not in str(error.value) and not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("shard", ["lost", "empty"])
+def test_a_lost_or_empty_shard_is_one_line(tmp_path: Path, shard: str) -> None:
+    checkpoints = open_folder(tmp_path)
+    checkpoints.save(state(1.0), Progress(step=1))
+    file = tmp_path / "checkpoints" / "iter_000000001" / "__0_0.distcp"
+    file.unlink() if shard == "lost" else file.write_bytes(b"")
+    with pytest.raises(TrainingError, match=r"is damaged: .+Remove it") as error:
+        checkpoints.load(file.parent, state(0.0))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"step": "x"}', '{"step": 1, "surprise": 2}', "\xff"])
+def test_a_damaged_record_of_an_older_one_stops_nothing(tmp_path: Path, text: str) -> None:
+    checkpoints = open_folder(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(state(float(step)), Progress(step=step))
+    (tmp_path / "checkpoints" / "iter_000000001" / "trainer.json").write_text(text)
+    (tmp_path / "checkpoints" / POINTER).write_bytes(b"../\xff\n")
+    again = open_folder(tmp_path, keep_every=1)
+    latest = again.latest()
+    assert latest is not None and value_of(again, latest) == (2.0, 2)
+    again.save(state(3.0), Progress(step=3))
 
 
 def test_progress_survives_in_json(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,10 +41,16 @@ class Chunk:
     length: int
 
 
-def open_distributed(folder: Path) -> dict[str, Stored]:
-    """The tensors of a checkpoint by their names in it; read whole when asked for, however many processes wrote them."""
+def open_distributed(folder: Path, only_tensors: bool = False) -> dict[str, Stored]:
+    """The tensors of a checkpoint by their names in it; read when asked for, whole or a part of each.
+
+    Entries that are no tensors are pickles; they are left out, or with `only_tensors` refused. Raises UserError.
+    """
     metadata = read_metadata(folder)
     try:
+        others = [name for name, entry in metadata.state_dict_metadata.items() if not isinstance(entry, TensorStorageMetadata)]
+        if only_tensors and others:
+            raise UserError(f"'{folder}': its entry {others[0]} is no tensor, and is not read")
         return _entries(folder, metadata)
     except (AttributeError, TypeError, KeyError) as error:
         raise UserError(f"'{folder / '.metadata'}' is not read: {error}") from error
@@ -70,28 +77,63 @@ def _entries(folder: Path, metadata: Any) -> dict[str, Stored]:
     for name, about in metadata.state_dict_metadata.items():
         if isinstance(about, TensorStorageMetadata):
             shape, dtype = tuple(about.size), about.properties.dtype
-            tensors[name] = Stored(shape, dtype, partial(_read, folder, name, shape, dtype, chunks.get(name, [])))
+            read_part = partial(_read, folder, name, shape, dtype, chunks.get(name, []))
+            tensors[name] = Stored(shape, dtype, partial(read_part, [0] * len(shape), shape), read_part)
     return tensors
 
 
-def _read(folder: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, chunks: Sequence[Chunk]) -> Tensor:
-    if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
+def _read(
+    folder: Path,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    chunks: Sequence[Chunk],
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+) -> Tensor:
+    """The part of a tensor that begins at `offsets` and has `sizes`; of the chunks only those are read that reach into it."""
+    if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape) or _overlap(chunks):
         raise UserError(f"'{folder}' cannot be read at {name}: its chunks are not the whole of it")
-    whole = torch.empty(shape, dtype=dtype)
     try:
+        result = torch.empty(tuple(sizes), dtype=dtype)
         for chunk in chunks:
+            starts = [max(a, b) for a, b in zip(chunk.offsets, offsets, strict=True)]
+            ends = [min(a + n, b + m) for a, n, b, m in zip(chunk.offsets, chunk.sizes, offsets, sizes, strict=True)]
+            if any(end <= start for start, end in zip(starts, ends, strict=True)):
+                continue
             with chunk.file.open("rb") as file:
                 file.seek(chunk.start)
-                part: Tensor = torch.load(io.BytesIO(file.read(chunk.length)), map_location="cpu", weights_only=True)
-            target = whole
-            for axis, (start, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
-                target = target.narrow(axis, start, size)
-            if part.shape != target.shape:
-                raise ValueError(f"{name} has a chunk of shape {tuple(part.shape)} where {tuple(target.shape)} was announced")
-            target.copy_(part.detach())
-    except _DAMAGE as error:
+                whole: Tensor = torch.load(io.BytesIO(file.read(chunk.length)), map_location="cpu", weights_only=True)
+            if whole.shape != chunk.sizes:
+                raise ValueError(f"a chunk has the shape {tuple(whole.shape)}, where the table of contents says {chunk.sizes}")
+            source = whole.detach()[tuple(map(slice, _less(starts, chunk.offsets), _less(ends, chunk.offsets)))]
+            result[tuple(map(slice, _less(starts, offsets), _less(ends, offsets)))] = source
+    except (*_DAMAGE, OSError) as error:
         raise UserError(f"'{folder}' cannot be read at {name}: {error}") from error
-    return whole
+    return result
+
+
+def _less(places: Sequence[int], offsets: Sequence[int]) -> list[int]:
+    return [place - offset for place, offset in zip(places, offsets, strict=True)]
+
+
+def _overlap(chunks: Sequence[Chunk]) -> bool:
+    """Whether two chunks share an element. Chunks lie in order along one axis wherever a process has a slice of a tensor."""
+    ordered = sorted(chunks, key=lambda chunk: chunk.offsets)
+    axes = (
+        [axis for axis in range(len(ordered[0].offsets)) if len({chunk.offsets[axis] for chunk in chunks}) > 1]
+        if chunks
+        else []
+    )
+    if len(axes) == 1:
+        (axis,) = axes
+        return any(a.offsets[axis] + a.sizes[axis] > b.offsets[axis] for a, b in pairwise(ordered))
+    return any(_meet(a, b) for number, a in enumerate(ordered) for b in ordered[number + 1 :])
+
+
+def _meet(a: Chunk, b: Chunk) -> bool:
+    extents = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
+    return all(start < other + length and other < start + size for start, size, other, length in extents)
 
 
 def read_metadata(folder: Path) -> Any:  # Any: a record of the format, whose fields are what the file says

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,9 @@ class Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    read_part: Callable[[Sequence[int], Sequence[int]], Tensor] | None = (
+        None  # by offsets and sizes; of distributed checkpoints
+    )
 
     @property
     def num_bytes(self) -> int:
