@@ -55,7 +55,7 @@ AnyHead = Annotated[HeadSpec, OneOf("head")]  # a field that holds the configura
 
 @dataclass(frozen=True)
 class _Spec:
-    """What all heads are told."""
+    """Settings of every head."""
 
     taps: tuple[int, ...] = (14,)  # numbers of the blocks read, from 0. Transfer1: the middle one, 14 of 28
     channels: int = 4096  # of their outputs: the network's width. Cosmos 7B 4096, 2B 2048

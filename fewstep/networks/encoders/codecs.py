@@ -125,8 +125,8 @@ class Autoencoder:
 
     @cached_property  # no protocol has such a member
     def _fingerprint(self) -> str:
-        told = {name: value for name, value in dict(self.module.config).items() if not name.startswith("_")}  # pyright: ignore[reportArgumentType, reportCallIssue]  # an attribute of a module
-        settings = {"class": type(self.module).__name__, "tile": self.tile, **told}
+        config = {name: value for name, value in dict(self.module.config).items() if not name.startswith("_")}  # pyright: ignore[reportArgumentType, reportCallIssue]  # an attribute of a module
+        settings = {"class": type(self.module).__name__, "tile": self.tile, **config}
         return fingerprint_of(self.module, settings, self.mean, self.std)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:

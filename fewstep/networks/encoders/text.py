@@ -254,7 +254,7 @@ class Reason1(_Encoder):
     def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         rows = [self._chat(prompt) for prompt in prompts]
         ids, mask = (torch.tensor([row[i] for row in rows], device=self.device) for i in (0, 1))
-        # No attention mask, as upstream; and the logits of one token instead of 512, which nobody wants.
+        # No attention mask, as upstream; and the logits of one token instead of 512, which are not used.
         layers = self.module(ids, output_hidden_states=True, logits_to_keep=1).hidden_states[1:]
         parts = [(x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-8) for x in layers]
         return torch.cat(parts, -1), mask

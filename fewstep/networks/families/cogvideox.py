@@ -33,7 +33,7 @@ from fewstep.networks.files.folders import from_folder
 from fewstep.networks.files.pipeline import PipelineFolder
 from fewstep.networks.taps import block_outputs, picture_and_text
 
-MOTION = 2.0  # what 1.5 I2V is told by its "ofs" embedding, always
+MOTION = 2.0  # input of the "ofs" embedding of 1.5 I2V, always
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def unpacked(tokens: Tensor, like: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Flux(Adapter):
     module: nn.Module  # FluxTransformer2DModel
-    guidance: float = 3.5  # told to a network that was distilled from guidance; the others have no input for it
+    guidance: float = 3.5  # input of a network that was distilled from guidance; the others have none
 
     @property
     def traits(self) -> Traits:
@@ -102,7 +102,7 @@ class FluxSpec(DiffusersSpec):
     """A FluxTransformer2DModel: from a diffusers folder or hub id, or random of the size given; that of Flux.1-dev."""
 
     diffusers_class: ClassVar[str] = "FluxTransformer2DModel"
-    guidance: float = 3.5  # told to Flux.1-dev; schnell has no input for it
+    guidance: float = 3.5  # input of Flux.1-dev; schnell has none
     guidance_input: bool = True  # dev; schnell False
     latent_channels: int = 16
     num_heads: int = 24

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5, 2.1 and SDXL on the real diffusers class, `UNet2DConditionModel`: networks of the VP family.
 
-They make pictures: B C H W, or clips of one frame, B C 1 H W. SDXL is told three sizes besides (cond.size) and reads the
+They make pictures: B C H W, or clips of one frame, B C 1 H W. SDXL also receives three sizes (cond.size) and reads the
 pooled vector of its second text encoder (cond.pooled). All attend to every token, padding too, as upstream has them.
 """
 

@@ -71,11 +71,11 @@ def as_picture(x: Tensor, t: Tensor, network: str) -> tuple[Tensor, Tensor]:
 
 
 def one_time(t: Tensor, network: str) -> Tensor:
-    """t as (B,), for networks that are told one time for a whole clip."""
+    """t as (B,), for networks that receive one time for a whole clip."""
     if t.ndim == 1:
         return t
     if not isinstance(t, FakeTensor) and bool((t != t[:, :1]).any()):  # fakes, on which memory is planned, hold no numbers
-        raise UserError(f"{network} is told one time for the whole clip, so its frames cannot carry noise levels of their own")
+        raise UserError(f"{network} receives one time for the whole clip, so its frames cannot carry noise levels of their own")
     return t[:, 0]
 
 
@@ -87,11 +87,11 @@ def of_v(v: Tensor, x_t: Tensor, t: Tensor, path: Path, features: tuple[Tensor, 
 
 
 def table_index(t: Tensor, num_steps: int = 1000) -> Tensor:
-    """What a network taught on a DDPM table is told at time t of VP: entry i stands at t = (i + 1) / num_steps. float32."""
+    """The timestep of a network trained on a DDPM table at time t of VP: entry i is at t = (i + 1) / num_steps. float32."""
     return (num_steps * t.double() - 1).clamp(min=0).float()
 
 
 def refuse_given(cond: Condition, network: str) -> None:
-    """For networks that know no given frames: nothing tells them which frames are clean."""
+    """Refuses given frames, for networks without an input that marks clean frames."""
     if cond.frame_mask is not None:
         raise UserError(f"{network} cannot be led by given frames (cond.frame_mask), nothing in it tells them from noisy ones")

@@ -1,4 +1,4 @@
-"""A model of diffusers, in a folder or on the hub; what is wrong with its files is told by file, and what to do."""
+"""A model of diffusers, in a folder or on the hub. Errors name the file and what to do."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def load(cls: Any, address: str, subfolder: str | None = None, **how: Any) -> An
     except (OSError, ValueError):
         _look(Path(address) / (subfolder or ""))
         raise
-    told = [f"{what.replace('_', ' ')}: {', '.join(map(str, list(info[what])[:4]))}" for what in WRONG if info.get(what)]
-    if told:
+    problems = [f"{what.replace('_', ' ')}: {', '.join(map(str, list(info[what])[:4]))}" for what in WRONG if info.get(what)]
+    if problems:
         where = f"{address}/{subfolder}" if subfolder else address
-        raise UserError(f"{where}: its weights do not fit its config.json: {'; '.join(told)}")
+        raise UserError(f"{where}: its weights do not fit its config.json: {'; '.join(problems)}")
     return module
 
 

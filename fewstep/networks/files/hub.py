@@ -28,14 +28,14 @@ def expect_id(address: str, what: str) -> None:
 
 @contextmanager
 def asking(address: str) -> Iterator[None]:
-    """Within, what the hub or the library over it says when `address` does not come is told in one line, as a ValueError."""
+    """Within, a failed download of `address` becomes a UserError of one line; other errors pass."""
     try:
         yield
     except Exception as error:  # the libraries wrap one in the other, and some of them are of the HTTP client
-        told = _told(address, error)
-        if told is None:
+        message = _message(address, error)
+        if message is None:
             raise
-        raise UserError(told) from error
+        raise UserError(message) from error
 
 
 def has_file(address: str, name: str) -> bool:
@@ -58,13 +58,13 @@ def read_json(address: str, name: str) -> dict[str, Any] | None:
     with asking(address):
         try:
             return json.loads(Path(hf_hub_download(address, name)).read_text())
-        except LocalEntryNotFoundError:  # a kind of the next, but nobody was asked
+        except LocalEntryNotFoundError:  # a subclass of the next, but without an answer of the hub
             raise
         except EntryNotFoundError:
             return None
 
 
-def _told(address: str, error: BaseException) -> str | None:
+def _message(address: str, error: BaseException) -> str | None:
     from huggingface_hub import constants, errors
 
     chain: list[BaseException] = []

@@ -32,7 +32,7 @@ from fewstep.networks.files.tensor_files import is_tensor_file, open_tensors
 def read(address: str, like: nn.Module | None = None) -> dict[str, Tensor]:
     """Name -> tensor for the address, on the CPU; tensors of others come under our names, still mapped from their file.
 
-    like: the module that is to hold them; it says what its control branches are called. What was found is told.
+    like: the module that is to hold them; it names its control branches. What was loaded is printed.
     """
     pieces = pieces_of(address)
     if pieces is None:
@@ -119,12 +119,12 @@ def _without_adapters(file: TensorFile, scale: float | None) -> TensorFile:
 
 
 def _controls(files: Sequence[TensorFile], pieces: Sequence[Piece], like: nn.Module | None) -> list[str]:
-    """What the branches in these files are to be called: as told, as the module calls them, or plainly."""
-    told = [name for name, _, _ in pieces if name]
-    if not told and like is not None:
-        told = list(dict.fromkeys(n.split(".")[1] for n in like.state_dict() if n.startswith("branches.")))
+    """Names of the branches in these files: those of the address, those of the module, or plain ones."""
+    names = [name for name, _, _ in pieces if name]
+    if not names and like is not None:
+        names = list(dict.fromkeys(n.split(".")[1] for n in like.state_dict() if n.startswith("branches.")))
     wanted = max(len(files) - 1, *(num_branches(file.tensors) for file in files))
-    return told or ["control", *(f"control_{i}" for i in range(2, wanted + 1))][:wanted]
+    return names or ["control", *(f"control_{i}" for i in range(2, wanted + 1))][:wanted]
 
 
 def tell(found: Collected) -> None:

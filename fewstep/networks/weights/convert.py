@@ -121,7 +121,7 @@ def from_words(
 
 
 def teacher_pieces(ctrl_type: str, checkpoint_dir: str) -> tuple[str, str]:
-    """Where the seeds' download puts the base of Cosmos-Transfer1 7B and one of its controls."""
+    """Where the download of Cosmos-Transfer1 puts its 7B base and one of its controls."""
     folder = Path(checkpoint_dir) / "nvidia/Cosmos-Transfer1-7B"
     return str(folder / "base_model.pt"), str(folder / f"{ctrl_type}_control.pt")
 
@@ -154,7 +154,7 @@ def _downloaded(name: str) -> str:
 
 
 def _union(pieces: Sequence[Piece]) -> dict[str, Stored] | None:
-    """Everything that the original files hold under their own names, as the seeds' script joins them; None for other files."""
+    """All tensors of original files under their own names, joined as Cosmos' script joins them; None for other files."""
     files = [open_tensors(place, part) for _, place, part in pieces]
     if len(files) != 2 or any(generation_of(file.tensors) != "1" for file in files) or num_branches(files[1].tensors) != 1:
         return None

@@ -1,7 +1,7 @@
-"""Cosmos-Transfer: a Cosmos transformer led by control videos, one branch of blocks for each.
+"""Cosmos-Transfer: a Cosmos transformer conditioned on control videos, one branch of blocks for each.
 
     Transfer2.5   branch blocks feed base blocks 0, n, 2n, ..; the real diffusers class, `CosmosControlNetModel`
-    Transfer1     a copy of the first three blocks feeds the first three; not in diffusers, ours (cosmos_transfer1.py)
+    Transfer1     a copy of the first three blocks feeds the first three; not in diffusers (transfer1.py)
 
 The control video is encoded like the video itself, and its latents travel in cond.control[NAME], in the units of x0. What
 several branches put out is added, each times its weight; weights that sum to more than 1 are scaled down to 1.

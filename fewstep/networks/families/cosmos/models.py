@@ -14,7 +14,7 @@ from fewstep.networks.families.cosmos.predict import PREDICT
 
 
 def transfer1_7b(*controls: str) -> CosmosControlSpec:
-    """Cosmos-Transfer1 7B led by `controls`: of depth, edge, keypoint, seg, vis."""
+    """Cosmos-Transfer1 7B conditioned on `controls`: of depth, edge, keypoint, seg, vis."""
     return CosmosControlSpec(
         family="edm",
         sigma_data=0.5,
@@ -31,7 +31,7 @@ def transfer1_7b(*controls: str) -> CosmosControlSpec:
 
 
 def transfer2_5_2b(*controls: str) -> CosmosControlSpec:
-    """Cosmos-Transfer2.5 2B led by `controls`: of depth, edge, seg, vis (which it calls blur)."""
+    """Cosmos-Transfer2.5 2B conditioned on `controls`: of depth, edge, seg, vis (which it calls blur)."""
     return CosmosControlSpec(
         num_heads=16,
         num_layers=28,

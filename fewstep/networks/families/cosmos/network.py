@@ -4,8 +4,8 @@ Two families share it. Predict2 and Predict2.5 are rectified flows: the raw outp
 (Predict2's own code speaks of sigma = s / (1 - s) and divides its state by 1 + sigma: the same network input and output).
 Predict1 is EDM (Karras et al. 2022): x0 = c_skip x + c_out F(c_in x, ln(sigma) / 4).
 
-Given frames enter clean and are told by the mask channel; the answer keeps them. In most flow networks they also carry a time
-of their own next to 0 (`clean_time`); Predict1 tells them the time of the others. Every frame may carry its own noise level.
+Given frames enter clean and are marked by the mask channel; the prediction keeps them. In most flow networks they also have a
+time of their own next to 0 (`clean_time`); in Predict1 they have the time of the others. Every frame may have its own time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fewstep.networks.families.upstream import Adapter
 from fewstep.networks.files.folders import from_folder
 from fewstep.networks.taps import block_outputs
 
-CLEAN_TIME = 1e-4  # flow time told for given frames (Predict2 and 2.5, sigma_conditional)
+CLEAN_TIME = 1e-4  # flow time of given frames (Predict2 and 2.5, sigma_conditional)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Cosmos(Adapter):
     family: Literal["flow", "edm"] = "flow"
     sigma_data: float = 1.0  # edm only: Predict1 and Transfer1 0.5
     use_fps: bool = False  # Predict1 and Predict2 turn the rate of frames into positions; Predict2.5 does not
-    clean_time: float | None = CLEAN_TIME  # flow only; None: given frames are told the time of the others
+    clean_time: float | None = CLEAN_TIME  # flow only; None: given frames have the time of the others
     controls: tuple[str, ...] = ()  # which of cond.control a Controlled module reads
     control_weights: Mapping[str, float] | None = None  # of the controls; None: those the module was built with
 
