@@ -30,6 +30,7 @@ SAMPLER = typer.Option(help="A teacher's solver: euler, heun, dpmpp_2m, unipc or
 SHIFT = typer.Option(help="Shift of a teacher's grid in flow time. Default: as published.")
 SIGMA_MAX = typer.Option(help="Where the grid of an EDM teacher begins. Default: as published, 80.")
 GUIDANCE = typer.Option(help="w in uncond + w (cond - uncond) of a teacher; 1 is off; Cosmos writes g = w - 1.")
+OWN = typer.Option(help="FILE.py that registers networks, scorers or controls of your own.")
 FREE = {"allow_extra_args": True, "ignore_unknown_options": True}  # KEY=VALUE, and the lone dashes of Cosmos' commands
 
 
@@ -137,8 +138,10 @@ def export(
     base: Annotated[
         Path | None, typer.Option(help="Folder of a pipeline whose vae and text encoder complete the student.")
     ] = None,
+    config: Annotated[Path | None, OWN] = None,
 ) -> None:
     """Write the student of a run (its moving average) as plain diffusers or in another form, with a model card."""
+    _load(config)
     from fewstep.export.export import checked_form
     from fewstep.export.export import export as write
 
@@ -192,6 +195,14 @@ def generate(context: typer.Context) -> None:
     from fewstep.inference.generate import run
 
     run(request)
+
+
+def _load(config: Path | None) -> None:
+    """Imports a file of the user's own for the kinds that it registers."""
+    from fewstep.config import load_file
+
+    if config is not None:
+        load_file(config)
 
 
 @app.command(name="ls")
@@ -416,6 +427,7 @@ def pairs(
     precision: Annotated[str, typer.Option(help="Precision of the network and the codec: fp32 or bf16.")] = "fp32",
     batch_size: Annotated[int, typer.Option(help="Number of clips that go through the network together.")] = 32,
     device: Annotated[str | None, DEVICE] = None,
+    config: Annotated[Path | None, OWN] = None,
 ) -> None:
     """Noise/clip pairs and ODE paths of a teacher, in the layout of Cosmos-Transfer1. torchrun's processes divide them."""
     from fewstep.inference.request import PairsRequest, SamplerOptions, path_times_of
@@ -426,6 +438,7 @@ def pairs(
         control=control, codec=codec, text=text, negative=negative, max_tokens=max_tokens, mask_text=mask_text, num=num,
         seed=seed, quality=quality, precision=precision, batch_size=batch_size, device=device,
     )  # fmt: skip
+    _load(config)
     from fewstep.inference.pairs import run
     from fewstep.progress import track
 
@@ -444,7 +457,7 @@ def evaluate(
     scorer: Annotated[
         str | None, typer.Option(help="Name of the scorer (fewstep ls scorers). Default: one that suits clips of this size.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="FILE.py with a scorer or a control of your own.")] = None,
+    config: Annotated[Path | None, OWN] = None,
     control: Annotated[str | None, typer.Option(help="Control of the data set that the model receives: edge, vis, ..")] = None,
     num: Annotated[int, typer.Option(help="Number of clips in a set.")] = 512,
     sets: Annotated[int, typer.Option(help="Number of sets, each from noise of its own.")] = 3,
@@ -460,15 +473,13 @@ def evaluate(
 
     KEY=VALUE sets a setting of the scorer: fewstep evaluate clips --out scores.json --scorer control preset=low
     """
-    from fewstep.config import load_file
     from fewstep.inference.request import SamplerOptions
 
     sampling = SamplerOptions(steps, sampler, shift, sigma_max, guidance)
     from fewstep.inference.evaluate import Evaluation, line, scorer_of
     from fewstep.inference.evaluate import run as score
 
-    if config is not None:
-        load_file(config)
+    _load(config)
     chosen = scorer_of(scorer, context.args)
     job = Evaluation(what, prompts, real, out, num, sets, calls, sampling, codec=codec, scorer=chosen, control=control)
     print(f"{out}: {line(score(job))}")

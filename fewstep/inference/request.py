@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-from fewstep.config import ConfigError
+from fewstep.config import ConfigError, load_file
 from fewstep.environment import ranks
 from fewstep.inference.coming_from_cosmos import (
     Control,
@@ -189,6 +189,8 @@ def read_command(arguments: Sequence[str], say: Print | None = None) -> Generate
     options["model"] = model_of(options["model"], options["released"], folder, transformer, tell)
     options["solver"] = None if options["solver"] == "auto" else options["solver"]
     options |= {"clips": _clips(options, specs), "sampling": _of(SamplerOptions, options)}
+    if options["config"] is not None:
+        load_file(options["config"])
     return _of(GenerateRequest, options)
 
 
@@ -253,6 +255,7 @@ def _parser() -> _Parser:
     add("--tile", type=int, help="pixels along a tile of the codec, to save memory; not exact")
     add("--device", help="cpu, cuda, .. (default: a GPU if there is one)")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the network and the codec (default: fp32)")
+    add("--config", type=Path, help="FILE.py that registers networks of your own")
     add("--batch-size", type=int, default=1, help="clips that go through the network together (default: 1)")
     add("--quality", default="18", help="of the mp4: a CRF, or lossless (default: 18)")
     add("--num-gpus", type=int, help="must be torchrun's number of processes, which divide the clips")

@@ -35,29 +35,47 @@ def text_and_picture(
 
 
 @contextmanager
-def block_outputs(blocks: Sequence[nn.Module], taps: Sequence[int], stand_in: StandIn = stream) -> Iterator[dict[int, Any]]:
-    """Within, the outputs of the blocks in `taps` are collected, by number.
+def block_outputs(
+    module: nn.Module, blocks: Sequence[nn.Module], taps: Sequence[int], stand_in: StandIn = stream
+) -> Iterator[dict[int, Any]]:
+    """Within, the outputs of the blocks in `taps` are collected, by number, and `module` returns them behind its own outputs.
 
-    blocks: in the order in which they run. Where only features are wanted, those behind the last tap do not run: `stand_in` is
-    called instead. What is registered on a block (FSDP, checkpointing) sees its calls all the same.
+    blocks: those of `module`, in the order in which they run. Where only features are wanted, those behind the last tap do not
+    run (`idle_blocks`). `module` must return a tuple. FSDP looks for what needs a gradient in the outputs of its root alone:
+    without the features there, its outermost weights would not be gathered for their backward.
+    """
+    outputs: dict[int, Any] = {}
+
+    def collect(i: int) -> Any:
+        return lambda block, inputs, output: outputs.__setitem__(i, output)
+
+    with idle_blocks(blocks, taps, stand_in):
+        handles = [blocks[i].register_forward_hook(collect(i)) for i in taps]
+        if taps:
+            behind = module.register_forward_hook(lambda module, inputs, output: (*output, dict(outputs)), prepend=True)
+            handles.append(behind)
+        try:
+            yield outputs
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def idle_blocks(blocks: Sequence[nn.Module], taps: Sequence[int], stand_in: StandIn = stream) -> Iterator[None]:
+    """Within, where only features are wanted, `stand_in` is called instead of each block behind the last tap.
+
+    What is registered on a block (FSDP, checkpointing) sees its calls all the same.
     """
     wrong = [tap for tap in taps if not 0 <= tap < len(blocks)]
     if wrong:
         raise UserError(f"tap {wrong[0]} is no block of this network, whose blocks are 0 .. {len(blocks) - 1}")
-    outputs: dict[int, Any] = {}
-
-    def keep(i: int) -> Any:
-        return lambda module, inputs, output: outputs.__setitem__(i, output)
-
-    handles = [blocks[i].register_forward_hook(keep(i)) for i in taps]
     behind = blocks[max(taps) + 1 :] if taps and isinstance(taps, FeaturesOnly) else ()
     idle = [block for block in behind if "forward" not in vars(block)]
     for block in idle:
         block.forward = partial(stand_in, block)
     try:
-        yield outputs
+        yield
     finally:
         for block in idle:
             del block.forward
-        for handle in handles:
-            handle.remove()

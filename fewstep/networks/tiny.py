@@ -22,7 +22,7 @@ from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import AnyPath, spread, working_dtype
 from fewstep.diffusion.prediction import coefficients_for, with_clean_frames
 from fewstep.networks.contract import NetworkDefaults, NetworkSpec, Traits
-from fewstep.networks.taps import block_outputs
+from fewstep.networks.taps import idle_blocks
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Tiny(NetworkDefaults):
         y = x / spread(scale, x).to(x.dtype)
         if mask is not None and cond.frames is not None:
             y = torch.lerp(y, cond.frames.to(x) / self.sigma_data, mask[:, None, :, None, None])
-        with block_outputs(self.blocks, taps):  # the module returns the outputs itself, for FSDP to see them
+        with idle_blocks(self.blocks, taps):
             raw, features = self.module(y, phi, cond, taps)
         raw = raw.to(x.dtype)
         cos, sin = spread(phi.cos(), x).to(x.dtype), spread(phi.sin(), x).to(x.dtype)

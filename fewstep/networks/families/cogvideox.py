@@ -79,7 +79,7 @@ class CogVideoX(Adapter):
             extra["image_rotary_emb"] = self._rotary(config, grid, x.device)
         if config.ofs_embed_dim is not None:
             extra["ofs"] = x.new_full((1,), MOTION)
-        with block_outputs(self.blocks, taps, picture_and_text) as outputs:
+        with block_outputs(self.module, self.blocks, taps, picture_and_text) as outputs:
             raw = self.module(
                 hidden_states=shown.transpose(1, 2),  # B T C H W
                 encoder_hidden_states=needed(cond, "text", "CogVideoX", "its prompt (B, 226, channels)"),

@@ -53,7 +53,7 @@ class Dit(Adapter):
         if picture.shape[2] != picture.shape[3]:
             raise UserError(f"diffusers' DiT makes square pictures only, not {picture.shape[2]} x {picture.shape[3]} latents")
         label = needed(cond, "label", "DiT", "its class (B,; -1 is none)").to(x.device)
-        with block_outputs(self.blocks, taps) as outputs:
+        with block_outputs(self.module, self.blocks, taps) as outputs:
             raw = self.module(
                 hidden_states=picture,
                 timestep=table_index(time) if self.family == "ddpm" else (1 - time.double()).float(),

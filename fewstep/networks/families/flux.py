@@ -75,7 +75,7 @@ class Flux(Adapter):
         extra: dict[str, Any] = {}
         if self.module.config.guidance_embeds:  # pyright: ignore[reportAttributeAccessIssue]  # an attribute of a module
             extra["guidance"] = torch.full((len(x),), self.guidance, dtype=torch.float32, device=x.device)
-        with block_outputs(self.blocks, taps, text_and_picture) as outputs:
+        with block_outputs(self.module, self.blocks, taps, text_and_picture) as outputs:
             raw = self.module(
                 hidden_states=packed(picture),
                 encoder_hidden_states=text,

@@ -50,7 +50,7 @@ class QwenImage(Adapter):
         refuse_given(cond, "Qwen-Image")
         picture, time = as_picture(x, t, "Qwen-Image")
         grid = (picture.shape[2] // 2, picture.shape[3] // 2)
-        with block_outputs(self.blocks, taps, text_and_picture) as outputs:
+        with block_outputs(self.module, self.blocks, taps, text_and_picture) as outputs:
             raw = self.module(
                 hidden_states=packed(picture),
                 encoder_hidden_states=needed(cond, "text", "Qwen-Image", "its prompt (B, tokens, channels)"),

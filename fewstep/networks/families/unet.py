@@ -66,7 +66,7 @@ class Unet(Adapter):
         if self.module.config.addition_embed_type == "text_time":  # pyright: ignore[reportAttributeAccessIssue]  # an attribute of a module
             pooled = needed(cond, "pooled", "SDXL", "the pooled vector of its prompt")
             extra["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": self._sizes(cond, picture)}
-        with block_outputs(self.blocks, taps, self._stand_in) as outputs:
+        with block_outputs(self.module, self.blocks, taps, self._stand_in) as outputs:
             raw = self.module(
                 sample=picture,
                 timestep=table_index(time),

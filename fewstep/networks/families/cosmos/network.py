@@ -151,7 +151,7 @@ class Cosmos(Adapter):
             extra["control_weights"] = self.control_weights
         if time.ndim == 2:
             time = time.expand(num, frames)[:, None, :, None, None]
-        with block_outputs(self.base.transformer_blocks, taps) as outputs:
+        with block_outputs(self.module, self.base.transformer_blocks, taps) as outputs:
             raw = self.module(
                 hidden_states=scaled,
                 timestep=time.float(),  # float32: bf16 would round 0.999 to 1
@@ -272,7 +272,7 @@ def framed(module: nn.Module) -> nn.Module:
 
 def _leave_whole(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """The answer as a tensor of its own: FSDP warns of one that is a view, which upstream's is."""
-    return (output[0].clone(),) if isinstance(output, tuple) else output
+    return (output[0].clone(), *output[1:]) if isinstance(output, tuple) else output
 
 
 def _enter_in_compute_dtype(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

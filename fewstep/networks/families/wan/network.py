@@ -89,7 +89,7 @@ class Wan(Adapter):
         grid = (frames // patch_t, height // patch_h, width // patch_w)
         if time.ndim == 2:  # one for every token
             time = time.expand(num, frames)[:, ::patch_t].repeat_interleave(grid[1] * grid[2], 1)
-        with block_outputs(self.blocks, taps) as outputs:
+        with block_outputs(self.module, self.blocks, taps) as outputs:
             raw = self.module(
                 hidden_states=shown, timestep=time.float(), encoder_hidden_states=text, return_dict=False, **extra
             )[0]
