@@ -80,37 +80,17 @@ HEAVY = {
     *("torch.distributed.checkpoint", "torch.distributed.tensor", "torch.distributed.fsdp"),  # each as long as torch itself
 }
 # Files that still dispatch by the name of a class.
-CLASS_NAMES = {
-    "export/to_diffusers.py",
+CLASS_NAMES: set[str] = {
     "networks/encoders/codecs.py",
 }
 # No names of parameters or fields: a noun says what the thing is.
 PARTICIPLES = {"told", "found", "made", "asked", "known", "seen", "said", "shown", "wanted", "kept", "given"}
 # Files that still have such names.
 WITH_PARTICIPLES: set[str] = {
-    "config/command.py",
-    "config/problems.py",
-    "config/reader.py",
-    "data/check/sheet.py",
-    "data/check/survey.py",
-    "data/controls.py",
-    "data/files/packs.py",
-    "data/files/sizes.py",
-    "data/files/video.py",
-    "data/folder/parts.py",
     "export/schedulers.py",
-    "methods/dmd2.py",
-    "methods/finetune.py",
-    "methods/kd.py",
-    "methods/ladd.py",
     "networks/files/tensor_files.py",
     "networks/weights/addresses.py",
     "networks/weights/convert.py",
-    "prepare/commands.py",
-    "prepare/controls.py",
-    "prepare/latents.py",
-    "prepare/shards.py",
-    "prepare/text.py",
     "training/health.py",
     "training/plan/gpu_fit.py",
     "training/preview.py",

@@ -26,7 +26,7 @@ _ORIGINAL = re.compile(r"(^|/)(cosmos_(predict|transfer)\d|fastgen)/(.+/)?config
 
 @dataclass(frozen=True)
 class Command:
-    """What a command line asks for."""
+    """The parsed words of a command line."""
 
     experiment: str | None = None  # name of a recipe
     files: tuple[str, ...] = ()  # .py to import, .yaml to lay over the recipe, in this order
@@ -35,10 +35,10 @@ class Command:
 
 
 def read_command(argv: Sequence[str]) -> Command:
-    """The Command that the words make; ConfigError with every problem.
+    """Parses the words of a command line. Raises ConfigError with every problem.
 
     Understands `experiment=NAME`, `run.yaml`, `KEY=VALUE`, `--config FILE`, `--config=FILE` and `--dryrun`. A lone
-    `-` or `--` is ignored anywhere: the launchers of the seeds' tools need it before the overrides.
+    `-` or `--` is ignored anywhere: the launchers of the Cosmos and FastGen tools need it before the overrides.
     """
     problems: list[Problem] = []
     names: list[str] = []
@@ -76,7 +76,7 @@ def read_command(argv: Sequence[str]) -> Command:
 
 
 def load_file(path: str | Path) -> Mapping[str, Any]:
-    """What a .yaml holds, for `parse`; {} for a .py, which is imported for the recipes and kinds it registers."""
+    """The content of a .yaml file, for `parse`; {} for a .py file, which is imported for the recipes and kinds it registers."""
     path = Path(path)
     text = read_text(path)
     if path.suffix in _YAML:
@@ -112,10 +112,10 @@ def compose(command: Command, run_type: type[T]) -> T:
 
 
 def originals(command: Command) -> tuple[str, ...]:
-    """The files of the command that are configurations of Cosmos or FastGen, by where they lie there: they say nothing here.
+    """The files of the command that are configurations of Cosmos or FastGen, by their place in those projects.
 
-    What they set up is a recipe of ours, named by experiment=NAME, so that a command written for them pastes. A file that
-    speaks of fewstep is the user's, wherever it lies.
+    They have no effect: what they set up is a recipe, chosen with experiment=NAME, so that a command written for those tools
+    can be pasted. A file that mentions fewstep is the user's own, whatever its place.
     """
     return tuple(file for file in command.files if _ORIGINAL.search(file) and "fewstep" not in _text(file))
 
@@ -132,22 +132,22 @@ def _is_file(word: str) -> bool:
     return Path(word).suffix in (*_YAML, ".py") and ("=" not in word or Path(word).is_file())
 
 
-def _import(path: Path, shown: str) -> None:
+def _import(path: Path, name: str) -> None:
     digest = sha256(str(path).encode(errors="surrogateescape")).hexdigest()[:8]
-    name = f"fewstep_config_{re.sub(r'[^A-Za-z0-9_]', '_', path.stem)}_{digest}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    module_name = f"fewstep_config_{re.sub(r'[^A-Za-z0-9_]', '_', path.stem)}_{digest}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None, path  # a .py always has both
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before it runs: dataclasses look up the module of their annotations there
+    sys.modules[module_name] = module  # before it runs: dataclasses look up the module of their annotations there
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        del sys.modules[name]
-        raise ConfigError([(f"{error.filename or shown}:{error.lineno}", f"is not Python: {error.msg}")]) from error
+        del sys.modules[module_name]
+        raise ConfigError([(f"{error.filename or name}:{error.lineno}", f"is not Python: {error.msg}")]) from error
     except Exception as error:  # the file is the user's: anything may come out of it
-        del sys.modules[name]
+        del sys.modules[module_name]
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         advice = "; put the folder of that module on PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
-        where = f"{shown}:{lines[-1]}" if lines else shown
+        where = f"{name}:{lines[-1]}" if lines else name
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "  # for the log of an error of theirs
         raise ConfigError([(where, f"{kind}{error}{advice}")]) from error

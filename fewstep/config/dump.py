@@ -1,4 +1,4 @@
-"""A configuration as plain data, exactly: what is dumped is read back equal."""
+"""Writes a configuration as plain data. Reading it back gives an equal configuration."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,7 +49,7 @@ def _plain(declared: Any, value: Any, key: str) -> Any:
 
 
 def _fits(shape: Shape, value: Any) -> bool:
-    """Whether a value is of a shape, seen from outside: what lies inside is seen when it is dumped itself."""
+    """Whether a value has the outer type of a shape; its content is checked when it is dumped itself."""
     match shape:
         case Either(members, optional):
             return optional if value is None else any(_fits(shape_of(member), value) for member in members)

@@ -33,7 +33,7 @@ def read_leaf(declared: Any, value: object) -> Any:
 
 
 def obey(declared: Any, value: object) -> None:
-    """Nothing; ValueError if the value breaks a constraint of its declared type."""
+    """Raises ValueError if the value breaks a constraint of its declared type."""
     try:
         TypeAdapter[Any](declared, config=_STRICT).validate_python(value)
     except ValidationError as error:
@@ -42,13 +42,13 @@ def obey(declared: Any, value: object) -> None:
 
 
 def obey_rules(rules: tuple[Any, ...], value: object) -> None:
-    """Nothing; ValueError if a tuple, mapping or dataclass breaks a constraint such as MinLen(1)."""
+    """Raises ValueError if a tuple, mapping or dataclass breaks a constraint such as MinLen(1)."""
     if rules:
         obey(Annotated[(Any, *rules)], value)
 
 
 class _UnreadableError(ValueError):
-    """What else to say after "expected ..., got ..."."""
+    """Holds what a message says after "expected ..., got ..."."""
 
 
 def _bool(value: object) -> bool:

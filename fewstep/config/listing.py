@@ -1,4 +1,4 @@
-"""Every setting of a configuration with its type, value and comment: what a person reads to choose an override."""
+"""Lists every setting of a configuration with its type, value and comment, for a person who looks for an override."""
 
 import ast
 import inspect

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration: collected, then told in one go."""
+"""Collects the problems of a configuration, so that one error names all of them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -19,16 +19,16 @@ class ConfigError(UserError):
         self.problems: tuple[Problem, ...] = (("", problems),) if isinstance(problems, str) else tuple(problems)
 
     def __str__(self) -> str:
-        told = self.args[0]
-        return told if isinstance(told, str) else "\n".join(_line(key, message) for key, message in self.problems)
+        problems = self.args[0]
+        return problems if isinstance(problems, str) else "\n".join(_line(key, message) for key, message in self.problems)
 
 
 def check(config: object) -> list[str]:
     """The warnings of a configuration, one line each; ConfigError with every problem at once.
 
-    Asks each nested dataclass that has a method `problems()` for pairs (key relative to itself, message). A key that
-    starts with "warn:" makes a warning. A key may leave the dataclass only downwards, so rules across rooms belong to
-    the dataclass that holds both.
+    Each nested dataclass may have a method `problems()`, which yields pairs (key relative to itself, message). A key that
+    starts with "warn:" makes a warning. A key names a setting of the dataclass or of one inside it, so a rule between two
+    dataclasses belongs to the one that holds both.
     """
     errors: list[Problem] = []
     warnings: list[str] = []
@@ -56,21 +56,21 @@ def show(value: object) -> str:
 
 
 def hint(name: str, names: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest that exists, and all of them while they are few."""
-    known = sorted(names)
-    near = get_close_matches(name, known, n=1)
-    listed = f"there are: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}" if known else "there are none"
+    """The end of a message about an unknown name: the nearest existing name, and the first twelve of them."""
+    existing = sorted(names)
+    near = get_close_matches(name, existing, n=1)
+    listed = f"there are: {', '.join(existing[:12])}{', ...' if len(existing) > 12 else ''}" if existing else "there are none"
     return f"; did you mean {near[0]}? ({listed})" if near else f"; {listed}"
 
 
-def nearest_keys(key: str, level: str, names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Up to three existing dotted keys for an unknown one: corrected at its level, found elsewhere, spelled alike."""
+def nearest_keys(key: str, level: str, names: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """Up to three existing dotted keys for an unknown one: corrected at its level, of that name elsewhere, spelled alike."""
     wrong, _, rest = key.removeprefix(f"{level}." if level else "").partition(".")
     corrected = [join(join(level, name), rest) for name in get_close_matches(wrong, names, n=1)]
     last = key.rpartition(".")[2]
-    elsewhere = [other for other in known if other.rpartition(".")[2] == last]
+    elsewhere = [other for other in keys if other.rpartition(".")[2] == last]
     elsewhere.sort(key=lambda other: (other.count("."), -SequenceMatcher(None, key, other).ratio()))
-    ranked = [other for other in corrected if other in known] + elsewhere[:2] or get_close_matches(key, known, n=1)
+    ranked = [other for other in corrected if other in keys] + elsewhere[:2] or get_close_matches(key, keys, n=1)
     return [other for other in dict.fromkeys(ranked) if other != level or not names]
 
 

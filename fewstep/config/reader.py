@@ -2,7 +2,7 @@
 
 Each layer is an instance, plain data, or the edits of a command line, and may be partial. A key is decided by the last
 layer that speaks of it; choosing another kind forgets what the layers below said inside it. Reading goes on after a
-problem, so that all of them are told at once.
+problem, so that one error names all of them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,7 +51,7 @@ def read_layers(cls: type[T], layers: Sequence[Any], overrides: Sequence[str] = 
 
 
 class _Edit(dict[str, Any]):
-    """What a command line says of one key: `own`, its value, and as items the edits below it.
+    """The part of a command line for one key: `own` is its value, and the items are the edits below it.
 
     Among the parts of a value it has no `own`: it is a change inside a value, and the text beside it came before.
     """
@@ -61,7 +61,7 @@ class _Edit(dict[str, Any]):
 
 
 class _Reader:
-    """Reads one configuration. What its methods return counts only while it has no `problems` and no `unknown`."""
+    """Reads one configuration. The results of its methods are valid only while it has no `problems` and no `unknown`."""
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
@@ -87,7 +87,10 @@ class _Reader:
         return root
 
     def report(self) -> None:
-        """Nothing; ConfigError if there was any problem. Only now is every key known that could be suggested."""
+        """Raises ConfigError if there was any problem.
+
+        It is called last, when all keys that could be suggested are collected.
+        """
         for key, level, names in self.unknown:
             near = nearest_keys(key, level, names, self.known)
             there = f"{level} has" if level else "there are"
@@ -283,20 +286,20 @@ class _Reader:
         return {name: value for name, value in given.items() if isinstance(name, str)}
 
     def clash(self, part: Any, key: str) -> None:
-        """Nothing; a problem for each key that one command line gives inside `key={...}` and again by itself."""
+        """Adds a problem for each key that one command line sets inside `key={...}` and again by itself."""
         if isinstance(part, _Edit) and part.beside is not None and _is_mapping_text(part.beside):
             for name in part.keys() & _Reader().mapping(part.beside, key, "").keys():
                 self.problems.append((join(key, name), f"given twice, inside {key}={{...}} and by itself; keep one"))
 
-    def lose(self, given: Mapping[str, Any], level: str, names: list[str]) -> None:
-        """Nothing; one unknown key for each that is given below a level which has only these names."""
-        for name, value in given.items():
+    def lose(self, entries: Mapping[str, Any], level: str, names: list[str]) -> None:
+        """Adds an unknown key for each entry below a level that has only these names."""
+        for name, value in entries.items():
             keys = list(_keys_of(value, join(level, name))) if isinstance(value, _Edit) else [join(level, name)]
             self.unknown.extend((key, level, names) for key in keys)
 
 
 class _Nothing:
-    """The value of a key of which only parts are given."""
+    """The value of a key of which only parts are set."""
 
     def __repr__(self) -> str:
         return "nothing"

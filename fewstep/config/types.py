@@ -219,7 +219,7 @@ def _refuse_mutable(cls: type) -> None:
     name = cls.__qualname__
     if not is_dataclass(cls):
         raise TypeError(f"{name} is not a dataclass; decorate it with @dataclass(frozen=True)")
-    # Any: the only public way to ask is to try to write to an instance, and there is none yet.
+    # Any: the only public way to find out is to try to write to an instance, and there is none yet.
     if not cast(Any, cls).__dataclass_params__.frozen:
         raise TypeError(f"{name} can be mutated; declare it @dataclass(frozen=True)")
 
@@ -228,6 +228,6 @@ def _refuse_ambiguous(bare: Any, members: tuple[Any, ...]) -> None:
     bases = [split(member)[0] for member in members]
     shapes = [shape_of(member) for member in members]
     if Path in bases and str in bases:
-        raise TypeError(f"{bare}: a dumped path could not be told from a text; declare one of them")
+        raise TypeError(f"{bare}: a dumped path cannot be distinguished from a text; declare one of them")
     if sum(isinstance(shape, (Record, Choice, Table)) for shape in shapes) > 1:
-        raise TypeError(f"{bare}: which of them a mapping means is not told; use @kind and OneOf")
+        raise TypeError(f"{bare}: a mapping does not say which of them it means; use @kind and OneOf")

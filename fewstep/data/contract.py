@@ -1,4 +1,4 @@
-"""What a data set must offer. It knows no network: pairs made by a teacher are files, or data the teacher's room makes."""
+"""The contract of a data set. It needs no network: pairs made by a teacher are files, or a data set of fewstep/inference."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Dataset(Protocol):
 
 @runtime_checkable
 class Ordered(Protocol):
-    """A data set that has a say in its own order: several sources by weight, clips of one size side by side."""
+    """A data set that decides its own order: several sources by weight, clips of one size side by side."""
 
     @property
     def block(self) -> int:
@@ -52,13 +52,13 @@ class OnDisk(Protocol):
         ...
 
 
-class BadSamples(UserError):  # noqa: N818  # the name says what was found
-    """Samples that cannot be read: by row of the index that was asked for, what is wrong."""
+class BadSamples(UserError):  # noqa: N818  # reads as what it is
+    """Samples that cannot be read: the reason by row of the index."""
 
     def __init__(self, rows: Mapping[int, str]):
         self.rows = dict(rows)
-        said = list(dict.fromkeys(self.rows.values()))
-        super().__init__(some(said, 5, "\n"))
+        reasons = list(dict.fromkeys(self.rows.values()))
+        super().__init__(some(reasons, 5, "\n"))
 
 
 class DataSpec(Protocol):

@@ -1,4 +1,4 @@
-"""Control signals: what a clip is to follow. Each is one frozen dataclass, and a folder of that name beside videos/.
+"""Control signals, which a clip follows. Each is one frozen dataclass, and a folder of that name beside videos/.
 
     edge      Canny                  made from the frames, or edge/STEM.mp4
     vis       blur                   made from the frames, or vis/STEM.mp4
@@ -106,7 +106,7 @@ class Edge:
     preset: Preset = "medium"  # see CANNY; higher shows fewer edges
 
     def thresholds(self, seed: int = 0) -> tuple[int, int]:
-        """Lower and upper threshold; `seed` matters for random ones alone."""
+        """Lower and upper threshold; `seed` matters only for preset=random."""
         if self.preset != "random":
             return CANNY[self.preset]
         rng = np.random.default_rng(seed)
@@ -138,7 +138,7 @@ class Vis:
     preset: Preset = "medium"  # see BLUR; random: see BLUR_CHANCES
 
     def blur(self, seed: int = 0) -> Blur:
-        """The numbers of the blur; `seed` matters for random ones alone."""
+        """The numbers of the blur; `seed` matters only for preset=random."""
         if self.preset != "random":
             shrink, bilateral, factor = BLUR[self.preset]
             return Blur(shrink, bilateral, None, factor)
@@ -156,7 +156,7 @@ class Vis:
         import cv2
 
         wanted = self.blur(seed)
-        # The same answer for every clip of a data set, whatever is drawn for it.
+        # The same for every clip of a data set, whatever is drawn for it.
         smallest = _LARGEST_FACTOR if self.preset == "random" else max(wanted.shrink, wanted.factor)
 
         def blur(picture: Pixels) -> Pixels:
@@ -215,7 +215,7 @@ class Seg:
 @kind("keypoint", group="control")
 @dataclass(frozen=True)
 class Keypoint:
-    """Skeletons on black: people as OpenPose draws them, things of the toy world as wire frames."""
+    """Skeletons on black: people as OpenPose draws them, objects of the toy world as wire frames."""
 
     folder: ClassVar[str] = "keypoint"
     suffix: ClassVar[str] = ".pickle"
@@ -237,11 +237,11 @@ def made_of(control: Control, frames: Pixels, seed: int) -> Pixels:
     return make(frames)
 
 
-def paint(found: Sequence[masks.Mask], places: Sequence[int], max_objects: int = 100) -> Pixels:
+def paint(objects: Sequence[masks.Mask], places: Sequence[int], max_objects: int = 100) -> Pixels:
     """(len(places), H, W, 3): an object keeps the colour of its place in the file, in every window of the clip."""
-    shown = sorted(zip(found, _colours(len(found)), strict=True), key=lambda pair: -pair[0].area)[:max_objects]
-    out = np.zeros((len(places), *found[0].shape[1:], 3), dtype=np.uint8)
-    for mask, colour in shown:
+    largest = sorted(zip(objects, _colours(len(objects)), strict=True), key=lambda pair: -pair[0].area)[:max_objects]
+    out = np.zeros((len(places), *objects[0].shape[1:], 3), dtype=np.uint8)
+    for mask, colour in largest:
         out[mask.frames(places)] = colour
     return out
 

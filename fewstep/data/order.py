@@ -1,5 +1,8 @@
-"""Which sample goes where: a function of (seed, position), so that the place in the data is one number and needs no saving
-of workers, ranks or generators. Position p of a run is row p of an endless row of shuffled epochs."""
+"""The order of samples, as a function of (seed, position).
+
+Position p of a run is entry p of an endless sequence of shuffled epochs. So the place of a run in its data is one number, and
+no state of workers, ranks or generators is saved.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def _epoch(num: int, seed: int, epoch: int) -> Tensor:
 
 
 def interleaved(position: Tensor, blocks: tuple[int, ...], block: int, seed: int) -> tuple[Tensor, Tensor]:
-    """For each position, which source it is of, and its place in that source's own endless row.
+    """For each position its source, and its place in the endless sequence of that source.
 
     Positions go in blocks of one source each; of every sum(blocks) of them, in an order drawn anew each time, `blocks[k]` are
     of source k. A source's places come one after another without a gap: each of its samples comes once in each of its epochs.

@@ -2,11 +2,11 @@
 
 Pickle is a program: `pickle.load` imports what the file names and calls it. This reader knows some forty opcodes and a dozen
 names, each of which stands for a function of this file; there is no `pickle.Unpickler` behind it, no import, no getattr, no
-`__setstate__`, no `torch.load`. Known are the numbers, texts and containers of Python, numpy arrays and scalars of numbers or
+`__setstate__`, no `torch.load`. It reads the numbers, texts and containers of Python, numpy arrays and scalars of numbers or
 text (protocols 0 to 5, module paths of numpy 1 and 2), and dense torch tensors. Everything else is refused by name.
 
-Bombs are met by budgets: bytes of the file, opcodes, bytes that builders may copy (in proportion to the file, since an honest
-pickle holds every byte it unpacks to), and the depth and the unfolded size of the result.
+Budgets limit decompression bombs: bytes of the file, opcodes, bytes that builders may copy (in proportion to the file, since an
+honest pickle holds every byte it unpacks to), and the depth and the unfolded size of the result.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _FOREIGN = (
 
 
 class UnsafePickle(UserError):  # noqa: N818  # the name says what the file is
-    """A pickle that is damaged, too large, or asks for more than arrays, tensors and plain containers."""
+    """A pickle that is damaged, too large, or holds more than arrays, tensors and plain containers."""
 
 
 def load(
@@ -112,7 +112,7 @@ _Symbols = dict[str, Callable[..., Any] | None]  # a known name -> what builds i
 
 
 class _Budget:
-    """What is left to spend, shared by a pickle and the storages inside it."""
+    """The remaining budget, shared by a pickle and the storages inside it."""
 
     def __init__(self, opcodes: int, copied: int):
         self.opcodes, self.copied = opcodes, copied
@@ -124,7 +124,7 @@ class _Budget:
 
 
 class _RefusalError(Exception):
-    """Why a stream is refused; the reader adds the file's name and the place."""
+    """The reason why a stream is refused; the reader adds the file's name and the place."""
 
 
 class _Symbol:

@@ -4,10 +4,11 @@
 
     URL/index.json        which parts a sample has, which shards there are
     URL/000000.tar        WebDataset: STEM.videos.mp4, STEM.metas.txt, STEM.t5_xxl.pickle, ... one sample after another
-    URL/000000.json       of each sample where its members lie in the tar, and what its videos' headers say
+    URL/000000.json       the place of each sample's members in the tar, and the headers of its videos
 
-As the places of all members are known, a sample is a few reads of some kB, in any order: the order of samples, their windows
-and their checks are those of the data set `folder`, and a run resumes at the same sample. Any WebDataset reader reads the tars.
+The index gives the place of every member, so a sample is a few reads of some kB, in any order: the order of samples, their
+windows and their checks are those of the data set `folder`, and a run resumes at the same sample. Any WebDataset reader reads
+the tars.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Index:
-    """Everything but the bytes."""
+    """The index of a set of shards: everything but the bytes."""
 
     parts: tuple[str, ...]  # folders of the data set: videos, metas, ...
     samples: Mapping[str, Mapping[str, Member]]  # by stem, then by part
@@ -69,7 +70,7 @@ class Shards(Folder):
 
 
 class ShardsData(FolderData):
-    """The samples of `Shards`, checked as far as their index tells."""
+    """The samples of `Shards`, checked by their index."""
 
     def __init__(self, spec: Shards):
         self._fs, self._root = filesystem(spec.dataset_dir)
@@ -145,15 +146,15 @@ def filesystem(url: str) -> tuple[Any, str]:  # Any: fsspec carries no types
 
 
 def read_index(url: str) -> Index:
-    """The index of a set of shards; refuses a damaged one, and names that would lead out of a folder."""
+    """The index of a set of shards; refuses a damaged one, and names with a path in them."""
     fs, root = filesystem(url)
-    told = _read_json(fs, f"{root}/{INDEX}", f"Write it: fewstep prepare shards DIR --out {url}")
-    if isinstance(told, dict) and told.get("whole") is False:
+    index = _read_json(fs, f"{root}/{INDEX}", f"Write it: fewstep prepare shards DIR --out {url}")
+    if isinstance(index, dict) and index.get("whole") is False:
         raise UserError(f"{root}: is not whole, its writing was interrupted. Run fewstep prepare shards again")
     try:
-        if told["format"] != FORMAT:
-            raise UserError(f"format {told['format']!r}, where {FORMAT} is known")
-        names, parts = [str(name) for name in told["shards"]], tuple(str(part) for part in told["parts"])
+        if index["format"] != FORMAT:
+            raise UserError(f"format {index['format']!r}, where {FORMAT} is read")
+        names, parts = [str(name) for name in index["shards"]], tuple(str(part) for part in index["parts"])
         samples: dict[str, dict[str, Member]] = {}
         for name in names:
             for row in _read_json(fs, f"{root}/{_plain(name)}.json", _AGAIN)["samples"]:
@@ -162,8 +163,8 @@ def read_index(url: str) -> Index:
                     raise UserError(f"two samples called {row['stem']}")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{root}/{INDEX}: damaged ({str(error)[:200]}). {_AGAIN}") from None
-    if len(samples) != told["num"]:
-        raise UserError(f"{root}/{INDEX}: tells of {told['num']} samples, its shards hold {len(samples)}. {_AGAIN}")
+    if len(samples) != index["num"]:
+        raise UserError(f"{root}/{INDEX}: says {index['num']} samples, its shards hold {len(samples)}. {_AGAIN}")
     return Index(parts, samples)
 
 
@@ -181,7 +182,7 @@ def hash_of(text: str) -> str:
 
 
 def _samples(spec: Shards, index: Index) -> tuple[Sample, ...]:
-    """Every sample with its windows, or one ValueError with all that is wrong."""
+    """Every sample with its windows. Raises one UserError with all problems."""
     root = spec.dataset_dir
     problems = [f"data.{key}: {message}" for key, message in spec.problems() if not key.startswith("warn:")]
     lead = layout.VIDEOS.folder if spec.x0 == "pixels" else layout.LATENTS.folder

@@ -1,4 +1,4 @@
-"""The processes of one run: who am I, on which device, and the mesh of all."""
+"""The processes of one run: rank and device of this process, and the mesh of all."""
 
 from __future__ import annotations
 
@@ -41,26 +41,29 @@ class World:
         return total / self.size
 
     def any(self, *flags: bool) -> list[bool]:
-        """For each flag: is it true on one process? The same answer on all; a signal reaches ranks at different times."""
+        """For each flag, whether it is true on any process: the same result on all.
+
+        A signal reaches ranks at different times.
+        """
         if self.mesh is None:
             return list(flags)
-        seen = torch.tensor([float(flag) for flag in flags], device=self.device)
-        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        return [bool(flag) for flag in seen.tolist()]
+        values = torch.tensor([float(flag) for flag in flags], device=self.device)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in values.tolist()]
 
     def gather(self, text: str) -> list[str]:
-        """What each process says, by rank."""
-        said: list[Any] = [None] * self.size  # Any: torch's signature
+        """The text of each process, by rank."""
+        texts: list[Any] = [None] * self.size  # Any: torch's signature
         if self.mesh is None:
             return [text]
-        dist.all_gather_object(said, text)
-        return said
+        dist.all_gather_object(texts, text)
+        return texts
 
 
 def join_world(
     device: Literal["auto", "cpu", "cuda"] = "auto", num_replicas: int | None = None, timeout_s: float = 1800.0
 ) -> World:
-    """The world torchrun describes in the environment, or a process alone.
+    """Joins the processes that torchrun describes in the environment; a process alone needs no group.
 
     num_replicas: the mesh is that many replicas, each sharded over size / num_replicas ranks (HSDP); None: 1.
     """
@@ -95,6 +98,6 @@ def is_joined() -> bool:
 
 
 def leave_world() -> None:
-    """Ends what join_world began; without it a clean exit prints a warning, and gloo may hang."""
+    """Leaves the process group of join_world; without it a clean exit prints a warning, and gloo may hang."""
     if dist.is_initialized():
         dist.destroy_process_group()

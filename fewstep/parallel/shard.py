@@ -1,6 +1,6 @@
-"""What is done to a network before it is used, in the one order that works: checkpointing, compile, FSDP2 or a device.
+"""Prepares a network for its device in the one order that works: checkpointing, compile, FSDP2 or a device.
 
-Checkpointing wraps a block, compile sees the wrapped block, FSDP2 shards what is left. A network file knows none of this.
+Checkpointing wraps a block, compile sees the wrapped block, FSDP2 shards the result. Network files contain none of this.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def place(
     Those that a class wants in fp32 (`kept_in_fp32`) stay so; sharded, the modules outside of the blocks that hold nothing
     else. What lies inside a block is gathered with it, in `compute`.
     adapters: parts of a frozen module that are trained all the same.
-    remember: called at the forward of a block, gives what to enter for it and for its recomputation in backward; a module that
-    answers in several ways must be recomputed as it answered.
+    remember: called at the forward of a block; returns a context for that forward and for its recomputation in backward, for
+    modules whose output depends on a mode.
     """
     module.requires_grad_(trained).train(trained)
     for part in adapters:
@@ -80,10 +80,10 @@ def place(
 
 
 def kept_in_fp32(module: nn.Module) -> set[str]:
-    """Names of the parameters that compute in fp32 whatever the rest does, because the class they belong to reads them so.
+    """Names of the parameters that compute in fp32 whatever the rest does, because their class expects them so.
 
-    A class says it as diffusers' classes do: `_keep_in_fp32_modules` lists parts of names. Wan keeps its norms, tables and the
-    embedding of the time, Cosmos its learnt positions.
+    A class names them as diffusers' classes do: `_keep_in_fp32_modules` lists parts of names. Wan keeps its norms, tables and
+    the embedding of the time, Cosmos its learnt positions.
     """
     found: set[str] = set()
     for at, part in module.named_modules():
@@ -120,7 +120,7 @@ def local(tensor: Tensor) -> Tensor:
 def average_gradients(parameters: Iterable[Tensor], world: World, bucket_bytes: int = 64 * 2**20) -> None:
     """The mean gradient over all processes, for parameters that are whole on each: data parallelism without a wrapper.
 
-    One call after the last backward of a step, whatever number of forwards, roles and micro-batches went before it; a module
+    One call after the last backward of a step, after any number of forwards, roles and micro-batches; a module
     wrapper would want exactly one forward for each backward. Sharded parameters are averaged by FSDP already.
     """
     whole = [parameter for parameter in parameters if not is_sharded(parameter)]

@@ -1,1 +1,1 @@
-"""Commands that make data sets: what is read by training is written here, whole or not at all, and nothing is done twice."""
+"""Commands that write data sets for training. Every file is written whole or not at all, and a rerun continues."""

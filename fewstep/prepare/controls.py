@@ -1,18 +1,17 @@
-"""Control signals of a data set's clips, once: DIR/edge|vis|depth/*.mp4, DIR/seg|keypoint/*.pickle.
+"""Computes the control signals of a data set's clips once: DIR/edge|vis|depth/*.mp4, DIR/seg|keypoint/*.pickle.
 
     edge, vis    from the frames, with a preset's numbers or random ones of each clip's own (fewstep/data/controls.py)
     depth        by a Depth-Anything model of transformers, or from arrays
     seg          from label maps, or from pickles
     keypoint     from arrays, or from pickles
 
-Files that are there and not of this command are kept: of a pair, the control its teacher was given is the only right one.
+Files that another program wrote are left as they are: the control of a pair must be the one that its teacher received.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -21,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fewstep.config import ConfigError, choices
 from fewstep.data.controls import Edge, Pixels, Preset, Vis, seed_of
 from fewstep.data.files import arrays, keypoints, masks, video
 from fewstep.data.folder import layout
@@ -29,19 +29,11 @@ from fewstep.errors import UserError
 from fewstep.files import some, write_bytes
 from fewstep.prepare.latents import ahead_of, hash_of
 from fewstep.prepare.ledger import NAME, Ledger
+from fewstep.prepare.summary import Summary
 from fewstep.progress import track
 
 Type = Literal["edge", "vis", "depth", "seg", "keypoint"]
 _SMALL = 256 * 256  # pixels; below, halved chroma costs more than the bytes of a lossless file
-
-
-@dataclass(frozen=True)
-class Told:
-    """What a command did."""
-
-    num: int  # clips
-    made: int  # files written by this command
-    kept: int  # files of someone else, left as they are
 
 
 class Maker(Protocol):
@@ -52,7 +44,7 @@ class Maker(Protocol):
 
     @property
     def made_from(self) -> Mapping[str, str]:
-        """What would make its files wrong if it changed, besides the bytes of `source`."""
+        """The settings and weights that decide its files, besides the bytes of `source`."""
         ...
 
     def source(self, stem: str, clip: Path) -> Path:
@@ -60,23 +52,23 @@ class Maker(Protocol):
         ...
 
     def work(self, stem: str, clip: Path) -> Any:
-        """What can be done beside others: decoding, filters."""
+        """The work that may run beside that for other clips: decoding, filters."""
         ...
 
-    def write(self, path: Path, made: Any) -> None:
-        """The rest, one clip at a time."""
+    def write(self, path: Path, work: Any) -> None:
+        """Writes the file from the result of `work`, one clip at a time."""
         ...
 
 
-def write(dataset_dir: str | Path, maker: Maker, ahead: int = 2) -> Told:
-    """Makes the control of every clip that has none, or whose clip changed. What fails is told of when the rest is done."""
+def write(dataset_dir: str | Path, maker: Maker, ahead: int = 2) -> Summary:
+    """Makes the control of every clip that has none, or whose clip changed. Clips that fail are named when the rest is done."""
     place = Layout.open(dataset_dir)
-    part = layout.control(maker.type, ".mp4" if maker.type in ("edge", "vis", "depth") else ".pickle")
+    part = layout.control(maker.type, choices("control")[maker.type].suffix)
     clips = place.files(layout.VIDEOS)
     if not clips:
         raise UserError(f"{place.root}: has no {place.named(layout.VIDEOS)} to make controls of")
     path = place.root / maker.type / NAME if place.form == "flat" else place.root / f"{NAME}.{maker.type}"
-    made = kept = 0
+    new = foreign = 0
     failed: list[str] = []
     with Ledger(path, maker.made_from, lambda stem: place.file(part, stem)) as ledger:
 
@@ -89,30 +81,30 @@ def write(dataset_dir: str | Path, maker: Maker, ahead: int = 2) -> Told:
                 return "failed", str(error), None
 
         everything = track(ahead_of(work, clips, ahead), len(clips), f"making {maker.type}")
-        for stem, (state, content, found) in zip(clips, everything, strict=True):
+        for stem, (state, content, result) in zip(clips, everything, strict=True):
             if state == "todo":
                 try:
                     ledger.begin(stem, content)
-                    maker.write(place.file(part, stem), found)
-                    made += 1
+                    maker.write(place.file(part, stem), result)
+                    new += 1
                 except ValueError as error:
                     state, content = "failed", str(error)
-            kept += state == "foreign"
+            foreign += state == "foreign"
             failed += [content] if state == "failed" else []
     if failed:
         raise UserError(f"{place.root}: {len(failed)} of {len(clips)} failed, the others are done: {some(failed, 3)}")
-    return Told(len(clips), made, kept)
+    return Summary(len(clips), new, foreign)
 
 
 # ---- makers --------------------------------------------------------------------------------------------------------
 
 
 class OfFrames:
-    """Edge and vis."""
+    """Makes edge and vis from the frames."""
 
     def __init__(self, type: Literal["edge", "vis"], preset: Preset = "medium", quality: video.Quality | None = None):
         if preset not in (*get_args(get_args(Preset)[0]), "random"):
-            raise UserError(f"there is no preset {preset!r}; one of none, very_low, low, medium, high, very_high, random")
+            raise ConfigError(f"there is no preset {preset!r}; one of none, very_low, low, medium, high, very_high, random")
         self.type: Type = type
         self.control = Edge(preset) if type == "edge" else Vis(preset)
         self.quality: video.Quality | None = quality
@@ -125,8 +117,8 @@ class OfFrames:
         found = video.read(clip)
         return self.control(found.frames, seed_of(stem)), found.fps
 
-    def write(self, path: Path, made: tuple[Pixels, float]) -> None:
-        frames, fps = made
+    def write(self, path: Path, work: tuple[Pixels, float]) -> None:
+        frames, fps = work
         video.write(path, frames, fps, self.quality or best_quality(frames))
 
 
@@ -156,9 +148,9 @@ class OfDepthModel:
     def work(self, stem: str, clip: Path) -> video.Frames:
         return video.read(clip)
 
-    def write(self, path: Path, made: video.Frames) -> None:
-        frames = grey_of_inverse(self.inverse_depth(made.frames))
-        video.write(path, frames, made.fps, self.quality or best_quality(frames))
+    def write(self, path: Path, work: video.Frames) -> None:
+        frames = grey_of_inverse(self.inverse_depth(work.frames))
+        video.write(path, frames, work.fps, self.quality or best_quality(frames))
 
     def inverse_depth(self, frames: Pixels) -> NDArray[np.float32]:
         """(T, H, W), relative, as the model gives it and enlarged to the size of the frames (bicubic, as upstream does)."""
@@ -183,9 +175,9 @@ class OfFiles:
 
     def __init__(self, type: Type, folder: Path, metric: bool = False, quality: video.Quality | None = None):
         if type not in _FROM:
-            raise UserError(f"--from is for {', '.join(_FROM)}, not {type}: that is made from the frames")
+            raise ConfigError(f"--from is for {', '.join(_FROM)}, not {type}: that is made from the frames")
         if not folder.is_dir():
-            raise UserError(f"--from {folder}: no such folder")
+            raise ConfigError(f"--from {folder}: no such folder")
         self.type: Type = type
         self.folder, self.metric = folder, metric
         self.quality: video.Quality | None = quality
@@ -200,7 +192,7 @@ class OfFiles:
         return found[0]
 
     def work(self, stem: str, clip: Path) -> Any:
-        """What is to be written, checked against its clip."""
+        """The content to write, checked against its clip."""
         path, header = self.source(stem, clip), video.probe(clip)
         if path.suffix == ".mp4":
             own = video.probe(path)
@@ -225,15 +217,15 @@ class OfFiles:
             raise UserError(f"{path}: holds {array.dtype}; a label map has a whole number for each pixel, 0 for nothing")
         return [(f"object {label}", array == label) for label in np.unique(array) if label != 0]
 
-    def write(self, path: Path, made: Any) -> None:
-        if isinstance(made, video.Frames):
-            video.write(path, made.frames, made.fps, self.quality or best_quality(made.frames))
-        elif isinstance(made, bytes):
-            write_bytes(path, made)
+    def write(self, path: Path, work: Any) -> None:
+        if isinstance(work, video.Frames):
+            video.write(path, work.frames, work.fps, self.quality or best_quality(work.frames))
+        elif isinstance(work, bytes):
+            write_bytes(path, work)
         elif self.type == "seg":
-            masks.write(path, made)
+            masks.write(path, work)
         else:
-            arrays.write_pickle(path, made)
+            arrays.write_pickle(path, work)
 
     def _refuse_other_pickle(self, path: Path, header: video.Header) -> None:
         if self.type == "keypoint":
@@ -254,7 +246,7 @@ _FROM: dict[str, tuple[str, ...]] = {
 
 
 def best_quality(frames: Pixels) -> video.Quality:
-    """Every pixel of small frames and of odd sizes; else what plays everywhere."""
+    """Lossless for small frames and odd sizes; otherwise the quality that plays everywhere."""
     height, width = frames.shape[1:3]
     return "lossless" if height * width < _SMALL or height % 2 or width % 2 else 18
 
@@ -274,7 +266,7 @@ def _inverse(path: Path, array: NDArray[Any], metric: bool) -> NDArray[np.float6
 
 
 def _person(body: NDArray[Any]) -> dict[str, Any]:
-    """A person in the layout of Transfer1; the hands stand there twice."""
+    """A person in the layout of Transfer1, which holds the hands twice."""
     points = body.astype(np.float16)
     return {"body-keypoints": points, "hand-keypoints": points[91:]}
 

@@ -1,6 +1,6 @@
-"""A data set's clips through a codec, once: what training reads instead of pixels.
+"""Encodes the clips of a data set with a codec once; training reads the latents instead of pixels.
 
-A row is what `Folder(x0="pixels", ...)` gives for a sample, encoded: the same windows, sizes and checks, with the same errors.
+A row is the encoded sample of `Folder(x0="pixels", ...)`: the same windows, sizes and checks, with the same errors.
 Rows are made one at a time, so that no batch size changes a bit of them, and kept in 16 bits (fewstep/data/files/packs.py).
 """
 
@@ -10,7 +10,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from fewstep.batch import Batch
-from fewstep.config import choices
+from fewstep.config import ConfigError, choices
 from fewstep.data.files.packs import Label, Writer
 from fewstep.data.folder.dataset import Folder, FolderData, layout
 from fewstep.data.folder.samples import Sample
 from fewstep.errors import UserError
 from fewstep.files import some
 from fewstep.networks.encoders.codecs import Codec
+from fewstep.prepare.summary import Summary
 from fewstep.progress import track
 
 Half = Literal["float16", "bfloat16"]
@@ -32,39 +33,32 @@ _Item = TypeVar("_Item")
 _Answer = TypeVar("_Answer")
 
 
-@dataclass(frozen=True)
-class Told:
-    """What a command did."""
-
-    num: int  # rows there are now
-    made: int  # of them, by this command
-    dropped: int  # rows that were there, of clips that changed or are gone
-
-
-def write(data: Folder, codec: Codec, *, dtype: Half = "float16", device: torch.device | str = "cpu", ahead: int = 2) -> Told:
+def write(
+    data: Folder, codec: Codec, *, dtype: Half = "float16", device: torch.device | str = "cpu", ahead: int = 2
+) -> Summary:
     """Encodes every sample of `data` (pixels) that is not cached, and its control if the data set names one.
 
     `ahead` clips are decoded while one is encoded. Refuses, before encoding anything, clips that do not fit the codec, a cache
-    made with another codec or other settings, and a disk without room. A clip that cannot be decoded is told of at the end.
+    made with another codec or other settings, and a disk without room. Clips that cannot be decoded are named at the end.
     """
     if data.x0 != "pixels" or data.pairs or data.text is not None:
         raise UserError("latents are made of pixels alone: x0=pixels, no text, no pairs")
     opened = replace(data, ram_gib=0.0).open()
     if opened.layout.form != "flat":
         raise UserError(f"{data.dataset_dir}: has a folder for each sample; latents are cached for folders with videos/ alone")
-    hashes, told = dict[Path, str](), Told(0, 0, 0)
+    hashes = dict[Path, str]()
+    summary = Summary(0, 0)
     parts: list[tuple[str, Callable[[Batch], Tensor | None]]] = [("videos", lambda batch: batch.x0)]
     if data.control is not None:
         name = data.control.folder
         parts.append((name, lambda batch: batch.cond.control[name]))
     for part, pixels_of in parts:
-        done = _write_part(opened, part, pixels_of, codec, dtype, device, ahead, hashes)
-        told = Told(told.num + done.num, told.made + done.made, told.dropped + done.dropped)
-    return told
+        summary += _write_part(opened, part, pixels_of, codec, dtype, device, ahead, hashes)
+    return summary
 
 
 def folder_of(part: str) -> str:
-    """Where the latents of a part lie in the data set."""
+    """The folder of a part's latents in the data set."""
     return layout.LATENTS.folder if part == "videos" else layout.control_latents(part).folder
 
 
@@ -72,7 +66,7 @@ def control_named(name: str) -> Any:  # whatever is registered under that name
     """The control of that name with its defaults."""
     known = choices("control")
     if name not in known:
-        raise UserError(f"there is no control {name!r}; one of {', '.join(sorted(known))}")
+        raise ConfigError(f"there is no control {name!r}; one of {', '.join(sorted(known))}")
     return known[name]()
 
 
@@ -88,7 +82,7 @@ def _write_part(
     device: torch.device | str,
     ahead: int,
     hashes: dict[Path, str],
-) -> Told:
+) -> Summary:
     samples = data.samples
     shape = codec.shape(*_pixels_of_first(data))
     labels = [_label(sample, part, hashes) for sample in track(samples, len(samples), f"hashing {part}")]
@@ -124,11 +118,11 @@ def _write_part(
         raise UserError(
             f"{data.layout.root}: {len(failed)} of {len(labels)} could not be encoded, the others are done: {some(failed, 3)}"
         )
-    return Told(len(labels), writer.made, dropped)
+    return Summary(len(labels), writer.new, dropped=dropped)
 
 
 def _origin(spec: Folder, part: str, codec: Codec, dtype: Half) -> dict[str, str]:
-    """What would make the rows wrong if it changed, besides their content."""
+    """The settings and weights that decide the rows, besides the bytes of the clips."""
     whole = spec.num_frames is None
     return {
         "codec": codec.fingerprint,
@@ -169,7 +163,7 @@ def _pixels_of_first(data: FolderData) -> tuple[int, int, int]:
 
 
 def _refuse_full_disk(root: Path, num: int, shape: Sequence[int]) -> None:
-    """Twice the rows: they wait one by one before they are packed."""
+    """Refuses a disk without room for twice the rows: they wait one by one before they are packed."""
     needed = num * 2 * 2 * torch.Size(shape).numel()
     free = shutil.disk_usage(root).free
     if needed > free:
@@ -177,7 +171,7 @@ def _refuse_full_disk(root: Path, num: int, shape: Sequence[int]) -> None:
 
 
 def ahead_of(do: Callable[[_Item], _Answer], items: Iterable[_Item], num: int) -> Iterator[_Answer]:
-    """The answers in order, `num` of them worked on while one is used."""
+    """The results in order; `num` of them are computed ahead while one is used."""
     if num < 1:
         yield from map(do, items)
         return

@@ -1,10 +1,10 @@
-"""What a command has made, where files cannot say themselves what they were made from: pickles and videos of the seeds.
+"""The list of files that a command has written, for formats that cannot hold their own origin: pickles and videos.
 
     DIR/t5_xxl/.made.jsonl      {"made_from": {"encoder": "9f2c..."}}
                                 {"name": "clip_0", "content": "03ab..."}
 
-A line is written before its file: a file with a line is complete and of that content, and one without a line was put there by
-someone else. Such a file is kept, whatever made it, and never replaced.
+A line is written before its file: a file with a line is complete and has that content. A file without a line was written by
+another program; it is left as it is and never replaced.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class Ledger:
         self._lock.close()
 
     def state(self, name: str, content: str) -> str:
-        """'done', 'todo', or 'foreign': there, but not of ours."""
+        """done, todo, or foreign: there, but written by another program."""
         if not self.file_of(name).is_file():
             return "todo"
-        known = self._lines.get(name)
-        return "foreign" if known is None else "done" if known == content else "todo"
+        line = self._lines.get(name)
+        return "foreign" if line is None else "done" if line == content else "todo"
 
     def begin(self, name: str, content: str) -> None:
-        """To be called right before the file is written."""
+        """Call this right before writing the file."""
         self.file_of(name).unlink(missing_ok=True)
         if self._lines.get(name) != content:  # else a kill came between this line and the file
             self._append({"name": name, "content": content})
@@ -71,9 +71,9 @@ class Ledger:
         there = [name for name in lines if self.file_of(name).is_file()]
         if rows and made_from != self.made_from and there:
             keys = sorted(key for key in made_from | self.made_from if made_from.get(key) != self.made_from.get(key))
-            told = ", ".join(f"{key} {made_from.get(key)!r}, not {self.made_from.get(key)!r}" for key in keys)
+            differences = ", ".join(f"{key} {made_from.get(key)!r}, not {self.made_from.get(key)!r}" for key in keys)
             raise UserError(
-                f"{self.path.parent}: {len(there)} files were made with {told}. Ask for what they were made with, write to "
+                f"{self.path.parent}: {len(there)} files were made with {differences}. Use those settings, write to "
                 "another folder, or remove them"
             )
         self._file.truncate(end if there else 0)

@@ -1,7 +1,7 @@
-"""A data set's folder as tar files with an index, here or on any store that fsspec reaches; fewstep/data/shards.py reads them.
+"""Writes a data set as tar files with an index, here or on any store that fsspec reaches; fewstep/data/shards.py reads them.
 
-A shard is done when its .json is there, which is written after its .tar; a rerun writes the shards that are not done or whose
-files changed, to the same bytes. While a command works index.json says so, and nobody reads a set that is not whole.
+A shard is complete when its .json is there, which is written after its .tar; a rerun writes the shards that are missing or
+whose files changed, with the same bytes. While a command works, index.json is marked as incomplete, and readers refuse it.
 """
 
 from __future__ import annotations
@@ -25,23 +25,15 @@ from fewstep.data.folder.layout import Layout, Part
 from fewstep.data.shards import FORMAT, INDEX, filesystem
 from fewstep.errors import UserError
 from fewstep.files import some, whole_file, write_bytes
+from fewstep.prepare.summary import Summary
 from fewstep.progress import track
 
 _SUFFIXES = (".pickle", ".safetensors", ".npy")  # of files beside the folders that are copied: a negative prompt
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a command did."""
-
-    num: int  # samples
-    shards: int
-    made: int  # of them, by this command
-
-
-@dataclass(frozen=True)
 class _Source:
-    """One member to be: a file, or a row of a pack."""
+    """The source of one member: a file, or a row of a pack."""
 
     part: str
     suffix: str
@@ -57,10 +49,10 @@ class _Source:
 
     @property
     def stamp(self) -> list[Any]:
-        """What changes when its content does."""
+        """Values that change when the content does."""
         if self.row is None:
-            told = self.path.stat()
-            return [self.part, self.suffix, told.st_size, told.st_mtime_ns]
+            status = self.path.stat()
+            return [self.part, self.suffix, status.st_size, status.st_mtime_ns]
         packs, number = self.row
         return [self.part, self.suffix, packs.rows[number].content, sorted(packs.made_from.items())]
 
@@ -68,17 +60,15 @@ class _Source:
         if self.row is None:
             return self.path.read_bytes()
         packs, number = self.row
-        label, name = (
-            packs.rows[number],
-            "text" if self.part not in ("latents",) and not self.part.endswith("_latents") else "latents",
-        )
+        label = packs.rows[number]
+        name = "latents" if self.part == "latents" or self.part.endswith("_latents") else "text"
         with tempfile.TemporaryDirectory(prefix="fewstep-") as place:
             path = Path(place) / "row.safetensors"
             cache.write(path, {name: packs.read(number)}, made_from=packs.made_from, facts=label.facts)
             return path.read_bytes()
 
 
-def write(dataset_dir: str | Path, url: str, *, parts: Sequence[str] | None = None, shard_bytes: int = 2**30) -> Told:
+def write(dataset_dir: str | Path, url: str, *, parts: Sequence[str] | None = None, shard_bytes: int = 2**30) -> Summary:
     """Writes the samples of a folder with everything that each of them has, or with `parts` alone.
 
     Refuses a part that some samples lack, and an `url` that holds shards with other parts or of another size.
@@ -95,54 +85,55 @@ def write(dataset_dir: str | Path, url: str, *, parts: Sequence[str] | None = No
     before = _known(fs, f"{root}/{INDEX}")
     changed = [key for key, value in settings.items() if before is not None and before.get(key) != value]
     if before is not None and changed:
-        told = ", ".join(f"{key} {before.get(key)}, not {settings[key]}" for key in changed)
-        raise UserError(f"{url}: holds shards with {told}. Choose another --out, or remove them")
+        differences = ", ".join(f"{key} {before.get(key)}, not {settings[key]}" for key in changed)
+        raise UserError(f"{url}: holds shards with {differences}. Choose another --out, or remove them")
     if before is None and fs.exists(f"{root}/000000.tar"):
-        raise UserError(f"{url}: holds tars of someone else. Choose another --out")
+        raise UserError(f"{url}: holds tars that this command did not write. Choose another --out")
     fs.makedirs(root, exist_ok=True)
     groups = list(_grouped(samples, shard_bytes))
-    shards, made = [f"{number:06d}" for number in range(len(groups))], 0
+    shards = [f"{number:06d}" for number in range(len(groups))]
+    new = 0
     old = [name for name in (before or {}).get("shards", ()) if name not in shards]
 
-    def tell(whole: bool, names: list[str]) -> None:
-        told = settings | {"whole": whole, "num": len(samples), "shards": names}
-        _put(fs, f"{root}/{INDEX}", (json.dumps(told, indent=1) + "\n").encode())
+    def write_index(whole: bool, names: list[str]) -> None:
+        index = settings | {"whole": whole, "num": len(samples), "shards": names}
+        _put(fs, f"{root}/{INDEX}", (json.dumps(index, indent=1) + "\n").encode())
 
     for name, stems in zip(shards, track(groups, len(groups), f"writing {url}"), strict=True):
         plan = _plan(stems, samples)
         if (_known(fs, f"{root}/{name}.json") or {}).get("plan") != plan:
-            if not made:
-                tell(whole=False, names=shards + old)
+            if not new:
+                write_index(whole=False, names=shards + old)
             _remove(fs, f"{root}/{name}.json")
             rows = _write_tar(fs, f"{root}/{name}.tar", stems, samples)
             _put(fs, f"{root}/{name}.json", json.dumps({"plan": plan, "samples": rows}, sort_keys=True).encode())
-            made += 1
+            new += 1
     if old:
-        tell(whole=False, names=shards + old)
+        write_index(whole=False, names=shards + old)
     for name in old:  # of clips that are gone
         _remove(fs, f"{root}/{name}.json")
         _remove(fs, f"{root}/{name}.tar")
     for path in sorted(place.root.iterdir()):
         if path.is_file() and path.suffix in _SUFFIXES and not path.name.startswith("."):
             _put(fs, f"{root}/{path.name}", path.read_bytes())
-    tell(whole=True, names=shards)
-    return Told(len(samples), len(groups), made)
+    write_index(whole=True, names=shards)
+    return Summary(len(samples), new, shards=len(groups))
 
 
 # ---- parts of the above --------------------------------------------------------------------------------------------
 
 
-def _sources(place: Layout, wanted: Sequence[str] | None) -> dict[str, list[_Source]]:
-    """What each sample has, in the order of stems and parts; refuses one that lacks a part which others have."""
+def _sources(place: Layout, parts: Sequence[str] | None) -> dict[str, list[_Source]]:
+    """The sources of each sample, in the order of stems and parts; refuses a sample that lacks a part which others have."""
     folders = sorted(path.name for path in place.root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    unknown = sorted(set(wanted or ()) - set(folders))
+    unknown = sorted(set(parts or ()) - set(folders))
     if unknown:
         raise UserError(f"{place.root}: has no {', '.join(unknown)}; it holds {some(folders, 20)}")
-    found = {name: _of_part(place, name) for name in folders if wanted is None or name in wanted}
+    found = {name: _of_part(place, name) for name in folders if parts is None or name in parts}
     found = {name: sources for name, sources in found.items() if sources}
     lead = next((name for name in (layout.VIDEOS.folder, layout.LATENTS.folder) if name in found), None)
     if lead is None:
-        raise UserError(f"{place.root}: has neither videos nor latents to write{' among --parts' if wanted else ''}")
+        raise UserError(f"{place.root}: has neither videos nor latents to write{' among --parts' if parts else ''}")
     stems, problems = list(found[lead]), list[str]()
     for name, sources in found.items():
         lacking = [stem for stem in stems if stem not in sources]
@@ -201,7 +192,7 @@ def _plan(stems: Sequence[str], samples: dict[str, list[_Source]]) -> str:
 
 
 def _write_tar(fs: Any, path: str, stems: Sequence[str], samples: dict[str, list[_Source]]) -> list[dict[str, Any]]:
-    """The tar, made on this machine and then sent whole; where its members lie."""
+    """Writes the tar on this machine, sends it whole, and returns the place of each member."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="fewstep-") as own:
         beside = Path(own) / "shard.tar"
@@ -255,7 +246,7 @@ def _remove(fs: Any, path: str) -> None:
 
 
 def _known(fs: Any, path: str) -> dict[str, Any] | None:
-    """A json table that an earlier command left; None if there is none, or no whole one."""
+    """The JSON table of an earlier command; None if there is none, or only a damaged one."""
     try:
         found = json.loads(fs.cat_file(path))
     except (FileNotFoundError, ValueError):

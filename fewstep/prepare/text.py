@@ -1,14 +1,14 @@
-"""Captions through a text encoder, once: metas/*.txt -> t5_xxl/*.pickle, or packs.
+"""Embeds captions with a text encoder once: metas/*.txt -> t5_xxl/*.pickle, or packs.
 
-A pickle holds [float16 (tokens, D)] as `get_t5_embeddings.py` of Cosmos writes it. Zeros behind the last token are left out,
-and come back when the file is read; padding with embeddings of its own (Flux, CogVideoX, CLIP, Reason1) is kept, because their
-networks attend to it. Captions are encoded one by one, so that no batch changes a bit, and equal ones once.
+A pickle holds [float16 (tokens, D)] as `get_t5_embeddings.py` of Cosmos writes it. Zeros after the last token are left out, and
+restored when the file is read; padding with embeddings of its own (Flux, CogVideoX, CLIP, Reason1) is kept, because those
+networks attend to it. Captions are encoded one by one, so that a batch size never changes a bit; equal captions are encoded
+once.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -20,28 +20,21 @@ from fewstep.data.files.arrays import write_pickle
 from fewstep.data.files.packs import Label, Writer, has_packs
 from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout
+from fewstep.data.folder.samples import captions_of
 from fewstep.errors import UserError
 from fewstep.files import some, write_text
 from fewstep.networks.encoders.text import TextEncoder
 from fewstep.prepare.ledger import NAME, Ledger
+from fewstep.prepare.summary import Summary
 from fewstep.progress import track
 
 Form = Literal["pickle", "packed"]
 
 
-@dataclass(frozen=True)
-class Told:
-    """What a command did."""
-
-    num: int  # captions
-    made: int  # embeddings written by this command
-    kept: int  # files of someone else, left as they are
-
-
 def write(
     dataset_dir: str | Path, encoder: TextEncoder, *, folder: str = "t5_xxl", prompt: str | None = None, form: Form = "pickle"
-) -> Told:
-    """Embeds every caption that is not embedded, or whose text changed; `prompt` is first made the caption of every clip.
+) -> Summary:
+    """Embeds every caption that is not embedded, or whose text changed; `prompt` becomes the caption of every clip first.
 
     Refuses missing and empty captions, a folder made with another encoder, and captions that `prompt` would replace.
     """
@@ -61,20 +54,20 @@ def write(
             writer.keep_only(labels)
             for label, (_, text) in zip(labels, named, strict=True):
                 writer.put(label, lambda text=text: embed(text))
-        return Told(len(texts), writer.made, 0)
+        return Summary(len(texts), writer.new)
     if has_packs(place.root / folder):
         raise UserError(f"{place.root / folder}: holds packs, which would hide single files. Remove them, or --form packed")
-    made = kept = 0
+    new = foreign = 0
     with Ledger(_ledger(place, folder), made_from, lambda stem: place.file(part, stem)) as ledger:
         for stem, text in named:
             state = ledger.state(stem, hash_of(text))
-            kept += state == "foreign"
+            foreign += state == "foreign"
             if state == "todo":
                 tokens = embed(text)
                 ledger.begin(stem, hash_of(text))
                 write_pickle(place.file(part, stem), [tokens.numpy()])
-                made += 1
-    return Told(len(texts), made, kept)
+                new += 1
+    return Summary(len(texts), new, foreign)
 
 
 def write_one(path: Path, encoder: TextEncoder, text: str) -> None:
@@ -84,13 +77,13 @@ def write_one(path: Path, encoder: TextEncoder, text: str) -> None:
 
 def embedding(encoder: TextEncoder, text: str) -> Tensor:
     """float16 (tokens, D) of one text, without the zeros behind its last token."""
-    found, mask = encoder.encode([text])
-    told = (mask[0] | (found[0] != 0).any(-1)).nonzero()
-    num = int(told.max()) + 1 if len(told) else 1
-    tokens = found[0, :num].to("cpu", torch.float16).contiguous()
+    output, mask = encoder.encode([text])
+    rows = (mask[0] | (output[0] != 0).any(-1)).nonzero()
+    num = int(rows.max()) + 1 if len(rows) else 1
+    tokens = output[0, :num].to("cpu", torch.float16).contiguous()
     if not bool(torch.isfinite(tokens).all()):
         raise UserError(
-            f"the embedding of {text[:60]!r} has numbers that float16 does not hold, up to {float(found.abs().max()):g}"
+            f"the embedding of {text[:60]!r} has numbers that float16 does not hold, up to {float(output.abs().max()):g}"
         )
     return tokens
 
@@ -101,15 +94,8 @@ def captions(place: Layout) -> dict[str, str]:
     stems = list(place.files(layout.VIDEOS) or place.files(layout.LATENTS) or files)
     problem = place.missing(layout.CAPTIONS, stems)
     problems = [f"{problem}. Write one for each clip, or give one to all: --prompt TEXT"] if problem else []
-    texts: dict[str, str] = {}
-    for stem in stems:
-        try:
-            texts[stem] = files[stem].read_text(encoding="utf-8").strip() if stem in files else ""
-        except UnicodeDecodeError:
-            problems.append(f"the caption of {stem} is not UTF-8 text")
-    empty = [stem for stem, text in texts.items() if not text and stem in files]
-    if empty:
-        problems.append(f"{len(empty)} of {len(stems)} captions are empty: {some(empty)}. Write one, or remove the clip")
+    texts, unusable = captions_of(place, [stem for stem in stems if stem in files])
+    problems += unusable
     if problems or not stems:
         raise UserError("\n".join(f"{place.root}: {problem}" for problem in problems or ["has no clips and no captions"]))
     return texts
@@ -130,7 +116,7 @@ def _opened(dataset_dir: str | Path, prompt: str | None) -> Layout:
 
 
 def _write_prompt(place: Layout, prompt: str) -> None:
-    """The same caption for every clip; one that says something else is not replaced."""
+    """Writes the same caption for every clip; another caption is never replaced."""
     prompt, files = prompt.strip(), place.files(layout.CAPTIONS)
     if not prompt:
         raise UserError("--prompt is empty: give the text that all clips have")

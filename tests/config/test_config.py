@@ -256,7 +256,7 @@ def test_classes_that_could_be_mutated_or_not_read_back_are_refused() -> None:
         recipe("needs")(lambda x: x)
     for declared, told in (
         (list[int], r"list\[int\]|list cannot be a setting"),
-        (Path | str, "could not be told"),
+        (Path | str, "cannot be distinguished"),
         (Optim | Trainer, "use @kind and OneOf"),
         (Any, "cannot be a setting"),
     ):

@@ -305,7 +305,7 @@ MISTAKES: list[tuple[str, dict[str, Any], Spoil, str]] = [
         "control of other length",
         {"control": Edge()},
         lambda root: rewrite(root, "edge/clip_000001.mp4", lambda f: f[:8]),
-        r"1 of 4 edge/\*\.mp4 differ from their clip in num_frames: clip_000001 \(8, its clip 9\)",
+        r"1 of 4 edge/\*\.mp4 differ from their clip in frames: clip_000001 \(8, its clip 9\)",
     ),
     (
         "control of other rate",

@@ -182,7 +182,7 @@ MISTAKES: list[tuple[str, dict[str, Any], Spoil, str, str, str]] = [
     ("keypoints of the wrong number", KEY, array(f"keypoint/{LAST}.pickle", {n: [{"body-keypoints": np.zeros((17, 3))}]
      for n in range(9)}), "unreadable-keypoint", r"must be an array \(133 or 91, 3\)", r"must be an array \(133 or 91, 3\)"),
     ("control of another length", EDGE, recut(f"edge/{LAST}.mp4", lambda f: f[:8]), "unlike-edge", "frames 8, its clip 9",
-     "differ from their clip in num_frames"),
+     "differ from their clip in frames"),
     ("control of another size", EDGE, recut(f"edge/{LAST}.mp4", lambda f: f[:, :16]), "unlike-edge", "its clip .32, 32.",
      "differ from their clip in size"),
     ("control at another rate", EDGE, recut(f"edge/{LAST}.mp4", lambda f: f, 24), "unlike-edge", "fps 24.0, its clip 16.0",
@@ -265,7 +265,7 @@ def test_what_somebody_should_know_is_a_warning(toy: Path) -> None:
     assert set(told["duplicates"].stems) == {"copied", "encoded_again"}
     assert told["still"].stems == ("still",)
     assert told["short-captions"].stems == ("copied",)
-    assert told["strangers-metas"].stems == ("nobody",)
+    assert told["without-clip-metas"].stems == ("nobody",)
     assert "128 x 128 (1)" in told["varied-size"].message
 
 

@@ -27,12 +27,12 @@ def fill(folder: Path, labels: list[Label] = LABELS, stop_at: int | None = None,
         for label in labels:
 
             def make(label: Label = label) -> Tensor:
-                if stop_at is not None and writer.made == stop_at:
+                if stop_at is not None and writer.new == stop_at:
                     raise KeyboardInterrupt
                 return tensor(LABELS.index(label))
 
             writer.put(label, make)
-    return writer.made
+    return writer.new
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -105,7 +105,7 @@ def test_clips_that_changed_or_are_gone_are_dropped_and_the_others_kept(tmp_path
         assert writer.keep_only(changed) == 3
         for label in changed:
             writer.put(label, lambda: torch.ones(2, 3, 4).half())
-        assert writer.made == 1
+        assert writer.new == 1
     packs = open_packs(tmp_path)
     assert list(packs.rows) == changed
     assert torch.equal(packs.read(0), torch.ones(2, 3, 4).half())

@@ -8,6 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fewstep.data.files import video
+from fewstep.errors import UserError
 from fewstep.toyworld import clips, physics
 
 
@@ -192,3 +193,21 @@ def test_a_writer_that_dies_leaves_nothing_and_keeps_what_was_there(tmp_path: Pa
         video.write(tmp_path / "a.mp4", smooth(6), 24)
     assert (tmp_path / "a.mp4").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_reader_is_chosen_among_the_formats_that_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture with PostScript inside would start Ghostscript; a playlist called .mp4 would open other files."""
+    postscript = tmp_path / "a.png"
+    postscript.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr("subprocess.Popen", refuse)
+    with pytest.raises(UserError, match="not a readable picture"):
+        video.read(postscript)
+    video.write(tmp_path / "real.mp4", np.zeros((3, 32, 32, 3), np.uint8), 8)
+    playlist = tmp_path / "b.mp4"
+    playlist.write_text("ffconcat version 1.0\nfile real.mp4\n")
+    with pytest.raises(UserError, match="not a readable video"):
+        video.read(playlist)

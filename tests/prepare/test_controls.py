@@ -15,7 +15,8 @@ from fewstep.data.controls import Depth, Edge, Keypoint, Seg, Vis, seed_of
 from fewstep.data.files import keypoints, masks, video
 from fewstep.data.files.arrays import write_pickle
 from fewstep.data.folder.dataset import Folder
-from fewstep.prepare.controls import OfDepthModel, OfFiles, OfFrames, Told, grey_of_inverse, write
+from fewstep.prepare.controls import OfDepthModel, OfFiles, OfFrames, grey_of_inverse, write
+from fewstep.prepare.summary import Summary
 from fewstep.toyworld import clips
 from fewstep.toyworld.dataset import stem_of
 from fewstep.toyworld.physics import World
@@ -105,13 +106,13 @@ def test_on_the_fly_each_clip_has_its_own_numbers_and_always_the_same(folder: Pa
 
 @pytest.mark.parametrize(("type_", "preset"), [("edge", "low"), ("edge", "random"), ("vis", "very_low"), ("vis", "random")])
 def test_files_are_the_control_of_the_frames(folder: Path, type_: Any, preset: Any) -> None:
-    assert write(folder, OfFrames(type_, preset)) == Told(NUM, NUM, 0)
+    assert write(folder, OfFrames(type_, preset)) == Summary(NUM, NUM, 0)
     control = (Edge if type_ == "edge" else Vis)(preset)
     for number, made in enumerate(CLIPS):
         found = video.read(folder / type_ / f"{stem_of(number)}.mp4")
         assert np.array_equal(found.frames, control(made.rgb, seed_of(stem_of(number)))) and found.fps == made.fps
     before = content(folder)
-    assert write(folder, OfFrames(type_, preset)) == Told(NUM, 0, 0)
+    assert write(folder, OfFrames(type_, preset)) == Summary(NUM, 0, 0)
     assert content(folder) == before
     with pytest.raises(ValueError, match=f"3 files were made with preset '{preset}', not 'high'"):
         write(folder, OfFrames(type_, "high"))
@@ -120,10 +121,10 @@ def test_files_are_the_control_of_the_frames(folder: Path, type_: Any, preset: A
 def test_the_file_of_a_clip_that_changed_is_made_again_and_one_of_someone_else_is_kept(folder: Path) -> None:
     video.write(folder / "edge" / "clip_000001.mp4", CLIPS[1].rgb, 16, quality="lossless")
     teacher = (folder / "edge" / "clip_000001.mp4").read_bytes()
-    assert write(folder, OfFrames("edge")) == Told(NUM, 2, 1)
+    assert write(folder, OfFrames("edge")) == Summary(NUM, 2, 1)
     for number in (0, 1):
         video.write(folder / "videos" / f"{stem_of(number)}.mp4", CLIPS[2].rgb, 16, quality="lossless")
-    assert write(folder, OfFrames("edge")) == Told(NUM, 1, 1)
+    assert write(folder, OfFrames("edge")) == Summary(NUM, 1, 1)
     assert np.array_equal(video.read(folder / "edge" / "clip_000000.mp4").frames, Edge()(CLIPS[2].rgb))
     assert (folder / "edge" / "clip_000001.mp4").read_bytes() == teacher
 
@@ -160,7 +161,7 @@ def test_depth_is_upstreams_answer_frame_by_frame_in_one_range(folder: Path, dep
     from transformers import DepthAnythingForDepthEstimation, DPTImageProcessorPil
 
     maker = OfDepthModel(str(depth_model), at_once=2)
-    assert write(folder, maker) == Told(NUM, NUM, 0)
+    assert write(folder, maker) == Summary(NUM, NUM, 0)
     model, processor = (
         DepthAnythingForDepthEstimation.from_pretrained(depth_model).eval(),
         DPTImageProcessorPil.from_pretrained(depth_model),
@@ -178,7 +179,7 @@ def test_depth_is_upstreams_answer_frame_by_frame_in_one_range(folder: Path, dep
     assert np.abs(grey[..., 0] - steps).max() < 0.6 and grey.min() == 0 and grey.max() == 255
     found = Folder(str(folder), text=None, control=Depth()).open().batch(torch.tensor([1])).cond.control["depth"]
     assert found.shape == (1, 3, 5, 32, 32)
-    assert write(folder, OfDepthModel(str(depth_model))) == Told(NUM, 0, 0)
+    assert write(folder, OfDepthModel(str(depth_model))) == Summary(NUM, 0, 0)
 
 
 def test_a_flat_clip_has_depth_without_a_division_by_zero() -> None:
@@ -189,7 +190,7 @@ def test_depth_from_arrays(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "arrays").mkdir()
     for number, made in enumerate(CLIPS):
         np.save(tmp_path / "arrays" / f"{stem_of(number)}.npy", made.depth)
-    assert write(folder, OfFiles("depth", tmp_path / "arrays", metric=True)) == Told(NUM, NUM, 0)
+    assert write(folder, OfFiles("depth", tmp_path / "arrays", metric=True)) == Summary(NUM, NUM, 0)
     grey, inverse = video.read(folder / "depth" / "clip_000002.mp4").frames, 1 / CLIPS[2].depth
     wanted = (inverse - inverse.min()) / (inverse.max() - inverse.min()) * 255
     assert np.abs(grey[..., 0] - wanted).max() <= 0.501
@@ -202,7 +203,7 @@ def test_label_maps_become_the_exact_layout_of_transfer1(folder: Path, tmp_path:
     (tmp_path / "maps").mkdir()
     for number, made in enumerate(CLIPS):
         np.save(tmp_path / "maps" / f"{stem_of(number)}.npy", made.segmentation)
-    assert write(folder, OfFiles("seg", tmp_path / "maps")) == Told(NUM, NUM, 0)
+    assert write(folder, OfFiles("seg", tmp_path / "maps")) == Summary(NUM, NUM, 0)
     rows: Any = pickle.loads((folder / "seg" / "clip_000000.pickle").read_bytes())
     assert all(set(row) == {"phrase", "segmentation_mask_rle"} for row in rows)
     found = masks.read(folder / "seg" / "clip_000000.pickle")
@@ -214,7 +215,7 @@ def test_label_maps_become_the_exact_layout_of_transfer1(folder: Path, tmp_path:
     (tmp_path / "mine" / ".made.jsonl").unlink()
     before = content(tmp_path / "mine")
     shutil.rmtree(folder / "seg")
-    assert write(folder, OfFiles("seg", tmp_path / "mine")).made == NUM
+    assert write(folder, OfFiles("seg", tmp_path / "mine")).new == NUM
     assert {name: data for name, data in content(folder / "seg").items() if name != ".made.jsonl"} == before
 
 
@@ -223,7 +224,7 @@ def test_people_from_arrays_and_pickles(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "people").mkdir()
     for number in range(NUM):
         np.save(tmp_path / "people" / f"{stem_of(number)}.npy", people)
-    assert write(folder, OfFiles("keypoint", tmp_path / "people")) == Told(NUM, NUM, 0)
+    assert write(folder, OfFiles("keypoint", tmp_path / "people")) == Summary(NUM, NUM, 0)
     raw: Any = pickle.loads((folder / "keypoint" / "clip_000001.pickle").read_bytes())
     assert sorted(raw) == [0, 1, 2, 3, 4] and len(raw[3]) == 2
     assert raw[3][1]["body-keypoints"].shape == (133, 3) and raw[3][1]["hand-keypoints"].shape == (42, 3)
@@ -264,13 +265,14 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str], depth_mod
     assert cli.main([*words, "depth", "--model", str(depth_model), "--device", "cpu"]) == 0
     assert capsys.readouterr().out == f"{folder / 'depth'}: 3 clips, 3 of them new\n"
     for wrong, told in (
-        (["blur"], "--type is one of edge, vis, depth, seg, keypoint, not 'blur'"),
+        (["blur"], "'blur' is not one of edge, vis, depth, seg, keypoint"),
         (["edge", "--preset", "weak"], "there is no preset 'weak'"),
         (["keypoint"], "--type keypoint needs --from"),
         (["depth"], "--type depth needs --model with a Depth-Anything model"),
         (["edge", "--from", str(folder)], "--from is for depth, seg, keypoint, not edge"),
         (["vis", "--quality", "best"], "--quality is lossless, or a crf"),
-        (["depth", "--model", str(folder)], "no depth model of transformers"),
     ):
-        assert cli.main([*words, *wrong]) == 1
+        assert cli.main([*words, *wrong]) == 2
         assert told in capsys.readouterr().err
+    assert cli.main([*words, "depth", "--model", str(folder)]) == 1
+    assert "no depth model of transformers" in capsys.readouterr().err

@@ -54,12 +54,12 @@ def image_codec() -> Codec:
 
 COMMANDS: dict[str, Callable[[Path, Codec], int]] = {
     "toyworld": lambda out, codec: dataset.write(out / "new", NUM, 1, WORLD),
-    "text": lambda out, codec: text.write(out, Words()).made,
-    "text packed": lambda out, codec: text.write(out, Words(), form="packed").made,
-    "latents": lambda out, codec: latents.write(Folder(str(out), text=None), codec, ahead=0).made,
-    "controls edge": lambda out, codec: controls.write(out, controls.OfFrames("edge", "random")).made,
-    "controls seg": lambda out, codec: controls.write(out, controls.OfFiles("seg", out / "files")).made,
-    "shards": lambda out, codec: shards.write(out, str(out / "tars"), parts=["videos", "metas"], shard_bytes=1).made,
+    "text": lambda out, codec: text.write(out, Words()).new,
+    "text packed": lambda out, codec: text.write(out, Words(), form="packed").new,
+    "latents": lambda out, codec: latents.write(Folder(str(out), text=None), codec, ahead=0).new,
+    "controls edge": lambda out, codec: controls.write(out, controls.OfFrames("edge", "random")).new,
+    "controls seg": lambda out, codec: controls.write(out, controls.OfFiles("seg", out / "files")).new,
+    "shards": lambda out, codec: shards.write(out, str(out / "tars"), parts=["videos", "metas"], shard_bytes=1).new,
 }
 
 

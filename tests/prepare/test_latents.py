@@ -14,6 +14,7 @@ from fewstep.data.files import video
 from fewstep.data.folder.dataset import Folder
 from fewstep.networks.encoders.codecs import Autoencoder, codec_of
 from fewstep.prepare import latents
+from fewstep.prepare.summary import Summary
 from fewstep.toyworld.dataset import stem_of
 from fewstep.toyworld.dataset import write as write_toyworld
 from fewstep.toyworld.physics import World
@@ -57,7 +58,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_batch_of_latents_is_the_encoded_batch_of_pixels(toy: Path, codec: Autoencoder) -> None:
-    assert latents.write(spec(toy, control=Seg()), codec) == latents.Told(2 * NUM, 2 * NUM, 0)
+    assert latents.write(spec(toy, control=Seg()), codec) == Summary(2 * NUM, 2 * NUM, dropped=0)
     index = torch.tensor([2, 0, 1])
     pixels = spec(toy, control=Seg()).open().batch(index)
     cached = spec(toy, x0="latents", control=Seg()).open()
@@ -90,21 +91,21 @@ def test_windows_are_cached_as_windows(toy: Path, codec: Autoencoder) -> None:
 
 
 def test_a_rerun_encodes_what_is_new_or_changed_and_drops_what_is_gone(toy: Path, codec: Autoencoder) -> None:
-    assert latents.write(spec(toy), codec).made == NUM
+    assert latents.write(spec(toy), codec).new == NUM
     before = content(toy / "latents")
     for _ in range(2):
-        assert latents.write(spec(toy), codec) == latents.Told(NUM, 0, 0)
+        assert latents.write(spec(toy), codec) == Summary(NUM, 0, dropped=0)
     for path in (toy / "videos").iterdir():
         shutil.copy(path, path.with_suffix(".copy"))
         path.with_suffix(".copy").replace(path)  # another time, the same bytes
-    assert latents.write(spec(toy), codec).made == 0
+    assert latents.write(spec(toy), codec).new == 0
     assert content(toy / "latents") == before
     frames = video.read(toy / "videos" / "clip_000001.mp4").frames
     video.write(toy / "videos" / "clip_000001.mp4", 255 - frames, 16, quality="lossless")
     (toy / "videos" / "clip_000002.mp4").unlink()
     with pytest.raises(ValueError, match="1 of 3 latents are of another file than videos/ holds: clip_000001"):
         spec(toy, x0="latents").open()
-    assert latents.write(spec(toy), codec) == latents.Told(2, 1, 2)
+    assert latents.write(spec(toy), codec) == Summary(2, 1, dropped=2)
     pixels, found = (spec(toy, x0=x0).open().batch(torch.tensor([1])).x0 for x0 in ("pixels", "latents"))
     assert pixels is not None and found is not None
     torch.testing.assert_close(found, codec.encode(pixels), rtol=2**-11, atol=2**-20)
@@ -147,7 +148,7 @@ def test_a_clip_that_cannot_be_decoded_is_told_of_when_the_others_are_done(toy: 
     with pytest.raises(ValueError, match=r"1 of 3 could not be encoded, the others are done: .*clip_000001"):
         latents.write(spec(toy), codec)
     path.write_bytes(sound)
-    assert latents.write(spec(toy), codec) == latents.Told(NUM, 1, 0)
+    assert latents.write(spec(toy), codec) == Summary(NUM, 1, dropped=0)
 
 
 def test_a_disk_without_room_is_told_of_before(toy: Path, codec: Autoencoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +168,7 @@ def test_the_command(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert spec(toy, x0="latents", control=Edge()).open().batch(torch.tensor([0])).size() == 1
     assert cli.main([*words, "--size", "16", "16"]) == 1
     assert "video_size is 'own', not '16x16'" in capsys.readouterr().err
-    assert cli.main([*words, "--dtype", "float8"]) == 1
-    assert "--dtype is one of float16, bfloat16, not 'float8'" in capsys.readouterr().err
-    assert cli.main([*words[:6], "edges"]) == 1
-    assert "there is no control 'edges'; one of depth, edge" in capsys.readouterr().err
+    assert cli.main([*words, "--dtype", "float8"]) == 2
+    assert "'float8' is not one of float16, bfloat16" in capsys.readouterr().err
+    assert cli.main([*words[:6], "edges"]) == 2
+    assert "'edges' is not one of edge, vis, depth, seg, keypoint" in capsys.readouterr().err

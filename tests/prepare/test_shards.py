@@ -22,6 +22,7 @@ from fewstep.data.files.packs import Label, Writer
 from fewstep.data.folder.dataset import Folder
 from fewstep.data.shards import Shards
 from fewstep.prepare import shards
+from fewstep.prepare.summary import Summary
 from fewstep.toyworld.dataset import stem_of
 from fewstep.toyworld.dataset import write as write_toyworld
 from fewstep.toyworld.physics import World
@@ -54,7 +55,7 @@ def folder(source: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def packed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     out = str(tmp_path_factory.mktemp("packed") / "out")
-    assert shards.write(source, out, shard_bytes=BYTES) == shards.Told(NUM, 3, 3)
+    assert shards.write(source, out, shard_bytes=BYTES) == Summary(NUM, 3, shards=3)
     return out
 
 
@@ -100,8 +101,8 @@ def test_any_store_of_fsspec_will_do(source: Path) -> None:
     fs = fsspec.filesystem("memory")
     for path in fs.find("/bucket"):
         fs.rm(path)
-    assert shards.write(source, "memory://bucket/set", parts=["videos", "metas"], shard_bytes=10**6).made == 1
-    assert shards.write(source, "memory://bucket/set", parts=["videos", "metas"], shard_bytes=10**6).made == 0
+    assert shards.write(source, "memory://bucket/set", parts=["videos", "metas"], shard_bytes=10**6).new == 1
+    assert shards.write(source, "memory://bucket/set", parts=["videos", "metas"], shard_bytes=10**6).new == 0
     data = Shards("memory://bucket/set", text=None).open()
     wanted = Folder(str(source), text=None).open()
     assert torch.equal(tensors(data.batch(torch.tensor([3])))["x0"], tensors(wanted.batch(torch.tensor([3])))["x0"])
@@ -127,16 +128,16 @@ def test_the_tars_are_webdataset(source: Path, packed: str) -> None:
 
 def test_a_rerun_writes_what_changed_alone(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert shards.write(folder, str(out), shard_bytes=BYTES).made == 3
+    assert shards.write(folder, str(out), shard_bytes=BYTES).new == 3
     before = content(out)
-    assert shards.write(folder, str(out), shard_bytes=BYTES).made == 0
+    assert shards.write(folder, str(out), shard_bytes=BYTES).new == 0
     assert content(out) == before
     (folder / "metas" / f"{stem_of(4)}.txt").write_text("another caption")
-    assert shards.write(folder, str(out), shard_bytes=BYTES).made == 1
+    assert shards.write(folder, str(out), shard_bytes=BYTES).new == 1
     assert Shards(str(out), text=None).open().captions()[4] == "another caption"
     for path in [*folder.rglob(f"{stem_of(3)}.*"), *folder.rglob(f"{stem_of(4)}.*")]:
         path.unlink()
-    assert shards.write(folder, str(out), shard_bytes=BYTES) == shards.Told(3, 2, 0)
+    assert shards.write(folder, str(out), shard_bytes=BYTES) == Summary(3, 0, shards=2)
     assert sorted(path.name for path in out.glob("0*")) == ["000000.json", "000000.tar", "000001.json", "000001.tar"]
     assert len(Shards(str(out), text=None).open()) == 3
     with pytest.raises(ValueError, match=r"holds shards with parts .*, not .*'videos'.*Choose another --out"):
@@ -165,11 +166,11 @@ def test_stopped_anywhere_it_is_not_read_and_the_next_run_finishes_it(
     if stop == 0:  # nothing is ours yet
         assert not list(out.glob("*.tar"))
     told = shards.write(folder, str(out), shard_bytes=BYTES)
-    assert told.made == 3 - max(min(stop - 1, 3), 0)
+    assert told.new == 3 - max(min(stop - 1, 3), 0)
     tars = {name: data for name, data in content(out).items() if name.endswith(".tar")}
     assert tars == {name: data for name, data in content(Path(packed)).items() if name.endswith(".tar")}
     before = content(out)
-    assert shards.write(folder, str(out), shard_bytes=BYTES).made == 0
+    assert shards.write(folder, str(out), shard_bytes=BYTES).new == 0
     assert content(out) == before
 
 

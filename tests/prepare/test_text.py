@@ -56,7 +56,7 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("form", ["pickle", "packed"])
 def test_what_training_reads_is_what_the_encoder_gave(folder: Path, form: text.Form) -> None:
     encoder = Words()
-    assert text.write(folder, encoder, form=form) == text.Told(4, 4, 0)
+    assert text.write(folder, encoder, form=form) == text.Summary(4, 4, 0)
     assert sorted(encoder.asked) == sorted(set(CAPTIONS.values()))  # equal captions once
     index = torch.tensor([0, 1, 2, 3])
     cond = Folder(str(folder), max_tokens=6, mask_text=True).open().batch(index).cond
@@ -85,11 +85,11 @@ def test_padding_that_networks_attend_to_is_kept(folder: Path) -> None:
 def test_a_rerun_embeds_what_is_new_or_changed(folder: Path, form: text.Form) -> None:
     text.write(folder, Words(), form=form)
     before = content(folder)
-    assert text.write(folder, Words(), form=form) == text.Told(4, 0, 0)
+    assert text.write(folder, Words(), form=form) == text.Summary(4, 0, 0)
     assert content(folder) == before
     (folder / "metas" / "d.txt").write_text("something else")
     encoder = Words()
-    assert text.write(folder, encoder, form=form).made == 1
+    assert text.write(folder, encoder, form=form).new == 1
     assert encoder.asked == ["something else"]
     (folder / "metas" / "d.txt").write_text("nothing\n")
     text.write(folder, Words(), form=form)
@@ -124,7 +124,7 @@ def test_a_line_cut_off_by_a_kill_is_no_damage(folder: Path) -> None:
     lines = ledger.read_bytes().splitlines(keepends=True)
     ledger.write_bytes(b"".join(lines[:-1]) + lines[-1][:-9])
     (folder / "t5_xxl" / "d.pickle").unlink()  # its line comes first
-    assert text.write(folder, Words()) == text.Told(4, 1, 0)
+    assert text.write(folder, Words()) == text.Summary(4, 1, 0)
     assert content(folder) == before
     ledger.write_bytes(b"?\n")
     with pytest.raises(ValueError, match="damaged"):
@@ -134,8 +134,8 @@ def test_a_line_cut_off_by_a_kill_is_no_damage(folder: Path) -> None:
 def test_files_of_someone_else_are_kept(folder: Path) -> None:
     write_pickle(folder / "t5_xxl" / "b.pickle", [np.ones((2, 4), np.float16)])
     before = (folder / "t5_xxl" / "b.pickle").read_bytes()
-    assert text.write(folder, Words()) == text.Told(4, 3, 1)
-    assert text.write(folder, Words()) == text.Told(4, 0, 1)
+    assert text.write(folder, Words()) == text.Summary(4, 3, 1)
+    assert text.write(folder, Words()) == text.Summary(4, 0, 1)
     assert (folder / "t5_xxl" / "b.pickle").read_bytes() == before
 
 
@@ -143,10 +143,10 @@ def test_another_encoder_is_refused_until_its_files_are_gone(folder: Path) -> No
     text.write(folder, Words())
     with pytest.raises(ValueError, match="4 files were made with encoder 'words', not 'other'"):
         text.write(folder, Words("other"))
-    assert text.write(folder, Words("other"), folder="other").made == 4
+    assert text.write(folder, Words("other"), folder="other").new == 4
     for path in (folder / "t5_xxl").glob("*.pickle"):
         path.unlink()
-    assert text.write(folder, Words("other")).made == 4
+    assert text.write(folder, Words("other")).new == 4
     with pytest.raises(ValueError, match="holds single files, which packs would hide"):
         text.write(folder, Words("other"), form="packed")
     text.write(folder, Words(), folder="packed", form="packed")
@@ -161,7 +161,7 @@ def test_one_prompt_for_all_as_the_nemo_assets_want_it(folder: Path) -> None:
         (folder / "metas" / f"{stem}.txt").unlink()
     (folder / "metas" / "d.txt").write_text(" sks teal robot ")
     encoder = Words()
-    assert text.write(folder, encoder, prompt="sks teal robot").made == 4
+    assert text.write(folder, encoder, prompt="sks teal robot").new == 4
     assert encoder.asked == ["sks teal robot"]
     assert (folder / "metas" / "a.txt").read_text() == "sks teal robot\n"
     with pytest.raises(ValueError, match="--prompt is empty"):
@@ -187,16 +187,16 @@ def test_numbers_beyond_float16_are_refused(folder: Path) -> None:
 def test_prompts_alone_are_embedded_for_pairs_that_are_still_to_be_made(tmp_path: Path) -> None:
     (tmp_path / "metas").mkdir()
     (tmp_path / "metas" / "p0.txt").write_text("a red ball")
-    assert text.write(tmp_path, Words()).made == 1
+    assert text.write(tmp_path, Words()).new == 1
 
 
 def test_a_folder_for_each_sample(tmp_path: Path) -> None:
     for stem in ("000000", "000001"):
         video.write(tmp_path / stem / "video.mp4", np.zeros((2, 8, 8, 3), np.uint8), 8)
         (tmp_path / stem / "prompt.txt").write_text(f"clip {stem}")
-    assert text.write(tmp_path, Words()) == text.Told(2, 2, 0)
+    assert text.write(tmp_path, Words()) == text.Summary(2, 2, 0)
     assert (tmp_path / "000001" / "t5_xxl.pickle").is_file()
-    assert text.write(tmp_path, Words()) == text.Told(2, 0, 0)
+    assert text.write(tmp_path, Words()) == text.Summary(2, 0, 0)
     cond = Folder(str(tmp_path), max_tokens=6).open().batch(torch.tensor([1])).cond
     assert cond.text is not None and torch.equal(cond.text, Words().encode(["clip 000001"])[0])
 
@@ -209,7 +209,7 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str], monkeypat
     batch = Folder(str(folder), max_tokens=6, negative="negative.pickle").open().batch(torch.tensor([0]))
     assert batch.negative is not None and batch.negative.text is not None
     assert torch.equal(batch.negative.text, Words().encode(["blurry"])[0])
-    assert cli.main([*words, "--form", "csv"]) == 1
-    assert "--form is one of pickle, packed, not 'csv'" in capsys.readouterr().err
-    assert cli.main([*words, "--into", "../elsewhere"]) == 1
+    assert cli.main([*words, "--form", "csv"]) == 2
+    assert "'csv' is not one of pickle, packed" in capsys.readouterr().err
+    assert cli.main([*words, "--into", "../elsewhere"]) == 2
     assert "--into names a folder" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A contact sheet: one HTML file with pictures of the samples, their controls laid over them, and what was found.
+"""A contact sheet: one HTML file with pictures of the samples, their controls laid over them, and the problems of each.
 
 The file needs nothing beside it. Samples with problems come first; of the others, evenly spaced ones are shown.
 """
@@ -35,36 +35,36 @@ table{border-collapse:collapse;margin:1em 0}td{border-top:1px solid #ddd;padding
 """
 
 
-def write(path: str | os.PathLike[str], found: Survey, num: int = 60) -> int:
+def write(path: str | os.PathLike[str], survey: Survey, num: int = 60) -> int:
     """Writes the sheet with at most `num` samples; how many it shows."""
-    place = Layout.open(found.root)
-    shown = _chosen(found, num)
-    told = _by_stem(found.problems)
+    place = Layout.open(survey.root)
+    samples = _chosen(survey, num)
+    problems = _by_stem(survey.problems)
     parts = [
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{_text(found.root.name)}</title><style>{_STYLE}</style>",
-        f"<h1>{_text(str(found.root))}</h1><p class='verdict'>{verdict(found)}</p>",
-        "<table>" + "".join(f"<tr><td>{_text(a)}<td>{_text(b)}" for a, b in found.rows()) + "</table>",
-        "".join(f"<p class='{p.level}'>{p.level}: {_text(p.message)}</p>" for p in found.problems),
-        f"<p>{len(shown)} of {len(found.samples)} samples, their first, middle and last frame, with controls over them.</p>",
-        *(_section(place, sample, told.get(sample.stem, [])) for sample in shown),
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{_text(survey.root.name)}</title><style>{_STYLE}</style>",
+        f"<h1>{_text(str(survey.root))}</h1><p class='verdict'>{verdict(survey)}</p>",
+        "<table>" + "".join(f"<tr><td>{_text(a)}<td>{_text(b)}" for a, b in survey.rows()) + "</table>",
+        "".join(f"<p class='{p.level}'>{p.level}: {_text(p.message)}</p>" for p in survey.problems),
+        f"<p>{len(samples)} of {len(survey.samples)} samples, their first, middle and last frame, with controls over them.</p>",
+        *(_section(place, sample, problems.get(sample.stem, [])) for sample in samples),
     ]
     write_text(path, "\n".join(parts) + "</html>\n")
-    return len(shown)
+    return len(samples)
 
 
-def verdict(found: Survey) -> str:
+def verdict(survey: Survey) -> str:
     """One line: whether it can be trained on."""
-    errors = sum(problem.level == "error" for problem in found.problems)
-    warnings = len(found.problems) - errors
-    told = f"{len(found.samples)} samples, {errors} errors, {warnings} warnings"
-    return f"{'can be trained on' if found.is_trainable else 'CANNOT be trained on as it is'} ({told})"
+    errors = sum(problem.level == "error" for problem in survey.problems)
+    warnings = len(survey.problems) - errors
+    counts = f"{len(survey.samples)} samples, {errors} errors, {warnings} warnings"
+    return f"{'can be trained on' if survey.is_trainable else 'CANNOT be trained on as it is'} ({counts})"
 
 
-def _chosen(found: Survey, num: int) -> list[Sample]:
+def _chosen(survey: Survey, num: int) -> list[Sample]:
     """Those with problems, then others from all over the set."""
-    wrong = set(_by_stem(found.problems))
-    bad = [sample for sample in found.samples if sample.stem in wrong][:num]
-    good = [sample for sample in found.samples if sample.stem not in wrong]
+    wrong = set(_by_stem(survey.problems))
+    bad = [sample for sample in survey.samples if sample.stem in wrong][:num]
+    good = [sample for sample in survey.samples if sample.stem not in wrong]
     room = min(num - len(bad), len(good))
     return bad + [good[place] for place in np.linspace(0, len(good) - 1, room).round().astype(int)] if room else bad
 
@@ -109,10 +109,10 @@ def _pictures(place: Layout, sample: Sample) -> Mapping[str, Pixels]:
         control = place.files(part).get(sample.stem)
         if control is not None:
             try:
-                made = np.concatenate([cls().read(control, Span(spot), size) for spot in spots])
+                signal = np.concatenate([cls().read(control, Span(spot), size) for spot in spots])
             except (ValueError, OSError):
                 continue
-            out[name] = np.clip(frames * 0.45 + made * 0.65, 0, 255).astype(np.uint8)
+            out[name] = np.clip(frames * 0.45 + signal * 0.65, 0, 255).astype(np.uint8)
     return out
 
 
@@ -133,11 +133,11 @@ def _text(value: str) -> str:
     return html.escape(value, quote=True)
 
 
-def printed(found: Survey, sheet: Path | None = None) -> str:
+def printed(survey: Survey, sheet: Path | None = None) -> str:
     """The whole survey for a terminal: one table, the problems by name, the verdict."""
-    rows = found.rows()
+    rows = survey.rows()
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:{width}}  {value}" for name, value in rows]
-    lines += ["", *map(str, found.problems)] if found.problems else []
-    lines += ["", f"{found.root}: {verdict(found)}"]
+    lines += ["", *map(str, survey.problems)] if survey.problems else []
+    lines += ["", f"{survey.root}: {verdict(survey)}"]
     return "\n".join(lines + ([f"pictures: {sheet}"] if sheet else []))

@@ -1,10 +1,11 @@
-"""A data set read once, from end to end, and all that is to be said of it before a GPU is paid for.
+"""Reads a data set once, from end to end, and lists everything that is wrong with it before a GPU is paid for.
 
-    found = survey("datasets/robots")
-    found.is_trainable, found.rows(), found.problems
+    report = survey("datasets/robots")
+    report.is_trainable, report.rows(), report.problems
 
 Every file of every sample is read by the very readers that training uses, several samples at once. A problem is an error if the
-data cannot be trained on as it is, and a warning if it can but somebody should know. Pictures of the samples are in sheet.py.
+data cannot be trained on as it is, and a warning if it can but a person should look at it. Pictures of the samples are in
+sheet.py.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,22 +30,23 @@ from fewstep.data.controls import Span
 from fewstep.data.files import keypoints, masks, packs, video
 from fewstep.data.folder.dataset import Folder, layout, parts
 from fewstep.data.folder.layout import Layout, Part
+from fewstep.data.folder.samples import odd_ones
 from fewstep.files import some
 
 Level = Literal["error", "warning"]
-Watch = Callable[[Iterable[Any], int, str], Iterable[Any]]  # shows how far a long loop is: prepare.progress.tracked
+Watch = Callable[[Iterable[Any], int, str], Iterable[Any]]  # shows how far a long loop is: fewstep.progress.track
 
 _STILL = 8  # levels of 255; no pixel of the thumbnails changes by more
 _ALIKE = 3  # levels of 255 in any cell; the same clip, encoded again
 _MAX_COMPARED = 4000  # clips; each is compared with each
 _CELLS = 8  # along each side of a fingerprint
 _THUMB = 64  # px along the longer side of a thumbnail
-_FEW_WORDS, _FOREVER = 3, "its teacher makes both together: fewstep pairs"
+_FEW_WORDS = 3  # a caption with fewer is worth a warning
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What was found of one sample; None where it has no such file, or one that cannot be read."""
+    """The properties of one sample; None where it has no such file, or one that cannot be read."""
 
     stem: str
     num_frames: int | None = None
@@ -87,27 +90,27 @@ class Survey:
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, how much), as a table of a page shows it."""
-        told = [("samples", str(len(self.samples)))]
+        rows = [("samples", str(len(self.samples)))]
         for folder, num in sorted(Counter(part for sample in self.samples for part in sample.parts).items()):
-            told.append((f"with {folder}", str(num)))
+            rows.append((f"with {folder}", str(num)))
         lengths = [s.num_frames for s in self.samples if s.num_frames is not None]
-        told += _spread("frames", lengths)
-        told += _commonest("size (height x width)", [f"{s.size[0]} x {s.size[1]}" for s in self.samples if s.size])
-        told += _commonest("fps", [f"{s.fps:g}" for s in self.samples if s.fps])
+        rows += _spread("frames", lengths)
+        rows += _commonest("size (height x width)", [f"{s.size[0]} x {s.size[1]}" for s in self.samples if s.size])
+        rows += _commonest("fps", [f"{s.fps:g}" for s in self.samples if s.fps])
         seconds = [s.num_frames / s.fps for s in self.samples if s.num_frames and s.fps]
-        told += _spread("seconds", seconds)
-        told += [("seconds, all", f"{sum(seconds):.1f}")] if seconds else []
-        told += _spread("motion (levels per frame)", [s.motion for s in self.samples if s.motion is not None])
-        told += _spread("words of a caption", [s.num_words for s in self.samples if s.num_words is not None])
+        rows += _spread("seconds", seconds)
+        rows += [("seconds, all", f"{sum(seconds):.1f}")] if seconds else []
+        rows += _spread("motion (levels per frame)", [s.motion for s in self.samples if s.motion is not None])
+        rows += _spread("words of a caption", [s.num_words for s in self.samples if s.num_words is not None])
         for folder in sorted({folder for s in self.samples for folder in s.num_tokens}):
-            told += _spread(f"tokens in {folder}", [s.num_tokens[folder] for s in self.samples if folder in s.num_tokens])
+            rows += _spread(f"tokens in {folder}", [s.num_tokens[folder] for s in self.samples if folder in s.num_tokens])
         for folder in sorted({folder for s in self.samples for folder in s.shapes}):
-            told += _commonest(
+            rows += _commonest(
                 f"shape of {folder}", ["x".join(map(str, s.shapes[folder])) for s in self.samples if folder in s.shapes]
             )
         for kind, name in (("duplicates", "duplicates"), ("still", "near-static clips")):
-            told.append((name, str(sum(len(p.stems) for p in self.problems if p.kind == kind))))
-        return [*told, *self.facts]
+            rows.append((name, str(sum(len(p.stems) for p in self.problems if p.kind == kind))))
+        return [*rows, *self.facts]
 
     def plain(self) -> dict[str, Any]:
         """The same for machines: what json holds."""
@@ -121,41 +124,41 @@ class Survey:
         }
 
 
-def with_settings(found: Survey, overrides: Sequence[str]) -> Survey:
-    """The same, and whether the data set opens with these settings of a run: num_frames=17, data.pairs=[noise], ..."""
+def with_settings(survey: Survey, overrides: Sequence[str]) -> Survey:
+    """The survey, and whether the data set opens with these settings of a run: num_frames=17, data.pairs=[noise], ..."""
     if not overrides:
-        return found
-    spec = apply_overrides(Folder(str(found.root)), [word.removeprefix("data.") for word in overrides])
+        return survey
+    spec = apply_overrides(Folder(str(survey.root)), [word.removeprefix("data.") for word in overrides])
     try:
         data = spec.open()
     except ValueError as error:
         wrong = [Problem("error", "settings", line) for line in str(error).splitlines()]
-        return replace(found, problems=(*wrong, *found.problems))
-    return replace(found, facts=(("samples with these settings", str(len(data))),))
+        return replace(survey, problems=(*wrong, *survey.problems))
+    return replace(survey, facts=(("samples with these settings", str(len(data))),))
 
 
 def survey(root: str | os.PathLike[str], *, num_threads: int | None = None, watch: Watch | None = None) -> Survey:
     """Reads all samples of the folder. ValueError only if it is no data set at all; what is wrong in it is a `Problem`."""
     place = Layout.open(root)
-    held = _held(place)
-    stems = held.stems
+    files = _files_of(place)
+    stems = files.stems
     if not stems:
         empty = f"{place.root}: has no sample. Put clips into {layout.VIDEOS.folder}/"
         return Survey(place.root, place.form, (), (Problem("error", "empty", empty),))
     threads = num_threads or min(os.cpu_count() or 1, 16)
     with ThreadPoolExecutor(threads) as pool:
-        looks: Iterable[_Look] = pool.map(lambda stem: _look(held, stem), stems)
-        seen = list(watch(looks, len(stems), f"reading {place.root}") if watch else looks)
-    samples = tuple(look.sample for look in seen)
-    return Survey(place.root, place.form, samples, tuple(_problems(held, seen)))
+        looks: Iterable[_Look] = pool.map(lambda stem: _look(files, stem), stems)
+        looks = list(watch(looks, len(stems), f"reading {place.root}") if watch else looks)
+    samples = tuple(look.sample for look in looks)
+    return Survey(place.root, place.form, samples, tuple(_problems(files, looks)))
 
 
 # ---- what there is to read -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Held:
-    """The files of a folder, by part and stem."""
+class _Files:
+    """The files of a data set, by part and stem."""
 
     place: Layout
     lead: Part  # which files make a sample
@@ -174,7 +177,7 @@ def _control_parts() -> list[Part]:
     return [layout.control(cls.folder, cls.suffix) for cls in choices("control").values()]
 
 
-def _held(place: Layout) -> _Held:
+def _files_of(place: Layout) -> _Files:
     controls, broken = _control_parts(), list[Problem]()
     known = [layout.VIDEOS, layout.IMAGES, layout.CAPTIONS, layout.NOISE, layout.PATH, layout.LATENTS, *controls]
     known += [layout.control_latents(part.folder) for part in controls]
@@ -212,7 +215,7 @@ def _held(place: Layout) -> _Held:
         if name in rows or stems & set(found):  # a folder that shares no name with the clips is none of ours
             texts.append(name)
             files[name] = found
-    return _Held(place, lead, files, packed, rows, tuple(texts), tuple(broken))
+    return _Files(place, lead, files, packed, rows, tuple(texts), tuple(broken))
 
 
 # ---- one sample ------------------------------------------------------------------------------------------------------
@@ -220,7 +223,7 @@ def _held(place: Layout) -> _Held:
 
 @dataclass
 class _Look:
-    """What one sample showed."""
+    """The result of reading one sample."""
 
     sample: Sample
     wrong: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])  # kind, what is said
@@ -229,63 +232,56 @@ class _Look:
     change: float | None = None  # the largest of any pixel of the thumbnails, in levels of 255
 
 
-def _look(held: _Held, stem: str) -> _Look:
-    """Reads all of a sample; never raises for what lies in it."""
-    told = _Look(Sample(stem))
+def _look(held: _Files, stem: str) -> _Look:
+    """Reads all files of a sample; never raises for their content."""
+    look = _Look(Sample(stem))
     files = {folder: paths[stem] for folder, paths in held.files.items() if stem in paths}
     rows = {folder: found[stem] for folder, found in held.rows.items() if stem in found}
     known: dict[str, Any] = {"parts": tuple(sorted(files.keys() | rows.keys()))}
     clip = files.get(layout.VIDEOS.folder) or files.get(layout.IMAGES.folder)
     header: video.Header | None = None
     if clip is not None:
-        with _heard(told, f"unreadable-{held.lead.folder}"):
+        with _collected(look, f"unreadable-{held.lead.folder}"):
             header = video.probe(clip)
             known |= {"num_frames": header.num_frames, "size": header.size, "fps": header.fps or None}
-            told.content = _hash(clip)
-            known["motion"] = _watch_clip(told, clip, header)
+            look.content = _hash(clip)
+            known["motion"] = _watch_clip(look, clip, header)
     for part in _control_parts():
         if part.folder in files:
-            with _heard(told, f"unreadable-{part.folder}"):
-                _look_at_control(told, part, files[part.folder], header)
+            with _collected(look, f"unreadable-{part.folder}"):
+                _look_at_control(look, part, files[part.folder], header)
     if layout.CAPTIONS.folder in files:
         try:
             known["caption"] = files[layout.CAPTIONS.folder].read_text(encoding="utf-8").strip()
         except UnicodeDecodeError:
-            told.wrong.append(("unreadable-metas", f"{files[layout.CAPTIONS.folder]}: is not UTF-8 text. Save it as UTF-8"))
+            look.wrong.append(("unreadable-metas", f"{files[layout.CAPTIONS.folder]}: is not UTF-8 text. Save it as UTF-8"))
     tokens, shapes = dict[str, int](), dict[str, tuple[int, ...]]()
     for name in held.texts:
         if name in files or name in rows:
-            with _heard(told, f"unreadable-{name}"):
+            with _collected(look, f"unreadable-{name}"):
                 found = _array(held, stem, name, files, rows)
                 _, mask = parts.padded(_path_of(held, stem, name, files), found, max(len(found), 1) if found.ndim == 2 else 1)
                 tokens[name], shapes[name] = int(mask.sum()), (found.shape[-1],)
-    shapes |= _look_at_pair(told, held, stem, files, rows, header)
-    told.sample = Sample(stem, num_tokens=tokens, shapes=shapes, **known)
-    return told
+    shapes |= _look_at_pair(look, held, stem, files, rows, header)
+    look.sample = Sample(stem, num_tokens=tokens, shapes=shapes, **known)
+    return look
 
 
-def _look_at_control(told: _Look, part: Part, path: Path, header: video.Header | None) -> None:
+def _look_at_control(look: _Look, part: Part, path: Path, header: video.Header | None) -> None:
     """Whether a control goes frame by frame with its clip."""
     if part.suffixes[0] == ".mp4":
         own = video.probe(path)
         for _ in video.stream(path, (16, 16)):  # every frame is decoded
             pass
-        odd = [] if header is None else [
-            f"{name} {theirs}, its clip {ours}"
-            for name, theirs, ours in (
-                ("frames", own.num_frames, header.num_frames), ("size", own.size, header.size),
-                ("fps", round(own.fps, 2), round(header.fps, 2)),
-            )
-            if theirs != ours
-        ]  # fmt: skip
+        odd = [] if header is None else [f"{what} {ours}, its clip {its}" for what, ours, its in own.differences(header)]
         if odd:
-            told.wrong.append((f"unlike-{part.folder}", f"{path.name} ({'; '.join(odd)})"))
+            look.wrong.append((f"unlike-{part.folder}", f"{path.name} ({'; '.join(odd)})"))
         return
     num = 1 if header is None else header.num_frames
     if part.folder == "seg":
         found = masks.read(path)
         if found and header is not None and found[0].shape[0] != num:
-            told.wrong.append((f"unlike-{part.folder}", f"{path.name} (frames {found[0].shape[0]}, its clip {num})"))
+            look.wrong.append((f"unlike-{part.folder}", f"{path.name} (frames {found[0].shape[0]}, its clip {num})"))
     elif part.folder == "keypoint":
         keypoints.read(path, range(num))
     else:  # a control of the user's own reads its own files
@@ -295,8 +291,8 @@ def _look_at_control(told: _Look, part: Part, path: Path, header: video.Header |
 
 
 def _look_at_pair(
-    told: _Look,
-    held: _Held,
+    look: _Look,
+    held: _Files,
     stem: str,
     files: Mapping[str, Path],
     rows: Mapping[str, Sequence[int]],
@@ -313,59 +309,53 @@ def _look_at_pair(
         if name in rows.keys() | files.keys()
     ]
     for name in names:
-        with _heard(told, f"unreadable-{name}"):
+        with _collected(look, f"unreadable-{name}"):
             found = parts.checked_latents(_path_of(held, stem, name, files), _array(held, stem, name, files, rows))
             shapes[name] = tuple(found.shape)
             if name == layout.LATENTS.folder:
                 latents = found
             elif latents is not None and found.shape[1:] != latents.shape[1:]:
-                told.wrong.append((f"unlike-{name}", f"{stem} ({tuple(found.shape)}, its clip {tuple(latents.shape)})"))
+                look.wrong.append((f"unlike-{name}", f"{stem} ({tuple(found.shape)}, its clip {tuple(latents.shape)})"))
     if latents is not None:
         like = {"latents": latents}
     if layout.NOISE.folder in files:
-        with _heard(told, "unreadable-noise"):
+        with _collected(look, "unreadable-noise"):
             noise = parts.noise(files[layout.NOISE.folder])
             shapes["noise"] = tuple(noise.shape)
             parts.refuse_foreign_noise(files[layout.NOISE.folder], noise, **like)
     if layout.PATH.folder in files:
-        with _heard(told, "unreadable-path"):
+        with _collected(look, "unreadable-path"):
             states, _ = parts.states(files[layout.PATH.folder], unknown_times=True)
             shapes["path"] = tuple(states.shape)
             parts.refuse_foreign_noise(files[layout.PATH.folder], states[0], **like)
     return shapes
 
 
-def _array(held: _Held, stem: str, name: str, files: Mapping[str, Path], rows: Mapping[str, Sequence[int]]) -> Tensor:
+def _array(held: _Files, stem: str, name: str, files: Mapping[str, Path], rows: Mapping[str, Sequence[int]]) -> Tensor:
     """An array of a sample, from its pack or its file."""
     if name in rows:
         return held.packed[name].read(rows[name][0])
     return parts.array(files[name])
 
 
-def _path_of(held: _Held, stem: str, name: str, files: Mapping[str, Path]) -> Path:
+def _path_of(held: _Files, stem: str, name: str, files: Mapping[str, Path]) -> Path:
     return files.get(name, held.place.root / name / stem)
 
 
-class _heard:  # noqa: N801  # reads as a word: with _heard(...)
-    """A reader's complaint becomes an entry of the look; anything else is a bug of ours and goes on."""
-
-    def __init__(self, told: _Look, kind: str):
-        self.told, self.kind = told, kind
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, (ValueError, OSError)):
-            self.told.wrong.append((self.kind, str(error)))
-            return True
-        return False
+@contextmanager
+def _collected(look: _Look, kind: str) -> Iterator[None]:
+    """Turns the error of a reader into an entry of the look; anything else is a fault of ours and goes on."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        look.wrong.append((kind, str(error)))
 
 
-def _watch_clip(told: _Look, path: Path, header: video.Header) -> float:
+def _watch_clip(look: _Look, path: Path, header: video.Header) -> float:
     """Decodes every frame: how much it moves, and a fingerprint that survives encoding it again."""
     scale = _THUMB / max(header.size)
     size = max(round(header.height * scale), 1), max(round(header.width * scale), 1)
-    kept = {round(share * (header.num_frames - 1)) for share in (0, 0.25, 0.5, 0.75, 1)}
+    sampled = {round(share * (header.num_frames - 1)) for share in (0, 0.25, 0.5, 0.75, 1)}
     first = before = None
     total, change, cells = 0.0, 0.0, list[NDArray[np.int16]]()
     for place, frame in enumerate(video.stream(path, size)):
@@ -376,10 +366,11 @@ def _watch_clip(told: _Look, path: Path, header: video.Header) -> float:
             total += float(np.abs(grey - before).mean())
             change = max(change, float(np.abs(grey - first).max()))
         before = grey
-        if place in kept:
+        if place in sampled:
             pooled = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(grey)[None], _CELLS)
             cells.append(pooled.numpy().round().astype(np.int16).ravel())
-    told.print, told.change = np.concatenate(cells), change if header.num_frames > 1 else None
+    look.print = np.concatenate(cells)
+    look.change = change if header.num_frames > 1 else None
     return total / max(header.num_frames - 1, 1)
 
 
@@ -391,84 +382,84 @@ def _hash(path: Path) -> str:
 # ---- all samples -----------------------------------------------------------------------------------------------------
 
 
-def _problems(held: _Held, seen: Sequence[_Look]) -> Iterator[Problem]:
-    """Errors first, each kind once."""
-    found = [*held.broken, *_unreadable(seen), *_unlike(seen), *_missing(held), *_captions(seen), *_shapes(held, seen)]
-    found += [*_pair_lengths(held, seen), *_still(seen), *_duplicates(seen), *_varied(held, seen), *_strangers(held)]
-    yield from sorted(found, key=lambda problem: problem.level != "error")
+def _problems(held: _Files, looks: Sequence[_Look]) -> Iterator[Problem]:
+    """All problems, errors first, each kind once."""
+    problems = [*held.broken, *_unreadable(looks), *_unlike(looks), *_missing(held), *_captions(looks), *_shapes(looks)]
+    problems += [*_pair_lengths(held, looks), *_still(looks), *_duplicates(looks), *_varied(held, looks), *_without_clip(held)]
+    yield from sorted(problems, key=lambda problem: problem.level != "error")
 
 
-def _unreadable(seen: Sequence[_Look]) -> Iterator[Problem]:
-    by_kind: dict[str, list[tuple[str, str]]] = {}
-    for look in seen:
-        for kind, message in look.wrong:
-            if kind.startswith("unreadable-"):
-                by_kind.setdefault(kind, []).append((look.sample.stem, message))
-    for kind, told in by_kind.items():
-        for stem, message in told[:20]:
+def _unreadable(looks: Sequence[_Look]) -> Iterator[Problem]:
+    for kind, entries in _by_kind(looks, "unreadable-").items():
+        for stem, message in entries[:20]:
             yield Problem("error", kind, message, (stem,))
-        if len(told) > 20:
-            stems = tuple(stem for stem, _ in told[20:])
+        if len(entries) > 20:
+            stems = tuple(stem for stem, _ in entries[20:])
             yield Problem(
                 "error", kind, f"{len(stems)} more files of {kind.removeprefix('unreadable-')}/: {some(stems)}", stems
             )
 
 
-def _unlike(seen: Sequence[_Look]) -> Iterator[Problem]:
-    by_kind: dict[str, list[tuple[str, str]]] = {}
-    for look in seen:
-        for kind, message in look.wrong:
-            if kind.startswith("unlike-"):
-                by_kind.setdefault(kind, []).append((look.sample.stem, message))
-    for kind, told in by_kind.items():
+def _unlike(looks: Sequence[_Look]) -> Iterator[Problem]:
+    for kind, entries in _by_kind(looks, "unlike-").items():
         what = kind.removeprefix("unlike-")
-        message = f"{len(told)} in {what}/ do not go with their clip: {some([m for _, m in told])}. Make them again"
-        yield Problem("error", kind, message, tuple(stem for stem, _ in told))
+        message = f"{len(entries)} in {what}/ do not go with their clip: {some([m for _, m in entries])}. Make them again"
+        yield Problem("error", kind, message, tuple(stem for stem, _ in entries))
 
 
-def _missing(held: _Held) -> Iterator[Problem]:
-    """Partners that some samples have and others lack."""
+def _by_kind(looks: Sequence[_Look], start: str) -> dict[str, list[tuple[str, str]]]:
+    """(stem, message) by kind, of the kinds whose names start so."""
+    out: dict[str, list[tuple[str, str]]] = {}
+    for look in looks:
+        for kind, message in look.wrong:
+            if kind.startswith(start):
+                out.setdefault(kind, []).append((look.sample.stem, message))
+    return out
+
+
+def _missing(held: _Files) -> Iterator[Problem]:
+    """Files that some samples have and others lack."""
     stems = held.stems
     for name, paths in held.files.items():
         there = set(paths) | set(held.rows.get(name, ()))
         lacking = [stem for stem in stems if stem not in there]
         if name == held.lead.folder or not there & set(stems) or not lacking:
             continue
-        remedy = _FOREVER if name in (layout.NOISE.folder, layout.PATH.folder) else "make them with: fewstep prepare"
+        remedy = "make them with: fewstep prepare"
+        if name in (layout.NOISE.folder, layout.PATH.folder):
+            remedy = "its teacher makes both together: fewstep pairs"
         remedy = "write one for each clip" if name == layout.CAPTIONS.folder else remedy
         message = f"{len(lacking)} of {len(stems)} lack {name}/: {some(lacking)}; {remedy}, or remove these clips"
         yield Problem("error", f"missing-{name}", message, tuple(lacking))
 
 
-def _captions(seen: Sequence[_Look]) -> Iterator[Problem]:
-    empty = [look.sample.stem for look in seen if look.sample.caption == ""]
+def _captions(looks: Sequence[_Look]) -> Iterator[Problem]:
+    empty = [look.sample.stem for look in looks if look.sample.caption == ""]
     if empty:
         yield Problem("error", "empty-captions", f"{len(empty)} captions are empty: {some(empty)}. Write one", tuple(empty))
-    short = [s.stem for s in (look.sample for look in seen) if s.num_words is not None and 0 < s.num_words < _FEW_WORDS]
+    short = [s.stem for s in (look.sample for look in looks) if s.num_words is not None and 0 < s.num_words < _FEW_WORDS]
     if short:
         message = f"{len(short)} captions have fewer than {_FEW_WORDS} words: {some(short)}"
         yield Problem("warning", "short-captions", message, tuple(short))
 
 
-def _shapes(held: _Held, seen: Sequence[_Look]) -> Iterator[Problem]:
+def _shapes(looks: Sequence[_Look]) -> Iterator[Problem]:
     """Arrays of one kind that differ: they cannot be in one batch."""
-    for name in sorted({name for look in seen for name in look.sample.shapes}):
-        found = {look.sample.stem: look.sample.shapes[name] for look in seen if name in look.sample.shapes}
-        usual = Counter(found.values()).most_common(1)[0][0]
-        odd = [stem for stem, shape in found.items() if shape != usual]
+    for name in sorted({name for look in looks for name in look.sample.shapes}):
+        found = {look.sample.stem: look.sample.shapes[name] for look in looks if name in look.sample.shapes}
+        usual, odd = odd_ones(found)
         if odd:
             names = some([f"{stem} {found[stem]}" for stem in odd])
             message = f"{len(odd)} of {len(found)} in {name}/ are not of shape {usual} as the others: {names}. Make them again"
             yield Problem("error", f"shape-{name}", message, tuple(odd))
 
 
-def _pair_lengths(held: _Held, seen: Sequence[_Look]) -> Iterator[Problem]:
+def _pair_lengths(held: _Files, looks: Sequence[_Look]) -> Iterator[Problem]:
     """A pair is a whole clip, so all clips of pairs are equally long."""
     if not held.files[layout.NOISE.folder] and not held.files[layout.PATH.folder]:
         return
-    found = {look.sample.stem: look.sample.num_frames for look in seen if look.sample.num_frames is not None}
-    usual = Counter(found.values()).most_common(1)[0][0] if found else None
-    odd = [stem for stem, num in found.items() if num != usual]
+    found = {look.sample.stem: look.sample.num_frames for look in looks if look.sample.num_frames is not None}
+    usual, odd = odd_ones(found)
     if odd:
         names = some([f"{stem} ({found[stem]})" for stem in odd])
         message = f"{len(odd)} of {len(found)} clips of pairs do not have {usual} frames: {names}. A pair is a "
@@ -476,23 +467,23 @@ def _pair_lengths(held: _Held, seen: Sequence[_Look]) -> Iterator[Problem]:
         yield Problem("error", "pair-length", message, tuple(odd))
 
 
-def _still(seen: Sequence[_Look]) -> Iterator[Problem]:
-    still = [look.sample.stem for look in seen if look.change is not None and look.change <= _STILL]
+def _still(looks: Sequence[_Look]) -> Iterator[Problem]:
+    still = [look.sample.stem for look in looks if look.change is not None and look.change <= _STILL]
     if still:
-        message = f"{len(still)} of {len(seen)} clips hardly move: {some(still)}. A student learns to stand still from them"
+        message = f"{len(still)} of {len(looks)} clips hardly move: {some(still)}. A student learns to stand still from them"
         yield Problem("warning", "still", message, tuple(still))
 
 
-def _duplicates(seen: Sequence[_Look]) -> Iterator[Problem]:
+def _duplicates(looks: Sequence[_Look]) -> Iterator[Problem]:
     """Clips that are there twice, as the same bytes or the same pictures."""
     first: dict[str, str] = {}
     twice: dict[str, str] = {}
-    for look in seen:
+    for look in looks:
         if look.content in first:
             twice[look.sample.stem] = first[look.content]
         elif look.content:
             first[look.content] = look.sample.stem
-    unique = [look for look in seen if look.print is not None and look.sample.stem not in twice]
+    unique = [look for look in looks if look.print is not None and look.sample.stem not in twice]
     by_length: dict[int, list[_Look]] = {}
     for look in unique[:_MAX_COMPARED]:
         assert look.print is not None
@@ -505,33 +496,33 @@ def _duplicates(seen: Sequence[_Look]) -> Iterator[Problem]:
                 twice[group[row].sample.stem] = group[near[0]].sample.stem
     if twice:
         names = some([f"{stem} as {other}" for stem, other in twice.items()])
-        message = f"{len(twice)} of {len(seen)} clips are there before: {names}. They count double in training"
+        message = f"{len(twice)} of {len(looks)} clips are there before: {names}. They count double in training"
         yield Problem("warning", "duplicates", message, tuple(twice))
 
 
-def _varied(held: _Held, seen: Sequence[_Look]) -> Iterator[Problem]:
-    """What differs and can be trained on with the right settings."""
+def _varied(held: _Files, looks: Sequence[_Look]) -> Iterator[Problem]:
+    """Differences between clips that the right settings allow."""
     if held.files[layout.NOISE.folder] or held.files[layout.PATH.folder]:
         return
     for what, setting, of in (
         ("size", "data.video_size (and data.resize), or data.buckets", lambda s: s.size),
         ("length", "data.num_frames, for windows of one length", lambda s: s.num_frames),
-        ("fps", "nothing if the network is told the rate; else sort them apart", lambda s: s.fps),
+        ("fps", "nothing if the network receives the rate; else sort them apart", lambda s: s.fps),
     ):
-        found = Counter(value for look in seen if (value := of(look.sample)) is not None)
+        found = Counter(value for look in looks if (value := of(look.sample)) is not None)
         if len(found) > 1:
-            told = some([f"{_plain(value)} ({num})" for value, num in found.most_common()])
-            yield Problem("warning", f"varied-{what}", f"clips differ in {what}: {told}. Set {setting}")
+            values = some([f"{_plain(value)} ({num})" for value, num in found.most_common()])
+            yield Problem("warning", f"varied-{what}", f"clips differ in {what}: {values}. Set {setting}")
 
 
-def _strangers(held: _Held) -> Iterator[Problem]:
-    """Partners whose clip is not there."""
+def _without_clip(held: _Files) -> Iterator[Problem]:
+    """Files whose clip is not there."""
     stems = set(held.stems)
     for name, paths in held.files.items():
         others = sorted(set(paths) - stems)
         if others:
             message = f"{len(others)} files in {name}/ have no clip of their name: {some(others)}"
-            yield Problem("warning", f"strangers-{name}", message, tuple(others))
+            yield Problem("warning", f"without-clip-{name}", message, tuple(others))
 
 
 def _spread(name: str, values: Sequence[float]) -> list[tuple[str, str]]:

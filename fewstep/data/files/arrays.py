@@ -1,4 +1,4 @@
-"""Arrays in files, in each of the formats that the seeds and this project write; none of them can run code.
+"""Arrays in files, in each of the formats that Cosmos, FastGen and this project write; reading never runs code of a file.
 
 | suffix | written by | holds |
 |---|---|---|
@@ -68,7 +68,7 @@ def read_one(path: str | os.PathLike[str], name: str = "") -> Tensor:
 
 
 def write_pickle(path: str | os.PathLike[str], value: Any) -> None:  # plain data: what safe_pickle reads back
-    """Writes numpy arrays and plain containers as a pickle, for the layouts whose readers know nothing else."""
+    """Writes numpy arrays and plain containers as a pickle, for layouts that other programs read."""
     write_bytes(path, pickle.dumps(value, protocol=4))
 
 

@@ -1,9 +1,9 @@
-"""Cache files: named tensors as safetensors, with what they were made from, whole or not there.
+"""Cache files: named tensors as safetensors, with their origin; a file is whole or not there.
 
     write(path, {"latents": z}, made_from={"codec": "wan2.1", "dtype": "bfloat16"}, facts={"num_frames": 17, "fps": 16})
     read(path, made_from={"codec": "wan2.1"}).tensors["latents"]       # ValueError if another codec made it
 
-`made_from` names what would make the content wrong if it changed; `facts` are what a reader wants to know of it.
+`made_from` is the origin: a file of another origin has the wrong content. `facts` describe the content to a reader.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fewstep.files import whole_file
 
 @dataclass(frozen=True)
 class Entry:
-    """What a cache file says of itself, and its tensors if they were read."""
+    """The header of a cache file, and its tensors if they were read."""
 
     shapes: Mapping[str, tuple[int, ...]]
     made_from: Mapping[str, str]
@@ -41,9 +41,9 @@ def write(
     """Writes the tensors, in their dtypes; a file of that name is replaced at once, when the new one is complete."""
     from safetensors.torch import save_file
 
-    told = {"made_from": json.dumps(made_from or {}, sort_keys=True), "facts": json.dumps(facts or {}, sort_keys=True)}
+    metadata = {"made_from": json.dumps(made_from or {}, sort_keys=True), "facts": json.dumps(facts or {}, sort_keys=True)}
     with whole_file(path) as beside:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata=told)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata=metadata)
 
 
 def read(path: str | os.PathLike[str], *, made_from: Mapping[str, str] | None = None) -> Entry:
@@ -73,8 +73,8 @@ def _read(path: Path, made_from: Mapping[str, str], with_tensors: bool) -> Entry
     entry = Entry(shapes, _table(path, metadata, "made_from"), _table(path, metadata, "facts"), tensors)
     wrong = [key for key, value in made_from.items() if entry.made_from.get(key) != value]
     if wrong:
-        told = ", ".join(f"{key} is {entry.made_from.get(key, 'unknown')!r}, not {made_from[key]!r}" for key in wrong)
-        raise UserError(f"{path}: made from something else: {told}. Delete it and prepare it again")
+        differences = ", ".join(f"{key} is {entry.made_from.get(key, 'unknown')!r}, not {made_from[key]!r}" for key in wrong)
+        raise UserError(f"{path}: made from something else: {differences}. Delete it and prepare it again")
     return entry
 
 

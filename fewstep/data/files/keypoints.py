@@ -1,12 +1,13 @@
-"""Keypoints of a clip, in the pickle layout of Cosmos-Transfer1, and what a network is shown of them.
+"""Keypoints of a clip, in the pickle layout of Cosmos-Transfer1, and the pictures that a network receives.
 
     {frame: [{"body-keypoints": (133, 3), "hand-keypoints": (42, 3), ...}, ...], ...}        people, COCO-WholeBody
-    {frame: [{"phrase": "red box", "object-keypoints": (9, 3)}, ...], ...}                   things of the toy world
+    {frame: [{"phrase": "red box", "object-keypoints": (9, 3)}, ...], ...}                   objects of the toy world
 
 Rows are x, y and a score: x and y from the top left, 0..1. Every frame has an entry, an empty list if nothing is in it. Hands
 are rows 91 to 132 of the body's 133; the copy of them under "hand-keypoints" is used where the body stops at 91. Other keys
-(boxes, pixel coordinates) are let be. The toy world's nine points are the centre of a thing, then the corners of a box in the
-order of the signs of (x, y, z) with z running fastest; a sphere has only its centre. Their score is 1 where they are seen.
+(boxes, pixel coordinates) are ignored. The toy world's nine points are the centre of an object, then the corners of a box in
+the order of the signs of (x, y, z) with z running fastest; a sphere has only its centre. Their score is 1 where they are
+visible.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ class Skeleton:
 
 @dataclass(frozen=True)
 class Figure:
-    """One person or thing in one frame."""
+    """One person or object in one frame."""
 
     points: NDArray[np.float64]  # (K, 3), the K of its skeleton
     skeleton: Skeleton
 
 
 def write_objects(path: str | os.PathLike[str], phrases: Sequence[str], keypoints: NDArray[np.float32]) -> None:
-    """Writes the toy world's keypoints (T, N, 9, 3) of N things with their phrases."""
+    """Writes the toy world's keypoints (T, N, 9, 3) of N objects with their phrases."""
     if keypoints.ndim != 4 or keypoints.shape[1:] != (len(phrases), 9, 3):
         raise UserError(f"{path}: keypoints must be (T, {len(phrases)}, 9, 3), not {keypoints.shape}")
     frames = {

@@ -1,6 +1,6 @@
 """Packs: thousands of small samples in a few memory-mapped files, made once, read in microseconds.
 
-    DIR/latents/packs/00000.safetensors     one tensor `data`, rows one after another; what each row is stands in the header
+    DIR/latents/packs/00000.safetensors     one tensor `data`, rows one after another; the header says what each row is
 
     with Writer(folder, {"codec": "9f2c...", "dtype": "float16"}) as writer:
         for label in labels:
@@ -8,9 +8,9 @@
     packs = open_packs(folder, made_from={"codec": "9f2c..."})   # ValueError if another codec made it
     packs.read(0), packs.rows[0].stem
 
-A row is known by its label: sample, first frame, and the hash of the bytes it was made from. So a clip that changed is made
+A label identifies a row: sample, first frame, and the hash of the bytes it was made from. So a clip that changed is encoded
 again, and a clip that only moved is not. Rows that wait for a full pack lie in `.making/`, each whole or not there: a command
-that is killed and run again makes no row twice, and its packs have the bytes of one that was never killed.
+that is killed and run again makes no row twice, and its packs have the same bytes as those of one that was never killed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _AGAIN = "Delete it and prepare it again"
 
 @dataclass(frozen=True)
 class Label:
-    """Which sample a row is of, and what it was made from."""
+    """The sample of a row, and the content it was made from."""
 
     stem: str
     content: str  # hash of the bytes it was made from
@@ -130,7 +130,7 @@ class Writer:
     ):
         self.place, self.made_from = Path(folder) / FOLDER, dict(made_from)
         self.pack_bytes, self.lengths_differ = pack_bytes, lengths_differ
-        self.made = 0  # rows that `put` had to make
+        self.new = 0  # rows that `put` had to make
         self._lock = ExitStack()
         self._packed: set[tuple[str, int, str]] = set()
         self._waiting: dict[tuple[int, ...], list[Label]] = {}  # by shape of a row
@@ -187,7 +187,7 @@ class Writer:
                 num = int((~torch.isfinite(tensor)).sum())
                 raise UserError(f"{label.stem}: {num} of {tensor.numel()} numbers are not finite in {tensor.dtype}")
             cache.write(path, {"data": tensor}, made_from=self.made_from | {"content": label.content}, facts=label.facts)
-            self.made += 1
+            self.new += 1
             shape = tuple(tensor.shape)
         else:
             shape = entry.shapes["data"]
@@ -199,7 +199,7 @@ class Writer:
             self._write(group)
 
     def _write(self, group: tuple[int, ...]) -> None:
-        """What waits becomes the next pack; then it need not wait any more."""
+        """Writes the waiting rows of a group as the next pack."""
         labels = self._waiting.pop(group)
         del self._waiting_bytes[group]
         parts = [cache.read(self._loose(label)).tensors["data"] for label in labels]
@@ -238,11 +238,11 @@ class _Pack:
 
         try:
             with safe_open(path, framework="pt") as file:
-                told = json.loads((file.metadata() or {})["pack"])
+                entries = json.loads((file.metadata() or {})["pack"])
                 data = file.get_tensor("data")  # mapped, not read
-            labels = tuple(Label(**row) for row in told["rows"])
-            spans = tuple((int(begin), int(end)) for begin, end in told["spans"])
-            made_from, lengths = {str(k): str(v) for k, v in told["made_from"].items()}, bool(told["lengths_differ"])
+            labels = tuple(Label(**row) for row in entries["rows"])
+            spans = tuple((int(begin), int(end)) for begin, end in entries["spans"])
+            made_from, lengths = {str(k): str(v) for k, v in entries["made_from"].items()}, bool(entries["lengths_differ"])
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: damaged or no pack ({str(error)[:120] or type(error).__name__}). {_AGAIN}") from None
         right = len(spans) == len(labels) and all(0 <= begin < end <= len(data) for begin, end in spans)
@@ -265,21 +265,23 @@ def _write_pack(
             end += len(part)
             kept.append(part)
         spans.append(places[key])
-    told = {
+    header = {
         "made_from": dict(made_from),
         "rows": [asdict(label) for label in labels],
         "spans": spans,
         "lengths_differ": lengths_differ,
     }
     with whole_file(path) as beside:
-        save_file({"data": torch.cat(kept)}, beside, metadata={"pack": json.dumps(told, sort_keys=True)})
+        save_file({"data": torch.cat(kept)}, beside, metadata={"pack": json.dumps(header, sort_keys=True)})
 
 
-def _refuse_other(path: Path, found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
-    wrong = [key for key in sorted(found.keys() | wanted.keys()) if key in wanted and found.get(key) != wanted[key]]
+def _refuse_other(path: Path, origin: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    wrong = [key for key in sorted(origin.keys() | expected.keys()) if key in expected and origin.get(key) != expected[key]]
     if wrong:
-        told = ", ".join(f"{key} is {found.get(key, 'unknown')!r}, not {wanted[key]!r}" for key in wrong)
-        raise UserError(f"{path}: made from something else: {told}. Ask for what it was made from, or remove {path.parent}")
+        differences = ", ".join(f"{key} is {origin.get(key, 'unknown')!r}, not {expected[key]!r}" for key in wrong)
+        raise UserError(
+            f"{path}: made from something else: {differences}. Ask for what it was made from, or remove {path.parent}"
+        )
 
 
 def _loose_or_none(path: Path, made_from: Mapping[str, str]) -> cache.Entry | None:

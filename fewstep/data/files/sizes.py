@@ -38,7 +38,7 @@ class Fit:
         return frames
 
     def padding(self) -> NDArray[np.bool_]:
-        """(height, width): true where a pixel is none of the picture's."""
+        """(height, width): true for pixels of the margin."""
         out = np.ones(self.size, dtype=bool)
         inside = [slice(max(want - have, 0) // 2, max(want - have, 0) // 2 + min(have, want)) for have, want in self._pairs()]
         out[tuple(inside)] = False
@@ -48,9 +48,12 @@ class Fit:
         return list(zip(self.scaled, self.size, strict=True))
 
 
-def fit(source: Size, wanted: Size | None, resize: Resize) -> Fit:
-    """stretch: both sides to what is wanted. crop: the whole of `wanted` is covered. pad: the whole picture is kept."""
-    size = wanted or source
+def fit(source: Size, target: Size | None, resize: Resize) -> Fit:
+    """How frames of size `source` become frames of size `target`; None: they keep their size.
+
+    stretch scales both sides. crop covers the target and cuts the margins. pad keeps the whole picture and adds margins.
+    """
+    size = target or source
     if resize == "stretch" or size == source:
         return Fit(size, size)
     ratios = [want / have for have, want in zip(source, size, strict=True)]

@@ -11,7 +11,7 @@ A picture (.png, .jpg, .webp) is read as a clip of one frame, whose rate is 0: i
 At 32 x 32 the halved chroma of yuv420p costs more than any compression: 31 dB at crf 18 and 32 dB at crf 0, against an
 exact copy in RGB for 2.6 times the bytes. So the toy world is written lossless, and clips of real size are not.
 
-A damaged file is refused, never repaired: frames that ffmpeg would make up are a wrong sample nobody sees.
+A damaged file is refused, never repaired: frames that FFmpeg invents would be a wrong sample that nobody notices.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ _MANY_PIXELS = 256 * 256  # below, starting threads costs more than they save
 _NEAR = 0.75  # of the source's sides: no colour is lost that a video of the new size could hold
 _SEEK_OVER = 8  # frames; decoding fewer is quicker than seeking
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+# Libraries choose a reader by the content of a file, and some readers start programs or open other files.
+_PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
+_VIDEO_FORMATS = {"format_whitelist": "mov,mp4,matroska,webm,avi,mpeg,mpegts,gif,flv,ogg", "protocol_whitelist": "file"}
 _MAX_SIDE = 16384  # px; H.264 ends there, and a header that claims more would be believed before anything is decoded
 _MAX_PIXELS = 2**26  # of a picture: twice 8K
 _SMPTE170M, _LIMITED = 6, 1  # ffmpeg's numbers of BT.601 and of the range 16..235, which its RGB conversion uses by default
@@ -59,7 +62,7 @@ class Frames:
 
 @dataclass(frozen=True)
 class Header:
-    """What a video file says of itself; the frame count is that of its index, frame by frame."""
+    """The header of a video file; the frame count is the number of entries in its index."""
 
     num_frames: int
     fps: float
@@ -69,6 +72,12 @@ class Header:
     @property
     def size(self) -> Size:
         return self.height, self.width
+
+    def differences(self, clip: Header) -> list[tuple[str, Any, Any]]:
+        """(what, here, of the clip) where a video does not go with its clip frame by frame."""
+        rows = [("frames", self.num_frames, clip.num_frames), ("size", self.size, clip.size)]
+        rows += [("fps", round(self.fps, 2), round(clip.fps, 2))]
+        return [row for row in rows if row[1] != row[2]]
 
 
 def write(path: str | os.PathLike[str], frames: NDArray[np.uint8], fps: float, quality: Quality = 18) -> None:
@@ -150,7 +159,7 @@ def read(
 
 
 def stream(path: str | os.PathLike[str], size: Size | None = None) -> Iterator[NDArray[np.uint8]]:
-    """Every frame (H, W, 3), one at a time; refuses what `read` refuses, when it comes to it."""
+    """Every frame (H, W, 3), one at a time; refuses what `read` refuses, at the frame where it is found."""
     path = Path(path)
     if is_picture(path):
         yield from read(path, size=size).frames
@@ -175,13 +184,13 @@ def is_picture(path: str | os.PathLike[str]) -> bool:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its video stream; every complaint of ffmpeg becomes one ValueError."""
+    """The container and its video stream; every error of FFmpeg becomes one UserError."""
     import av
 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), options=_VIDEO_FORMATS) as container:
             if not container.streams.video:
                 others = ", ".join(sorted({stream.type for stream in container.streams}))
                 raise UserError(f"{path}: has no {f'video, only {others}' if others else 'frames'}. Remove or replace it")
@@ -250,10 +259,10 @@ def _decoded(
         yield place, _sound(path, header, frame, place)
 
 
-def _damaged(path: Path, header: Header, num: int, wanted: int) -> ValueError:
-    return ValueError(
-        f"{path}: damaged, its header tells of {header.num_frames} frames, but only {num} of {wanted} wanted could be decoded. "
-        "Write or download it again"
+def _damaged(path: Path, header: Header, num: int, count: int) -> UserError:
+    return UserError(
+        f"{path}: damaged, its header tells of {header.num_frames} frames, but only {num} of the {count} to be read could be "
+        "decoded. Write or download it again"
     )
 
 
@@ -269,7 +278,7 @@ def _sound(path: Path, header: Header, frame: VideoFrame, place: int) -> VideoFr
 
 
 def _converter(width: int, height: int) -> Callable[[VideoFrame], NDArray[Any]]:
-    """Makes RGB arrays of one size. One for a whole file: setting it up costs five times its use on a small frame.
+    """Makes RGB arrays of one size. One serves a whole file: setting it up costs five times its use on a small frame.
 
     FFmpeg scales to packed RGB slowly and 1.5 of 255 too dark. Near its own size a frame is scaled in its own format, and is
     then what a video of that size would be; otherwise in planes of RGB, where the colours keep their full resolution.
@@ -292,13 +301,13 @@ def _converter(width: int, height: int) -> Callable[[VideoFrame], NDArray[Any]]:
 
 @contextmanager
 def _picture(path: Path) -> Iterator[Image]:
-    """An image whose header is read; every complaint becomes one ValueError, and so does a bomb."""
+    """An image whose header is read; every error becomes one UserError, and so does a decompression bomb."""
     from PIL import Image, ImageOps
 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with warnings.catch_warnings(), Image.open(path) as picture:
+        with warnings.catch_warnings(), Image.open(path, formats=_PICTURE_FORMATS) as picture:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             _refuse_size(path, picture.height, picture.width)
             yield ImageOps.exif_transpose(picture)

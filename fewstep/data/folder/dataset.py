@@ -1,13 +1,13 @@
 """A folder of clips, or of pairs made by a teacher, as a data set. Names and formats: docs/formats.md.
 
     Folder("datasets/robots", num_frames=17, video_size=(704, 1280), text=None)      # windows of clips, as pixels
-    Folder("datasets/kd", x0="latents", pairs=("noise",), control=Edge())            # what KD learns from
+    Folder("datasets/kd", x0="latents", pairs=("noise",), control=Edge())            # the input of KD
 
-Everything that can be told without decoding is checked by `open()`, for all samples at once and by name: partners, frame
-counts, sizes, rates, captions. The first sample is read whole. What needs reading is checked when it is read.
+`open()` checks everything that needs no decoding, for all samples at once and by name: files, frame counts, sizes, rates,
+captions. It reads the first sample whole. Everything else is checked when it is read.
 
-A pair is the whole clip its noise belongs to, never a window of it, and its control is the file the teacher was given, never
-one made anew: an edge of the teacher's own output is not what the output was asked to follow.
+A pair is the whole clip that its noise belongs to, never a window of it. Its control is the file that the teacher received,
+never one computed again: the edges of the teacher's output are not the edges that the output had to follow.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class FolderData:
     """The samples of a `Folder`, checked. `stems` and `captions` have one entry per sample, as `batch` counts them."""
 
     def __init__(self, spec: Folder, place: Layout | None = None, samples: tuple[Sample, ...] | None = None):
-        """`samples`, if given, are known and checked already: those of shards."""
+        """samples: those of shards, which are checked already."""
         self.spec = spec
         self.layout = place or Layout.open(spec.dataset_dir)
         self.packs = {} if samples is not None else packs_of(spec, self.layout)
@@ -88,7 +88,7 @@ class FolderData:
 
     @property
     def stems(self) -> list[str]:
-        """The name of each sample's files; a clip with several windows comes as often."""
+        """The name of each sample's files; a clip with several windows is repeated."""
         return [sample.stem for sample in self.samples]
 
     def captions(self) -> list[str]:
@@ -143,14 +143,14 @@ class FolderData:
     # ---- one sample ------------------------------------------------------------------------------------------------
 
     def _tried(self, row: int) -> dict[str, Tensor] | str:
-        """A sample, or what is wrong with it: damage, and files that went away."""
+        """A sample, or the error of reading it: damage, and files that were removed."""
         try:
             return self._checked(row)
         except (ValueError, OSError) as error:
             return str(error)
 
     def _read_first(self) -> tuple[str, dict[str, Tensor]]:
-        """The first sample that can be read, and its name; or what is wrong if none of max_bad others can."""
+        """The name and content of the first sample that can be read. Raises UserError if the first max_bad + 1 cannot."""
         wrong: list[str] = []
         for sample in self.samples[: self.spec.max_bad + 1]:
             try:
@@ -170,9 +170,9 @@ class FolderData:
             # Sizes follow from the bucket; what else could differ is the number of frames.
             axes = {"x0": 1, "control": 1, "padding": 0}.get(name) if self.block else None
             if found is None or found.shape[:axes] != wanted.shape[:axes]:
-                told = "is not there" if found is None else f"has shape {tuple(found.shape)}"
+                state = "is not there" if found is None else f"has shape {tuple(found.shape)}"
                 raise UserError(
-                    f"{self.layout.root}: '{name}' of {sample.stem} {told}, but {tuple(wanted.shape)} in "
+                    f"{self.layout.root}: '{name}' of {sample.stem} {state}, but {tuple(wanted.shape)} in "
                     f"{self._like}. Samples of one data set have the same shapes: remove this one or prepare it again"
                 )
         return record

@@ -1,4 +1,4 @@
-"""Names and folders of data sets on disk: the only place that knows them.
+"""The names of files and folders of data sets on disk. They stand in this file only.
 
 Flat, as Cosmos-Transfer1 and Cosmos-Predict1 have it: files of one sample share their stem.
 
@@ -6,7 +6,7 @@ Flat, as Cosmos-Transfer1 and Cosmos-Predict1 have it: files of one sample share
     DIR/images/STEM.png                or pictures, each a clip of one frame (.jpg, .webp too; ours)
     DIR/metas/STEM.txt                 their captions
     DIR/t5_xxl/STEM.pickle             the captions, embedded
-    DIR/noise/STEM.pickle              what a teacher made the clip from
+    DIR/noise/STEM.pickle              the noise from which a teacher made the clip
     DIR/path/STEM.safetensors          states of the teacher's ODE on the way, and their times (ours)
     DIR/edge|vis|depth/STEM.mp4        controls
     DIR/seg|keypoint/STEM.pickle       controls
@@ -51,12 +51,12 @@ LATENTS = Part("latents", _ARRAYS, ("latent", "latents"))
 
 
 def text(folder: str) -> Part:
-    """Text embeddings of one encoder, t5_xxl in the seeds."""
+    """Text embeddings of one encoder; t5_xxl in Cosmos-Transfer1."""
     return Part(folder, (".pickle", ".safetensors", ".npy", ".pth"), (folder, "txt_emb"))
 
 
 def control(folder: str, suffix: str) -> Part:
-    """A control signal as its maker left it."""
+    """A control signal as it was written."""
     return Part(folder, (suffix, *PICTURES) if suffix == ".mp4" else (suffix,), (folder,))
 
 
@@ -74,7 +74,7 @@ class Layout:
 
     @classmethod
     def open(cls, root: str | os.PathLike[str]) -> Layout:
-        """The folder as it is found; refuses one that is neither form, and says what it holds."""
+        """The layout of a folder. Raises UserError, which lists its folders, if it is neither form."""
         path = Path(root)
         if not path.is_dir():
             raise UserError(f"{path}: no such folder. Set data.dataset_dir to the folder that holds {VIDEOS.folder}/")
@@ -128,20 +128,20 @@ class Layout:
         return self.root / stem / f"{part.names[0]}{part.suffixes[0]}"
 
     def named(self, part: Part) -> str:
-        """How messages call a part of this folder: noise/*.pickle."""
+        """The name of a part in messages: noise/*.pickle."""
         return (
             f"{part.folder if self.form == 'flat' else '*'}/{'*' if self.form == 'flat' else part.names[0]}{part.suffixes[0]}"
         )
 
     def missing(self, part: Part, stems: Iterable[str]) -> str | None:
-        """What to say of samples that lack this part; None if none does."""
-        there, wanted = self.files(part), list(stems)
-        lacking = [stem for stem in wanted if stem not in there]
+        """The message about samples that lack this part; None if none does."""
+        there, names = self.files(part), list(stems)
+        lacking = [stem for stem in names if stem not in there]
         if not lacking:
             return None
-        others = sorted(set(there) - set(wanted))
+        others = sorted(set(there) - set(names))
         hint = f"; it has files of other names: {some(others)}" if others else ""
-        return f"{len(lacking)} of {len(wanted)} lack {self.named(part)}: {some(lacking)}{hint}"
+        return f"{len(lacking)} of {len(names)} lack {self.named(part)}: {some(lacking)}{hint}"
 
 
 def _visible(folder: Path) -> list[Path]:

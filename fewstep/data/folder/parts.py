@@ -1,6 +1,6 @@
-"""What belongs to a clip, read and checked: latents, noise, states of the teacher's ODE, text embeddings.
+"""Reads and checks the arrays of a clip: latents, noise, states of the teacher's ODE, text embeddings.
 
-Every complaint names the file and what to do. Shapes are of one sample; a first axis of one is dropped.
+Every error names the file and what to do. Shapes are of one sample; a first axis of one is dropped.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ def latents(path: Path) -> Tensor:
     return checked_latents(path, arrays.read_one(path, "latents"))
 
 
-def checked_latents(path: Path, found: Tensor) -> Tensor:
-    """Latents that `path` names."""
-    return _checked(path, found, 4, "C, T, H, W")
+def checked_latents(path: Path, latents: Tensor) -> Tensor:
+    """Latents C T H W, checked; `path` names them in messages."""
+    return _checked(path, latents, 4, "C, T, H, W")
 
 
 def fact(path: Path, name: str) -> float | None:
-    """What a cache file of this project tells of its content; None if it does not, or is of another format."""
+    """A fact from the header of a cache file of this project; None for other formats, and where it has no such fact."""
     return cache.header(path).facts.get(name) if path.suffix == ".safetensors" else None
 
 
 def noise(path: Path) -> Tensor:
     """C T H W in float32, of variance 1."""
-    found = _checked(path, arrays.read_one(path, "noise"), 4, "C, T, H, W").float()
-    spread = float(found.std()) if found.numel() >= _ENOUGH else 1.0
+    noise = _checked(path, arrays.read_one(path, "noise"), 4, "C, T, H, W").float()
+    spread = float(noise.std()) if noise.numel() >= _ENOUGH else 1.0
     if not 0.5 < spread < 2:
         raise UserError(
             f"{path}: its standard deviation is {spread:.3g}, but noise is stored with variance 1. A start state of a sampler "
             "is that noise times its largest sigma (80 in Cosmos 1): divide by it"
         )
-    return found
+    return noise
 
 
 def refuse_foreign_noise(path: Path, noise: Tensor, *, latents: Tensor | None = None, frames: Tensor | None = None) -> None:
-    """Raises ValueError if `noise` cannot be that of a clip, known by its latents C T H W or by its frames T H W 3."""
+    """Raises ValueError if `noise` cannot be that of a clip, described by its latents C T H W or by its frames T H W 3."""
     shape = tuple(noise.shape)
     if latents is not None and shape != tuple(latents.shape):
         raise UserError(
@@ -63,33 +63,38 @@ def refuse_foreign_noise(path: Path, noise: Tensor, *, latents: Tensor | None = 
 
 
 def array(path: Path) -> Tensor:
-    """The array of a file of latents or text, whatever it is called there."""
+    """The array of a file of latents or text, whatever its name in the file."""
     return arrays.read_one(path, "latents")
 
 
-def states(path: Path, told_times: tuple[float, ...] = (), *, unknown_times: bool = False) -> tuple[Tensor, Tensor]:
-    """States K C T H W in float32 and their times (K,), from the file or, if it has none, as told.
+def states(path: Path, default_times: tuple[float, ...] = (), *, unknown_times: bool = False) -> tuple[Tensor, Tensor]:
+    """States K C T H W in float32 and their times (K,), from the file or, if it has none, `default_times`.
 
-    With `unknown_times`, a file that does not say gets evenly spaced ones: for a look at the states alone.
+    With `unknown_times`, a file without times gets evenly spaced ones, for readers of the states alone.
     """
-    found = arrays.read(path)
-    value = found.get("path", next(iter(found.values())) if len(found) == 1 else None)
+    entries = arrays.read(path)
+    value = entries.get("path", next(iter(entries.values())) if len(entries) == 1 else None)
     if value is None:
-        raise UserError(f"{path}: holds {', '.join(sorted(found)) or 'nothing'}, but no 'path'")
+        raise UserError(f"{path}: holds {', '.join(sorted(entries)) or 'nothing'}, but no 'path'")
     value = _checked(path, value, 5, "K, C, T, H, W").float()
-    if unknown_times and "path_times" not in found:
-        told_times = tuple(1 - n / len(value) for n in range(len(value)))
-    times, told = found.get("path_times"), torch.tensor(told_times)
-    if times is None and not told_times:
+    if unknown_times and "path_times" not in entries:
+        default_times = tuple(1 - n / len(value) for n in range(len(value)))
+    times = entries.get("path_times")
+    defaults = torch.tensor(default_times)
+    if times is None and not default_times:
         raise UserError(
             f"{path}: does not say at which times its {len(value)} states are. Set data.path_times; FastGen's are "
             "[0.999, 0.937, 0.833, 0.624]"
         )
-    if times is not None and told_times and (times.shape != told.shape or not torch.allclose(times.float(), told, atol=1e-4)):
+    if (
+        times is not None
+        and default_times
+        and (times.shape != defaults.shape or not torch.allclose(times.float(), defaults, atol=1e-4))
+    ):
         raise UserError(
-            f"{path}: has states at {times.tolist()}, not at data.path_times {list(told_times)}: leave that setting out"
+            f"{path}: has states at {times.tolist()}, not at data.path_times {list(default_times)}: leave that setting out"
         )
-    times = (told if times is None else times).float()
+    times = (defaults if times is None else times).float()
     if times.shape != (len(value),) or bool((times.diff() >= 0).any()):
         raise UserError(
             f"{path}: {len(value)} states need as many times, descending, not {times.tolist()}. Make this pair again"
@@ -102,9 +107,9 @@ def embedding(path: Path, max_tokens: int) -> tuple[Tensor, Tensor]:
     return padded(path, arrays.read_one(path, "text"), max_tokens)
 
 
-def padded(path: Path, found: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """An embedding that `path` names, as `embedding` gives it."""
-    tokens = _checked(path, found, 2, "tokens, D")
+def padded(path: Path, embedding: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
+    """The same for tokens (N, D) that are in memory; `path` names them in messages."""
+    tokens = _checked(path, embedding, 2, "tokens, D")
     if not len(tokens):
         raise UserError(f"{path}: has no tokens; even an empty text has its end token. Embed it again: fewstep prepare text")
     text = torch.zeros(max_tokens, tokens.shape[1], dtype=tokens.dtype)

@@ -1,7 +1,7 @@
-"""The samples of a folder, and all that is wrong with them, told by name before anything is decoded.
+"""The samples of a folder. Their problems are found, by name, before anything is decoded.
 
-Partners, frame counts, sizes, rates, captions and packed rows are checked for all samples at once; whoever opens a data set
-reads one message with every problem in it.
+Partners, frame counts, sizes, rates, captions and packed rows are checked for all samples at once, so
+that one message holds every problem.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def buckets_of(spec: FolderSettings, samples: Sequence[Sample]) -> Tensor:
 
 
 def samples_of(spec: FolderSettings, place: Layout, packs: Mapping[str, Packs], left_out: dict[str, str]) -> tuple[Sample, ...]:
-    """Every sample with its files, or one ValueError with all that is wrong. Fills `left_out`."""
+    """Every sample with its files. Raises one UserError with all problems. Fills `left_out`."""
     problems = [f"data.{key}: {message}" for key, message in spec.problems() if not key.startswith("warn:")]
     refuse(place, problems)
     lead = place.pixels() if spec.x0 == "pixels" else layout.LATENTS
@@ -98,8 +98,8 @@ def samples_of(spec: FolderSettings, place: Layout, packs: Mapping[str, Packs], 
         left_out |= unreadable
         stems = [stem for stem in stems if stem not in unreadable]
     else:
-        told = list(unreadable.values())
-        problems += told[:5] + ([f"{len(told) - 5} more videos cannot be read"] if len(told) > 5 else [])
+        errors = list(unreadable.values())
+        problems += errors[:5] + ([f"{len(errors) - 5} more videos cannot be read"] if len(errors) > 5 else [])
     problems += size_problems(spec, headers)
     if spec.control is not None and spec.control.suffix == ".mp4" and spec.control_from == "files":
         problems += _control_problems(spec.control.folder, files[spec.control.folder], headers)
@@ -126,7 +126,7 @@ def _packed_samples(packs: Mapping[str, Packs], files: Mapping[str, Mapping[str,
         rows = {name: found.get((label.stem, label.start), found.get((label.stem, 0))) for name, found in by_window.items()}
         span = Span(label.start, int(label.facts.get("num_frames", 1)), int(label.facts.get("stride", 1)))
         known = {name: row for name, row in rows.items() if row is not None}
-        assert known.keys() == rows.keys(), label  # `_packed_problems` has seen to it
+        assert known.keys() == rows.keys(), label  # ensured by `_packed_problems`
         out.append(Sample(label.stem, _of_stem(files, label.stem), span, rows=known))
     return tuple(out)
 
@@ -164,7 +164,7 @@ def _packed_problems(spec: FolderSettings, place: Layout, packs: Mapping[str, Pa
 
 
 def parts_of(spec: FolderSettings) -> list[Part]:
-    """What a sample must have besides its clip."""
+    """The parts that a sample must have besides its clip."""
     needed: list[Part] = []
     if spec.text is not None:
         needed.append(layout.text(spec.text))
@@ -191,7 +191,7 @@ def refuse(place: Layout, problems: Sequence[str]) -> None:
 
 
 def captions_of(place: Layout, stems: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Captions by stem, and what is wrong with any."""
+    """Captions by stem, and their problems."""
     files, texts, problems = place.files(layout.CAPTIONS), dict[str, str](), list[str]()
     for stem in stems:
         try:
@@ -205,17 +205,17 @@ def captions_of(place: Layout, stems: Sequence[str]) -> tuple[dict[str, str], li
 
 
 def _headers(files: Mapping[str, Path]) -> tuple[dict[str, video.Header], dict[str, str]]:
-    """Headers by stem, and by stem what is wrong with the files that have none."""
+    """Headers by stem, and by stem the error of files that cannot be read."""
 
-    def ask(path: Path) -> video.Header | str:
+    def header_or_error(path: Path) -> video.Header | str:
         try:
             return video.probe(path)
         except ValueError as error:
             return str(error)
 
-    answers = dict(zip(files, each(ask, list(files.values()), _PROBE_THREADS), strict=True))
-    wrong = {stem: answer for stem, answer in answers.items() if isinstance(answer, str)}
-    return {stem: answer for stem, answer in answers.items() if isinstance(answer, video.Header)}, wrong
+    results = dict(zip(files, each(header_or_error, list(files.values()), _PROBE_THREADS), strict=True))
+    errors = {stem: result for stem, result in results.items() if isinstance(result, str)}
+    return {stem: result for stem, result in results.items() if isinstance(result, video.Header)}, errors
 
 
 def size_problems(spec: FolderSettings, headers: Mapping[str, video.Header]) -> list[str]:
@@ -228,17 +228,18 @@ def _control_problems(name: str, files: Mapping[str, Path], headers: Mapping[str
     """Control videos that do not go frame by frame with their clip."""
     found, unreadable = _headers({stem: path for stem, path in files.items() if stem in headers})
     problems = list(unreadable.values())[:5]
-    for what, of in (("num_frames", lambda h: h.num_frames), ("size", lambda h: h.size), ("fps", lambda h: round(h.fps, 2))):
-        odd = [f"{s} ({of(found[s])}, its clip {of(h)})" for s, h in headers.items() if s in found and of(found[s]) != of(h)]
-        if odd:
-            problems.append(
-                f"{len(odd)} of {len(files)} {name}/*.mp4 differ from their clip in {what}: {some(odd)}. Make them again"
-            )
-    return problems
+    odd: dict[str, list[str]] = {}
+    for stem, header in found.items():
+        for what, here, theirs in header.differences(headers[stem]):
+            odd.setdefault(what, []).append(f"{stem} ({here}, its clip {theirs})")
+    return problems + [
+        f"{len(stems)} of {len(files)} {name}/*.mp4 differ from their clip in {what}: {some(stems)}. Make them again"
+        for what, stems in odd.items()
+    ]
 
 
 def spans_of(spec: FolderSettings, headers: Mapping[str, video.Header]) -> tuple[dict[str, list[Span]], list[str]]:
-    """The windows of each clip, in order, and what is wrong with clips that are too short or of the wrong length."""
+    """The windows of each clip, in order, and the problems of clips that are too short or of the wrong length."""
     lengths = {stem: header.num_frames for stem, header in headers.items()}
     if spec.num_frames is None:
         whole = {stem: [Span(0, length)] for stem, length in lengths.items()}
@@ -271,7 +272,7 @@ def spans_of(spec: FolderSettings, headers: Mapping[str, video.Header]) -> tuple
 
 
 def _latent_problems(spec: FolderSettings, files: Mapping[str, Path]) -> list[str]:
-    """Cache files that differ in shape, origin or length; other formats tell nothing before they are read."""
+    """Cache files that differ in shape, origin or length; other formats say nothing before they are read."""
     entries, problems = dict[str, cache.Entry](), list[str]()
     for stem, path in files.items():
         if path.suffix != ".safetensors":
@@ -295,12 +296,16 @@ def _latent_problems(spec: FolderSettings, files: Mapping[str, Path]) -> list[st
 
 
 def _odd_ones(what: str, values: Mapping[str, Any], hint: str) -> list[str]:  # values of any kind that can be compared
-    """A problem if not all values are equal: those that differ from the commonest one, by name."""
-    if len(set(values.values())) < 2:
-        return []
-    usual = Counter(values.values()).most_common(1)[0][0]
-    odd = [f"{stem} ({value})" for stem, value in values.items() if value != usual]
-    return [f"{len(odd)} of {len(values)} differ from the others in {what} ({usual}): {some(odd)}. {hint}"]
+    """A problem if not all values are equal."""
+    usual, odd = odd_ones(values)
+    names = some([f"{stem} ({values[stem]})" for stem in odd])
+    return [f"{len(odd)} of {len(values)} differ from the others in {what} ({usual}): {names}. {hint}"] if odd else []
+
+
+def odd_ones(values: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """The commonest value, and the names of those that have another one; None for no values."""
+    usual = Counter(values.values()).most_common(1)[0][0] if values else None
+    return usual, [name for name, value in values.items() if value != usual]
 
 
 def each(do: Callable[[Any], _Answer], values: Sequence[Any], num_threads: int) -> list[_Answer]:  # values of do's argument

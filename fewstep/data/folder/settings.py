@@ -29,7 +29,7 @@ class FolderSettings:
     control_from: Literal["files", "video"] = "files"  # video: made from the frames when they are read (edge and vis)
     text: str | None = "t5_xxl"  # folder of text embeddings; none: no text
     mask_text: bool = (
-        False  # tell the network which tokens are padding. Cosmos, Wan and CogVideoX attend to it; Qwen-Image does not
+        False  # mark padding tokens for the network. Cosmos, Wan and CogVideoX attend to padding; Qwen-Image does not
     )
     max_tokens: int = 512  # longer embeddings are cut, shorter ones padded with zeros (T5 of Cosmos 1)
     negative: str | None = None  # zeros (how Cosmos 1 drops text), or a file with an embedding, relative to dataset_dir
