@@ -72,8 +72,43 @@ def test_what_is_printed_is_what_a_shell_would_run() -> None:
         for lane in stage.lanes:
             for command in lane:
                 told = shown(command)
-                needs_root = any(word in told for word in (" train experiment=", " export ", "toyworld.release"))
+                needs_root = any(
+                    word in told for word in (" train experiment=", " export ", "toyworld.release", "train_tokenizer")
+                )
                 assert told.startswith("OUTPUT_ROOT='my demo' ") == needs_root, told
                 split = ["sh", "-c", f'for word in {told}; do echo "$word"; done']
                 words = subprocess.run(split, capture_output=True, text=True, check=True).stdout.splitlines()
                 assert words == ["python" if word == sys.executable else word for word in command]
+
+
+COPIES = """
+import os, signal, sys, time
+from pathlib import Path
+from fewstep.toyworld.demo.worker import Copy
+if __name__ == "__main__":
+    outside = os.getsid(0)
+    for words, status, part in ((["--version"], 0, "0.1"), (["nothing"], 2, "No such command"), (["ls", "heads"], 0, "")):
+        copy = Copy("fewstep", words, {})
+        with copy.stdout:
+            text = copy.stdout.read()
+        assert (copy.wait(), part in text) == (status, True), text
+    words = ["experiment=analytic_finetune", "trainer.log_every=1"]
+    copy = Copy("fewstep", ["train", *words], {"OUTPUT_ROOT": sys.argv[1], "OMP_NUM_THREADS": "1"})
+    lines = []
+    with copy.stdout:
+        for line in copy.stdout:
+            lines.append(line)
+            if line.startswith("step 3/"):
+                assert os.getsid(copy._process.pid) not in (0, outside)
+                copy.send_signal(signal.SIGTERM)
+    assert copy.wait() == 1 and "SIGTERM received: iteration" in "".join(lines), lines[-5:]
+    assert list(Path(sys.argv[1]).glob("analytic/basic/analytic_finetune/checkpoints/iter_*/.metadata"))
+"""
+
+
+def test_a_copy_is_a_process_of_its_own_that_saves_when_it_is_told_to_end(tmp_path: Path) -> None:
+    (tmp_path / "copies.py").write_text(COPIES)
+    command = [sys.executable, str(tmp_path / "copies.py"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr

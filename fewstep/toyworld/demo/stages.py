@@ -26,6 +26,7 @@ from typing import Any, Literal
 import fewstep
 from fewstep.errors import UserError
 from fewstep.files import read_json, write_json
+from fewstep.toyworld.demo.worker import Copy
 from fewstep.toyworld.recipes import GUIDANCE, STUDENT_SHIFT
 from fewstep.toyworld.train_tokenizer import PERCEPTUAL, tokenizer
 
@@ -379,7 +380,7 @@ class _Lane(threading.Thread):
         self.commands, self.mark = commands, mark
         self.failed, self._stopped = False, False
         self.ended = threading.Event()  # to be waited for: a join() that Ctrl-C breaks takes the thread for ended (Python 3.11)
-        self._running: subprocess.Popen[str] | None = None
+        self._running: subprocess.Popen[str] | Copy | None = None
 
     def run(self) -> None:
         try:
@@ -392,14 +393,14 @@ class _Lane(threading.Thread):
             if self._stopped:
                 return
             print(f"{self.mark}$ {shown(command)}", flush=True)
-            with _started(command) as process:
-                self._running = process
-                if self._stopped:  # meanwhile
-                    process.terminate()
-                assert process.stdout is not None
+            process = self._running = _started(command)
+            if self._stopped:  # meanwhile
+                process.send_signal(signal.SIGTERM)
+            assert process.stdout is not None
+            with process.stdout:
                 for line in process.stdout:
                     _say(f"    {self.mark}{line.rstrip()}")
-            if process.returncode != 0:
+            if process.wait() != 0:
                 self.failed = True
                 return
 
@@ -422,12 +423,15 @@ def _split(command: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return dict(part.split("=", 1) for part in command[:num]), list(command[num:])
 
 
-def _started(command: Sequence[str]) -> subprocess.Popen[str]:
+def _started(command: Sequence[str]) -> subprocess.Popen[str] | Copy:
     """`fewstep` and `torchrun` are this Python's. In a session of its own: Ctrl-C in a terminal is the demo's to pass on."""
     names, rest = _split(command)
+    names = {"OMP_NUM_THREADS": "1"} | names
     modules = {"fewstep": "fewstep", "torchrun": "torch.distributed.run"}
     if rest[0] in modules:
         rest = [sys.executable, "-m", modules[rest[0]], *rest[1:]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | names
+    if rest[:2] == [sys.executable, "-m"] and rest[2].partition(".")[0] == "fewstep":
+        return Copy(rest[2], rest[3:], names)
+    environment = os.environ | names
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     return subprocess.Popen(rest, env=environment, start_new_session=True, **pipes)
