@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,11 @@ class Ranks:
 def ranks() -> Ranks:
     """RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets; a process alone where they are not set. Raises UserError."""
     return Ranks(_number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0))
+
+
+def has_terminal() -> bool:
+    """Whether messages go to a terminal, where bars can be drawn; or FORCE_COLOR is set, as rich reads it."""
+    return sys.stderr.isatty() or bool(os.environ.get("FORCE_COLOR"))
 
 
 def output_root() -> Path:

@@ -7,8 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from fewstep.environment import has_terminal
 
 _Item = TypeVar("_Item")
 _EVERY_S = 5.0  # between plain lines
@@ -16,8 +15,11 @@ _EVERY_S = 5.0  # between plain lines
 
 def track(items: Iterable[_Item], total: int, title: str) -> Iterator[_Item]:
     """The items; each is counted when the loop asks for the next one."""
-    console = Console(stderr=True, highlight=False)
-    if console.is_terminal:
+    if has_terminal():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True, highlight=False)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as bar:
             yield from bar.track(items, total=total, description=title)

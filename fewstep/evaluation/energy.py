@@ -20,10 +20,22 @@ def energy_distance(x: Samples, y: Samples) -> float:
     x, y = as_pair(x, y, ("x", "y"))
     num_x, num_y = len(x), len(y)
     across = _sum(x, y) / (num_x * num_y)
-    return 2 * across - _sum(x, x) / (num_x * (num_x - 1)) - _sum(y, y) / (num_y * (num_y - 1))
+    return 2 * across - _sum_within(x) / (num_x * (num_x - 1)) - _sum_within(y) / (num_y * (num_y - 1))
 
 
 def _sum(a: Tensor, b: Tensor) -> float:
     """The sum of all distances, in blocks; of a row to itself it is exactly 0, which matrix-product distances are not."""
     step = max(1, _ELEMENTS // len(b))
     return sum(float(torch.cdist(some, b, compute_mode="donot_use_mm_for_euclid_dist").sum()) for some in a.split(step))
+
+
+def _sum_within(a: Tensor) -> float:
+    """`_sum(a, a)` at half its cost: the distance of two blocks counts twice."""
+    blocks = a.split(max(1, len(a) // 8))
+    total = 0.0
+    for number, block in enumerate(blocks):
+        total += _sum(block, block)
+        rest = a[number * len(blocks[0]) + len(block) :]
+        if len(rest):
+            total += 2 * _sum(block, rest)
+    return total

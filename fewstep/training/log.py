@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+from fewstep.environment import has_terminal
 from fewstep.files import write_text
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class RunLog:
@@ -26,17 +29,22 @@ class RunLog:
         self.folder, self._goal, self._began, self._first = folder, last, time.monotonic(), first
         self.at_start: dict[str, float] = {}
         self.last: dict[str, float] = {}
-        self.console = Console(stderr=True, highlight=False)
         self._bar: Progress | None = None
+        self._board: SummaryWriter | None = None
+        self._unwritten: list[tuple[int, Mapping[str, float]]] = []  # of TensorBoard, which opens after the first iteration
         if folder is None:
             return
         self._text = (folder / "log.txt").open("a")
         self._open(folder, first)
-        if watch and self.console.is_terminal:
-            self._bar = Progress(
+        if watch and has_terminal():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                 TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[about]}"),
-                console=self.console,
+                console=Console(stderr=True, highlight=False),
             )  # fmt: skip
             self._task = self._bar.add_task(title, total=last, completed=first, about="")
             self._bar.start()
@@ -51,9 +59,9 @@ class RunLog:
             self._bar.stop()
         if self.folder is None:
             return
-        for file in (self._metrics, self._text, self._board):
+        for close in (self._metrics.close, self._text.close, self._close_board):
             try:
-                file.close()
+                close()
             except OSError:  # a full disk; if something went wrong before, that is what must be heard
                 if error is None:
                     raise
@@ -62,7 +70,7 @@ class RunLog:
         """Forgets what was logged after `step`: the run goes back there, and will log it again."""
         if self.folder is not None:
             self._metrics.close()
-            self._board.close()
+            self._close_board()
             self._open(self.folder, step)
 
     def say(self, text: str) -> None:
@@ -72,7 +80,10 @@ class RunLog:
         stamp = time.strftime("%H:%M:%S")
         self._text.write(f"{stamp} {text}\n")
         self._text.flush()
-        (self._bar.console if self._bar else self.console).print(text, markup=False, soft_wrap=True)
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def advance(self, step: int) -> None:
         if self._bar is not None:
@@ -87,8 +98,7 @@ class RunLog:
             return
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._unwritten.append((step, values))
         losses = "  ".join(f"{name[5:]} {value:.4g}" for name, value in values.items() if name.startswith("loss/"))
         if self._bar is not None:
             self._bar.update(self._task, completed=step, about=losses)
@@ -96,6 +106,8 @@ class RunLog:
             done = max(step - self._first, 1)
             left = (time.monotonic() - self._began) / done * (self._goal - step)
             self.say(f"step {step}/{self._goal}  {losses}  ({values.get('samples_per_s', 0):.0f} samples/s, {left:.0f} s left)")
+        if step > self._first:
+            self._write_board()
 
     def _heard(self, failed: threading.ExceptHookArgs) -> None:
         # TensorBoard's thread meets a full disk too. It is told once, by whoever writes next, and not as a traceback.
@@ -103,8 +115,6 @@ class RunLog:
             self._hook(failed)
 
     def _open(self, folder: Path, first: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         path = folder / "metrics.jsonl"
         kept = _records(path, first)
         if path.is_file():
@@ -115,7 +125,27 @@ class RunLog:
             self.at_start = values if record["step"] == 0 else self.at_start
             self.last |= values
         self._metrics = path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1 if first else None)
+        self._begins = first
+
+    def _write_board(self) -> None:
+        """TensorBoard takes a fifth of the time of torch to import: it is opened when there is something to write."""
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            assert self.folder is not None
+            purge = self._begins + 1 if self._begins else None
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
+        for step, values in self._unwritten:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        self._unwritten = []
+
+    def _close_board(self) -> None:
+        if self._unwritten:
+            self._write_board()
+        if self._board is not None:
+            self._board.close()
+        self._board = None
 
 
 def _records(path: Path, first: int) -> list[dict[str, Any]]:

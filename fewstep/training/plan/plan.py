@@ -115,7 +115,7 @@ def measure(run: Run, batch: Batch) -> Measurement:
     """Takes one step of every turn on tensors without contents, and records what is held."""
     run = replace(run, trainer=replace(run.trainer, compile=False))
     ledger, world = Ledger(), World(0, 1, torch.device("cpu"), None)
-    with _fake() as fake:
+    with _fake() as fake, _unread(run):
         networks = _built(run, fake)
         with fake:
             crew = assemble(run, networks, world)
@@ -163,14 +163,7 @@ def mock_batch(run: Run, shape: tuple[int, ...] | None, text: tuple[int, int] | 
 
 @contextmanager
 def _fake() -> Iterator[Any]:  # Any: torch's FakeTensorMode
-    """Within, a pretrained network is built from its configuration, and no file of weights is opened."""
-    from diffusers import ModelMixin
-
-    before = ModelMixin.__dict__["from_pretrained"]
-
-    def from_configuration(cls: Any, address: str, **more: Any) -> Any:
-        module = cls.from_config(cls.load_config(address, **{k: v for k, v in more.items() if k == "subfolder"}))
-        return (module, dict[str, Any]()) if more.get("output_loading_info") else module
+    """Within, modules can be moved and converted as fakes."""
 
     def convert(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # torch exchanges fake parameters as whole objects, and fails where anything else refers to one weakly.
@@ -185,7 +178,6 @@ def _fake() -> Iterator[Any]:  # Any: torch's FakeTensorMode
         return self
 
     convert_before = nn.Module._apply
-    ModelMixin.from_pretrained = classmethod(from_configuration)  # pyright: ignore[reportAttributeAccessIssue]  # for as long as the plan is made
     nn.Module._apply = convert
     try:
         with warnings.catch_warnings():
@@ -194,8 +186,30 @@ def _fake() -> Iterator[Any]:  # Any: torch's FakeTensorMode
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
             yield fake_mode()
     finally:
-        ModelMixin.from_pretrained = before
         nn.Module._apply = convert_before
+
+
+@contextmanager
+def _unread(run: Run) -> Iterator[None]:
+    """Within, a pretrained network is built from its configuration, and no file of weights is opened."""
+    networks = run.networks
+    specs = (networks.teacher, networks.student.network, networks.critic.network)
+    if not any(spec is not None and spec.source is not None for spec in specs):
+        yield  # nothing would be read: diffusers, which takes longer to import than torch, is not needed for it
+        return
+    from diffusers import ModelMixin
+
+    before = ModelMixin.__dict__["from_pretrained"]
+
+    def from_configuration(cls: Any, address: str, **more: Any) -> Any:
+        module = cls.from_config(cls.load_config(address, **{k: v for k, v in more.items() if k == "subfolder"}))
+        return (module, dict[str, Any]()) if more.get("output_loading_info") else module
+
+    ModelMixin.from_pretrained = classmethod(from_configuration)  # pyright: ignore[reportAttributeAccessIssue]  # for as long as the plan is made
+    try:
+        yield
+    finally:
+        ModelMixin.from_pretrained = before
 
 
 def fake_mode() -> Any:  # Any: torch's FakeTensorMode
