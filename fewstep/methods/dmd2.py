@@ -56,7 +56,7 @@ class Regression:
     """The mean square of the student's sample less x0."""
 
     weight: float = 0.25  # Yin et al. 2023, there of a perceptual distance
-    on: Literal["pairs", "data"] = "pairs"  # pairs: from the noise of x0; data: from any noise, Transfer1's recon_loss
+    source: Literal["pairs", "data"] = "pairs"  # pairs: from the noise of x0; data: from any noise, Transfer1's recon_loss
     warmup_steps: int = 0  # first turns of the run, which train the student on this term alone
 
     def loss(self, sample: Tensor, batch: Batch) -> tuple[Tensor, float]:
@@ -185,19 +185,19 @@ class DMD2:
 
     @property
     def _uses_pairs(self) -> bool:
-        return self.regression is not None and self.regression.on == "pairs"
+        return self.regression is not None and self.regression.source == "pairs"
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from problems_of_shares(self.first_frames)
         yield from problems_of_frequency(self.student_update_freq)
         if self._uses_pairs and self.student.renoise == "fresh" and len(self.student.t_list) > 1:
-            remedy = "choose student.renoise=same or ode, a student of one step, or regression.on=data"
+            remedy = "choose student.renoise=same or ode, a student of one step, or regression.source=data"
             yield (
-                "regression.on",
+                "regression.source",
                 f"is 'pairs', but with fresh noise between calls a roll-out is no function of its first: {remedy}",
             )
         if self._uses_pairs and self.student.uses_data:
-            yield "student.input", "is 'data', so that the noise of a pair is not used: choose regression.on=data"
+            yield "student.input", "is 'data', so that the noise of a pair is not used: choose regression.source=data"
         if self.guidance_times is not None and self.guidance == 1.0:
             yield "warn:guidance_times", "has no effect with guidance=1.0, which is off"
         if self.sample_weight is not None and self.sample_weight.needs_ratio and (self.gan is None or self.gan.form == "hinge"):

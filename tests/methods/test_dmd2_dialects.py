@@ -393,7 +393,7 @@ class Free(nn.Module):
 )
 def test_conditioning_frames_contribute_exactly_nothing(method, path, features):
     """All terms on, a head that looks at every frame, and a student that does not keep what it was given."""
-    method = replace(method, gan=Gan(weight=0.5, features=features), regression=Regression(weight=0.7, on="data"))
+    method = replace(method, gan=Gan(weight=0.5, features=features), regression=Regression(weight=0.7, source="data"))
     _, nets = world(RectifiedFlow() if isinstance(path, TrigFlow) else path, HEAD)
     nets["student"] = Free(path)
     total, (grad,), _ = found(method, "student", nets, batch_of(True))

@@ -265,11 +265,11 @@ def test_the_regression_term():
     want = ((0.7 * (0.5 * 0.7 * noise + 0.5 * noise) - x0) ** 2).mean()
     torch.testing.assert_close(terms.values["regression"].detach(), want)
     assert terms.weights["regression"] == 0.25
-    data = DMD2(student=ONE_STEP, regression=Regression(0.25, on="data"))
+    data = DMD2(student=ONE_STEP, regression=Regression(0.25, source="data"))
     roles = affine_roles()
     terms = one(data, STUDENT, roles, Batch(x0=x0))
     torch.testing.assert_close(terms.values["regression"].detach(), ((roles["student"].calls[0][3] - x0) ** 2).mean())
-    warm = DMD2(student=ONE_STEP, regression=Regression(0.25, on="data", warmup_steps=3))
+    warm = DMD2(student=ONE_STEP, regression=Regression(0.25, source="data", warmup_steps=3))
     assert [warm.turn(i).name for i in range(6)] == ["regression"] * 3 + ["critic"] * 2 + ["student"]
     roles = affine_roles()
     terms = one(warm, warm.turn(0), roles, Batch(x0=x0))
@@ -320,7 +320,7 @@ def test_noised_data_as_the_students_input():
 def test_problems_of_the_new_fields():
     keys = lambda method: [key for key, _ in method.problems()]  # noqa: E731
     assert keys(Critic(draws=0)) == ["draws"] and keys(Regression(weight=0.0)) == ["weight"]
-    assert keys(DMD2(regression=Regression())) == ["regression.on"]
+    assert keys(DMD2(regression=Regression())) == ["regression.source"]
     assert not keys(DMD2(student=ONE_STEP, regression=Regression()))
     assert keys(DMD2(student=StudentSample(renoise="ode", input="data"), regression=Regression())) == ["student.input"]
     assert keys(DMD2(guidance_times=times.Uniform())) == ["warn:guidance_times"]
