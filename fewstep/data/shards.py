@@ -31,7 +31,7 @@ from fewstep.data.folder.dataset import Folder, FolderData, layout
 from fewstep.data.folder.layout import Layout
 from fewstep.data.folder.samples import Sample, parts_of, size_problems, spans_of
 from fewstep.errors import UserError
-from fewstep.files import some, write_bytes
+from fewstep.files import plain_name, some, write_bytes
 
 INDEX, FORMAT = "index.json", 1
 _AGAIN = "Write it again: fewstep prepare shards"
@@ -157,9 +157,9 @@ def read_index(url: str) -> Index:
         names, parts = [str(name) for name in index["shards"]], tuple(str(part) for part in index["parts"])
         samples: dict[str, dict[str, Member]] = {}
         for name in names:
-            for row in _read_json(fs, f"{root}/{_plain(name)}.json", _AGAIN)["samples"]:
-                members = {_plain(part): member_of(name, value) for part, value in row["members"].items()}
-                if samples.setdefault(_plain(row["stem"]), members) is not members:
+            for row in _read_json(fs, f"{root}/{plain_name(name)}.json", _AGAIN)["samples"]:
+                members = {plain_name(part): member_of(name, value) for part, value in row["members"].items()}
+                if samples.setdefault(plain_name(row["stem"]), members) is not members:
                     raise UserError(f"two samples called {row['stem']}")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{root}/{INDEX}: damaged ({str(error)[:200]}). {_AGAIN}") from None
@@ -217,9 +217,3 @@ def _read_json(fs: Any, path: str, remedy: str) -> Any:  # what the file holds
         raise FileNotFoundError(f"{path}: no such file. {remedy}") from None
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}). {remedy}") from None
-
-
-def _plain(name: Any) -> str:  # a name from a file, which may be anything
-    if not isinstance(name, str) or not name or name.startswith(".") or any(c in name for c in "/\\\0"):
-        raise UserError(f"the name {name!r}, which leads elsewhere")
-    return name

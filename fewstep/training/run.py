@@ -31,6 +31,12 @@ class Job:
     name: str = "run"
     after: tuple[str, ...] = ()  # recipes whose finished run this one starts from; trained first if they are not there
 
+    def problems(self) -> Iterable[tuple[str, str]]:
+        for key in ("project", "group", "name"):
+            path = Path(getattr(self, key))
+            if path.is_absolute() or ".." in path.parts:
+                yield key, f"is a folder inside OUTPUT_ROOT, not {str(path)!r}"
+
     def folder(self) -> Path:
         return output_root() / self.project / self.group / self.name
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.batch import Batch, Condition
-from fewstep.config import ConfigError, kind, recipe
+from fewstep.config import ConfigError, check, kind, recipe
 from fewstep.diffusion import Rng, StudentSampler, TeacherSampler
 from fewstep.diffusion.times import Shifted
 from fewstep.inference.synthetic import MixtureSamples, TeacherPairs
@@ -436,3 +436,9 @@ def test_the_command_says_one_thing_and_its_exit_status(
     assert said in told and "Traceback" not in told
     if status:
         assert told.count("fewstep: ") == 1
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere"])
+def test_a_run_stays_inside_of_the_output_root(name: str) -> None:
+    with pytest.raises(ConfigError, match="name: is a folder inside OUTPUT_ROOT"):
+        check(Job(name=name))
