@@ -207,7 +207,7 @@ def test_what_cannot_be_written_is_told_before(folder: Path, tmp_path: Path) -> 
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "000000.tar").write_bytes(b"")
     (folder / "videos" / "a.b.mp4").unlink()
-    with pytest.raises(ValueError, match="holds tars of someone else"):
+    with pytest.raises(ValueError, match="holds tars that this command did not write"):
         shards.write(folder, str(tmp_path / "theirs"), parts=["videos"])
 
 
@@ -234,7 +234,7 @@ def first(told: Any) -> Any:
         (lambda out: (out / "index.json").write_text("{"), "damaged"),
         (change(lambda told: told.pop("parts"), "index.json"), "damaged"),
         (change(lambda told: told["shards"].append("../x"), "index.json"), "must be a plain file name"),
-        (change(lambda told: told["shards"].pop(), "index.json"), "tells of 5 samples, its shards hold 3"),
+        (change(lambda told: told["shards"].pop(), "index.json"), "says 5 samples, its shards hold 3"),
         (change(lambda told: told.__setitem__("format", 9), "index.json"), "format 9"),
         (change(lambda told: told["samples"][0].__setitem__("stem", "../../etc/x")), "must be a plain file name"),
         (change(lambda told: first(told).__setitem__("suffix", "/../x")), "damaged"),
