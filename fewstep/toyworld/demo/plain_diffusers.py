@@ -3,7 +3,9 @@
 python plain_diffusers.py STUDENT_FOLDER CAPTIONS_FOLDER OUT [NUM]
 """
 
+import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -45,4 +47,7 @@ def write(path: Path, clip: np.ndarray, fps: int = 16) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], *map(int, sys.argv[4:5]))
+    # diffusers copies every pipeline.py to one place in its cache: two processes that load two of them at once read halves.
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["HF_MODULES_CACHE"] = cache
+        main(sys.argv[1], sys.argv[2], sys.argv[3], *map(int, sys.argv[4:5]))
