@@ -79,22 +79,8 @@ HEAVY = {
     *("diffusers", "transformers", "peft", "av", "cv2", "tensorboard", "scipy"),
     *("torch.distributed.checkpoint", "torch.distributed.tensor", "torch.distributed.fsdp"),  # each as long as torch itself
 }
-# Files that still dispatch by the name of a class.
-CLASS_NAMES: set[str] = {
-    "networks/encoders/codecs.py",
-}
 # No names of parameters or fields: a noun says what the thing is.
 PARTICIPLES = {"told", "found", "made", "asked", "known", "seen", "said", "shown", "wanted", "kept", "given"}
-# Files that still have such names.
-WITH_PARTICIPLES: set[str] = {
-    "export/schedulers.py",
-    "networks/files/tensor_files.py",
-    "networks/weights/addresses.py",
-    "networks/weights/convert.py",
-    "training/health.py",
-    "training/plan/gpu_fit.py",
-    "training/preview.py",
-}
 
 
 def files() -> list[Path]:
@@ -180,7 +166,7 @@ def test_the_picture_of_the_rooms_is_current() -> None:
 def test_nothing_asks_a_class_for_its_name() -> None:
     """`type(x).__name__` is for messages: where it is compared or looked up, a member of a contract is missing."""
     found = {f"{name_of(path)}:{line}" for path in files() for line in _dispatches(drawing.tree_of(path))}
-    wrong = sorted(place for place in found if place.partition(":")[0] not in CLASS_NAMES)
+    wrong = sorted(found)
     assert not wrong, f"dispatch by the name of a class: {wrong}"
 
 
@@ -214,7 +200,7 @@ def _is_class_name(node: ast.expr, names: set[str]) -> bool:
 
 def test_parameters_and_fields_are_nouns() -> None:
     found = {name_of(path): sorted(set(_names(drawing.tree_of(path))) & PARTICIPLES) for path in files()}
-    wrong = {name: words for name, words in found.items() if words and name not in WITH_PARTICIPLES}
+    wrong = {name: words for name, words in found.items() if words}
     assert not wrong, f"participles as names of parameters or fields: {wrong}"
 
 

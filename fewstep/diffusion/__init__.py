@@ -7,9 +7,9 @@ from fewstep.diffusion.path import EDM, VP, Path, RectifiedFlow, TrigFlow
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.rng import Rng
 from fewstep.diffusion.rollout import few_step, rollout
-from fewstep.diffusion.sampling import StudentSampler, TeacherSampler
+from fewstep.diffusion.sampling import Sampler, StudentSampler, TeacherSampler
 
 __all__ = [
-    "EDM", "VP", "Cache", "Denoiser", "FeaturesOnly", "Path", "Prediction", "RectifiedFlow", "Rng", "StudentSampler",
-    "TeacherSampler", "TrigFlow", "features", "few_step", "guided", "on_path", "rollout", "samplers", "times",
+    "EDM", "VP", "Cache", "Denoiser", "FeaturesOnly", "Path", "Prediction", "RectifiedFlow", "Rng", "Sampler",
+    "StudentSampler", "TeacherSampler", "TrigFlow", "features", "few_step", "guided", "on_path", "rollout", "samplers", "times",
 ]  # fmt: skip

@@ -1,10 +1,11 @@
-"""The model card: what a person must know before using a student."""
+"""The model card: what a person must know before using a student, or a teacher that was post-trained."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from fewstep.diffusion import Sampler, StudentSampler, TeacherSampler
 from fewstep.inference.card import Envelope, StudentCard
 
 NOT_SCORES = {"step", "samples", "student_updates", "rollbacks", "wall_s", "peak_memory_gib", "num_processes", "memory_gib"}
@@ -30,13 +31,10 @@ def model_card(card: StudentCard, config: Mapping[str, Any], summary: Mapping[st
     method, data = config.get("method") or {}, config.get("data") or {}
     name = job.get("name", card.source)
     guidance = envelope.guidance_in_teacher
+    is_teacher = isinstance(sampler, TeacherSampler)
     code = ", trust_remote_code=True)  # runs pipeline.py: read it" if runs_code else ")"
-    path: Any = sampler.path  # Any: @kind gives it the attribute
     facts = {
-        "calls of the network": len(sampler.times),
-        "times": ", ".join(f"{time:g}" for time in sampler.times) + f" on {path.kind}",
-        "noise between two calls": sampler.renoise if len(sampler.times) > 1 else "none, one call",
-        "guidance": f"none at use (guidance_scale 1); w = {guidance:g} of the teacher's is baked in" if guidance else "none",
+        **(_of_teacher(sampler) if isinstance(sampler, TeacherSampler) else _of_student(sampler, guidance)),
         "frames": envelope.num_frames,
         "height x width": _size(envelope),
         "latents": " x ".join(map(str, envelope.latent_shape)) if envelope.latent_shape else None,
@@ -52,12 +50,11 @@ def model_card(card: StudentCard, config: Mapping[str, Any], summary: Mapping[st
     kind = method.get("kind", summary.get("method", "not recorded"))
     return f"""---
 library_name: {"diffusers" if form == "diffusers" else "pytorch"}
-tags: [distillation, few-step, {kind}]
+tags: [{"post-training" if is_teacher else "distillation, few-step"}, {kind}]
 ---
 # {name}
 
-A student of {len(sampler.times)} network call{"s" if len(sampler.times) > 1 else ""}, distilled with `{kind}` for \
-{card.step} iterations; weights: `{card.role}`.
+{_title(sampler, kind)} for {card.step} iterations; weights: `{card.role}`.
 
 {_OPENS[form].replace("{code}", code)}
 {notes}
@@ -71,12 +68,37 @@ Trained in this envelope only. Other frames, sizes or steps may look right and b
 
 ## Data
 
-`{source}`. The licences of the data and of the teacher apply to this student.
+`{source}`. The licences of the data and of the teacher apply to this {"model" if is_teacher else "student"}.
 
 ## Scores
 
 {scored}
 """
+
+
+def _title(sampler: Sampler, kind: str) -> str:
+    if isinstance(sampler, TeacherSampler):
+        return f"A many-step model, a teacher: it takes guidance and any number of steps. Trained with `{kind}`"
+    calls = len(sampler.times)
+    return f"A student of {calls} network call{'s' if calls > 1 else ''}, distilled with `{kind}`"
+
+
+def _of_student(sampler: StudentSampler, guidance: float | None) -> dict[str, Any]:
+    path: Any = sampler.path  # Any: @kind gives it the attribute
+    return {
+        "calls of the network": len(sampler.times),
+        "times": ", ".join(f"{time:g}" for time in sampler.times) + f" on {path.kind}",
+        "noise between two calls": sampler.renoise if len(sampler.times) > 1 else "none, one call",
+        "guidance": f"none at use (guidance_scale 1); w = {guidance:g} of the teacher's is baked in" if guidance else "none",
+    }
+
+
+def _of_teacher(sampler: TeacherSampler) -> dict[str, Any]:
+    shift = f", shift {sampler.shift:g}" if sampler.grid == "flow" else ""
+    return {
+        "solver": f"{sampler.solver}, {sampler.num_steps} steps, grid {sampler.grid}{shift}",
+        "guidance": "as for the model that it was trained from; w = 1 (off) by default in fewstep",
+    }
 
 
 def _size(envelope: Envelope) -> str | None:

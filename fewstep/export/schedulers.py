@@ -115,6 +115,6 @@ def _vp(times: Sequence[float], path: VP, is_fresh: bool, scheduling: Scheduling
     return made if _close([(float(i) + 1) / path.num_steps for i in made.timesteps], times) else None
 
 
-def _close(found: Sequence[float], wanted: Sequence[float]) -> bool:
-    pair = torch.tensor(found, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64)
-    return len(found) == len(wanted) and bool(torch.allclose(*pair, rtol=CLOSE, atol=1e-7))
+def _close(levels: Sequence[float], targets: Sequence[float]) -> bool:
+    pair = torch.tensor(levels, dtype=torch.float64), torch.tensor(targets, dtype=torch.float64)
+    return len(levels) == len(targets) and bool(torch.allclose(*pair, rtol=CLOSE, atol=1e-7))

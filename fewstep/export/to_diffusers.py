@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fewstep import registry
-from fewstep.diffusion import EDM, StudentSampler
+from fewstep.diffusion import EDM, Sampler, StudentSampler
 from fewstep.diffusion.path import floats
 from fewstep.errors import UserError
 from fewstep.export.base import copy_parts
@@ -30,8 +30,8 @@ PIPELINE = Path(__file__).with_name("student_pipeline.py.txt")
 
 def write_folder(model: Model, card: StudentCard, out: Path, base: Path | None) -> StudentCard:
     """Writes the folder; returns the card with what the folder's own pipeline.py reads."""
-    assert isinstance(model.sampler, StudentSampler)
     network, traits = model.network, model.network.traits
+    sampler = as_student(model.sampler, network)
     parts = network.parts()
     index: dict[str, Any] = {"_class_name": "", "_diffusers_version": _version()}
     for name, part in parts.items():
@@ -40,7 +40,7 @@ def write_folder(model: Model, card: StudentCard, out: Path, base: Path | None) 
     base_class = "" if base is None else copy_parts(base, out, index)
     if _standalone(out) is not None:
         index.pop("text_encoder", None)  # no class of transformers: pipeline.py reads it
-    scheduler = scheduler_of(model.sampler, network.path, traits.scheduling)
+    scheduler = scheduler_of(sampler, network.path, traits.scheduling)
     if scheduler is not None:
         scheduler.save_pretrained(str(out / "scheduler"))
         index["scheduler"] = ["diffusers", type(scheduler).__name__]
@@ -53,22 +53,30 @@ def write_folder(model: Model, card: StudentCard, out: Path, base: Path | None) 
         index["_class_name"] = ["pipeline", "StudentPipeline"]
     else:
         raise UserError(
-            f"--format diffusers: this student with renoise={model.sampler.renoise} and times "
-            f"{list(model.sampler.times)} needs "
+            f"--format diffusers: this student with renoise={sampler.renoise} and times "
+            f"{list(sampler.times)} needs "
             + ("--base, the pipeline's folder" if scheduler is not None else "a scheduler that diffusers does not have")
             + "; --format safetensors always works"
         )
-    steps = schedule(model.sampler, network)
-    solver = {"ode": "ode", "fresh": "sde"}.get(model.sampler.renoise, "same") if len(steps) > 1 else "ode"
-    told: dict[str, Any] = {"num_inference_steps": len(steps), "guidance_scale": 1.0, "solver": solver}
-    told["denoising_timesteps"] = [round(1000 * step["flow_time"]) for step in steps]
-    index["dmd2_config"] = told
+    steps = schedule(sampler, network)
+    solver = {"ode": "ode", "fresh": "sde"}.get(sampler.renoise, "same") if len(steps) > 1 else "ode"
+    settings_of_steps: dict[str, Any] = {"num_inference_steps": len(steps), "guidance_scale": 1.0, "solver": solver}
+    settings_of_steps["denoising_timesteps"] = [round(1000 * step["flow_time"]) for step in steps]
+    if sampler is model.sampler:  # of a student; a teacher is sampled with other steps and guidance, too
+        index["dmd2_config"] = settings_of_steps
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     envelope = card.envelope.with_codec(_codec_form(out)) if "vae" in index else card.envelope
     channels = next(iter(parts.values())).config.out_channels if envelope.latent_shape is None else envelope.latent_shape[0]
     scale = network.path.sigma_data if isinstance(network.path, EDM) else 1.0  # an EDM network's state has its data's spread
     pipeline = {"schedule": steps, "network_family": settings, "latent_scale": scale, "latent_channels": channels}
     return replace(card, envelope=envelope, pipeline=pipeline)
+
+
+def as_student(sampler: Sampler, network: Network) -> StudentSampler:
+    """A teacher's grid as a student's times, walked by DDIM: the nearest to its own solver that a scheduler can be told."""
+    if isinstance(sampler, StudentSampler):
+        return sampler
+    return StudentSampler(tuple(floats(sampler.times(network.path))), network.path, "ode")
 
 
 def schedule(sampler: StudentSampler, network: Network) -> list[dict[str, float]]:

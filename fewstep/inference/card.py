@@ -1,4 +1,4 @@
-"""The card of a model: `student.json`, which lies beside the weights of a run and of an export.
+"""The card of a model: `student.json`, which lies beside the weights of a run and of an export. Its kind is student or teacher.
 
 It says how the network is built, how it is sampled, and in which envelope it was trained. Runs and exports write it here,
 `open_model` reads it here; whatever is damaged in it is one UserError that names the file and the key.
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from fewstep.config import ConfigError, dump, parse
 from fewstep.config.problems import show
-from fewstep.diffusion import StudentSampler
+from fewstep.diffusion import Sampler, StudentSampler, TeacherSampler
 from fewstep.diffusion.path import AnyPath
 from fewstep.diffusion.rollout import Renoise
 from fewstep.errors import UserError
@@ -49,20 +49,32 @@ class Envelope:
         return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Record:
-    """The keys of the file that are typed here. `network` may be of a kind that only the user's own files register."""
+    """The keys of every card that are typed here. `network` may be of a kind that only the user's own files register."""
 
-    times: tuple[float, ...]
-    path: AnyPath
-    renoise: Renoise = "fresh"
-    kind: Literal["student"] = "student"
     envelope: Envelope = Envelope()
     source: str = ""
     role: str = ""
     step: int | None = None
     notes: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Student(_Record):
+    kind: Literal["student"] = "student"
+    times: tuple[float, ...]
+    path: AnyPath
+    renoise: Renoise = "fresh"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Teacher(_Record):
+    """A many-step model: trained on data alone, or a teacher that was post-trained."""
+
+    kind: Literal["teacher"] = "teacher"
+    sampler: TeacherSampler
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,7 @@ class _Network:
 @dataclass(frozen=True)
 class StudentCard:
     network: Mapping[str, Any]  # its kind and settings, as they are written in a configuration
-    sampler: StudentSampler
+    sampler: Sampler
     envelope: Envelope = Envelope()
     source: str = ""  # name of the run
     role: str = ""  # whose weights of that run
@@ -95,12 +107,15 @@ class StudentCard:
         if not isinstance(network, dict) or not isinstance(network.get("kind"), str):
             raise UserError(f"{path} is damaged: network: needs a mapping with the kind of the network. {advice}")
         try:
-            record = parse(_Record, data)
+            record = parse(_Teacher if data.get("kind") == "teacher" else _Student, data)
         except ConfigError as error:
             raise UserError(f"{path} is damaged: {'; '.join(str(error).splitlines())}. {advice}") from None
         shared = {name: getattr(record, name) for name in SHARED}
-        envelope = replace(record.envelope, num_inference_steps=len(record.times))
-        sampler = StudentSampler(record.times, record.path, record.renoise)
+        if isinstance(record, _Teacher):
+            sampler: Sampler = record.sampler
+        else:
+            sampler = StudentSampler(record.times, record.path, record.renoise)
+        envelope = replace(record.envelope, num_inference_steps=num_steps(sampler))
         return cls(network, sampler, envelope, pipeline=pipeline, **shared)
 
     def write(self, folder: Path) -> None:
@@ -111,10 +126,20 @@ class StudentCard:
         """The content of the file."""
         shared = {name: getattr(self, name) for name in SHARED}
         sampler = self.sampler
-        record = dump(_Record(sampler.times, sampler.path, sampler.renoise, envelope=self.envelope, **shared))
-        del record["envelope"]["num_inference_steps"]  # the number of times
-        return record | {"num_inference_steps": len(self.sampler.times), "network": self.network, **self.pipeline}
+        if isinstance(sampler, TeacherSampler):
+            record = dump(_Teacher(sampler=sampler, envelope=self.envelope, **shared))
+        else:
+            record = dump(
+                _Student(times=sampler.times, path=sampler.path, renoise=sampler.renoise, envelope=self.envelope, **shared)
+            )
+        del record["envelope"]["num_inference_steps"]  # that of the sampler
+        return record | {"num_inference_steps": num_steps(sampler), "network": self.network, **self.pipeline}
 
     def spec(self) -> AnyNetwork:
         """What builds the network. Raises ConfigError if its kind is not registered."""
         return parse(_Network, {"network": self.network}).network
+
+
+def num_steps(sampler: Sampler) -> int:
+    """The steps of a sampler: a student's calls, or those of a teacher's grid."""
+    return sampler.num_steps if isinstance(sampler, TeacherSampler) else len(sampler.times)

@@ -1,13 +1,14 @@
 """Data that a network makes before training begins: samples of an exact mixture, and noise/answer pairs of any teacher.
 
-They live here and not in data/, because they ask a network. Pairs on disk, in the folder layout of the seeds, are made by the
-same sampler calls.
+They live here and not in data/, because they ask a network. Pairs on disk, in the folder layouts of Cosmos and FastGen, are
+made by the same sampler calls.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from fewstep.batch import Batch, Condition
 from fewstep.config import kind
 from fewstep.diffusion import Rng, TeacherSampler
 from fewstep.networks.analytic import MixtureSpec
-from fewstep.networks.contract import AnyNetwork
+from fewstep.networks.contract import AnyNetwork, Network
 
 _CHUNK = 8192  # rows asked at once
 
@@ -78,25 +79,47 @@ class TeacherPairs:
             num = self.sampler.num_steps
             yield "sampler.num_steps", f"is {num}: too few to keep {len(self.path_times)} states and solve between them"
 
+    def open(self) -> SolvedPairs:
+        return SolvedPairs(self, self.teacher.build())
+
+
+class SolvedPairs:
+    """Pairs of a teacher, in blocks that are solved when one of their samples is first read.
+
+    A dry run reads one batch to learn its shapes, and so does the memory plan: they solve one block, not all.
+    """
+
+    def __init__(self, spec: TeacherPairs, teacher: Network):
+        self.spec = spec
+        self.teacher = teacher
+        self.solved: set[int] = set()
+        self.samples = Batch()  # all of them; those of blocks that are not solved hold anything
+        self.lock = Lock()  # batches are read ahead by threads
+
+    def __len__(self) -> int:
+        return self.spec.num
+
+    def batch(self, index: Tensor) -> Batch:
+        with self.lock:
+            for block in sorted({int(number) for number in index // _CHUNK} - self.solved):
+                self._solve(block)
+        return self.samples.rows(index)
+
     @torch.no_grad()
-    def open(self) -> InMemory:
-        teacher, parts = self.teacher.build(), list[Batch]()
-        for rows in torch.arange(self.num).split(_CHUNK):
-            noise = Rng(self.seed, 0, rows).normal(self.shape)
-            solved = self.sampler.trajectory(teacher, noise, Condition(), at=self.path_times)
-            states = (solved.states, solved.times.expand(len(rows), -1).contiguous()) if self.path_times else (None, None)
-            parts.append(Batch(x0=solved.x0, noise=noise, path=states[0], path_times=states[1]))
-        return InMemory(_concatenated(parts))
+    def _solve(self, block: int) -> None:
+        spec, start = self.spec, block * _CHUNK
+        rows = torch.arange(start, min(start + _CHUNK, spec.num))
+        noise = Rng(spec.seed, 0, rows).normal(spec.shape)
+        pairs = spec.sampler.trajectory(self.teacher, noise, Condition(), at=spec.path_times)
+        self.samples = Batch(
+            x0=self._with(self.samples.x0, rows, pairs.x0),
+            noise=self._with(self.samples.noise, rows, noise),
+            path=self._with(self.samples.path, rows, pairs.states) if spec.path_times else None,
+            path_times=self._with(self.samples.path_times, rows, pairs.times.expand(len(rows), -1)) if spec.path_times else None,
+        )
+        self.solved.add(block)
 
-
-def _concatenated(parts: list[Batch]) -> Batch:
-    def cat(tensors: list[Tensor | None]) -> Tensor | None:
-        present = [tensor for tensor in tensors if tensor is not None]
-        return torch.cat(present) if present else None
-
-    return Batch(
-        x0=cat([part.x0 for part in parts]),
-        noise=cat([part.noise for part in parts]),
-        path=cat([part.path for part in parts]),
-        path_times=cat([part.path_times for part in parts]),
-    )
+    def _with(self, samples: Tensor | None, rows: Tensor, part: Tensor) -> Tensor:
+        samples = part.new_empty(self.spec.num, *part.shape[1:]) if samples is None else samples
+        samples[rows] = part
+        return samples

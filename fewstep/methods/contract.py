@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.batch import Batch, Condition
-from fewstep.diffusion import Denoiser, Path, Rng, StudentSampler
+from fewstep.diffusion import Denoiser, Path, Rng, Sampler
 
 Reduction = Literal["mean", "half_mean", "sum", "mean_all", "half_mean_all"]
 
@@ -111,7 +111,7 @@ class Method(Protocol):
         never exist at the same time."""
         ...
 
-    def sampler(self, path: Path) -> StudentSampler:
+    def sampler(self, path: Path) -> Sampler:
         """How the student, a network on `path`, is sampled; saved with its weights."""
         ...
 

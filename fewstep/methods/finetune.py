@@ -8,7 +8,7 @@ Hang et al. 2023 (min-SNR, arXiv:2303.09556), Esser et al. 2024 (arXiv:2403.0320
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fewstep.batch import Batch, Condition, choose
 from fewstep.config import kind
-from fewstep.diffusion import Path, Prediction, Rng, StudentSampler, on_path, times
-from fewstep.diffusion.path import AnyPath, floats, spread
+from fewstep.diffusion import Path, Prediction, Rng, TeacherSampler, on_path, times
+from fewstep.diffusion.path import AnyPath, spread
 from fewstep.diffusion.precondition import edm_weight
 from fewstep.methods.contract import Nets, Reduction, Terms, Turn, free_mask, reduced
 from fewstep.methods.first_frames import problems_of_shares, with_first_frames
@@ -60,9 +60,9 @@ class Finetune:
         weight = self._weight(student.path, t, error)
         yield Terms.of(denoising=reduced(error * weight, free_mask(cond, error), self.reduction))
 
-    def sampler(self, path: Path) -> StudentSampler:
-        grid = times.on_flow(self.num_sample_steps, self.path or path)
-        return StudentSampler(tuple(floats(grid)), self.path or path, renoise="ode")
+    def sampler(self, path: Path) -> TeacherSampler:
+        """That of a many-step model: what is trained here is a teacher, or is post-trained as one."""
+        return replace(TeacherSampler.for_path(path), num_steps=self.num_sample_steps)
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if self.weighting != "none" and self.space != "x0":

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fewstep.batch import Batch
-from fewstep.diffusion import Denoiser, Rng, StudentSampler, TeacherSampler, on_path
+from fewstep.diffusion import Denoiser, Rng, Sampler, TeacherSampler, on_path
 
 Action = Literal["warn", "stop", "rollback", "off"]
 SEVERITY: tuple[Action, ...] = ("off", "warn", "stop", "rollback")
@@ -73,7 +73,7 @@ class Monitor:
 
     config: Health
     conditions: Batch  # `num` samples of the data, always the same
-    sampler: StudentSampler
+    sampler: Sampler
     teacher: Denoiser | None
     critic: Denoiser | None
     seed: int
@@ -137,28 +137,28 @@ class Monitor:
         sampler = replace(sampler, num_steps=self.config.reference_calls, guidance=self.config.guidance)
         return sampler(self.teacher, noise, part.cond, negative=part.negative).float()
 
-    def _errors(self, made: Tensor, rows: Tensor, critic: Denoiser, teacher: Denoiser) -> tuple[float, float]:
+    def _errors(self, samples: Tensor, rows: Tensor, critic: Denoiser, teacher: Denoiser) -> tuple[float, float]:
         """Denoising errors of critic and teacher on student samples, summed over these rows and four noise levels."""
-        rng, cond, path = self._rng(rows, made.device), self.conditions.rows(rows).cond, teacher.path
+        rng, cond, path = self._rng(rows, samples.device), self.conditions.rows(rows).cond, teacher.path
         errors = [0.0, 0.0]
         for fraction in (0.3, 0.5, 0.7, 0.9):
-            noise = rng.normal_like(made)
-            t = path.time_of(torch.full((len(made),), fraction / (1 - fraction), dtype=torch.float64)).to(made.device)
-            x_t = path.add_noise(made, noise, t)
+            noise = rng.normal_like(samples)
+            t = path.time_of(torch.full((len(samples),), fraction / (1 - fraction), dtype=torch.float64)).to(samples.device)
+            x_t = path.add_noise(samples, noise, t)
             for i, net in enumerate((on_path(critic, path), teacher)):
                 errors[i] += float(((net(x_t, t, cond).eps - noise) ** 2).sum())
         return errors[0], errors[1]
 
 
-def compare(made: Tensor, reference: Tensor) -> dict[str, float]:
-    """collapse and drift of `made` against `reference`, (B, C, ...) each."""
-    axes = (0, *range(2, made.ndim))
-    mean, spread = made.mean(axes), made.std(axes)
-    wanted_mean, wanted_spread = reference.mean(axes), reference.std(axes).clamp(min=1e-12)
-    shift = ((mean - wanted_mean) / wanted_spread).abs().max()
-    stretch = (spread.clamp(min=1e-12) / wanted_spread).log().abs().max()
+def compare(samples: Tensor, reference: Tensor) -> dict[str, float]:
+    """collapse and drift of `samples` against `reference`, (B, C, ...) each."""
+    axes = (0, *range(2, samples.ndim))
+    mean, spread = samples.mean(axes), samples.std(axes)
+    reference_mean, reference_spread = reference.mean(axes), reference.std(axes).clamp(min=1e-12)
+    shift = ((mean - reference_mean) / reference_spread).abs().max()
+    stretch = (spread.clamp(min=1e-12) / reference_spread).log().abs().max()
     return {
-        "collapse": float(_pair_distance(made) / _pair_distance(reference).clamp(min=1e-12)),
+        "collapse": float(_pair_distance(samples) / _pair_distance(reference).clamp(min=1e-12)),
         "drift": float(torch.maximum(shift, stretch)),
     }
 

@@ -21,7 +21,7 @@ from fewstep.batch import Batch
 from fewstep.config import check
 from fewstep.data.contract import Dataset
 from fewstep.data.loader import Batches, first_batch
-from fewstep.diffusion import Rng, StudentSampler
+from fewstep.diffusion import Rng, Sampler
 from fewstep.errors import UserError
 from fewstep.files import write_json
 from fewstep.networks.contract import Network
@@ -244,14 +244,14 @@ def _mean_over_ranks(values: Mapping[str, float], world: World) -> dict[str, flo
     return dict(zip(values, world.mean(numbers).tolist(), strict=True))
 
 
-def _monitor(run: Run, crew: Crew, data: Dataset, sampler: StudentSampler, world: World) -> Monitor | None:
+def _monitor(run: Run, crew: Crew, data: Dataset, sampler: Sampler, world: World) -> Monitor | None:
     if not run.health.every:
         return None
     conditions = first_batch(data, run.health.num).to(world.device)
     return Monitor(run.health, conditions, sampler, crew.teacher, crew.critic, run.trainer.seed, run.trainer.batch_size)
 
 
-def _preview(run: Run, crew: Crew, sampler: StudentSampler, step: int, world: World) -> dict[str, float]:
+def _preview(run: Run, crew: Crew, sampler: Sampler, step: int, world: World) -> dict[str, float]:
     assert run.preview is not None
     with crew.student.averaged(), torch.no_grad():
         folder = run.job.folder() / "previews"

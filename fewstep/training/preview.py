@@ -17,7 +17,7 @@ from torch import Tensor
 from fewstep.batch import Condition
 from fewstep.config import OneOf, kind
 from fewstep.data.contract import AnyData
-from fewstep.diffusion import Denoiser, Rng, StudentSampler
+from fewstep.diffusion import Denoiser, Rng, Sampler
 from fewstep.evaluation.energy import energy_distance
 from fewstep.evaluation.plot import scatter
 
@@ -28,7 +28,7 @@ class Scene:
 
     student: Denoiser
     teacher: Denoiser | None
-    sampler: StudentSampler
+    sampler: Sampler
     step: int
     folder: Path  # previews/ of the run
     device: torch.device
@@ -58,19 +58,17 @@ class PointsPreview:
     seed: int = 1234
 
     def show(self, scene: Scene) -> Mapping[str, float]:
-        wanted = self.reference.open().batch(torch.arange(self.num)).x0
-        assert wanted is not None
+        reference = self.reference.open().batch(torch.arange(self.num)).x0
+        assert reference is not None
         rng = Rng(self.seed, 0, torch.arange(self.num), scene.device)
-        noise = rng.normal(wanted.shape[1:])
-        made = scene.sampler(scene.student, noise, Condition(), rng).float().cpu()
-        distance = float(energy_distance(made, wanted))
+        noise = rng.normal(reference.shape[1:])
+        samples = scene.sampler(scene.student, noise, Condition(), rng).float().cpu()
+        distance = float(energy_distance(samples, reference))
         if scene.is_main:
-            self._plot(scene, made, wanted, distance)
+            self._plot(scene, samples, reference, distance)
         return {"energy_distance": distance}
 
-    def _plot(self, scene: Scene, made: Tensor, wanted: Tensor, distance: float) -> None:
+    def _plot(self, scene: Scene, samples: Tensor, reference: Tensor, distance: float) -> None:
         title = f"iteration {scene.step}: energy distance {distance:.4f}"
-        svg = scatter(
-            {"held-out data": wanted[:, :2], f"student, {len(scene.sampler.times)} call(s)": made[:, :2]}, title=title
-        )
+        svg = scatter({"held-out data": reference[:, :2], f"student, {scene.sampler.num_calls} call(s)": samples[:, :2]}, title=title)
         (scene.folder / f"step_{scene.step:09d}.svg").write_text(svg)

@@ -16,7 +16,7 @@ import torch
 import fewstep
 from fewstep.batch import Batch
 from fewstep.config import dump, to_yaml
-from fewstep.diffusion import StudentSampler
+from fewstep.diffusion import Sampler
 from fewstep.files import write_json, write_text
 from fewstep.inference.card import Envelope, StudentCard
 from fewstep.parallel import World
@@ -24,8 +24,8 @@ from fewstep.training.checkpoint import Progress
 from fewstep.training.run import Run
 
 
-def write_records(run: Run, folder: Path, sampler: StudentSampler, first: Batch) -> None:
-    """Writes the run's settings, its environment, and the card of its student. first: a batch of its data."""
+def write_records(run: Run, folder: Path, sampler: Sampler, first: Batch) -> None:
+    """Writes the run's settings, its environment, and the card of what it trains. first: a batch of its data."""
     (folder / "previews").mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", to_yaml(run))
     write_json(folder / "env.json", environment())

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from fewstep.batch import Batch, Condition
 from fewstep.config import kind
-from fewstep.diffusion import EDM, RectifiedFlow, Rng, StudentSampler, TrigFlow
+from fewstep.diffusion import EDM, RectifiedFlow, Rng, StudentSampler, TeacherSampler, TrigFlow
 from fewstep.diffusion.times import karras, shifted
 from fewstep.export.export import export
 from fewstep.export.schedulers import scheduler_of
+from fewstep.inference.card import StudentCard
 from fewstep.inference.model import open_model
 from fewstep.inference.synthetic import MixtureSamples
 from fewstep.methods import KD, Finetune
@@ -123,13 +124,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sampled(run: Path, sampler: StudentSampler) -> Path:
     """The same run, whose student is meant to be sampled in another way."""
-    paper = run / "student.json"
-    told = json.loads(paper.read_text())
-    path: Any = sampler.path
-    named = {"kind": path.kind} | ({"sigma_data": path.sigma_data} if hasattr(path, "sigma_data") else {})
-    told |= {"times": list(sampler.times), "renoise": sampler.renoise, "path": named}
-    paper.write_text(json.dumps(told))
+    replace(StudentCard.read(run, ""), sampler=sampler).write(run)
     return run
+
+
+def test_a_post_trained_teacher_stays_a_teacher(root: Path, tmp_path: Path) -> None:
+    run = trained(root, "post_trained")
+    export(str(run), tmp_path / "safetensors", "safetensors")
+    export(str(run), tmp_path / "diffusers", "diffusers")
+    for address in (run, tmp_path / "safetensors", tmp_path / "diffusers"):
+        assert open_model(address).sampler == TeacherSampler.for_path(RectifiedFlow())  # UniPC, 35 steps, shift 5
+    text = (tmp_path / "diffusers" / "README.md").read_text()
+    assert "a teacher: it takes guidance" in text and "unipc, 35 steps, grid flow, shift 5" in text and "distilled" not in text
+    assert "dmd2_config" not in json.loads((tmp_path / "diffusers" / "model_index.json").read_text())
 
 
 _PLAIN = """

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fewstep.diffusion import EDM, StudentSampler
+from fewstep.diffusion import EDM, StudentSampler, TeacherSampler
 from fewstep.errors import UserError
 from fewstep.inference.card import Envelope, StudentCard
 from fewstep.networks.encoders.codecs import Form
@@ -26,7 +26,10 @@ CARD = StudentCard(
 )
 
 
-@pytest.mark.parametrize("card", [CARD, StudentCard(CARD.network, CARD.sampler, Envelope(num_inference_steps=2))])
+TEACHER = replace(CARD, sampler=TeacherSampler(num_steps=12, shift=3.0), envelope=Envelope(num_inference_steps=12))
+
+
+@pytest.mark.parametrize("card", [CARD, TEACHER, StudentCard(CARD.network, CARD.sampler, Envelope(num_inference_steps=2))])
 def test_a_card_is_read_as_it_was_written(card: StudentCard, tmp_path: Path) -> None:
     card.write(tmp_path)
     assert StudentCard.read(tmp_path, "Export it again") == card

@@ -236,12 +236,19 @@ def open_codec(
         raise UserError(f"{address}: no codec of ours, its _class_name is {name}; known are {', '.join(sorted(_FORMS))}")
     module = load(getattr(diffusers, name), str(address), subfolder, torch_dtype=dtype)
     folder = Path(address) / subfolder if subfolder else Path(address)
-    return codec_of(module.to(device), scale=scale, tile=tile, statistics=folder / "mean_std.pt")
+    return _around(module.to(device), _FORMS[name], scale, tile, folder / "mean_std.pt")
 
 
-def codec_of(module: nn.Module, *, scale: float = 1.0, tile: int | None = None, statistics: Path | None = None) -> Autoencoder:
-    """The codec around an autoencoder that is in memory; it is frozen by this."""
-    form, mean, std = _FORMS[type(module).__name__](module.config)
+def codec_of(module: nn.Module, *, scale: float = 1.0, tile: int | None = None) -> Autoencoder:
+    """The codec around an autoencoder of diffusers that is in memory; it is frozen by this."""
+    import diffusers
+
+    known = (form for name, form in _FORMS.items() if isinstance(module, getattr(diffusers, name)))
+    return _around(module, next(known), scale, tile, None)
+
+
+def _around(module: nn.Module, form_of: FormOf, scale: float, tile: int | None, statistics: Path | None) -> Autoencoder:
+    form, mean, std = form_of(module.config)
     if statistics is not None and statistics.is_file() and module.config.latents_mean is None:  # pyright: ignore[reportAttributeAccessIssue]  # an attribute of a module
         mean, std = _read_statistics(statistics, form.channels)
     return Autoencoder(module.eval().requires_grad_(False), form, mean, std / scale, tile)
@@ -323,7 +330,9 @@ def _image(config: Any) -> tuple[Form, Tensor, Tensor]:
     return Form(channels, 1, space, 1, sees_time=False), *_listed(config, channels, config["scaling_factor"], shift)
 
 
-_FORMS: dict[str, Callable[[Any], tuple[Form, Tensor, Tensor]]] = {
+FormOf = Callable[[Any], tuple[Form, Tensor, Tensor]]  # the form, mean and deviation of latents by a class's configuration
+
+_FORMS: dict[str, FormOf] = {
     "AutoencoderKL": _image,
     "AutoencoderKLCogVideoX": _cogvideox,
     "AutoencoderKLCosmos": _cosmos,

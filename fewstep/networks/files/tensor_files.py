@@ -94,18 +94,18 @@ def _existing(path: Path) -> Path:
 # --- one set of several
 
 
-def _one_net(found: TensorFile, part: str | None) -> TensorFile:
-    """Of networks kept side by side under `net.`, `net_ema.`, ..: one, with names that start with `net.`."""
-    have = [net for net in _NETS if any(name.startswith(f"{net}.") for name in found.tensors)]
+def _one_net(whole: TensorFile, part: str | None) -> TensorFile:
+    """One of the networks that stand side by side under `net.`, `net_ema.`, ..; its names start with `net.`."""
+    have = [net for net in _NETS if any(name.startswith(f"{net}.") for name in whole.tensors)]
     if len(have) < 2 and part not in have:
-        return found
+        return whole
     if part is not None and part not in have:
-        return found  # refused by the caller, unless `part` was found by then
+        return whole  # refused by the caller, unless `part` was found by then
     chosen = part or ("net_ema" if "net_ema" in have else "net" if "net" in have else None)
     if chosen is None:
-        raise UserError(f"'{found.source}' holds {' and '.join(have)}: say which, as {found.source}:{have[0]}")
-    kept = {f"net.{n.removeprefix(f'{chosen}.')}": t for n, t in found.tensors.items() if n.startswith(f"{chosen}.")}
-    return TensorFile(found.source, kept, chosen, found.ignored + len(found.tensors) - len(kept))
+        raise UserError(f"'{whole.source}' holds {' and '.join(have)}: say which, as {whole.source}:{have[0]}")
+    tensors = {f"net.{n.removeprefix(f'{chosen}.')}": t for n, t in whole.tensors.items() if n.startswith(f"{chosen}.")}
+    return TensorFile(whole.source, tensors, chosen, whole.ignored + len(whole.tensors) - len(tensors))
 
 
 def _plain(tensors: Mapping[str, Stored]) -> dict[str, Stored]:

@@ -127,14 +127,14 @@ def _controls(files: Sequence[TensorFile], pieces: Sequence[Piece], like: nn.Mod
     return names or ["control", *(f"control_{i}" for i in range(2, wanted + 1))][:wanted]
 
 
-def tell(found: Collected) -> None:
-    """What was found, in one line, by the one process that speaks."""
+def tell(weights: Collected) -> None:
+    """Prints which tensors were read and from where, in one line, on the first process only."""
     if not ranks().is_main:
         return
-    places = " + ".join(f"{file.source}{f':{file.part}' if file.part else ''}" for file in found.files)
-    beside = len(found.unused) + sum(file.ignored for file in found.files)
-    kind = f", named as Cosmos {found.generation} names them" if found.generation else ""
-    print(f"weights: {len(found.tensors)} tensors from {places}{kind}; {beside} other entries left", file=sys.stderr)
+    places = " + ".join(f"{file.source}{f':{file.part}' if file.part else ''}" for file in weights.files)
+    beside = len(weights.unused) + sum(file.ignored for file in weights.files)
+    kind = f", named as Cosmos {weights.generation} names them" if weights.generation else ""
+    print(f"weights: {len(weights.tensors)} tensors from {places}{kind}; {beside} other entries left", file=sys.stderr)
 
 
 def locate(address: str) -> tuple[Path, str]:

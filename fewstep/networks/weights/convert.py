@@ -170,12 +170,12 @@ def _union(pieces: Sequence[Piece]) -> dict[str, Stored] | None:
     return tensors | dict(control.tensors)
 
 
-def _originally_named(found: Collected) -> dict[str, Stored]:
-    generation: Generation = found.generation or _generation_of_ours(found.tensors)
-    names = original_names(found.tensors, generation)
-    _refuse_odd(names.values(), " and ".join(file.source for file in found.files))
-    refuse_apart({name: stored.read for name, stored in found.tensors.items()})
-    return {names[name]: stored for name, stored in found.tensors.items() if name in names}
+def _originally_named(weights: Collected) -> dict[str, Stored]:
+    generation: Generation = weights.generation or _generation_of_ours(weights.tensors)
+    names = original_names(weights.tensors, generation)
+    _refuse_odd(names.values(), " and ".join(file.source for file in weights.files))
+    refuse_apart({name: stored.read for name, stored in weights.tensors.items()})
+    return {names[name]: stored for name, stored in weights.tensors.items() if name in names}
 
 
 def _refuse_odd(names: Iterable[str], source: str) -> None:
@@ -204,8 +204,8 @@ def _write_torch(out: Path, tensors: Mapping[str, Stored], dtype: Dtype, about: 
 # --- a folder for diffusers
 
 
-def _write_folder(out: Path, found: Collected, model: str | None, dtype: Dtype) -> list[Written]:
-    name, module = model_of(found, model)
+def _write_folder(out: Path, weights: Collected, model: str | None, dtype: Dtype) -> list[Written]:
+    name, module = model_of(weights, model)
     branches: Any = module.branches if isinstance(module, Controlled) else {}
     controls = list(branches)
     if any(isinstance(branch, Transfer1Branch) for branch in branches.values()):
@@ -216,12 +216,12 @@ def _write_folder(out: Path, found: Collected, model: str | None, dtype: Dtype) 
         raise UserError(f"convert: '{out}' exists and is not empty; remove it or write elsewhere")
     parts: dict[str, tuple[Any, dict[str, Stored]]] = {}
     if controls:
-        parts["transformer"] = module.base, _under(found.tensors, "base.")
+        parts["transformer"] = module.base, _under(weights.tensors, "base.")
         for control in controls:
             folder = "controlnet" if len(controls) == 1 else f"controlnet_{control}"
-            parts[folder] = branches[control], _under(found.tensors, f"branches.{control}.")
+            parts[folder] = branches[control], _under(weights.tensors, f"branches.{control}.")
     else:
-        parts["."] = module, dict(found.tensors)
+        parts["."] = module, dict(weights.tensors)
     written: list[Written] = []
     with whole_folder(out) as beside:
         for folder, (part, tensors) in parts.items():
@@ -259,9 +259,9 @@ def _write_shards(folder: Path, tensors: Mapping[str, Stored], dtype: Dtype) -> 
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def model_of(found: Collected, name: str | None) -> tuple[str, nn.Module]:
+def model_of(weights: Collected, name: str | None) -> tuple[str, nn.Module]:
     """The module, without weights, that these tensors fill: the one published model that fits, or the one that was named."""
-    shapes = {n: stored.shape for n, stored in found.tensors.items()}
+    shapes = {n: stored.shape for n, stored in weights.tensors.items()}
     controls = _branch_names(shapes)
     if name is not None and name not in MODELS:
         module = _of_folder(Path(name), controls)
@@ -296,13 +296,13 @@ def model_of(found: Collected, name: str | None) -> tuple[str, nn.Module]:
     raise UserError(_unfit(nearest[1], nearest[2], shapes))
 
 
-def published_spec(found: Collected, name: str | None) -> CosmosSpec:
+def published_spec(weights: Collected, name: str | None) -> CosmosSpec:
     """The configuration of the published network that these tensors fill; with `name`, of that one."""
     if name is not None and name not in MODELS:
         raise UserError(f"--network {name}: is none of {', '.join(MODELS)}")
-    name, _ = model_of(found, name)
+    name, _ = model_of(weights, name)
     spec = MODELS[name]
-    return replace(spec, controls=_branch_names(found.tensors)) if isinstance(spec, CosmosControlSpec) else spec
+    return replace(spec, controls=_branch_names(weights.tensors)) if isinstance(spec, CosmosControlSpec) else spec
 
 
 def _branch_names(names: Iterable[str]) -> tuple[str, ...]:

@@ -18,14 +18,14 @@ from fewstep.training.run import Run
 OFFLOAD = "trainer.offload_teacher=true"
 
 
-def advice(run: Run, batch: Batch, found: Measurement, gpus: int, gib: float) -> str:
+def advice(run: Run, batch: Batch, measurement: Measurement, gpus: int, gib: float) -> str:
     """The smallest change of settings that makes the run fit, in the order in which they cost least; then the least GPUs."""
-    said: list[str] = []
+    sentences: list[str] = []
     changed, words = run, list[str]()
     steps = [step for step in _changes(run) if step[1] != run]
     for text, alone in steps:
         if measure(alone, _part_of(batch, alone)).on(gpus).needed_gib <= gib:
-            said.append(f"it fits with {text}")
+            sentences.append(f"it fits with {text}")
             break
     else:
         for text, _ in steps:  # none is enough alone: one after the other
@@ -35,16 +35,16 @@ def advice(run: Run, batch: Batch, found: Measurement, gpus: int, gib: float) ->
                 words = [word for word in words if word != OFFLOAD]
             words += [text] if changed != before else []
             if len(words) > 1 and measure(changed, _part_of(batch, changed)).on(gpus).needed_gib <= gib:
-                said.append(f"it fits with {' '.join(words)}")
+                sentences.append(f"it fits with {' '.join(words)}")
                 break
         else:
-            said.append("no setting alone makes it fit")
-    sharded = replace(found, run=replace(run, parallel=replace(run.parallel, mode="fsdp", num_replicas=None)))
+            sentences.append("no setting alone makes it fit")
+    sharded = replace(measurement, run=replace(run, parallel=replace(run.parallel, mode="fsdp", num_replicas=None)))
     for more in (2, 4, 8, 16, 32, 64, 128):
         if more > gpus and sharded.on(more).needed_gib <= gib:
-            said.append(f"as it is, it fits on {more} GPUs with parallel.mode=fsdp")
+            sentences.append(f"as it is, it fits on {more} GPUs with parallel.mode=fsdp")
             break
-    return "; ".join(said)
+    return "; ".join(sentences)
 
 
 def _changes(run: Run) -> Iterator[tuple[str, Run]]:
@@ -85,17 +85,17 @@ def answer(run: Run, request: PlanRequest) -> tuple[dict[str, Any], str]:
         try:
             batch = first_batch(run.data.open(), run.trainer.batch_size)
         except (ValueError, OSError) as error:
-            said = str(error).strip().splitlines()[0]
+            reason = str(error).strip().splitlines()[0]
             batch = mock_batch(run, None, None)
-            note = f"ASSUMED, because the data cannot be opened ({said}); shape=CxTxHxW and text=TOKENSxCHANNELS say otherwise"
-    found = measure(run, batch)
-    made = found.on(gpus)
+            note = f"ASSUMED, because the data cannot be opened ({reason}); shape=CxTxHxW and text=TOKENSxCHANNELS say otherwise"
+    measurement = measure(run, batch)
+    share = measurement.on(gpus)
     other = replace(run, trainer=replace(run.trainer, checkpointing=not run.trainer.checkpointing))
-    activations = {run.trainer.checkpointing: found, other.trainer.checkpointing: measure(other, batch)}
+    activations = {run.trainer.checkpointing: measurement, other.trainer.checkpointing: measure(other, batch)}
     with_, without = (activations[key].at_peak.get(PASSING, 0) / GIB for key in (True, False))
-    fits = made.needed_gib <= gib
-    more = "" if fits else advice(run, batch, found, gpus, gib)
-    told = made.as_json() | {
+    fits = share.needed_gib <= gib
+    more = "" if fits else advice(run, batch, measurement, gpus, gib)
+    record = share.as_json() | {
         "activations_gib": {"checkpointing": with_, "no_checkpointing": without},
         "assumed": note,
         "gpu": name,
@@ -104,11 +104,11 @@ def answer(run: Run, request: PlanRequest) -> tuple[dict[str, Any], str]:
         "advice": more,
     }
     verdict = f"fits {name} ({gib:g} GiB)" if fits else f"does not fit {name} ({gib:g} GiB): {more}"
-    lines = [f"{run.job.name} on {gpus} GPU{'s' if gpus > 1 else ''}, one process each, {made.batch}", str(made)]
+    lines = [f"{run.job.name} on {gpus} GPU{'s' if gpus > 1 else ''}, one process each, {share.batch}", str(share)]
     if note:
         lines.insert(1, f"  these shapes are {note}")
     lines.append(f"  activations {with_:.3f} GiB with trainer.checkpointing, {without:.3f} GiB without")
-    return told, "\n".join([*lines, verdict])
+    return record, "\n".join([*lines, verdict])
 
 
 def dryrun(run: Run) -> str:
