@@ -30,8 +30,8 @@ def test_what_holds_still_can_be_imported() -> None:
 def test_every_name_of_the_package_itself_is_there_and_no_other() -> None:
     for name in fewstep.__all__:
         assert getattr(fewstep, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'trian'"):
-        _ = fewstep.trian
+    with pytest.raises(AttributeError, match="no attribute 'trainn'"):
+        _ = fewstep.trainn
 
 
 def test_the_notebook_runs(tmp_path: Path) -> None:

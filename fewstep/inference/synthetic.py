@@ -115,7 +115,9 @@ class SolvedPairs:
             x0=self._with(self.samples.x0, rows, pairs.x0),
             noise=self._with(self.samples.noise, rows, noise),
             path=self._with(self.samples.path, rows, pairs.states) if spec.path_times else None,
-            path_times=self._with(self.samples.path_times, rows, pairs.times.expand(len(rows), -1)) if spec.path_times else None,
+            path_times=self._with(self.samples.path_times, rows, pairs.times.expand(len(rows), -1))
+            if spec.path_times
+            else None,
         )
         self.solved.add(block)
 

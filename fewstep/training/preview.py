@@ -70,5 +70,7 @@ class PointsPreview:
 
     def _plot(self, scene: Scene, samples: Tensor, reference: Tensor, distance: float) -> None:
         title = f"iteration {scene.step}: energy distance {distance:.4f}"
-        svg = scatter({"held-out data": reference[:, :2], f"student, {scene.sampler.num_calls} call(s)": samples[:, :2]}, title=title)
+        svg = scatter(
+            {"held-out data": reference[:, :2], f"student, {scene.sampler.num_calls} call(s)": samples[:, :2]}, title=title
+        )
         (scene.folder / f"step_{scene.step:09d}.svg").write_text(svg)

@@ -87,7 +87,9 @@ def answer(run: Run, request: PlanRequest) -> tuple[dict[str, Any], str]:
         except (ValueError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             batch = mock_batch(run, None, None)
-            note = f"ASSUMED, because the data cannot be opened ({reason}); shape=CxTxHxW and text=TOKENSxCHANNELS say otherwise"
+            note = (
+                f"ASSUMED, because the data cannot be opened ({reason}); shape=CxTxHxW and text=TOKENSxCHANNELS say otherwise"
+            )
     measurement = measure(run, batch)
     share = measurement.on(gpus)
     other = replace(run, trainer=replace(run.trainer, checkpointing=not run.trainer.checkpointing))
