@@ -62,7 +62,7 @@ class Condition(_ByRow):
 
 @dataclass(frozen=True)
 class Batch(_ByRow):
-    """One batch of a data set. `x0` is what the seeds call "real"."""
+    """One batch of a data set. `x0` is what the Cosmos documents call "real"."""
 
     x0: Tensor | None = None  # clean data: latents of real clips, or of the teacher's clip in a pair
     noise: Tensor | None = None  # the unit-variance noise this very x0 was made from (pairs)
