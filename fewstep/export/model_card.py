@@ -54,7 +54,7 @@ tags: [{"post-training" if is_teacher else "distillation, few-step"}, {kind}]
 ---
 # {name}
 
-{_title(sampler, kind)} for {card.step} iterations; weights: `{card.role}`.
+{_title(sampler, kind)} for {card.step} iteration{"" if card.step == 1 else "s"}; weights: `{card.role}`.
 
 {_OPENS[form].replace("{code}", code)}
 {notes}
