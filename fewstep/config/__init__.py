@@ -3,7 +3,7 @@
 A setting is a field of a frozen dataclass; its type says how text becomes a value, the comment on its line says what it
 is for. A field that is one of several classes is declared `Annotated[Method, OneOf("method")]`. `@kind("kd", group="method")`
 registers such a class, `@preset("dmd2_fastgen", group="method")` a function that returns a value of one under a name of its
-own, and `@recipe("name")` a function that returns one complete run.
+own, and `@recipe("name")` a function that returns one complete run, which may have parameters with defaults.
 """
 
 from fewstep.config.command import Command, compose, load_file, originals, read_command
@@ -11,7 +11,7 @@ from fewstep.config.dump import dump, from_yaml, to_yaml
 from fewstep.config.listing import Row, fields_help, settings_help
 from fewstep.config.problems import ConfigError, check
 from fewstep.config.reader import apply_overrides, parse
-from fewstep.config.recipes import Recipe, build_recipe, recipe, recipes
+from fewstep.config.recipes import Recipe, build_recipe, find_recipe, recipe, recipes
 from fewstep.config.types import OneOf, choices, kind, preset, presets
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "compose",
     "dump",
     "fields_help",
+    "find_recipe",
     "from_yaml",
     "kind",
     "load_file",

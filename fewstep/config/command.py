@@ -5,7 +5,7 @@ import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from fewstep.config.problems import ConfigError, Problem, check, hint
 from fewstep.config.reader import read_layers
-from fewstep.config.recipes import build_recipe, recipes
+from fewstep.config.recipes import build_recipe, find_recipe, recipes
 from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.errors import UserError
 
@@ -102,11 +102,13 @@ def compose(command: Command, run_type: type[T]) -> T:
     if command.experiment is None:
         config = read_layers(run_type, data, command.overrides)
     else:
-        made = build_recipe(command.experiment)
+        recipe = find_recipe(command.experiment)
+        arguments, overrides = recipe.split(command.overrides)
+        made = build_recipe(command.experiment, arguments)
         if not isinstance(made, run_type):
             wrong = f"{command.experiment} makes a {type(made).__name__}, not a {run_type.__name__}"
             raise ConfigError([("experiment", wrong)])
-        config = read_layers(type(made), [made, *data], command.overrides)
+        config = read_layers(type(made), [made, *data], overrides, also=[each.name for each in fields(recipe.parameters)])
     check(config)
     return config
 

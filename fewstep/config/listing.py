@@ -5,7 +5,7 @@ import inspect
 import io
 import textwrap
 import tokenize
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cache
 from typing import Any, NamedTuple, cast
@@ -31,11 +31,14 @@ def fields_help(config: object) -> list[Row]:
     return list(_rows(config, dump(config), ""))
 
 
-def settings_help(word: str) -> list[Row]:
-    """One row per setting of what GROUP=NAME names, with its default: method=dmd2, or experiment=NAME for a whole recipe."""
+def settings_help(word: str, arguments: Sequence[str] = ()) -> list[Row]:
+    """One row per setting of what GROUP=NAME names, with its default: method=dmd2, or experiment=NAME for a whole recipe.
+
+    arguments: words NAME=VALUE for the parameters of that recipe.
+    """
     group, _, name = word.partition("=")
     if group == "experiment":
-        return fields_help(build_recipe(name))
+        return fields_help(build_recipe(name, arguments))
     names = registry.entries(group)
     if name not in names:
         raise ConfigError(f"ls: {word}: there is no {group} {name!r}{hint(name, names)}")

@@ -42,9 +42,12 @@ def apply_overrides(config: T, overrides: Sequence[str]) -> T:
     return read_layers(type(config), [config], overrides)
 
 
-def read_layers(cls: type[T], layers: Sequence[Any], overrides: Sequence[str] = ()) -> T:
-    """The instance that the layers, then the overrides, make; ConfigError with every problem."""
-    reader = _Reader()
+def read_layers(cls: type[T], layers: Sequence[Any], overrides: Sequence[str] = (), also: Sequence[str] = ()) -> T:
+    """The instance that the layers, then the overrides, make; ConfigError with every problem.
+
+    also: names that the same command line could set besides, to be suggested for an unknown one.
+    """
+    reader = _Reader(also)
     result = reader.record(cls, [*layers, *_opened(reader.edits(overrides))], "")
     reader.report()
     return cast(T, result)
@@ -63,10 +66,11 @@ class _Edit(dict[str, Any]):
 class _Reader:
     """Reads one configuration. The results of its methods are valid only while it has no `problems` and no `unknown`."""
 
-    def __init__(self) -> None:
+    def __init__(self, also: Sequence[str] = ()) -> None:
         self.problems: list[Problem] = []
         self.unknown: list[tuple[str, str, list[str]]] = []  # key, the level that lacks it, what that level has
-        self.known: list[str] = []
+        self.known: list[str] = list(also)
+        self.also = list(also)
 
     def edits(self, overrides: Sequence[str]) -> _Edit:
         root = _Edit()
@@ -92,6 +96,7 @@ class _Reader:
         It is called last, when all keys that could be suggested are collected.
         """
         for key, level, names in self.unknown:
+            names = names if level else [*self.also, *names]
             near = nearest_keys(key, level, names, self.known)
             there = f"{level} has" if level else "there are"
             advice = f"did you mean {' or '.join(near)}?" if near else f"{there}: {', '.join(names) or 'no settings'}"
