@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.cli import LISTS, main
+from fewstep.cli import main
+from fewstep.cli.ls import LISTS
 from fewstep.config import recipes
 from fewstep.recipes import NAMES
 from fewstep.registry import groups

@@ -15,7 +15,8 @@ import pytest
 import typer
 from PIL import Image
 
-from fewstep.cli import app, main
+from fewstep.cli import main
+from fewstep.cli.app import app
 from fewstep.config import build_recipe, choices, compose, fields_help, read_command, recipes
 from fewstep.inference import coming_from_cosmos, request
 from fewstep.training.plan.request import split_words

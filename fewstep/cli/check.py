@@ -1,0 +1,35 @@
+"""`fewstep check ..`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewstep.cli.app import app
+from fewstep.cli.options import FREE, JSON
+
+check = typer.Typer(no_args_is_help=True, help="Check a data set before a run is spent on it.")
+app.add_typer(check, name="check")
+
+
+@check.command(name="data", context_settings=FREE)
+def check_data(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="The data set.", metavar="DIR")],
+    as_json: Annotated[bool, typer.Option("--json", help=JSON)] = False,
+    page: Annotated[Path | None, typer.Option("--html", help="Write a contact sheet to this file.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Number of samples to read at once. Default: the number of cores.")
+    ] = None,
+) -> None:
+    """Read a whole data set once and say what is in it: fewstep check data DIR [--html sheet.html] [num_frames=17 ...].
+
+    Settings of the run it is meant for are checked too. Exit status 0: it can be trained on.
+    """
+    from fewstep.prepare.check import data
+
+    text, is_trainable = data(folder, context.args, as_json=as_json, page=page, num_threads=threads)
+    print(text)
+    raise typer.Exit(0 if is_trainable else 1)

@@ -1,0 +1,58 @@
+"""The command `fewstep`: runs a verb, and makes one line of an error that is meant for the user."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+import typer
+
+from fewstep.cli.app import app
+from fewstep.errors import UserError
+
+# A file each, in the order of --help. Each imports what it needs when it runs, so that --help answers at once.
+VERBS = ("train", "plan", "export", "convert", "generate", "ls", "prepare", "check", "pairs", "evaluate", "demo")
+UsageError: Any = typer.BadParameter.__base__  # of all wrong use; typer has no public name for it
+
+for _verb in VERBS:
+    import_module(f"fewstep.cli.{_verb}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command. Returns 0 when it is done, 1 when it failed at its work, 2 when it was used wrongly.
+
+    Errors that are meant for the user become one line; any other keeps its traceback.
+    """
+    from fewstep.config import ConfigError
+    from fewstep.training.errors import TrainingError
+
+    try:
+        status = app(args=argv, prog_name="fewstep", standalone_mode=False)
+    except UsageError as error:
+        where = error.ctx.command_path if error.ctx is not None else "fewstep"
+        return _fail(f"{error.format_message()} ({where} --help)", 2)
+    except ConfigError as error:
+        return _fail(str(error), 2)
+    except typer.Exit as end:
+        return end.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        return _fail("aborted", 1)
+    except (FileExistsError, NotADirectoryError) as error:
+        if not error.filename:
+            return _fail(str(error), 1)
+        return _fail(f"{error.filename}: is a file, where a folder is needed. Choose another name, or move it", 1)
+    except (UserError, TrainingError, OSError) as error:
+        return _fail(str(error), 1)
+    # typer returns the status of its Exit; 130 is what it makes of Ctrl-C.
+    return _fail("aborted", 1) if status == 130 else status if isinstance(status, int) else 0
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"fewstep: {message}", file=sys.stderr)
+    return status
+
+
+def script() -> None:
+    """The entry point of the installed command."""
+    raise SystemExit(main())

@@ -1,0 +1,34 @@
+"""`fewstep export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewstep.cli.app import app
+from fewstep.cli.options import OWN, load, one_of
+
+FORMS = ("auto", "diffusers", "safetensors", "pt-original", "lora")
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A run folder, or RUN@ITER:ROLE.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    form: Annotated[
+        str, typer.Option("--format", help=f"Form of the files: {', '.join(FORMS)}.", callback=one_of(*FORMS))
+    ] = "auto",
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of a pipeline whose vae and text encoder complete the student.")
+    ] = None,
+    config: Annotated[Path | None, OWN] = None,
+) -> None:
+    """Write the student of a run (its moving average) as plain diffusers or in another form, with a model card."""
+    load(config)
+    from fewstep.export.export import checked_form
+    from fewstep.export.export import export as write
+
+    for path in write(run, out, checked_form(form), base):
+        print(path)

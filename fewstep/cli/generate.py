@@ -1,0 +1,19 @@
+"""`fewstep generate`; its options are in inference/request.py."""
+
+from __future__ import annotations
+
+import typer
+
+from fewstep.cli.app import app
+from fewstep.cli.options import FREE
+
+
+@app.command(context_settings=FREE, add_help_option=False)
+def generate(context: typer.Context) -> None:
+    """Make videos with a run, an exported student or a teacher: fewstep generate MODEL --prompt TEXT."""
+    from fewstep.inference.request import read_command
+
+    request = read_command(context.args)
+    from fewstep.inference.generate import run
+
+    run(request)

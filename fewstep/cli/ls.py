@@ -1,0 +1,68 @@
+"""`fewstep ls`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from fewstep.cli.app import app
+from fewstep.cli.options import JSON
+
+# What `fewstep ls` lists, and the group of each.
+LISTS = {
+    "recipes": "recipe", "methods": "method", "networks": "network", "data": "data", "roles": "role", "heads": "head",
+    "controls": "control", "paths": "path", "times": "times", "previews": "preview", "scorers": "scorer",
+    "text_encoders": "text_encoder", "rewards": "reward", "sample_weights": "sample_weight",
+}  # fmt: skip
+
+
+@app.command(name="ls")
+def list_names(
+    what: Annotated[str, typer.Argument(help=f"One of {', '.join(LISTS)}, settings.")] = "recipes",
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="GROUP=NAME", help="With settings: method=dmd2, experiment=NAME, ..")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON)] = False,
+) -> None:
+    """List the names that a configuration can use, or every setting of one of them: fewstep ls settings method=dmd2."""
+    if what not in (*LISTS, "settings"):
+        raise typer.BadParameter(f"there is no list of {what!r}; there are {', '.join(LISTS)} and settings.")
+    if (what == "settings") != bool(names):
+        raise typer.BadParameter("fewstep ls settings GROUP=NAME, for instance method=dmd2 or experiment=analytic_kd.")
+    from fewstep.config import choices, presets, recipes, settings_help
+
+    if what == "networks":
+        from fewstep.networks import support
+
+        print(json.dumps(support.as_json()) if as_json else support.text())
+        return
+    if what == "settings":
+        settings = [row for name in names or () for row in settings_help(name)]
+        rows = {
+            row.key: f"{row.type} = {row.value}".ljust(32) + (f"  # {row.comment}" if row.comment else "") for row in settings
+        }
+        if as_json:
+            print(json.dumps([row._asdict() for row in settings]))
+            return
+    elif what == "recipes":
+        rows = {name: recipe.doc for name, recipe in recipes().items()}
+    else:
+        group = LISTS[what]
+        rows = {name: _about(entry) for name, entry in sorted((choices(group) | presets(group)).items())}
+    if as_json:
+        print(json.dumps([{"name": name, "about": about} for name, about in rows.items()]))
+        return
+    width = max(map(len, rows), default=0)
+    for name, text in rows.items():
+        print(f"{name:{width}}  {text}".rstrip())
+
+
+def _about(cls: Any) -> str:  # Any: a class, or a function that returns a preset
+    """The first line of its docstring; of its file's docstring, where it has none of its own."""
+    doc = cls.__doc__ or ""
+    if doc.startswith(f"{cls.__name__}("):  # what dataclass writes when there is no docstring
+        doc = sys.modules[cls.__module__].__doc__ or ""
+    return doc.strip().split("\n")[0]

@@ -1,0 +1,34 @@
+"""`fewstep plan`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from fewstep.cli.app import app
+from fewstep.cli.options import FREE, JSON
+
+
+@app.command(context_settings=FREE)
+def plan(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON)] = False,
+) -> None:
+    """Memory on each GPU: fewstep plan experiment=NAME a.b=c ... gpus=8 gpu=h100. No GPU and no weights are needed.
+
+    shape=16x16x88x160 text=512x1024  shapes of a batch (C T H W; tokens, channels), where there are no data yet
+    """
+    from fewstep.config import compose, read_command
+    from fewstep.recipes import refuse_unknown
+    from fewstep.training.plan.request import split_words
+
+    words, request = split_words(context.args)
+    command = read_command(words)
+    refuse_unknown(command)
+    from fewstep.training.plan.gpu_fit import answer
+    from fewstep.training.run import Run
+
+    record, text = answer(compose(command, Run), request)
+    print(json.dumps(record) if as_json else text)

@@ -1,0 +1,125 @@
+"""`fewstep prepare ..`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewstep import TOY
+from fewstep.cli.app import app
+from fewstep.cli.options import CONTROLS, DEVICE, one_of
+
+prepare = typer.Typer(no_args_is_help=True, help="Make data sets and what they need; a killed command resumes.")
+app.add_typer(prepare, name="prepare")
+
+
+@prepare.command(name="toyworld")
+def prepare_toyworld(
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    num: Annotated[int, typer.Option(help="Number of clips to render.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of the series of clips.")] = 0,
+    size: Annotated[int, typer.Option(help="Height and width of a clip in pixels.")] = 32,
+    workers: Annotated[int, typer.Option(help="Number of processes that render; 0 renders in this one.")] = 2,
+    only: Annotated[str | None, typer.Option(help="Write only these folders, separated by commas: videos,metas,edge.")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="Text encoder of the captions, a folder or hub id. Default: the toy world's.")
+    ] = None,
+) -> None:
+    """Render the toy world: videos, captions and their embeddings, edge, vis, depth, seg and keypoint files."""
+    from fewstep.toyworld.dataset import write
+    from fewstep.toyworld.physics import World
+
+    world, names = World(height=size, width=size), only.split(",") if only is not None else None
+    made = write(out, num, seed, world, workers, names, encoder or TOY)
+    print(f"{out}: {num} clips, {made} of them new")
+
+
+@prepare.command(name="text")
+def prepare_text(
+    folder: Annotated[Path, typer.Argument(help="The data set; DIR/metas/*.txt are embedded.", metavar="DIR")],
+    encoder: Annotated[str, typer.Option(help="Folder or hub id of a text encoder, or of a pipeline that has one.")],
+    prompt: Annotated[str | None, typer.Option(help="Use this caption for every clip.")] = None,
+    negative: Annotated[
+        str | None, typer.Option(help="Embed this text, too, as DIR/negative.pickle (for data.negative).")
+    ] = None,
+    into: Annotated[str, typer.Option(help="Folder of the embeddings in DIR.")] = "t5_xxl",
+    form: Annotated[
+        str,
+        typer.Option(help="pickle (as Cosmos has it), or packed (for many small clips).", callback=one_of("pickle", "packed")),
+    ] = "pickle",
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Cut texts after this many tokens. Default: as the encoder was trained.")
+    ] = None,
+    device: Annotated[str | None, DEVICE] = None,
+) -> None:
+    """Embed captions, once: metas/*.txt to t5_xxl/*.pickle."""
+    from fewstep.prepare.commands import text
+
+    print(text(folder, encoder, prompt, negative, into, form, max_tokens, device))
+
+
+@prepare.command(name="controls")
+def prepare_controls(
+    folder: Annotated[Path, typer.Argument(help="The data set; the controls are made from DIR/videos/*.mp4.", metavar="DIR")],
+    type_: Annotated[str, typer.Option("--type", help=f"Kind of control: {', '.join(CONTROLS)}.", callback=one_of(*CONTROLS))],
+    preset: Annotated[
+        str, typer.Option(help="Strength of edge and vis: none, very_low, low, medium, high, very_high or random.")
+    ] = "medium",
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of a Depth-Anything model (for depth).")] = None,
+    files: Annotated[Path | None, typer.Option("--from", help="Folder with a file for each clip (docs/prepare.md).")] = None,
+    metric: Annotated[bool, typer.Option(help="Depth in --from is in metres, not inverse.")] = False,
+    quality: Annotated[
+        str | None, typer.Option(help="Quality of the mp4: lossless, or a CRF from 0 to 51. Default: by the clip's size.")
+    ] = None,
+    device: Annotated[str | None, DEVICE] = None,
+) -> None:
+    """Make control signals, once: edge, vis and depth videos, seg and keypoint pickles."""
+    from fewstep.prepare.commands import controls
+
+    print(controls(folder, type_, preset, model, files, metric, quality, device))
+
+
+@prepare.command(name="shards")
+def prepare_shards(
+    folder: Annotated[Path, typer.Argument(help="The data set.", metavar="DIR")],
+    out: Annotated[str, typer.Option(help="Folder, or URL of any store that fsspec reaches: s3://bucket/set.")],
+    parts: Annotated[str | None, typer.Option(help="Write only these folders, separated by commas: videos,metas,edge.")] = None,
+    shard_mib: Annotated[int, typer.Option(help="Size in MiB at which a shard ends.")] = 1024,
+) -> None:
+    """Pack a data set into tar files with an index, for data=shards."""
+    from fewstep.prepare.commands import shards
+
+    print(shards(folder, out, parts, shard_mib))
+
+
+@prepare.command(name="latents")
+def prepare_latents(
+    folder: Annotated[Path, typer.Argument(help="The data set; DIR/videos/*.mp4 are encoded.", metavar="DIR")],
+    codec: Annotated[str, typer.Option(help="Folder or hub id of an autoencoder, or of a pipeline that has one.")],
+    control: Annotated[
+        str | None, typer.Option(help=f"Encode this control, too: {', '.join(CONTROLS)}.", callback=one_of(*CONTROLS))
+    ] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames of a window. Default: whole clips.")] = None,
+    sequence_interval: Annotated[int, typer.Option(help="Take every k-th frame of a file.")] = 1,
+    start_frame_interval: Annotated[int, typer.Option(help="Frames between the starts of two windows.")] = 1,
+    size: Annotated[
+        tuple[int, int] | None, typer.Option(help="Height and width to resize to. Default: those of the files.")
+    ] = None,
+    resize: Annotated[
+        str, typer.Option(help="How to resize: stretch or crop.", callback=one_of("stretch", "crop"))
+    ] = "stretch",
+    scale: Annotated[float, typer.Option(help="Factor of the latents besides their normalisation; 0.5 for Cosmos 1.")] = 1.0,
+    tile: Annotated[int | None, typer.Option(help="Pixels along a tile, to save memory; not exact.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Type of the latents: float16 or bfloat16.", callback=one_of("float16", "bfloat16"))
+    ] = "float16",
+    device: Annotated[str | None, DEVICE] = None,
+) -> None:
+    """Encode clips, once: videos/*.mp4 to latents/packs, for data.x0=latents."""
+    from fewstep.prepare.commands import latents
+
+    windows = {"sequence_interval": sequence_interval, "start_frame_interval": start_frame_interval}
+    sizes = {"num_frames": num_frames, "video_size": size, "resize": resize}
+    print(latents(folder, codec, control, dtype, device, {"scale": scale, "tile": tile}, **sizes, **windows))
