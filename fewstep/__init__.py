@@ -20,7 +20,7 @@ TOY = (
 # Where names are registered; none of these modules is imported before one of its group's names is asked for.
 provide("recipe", "fewstep.recipes", "fewstep.toyworld.recipes")
 provide("method", "fewstep.methods")
-provide("network", "fewstep.networks.analytic", "fewstep.networks.tiny", "fewstep.networks.families")
+provide("network", "fewstep.networks.analytic", "fewstep.networks.tiny", "fewstep.networks.causal", "fewstep.networks.families")
 provide("role", "fewstep.networks.roles", "fewstep.networks.lora")
 provide("head", "fewstep.networks.heads")
 provide("scorer", "fewstep.evaluation.fidelity", "fewstep.toyworld.scores")

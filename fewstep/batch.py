@@ -57,7 +57,29 @@ class Condition(_ByRow):
     image: Tensor | None = None  # B N D, features of the picture a clip starts from (Wan 2.1 I2V: of CLIP's last but one layer)
     beside: Tensor | None = None  # B C T H W, read on channels of their own beside x_t (I2V: mask and latents of the picture)
     padding: Tensor | None = None  # B H W in pixels, true where a picture was padded to its bucket (Cosmos is told)
+    context: Tensor | None = None  # B C T H W, what a causal network attends to in the place of earlier chunks of x_t itself
+    context_t: Tensor | None = None  # B, its noise level in the network's own time; None: it is clean
     size: Tensor | None = None  # B 6, pixels: height and width of the source, top and left of the crop, height and width (SDXL)
+
+    def part(self, frames: range) -> Condition:
+        """The condition of these latent frames alone."""
+        chosen = slice(frames.start, frames.stop)
+        return self._along_time(lambda clip: clip[:, :, chosen], lambda mask: mask[:, chosen])
+
+    def twice(self) -> Condition:
+        """The condition of the clip followed by itself; without context."""
+        double = self._along_time(lambda clip: torch.cat([clip, clip], 2), lambda mask: torch.cat([mask, mask], 1))
+        return replace(double, context=None, context_t=None)
+
+    def _along_time(self, clip: Callable[[Tensor], Tensor], mask: Callable[[Tensor], Tensor]) -> Condition:
+        """Changes whatever has an axis of latent frames."""
+        clips = {"frames": self.frames, "beside": self.beside, "context": self.context}
+        return replace(
+            self,
+            **{name: clip(value) for name, value in clips.items() if value is not None},
+            frame_mask=None if self.frame_mask is None else mask(self.frame_mask),
+            control={name: clip(value) for name, value in self.control.items()},
+        )
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,10 @@ FLOORS = {
         ("check",),
     ),
     "networks": (
-        ("files", "taps"),
+        ("files", "taps", "causal_attention"),
         ("encoders",),
         ("contract",),
+        ("causal",),
         ("analytic", "frozen", "heads", "lora", "tiny"),
         ("families",),
         ("support", "weights"),

@@ -17,6 +17,10 @@ from fewstep.diffusion.prediction import Prediction, coefficients_for
 class Cache(Protocol):
     """The state a causal network keeps of finished frames: created by `new_cache`, passed on and dropped by a rollout."""
 
+    def store(self) -> Cache:
+        """The same cache, for the call on a finished chunk: it keeps that chunk's frames."""
+        ...
+
 
 class FeaturesOnly(tuple[int, ...]):
     """Taps of a call of which only the features are used: the network skips the blocks behind the last tap.

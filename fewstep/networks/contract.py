@@ -21,6 +21,7 @@ from fewstep.batch import Condition
 from fewstep.config import OneOf
 from fewstep.diffusion import Cache, Denoiser, Path
 from fewstep.errors import UserError
+from fewstep.networks.causal_attention import Sites
 from fewstep.networks.encoders.codecs import Autoencoder
 from fewstep.networks.files.pipeline import PipelineFolder
 
@@ -49,6 +50,7 @@ class Traits:
     reads_image: bool = False  # reads image features of its first picture from cond.image
     controls: tuple[str, ...] = ()  # names in cond.control, all of which it reads
     boundary: float | None = None  # time below which a second expert is called; None: one network for all noise levels
+    is_causal: bool = False  # a chunk of frames attends to no later one: it can be generated with a cache
     frame_multiple: int = 1  # number of latent frames must be a multiple of it
     scheduling: Scheduling = Scheduling()
     pipeline_settings: Mapping[str, Any] | None = None  # for the exported pipeline.py; None: it cannot run this network
@@ -75,6 +77,14 @@ class NetworkDefaults(Protocol):
     def new_cache(self, like: Tensor) -> Cache:
         """An empty cache for a causal roll-out of latents like `like`."""
         raise UserError("this network is not causal: every frame sees every other, so finished frames cannot be cached")
+
+    def chunks(self, num_frames: int) -> tuple[range, ...]:
+        """The chunks of latent frames in which a causal network generates a clip."""
+        raise UserError("this network is not causal: it generates all frames at once (networks.student.causal makes it so)")
+
+    def sites(self) -> Sites:
+        """Where its attention takes place, for networks that can be causal."""
+        raise UserError("this network cannot be causal: wan and cosmos can (networks without control branches)")
 
     def begin(self, cond: Condition, beginning: Beginning) -> Condition:
         """`cond` for a clip that begins with given frames.
@@ -144,6 +154,9 @@ class Wrapper(NetworkDefaults):
 
     def new_cache(self, like: Tensor) -> Cache:
         return self.inside().new_cache(like)
+
+    def chunks(self, num_frames: int) -> tuple[range, ...]:
+        return self.inside().chunks(num_frames)
 
     def begin(self, cond: Condition, beginning: Beginning) -> Condition:
         return self.inside().begin(cond, beginning)

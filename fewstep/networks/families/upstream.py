@@ -95,3 +95,9 @@ def refuse_given(cond: Condition, network: str) -> None:
     """Refuses given frames, for networks without an input that marks clean frames."""
     if cond.frame_mask is not None:
         raise UserError(f"{network} cannot be led by given frames (cond.frame_mask), nothing in it tells them from noisy ones")
+
+
+def refuse_context(cond: Condition) -> None:
+    """Refuses what earlier chunks are to be attended to instead of, in a network that is called without causality."""
+    if cond.context is not None:
+        raise UserError("this network is not causal: it cannot attend to cond.context. networks.student.causal makes it so")

@@ -26,10 +26,12 @@ from fewstep.diffusion.path import spread, working_dtype
 from fewstep.diffusion.precondition import edm_preconditioning
 from fewstep.diffusion.prediction import with_clean_frames
 from fewstep.errors import UserError
+from fewstep.networks.causal_attention import Sites
 from fewstep.networks.contract import DiffusersSpec, Scheduling, Traits
+from fewstep.networks.families.cosmos.attention import CosmosCrossAttention, CosmosSelfAttention, rotate
 from fewstep.networks.families.cosmos.keys import original_names, refuse_apart
 from fewstep.networks.families.cosmos.transfer1 import Transfer1Branch
-from fewstep.networks.families.upstream import Adapter
+from fewstep.networks.families.upstream import Adapter, refuse_context
 from fewstep.networks.files.folders import from_folder
 from fewstep.networks.taps import block_outputs
 
@@ -86,6 +88,7 @@ class Cosmos(Adapter):
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
     ) -> Prediction:
+        refuse_context(cond)
         x = x_t.to(working_dtype(x_t))
         if self.family == "flow":
             raw, features = self._ask(x, x, t, cond, taps)
@@ -96,6 +99,27 @@ class Cosmos(Adapter):
             raw, features = self._ask(x, c_in * x, c.c_noise, cond, taps)
             answer = Prediction.of("x0", c_skip * x + c_out * raw, x, t, self.path, features)
         return with_clean_frames(answer, cond.frames, cond.frame_mask)
+
+    def sites(self) -> Sites:
+        base, config = self.base, self.base.config
+        if self.controls:
+            raise UserError("a Cosmos network with control branches cannot be causal yet: its branches see the whole clip")
+        if config.extra_pos_embed_type:
+            raise UserError(
+                "this Cosmos network cannot be causal: it adds learned positions to every block (Predict1), which do not move "
+                "with a window of frames. Predict2 and Predict2.5 can be causal"
+            )
+        if config.patch_size[0] != 1:
+            raise UserError("this Cosmos network cannot be causal: one of its tokens covers several latent frames")
+        return Sites(
+            base.rope,
+            [block.attn1 for block in base.transformer_blocks],
+            [block.attn2 for block in base.transformer_blocks],
+            CosmosSelfAttention,
+            None if config.img_context_dim_in else CosmosCrossAttention,
+            rotate,
+            config.max_size[0],
+        )
 
     def with_control_weights(self, weights: Mapping[str, float]) -> Cosmos:
         total = max(1.0, sum(weights.values()))

@@ -26,8 +26,10 @@ from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import working_dtype
 from fewstep.diffusion.prediction import with_clean_frames
 from fewstep.errors import UserError
+from fewstep.networks.causal_attention import Sites
 from fewstep.networks.contract import Beginning, DiffusersSpec, Traits
-from fewstep.networks.families.upstream import Adapter, enters_in_compute_dtype, needed, zero_padded
+from fewstep.networks.families.upstream import Adapter, enters_in_compute_dtype, needed, refuse_context, zero_padded
+from fewstep.networks.families.wan.attention import WanCrossAttention, WanSelfAttention, rotate
 from fewstep.networks.files.folders import from_folder
 from fewstep.networks.taps import block_outputs
 
@@ -65,6 +67,7 @@ class Wan(Adapter):
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
     ) -> Prediction:
+        refuse_context(cond)
         x = x_t.to(working_dtype(x_t))
         config: Any = self.module.config  # Any: diffusers' FrozenDict
         num, channels, frames, height, width = x.shape
@@ -108,6 +111,20 @@ class Wan(Adapter):
         if beginning.image_features is None:
             raise UserError("Wan 2.1 I2V also reads its picture's CLIP features: give --image-encoder, a pipeline's folder")
         return replace(cond, image=beginning.image_features(pixels[:, :, 0]))
+
+    def sites(self) -> Sites:
+        module: Any = self.module
+        if module.config.patch_size[0] != 1:
+            raise UserError("this Wan network cannot be causal: one of its tokens covers several latent frames")
+        return Sites(
+            module.rope,
+            [block.attn1 for block in module.blocks],
+            [block.attn2 for block in module.blocks],
+            WanSelfAttention,
+            WanCrossAttention,
+            rotate,
+            module.config.rope_max_seq_len,
+        )
 
     @staticmethod
     def _text(cond: Condition, tokens: int) -> Tensor:

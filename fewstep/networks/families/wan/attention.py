@@ -1,0 +1,59 @@
+"""Self- and cross-attention of diffusers' Wan with a plan and a memory: see networks/causal_attention.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.networks.causal_attention import CrossAttention, Plan, SelfAttention, attend_with_diffusers
+
+# Any below: attention layers of diffusers, whose stubs know nothing of their own layers.
+
+
+def rotate(x: Tensor, table: tuple[Tensor, ...], rows: slice) -> Tensor:
+    """Pairs of neighbouring channels of x, B N H D, turned by the angles of these rows; as WanAttnProcessor does."""
+    cos, sin = (part[:, rows] for part in table)
+    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2).type_as(x)
+
+
+class WanSelfAttention(SelfAttention):
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Any = None,
+    ) -> Tensor:
+        if not isinstance(rotary_emb, Plan):
+            return self.before(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        queries = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        keys = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1))
+        values = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
+        answer = rotary_emb.attention(self.layer, queries, keys, values, attend_with_diffusers)
+        return attn.to_out[1](attn.to_out[0](answer.flatten(2).type_as(queries)))
+
+
+class WanCrossAttention(CrossAttention):
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Any = None,
+    ) -> Tensor:
+        if self.memory is None or attn.add_k_proj is not None:  # the keys of a picture's features are computed at every call
+            return self.before(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        queries = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+
+        def project() -> tuple[Tensor, Tensor]:
+            keys = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1))
+            return keys, attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1))
+
+        answer = attend_with_diffusers(queries, *self.text(project))
+        return attn.to_out[1](attn.to_out[0](answer.flatten(2).type_as(queries)))
