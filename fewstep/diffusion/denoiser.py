@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -56,8 +56,14 @@ def features(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, taps: 
 
 @dataclass(frozen=True)
 class _OnPath:
-    inner: Denoiser
+    inner: Any  # Denoiser; of a causal one the two methods below are called, which others refuse
     path: Path
+
+    def chunks(self, num_frames: int) -> tuple[range, ...]:
+        return self.inner.chunks(num_frames)
+
+    def new_cache(self, like: Tensor) -> Cache:
+        return self.inner.new_cache(like)
 
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None

@@ -6,15 +6,16 @@ from. Both are called alike: sampler(denoiser, noise, cond, rng, negative) -> x0
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from fewstep.batch import Condition
 from fewstep.diffusion import samplers
+from fewstep.diffusion.by_chunk import ByChunk, CausalDenoiser, chunk_by_chunk
 from fewstep.diffusion.denoiser import Denoiser, on_path
 from fewstep.diffusion.guidance import guided
 from fewstep.diffusion.path import EDM, VP, AnyPath, Path, RectifiedFlow, floats
@@ -37,19 +38,39 @@ class StudentSampler:
     path: AnyPath
     renoise: Renoise = "fresh"
     guidance: float = 1.0  # w; students are trained to do without
+    by_chunk: ByChunk | None = None  # of a student that generates chunk after chunk; None: all frames at once
 
     @property
     def num_calls(self) -> int:
-        """Network calls for one clip; guidance calls the network twice."""
+        """Network calls for one clip, or for each chunk but the first; guidance calls the network twice."""
         return len(self.times) * (1 if self.guidance == 1.0 else 2)
 
     def __call__(
         self, denoiser: Denoiser, noise: Tensor, cond: Condition, rng: Rng, negative: Condition | None = None
     ) -> Tensor:
         """x0 from unit-variance noise."""
+        if self.by_chunk is not None:
+            return torch.cat(list(self.stream(cast(CausalDenoiser, denoiser), noise, cond, rng, negative)), 2)
         x = start(self.path, noise, self.times[0])
         student = on_path(guided(denoiser, negative, self.guidance), self.path)
         return few_step(student, x, self.times, cond, renoise=self.renoise, rng=rng)
+
+    @torch.no_grad()
+    def stream(
+        self, denoiser: CausalDenoiser, noise: Tensor, cond: Condition, rng: Rng, negative: Condition | None = None
+    ) -> Iterator[Tensor]:
+        """x0 of one chunk after the other, each as soon as it is finished; joined they are what a call returns."""
+        settings = self.by_chunk
+        assert settings is not None
+
+        def solve(number: int, frames: range, student: Denoiser) -> Tensor:
+            times = settings.times(number, self.times)
+            x = start(self.path, noise[:, :, frames.start : frames.stop], times[0])
+            return few_step(student, x, times, cond.part(frames), renoise=self.renoise, rng=rng)
+
+        student = _per_chunk(denoiser, negative, self.guidance, self.path)
+        chunks, cache = denoiser.chunks(noise.shape[2]), denoiser.new_cache(noise)
+        return chunk_by_chunk(student, chunks, cond, solve, cache, settings, rng)
 
 
 @dataclass(frozen=True)
@@ -69,6 +90,7 @@ class TeacherSampler:
     guidance: float = 1.0  # w in uncond + w (cond - uncond), 1 is off; Cosmos writes g = w - 1
     guidance_low: float | None = None  # w below `boundary`; none: the same
     boundary: float | None = None  # time below which the low-noise expert of Wan A14B is called
+    by_chunk: ByChunk | None = None  # of a causal network trained to continue clean frames; None: all frames at once
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -103,7 +125,9 @@ class TeacherSampler:
     def __call__(
         self, denoiser: Denoiser, noise: Tensor, cond: Condition, rng: Rng | None = None, negative: Condition | None = None
     ) -> Tensor:
-        """x0 from unit-variance noise. `rng` is not used: an ODE draws nothing."""
+        """x0 from unit-variance noise. `rng` is used where finished chunks are noised again: an ODE draws nothing."""
+        if self.by_chunk is not None:
+            return self._by_chunk(cast(CausalDenoiser, denoiser), noise, cond, rng or Rng(0, rows=range(len(noise))), negative)
         return self.trajectory(denoiser, noise, cond, negative).x0
 
     def trajectory(
@@ -117,6 +141,23 @@ class TeacherSampler:
         if not at:
             return Trajectory(solver(teacher, x, grid, cond), grid.new_zeros(0), x.new_zeros(len(x), 0, *x.shape[1:]))
         return samplers.trajectory(solver, teacher, x, grid, cond, torch.tensor(at, dtype=torch.float64))
+
+    @torch.no_grad()
+    def _by_chunk(
+        self, denoiser: CausalDenoiser, noise: Tensor, cond: Condition, rng: Rng, negative: Condition | None
+    ) -> Tensor:
+        settings = self.by_chunk
+        assert settings is not None
+        solver: Solver = getattr(samplers, self.solver)
+        grid = self.times(denoiser.path)
+
+        def solve(number: int, frames: range, teacher: Denoiser) -> Tensor:
+            x = start(denoiser.path, noise[:, :, frames.start : frames.stop], float(grid[0]))
+            return solver(teacher, x, grid, cond.part(frames))
+
+        teacher = _per_chunk(denoiser, negative, self.guidance, denoiser.path)
+        chunks, cache = denoiser.chunks(noise.shape[2]), denoiser.new_cache(noise)
+        return torch.cat(list(chunk_by_chunk(teacher, chunks, cond, solve, cache, settings, rng)), 2)
 
     def problems_of(self, at: Sequence[float], path: Path) -> Iterable[str]:
         """Why the solver's states at the times `at` cannot be kept, or would not be what was meant."""
@@ -137,6 +178,15 @@ class TeacherSampler:
 
 
 Sampler = StudentSampler | TeacherSampler
+
+
+def _per_chunk(denoiser: Denoiser, negative: Condition | None, w: float, path: Path) -> Callable[[range], Denoiser]:
+    """The guided denoiser for the frames of a chunk."""
+
+    def of(frames: range) -> Denoiser:
+        return on_path(guided(denoiser, None if negative is None else negative.part(frames), w), path)
+
+    return of
 
 
 def student_times(num_steps: int, path: Path, shift: float) -> tuple[float, ...]:

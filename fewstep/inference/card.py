@@ -14,6 +14,7 @@ from typing import Any, Literal
 from fewstep.config import ConfigError, dump, parse
 from fewstep.config.problems import show
 from fewstep.diffusion import Sampler, StudentSampler, TeacherSampler
+from fewstep.diffusion.by_chunk import ByChunk
 from fewstep.diffusion.path import AnyPath
 from fewstep.diffusion.rollout import Renoise
 from fewstep.errors import UserError
@@ -67,6 +68,7 @@ class _Student(_Record):
     times: tuple[float, ...]
     path: AnyPath
     renoise: Renoise = "fresh"
+    by_chunk: ByChunk | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +116,7 @@ class StudentCard:
         if isinstance(record, _Teacher):
             sampler: Sampler = record.sampler
         else:
-            sampler = StudentSampler(record.times, record.path, record.renoise)
+            sampler = StudentSampler(record.times, record.path, record.renoise, by_chunk=record.by_chunk)
         envelope = replace(record.envelope, num_inference_steps=num_steps(sampler))
         return cls(network, sampler, envelope, pipeline=pipeline, **shared)
 
@@ -129,9 +131,8 @@ class StudentCard:
         if isinstance(sampler, TeacherSampler):
             record = dump(_Teacher(sampler=sampler, envelope=self.envelope, **shared))
         else:
-            record = dump(
-                _Student(times=sampler.times, path=sampler.path, renoise=sampler.renoise, envelope=self.envelope, **shared)
-            )
+            own = {name: getattr(sampler, name) for name in ("times", "path", "renoise", "by_chunk")}
+            record = dump(_Student(envelope=self.envelope, **own, **shared))
         del record["envelope"]["num_inference_steps"]  # that of the sampler
         return record | {"num_inference_steps": num_steps(sampler), "network": self.network, **self.pipeline}
 

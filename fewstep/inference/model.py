@@ -23,6 +23,7 @@ from fewstep.diffusion import EDM, StudentSampler, TeacherSampler
 from fewstep.errors import UserError
 from fewstep.inference.card import Envelope, StudentCard
 from fewstep.inference.request import SamplerOptions
+from fewstep.networks.causal import Causal
 from fewstep.networks.contract import Network, NetworkSpec
 from fewstep.networks.encoders.codecs import Autoencoder, open_codec
 from fewstep.networks.files import hub
@@ -106,21 +107,21 @@ def of_run(address: str) -> Model:
         return Model(network, networks.teacher, teacher_sampler(network, source))
     card = StudentCard.read(run, "It is written anew when the run goes on")
     network = student_network(networks, read(address), address)
-    return Model(network, networks.student.network or networks.teacher, card.sampler, card.envelope)
+    return Model(network, networks.spec_of("student"), card.sampler, card.envelope)
 
 
 def student_network(nets: Networks, tensors: Mapping[str, Tensor], source: str) -> Network:
     """A plain network with the student's weights; adapters are merged into the teacher's."""
     role = nets.student
     if not isinstance(role, Lora):
-        spec: Any = role.network or nets.teacher
+        spec: Any = nets.spec_of("student")
         network = spec.build()
         load_into(network.module, tensors, source)
         return network
     network = build(nets, ("teacher",), 0)["teacher"]
     whole = merged(network.module.state_dict(), tensors, role.scale)
     load_into(network.module, whole, source)
-    return network
+    return network if role.causal is None else Causal.of(network, role.causal)
 
 
 def _is_run(address: str) -> bool:

@@ -73,7 +73,7 @@ class _Store:
 class Causal(Wrapper):
     inner: Network
     causality: Causality
-    sites: Sites = field(repr=False)
+    attention: Sites = field(repr=False)
 
     @classmethod
     def of(cls, network: Network, causality: Causality) -> Causal:
@@ -148,18 +148,18 @@ class Causal(Wrapper):
         if cond.context is not None:
             raise UserError("a call with a cache attends to what is in the cache; cond.context is for whole clips")
         have = past.layers[0][0].shape[1] if past.layers else 0
-        kept: dict[int, KeysValues] | None = {} if isinstance(cache, _Store) else None
-        plan = Plan((Group(range(frames), tuple(range(have + frames))),), past.layers or None, kept, frames)
+        new: dict[int, KeysValues] | None = {} if isinstance(cache, _Store) else None
+        plan = Plan((Group(range(frames), tuple(range(have + frames))),), past.layers or None, new, frames)
         with self._memory(past, cond):
             answer = self._call(plan, x_t, t, cond, taps)
-        if kept is not None:
-            past.append([kept[number] for number in range(len(self.sites.layers))])
+        if new is not None:
+            past.append([new[number] for number in range(len(self.attention.layers))])
         return answer
 
     def _call(self, plan: Plan, x_t: Tensor, t: Tensor, cond: Condition, taps: Sequence[int]) -> Prediction:
         with self._rotated_by(plan):
             answer = self.inner(x_t, t, cond, taps=taps)
-        num_layers = max(taps) + 1 if taps and isinstance(taps, FeaturesOnly) else len(self.sites.layers)
+        num_layers = max(taps) + 1 if taps and isinstance(taps, FeaturesOnly) else len(self.attention.layers)
         assert plan.layers == set(range(num_layers)), f"only the layers {sorted(plan.layers)} were causal"
         return answer
 
@@ -171,10 +171,10 @@ class Causal(Wrapper):
         def replace_output(rope: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Plan:
             clip: Tensor = args[0]
             table = rope.forward(clip.new_empty(1, 1, longest, *clip.shape[3:]), *args[1:], **kwargs)
-            plan.rotation = Rotation(table, self.sites.rotate)
+            plan.rotation = Rotation(table, self.attention.rotate)
             return plan
 
-        handle = self.sites.rope.register_forward_hook(replace_output, with_kwargs=True)
+        handle = self.attention.rope.register_forward_hook(replace_output, with_kwargs=True)
         try:
             yield
         finally:
@@ -188,7 +188,7 @@ class Causal(Wrapper):
             return
         if cache.text is not cond.text:
             cache.text, cache.memory = cond.text, {}
-        layers = [layer.processor for layer in self.sites.cross if isinstance(layer.processor, CrossAttention)]
+        layers = [layer.processor for layer in self.attention.cross if isinstance(layer.processor, CrossAttention)]
         for layer in layers:
             layer.memory = cache.memory
         try:

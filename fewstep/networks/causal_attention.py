@@ -111,7 +111,7 @@ class Plan:
 
     groups: tuple[Group, ...]
     past: Sequence[KeysValues] | None  # of each layer: what is cached
-    kept: dict[int, KeysValues] | None  # where the layers put the keys and values of this call; None: nowhere
+    new: dict[int, KeysValues] | None  # where the layers put the keys and values of this call; None: nowhere
     num_frames: int  # of the call
     rotation: Rotation | None = None  # set where the network computes its rotary embedding
     layers: set[int] = field(default_factory=set[int])  # those that have read the plan
@@ -121,8 +121,8 @@ class Plan:
         assert self.rotation is not None
         self.layers.add(layer)
         q, k, v = (part.unflatten(1, (self.num_frames, -1)) for part in (queries, keys, values))
-        if self.kept is not None:
-            self.kept[layer] = (k.detach(), v.detach())
+        if self.new is not None:
+            self.new[layer] = (k.detach(), v.detach())
         if self.past is not None:
             k = torch.cat([self.past[layer][0].to(k.dtype), k], 1)
             v = torch.cat([self.past[layer][1].to(v.dtype), v], 1)
@@ -166,7 +166,9 @@ class Sites:
         for number, layer in enumerate(self.layers):
             if not isinstance(layer.processor, SelfAttention):
                 layer.set_processor(self.own_processor(number, layer.processor))
-        for layer in self.cross if self.cross_processor is not None else ():
+        if self.cross_processor is None:
+            return
+        for layer in self.cross:
             if not isinstance(layer.processor, CrossAttention):
                 layer.set_processor(self.cross_processor(layer.processor))
 

@@ -23,6 +23,8 @@ from fewstep.batch import Condition
 from fewstep.config import kind
 from fewstep.diffusion import Cache, Prediction
 from fewstep.errors import UserError
+from fewstep.networks.causal import Causal
+from fewstep.networks.causal_attention import Causality
 from fewstep.networks.contract import Network, Wrapper
 
 
@@ -36,6 +38,7 @@ class Lora:
     targets: tuple[str, ...] | None = None  # endings of names of Linear layers; None: the network's choice, else all in blocks
     train: tuple[str, ...] = ()  # endings of names of other layers, trained in full beside the adapters (norms, embeddings)
     init: str = "teacher"  # "teacher": begins as the teacher; or the address of adapters, or of a full student to extract them
+    causal: Causality | None = None  # chunk-wise causal attention for this role alone; none: as the teacher is
 
     @property
     def network(self) -> None:
@@ -95,11 +98,12 @@ class Backbone:
             elif isinstance(layer, _Switched) and role in layer.own:
                 _graft(tree, name, layer.own[role])
         self.adapters[role] = tree
-        return Shared(self, role, tree)
+        network = self.network if config.causal is None else Causal.of(self.network, config.causal)
+        return Shared(self, role, tree, network)
 
     def itself(self) -> Shared:
         """The network with no adapter: the teacher."""
-        return Shared(self, None, self.network.module)
+        return Shared(self, None, self.network.module, self.network)
 
     @contextmanager
     def speaking(self, *roles: str) -> Iterator[None]:
@@ -123,15 +127,16 @@ class Shared(Wrapper):
     backbone: Backbone
     role: str | None
     module: nn.Module  # the adapters and what else is this role's own, named as in the network; all of it, with role None
+    network: Network  # that of the backbone, as this role calls it: causal or not
 
     def inside(self) -> Network:
-        return self.backbone.network
+        return self.network
 
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
     ) -> Prediction:
         with self.backbone.speaking(*([] if self.role is None else [self.role])):
-            return self.backbone.network(x_t, t, cond, taps=taps, cache=cache)
+            return self.network(x_t, t, cond, taps=taps, cache=cache)
 
 
 class _Switched(nn.Module):

@@ -14,6 +14,8 @@ from torch import nn
 
 from fewstep.config import OneOf, kind
 from fewstep.errors import UserError
+from fewstep.networks.causal import Causal, CausalSpec
+from fewstep.networks.causal_attention import Causality
 from fewstep.networks.contract import AnyNetwork, Network
 from fewstep.networks.heads import AnyHead
 from fewstep.networks.lora import Backbone, Lora, Shared, as_adapters
@@ -29,6 +31,9 @@ class Role(Protocol):
     @property
     def init(self) -> str: ...
 
+    @property
+    def causal(self) -> Causality | None: ...
+
 
 AnyRole = Annotated[Role, OneOf("role")]
 
@@ -41,10 +46,13 @@ class Full:
     network: AnyNetwork | None = None  # None: the teacher's
     # "teacher": a copy of its weights; "random"; or a weights address (networks/weights). Two experts each get those of one
     init: str = "teacher"
+    causal: Causality | None = None  # chunk-wise causal attention over the same weights; none: as the network is
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if self.network is not None and self.init == "teacher" and not self.network.starts_as_teacher:
             yield "init", "is 'teacher', but this role has a network of its own: give a weights address, or init=random"
+        if self.causal is not None and isinstance(self.network, CausalSpec):
+            yield "causal", "is set, but this role's network is causal already (kind causal): leave one of them out"
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,20 @@ class Networks:
     critic: AnyRole = Full()
     teacher_init: str | None = None  # weights address for the teacher; None: what its configuration builds
     head: AnyHead | None = None  # the discriminator of methods with a GAN
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        for name in ("student", "critic"):
+            role = getattr(self, name)
+            if role.causal is not None and role.network is None and isinstance(self.teacher, CausalSpec):
+                yield f"{name}.causal", "is set, but this role has the network of the teacher, which is causal already"
+
+    def spec_of(self, role: str) -> AnyNetwork | None:
+        """What builds a network by itself for the weights of `role`; adapters are merged into it."""
+        if role == "teacher":
+            return self.teacher
+        own: Role = getattr(self, role)
+        spec = own.network or self.teacher
+        return spec if spec is None or own.causal is None else CausalSpec.over(spec, own.causal)
 
 
 def build(config: Networks, roles: Iterable[str], seed: int) -> dict[str, Network]:
@@ -128,6 +150,11 @@ def wholes(nets: Mapping[str, Network]) -> list[Whole]:
 
 
 def _role(role: Role, config: Networks, teacher: Network | None, name: str, seed: int) -> Network:
+    network = _weighted_role(role, config, teacher, name, seed)
+    return network if role.causal is None else Causal.of(network, role.causal)
+
+
+def _weighted_role(role: Role, config: Networks, teacher: Network | None, name: str, seed: int) -> Network:
     if role.network is None and teacher is None:
         raise UserError(f"networks.{name}: has no network of its own, and there is no teacher to take after")
     if role.network is None and role.init == "teacher":

@@ -29,7 +29,7 @@ def write_records(run: Run, folder: Path, sampler: Sampler, first: Batch) -> Non
     (folder / "previews").mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", to_yaml(run))
     write_json(folder / "env.json", environment())
-    network: Any = run.networks.student.network or run.networks.teacher  # Any: @kind gives it the attribute
+    network: Any = run.networks.spec_of("student")  # Any: @kind gives it the attribute
     card = StudentCard({"kind": network.kind, **dump(network)}, sampler, envelope(run, first))
     card.write(folder)
 

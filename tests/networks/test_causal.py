@@ -126,7 +126,7 @@ def test_the_answer_is_that_of_upstream_attention_under_the_block_mask(family: s
     tokens = mask.repeat_interleave(SIDE * SIDE // 4, 0).repeat_interleave(SIDE * SIDE // 4, 1)
     with torch.no_grad():
         ours = network(x, t, cond).velocity
-        for layer in network.sites.layers:
+        for layer in network.attention.layers:
             upstream = layer.processor.before
             layer.set_processor(_Masked(upstream, tokens))
         theirs = network.inner(x, t, cond).velocity
@@ -164,9 +164,9 @@ def test_positions_stay_within_the_span_after_a_hundred_chunks_and_so_does_the_c
     causality = Causality(chunk=2, span=7, sink=1)
     network, seen, sizes = build(family, causality), [], []
     cache: Any = network.new_cache(clip(2))
-    forward = network.sites.rope.forward
+    forward = network.attention.rope.forward
     monkeypatch.setattr(
-        network.sites.rope, "forward", lambda x, *more, **kw: seen.append(x.shape[2]) or forward(x, *more, **kw)
+        network.attention.rope, "forward", lambda x, *more, **kw: seen.append(x.shape[2]) or forward(x, *more, **kw)
     )
     with torch.no_grad():
         for number in range(100):
@@ -182,14 +182,14 @@ def test_the_keys_of_a_text_are_computed_once_and_anew_for_another_text(family: 
     network, cond, other = build(family, Causality(chunk=2, span=8)), text(), Condition(text=draw(1, 5, 16, seed=11))
     cache, x, t = network.new_cache(clip(2)), clip(2), levels(2)
     calls = []
-    for layer in network.sites.cross:
+    for layer in network.attention.cross:
         layer.to_k.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         first = network(x, t, cond, cache=cache).velocity
-        assert torch.equal(network(x, t, cond, cache=cache).velocity, first) and len(calls) == len(network.sites.cross)
+        assert torch.equal(network(x, t, cond, cache=cache).velocity, first) and len(calls) == len(network.attention.cross)
         assert not torch.equal(network(x, t, other, cache=cache).velocity, first)
         torch.testing.assert_close(network(x, t, cond).velocity, first, rtol=0, atol=1e-6)
-    weight = network.sites.cross[0].to_k.weight
+    weight = network.attention.cross[0].to_k.weight
     network(x, t, cond, cache=cache).velocity.sum().backward()  # with gradients they are computed: to_k is trained
     assert weight.grad is not None and bool(weight.grad.abs().sum() > 0)
 
@@ -242,7 +242,7 @@ def test_what_cannot_be_causal_is_refused_by_name() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_that_lost_its_causality_stops_the_call(family: str) -> None:
     network = build(family, Causality(chunk=2, span=8))
-    layer = network.sites.layers[1]
+    layer = network.attention.layers[1]
     layer.set_processor(layer.processor.before)
     with pytest.raises(UserError, match="knows no causality"):
         network(clip(4), levels(4), text())
