@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from fewstep.errors import UserError
-from fewstep.networks.lora import Lora, as_diffusers, as_kohya
+from fewstep.networks.lora import Lora, as_diffusers, as_kohya, at_scale_one
 from fewstep.networks.roles import Networks
 from fewstep.networks.weights.addresses import read
 
@@ -25,14 +25,14 @@ def write_lora(address: str, networks: Networks, out: Path) -> tuple[str, ...]:
     if not isinstance(role, Lora) or spec is None:
         raise UserError("--format lora: this run's student is a full network; networks.student=lora trains adapters")
     notes: list[str] = []
-    for part, adapters in spec.by_part(read(address)).items():
+    for part, adapters in spec.by_part(at_scale_one(read(address), role.scale_of)).items():
         stem = "" if part == spec.pipeline_part else f"{part}_"
         file = f"{stem}pytorch_lora_weights.safetensors"
         is_branch = part.startswith("controlnet")  # of no class that takes adapters by itself
         prefix = "" if is_branch else spec.pipeline_part
-        save_file(as_diffusers(adapters, role.scale, prefix=prefix), out / file, metadata={"format": "pt"})
+        save_file(as_diffusers(adapters, prefix=prefix), out / file, metadata={"format": "pt"})
         if not is_branch:
-            save_file(as_kohya(adapters, role.scale), out / f"{stem}kohya_lora.safetensors", metadata={"format": "pt"})
+            save_file(as_kohya(adapters), out / f"{stem}kohya_lora.safetensors", metadata={"format": "pt"})
         if stem:
             notes.append((BRANCH if is_branch else LOW_NOISE_EXPERT).format(file=file))
     return tuple(notes)

@@ -119,7 +119,7 @@ def student_network(nets: Networks, tensors: Mapping[str, Tensor], source: str) 
         load_into(network.module, tensors, source)
         return network
     network = build(nets, ("teacher",), 0)["teacher"]
-    whole = merged(network.module.state_dict(), tensors, role.scale)
+    whole = merged(network.module.state_dict(), tensors, role.scale_of)
     load_into(network.module, whole, source)
     return network if role.causal is None else Causal.of(network, role.causal)
 

@@ -1,6 +1,8 @@
 """Roles that share one backbone: low-rank adapters (Hu et al. 2021, arXiv:2106.09685) over one frozen network.
 
-    W' = W + scale B A,      B (out, rank), A (rank, in),      scale = alpha / rank
+    W' = W + scale B A,      B (out, rank), A (rank, in)
+
+peft writes the scale as alpha / rank; Cosmos-Predict1 writes it as here.
 
 Student and critic are adapters over the teacher's weights, so that one network is in memory where there were three. Which
 adapter speaks is switched inside the role's call. A block that is recomputed in backward is recomputed when another role may
@@ -11,10 +13,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +36,11 @@ class Lora:
     """Adapters over the teacher's frozen weights, which stay in memory once."""
 
     rank: int = 32
-    alpha: float | None = None  # the adapters count alpha / rank; None: rank, so that they count 1
-    targets: tuple[str, ...] | None = None  # endings of names of Linear layers; None: the network's choice, else all in blocks
+    scale: float = 1.0  # factor of B A; alpha / rank of peft, `scale` of Cosmos-Predict1
+    # Endings of names of Linear layers: NAME, NAME:RANK or NAME:RANK:SCALE. None: the network's choice, else all in blocks
+    targets: tuple[str, ...] | None = None
+    first_nblocks: int | None = None  # adapters in the first blocks only, this number of them; None: in all
+    down: Literal["uniform", "normal"] = "uniform"  # how A begins: peft's default, or N(0, 1 / rank^2) as Cosmos-Predict1
     train: tuple[str, ...] = ()  # endings of names of other layers, trained in full beside the adapters (norms, embeddings)
     init: str = "teacher"  # "teacher": begins as the teacher; or the address of adapters, or of a full student to extract them
     causal: Causality | None = None  # chunk-wise causal attention for this role alone; none: as the teacher is
@@ -45,19 +50,59 @@ class Lora:
         """None: the network is the teacher's, always."""
         return
 
-    @property
-    def scale(self) -> float:
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+    def rank_of(self, layer: str) -> int:
+        """The rank of the adapter of the layer with this name."""
+        target = self._target_of(layer)
+        return self.rank if target is None or target.rank is None else target.rank
+
+    def scale_of(self, layer: str) -> float:
+        """The scale of the adapter of the layer with this name."""
+        target = self._target_of(layer)
+        return self.scale if target is None or target.scale is None else target.scale
+
+    def _target_of(self, layer: str) -> Target | None:
+        """The most exact of `targets` that names the layer."""
+        fitting = [target for target in map(Target.of, self.targets or ()) if _ends_in(layer, target.ending)]
+        return max(fitting, key=lambda target: len(target.ending), default=None)
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if self.rank < 1:
             yield "rank", f"must be at least 1, not {self.rank}"
-        if self.alpha is not None and self.alpha <= 0:
-            yield "alpha", f"must be above 0, or none for the rank, not {self.alpha}"
+        if self.scale <= 0:
+            yield "scale", f"must be above 0, not {self.scale}"
+        if self.first_nblocks is not None and self.first_nblocks < 1:
+            yield "first_nblocks", f"must be at least 1, or none for all blocks, not {self.first_nblocks}"
+        for text in self.targets or ():
+            if Target.of(text).is_wrong:
+                yield (
+                    "targets",
+                    f"'{text}' is none of NAME, NAME:RANK and NAME:RANK:SCALE with a rank of at least 1 and a scale above 0",
+                )
         if self.targets is not None and not self.targets and not self.train:
             yield "targets", "is empty and so is train: not one weight of this role would be trained"
         if self.init == "random":
             yield "init", "cannot be random for adapters: they lie over the teacher's weights. teacher, or a weights address"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One entry of `targets`: to_q, to_q:8 or to_q:8:0.6."""
+
+    ending: str
+    rank: int | None = None  # None: that of the role
+    scale: float | None = None
+    is_wrong: bool = False
+
+    @classmethod
+    def of(cls, text: str) -> Target:
+        ending, *numbers = text.split(":")
+        try:
+            rank = int(numbers[0]) if numbers else None
+            scale = float(numbers[1]) if len(numbers) > 1 else None
+        except ValueError:
+            return cls(ending, is_wrong=True)
+        is_wrong = not ending or len(numbers) > 2 or (rank is not None and rank < 1) or (scale is not None and not scale > 0)
+        return cls(ending, rank, scale, is_wrong)
 
 
 class Backbone:
@@ -75,15 +120,19 @@ class Backbone:
         from peft.tuners.lora import LoraLayer
 
         module = self.network.module
-        names = target_names(self.network, config.targets, f"networks.{role}.targets")
+        names = target_names(self.network, config, f"networks.{role}")
         own = _matching(module, config.train, f"networks.{role}.train") if config.train else []
         clash = [name for name in own if any(_below(name, target) or _below(target, name) for target in names)]
         if clash:
             raise UserError(f"networks.{role}.train: {clash[0]} has an adapter already; take it out of targets or of train")
-        if names:
+        groups: dict[tuple[int, float], list[str]] = {}
+        for name in names:
+            groups.setdefault((config.rank_of(name), config.scale_of(name)), []).append(name)
+        for (rank, scale), layers in groups.items():
             # peft would tell us that the module has adapters already, which is what we want.
             module.__dict__.pop("peft_config", None)
-            options = LoraConfig(r=config.rank, lora_alpha=config.scale * config.rank, target_modules=names)  # pyright: ignore[reportArgumentType]  # peft's stubs
+            down: Any = "gaussian" if config.down == "normal" else True
+            options = LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=layers, init_lora_weights=down)  # pyright: ignore[reportArgumentType]  # peft's stubs
             inject_adapter_in_model(options, module, role)
             module.__dict__.pop("peft_config", None)
         for name in own:
@@ -166,26 +215,38 @@ class _Switched(nn.Module):
 # --- which layers -----------------------------------------------------------------------------------------------------
 
 
-def target_names(network: Network, targets: Sequence[str] | None, key: str) -> list[str]:
-    """The Linear layers that get an adapter, in the order of the network."""
+def target_names(network: Network, config: Lora, key: str) -> list[str]:
+    """The Linear layers that get an adapter, in the order of the network. `key` is the role's, for messages."""
     module = network.module
-    linear = [name for name, layer in module.named_modules() if _is_linear(layer)]
+    blocks = _first_blocks(network, config, key)
+    inside = {id(layer) for block in blocks for layer in block.modules()}
+    linear = {name: layer for name, layer in module.named_modules() if _is_linear(layer)}
+    targets = network.traits.lora_targets if config.targets is None else [Target.of(text).ending for text in config.targets]
     if targets is None:
-        targets = network.traits.lora_targets
-    if targets is not None:
-        found = _matching(module, targets, key) if targets else []
-        wrong = [name for name in found if name not in linear]
-        if wrong:
-            raise UserError(f"{key}: {wrong[0]} is no Linear layer: adapters are for those; put it into train instead")
-        return found
-    inside = {id(layer) for block in network.blocks for layer in block.modules()}
-    found = [name for name in linear if id(module.get_submodule(name)) in inside]
-    if not found:
-        raise UserError(
-            f"{key}: this network has no Linear layer in its blocks, so there is nothing to adapt. An analytic teacher has no "
-            "weights at all: give the role a network of its own (full)"
-        )
-    return found
+        names = [name for name, layer in linear.items() if id(layer) in inside]
+        if not names:
+            raise UserError(
+                f"{key}.targets: this network has no Linear layer in its blocks, so there is nothing to adapt. An analytic "
+                "teacher has no weights at all: give the role a network of its own (full)"
+            )
+        return names
+    names = _matching(module, targets, f"{key}.targets") if targets else []
+    wrong = [name for name in names if name not in linear]
+    if wrong:
+        raise UserError(f"{key}.targets: {wrong[0]} is no Linear layer: adapters are for those; put it into train instead")
+    if config.first_nblocks is None:
+        return names
+    kept = [name for name in names if id(linear[name]) in inside]
+    if names and not kept:
+        raise UserError(f"{key}.first_nblocks: not one of the targets lies in the first {config.first_nblocks} blocks")
+    return kept
+
+
+def _first_blocks(network: Network, config: Lora, key: str) -> Sequence[nn.Module]:
+    num = config.first_nblocks
+    if num is not None and num > len(network.blocks):
+        raise UserError(f"{key}.first_nblocks: is {num}, but this network has {len(network.blocks)} blocks")
+    return network.blocks[:num]
 
 
 def _is_linear(layer: nn.Module) -> bool:
@@ -199,7 +260,7 @@ def _matching(module: nn.Module, endings: Sequence[str], key: str) -> list[str]:
     names = [n for n, _ in module.named_modules() if n and not re.search(r"\.(base_layer|lora_\w+|original|own)(\.|$)", n)]
     found: list[str] = []
     for ending in endings:
-        some = [name for name in names if name == ending or name.endswith("." + ending)]
+        some = [name for name in names if _ends_in(name, ending)]
         if not some:
             import difflib
 
@@ -208,6 +269,10 @@ def _matching(module: nn.Module, endings: Sequence[str], key: str) -> list[str]:
             raise UserError(f"{key}: no layer of this network is called '{ending}' or ends in it; there are {', '.join(near)}")
         found += [name for name in some if name not in found]
     return [name for name in names if name in set(found)]
+
+
+def _ends_in(name: str, ending: str) -> bool:
+    return name == ending or name.endswith("." + ending)
 
 
 def _below(name: str, other: str) -> bool:
@@ -251,7 +316,12 @@ class Extracted:
     left_out: tuple[str, ...]  # tensors that differ and are no weights of targets
 
 
-def extract(base: Mapping[str, Tensor], full: Mapping[str, Tensor], targets: Iterable[str], rank: int) -> Extracted:
+Of = Callable[[str], float]  # of a layer, by its name
+
+
+def extract(
+    base: Mapping[str, Tensor], full: Mapping[str, Tensor], targets: Iterable[str], rank: int | Callable[[str], int]
+) -> Extracted:
     """The adapters of `rank` nearest to full - base: the singular value decomposition (Eckart and Young 1936).
 
     With rank at least that of the difference they are exact; otherwise the error of a layer is the norm of its smaller
@@ -269,9 +339,10 @@ def extract(base: Mapping[str, Tensor], full: Mapping[str, Tensor], targets: Ite
     for weight, name in weights.items():
         difference = full[weight].double() - base[weight].double()
         u, s, v = torch.linalg.svd(difference, full_matrices=False)
-        keep = min(rank, len(s))
+        wanted = rank if isinstance(rank, int) else rank(name)
+        keep = min(wanted, len(s))
         root = s[:keep].sqrt()
-        down, up = difference.new_zeros(rank, difference.shape[1]), difference.new_zeros(difference.shape[0], rank)
+        down, up = difference.new_zeros(wanted, difference.shape[1]), difference.new_zeros(difference.shape[0], wanted)
         down[:keep], up[:, :keep] = root[:, None] * v[:keep], u[:, :keep] * root
         adapters[name + DOWN], adapters[name + UP] = down.float(), up.float()
         error[name] = float(s[keep:].norm())
@@ -287,8 +358,10 @@ def as_adapters(
     if any(name.endswith(DOWN) for name in weights) or weights.keys() != base.keys():
         return dict(weights)  # loading is strict, and says what does not fit
     own = module.state_dict()
-    found = extract(base, weights, adapted_layers(own), config.rank)
-    adapters = {name: tensor / config.scale if name.endswith(UP) else tensor for name, tensor in found.adapters.items()}
+    found = extract(base, weights, adapted_layers(own), config.rank_of)
+    adapters = dict(found.adapters)
+    for layer in adapted_layers(own):
+        adapters[layer + UP] = adapters[layer + UP] / config.scale_of(layer)
     lost = [name for name in found.left_out if name not in own]
     if lost:
         warnings.warn(
@@ -309,7 +382,7 @@ def own_layers(adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in adapters.items() if not name.endswith((DOWN, UP))}
 
 
-def merged(base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
+def merged(base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scale: float | Of = 1.0) -> dict[str, Tensor]:
     """The weights of a plain network that answers as the role does, in the types of `base`; summed in float32 or better."""
     out = dict(base)
     for name in adapted_layers(adapters):
@@ -318,12 +391,17 @@ def merged(base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scale: fl
         weight = base[f"{name}.weight"]
         exact = torch.promote_types(weight.dtype, torch.float32)
         low_rank = adapters[name + UP].to(exact) @ adapters[name + DOWN].to(exact)
-        out[f"{name}.weight"] = (weight.to(exact) + scale * low_rank).to(weight.dtype)
+        out[f"{name}.weight"] = (weight.to(exact) + (scale(name) if callable(scale) else scale) * low_rank).to(weight.dtype)
     for name, tensor in own_layers(adapters).items():
         if name not in base:
             raise UserError(f"the adapters are for another network: it has no tensor '{name}'")
         out[name] = tensor.to(base[name].dtype)
     return out
+
+
+def at_scale_one(adapters: Mapping[str, Tensor], scale: Of) -> dict[str, Tensor]:
+    """The same adapters with the scale of each multiplied into B."""
+    return {n: scale(n.removesuffix(UP)) * tensor if n.endswith(UP) else tensor for n, tensor in adapters.items()}
 
 
 def as_diffusers(adapters: Mapping[str, Tensor], scale: float = 1.0, prefix: str = "transformer") -> dict[str, Tensor]:

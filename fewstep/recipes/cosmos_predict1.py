@@ -45,7 +45,9 @@ def video2world_7b_lora_example_cosmos_nemo_assets() -> Run:
     return replace(
         run,
         job=replace(run.job, name="video2world_7b_lora_example_cosmos_nemo_assets"),
-        networks=Networks(teacher=PREDICT1_7B, teacher_init=WEIGHTS, student=Lora(rank=8, targets=("to_q", "to_v"))),
+        networks=Networks(
+            teacher=PREDICT1_7B, teacher_init=WEIGHTS, student=Lora(rank=8, targets=("to_q", "to_v"), down="normal")
+        ),
         optim=replace(run.optim, lr=1e-4, warmup_iters=0),
         trainer=replace(run.trainer, max_iter=5000),
         checkpoint=Checkpoint(save_iter=1000),

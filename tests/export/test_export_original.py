@@ -197,7 +197,7 @@ def test_adapters_of_a_controlled_network_are_named_as_in_the_classes_of_diffuse
     from diffusers import CosmosControlNetModel, CosmosTransformer3DModel
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
-    nets = Networks(teacher=SPECS["transfer2.5"][0], student=Lora(rank=2, alpha=4.0))
+    nets = Networks(teacher=SPECS["transfer2.5"][0], student=Lora(rank=2, scale=2.0))
     run = trained(tmp_path, nets, 12, 0.5, ("edge",))
     assert main(["export", str(run), "--out", str(tmp_path / "out"), "--format", "lora"]) == 0
     base_file = load_file(tmp_path / "out/pytorch_lora_weights.safetensors")

@@ -12,13 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewstep.batch import Condition
+from fewstep.config import build_recipe
 from fewstep.networks.analytic import MixtureSpec
 from fewstep.networks.families.cosmos.control import CosmosControlSpec
 from fewstep.networks.families.cosmos.network import CosmosSpec
+from fewstep.networks.families.cosmos.predict import PREDICT1_7B
 from fewstep.networks.families.unet import UnetSpec
 from fewstep.networks.families.wan.experts import ExpertsSpec
 from fewstep.networks.families.wan.network import WanSpec
-from fewstep.networks.lora import Backbone, Lora, Shared, as_diffusers, as_kohya, extract, merged, target_names
+from fewstep.networks.lora import Backbone, Lora, Shared, as_diffusers, as_kohya, at_scale_one, extract, merged, target_names
 from fewstep.networks.roles import Full, Networks, build, wholes
 from fewstep.networks.tiny import TinySpec
 from fewstep.parallel import World, place
@@ -32,7 +34,7 @@ COSMOS = CosmosSpec(
 )  # fmt: skip
 
 
-STUDENT, CRITIC = Lora(rank=3), Lora(rank=2, alpha=4)
+STUDENT, CRITIC = Lora(rank=3), Lora(rank=2, scale=2.0)
 
 
 def shared(student: Lora = STUDENT, critic: Lora = CRITIC, teacher: Any = DIT, **more: Any) -> dict[str, Any]:
@@ -73,8 +75,8 @@ def plain(spec: Any, weights: dict[str, Tensor]) -> Any:
 
 
 def test_every_role_answers_as_a_plain_network_with_merged_weights() -> None:
-    """The forward against W + (alpha / rank) B A written out, and a layer trained in full."""
-    nets = shared(critic=Lora(rank=2, alpha=4, targets=("qkv", "mlp.0"), train=("enter", "time.net.0")))
+    """The forward against W + scale B A written out, and a layer trained in full."""
+    nets = shared(critic=Lora(rank=2, scale=2.0, targets=("qkv", "mlp.0"), train=("enter", "time.net.0")))
     x, t, cond = inputs()
     base = base_of(nets["teacher"])
     for role, scale in (("teacher", None), ("student", 1.0), ("critic", 2.0)):
@@ -89,7 +91,7 @@ def test_every_role_answers_as_a_plain_network_with_merged_weights() -> None:
 
 def test_the_gradient_of_an_adapter_is_that_of_the_merged_weight() -> None:
     """dL/dA = scale B^T dL/dW, dL/dB = scale dL/dW A^T, from the gradients of a plain network."""
-    nets = shared(critic=Lora(rank=2, alpha=4, train=("enter",)))
+    nets = shared(critic=Lora(rank=2, scale=2.0, train=("enter",)))
     x, t, cond = inputs()
     state = {name: p.detach() for name, p in nets["critic"].module.state_dict().items()}
     want = plain(DIT, merged(base_of(nets["teacher"]), state, 2.0))
@@ -113,6 +115,43 @@ def test_the_gradient_of_an_adapter_is_that_of_the_merged_weight() -> None:
     assert seen == 8 * 3
     others = [p.grad for n, p in nets["teacher"].module.named_parameters() if ".critic." not in n]
     assert others and all(gradient is None for gradient in others)  # neither the base nor the student
+
+
+def test_targets_have_ranks_and_scales_of_their_own_and_lie_in_the_first_blocks() -> None:
+    """The mini-language of Cosmos-Predict1: merged by hand, W + scale B A with the rank and scale of each target."""
+    config = Lora(rank=3, scale=0.5, targets=("qkv:2:0.6", "mlp.0", "blocks.1.qkv:4"), first_nblocks=2)
+    nets = shared(critic=config)
+    state = {name: p.detach() for name, p in nets["critic"].module.state_dict().items()}
+    ranks = {name.removesuffix(".lora_A.weight"): len(p) for name, p in state.items() if name.endswith(".lora_A.weight")}
+    assert ranks == {"blocks.0.qkv": 2, "blocks.0.mlp.0": 3, "blocks.1.qkv": 4, "blocks.1.mlp.0": 3}
+    scales = {"blocks.0.qkv": 0.6, "blocks.0.mlp.0": 0.5, "blocks.1.qkv": 0.5, "blocks.1.mlp.0": 0.5}
+    want = dict(base_of(nets["teacher"]))
+    for name, scale in scales.items():
+        want[f"{name}.weight"] = (
+            want[f"{name}.weight"] + scale * state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
+        )
+    x, t, cond = inputs()
+    torch.testing.assert_close(nets["critic"](x, t, cond).x0, plain(DIT, want)(x, t, cond).x0, rtol=0, atol=1e-12)
+    again = merged(base_of(nets["teacher"]), state, config.scale_of)
+    torch.testing.assert_close(again, want, rtol=0, atol=1e-15)
+    alone = merged(base_of(nets["teacher"]), at_scale_one(state, config.scale_of))
+    torch.testing.assert_close(alone, want, rtol=0, atol=1e-15)
+
+
+def test_the_adapters_of_predict1_are_those_of_its_lora_example() -> None:
+    """112 adapters and 6.65 million parameters on the 7B network, without its memory; A drawn with spread 1 / rank."""
+    recipe = build_recipe("video2world_7b_lora_example_cosmos_nemo_assets")
+    config: Any = replace(recipe.networks.student, init="teacher")
+    with torch.device("meta"):
+        backbone = Backbone(PREDICT1_7B.build())
+        role = backbone.add("student", config)
+    parameters = dict(role.module.named_parameters())
+    assert len(parameters) == 2 * 112
+    assert sum(p.numel() for p in parameters.values()) == 6_651_904
+    small: Any = build(Networks(COSMOS, replace(config, rank=4)), ("student",), seed=1)["student"]
+    downs = torch.cat([p.detach().flatten() for n, p in small.module.named_parameters() if "lora_A" in n])
+    assert float(downs.std(correction=0)) == pytest.approx(1 / 4, rel=0.1)
+    assert all(not bool(p.any()) for n, p in small.module.named_parameters() if "lora_B" in n)
 
 
 def test_adapters_change_nothing_at_first() -> None:
@@ -209,7 +248,7 @@ def test_no_graph_is_kept_of_a_frozen_base_whose_input_needs_none() -> None:
 
 def test_cosmos_adapters_are_read_by_diffusers_itself(tmp_path: Path) -> None:
     """Parity: our role against upstream's load_lora_adapter on the same base, from the file we write."""
-    nets: Any = build(Networks(COSMOS, Lora(rank=4, alpha=8), Lora(rank=2)), ROLES, seed=2)
+    nets: Any = build(Networks(COSMOS, Lora(rank=4, scale=2.0), Lora(rank=2)), ROLES, seed=2)
     for name, parameter in nets["student"].module.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.2)
@@ -232,9 +271,9 @@ def test_cosmos_adapters_are_read_by_diffusers_itself(tmp_path: Path) -> None:
 
 
 def test_cosmos_says_itself_where_adapters_lie() -> None:
-    names = target_names(COSMOS.build(), None, "")
+    names = target_names(COSMOS.build(), Lora(), "")
     assert len(names) == 2 * 10 and not any("norm" in name for name in names)
-    assert len(target_names(DIT.build(), None, "")) == 3 * 8
+    assert len(target_names(DIT.build(), Lora(), "")) == 3 * 8
 
 
 def test_kohya_names_carry_their_alpha() -> None:
@@ -282,7 +321,7 @@ def test_a_role_begins_with_what_is_extracted_from_a_full_student(tmp_path: Path
     save_file(student.module.state_dict(), tmp_path / "full.safetensors")
     x, t, cond = inputs()
     want = student(x.float(), t, cond).velocity
-    nets: Any = build(Networks(DIT, Lora(rank=2, alpha=6, init=str(tmp_path / "full.safetensors"))), ("student",), seed=1)
+    nets: Any = build(Networks(DIT, Lora(rank=2, scale=3.0, init=str(tmp_path / "full.safetensors"))), ("student",), seed=1)
     torch.testing.assert_close(nets["student"](x.float(), t, cond).velocity, want, rtol=1e-4, atol=1e-4)
 
     student.module.enter.bias.data += 1
@@ -316,8 +355,19 @@ def test_what_cannot_be_is_refused_by_its_key() -> None:
         build(Networks(student=Lora()), ("student",), seed=1)
     with pytest.raises(ValueError, match="export it merged"):
         as_diffusers(build(Networks(DIT, Lora(train=("enter",))), ("student",), seed=1)["student"].module.state_dict())
-    keys = {key for bad in (Lora(rank=0), Lora(alpha=-1.0), Lora(init="random"), Lora(targets=())) for key, _ in bad.problems()}
-    assert keys == {"rank", "alpha", "init", "targets"}
+    keys = {
+        key
+        for bad in (
+            Lora(rank=0),
+            Lora(scale=-1.0),
+            Lora(targets=("to_q:0",)),
+            Lora(first_nblocks=0),
+            Lora(init="random"),
+            Lora(targets=()),
+        )
+        for key, _ in bad.problems()
+    }
+    assert keys == {"rank", "scale", "init", "targets", "first_nblocks"}
 
 
 def test_a_full_role_beside_adapters_is_a_copy_of_the_teacher_alone() -> None:
