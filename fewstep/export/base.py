@@ -47,6 +47,17 @@ def copy_parts(base: Path, out: Path, index: dict[str, Any]) -> str:
     return _pipeline_class(entries.get("_class_name"))
 
 
+def copy_scheduler(base: Path, out: Path, index: dict[str, Any]) -> bool:
+    """Copies the base's scheduler and enters it in `index`, if it is a class of diffusers."""
+    base = base.resolve()
+    entry = read_json(base / "model_index.json", ADVICE).get("scheduler")
+    if not _is_class(entry) or entry[0] != "diffusers" or not (base / "scheduler").is_dir():
+        return False
+    _copy(base, base / "scheduler", out / "scheduler")
+    index["scheduler"] = entry
+    return True
+
+
 def _is_class(entry: Any) -> bool:
     if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
         return False

@@ -1,13 +1,16 @@
 """A student as a folder of diffusers: its network, the parts of the pipeline it belongs to, and its schedule.
 
-The scheduler is one of diffusers where one takes the student's steps (schedulers.py): then upstream's own pipeline samples it,
-too. Where it needs a loop of its own - every Cosmos network, and a noise that is taken again - pipeline.py in the folder is
-that loop; it imports torch and diffusers only.
+A teacher that was post-trained becomes a pipeline of its base's own class, with the base's scheduler, if a base is given.
+
+The scheduler of a student is one of diffusers where one takes the student's steps (schedulers.py): then upstream's own pipeline
+samples it, too. Where it needs a loop of its own - every Cosmos network, and a noise that is taken again - pipeline.py in the
+folder is that loop; it imports torch and diffusers only.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +18,20 @@ from typing import Any
 import torch
 
 from fewstep import registry
-from fewstep.diffusion import EDM, Sampler, StudentSampler
+from fewstep.diffusion import EDM, Sampler, StudentSampler, TeacherSampler
 from fewstep.diffusion.path import floats
 from fewstep.errors import UserError
-from fewstep.export.base import copy_parts
+from fewstep.export.base import ADVICE, copy_parts, copy_scheduler
 from fewstep.export.schedulers import scheduler_of
+from fewstep.files import read_json
 from fewstep.inference.card import StudentCard
-from fewstep.inference.model import Model
+from fewstep.inference.model import Model, teacher_sampler
 from fewstep.networks.contract import Network
 from fewstep.networks.encoders.codecs import Form
 
+GUARDED = (
+    "diffusers' {cls} wants the package cosmos_guardrail; without it, give `from_pretrained` a `safety_checker` of your own."
+)
 PIPELINE = Path(__file__).with_name("student_pipeline.py.txt")
 
 
@@ -40,6 +47,8 @@ def write_folder(model: Model, card: StudentCard, out: Path, base: Path | None) 
     base_class = "" if base is None else copy_parts(base, out, index)
     if _standalone(out) is not None:
         index.pop("text_encoder", None)  # no class of transformers: pipeline.py reads it
+    if base is not None and base_class and _is_teacher_of(base, model, index) and copy_scheduler(base, out, index):
+        return _teacher_folder(model, card, out, base, base_class, index)
     scheduler = scheduler_of(sampler, network.path, traits.scheduling)
     if scheduler is not None:
         scheduler.save_pretrained(str(out / "scheduler"))
@@ -70,6 +79,27 @@ def write_folder(model: Model, card: StudentCard, out: Path, base: Path | None) 
     scale = network.path.sigma_data if isinstance(network.path, EDM) else 1.0  # an EDM network's state has its data's spread
     pipeline = {"schedule": steps, "network_family": settings, "latent_scale": scale, "latent_channels": channels}
     return replace(card, envelope=envelope, pipeline=pipeline)
+
+
+def _is_teacher_of(base: Path, model: Model, index: Mapping[str, Any]) -> bool:
+    """Whether the model is a post-trained teacher whose denoiser is of the same class as that of the pipeline `base`."""
+    part = "unet" if "unet" in index else "transformer"
+    config = base / part / "config.json"
+    theirs = read_json(config, ADVICE).get("_class_name") if config.is_file() else None
+    return model.is_teacher and part in index and index[part][1] == theirs
+
+
+def _teacher_folder(
+    model: Model, card: StudentCard, out: Path, base: Path, base_class: str, index: dict[str, Any]
+) -> StudentCard:
+    """Completes a folder of the base's own class, with the base's scheduler; returns the card with its sampler."""
+    assert isinstance(model.sampler, TeacherSampler)
+    index["_class_name"] = base_class
+    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    sampler = replace(teacher_sampler(model.network, str(base)), num_steps=model.sampler.num_steps)
+    envelope = card.envelope.with_codec(_codec_form(out)) if "vae" in index else card.envelope
+    notes = (GUARDED.format(cls=base_class),) if base_class.startswith("Cosmos") else ()
+    return replace(card, sampler=sampler, envelope=envelope, notes=(*card.notes, *notes))
 
 
 def as_student(sampler: Sampler, network: Network) -> StudentSampler:

@@ -36,7 +36,7 @@ class Finetune:
     per_frame_times: bool = False  # one noise level per frame (diffusion forcing) instead of one per sample
     drop_condition: float = 0.0  # share of samples trained on the negative condition, which makes guidance possible
     first_frames: tuple[float, ...] = ()  # shares of samples conditioned on 0, 1, .. clean first frames; Predict2.5 0 to 2
-    num_sample_steps: int = 35  # of the sampler of the resulting many-step model
+    num_sample_steps: int | None = None  # of the sampler of the resulting many-step model; None: of its base, or as published
 
     roles = ("student",)
 
@@ -61,8 +61,15 @@ class Finetune:
         yield Terms.of(denoising=reduced(error * weight, free_mask(cond, error), self.reduction))
 
     def sampler(self, path: Path) -> TeacherSampler:
-        """That of a many-step model: what is trained here is a teacher, or is post-trained as one."""
-        return replace(TeacherSampler.for_path(path), num_steps=self.num_sample_steps)
+        """That of a many-step model: what is trained here is a teacher, or is post-trained as one.
+
+        A run whose network comes from a pipeline takes the scheduler of that pipeline (training/run_folder.py).
+        """
+        return self.in_own_steps(TeacherSampler.for_path(path))
+
+    def in_own_steps(self, sampler: TeacherSampler) -> TeacherSampler:
+        """The sampler with `num_sample_steps`, if there are any."""
+        return sampler if self.num_sample_steps is None else replace(sampler, num_steps=self.num_sample_steps)
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if self.weighting != "none" and self.space != "x0":

@@ -40,7 +40,7 @@ from fewstep.training.log import RunLog
 from fewstep.training.meter import Meter
 from fewstep.training.preview import Scene
 from fewstep.training.run import Run
-from fewstep.training.run_folder import peak_memory_gib, summary, write_records
+from fewstep.training.run_folder import peak_memory_gib, sampler_of, summary, write_records
 from fewstep.training.signals import Signals
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -86,7 +86,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
     if latest is None and options.load_path is not None:
         _load_weights(options.load_path, networks)
     crew = assemble(run, networks, world)
-    sampler = method.sampler(crew.student.network.path)
+    sampler = sampler_of(run, crew.student.network)
 
     # --- where to begin: this run's latest checkpoint, or the beginning
     progress = Progress() if latest is None else _restore(checkpoints, latest, crew)

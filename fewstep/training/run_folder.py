@@ -19,6 +19,11 @@ from fewstep.config import dump, to_yaml
 from fewstep.diffusion import Sampler
 from fewstep.files import write_json, write_text
 from fewstep.inference.card import Envelope, StudentCard
+from fewstep.inference.model import teacher_sampler
+from fewstep.methods import Finetune
+from fewstep.networks.contract import Network
+from fewstep.networks.files.pipeline import is_diffusers_folder
+from fewstep.networks.roles import Full, Networks
 from fewstep.parallel import World
 from fewstep.training.checkpoint import Progress
 from fewstep.training.run import Run
@@ -32,6 +37,29 @@ def write_records(run: Run, folder: Path, sampler: Sampler, first: Batch) -> Non
     network: Any = run.networks.spec_of("student")  # Any: @kind gives it the attribute
     card = StudentCard({"kind": network.kind, **dump(network)}, sampler, envelope(run, first))
     card.write(folder)
+
+
+def sampler_of(run: Run, network: Network) -> Sampler:
+    """How the student is sampled: as its method says; after post-training, as the pipeline that its network came from."""
+    sampler = run.method.sampler(network.path)
+    base = base_of(run.networks)
+    if base is None or not isinstance(run.method, Finetune):
+        return sampler
+    return run.method.in_own_steps(teacher_sampler(network, base))
+
+
+def base_of(networks: Networks) -> str | None:
+    """The pipeline's folder or hub id that the student's weights come from; None where they come from elsewhere."""
+    student = networks.student
+    if isinstance(student, Full) and student.init not in ("teacher", "random"):
+        weights: str | None = student.init  # in place of those that its network was built with
+    elif student.network is not None:
+        return student.network.source
+    else:
+        weights = networks.teacher_init
+    if weights is None:
+        return None if networks.teacher is None else networks.teacher.source
+    return weights if is_diffusers_folder(Path(weights)) else None
 
 
 def envelope(run: Run, first: Batch) -> Envelope:

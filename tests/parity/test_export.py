@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent))
+import test_cosmos_pipelines as cosmos
+
 from fewstep.batch import Condition
-from fewstep.diffusion import VP, RectifiedFlow, Rng, StudentSampler
+from fewstep.diffusion import VP, RectifiedFlow, Rng, StudentSampler, TeacherSampler, guided, samplers
 from fewstep.diffusion.times import shifted
 from fewstep.export.to_diffusers import write_folder
 from fewstep.inference.card import Envelope, StudentCard
@@ -24,6 +29,11 @@ from fewstep.networks.families.wan.network import WanSpec
 
 FLOW = tuple(shifted(4, 5.0).tolist())
 VAE = {"base_dim": 3, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
+
+WAN = WanSpec(
+    latent_channels=4, num_heads=2, head_dim=12, num_layers=2, ffn_dim=32, text_dim=16, freq_dim=16, max_positions=32,
+    text_tokens=6,
+)  # fmt: skip
 
 
 def randomised(network: Any) -> Any:
@@ -74,18 +84,7 @@ def ours(network: Any, sampler: StudentSampler, noise: Tensor, cond: Condition, 
 def test_wan(tmp_path: Path, renoise: Any) -> None:
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 
-    spec = WanSpec(
-        latent_channels=4,
-        num_heads=2,
-        head_dim=12,
-        num_layers=2,
-        ffn_dim=32,
-        text_dim=16,
-        freq_dim=16,
-        max_positions=32,
-        text_tokens=6,
-    )
-    network, sampler = randomised(spec.build()), StudentSampler(FLOW, RectifiedFlow(), renoise)
+    network, sampler = randomised(WAN.build()), StudentSampler(FLOW, RectifiedFlow(), renoise)
     torch.manual_seed(0)
     vae = AutoencoderKLWan(**VAE, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
     base = WanPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=None, scheduler=UniPCMultistepScheduler())  # type: ignore[arg-type]
@@ -108,6 +107,90 @@ def test_wan(tmp_path: Path, renoise: Any) -> None:
     again = own(prompt_embeds=text, latents=noise, renoise=renoised, output_type="latent").frames
     torch.testing.assert_close(again, mine, rtol=0, atol=1e-5)
     assert open_codec(folder).shape(9, 64, 32) == (4, 3, 8, 4)
+
+
+def teacher_folder(tmp_path: Path, network: Any, pipeline: Any) -> Path:
+    """The export of a post-trained teacher whose base is `pipeline`, which has a network of the same class."""
+    pipeline.save_pretrained(tmp_path / "base")
+    out, sampler = tmp_path / "teacher", TeacherSampler.for_path(network.path)
+    out.mkdir()
+    card = StudentCard({"kind": "wan"}, sampler)
+    write_folder(Model(network, None, sampler), card, out, tmp_path / "base").write(out)
+    return out
+
+
+def wan_base(network: Any, scheduler: Any) -> Any:
+    from diffusers import AutoencoderKLWan, WanPipeline
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**VAE, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    none: Any = {"tokenizer": None, "text_encoder": None}
+    return WanPipeline(vae=vae, transformer=network.module, scheduler=scheduler, **none)
+
+
+def test_a_post_trained_teacher_is_a_pipeline_of_its_base(tmp_path: Path) -> None:
+    """Its base's class, scheduler and guidance, with its own weights; and generate walks the base's shift and solver."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    before, network = WAN.build(), randomised(WAN.build())
+    folder = teacher_folder(tmp_path, network, wan_base(before, FlowMatchEulerDiscreteScheduler(shift=3.0)))
+    pipe: Any = DiffusionPipeline.from_pretrained(str(folder), text_encoder=None, tokenizer=None)
+    assert type(pipe).__name__ == "WanPipeline" and not (folder / "pipeline.py").exists()
+    wanted = wan_base(network, FlowMatchEulerDiscreteScheduler(shift=3.0))
+    asked = {
+        "prompt_embeds": draw(1, 6, 16, seed=2), "negative_prompt_embeds": draw(1, 6, 16, seed=3), "guidance_scale": 4.0,
+        "latents": draw(1, 4, 3, 8, 4), "num_inference_steps": 3, "height": 64, "width": 32, "num_frames": 9,
+        "output_type": "latent",
+    }  # fmt: skip
+    for one in (pipe, wanted):
+        one.set_progress_bar_config(disable=True)
+    made = pipe(**asked).frames
+    torch.testing.assert_close(made, wanted(**asked).frames, rtol=0, atol=1e-6)
+    assert (made - pipe(**(asked | {"guidance_scale": 1.0})).frames).abs().max() > 0.1
+    sampler = StudentCard.read(folder, "").sampler
+    assert isinstance(sampler, TeacherSampler)
+    assert (sampler.solver, sampler.shift, sampler.num_steps) == ("euler", 3.0, 35)
+
+
+def test_a_post_trained_cosmos_is_a_pipeline_of_cosmos(tmp_path: Path) -> None:
+    """diffusers' own loop, which a student of Cosmos does not have: guidance, and a scheduler of Karras et al."""
+    network = randomised(cosmos.PREDICT1.build())
+    base = cosmos.pipeline(
+        "CosmosVideoToWorldPipeline", cosmos.network(cosmos.PREDICT1), cosmos.cosmos_vae(), cosmos.edm_euler()
+    )
+    base.register_to_config(safety_checker=(None, None))
+    folder = teacher_folder(tmp_path, network, base)
+    none: Any = {"text_encoder": None, "tokenizer": None, "safety_checker": cosmos.NoGuard()}
+    pipe: Any = DiffusionPipeline.from_pretrained(str(folder), **none)
+    assert type(pipe).__name__ == "CosmosVideoToWorldPipeline"
+    assert "cosmos_guardrail" in StudentCard.read(folder, "").notes[0]
+    asked = {
+        "prompt_embeds": draw(1, 6, 16, seed=2), "negative_prompt_embeds": draw(1, 6, 16, seed=3), "guidance_scale": 3.0,
+        "latents": draw(1, 4, 3, 4, 4), "num_inference_steps": 3, "height": 32, "width": 32, "num_frames": 17,
+        "output_type": "latent", "return_dict": False, "video": draw(1, 1, 3, 32, 32, seed=5).sigmoid(),
+    }  # fmt: skip
+    frames = [one(**asked, generator=cosmos.seeded())[0] for one in (pipe, cosmos.pipeline(
+        "CosmosVideoToWorldPipeline", network, cosmos.cosmos_vae(), cosmos.edm_euler()
+    ))]  # fmt: skip
+    torch.testing.assert_close(frames[0], frames[1], rtol=0, atol=1e-5)
+
+
+def test_a_post_trained_teacher_without_a_base_takes_guidance(tmp_path: Path) -> None:
+    """pipeline.py: Euler's steps of the guided network, w as everywhere here."""
+    network = randomised(WAN.build())
+    out, sampler = tmp_path / "teacher", replace(TeacherSampler.for_path(network.path), num_steps=3)
+    out.mkdir()
+    write_folder(Model(network, None, sampler), StudentCard({}, sampler), out, None).write(out)
+    pipe: Any = DiffusionPipeline.from_pretrained(str(out), trust_remote_code=True)
+    noise, text, negative = draw(1, 4, 3, 8, 4), draw(1, 6, 16, seed=2), draw(1, 6, 16, seed=3)
+    given = {"prompt_embeds": text, "latents": noise, "output_type": "latent", "guidance_scale": 4.0}
+    for empty, embeds in ((negative, negative), (torch.zeros_like(text), None)):
+        made = pipe(**given, negative_prompt_embeds=embeds).frames
+        with torch.no_grad():
+            denoiser = guided(network, Condition(text=empty), 4.0)
+            wanted = samplers.euler(denoiser, noise, sampler.times(network.path), Condition(text=text))
+        torch.testing.assert_close(made, wanted, rtol=0, atol=1e-4)
+    assert (pipe(**(given | {"guidance_scale": 1.0})).frames - made).abs().max() > 0.1
 
 
 UNET = UnetSpec(
