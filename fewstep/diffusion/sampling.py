@@ -164,7 +164,7 @@ class TeacherSampler:
         if not at:
             return
         if self.num_steps < 2 * len(at):
-            yield f"{self.num_steps} steps are too few to keep {len(at)} states and solve between them"
+            yield f"{self.num_steps} steps are too few to keep {len(at)} states and solve between them: at least {2 * len(at)}"
         if list(at) != sorted(set(at), reverse=True):
             yield f"the times must descend, from noise to the clip, not {list(at)}"
         first = float(self.times(path)[0])

@@ -20,6 +20,7 @@ from torch import Tensor
 from fewstep.config import choices, parse
 from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.diffusion import EDM, StudentSampler, TeacherSampler
+from fewstep.diffusion import Path as Path_
 from fewstep.errors import UserError
 from fewstep.inference.card import Envelope, StudentCard
 from fewstep.inference.request import SamplerOptions
@@ -158,7 +159,36 @@ def _teacher(address: str, controls: Sequence[str] = ()) -> Model:
 
 def teacher_sampler(network: Network, address: str | None) -> TeacherSampler:
     """How a teacher is sampled: as the pipeline at `address` says, else as published for the network's path."""
-    sampler = replace(TeacherSampler.for_path(network.path), boundary=network.traits.boundary)
+    return replace(_published_sampler(network.path, address), boundary=network.traits.boundary)
+
+
+def sampler_before_loading(address: str, controls: Sequence[str] = ()) -> tuple[TeacherSampler, Path_] | None:
+    """Sampler and path of a teacher by its configuration alone; None where only the loaded network says them."""
+    folder = Path(address)
+    if (folder / "student.json").is_file() and not (folder / "checkpoints").is_dir():
+        card = StudentCard.read(folder, "Export it again")
+        spec, sampler = card.spec(), card.sampler
+    elif _is_run(address):
+        place, _, role = address.partition(":")
+        run = checkpoint_of(place).parent.parent
+        networks = networks_of(run)
+        if role == "teacher":
+            spec, sampler = networks.teacher, None
+        else:
+            spec = networks.student.network or networks.teacher
+            sampler = StudentCard.read(run, "It is written anew when the run goes on").sampler
+    elif pieces_of(address) is None or is_diffusers_folder(folder):
+        spec, sampler = spec_of(address, controls), None
+    else:
+        return None
+    path: Any = None if spec is None else spec.path  # Any: what a kind of the user's own says
+    if path is None or isinstance(sampler, StudentSampler):
+        return None
+    return sampler or _published_sampler(path, None if spec is None else spec.source), path
+
+
+def _published_sampler(path: Path_, address: str | None) -> TeacherSampler:
+    sampler = TeacherSampler.for_path(path)
     scheduler = {} if address is None else PipelineFolder(address).scheduler
     is_euler, has_karras = scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler", scheduler.get("use_karras_sigmas")
     if sampler.grid == "flow" and is_euler and has_karras:  # Predict2: a flow on the grid of Cosmos 1

@@ -1,46 +1,61 @@
 """What knowledge distillation learns from: the teacher's clips, the noise each was made of, and states of its ODE on the way.
 
-    OUT/videos/STEM.mp4  metas/STEM.txt  t5_xxl/STEM.pickle  noise/STEM.pickle      the layout of Cosmos-Transfer1
-    OUT/latents/STEM.safetensors       the teacher's x0 before the codec rounded it
-    OUT/path/STEM.safetensors          states and their times, where times were asked for
-    OUT/CONTROL/STEM.mp4  CONTROL_latents/STEM.safetensors         the control that the teacher received
-    OUT/pairs.json                     all that decides a clip; other settings are refused
+The files are in pair_files.py, what the teacher makes pairs of in pair_prompts.py. OUT/pairs.json has all that decides a clip;
+other settings are refused.
 
-The noise of a pair depends on (seed, place of its prompt) alone: a killed command goes on where it was, ranks divide the work,
-and one rank or eight make the same files.
+The noise of a pair depends on (seed, number of its prompt) alone, and a prompt keeps its number when the data set grows: a
+killed command goes on where it was, ranks divide the work, and one rank or eight make the same files.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep.batch import first_frames
 from fewstep.config import choices, dump
-from fewstep.data.files import arrays, cache, video
-from fewstep.data.folder.dataset import Folder, FolderData, layout
-from fewstep.data.folder.layout import Layout
+from fewstep.data.files import arrays
+from fewstep.data.folder.dataset import Folder
 from fewstep.diffusion import Path as NoisePath
 from fewstep.diffusion import Rng, TeacherSampler
+from fewstep.diffusion.samplers import Trajectory
 from fewstep.diffusion.sampling import student_times
-from fewstep.environment import ranks
+from fewstep.environment import Ranks, ranks
 from fewstep.errors import UserError
-from fewstep.files import read_json, whole_file, write_json, write_text
+from fewstep.files import read_json, some, write_json
+from fewstep.inference.conditions import Shot
+from fewstep.inference.pair_files import Form, Pair, PairFiles, Quality, check_form, evenly
+from fewstep.inference.pair_prompts import (
+    PUBLISHED,
+    ZEROS,
+    FilePrompts,
+    FolderPrompts,
+    Material,
+    PairPrompts,
+    hash_of,
+    published_shot,
+    read_captions,
+    shot_of,
+    shown,
+)
 from fewstep.inference.record import differences
 from fewstep.inference.request import PairsRequest
 from fewstep.networks.contract import Network
 from fewstep.networks.encoders.codecs import Codec, fingerprint_of, to_uint8
+from fewstep.parallel import World, join_world, leave_world
 
 RECORD = "pairs.json"
+ORDER = "order"  # of pairs.json: the stems, in the order of their numbers
 Track = Callable[[Iterable[list[int]], int, str], Iterable[list[int]]]  # shows how far the work is
+NUM_COMPARED = 3  # pairs whose embedding is compared with that of now
+AGREEMENT = {"fp32": 0.01, "bf16": 0.1}  # how far x0 may be from itself, relative to its spread, when it is solved again
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,8 @@ class PairSettings:
     seed: int = 0
     path_times: tuple[float, ...] = ()  # states to keep, in the time of the teacher's path
     given_frames: int = 0  # clean latent frames of the data set's own clip that the teacher receives
-    quality: int | Literal["lossless"] = 18  # of the mp4
+    quality: Quality = 18  # of the mp4
+    form: Form = "ours"
 
     def check(self, path: NoisePath) -> None:
         """Refuses path times that the sampler cannot keep on this path."""
@@ -59,11 +75,48 @@ class PairSettings:
             raise UserError(f"--path-times: {problem}")
 
 
+@dataclass(frozen=True)
+class Solver:
+    """The teacher with its codec, on their device."""
+
+    teacher: Network
+    codec: Codec
+    settings: PairSettings
+    branches: tuple[str, ...]
+    device: torch.device | str = "cpu"
+    name: str = "the teacher"
+
+    @torch.no_grad()
+    def solve(self, material: Material, numbers: Sequence[int], shape: tuple[int, int, int, int]) -> tuple[Solved, Tensor]:
+        """The clips of this material, and their noise."""
+        cond, negative = material.cond.to(self.device), material.negative
+        noise = Rng(self.settings.seed, 0, list(numbers), self.device).normal(shape)
+        control = {name: encoded(self.codec, frames) for name, frames in cond.control.items()}
+        unused = {name: torch.zeros_like(noise) for name in self.branches if control and name not in control}
+        cond = replace(cond, control={**control, **unused})
+        if self.settings.given_frames:
+            assert material.pixels is not None
+            num = torch.full((len(numbers),), self.settings.given_frames, device=noise.device)
+            mask = first_frames(num, shape[1]).to(noise.dtype)
+            cond = replace(cond, frames=encoded(self.codec, material.pixels.to(self.device)), frame_mask=mask)
+        if negative is not None:
+            negative = negative.to(self.device)
+            negative = replace(cond, text=negative.text, text_mask=negative.text_mask, pooled=negative.pooled)
+        trajectory = self.settings.sampler.trajectory(self.teacher, noise, cond, negative, self.settings.path_times)
+        return Solved(trajectory, control), noise
+
+
+@dataclass(frozen=True)
+class Solved:
+    trajectory: Trajectory
+    control: Mapping[str, Tensor]  # latents of the controls
+
+
 def write(
     out: Path,
     teacher: Network,
     codec: Codec,
-    source: Folder,
+    prompts: PairPrompts,
     settings: PairSettings,
     *,
     name: str = "the teacher",
@@ -72,31 +125,76 @@ def write(
     batch_size: int = 32,
     rank: int = 0,
     world_size: int = 1,
+    world: World | None = None,
     device: torch.device | str = "cpu",
     track: Track = lambda items, total, title: items,
 ) -> int:
-    """Writes a pair for each of the first `num` samples of `source` (its captions, text and controls) and returns how many
-    of this rank's were new. `name` is the teacher's in pairs.json; `record` is what else decides a clip."""
+    """Writes a pair for each of the first `num` prompts and returns how many of this rank's were new.
+
+    `name` is the teacher's in pairs.json; `record` is what else decides a clip. world: the processes that hold a shard of the
+    weights each; they call the network side by side, as often as each other.
+    """
     settings.check(teacher.path)
-    branches = branches_of(teacher, source, name)
-    data = source.open()
-    num = len(data) if num is None else num
-    if not 1 <= num <= len(data):
-        raise UserError(f"--num {num}: {source.dataset_dir} has {len(data)} samples")
-    _claim(out, {"teacher": name, **(record or {}), **_decisive(teacher, codec, source, data, settings)})
-    place, captions = Layout(out), data.captions()
-    mine = range(rank, num, world_size)
-    todo = [i for i in mine if not _is_there(place, data.stems[i], source, settings)]
-    chunks = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
-    for rows in track(chunks, len(chunks), f"pairs {out}, batches of {batch_size}"):
-        _write_some(place, teacher, codec, data, captions, rows, settings, branches, device, name)
-    return len(todo)
+    solver = Solver(teacher, codec, settings, branches_of(teacher, prompts, name), device, name)
+    folder = PairFolder.of(out, prompts, settings, {"teacher": name, **(record or {}), **_decisive(solver, prompts)})
+    num = folder.checked_num(num)
+    shape = codec.shape(prompts.shot.num_frames, prompts.shot.height, prompts.shot.width)
+    todo = folder.todo(num)
+    mine = todo[rank::world_size] if world is not None else [row for row in range(rank, num, world_size) if row in set(todo)]
+    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    extra = 0
+    if world is not None:
+        world.barrier()  # all have looked at what is there, before one writes
+        most = -(-len(todo) // world_size)  # of the process that makes the most
+        extra = -(-most // batch_size) - len(batches)
+    for rows in track(batches, len(batches), f"pairs {out}, batches of {batch_size}"):
+        material = prompts.material(rows)
+        solved, noise = solver.solve(material, folder.numbers(rows), shape)
+        folder.write(rows, _pairs(solver, prompts, rows, material, solved, noise))
+    for _ in range(extra):
+        solver.solve(prompts.material(todo[-1:]), folder.numbers(todo[-1:]), shape)
+    return len(mine)
 
 
-def branches_of(teacher: Network, source: Folder, name: str) -> tuple[str, ...]:
+def verify(
+    out: Path,
+    teacher: Network,
+    codec: Codec,
+    prompts: PairPrompts,
+    settings: PairSettings,
+    num: int,
+    *,
+    tolerance: float = AGREEMENT["fp32"],
+    device: torch.device | str = "cpu",
+    name: str = "the teacher",
+) -> float:
+    """Solves `num` of the pairs in `out` again, and returns the largest difference from what is stored, relative to its spread.
+
+    Raises UserError for a pair that differs by more than `tolerance`.
+    """
+    solver = Solver(teacher, codec, settings, branches_of(teacher, prompts, name), device, name)
+    folder = PairFolder.of(out, prompts, settings, None)
+    there = [row for row in range(len(prompts.stems)) if folder.files.has(folder.name(row))]
+    shape = codec.shape(prompts.shot.num_frames, prompts.shot.height, prompts.shot.width)
+    largest = 0.0
+    for row in evenly(there, num):
+        solved, _ = solver.solve(prompts.material([row]), folder.numbers([row]), shape)
+        x0, states = folder.files.read(folder.name(row))
+        found = [_distance(solved.trajectory.x0[0], x0)]
+        found += [] if states is None else [_distance(solved.trajectory.states[0], states)]
+        if max(found) > tolerance:
+            raise UserError(
+                f"{out}: the pair {folder.name(row)} differs by {max(found):.3g} of its spread from what the teacher makes of "
+                f"its noise now ({tolerance:g} is allowed). It was made by another teacher, text or sampler: remove the folder"
+            )
+        largest = max(largest, *found)
+    return largest
+
+
+def branches_of(teacher: Network, prompts: PairPrompts, name: str) -> tuple[str, ...]:
     """The control branches of the teacher; refuses a control of the data set that it has no branch for."""
     branches = teacher.traits.controls
-    control = None if source.control is None else source.control.folder
+    control = prompts.record()["control"]
     if control is not None and control not in branches:
         raise UserError(f"--control {control}: {name} has {_listed(branches)}. Leave it out, or choose another teacher")
     return branches
@@ -106,128 +204,149 @@ def _listed(branches: Sequence[str]) -> str:
     return f"branches for {', '.join(branches)} only" if branches else "no control branch"
 
 
-@torch.no_grad()
-def _write_some(
-    place: Layout,
-    teacher: Network,
-    codec: Codec,
-    data: FolderData,
-    captions: Sequence[str],
-    rows: list[int],
-    settings: PairSettings,
-    branches: Sequence[str],
-    device: torch.device | str,
-    name: str,
-) -> None:
-    batch = data.batch(torch.tensor(rows)).to(device)
-    assert batch.x0 is not None
-    pixels, cond, negative = batch.x0, batch.cond, batch.negative
-    shape = codec.shape(*pixels.shape[2:])
-    noise = Rng(settings.seed, 0, torch.tensor(rows), device).normal(shape)
-    control = {name: _encoded(codec, frames) for name, frames in cond.control.items()}
-    unused = {name: torch.zeros_like(noise) for name in branches if control and name not in control}
-    cond = replace(cond, control={**control, **unused})
-    if settings.given_frames:
-        mask = first_frames(torch.full((len(rows),), settings.given_frames, device=noise.device), shape[1]).to(noise.dtype)
-        cond = replace(cond, frames=_encoded(codec, pixels), frame_mask=mask)
-    negative = None if negative is None else replace(cond, text=negative.text)
-    solved = settings.sampler.trajectory(teacher, noise, cond, negative, settings.path_times)
-    frames = to_uint8(codec.decode(solved.x0), name)
-    fps = [16.0] * len(rows) if cond.fps is None else cond.fps.tolist()
-    for n, row in enumerate(rows):
-        stem = data.stems[row]
-        _copy_text(place, data, row, captions[row])
-        for kind, latents in control.items():
-            cache.write(place.file(layout.control_latents(kind), stem), {"latents": latents[n].half().cpu()})
-        if settings.path_times:
-            states = {"path": solved.states[n].cpu(), "path_times": solved.times}
-            cache.write(place.file(layout.PATH, stem), states)
-        arrays.write_pickle(place.file(layout.NOISE, stem), noise[n].cpu().numpy())
-        cache.write(place.file(layout.LATENTS, stem), {"latents": solved.x0[n].cpu()}, facts={"fps": fps[n]})
-        video.write(place.file(layout.VIDEOS, stem), frames[n], fps[n], quality=settings.quality)  # last: it says "done"
+def _pairs(
+    solver: Solver, prompts: PairPrompts, rows: Sequence[int], material: Material, solved: Solved, noise: Tensor
+) -> list[Pair]:
+    trajectory, keeps = solved.trajectory, bool(solver.settings.path_times)
+    frames = to_uint8(solver.codec.decode(trajectory.x0), solver.name)
+    fps = [16.0] * len(rows) if material.cond.fps is None else material.cond.fps.tolist()
+    return [
+        Pair(
+            prompts.captions[row],
+            prompts.text(row),
+            noise[n],
+            trajectory.x0[n],
+            trajectory.states[n] if keeps else None,
+            trajectory.times if keeps else None,
+            frames[n],
+            fps[n],
+            {kind: latents[n] for kind, latents in solved.control.items()},
+            prompts.controls(row, shown(material.cond.control, n)),
+        )
+        for n, row in enumerate(rows)
+    ]
 
 
-def _encoded(codec: Codec, pixels: Tensor) -> Tensor:
+def encoded(codec: Codec, pixels: Tensor) -> Tensor:
     """Latents of clips, encoded one by one: `prepare latents` and `generate` do so, and a batch may differ in its last bits."""
     return torch.cat([codec.encode(one) for one in pixels.split(1)])
 
 
-# ---- the record ------------------------------------------------------------------------------------------------------
+def _distance(one: Tensor, other: Tensor) -> float:
+    one, other = one.double().cpu(), other.double().cpu()
+    if one.shape != other.shape:
+        raise UserError(f"a stored pair has shape {tuple(other.shape)}, the teacher makes {tuple(one.shape)}")
+    return float((one - other).pow(2).mean().sqrt() / one.std().clamp(min=1e-6))
 
 
-def _decisive(teacher: Network, codec: Codec, source: Folder, data: FolderData, settings: PairSettings) -> dict[str, Any]:
-    """All that decides a clip, but for the files of single clips."""
+# ---- the folder and its record ---------------------------------------------------------------------------------------
+
+
+def _decisive(solver: Solver, prompts: PairPrompts) -> dict[str, Any]:
+    """All that decides a clip, but for the texts of single ones."""
+    settings, shot = solver.settings, prompts.shot
     return {
-        "teacher_weights": fingerprint_of(teacher.module, {}, sampled=4096),
-        "codec": codec.fingerprint,  # its scale is in it
-        "source": str(source.dataset_dir),
-        "captions": hashlib.sha256("\n".join([*data.stems, *data.captions()]).encode()).hexdigest()[:16],
-        "text": source.text,
-        "text_tensors": _text_fingerprint(data),
-        "negative": source.negative,
-        "max_tokens": source.max_tokens,
-        "mask_text": source.mask_text,
-        "control": None if source.control is None else source.control.folder,
+        "teacher_weights": fingerprint_of(solver.teacher.module, {}, sampled=4096),
+        "codec": solver.codec.fingerprint,  # its scale is in it
+        **prompts.record(),
+        "shape": [shot.num_frames, shot.height, shot.width],
         "sampler": dump(settings.sampler),
         "path_times": list(settings.path_times),
         "given_frames": settings.given_frames,
         "seed": settings.seed,
         "quality": settings.quality,
+        "form": settings.form,
     }
 
 
-def _text_fingerprint(data: FolderData) -> str:
-    """Over the embeddings of three samples: those of another encoder are seen, without reading all of them."""
-    batch = data.batch(torch.tensor(sorted({0, len(data) // 2, len(data) - 1})))
-    digest = hashlib.sha256()
-    for cond in (batch.cond, batch.negative):
-        if cond is not None and cond.text is not None:
-            digest.update(f"{tuple(cond.text.shape)}".encode() + cond.text.float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+@dataclass(frozen=True)
+class PairFolder:
+    """The folder of pairs, and the number of each prompt in it."""
 
+    files: PairFiles
+    prompts: PairPrompts
+    order: Mapping[str, int]  # number of each prompt by its stem
+    record: Mapping[str, Any] | None  # to be written with the first pair; None: it is there
 
-def _claim(out: Path, record: dict[str, Any]) -> None:
-    """Marks the folder as made with these settings before the first pair; refuses one made with others."""
-    record = json.loads(json.dumps(record))
-    path = out / RECORD
-    if path.is_file():
-        before = read_json(path, f"Remove {out} and make its pairs again")
-        other = [f"{key} {old!r}, not {new!r}" for key, old, new in differences(before, record)]
+    @classmethod
+    def of(cls, out: Path, prompts: PairPrompts, settings: PairSettings, record: dict[str, Any] | None) -> PairFolder:
+        """Refuses a folder that holds pairs made with other settings, texts or captions. Writes nothing."""
+        texts = prompts.record()
+        control = texts["control"]
+        check_form(settings.form, control)
+        text = texts.get("text", "t5_xxl")
+        files = PairFiles(out, settings.form, text, bool(settings.path_times), control, settings.quality)
+        path, before = out / RECORD, dict[str, Any]()
+        if record is not None:
+            record = json.loads(json.dumps(record))
+        if path.is_file():
+            before = read_json(path, f"Remove {out} and make its pairs again")
+            now = {key: value for key, value in (record or {}).items() if key in before}
+            other = [f"{key} {old!r}, not {new!r}" for key, old, new in differences(before, now)]
+            if other:
+                raise UserError(f"{out}: holds pairs made otherwise: {'; '.join(other)}. Choose another --out, or remove it")
+        elif out.is_dir() and any(not entry.name.startswith(".") for entry in list(out.iterdir())):
+            if path.is_file():  # another rank has just written it
+                return cls.of(out, prompts, settings, record)
+            raise UserError(f"{out}: is not empty and has no {RECORD}. Choose a new folder for --out")
+        stems = list(dict.fromkeys([*before.get(ORDER, prompts.stems), *prompts.stems]))
+        whole = None if record is None else {**record, ORDER: stems}
+        folder = cls(files, prompts, {stem: number for number, stem in enumerate(stems)}, None if whole == before else whole)
+        folder._refuse_other_texts()
+        return folder
+
+    def name(self, row: int) -> str:
+        stem = self.prompts.stems[row]
+        return self.files.name(stem, self.order[stem])
+
+    def numbers(self, rows: Sequence[int]) -> list[int]:
+        return [self.order[self.prompts.stems[row]] for row in rows]
+
+    def checked_num(self, num: int | None) -> int:
+        there = len(self.prompts.stems)
+        num = there if num is None else num
+        if not 1 <= num <= there:
+            raise UserError(f"--num {num}: {self.prompts.record()['source']} has {there} samples")
+        return num
+
+    def todo(self, num: int) -> list[int]:
+        return [row for row in range(num) if not self.files.has(self.name(row))]
+
+    def write(self, rows: Sequence[int], pairs: Sequence[Pair]) -> None:
+        """Writes pairs; before the first of them pairs.json, which every rank does with the same content."""
+        if self.record is not None and (not (self.files.root / RECORD).is_file() or self._has_new_stems()):
+            write_json(self.files.root / RECORD, self.record, shared=True)
+        if isinstance(self.prompts, FilePrompts):
+            negative = self.prompts.negative_text()
+            file = self.files.root / "negative.pickle"
+            if negative is not None and not file.is_file():
+                arrays.write_pickle(file, [negative.numpy()])
+        for row, pair in zip(rows, pairs, strict=True):
+            self.files.write(self.name(row), pair)
+
+    def _has_new_stems(self) -> bool:
+        assert self.record is not None
+        return read_json(self.files.root / RECORD, "Remove it").get(ORDER) != self.record[ORDER]
+
+    def _refuse_other_texts(self) -> None:
+        """Refuses pairs whose caption or embedding is another one now: all captions, and the embeddings of a few."""
+        there = [row for row in range(len(self.prompts.stems)) if self.files.has(self.name(row))]
+        other = [self.name(row) for row in there if self.files.caption(self.name(row)) != self.prompts.captions[row]]
         if other:
-            raise UserError(f"{out}: holds pairs made otherwise: {'; '.join(other)}. Choose another --out, or remove it")
-        return
-    if out.is_dir() and any(not entry.name.startswith(".") for entry in list(out.iterdir())):
-        if path.is_file():  # another rank has just marked it
-            _claim(out, record)
-            return
-        raise UserError(f"{out}: is not empty and has no {RECORD}. Choose a new folder for --out")
-    write_json(path, record, shared=True)  # every rank does, at about the same moment
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def _copy_text(place: Layout, data: FolderData, row: int, caption: str) -> None:
-    stem, spec = data.stems[row], data.spec
-    write_text(place.file(layout.CAPTIONS, stem), caption + "\n")
-    if spec.text is not None:
-        _copy(data.samples[row].files.get(spec.text), place.file(layout.text(spec.text), stem))
-    if spec.control is not None:
-        part = layout.control(spec.control.folder, spec.control.suffix)
-        _copy(data.samples[row].files.get(part.folder), place.file(part, stem))
-
-
-def _copy(source: Path | None, target: Path) -> None:
-    if source is None or target.is_file():
-        return
-    with whole_file(target.with_suffix(source.suffix)) as beside:
-        shutil.copyfile(source, beside)
-
-
-def _is_there(place: Layout, stem: str, source: Folder, settings: PairSettings) -> bool:
-    wanted = [layout.VIDEOS, layout.CAPTIONS, layout.NOISE, layout.LATENTS] + ([layout.PATH] if settings.path_times else [])
-    wanted += [] if source.control is None else [layout.control_latents(source.control.folder)]
-    return all(place.file(part, stem).is_file() for part in wanted)
+            raise UserError(
+                f"{self.files.root}: {len(other)} pairs were made of other captions than {self.prompts.record()['source']} has "
+                f"now: {some(other)}. Remove their files, or choose another --out"
+            )
+        if isinstance(self.prompts, FilePrompts):
+            return  # the encoder's fingerprint is in the record
+        for row in evenly(there, NUM_COMPARED):
+            before, now = self.files.embedding(self.name(row)), self.prompts.text(row)
+            now = arrays.read_one(now, "text") if isinstance(now, Path) else now
+            if before is not None and now is not None and hash_of(before) != hash_of(now):
+                raise UserError(
+                    f"{self.files.root}: the pair {self.name(row)} was made of another text embedding than "
+                    f"{self.prompts.record()['source']} has now. Embed with the same encoder, or choose another --out"
+                )
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -235,40 +354,45 @@ def _is_there(place: Layout, stem: str, source: Folder, settings: PairSettings) 
 
 def run(request: PairsRequest, track: Track) -> str:
     """What `fewstep pairs` does: opens everything, makes this rank's share, and reports it in one line."""
-    from fewstep.inference.model import changed, codec_of, open_model, place_network
-
     own = ranks()
+    if not request.shard or own.size == 1:
+        return _run(request, track, own, None)
+    world = join_world("cpu" if request.device == "cpu" else "auto")
+    try:
+        return _run(replace(request, device=str(world.device)), track, own, world)
+    finally:
+        leave_world()
+
+
+def _run(request: PairsRequest, track: Track, own: Ranks, world: World | None) -> str:
+    from fewstep.inference.model import changed, codec_of, open_model, place_network, sampler_before_loading
+
     device = request.device or (f"cuda:{own.local}" if torch.cuda.is_available() else "cpu")
-    model = open_model(request.model, controls=[] if request.control is None else [request.control])
+    controls = [] if request.control is None else [request.control]
+    early = sampler_before_loading(request.model, controls)
+    if early is not None:
+        _settings(request, changed(early[0], request.sampling), early[1])
+    shot = published_shot(request.model) if request.sizes.is_partial else None
+    alone: PairPrompts | None = None
+    if request.prompts is not None:
+        alone = _of_file(request, shot_of(request.sizes, teacher=shot, source=str(request.prompts)), device, own)
+    model = open_model(request.model, controls=controls)
     if not isinstance(model.sampler, TeacherSampler):
         raise UserError(f"{request.model}: is a student; pairs are made by a teacher")
-    path, at = model.network.path, request.path_times
-    settings = PairSettings(
-        changed(model.sampler, request.sampling),
-        request.seed,
-        student_times(at, path, request.student_shift) if isinstance(at, int) else at,
-        request.given_frames,
-        "lossless" if request.quality == "lossless" else int(request.quality),
-    )
-    settings.check(path)
-    source = Folder(
-        str(request.dataset),
-        text=request.text,
-        max_tokens=request.max_tokens,
-        mask_text=request.mask_text,
-        negative=request.negative,
-        control=None if request.control is None else choices("control")[request.control](),  # registered by name
-    )
-    teacher = model.network
-    if len(branches_of(teacher, source, request.model)) > 1 and request.control is not None:
-        teacher = teacher.with_control_weights({request.control: 1.0})
-    place_network(model, torch.device(device), request.precision)
+    settings = _settings(request, changed(model.sampler, request.sampling), model.network.path)
     codec = codec_of(model, request.model, request.codec, precision=request.precision, device=device)
+    prompts = alone or _of_folder(request, codec, shot)
+    if own.is_main:
+        print_shape(prompts)
+    teacher = model.network
+    if len(branches_of(teacher, prompts, request.model)) > 1 and request.control is not None:
+        teacher = teacher.with_control_weights({request.control: 1.0})
+    place_network(model, torch.device(device), request.precision, world)
     new = write(
         request.out,
         teacher,
         codec,
-        source,
+        prompts,
         settings,
         name=request.model,
         record={"precision": request.precision},
@@ -276,7 +400,91 @@ def run(request: PairsRequest, track: Track) -> str:
         batch_size=request.batch_size,
         rank=own.rank,
         world_size=own.size,
+        world=world,
         device=device,
         track=track,
     )
-    return f"{request.out}: {new} pairs made" + (f" by rank {own.rank} of {own.size}" if own.size > 1 else "")
+    line = f"{request.out}: {new} pairs made" + (f" by rank {own.rank} of {own.size}" if own.size > 1 else "")
+    if request.verify and (own.is_main or world is not None):
+        tolerance = AGREEMENT[request.precision]
+        far = verify(
+            request.out,
+            teacher,
+            codec,
+            prompts,
+            settings,
+            request.verify,
+            tolerance=tolerance,
+            device=device,
+            name=request.model,
+        )
+        line += f"; {request.verify} of them solved again differ by {far:.2g} of their spread at most"
+    if isinstance(prompts, FilePrompts):
+        shutil.rmtree(prompts.waiting, ignore_errors=True)
+    return line
+
+
+def print_shape(prompts: PairPrompts) -> None:
+    """Prints the shape of the clips, and where it comes from."""
+    import sys
+
+    shot = prompts.shot
+    print(f"clips of {shot.num_frames} x {shot.height} x {shot.width} at {shot.fps:g} fps: {prompts.origin}", file=sys.stderr)
+
+
+def _settings(request: PairsRequest, sampler: TeacherSampler, path: NoisePath) -> PairSettings:
+    at = request.path_times
+    settings = PairSettings(
+        sampler,
+        request.seed,
+        student_times(at, path, request.student_shift) if isinstance(at, int) else at,
+        request.given_frames,
+        "lossless" if request.quality == "lossless" else int(request.quality),
+        "fastgen" if request.form == "fastgen" else "ours",
+    )
+    settings.check(path)
+    return settings
+
+
+def _of_folder(request: PairsRequest, codec: Codec, teacher: Shot | None) -> FolderPrompts:
+    assert request.dataset is not None
+    source = Folder(
+        str(request.dataset),
+        text=request.text,
+        max_tokens=request.max_tokens or Folder.max_tokens,
+        mask_text=request.mask_text,
+        negative=request.negative or ZEROS,
+        control=None if request.control is None else choices("control")[request.control](),  # registered by name
+    )
+    needs_clips = request.control is not None or request.given_frames > 0
+    return FolderPrompts.of(source, request.sizes, codec=codec, needs_clips=needs_clips, teacher=teacher)
+
+
+def _of_file(request: PairsRequest, shot: Shot, device: str, own: Ranks) -> FilePrompts:
+    """The prompts of a file, embedded: the encoder, larger than many a network, is let go before the teacher is loaded."""
+    from fewstep.inference.model import folder_of
+    from fewstep.networks.encoders.text import open_text_encoder
+
+    assert request.prompts is not None
+    stems, captions = read_captions(request.prompts)
+    address = request.text_encoder
+    if address is None:
+        folder = folder_of(request.model)
+        if folder is None or (folder.is_dir() and not (folder / "text_encoder").is_dir()):
+            raise UserError(f"{request.model} has no text encoder beside it: give --text-encoder FOLDER")
+        address = str(folder)
+    encoder = open_text_encoder(address, max_tokens=request.max_tokens, device=device)
+    prompts = FilePrompts(
+        request.prompts,
+        stems,
+        captions,
+        shot,
+        request.sizes.named() or PUBLISHED,
+        request.negative or request.negative_prompt,
+        request.out / f".text.{own.rank}",
+        encoder.fingerprint,
+        encoder.encode([""])[0].shape[1],
+        request.mask_text or encoder.uses_mask,
+    )
+    prompts.embed(encoder, range(len(captions) if request.num is None else min(request.num, len(captions))))
+    return prompts

@@ -114,11 +114,45 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """What a command line says about the shape of the clips; None: as the data, or the model, have it."""
+
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "height", "width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: at least 1")
+        if self.fps is not None and not 0 < self.fps < 1e6:
+            raise ConfigError(f"--fps {self.fps}: a rate in frames per second")
+        if (self.height is None) != (self.width is None):
+            raise ConfigError("--height and --width go together")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width."""
+        return None if self.height is None or self.width is None else (self.height, self.width)
+
+    @property
+    def is_partial(self) -> bool:
+        return self.num_frames is None or self.size is None
+
+    def named(self) -> str:
+        """The options of the command line; "" for none of them."""
+        options = {"--num-frames": self.num_frames, "--height": self.height, "--width": self.width}
+        return " ".join(f"{name} {value}" for name, value in options.items() if value is not None)
+
+
+@dataclass(frozen=True)
 class PairsRequest:
     """A `pairs` command."""
 
     model: str
-    dataset: Path
+    dataset: Path | None  # None: `prompts` alone
     out: Path
     sampling: SamplerOptions = SamplerOptions()
     path_times: tuple[float, ...] | int = ()  # times of the states to keep, in the time of the teacher's path; or their number
@@ -127,8 +161,8 @@ class PairsRequest:
     control: str | None = None
     codec: str | None = None
     text: str = "t5_xxl"
-    negative: str | None = "zeros"
-    max_tokens: int = 512
+    negative: str | None = None  # zeros, or a file of the data set; None: zeros, or of prompts alone the negative prompt
+    max_tokens: int | None = None  # None: 512, or of prompts alone as the text encoder has it
     mask_text: bool = False
     num: int | None = None
     seed: int = 0
@@ -136,13 +170,32 @@ class PairsRequest:
     precision: str = "fp32"
     batch_size: int = 32
     device: str | None = None
+    sizes: Sizes = Sizes()
+    prompts: Path | None = None  # a file of prompts, instead of a data set
+    text_encoder: str | None = None  # of `prompts`; None: the teacher's own
+    negative_prompt: str = ""  # of `prompts`
+    form: str = "ours"
+    verify: int = 0  # pairs that are solved again and compared
+    shard: bool = False  # each process holds a part of the weights
 
     def __post_init__(self) -> None:
+        if (self.dataset is None) == (self.prompts is None):
+            raise ConfigError("give a data set, or --prompts FILE (.txt, one a line; or .jsonl): one of the two")
+        of_prompts = {"--text-encoder": self.text_encoder, "--negative-prompt": self.negative_prompt}
+        of_data = {"--control": self.control, "--given-frames": self.given_frames}
+        for name, value in (of_prompts if self.prompts is None else of_data).items():
+            if value:
+                where = "--prompts, text by itself" if self.prompts is None else "a data set"
+                raise ConfigError(f"{name} {value}: goes with {where}")
+        if self.prompts is not None and self.negative not in (None, "zeros"):
+            raise ConfigError(f"--negative {self.negative}: a file of a data set. With --prompts give --negative-prompt TEXT")
+        if self.form not in ("ours", "fastgen"):
+            raise ConfigError(f"--form is ours or fastgen, not {self.form!r}")
         if self.quality != "lossless" and not self.quality.isdigit():
             raise ConfigError(f"--quality is 'lossless' or a CRF from 0 to 51, not {self.quality!r}")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"--precision is one of {', '.join(PRECISIONS)}, not {self.precision!r}")
-        for name, least in (("batch_size", 1), ("num", 1), ("given_frames", 0)):
+        for name, least in (("batch_size", 1), ("num", 1), ("given_frames", 0), ("verify", 0), ("max_tokens", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: at least {least}")
@@ -158,6 +211,8 @@ def path_times_of(text: str | None) -> tuple[float, ...] | int:
     except ValueError:
         raise ConfigError(f"--path-times takes numbers with commas between, not {text!r}") from None
     number = times[0] if len(times) == 1 else 0.0
+    if list(times) != sorted(set(times), reverse=True) or any(not 0 < t < float("inf") for t in times):
+        raise ConfigError(f"--path-times {text}: times descend from noise to the clip, above 0")
     return int(number) if number > 1 and number.is_integer() else times  # 1 is a time: pure noise on a flow
 
 

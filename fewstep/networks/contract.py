@@ -174,6 +174,11 @@ class NetworkSpec:
         """The diffusers folder or hub id that the weights come from; None: another one."""
         return None
 
+    @property
+    def path(self) -> Path | None:
+        """The path of its network, where the configuration says it; None: only the built network knows it."""
+        return None
+
     def build(self) -> Network:
         """The network with the weights this configuration names, or random ones; the same for the same global seed."""
         raise NotImplementedError

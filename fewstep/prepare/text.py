@@ -13,9 +13,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from fewstep.data.files.arrays import write_pickle
 from fewstep.data.files.packs import Label, Writer, has_packs
 from fewstep.data.folder import layout
@@ -23,7 +20,7 @@ from fewstep.data.folder.layout import Layout
 from fewstep.data.folder.samples import captions_of
 from fewstep.errors import UserError
 from fewstep.files import some, write_text
-from fewstep.networks.encoders.text import TextEncoder
+from fewstep.networks.encoders.text import TextEncoder, stored_embedding
 from fewstep.prepare.ledger import NAME, Ledger
 from fewstep.prepare.summary import Summary
 from fewstep.progress import track
@@ -44,7 +41,7 @@ def write(
         _write_prompt(place, prompt)
     texts = captions(place)
     made_from = {"encoder": encoder.fingerprint, "dtype": "float16"}
-    embed = lru_cache(maxsize=64)(lambda text: embedding(encoder, text))
+    embed = lru_cache(maxsize=64)(lambda text: stored_embedding(encoder, text))
     named = track(texts.items(), len(texts), f"embedding into {folder}")
     if form == "packed":
         if place.files(part):
@@ -72,20 +69,7 @@ def write(
 
 def write_one(path: Path, encoder: TextEncoder, text: str) -> None:
     """One embedding by itself, in the same layout: a negative prompt."""
-    write_pickle(path, [embedding(encoder, text).numpy()])
-
-
-def embedding(encoder: TextEncoder, text: str) -> Tensor:
-    """float16 (tokens, D) of one text, without the zeros behind its last token."""
-    output, mask = encoder.encode([text])
-    rows = (mask[0] | (output[0] != 0).any(-1)).nonzero()
-    num = int(rows.max()) + 1 if len(rows) else 1
-    tokens = output[0, :num].to("cpu", torch.float16).contiguous()
-    if not bool(torch.isfinite(tokens).all()):
-        raise UserError(
-            f"the embedding of {text[:60]!r} has numbers that float16 does not hold, up to {float(output.abs().max()):g}"
-        )
-    return tokens
+    write_pickle(path, [stored_embedding(encoder, text).numpy()])
 
 
 def captions(place: Layout) -> dict[str, str]:

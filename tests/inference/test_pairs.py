@@ -1,6 +1,8 @@
 """Pairs: the clip is what the teacher's ODE makes of the stored noise, by an integration written here; files, resume, ranks."""
 
 import json
+import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,19 @@ import torch
 from torch import nn
 
 from fewstep.batch import Condition
+from fewstep.data.controls import Edge
 from fewstep.data.files import arrays, cache, video
 from fewstep.data.files.arrays import write_pickle
 from fewstep.data.folder.dataset import Folder
-from fewstep.diffusion import Prediction, RectifiedFlow, TeacherSampler
+from fewstep.diffusion import Prediction, RectifiedFlow, Rng, TeacherSampler
 from fewstep.diffusion.sampling import student_times
-from fewstep.inference.pairs import PairSettings, write
-from fewstep.inference.request import PairsRequest, SamplerOptions, path_times_of
+from fewstep.inference.conditions import Shot
+from fewstep.inference.pair_prompts import FolderPrompts
+from fewstep.inference.pairs import PairSettings, verify
+from fewstep.inference.pairs import write as write_pairs
+from fewstep.inference.request import PairsRequest, SamplerOptions, Sizes, path_times_of
 from fewstep.networks.contract import Traits
+from fewstep.prepare.latents import write as prepare_latents
 
 NUM, FRAMES, SIZE = 5, 5, 8
 TIMES = (1.0, 0.75, 0.5)
@@ -59,6 +66,11 @@ class Blocks:
 
     def shape(self, frames, height, width):
         return 3, (frames + 1) // 2, height // 4, width // 4
+
+
+def write(out: Path, teacher: Any, codec: Any, source: Folder, making: PairSettings, **more: Any) -> int:
+    needs_clips = source.control is not None or making.given_frames > 0
+    return write_pairs(out, teacher, codec, FolderPrompts.of(source, codec=codec, needs_clips=needs_clips), making, **more)
 
 
 def dataset(root: Path) -> Folder:
@@ -161,15 +173,14 @@ def test_a_teacher_that_answers_nan_makes_no_pairs(tmp_path: Path) -> None:
     source, out = dataset(tmp_path / "data"), tmp_path / "out"
     with pytest.raises(ValueError, match=r"^pull: answers numbers that are not finite"):
         write(out, Broken(), Blocks(), source, settings(2), name="pull")  # type: ignore[arg-type]
-    assert [path.name for path in out.rglob("*") if path.is_file()] == ["pairs.json"]
+    assert not out.exists()  # and nothing blocks the next command
+    out.mkdir()
     (out / "pairs.json").write_text('{"teacher": ')
     with pytest.raises(ValueError, match=r"pairs\.json: damaged, no JSON: .*Remove .*out and make its pairs again"):
         made(tmp_path, "out", source)
 
 
 def test_controls_and_given_frames_reach_the_teacher_and_stay_with_the_pair(tmp_path: Path) -> None:
-    from fewstep.data.controls import Edge
-
     plain = dataset(tmp_path / "data")
     source = Folder(plain.dataset_dir, max_tokens=2, control=Edge())
     making = settings(2, given_frames=1)
@@ -188,8 +199,6 @@ def test_controls_and_given_frames_reach_the_teacher_and_stay_with_the_pair(tmp_
 
 
 def test_a_control_without_a_branch_is_refused(tmp_path: Path) -> None:
-    from fewstep.data.controls import Edge
-
     class Plain(Pull):
         traits = Traits()
 
@@ -205,21 +214,117 @@ def test_a_control_without_a_branch_is_refused(tmp_path: Path) -> None:
 
 def test_other_captions_texts_or_weights_do_not_mix_in(tmp_path: Path) -> None:
     source, out = dataset(tmp_path / "data"), tmp_path / "out"
-    write(out, Pull(), Blocks(), source, settings(2), num=1)  # type: ignore[arg-type]
-    caption, text = (Path(source.dataset_dir) / name for name in ("metas/3.txt", "t5_xxl/4.pickle"))
+    write(out, Pull(), Blocks(), source, settings(2), num=2)
+    caption, text = (Path(source.dataset_dir) / name for name in ("metas/1.txt", "t5_xxl/1.pickle"))
 
     class Other(Pull):
         module = nn.Linear(1, 1)
 
     with pytest.raises(ValueError, match=r"teacher_weights '[0-9a-f]{16}', not '[0-9a-f]{16}'"):
-        write(out, Other(), Blocks(), source, settings(2))  # type: ignore[arg-type]
+        write(out, Other(), Blocks(), source, settings(2))
     caption.write_text("another clip\n")
-    with pytest.raises(ValueError, match=r"captions '[0-9a-f]{16}', not"):
-        write(out, Pull(), Blocks(), source, settings(2))  # type: ignore[arg-type]
-    caption.write_text("clip 3\n")
+    with pytest.raises(ValueError, match=r"1 pairs were made of other captions .*: 1\."):
+        write(out, Pull(), Blocks(), source, settings(2))
+    caption.write_text("clip 1\n")
+    before = text.read_bytes()
     write_pickle(text, [np.ones((2, 3), np.float32)])
-    with pytest.raises(ValueError, match=r"text_tensors '[0-9a-f]{16}', not"):
-        write(out, Pull(), Blocks(), source, settings(2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"the pair 1 was made of another text embedding"):
+        write(out, Pull(), Blocks(), source, settings(2))
+    text.write_bytes(before)
+    (Path(source.dataset_dir) / "metas" / "4.txt").write_text("another clip\n")  # of no pair so far
+    assert write(out, Pull(), Blocks(), source, settings(2)) == NUM - 2
+    with pytest.raises(ValueError, match=r"shape \[5, 8, 8\], not \[3, 8, 8\]"):
+        write_pairs(out, Pull(), Blocks(), FolderPrompts.of(source, Sizes(num_frames=3)), settings(2))  # type: ignore[arg-type]
+
+
+def test_a_data_set_that_gains_clips_keeps_its_noise(tmp_path: Path) -> None:
+    source, out = dataset(tmp_path / "data"), tmp_path / "out"
+    write(out, Pull(), Blocks(), source, settings(2))
+    noise = {n: (out / "noise" / f"{n}.pickle").read_bytes() for n in range(NUM)}
+    root = Path(source.dataset_dir)
+    for part, suffix in (("videos", "mp4"), ("metas", "txt"), ("t5_xxl", "pickle"), ("edge", "mp4")):
+        shutil.copy(root / part / f"1.{suffix}", root / part / f"00.{suffix}")  # the second in the order of names
+    for rank in (1, 0):
+        write(out, Pull(), Blocks(), source, settings(2), rank=rank, world_size=2)
+    assert all((out / "noise" / f"{n}.pickle").read_bytes() == noise[n] for n in noise)
+    new = arrays.read_one(out / "noise" / "00.pickle")
+    assert torch.equal(new, Rng(0, 0, [NUM]).normal((3, 3, 2, 2))[0])  # a number of its own, after all others
+
+
+def test_clips_have_the_shape_of_the_prepared_latents_or_of_the_options(tmp_path: Path) -> None:
+    """KD on whole clips and DMD2 on windows of them went together without a word."""
+    source, out = dataset(tmp_path / "data"), tmp_path / "out"
+    windowed = replace(source, text=None, negative=None, num_frames=3, video_size=(4, 8))
+    prepare_latents(windowed, Blocks())  # type: ignore[arg-type]
+    write(out, Pull(), Blocks(), source, settings(2, quality="lossless"))
+    assert video.read(out / "videos" / "2.mp4").frames.shape == (3, 4, 8, 3)
+    prompts = FolderPrompts.of(source, codec=Blocks())  # type: ignore[arg-type]
+    assert prompts.origin == "the data set's prepared latents (latents/)" and prompts.shot.num_frames == 3
+    sizes = Sizes(num_frames=9, height=16, width=8, fps=12.0)  # more frames than the clips have: no clip is read
+    prompts = FolderPrompts.of(source, sizes)
+    assert write_pairs(tmp_path / "long", Pull(), Blocks(), prompts, settings(2, quality="lossless")) == NUM  # type: ignore[arg-type]
+    made = video.read(tmp_path / "long" / "videos" / "2.mp4")
+    assert made.frames.shape == (9, 16, 8, 3) and made.fps == 12.0
+    with pytest.raises(ValueError, match="shorter than a window of 9 frames"):
+        FolderPrompts.of(replace(source, control=Edge()), sizes, needs_clips=True)
+
+
+def test_a_control_of_a_window_is_stored_as_the_teacher_received_it(tmp_path: Path) -> None:
+    source, out = replace(dataset(tmp_path / "data"), control=Edge()), tmp_path / "out"
+    prompts = FolderPrompts.of(source, Sizes(num_frames=3, height=4, width=8), needs_clips=True)
+    write_pairs(out, Pull(), Blocks(), prompts, settings(2, quality="lossless"))  # type: ignore[arg-type]
+    stored = video.read(out / "edge" / "1.mp4").frames
+    expected = replace(source, num_frames=3, video_size=(4, 8)).open()
+    row = [sample.stem for sample in expected.samples].index("1")
+    pixels = expected.batch(torch.tensor([row])).cond.control["edge"]
+    assert torch.equal(torch.from_numpy(stored), ((pixels[0] + 1) * 127.5).round().byte().permute(1, 2, 3, 0))
+    data = Folder(str(out), x0="latents", max_tokens=2, pairs=("noise",), control=Edge()).open()
+    torch.testing.assert_close(data.batch(torch.tensor([1])).cond.control["edge"], Blocks().encode(pixels).half().float())
+
+
+def test_captions_alone_are_enough(tmp_path: Path) -> None:
+    source = dataset(tmp_path / "data")
+    write(tmp_path / "whole", Pull(), Blocks(), source, settings(2))
+    for name in ("videos", "edge"):
+        shutil.rmtree(Path(source.dataset_dir) / name)
+    with pytest.raises(ValueError, match=r"no clips and no latents.* give --num-frames, --height, --width"):
+        FolderPrompts.of(source)
+    for sizes, teacher in ((Sizes(FRAMES, SIZE, SIZE), None), (Sizes(), Shot(FRAMES, SIZE, SIZE, 16.0))):
+        out = tmp_path / f"alone_{teacher is None}"
+        write_pairs(out, Pull(), Blocks(), FolderPrompts.of(source, sizes, teacher=teacher), settings(2))  # type: ignore[arg-type]
+        for n in range(NUM):
+            same = [cache.read(f / "latents" / f"{n}.safetensors").tensors["latents"] for f in (out, tmp_path / "whole")]
+            assert torch.equal(*same)
+
+
+def test_the_files_of_fastgen_hold_the_same_pairs(tmp_path: Path) -> None:
+    source, out = dataset(tmp_path / "data"), tmp_path / "fastgen"
+    ours = made(tmp_path, "ours", source)
+    write(out, Pull(), Blocks(), source, settings(8, 2.0, seed=3, path_times=TIMES, form="fastgen"), batch_size=2)
+    names = {"latent.pth", "path.pth", "prompt.txt", "video.mp4", "noise.pth", "txt_emb.pth"}
+    assert {path.name for path in (out / "000001").iterdir()} == names
+    state = torch.load(out / "000001" / "path.pth", weights_only=True)
+    assert state.shape == (3, 3, 3, 2, 2) and (out / "000001" / "prompt.txt").read_text() == "clip 1\n"
+    batches = [
+        Folder(str(folder), x0="latents", max_tokens=2, pairs=("noise", "path")).open().batch(torch.arange(NUM))
+        for folder in (ours, out)  # of the second the times come from pairs.json
+    ]
+    for name in ("x0", "noise", "path", "path_times"):
+        assert torch.equal(getattr(batches[0], name), getattr(batches[1], name)), name
+    assert torch.equal(batches[0].cond.text, batches[1].cond.text)
+    assert write(out, Pull(), Blocks(), source, settings(8, 2.0, seed=3, path_times=TIMES, form="fastgen")) == 0
+    with pytest.raises(ValueError, match="has no place for a control"):
+        write(tmp_path / "x", Pull(), Blocks(), replace(source, control=Edge()), settings(2, form="fastgen"))
+
+
+def test_verify_solves_pairs_again(tmp_path: Path) -> None:
+    source = dataset(tmp_path / "data")
+    out = made(tmp_path, "out", source)
+    prompts = FolderPrompts.of(source)
+    making = settings(8, guidance=2.0, seed=3, path_times=TIMES)
+    assert verify(out, Pull(), Blocks(), prompts, making, 3) < 1e-6  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"the pair 1 differs by .* of its spread"):
+        verify(out, Pull(), Blocks(), prompts, replace(making, sampler=replace(making.sampler, guidance=3.0)), NUM)  # type: ignore[arg-type]
 
 
 def test_a_foreign_folder_is_not_written_into(tmp_path: Path) -> None:
@@ -248,7 +353,13 @@ def test_a_command_line_is_read_whole() -> None:
     ):
         with pytest.raises(ValueError, match=match):
             PairsRequest("m", here, here, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"--path-times 0\.5,0\.9: times descend"):
+        path_times_of("0.5,0.9")
+    with pytest.raises(ValueError, match="--height and --width go together"):
+        Sizes(height=8)
+    with pytest.raises(ValueError, match="give a data set, or --prompts FILE"):
+        PairsRequest("m", None, here)
     with pytest.raises(ValueError, match="--path-times: the times must descend"):
         settings(8, path_times=(0.5, 0.9)).check(RectifiedFlow())
-    with pytest.raises(ValueError, match="too few to keep 4 states"):
+    with pytest.raises(ValueError, match="too few to keep 4 states and solve between them: at least 8"):
         settings(6, path_times=(1.0, 0.9, 0.75, 0.5)).check(RectifiedFlow())

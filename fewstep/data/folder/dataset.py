@@ -33,6 +33,7 @@ from fewstep.data.folder.layout import Layout
 from fewstep.data.folder.samples import Sample, buckets_of, captions_of, each, packs_of, refuse, samples_of
 from fewstep.data.folder.settings import FolderSettings
 from fewstep.errors import UserError
+from fewstep.files import read_json
 
 
 @kind("folder", group="data")
@@ -56,6 +57,7 @@ class FolderData:
         self.samples = samples_of(spec, self.layout, self.packs, self.left_out) if samples is None else samples
         self._bucket = buckets_of(spec, self.samples)
         self._members = [(self._bucket == bucket).nonzero()[:, 0] for bucket in self._bucket.unique().tolist()]
+        self._path_times = spec.path_times or (_recorded_times(self.layout.root) if "path" in spec.pairs else ())
         self._negative = self._read_negative()
         self._like, self._first = self._read_first()
         self._memory = _Memory(self._first, len(self.samples), spec.ram_gib if len(self._members) == 1 else 0.0)
@@ -199,7 +201,7 @@ class FolderData:
             record["noise"] = parts.noise(sample.files["noise"])
             parts.refuse_foreign_noise(sample.files["noise"], record["noise"], **like)
         if "path" in spec.pairs:
-            record["path"], record["path_times"] = parts.states(sample.files["path"], spec.path_times)
+            record["path"], record["path_times"] = parts.states(sample.files["path"], self._path_times)
             parts.refuse_foreign_noise(sample.files["path"], record["path"][0], **like)  # the first state is nearly noise
         return record
 
@@ -291,6 +293,13 @@ class _Memory:
             self._there[row] = True
         index = torch.tensor(rows)
         return {name: column[index] for name, column in self._columns.items()}
+
+
+def _recorded_times(root: Path) -> tuple[float, ...]:
+    """The times of the states that `fewstep pairs` wrote; FastGen's files have none themselves."""
+    record = root / "pairs.json"
+    times = read_json(record, "Make the pairs again").get("path_times") if record.is_file() else None
+    return tuple(map(float, times)) if isinstance(times, list) else ()
 
 
 def _of(span: Span) -> tuple[int, int, int]:

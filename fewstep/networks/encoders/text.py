@@ -305,6 +305,19 @@ def cleaned(prompt: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt)).strip()).strip()
 
 
+def stored_embedding(encoder: TextEncoder, text: str) -> Tensor:
+    """float16 (tokens, D) of one text, without the zeros behind its last token: what data sets store."""
+    output, mask = encoder.encode([text])
+    rows = (mask[0] | (output[0] != 0).any(-1)).nonzero()
+    num = int(rows.max()) + 1 if len(rows) else 1
+    tokens = output[0, :num].to("cpu", torch.float16).contiguous()
+    if not bool(torch.isfinite(tokens).all()):
+        raise UserError(
+            f"the embedding of {text[:60]!r} has numbers that float16 does not hold, up to {float(output.abs().max()):g}"
+        )
+    return tokens
+
+
 # ---- opening -------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,159 @@
+"""The files of pairs, in one of two forms. Both are read by the data set `folder`.
+
+    ours      OUT/videos/STEM.mp4  metas/STEM.txt  t5_xxl/STEM.pickle  noise/STEM.pickle  latents/STEM.safetensors
+              path/STEM.safetensors  CONTROL/STEM.mp4  CONTROL_latents/STEM.safetensors
+    fastgen   OUT/000000/latent.pth  path.pth  prompt.txt  video.mp4, as generate_ode_pairs.py writes them, and noise.pth and
+              txt_emb.pth, the keys of FastGen's loader
+
+A pair is whole when its mp4 is there, which is written last.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.data.files import arrays, cache, video
+from fewstep.data.folder import layout
+from fewstep.data.folder.layout import Layout, Part
+from fewstep.errors import UserError
+from fewstep.files import whole_file, write_text
+
+Form = Literal["ours", "fastgen"]
+Quality = int | Literal["lossless"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One pair, before it is written."""
+
+    caption: str
+    text: Path | Tensor | None  # the embedding of its caption: a file to copy, or (tokens, D)
+    noise: Tensor  # C T H W
+    x0: Tensor
+    states: Tensor | None  # K C T H W
+    times: Tensor | None  # (K,)
+    frames: np.ndarray  # uint8 T H W 3
+    fps: float
+    control_latents: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    controls: Mapping[Part, Path | np.ndarray] = field(default_factory=dict["Part", "Path | np.ndarray"])  # files, or frames
+
+
+@dataclass(frozen=True)
+class PairFiles:
+    """Where the pairs of one folder are."""
+
+    root: Path
+    form: Form
+    text: str | None  # folder of the embeddings
+    has_states: bool
+    control: str | None = None
+    quality: Quality = 18
+
+    @property
+    def place(self) -> Layout:
+        return Layout(self.root, "flat" if self.form == "ours" else "per_sample")
+
+    def name(self, stem: str, number: int) -> str:
+        """The name of the files of a pair."""
+        return stem if self.form == "ours" else f"{number:06d}"
+
+    def has(self, name: str) -> bool:
+        if self.form == "fastgen":
+            states = ("path.pth",) if self.has_states else ()
+            return all((self.root / name / file).is_file() for file in ("latent.pth", *states, "prompt.txt", "video.mp4"))
+        wanted = [layout.VIDEOS, layout.CAPTIONS, layout.NOISE, layout.LATENTS] + ([layout.PATH] if self.has_states else [])
+        wanted += [] if self.control is None else [layout.control_latents(self.control)]
+        return all(self.place.file(part, name).is_file() for part in wanted)
+
+    def caption(self, name: str) -> str:
+        file = self.place.file(layout.CAPTIONS, name)
+        return file.read_text(encoding="utf-8").strip()
+
+    def embedding(self, name: str) -> Tensor | None:
+        """(tokens, D): the embedding that was stored with a pair."""
+        if self.text is None:
+            return None
+        path = self.root / name / "txt_emb.pth" if self.form == "fastgen" else self.place.file(layout.text(self.text), name)
+        if not path.is_file():  # copied under the suffix that it had
+            path = self.place.files(layout.text(self.text)).get(name, path)
+        return arrays.read_one(path, "text") if path.is_file() else None
+
+    def read(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """x0 of a pair, and its states."""
+        if self.form == "fastgen":
+            states = arrays.read_one(self.root / name / "path.pth") if self.has_states else None
+            return arrays.read_one(self.root / name / "latent.pth"), states
+        states = arrays.read(self.place.file(layout.PATH, name))["path"] if self.has_states else None
+        return arrays.read_one(self.place.file(layout.LATENTS, name), "latents"), states
+
+    def write(self, name: str, pair: Pair) -> None:
+        if self.form == "fastgen":
+            self._write_fastgen(name, pair)
+            return
+        place = self.place
+        write_text(place.file(layout.CAPTIONS, name), pair.caption + "\n")
+        if self.text is not None and pair.text is not None:
+            _store(pair.text, place.file(layout.text(self.text), name))
+        for part, content in pair.controls.items():
+            if isinstance(content, Path):
+                _copy(content, place.file(part, name))
+            else:
+                video.write(place.file(part, name), content, pair.fps, quality="lossless")
+        for kind, latents in pair.control_latents.items():
+            cache.write(place.file(layout.control_latents(kind), name), {"latents": latents.half().cpu()})
+        if pair.states is not None and pair.times is not None:
+            cache.write(place.file(layout.PATH, name), {"path": pair.states.cpu(), "path_times": pair.times})
+        arrays.write_pickle(place.file(layout.NOISE, name), pair.noise.cpu().numpy())
+        cache.write(place.file(layout.LATENTS, name), {"latents": pair.x0.cpu()}, facts={"fps": pair.fps})
+        video.write(place.file(layout.VIDEOS, name), pair.frames, pair.fps, quality=self.quality)  # last: it says "done"
+
+    def _write_fastgen(self, name: str, pair: Pair) -> None:
+        folder = self.root / name
+        write_text(folder / "prompt.txt", pair.caption + "\n")
+        text = arrays.read_one(pair.text, "text") if isinstance(pair.text, Path) else pair.text
+        tensors = {"txt_emb": text, "path": pair.states, "noise": pair.noise, "latent": pair.x0}
+        for file, tensor in tensors.items():
+            if tensor is not None:
+                _save(tensor, folder / f"{file}.pth")
+        video.write(folder / "video.mp4", pair.frames, pair.fps, quality=self.quality)
+
+
+def check_form(form: Form, control: str | None) -> None:
+    """Refuses what a form cannot hold."""
+    if form == "fastgen" and control is not None:
+        raise UserError(f"--form fastgen has no place for a control; leave out --control {control}, or --form")
+
+
+def evenly(names: Sequence[int], num: int) -> list[int]:
+    """`num` of the names, spread evenly, the first and the last among them."""
+    if num >= len(names):
+        return list(names)
+    return [names[round(i * (len(names) - 1) / max(num - 1, 1))] for i in range(num)]
+
+
+def _save(tensor: Tensor, path: Path) -> None:
+    with whole_file(path) as partial:
+        torch.save(tensor.detach().cpu().clone(), partial)
+
+
+def _store(text: Path | Tensor, target: Path) -> None:
+    if isinstance(text, Path):
+        _copy(text, target)
+    else:
+        arrays.write_pickle(target, [text.cpu().numpy()])
+
+
+def _copy(source: Path, target: Path) -> None:
+    target = target.with_name(target.name.removesuffix(target.suffix) + source.suffix)
+    if target.is_file():
+        return
+    with whole_file(target) as beside:
+        shutil.copyfile(source, beside)
