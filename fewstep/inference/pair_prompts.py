@@ -26,9 +26,12 @@ from fewstep.data.folder.layout import Layout, Part
 from fewstep.data.folder.parts import padded
 from fewstep.data.folder.texts import Texts
 from fewstep.errors import UserError
+from fewstep.inference.card import FILE as CARD
+from fewstep.inference.card import StudentCard
 from fewstep.inference.conditions import Shot
+from fewstep.inference.model import folder_of
 from fewstep.inference.request import Sizes, read_prompts
-from fewstep.networks.encoders.codecs import Codec, to_uint8
+from fewstep.networks.encoders.codecs import Autoencoder, Codec, to_uint8
 from fewstep.networks.encoders.text import TextEncoder, stored_embedding
 from fewstep.networks.files.pipeline import PipelineFolder
 
@@ -196,7 +199,9 @@ class Prepared:
 
     folder: str
     num_frames: int | None
-    size: tuple[int, int] | None  # None: that of the files
+    size: tuple[int, int] | None  # None: that of the files, which only their codec knows
+    is_whole: bool  # whole clips
+    resized_to: tuple[int, int] | None
     stride: int
     resize: str
     fps: float | None
@@ -207,8 +212,8 @@ class Prepared:
 
     def of(self, spec: Folder) -> Folder:
         """The clips as they were encoded, the first window of each."""
-        windows: dict[str, Any] = {"sequence_interval": self.stride, "video_size": self.size, "resize": self.resize}
-        windows |= {"num_frames": self.num_frames, "start_frame_interval": FIRST_WINDOW_ONLY}
+        windows: dict[str, Any] = {"sequence_interval": self.stride, "video_size": self.resized_to, "resize": self.resize}
+        windows |= {"num_frames": None if self.is_whole else self.num_frames, "start_frame_interval": FIRST_WINDOW_ONLY}
         return replace(spec, text=None, negative=None, **windows)
 
 
@@ -229,11 +234,20 @@ def _prepared(packs: Packs, codec: Codec | None) -> Prepared:
     if origin.get("video_size", "own") != "own":
         height, width = map(int, origin["video_size"].split("x"))
         size = height, width
-    whole = origin.get("num_frames") == "whole"
-    stride = int(label.facts.get("stride", 1))
-    num = int(label.facts["num_frames"]) if "num_frames" in label.facts and not whole else None
-    resize = "stretch" if size is None else origin.get("resize", "stretch")
-    return Prepared(packs.folder.name, num, size, stride, resize, label.facts.get("fps"))
+    pixels: tuple[int, int] | None = None
+    if isinstance(codec, Autoencoder) and origin.get("codec") == codec.fingerprint:
+        channels, frames, height, width = packs.shapes[0]
+        pixels = codec.form.pixels((channels, frames, height, width))[1:]
+    return Prepared(
+        packs.folder.name,
+        int(label.facts["num_frames"]) if "num_frames" in label.facts else None,
+        size or pixels,
+        origin.get("num_frames") == "whole",
+        size,
+        int(label.facts.get("stride", 1)),
+        "stretch" if size is None else origin.get("resize", "stretch"),
+        label.facts.get("fps"),
+    )
 
 
 def _header(place: Layout) -> video.Header:
@@ -271,18 +285,20 @@ def published_shot(address: str) -> Shot | None:
     """The size that the pipeline at `address` makes when it is not given one; None where it does not say."""
     import diffusers
 
-    pipeline = PipelineFolder(address)
-    try:
-        cls = getattr(diffusers, pipeline.pipeline or "", None)
-    except UserError:
+    folder = folder_of(address)
+    if folder is None:
         return None
-    if cls is None:
+    if (folder / CARD).is_file():
+        envelope = StudentCard.read(folder, "Export it again").envelope
+        found = (envelope.num_frames, envelope.height, envelope.width, envelope.fps)
+    else:
+        cls = getattr(diffusers, PipelineFolder(address).pipeline or "DiffusionPipeline", diffusers.DiffusionPipeline)
+        defaults = {name: value.default for name, value in inspect.signature(cls.__call__).parameters.items()}
+        found = tuple(defaults.get(name) for name in ("num_frames", "height", "width", "fps"))
+    num, height, width, fps = found
+    if not (isinstance(num, int) and isinstance(height, int) and isinstance(width, int)):
         return None
-    defaults = {name: value.default for name, value in inspect.signature(cls.__call__).parameters.items()}
-    num, height, width, fps = (defaults.get(name) for name in ("num_frames", "height", "width", "fps"))
-    if not all(isinstance(value, int) for value in (num, height, width)):
-        return None
-    return Shot(int(num), int(height), int(width), float(fps) if isinstance(fps, (int, float)) else 24.0)  # pyright: ignore[reportArgumentType]  # checked above
+    return Shot(num, height, width, float(fps) if isinstance(fps, (int, float)) else 24.0)
 
 
 # ---- a file of prompts -----------------------------------------------------------------------------------------------

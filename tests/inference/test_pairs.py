@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from fewstep import TOY
 from fewstep.batch import Condition
+from fewstep.cli import main as cli
 from fewstep.data.controls import Edge
 from fewstep.data.files import arrays, cache, video
 from fewstep.data.files.arrays import write_pickle
@@ -20,7 +22,7 @@ from fewstep.data.folder.dataset import Folder
 from fewstep.diffusion import Prediction, RectifiedFlow, Rng, TeacherSampler
 from fewstep.diffusion.sampling import student_times
 from fewstep.inference.conditions import Shot
-from fewstep.inference.pair_prompts import FolderPrompts
+from fewstep.inference.pair_prompts import FolderPrompts, published_shot
 from fewstep.inference.pairs import PairSettings, verify
 from fewstep.inference.pairs import write as write_pairs
 from fewstep.inference.request import PairsRequest, SamplerOptions, Sizes, path_times_of
@@ -363,3 +365,46 @@ def test_a_command_line_is_read_whole() -> None:
         settings(8, path_times=(0.5, 0.9)).check(RectifiedFlow())
     with pytest.raises(ValueError, match="too few to keep 4 states and solve between them: at least 8"):
         settings(6, path_times=(1.0, 0.9, 0.75, 0.5)).check(RectifiedFlow())
+
+
+def test_prompts_alone_make_the_pairs_of_a_data_set_with_those_captions(tmp_path: Path, capsys: Any) -> None:
+    prompts = ["a red sphere rolls right", "a blue box slides left"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    (tmp_path / "data" / "metas").mkdir(parents=True)
+    for n, prompt in enumerate(prompts):
+        (tmp_path / "data" / "metas" / f"{n:06d}.txt").write_text(prompt)
+    out, data = str(tmp_path / "out"), str(tmp_path / "data")
+    size = ["--num-frames", "5", "--height", "16", "--width", "16", "--fps", "8"]
+    same = ["--steps", "4", "--guidance", "2", "--path-times", "2", "--mask-text", *size]
+    assert cli(["prepare", "text", data, "--encoder", str(TOY), "--negative", ""]) == 0
+    of_data = ["pairs", str(TOY), data, "--out", f"{out}/data", "--max-tokens", "40", "--negative", "negative.pickle", *same]
+    assert cli(of_data) == 0
+    alone = ["pairs", str(TOY), "--prompts", str(tmp_path / "prompts.txt"), "--out", f"{out}/alone", *same, "--verify", "1"]
+    capsys.readouterr()
+    assert cli(alone) == 0
+    shown = capsys.readouterr()
+    assert "clips of 5 x 16 x 16 at 8 fps: --num-frames 5 --height 16 --width 16" in shown.err
+    assert "2 pairs made; 1 of them solved again differ by" in shown.out
+    for kind in ("noise", "latents", "path"):
+        one, other = (layout_file(Path(out) / name, kind, "000001") for name in ("data", "alone"))
+        assert all(torch.equal(arrays.read(one)[key], arrays.read(other)[key]) for key in arrays.read(one)), kind
+    # what was written is a data set that trains: its text and its negative are those the teacher received
+    settings_ = {"x0": "latents", "pairs": ("noise", "path"), "max_tokens": 40, "negative": "negative.pickle"}
+    batches = [Folder(f"{out}/{name}", **settings_).open().batch(torch.arange(2)) for name in ("alone",)]  # type: ignore[arg-type]
+    assert batches[0].negative is not None and batches[0].cond.text is not None
+    assert not torch.equal(batches[0].negative.text, batches[0].cond.text)
+    assert not list(Path(out, "alone").glob(".text*"))
+    # wrong use is found before the teacher is loaded
+    assert cli([*of_data, "--prompts", "p.txt"]) == 2 and cli([*alone, "--control", "edge"]) == 2
+    assert cli([word if word != "4" else "3" for word in of_data]) == 1
+    assert "3 steps are too few to keep 2 states and solve between them: at least 4" in capsys.readouterr().err
+
+
+def layout_file(root: Path, kind: str, stem: str) -> Path:
+    return root / kind / f"{stem}.{'pickle' if kind == 'noise' else 'safetensors'}"
+
+
+def test_without_clips_the_size_is_that_of_the_upstream_pipeline(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    assert published_shot(str(tmp_path)) == Shot(81, 480, 832, 24.0)
+    assert published_shot(str(TOY)) is None
