@@ -37,14 +37,13 @@ WITHOUT_EFFECT = {
     "offload_prompt_upsampler": "there is no prompt upsampler",
     "prompt_upsampler_dir": "there is no prompt upsampler",
     "upsample_prompt": "there is no prompt upsampler",
-    "offload_diffusion_transformer": "models are not moved between stages",
-    "offload_tokenizer": "models are not moved between stages",
-    "offload_text_encoder_model": "the text encoder is always left after its embeddings are made",
+    "offload_text_encoder_model": "the text encoder is always released after its embeddings are made",
     "benchmark": "every clip's seconds are in its .json",
 }
 COSMOS_ONLY = {
     "checkpoint_dir", "diffusion_transformer_dir", "tokenizer_dir", "input_image_or_video_path", "video_save_name",
-    "video_save_folder", "batch_input_path", "use_distilled", "num_video_frames", "controlnet_specs", *WITHOUT_EFFECT,
+    "video_save_folder", "batch_input_path", "use_distilled", "num_video_frames", "controlnet_specs",
+    "offload_diffusion_transformer", "offload_tokenizer", *WITHOUT_EFFECT,
 }  # fmt: skip
 _GIVEN = {"text2world": 0, "image2world": 1, "video2world": 5}  # frames of pixels: 0, 1 and 2 latent frames
 _CONTROL_WITHOUT_EFFECT = {

@@ -19,9 +19,8 @@ from fewstep.data import controls
 from fewstep.data.files import arrays, video
 from fewstep.errors import UserError
 from fewstep.inference.chunks import Chunk
-from fewstep.inference.model import Model
 from fewstep.inference.request import ClipRequest, GenerateRequest
-from fewstep.networks.contract import Beginning, Network
+from fewstep.networks.contract import Beginning, FirstFrames, Network
 from fewstep.networks.encoders.codecs import Autoencoder, to_uint8
 from fewstep.networks.encoders.vision import ClipVision
 
@@ -97,7 +96,7 @@ def _of_length(text: Tensor, num_tokens: int) -> Tensor:
 class Parts:
     """What the conditions of every clip of one command are made with."""
 
-    model: Model
+    network: Network  # may lie on torch's meta device: only its `begin` and its traits are used
     codec: Autoencoder
     texts: Mapping[str | Path, Text]
     device: torch.device
@@ -113,20 +112,19 @@ class Parts:
 
 @dataclass(frozen=True)
 class Footage:
-    """The pixels that one clip is made from, 1 3 T H W in -1..1, and its controls whole, uint8 T H W 3."""
+    """The pixels that one clip is made from, uint8 T H W 3 and whole but for `begins`."""
 
-    begins: Tensor | None  # the frames that are given
+    begins: Tensor | None  # 1 3 T H W in -1..1, the frames that are given
     controls: Mapping[str, np.ndarray]
 
 
-def footage(request: ClipRequest, parts: Parts, shot: Shot, window: int) -> Footage:
-    """Reads the files of a clip; `window` frames at a time are made of it."""
+def footage(request: ClipRequest, device: torch.device, shot: Shot) -> Footage:
+    """Reads the files of a clip."""
     begins = None
     if request.num_input_frames:
-        check_given(request.num_input_frames, window, parts, "--num-input-frames")
         assert request.source is not None
-        begins = _tensor(_frames(request.source, shot, request.num_input_frames), parts.device)
-    return Footage(begins, {name: _control_frames(name, request, shot) for name in _wanted(request, parts.model)})
+        begins = _tensor(_frames(request.source, shot, request.num_input_frames), device)
+    return Footage(begins, {name: _control_frames(name, request, shot) for name in request.control})
 
 
 def conditions(
@@ -142,9 +140,7 @@ def conditions(
     cond = replace(cond, text=text.embedding, text_mask=text.mask, pooled=text.pooled)
     if films.begins is not None:
         beginning = Beginning(films.begins, chunk.num_frames, latent_shape[1], parts.codec, parts.image_features)
-        cond = parts.model.network.begin(cond, beginning)
-    elif parts.model.network.traits.first_frames == "picture":
-        raise UserError("this network makes a clip that begins with a picture: give --input FILE")
+        cond = parts.network.begin(cond, beginning)
     if request.control:
         found = {name: _tensor(chunk.of(frames), device) for name, frames in films.controls.items()}
         cond = replace(cond, control=_controls(parts, found))
@@ -163,14 +159,14 @@ def _negative(clip: ClipRequest, texts: Mapping[str | Path, Text], cond: Conditi
     return replace(cond, text=_of_length(text.embedding, num), text_mask=mask, pooled=text.pooled)
 
 
-def check_given(num: int, window: int, parts: Parts, option: str) -> None:
+def check_given(num: int, window: int, codec: Autoencoder, first_frames: FirstFrames, option: str) -> None:
     """Refuses a number of given frames that the codec or the network cannot be shown."""
-    time = parts.codec.form.time if parts.codec.form.sees_time else 1
+    time = codec.form.time if codec.form.sees_time else 1
     if (num - 1) % time:
         raise UserError(f"{option} {num}: this codec takes 1 + k * {time}, {num - (num - 1) % time} for instance")
     if num >= window:
         raise UserError(f"{option} {num}: nothing is left to be made of {window} frames")
-    if num > 1 and parts.model.network.traits.first_frames == "picture":
+    if num > 1 and first_frames == "picture":
         raise UserError(f"{option} {num}: this network begins with one picture, 1")
 
 
@@ -180,48 +176,36 @@ def with_controls_of(request: ClipRequest, network: Network) -> Network:
     return network.with_control_weights(weights) if weights else network
 
 
-def _wanted(request: ClipRequest, model: Model) -> Sequence[str]:
-    """The controls of this clip, in the order of the request; refuses those that the network has no branch for."""
-    known = model.network.traits.controls
-    wrong = sorted(set(request.control) - set(known))
-    if wrong:
-        raise UserError(f"control '{wrong[0]}': this network is led by {', '.join(known) or 'no control'}")
-    return tuple(request.control)
+def is_made_from_frames(control: str) -> bool:
+    """Whether the control of this name can be made from a video."""
+    kind = choices("control").get(control)
+    return kind is not None and callable(kind())
 
 
 def _controls(parts: Parts, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Latents of the controls; zeros for those of the network's that the clip does not use, which count nothing."""
     found = {name: parts.codec.encode(frames) for name, frames in pixels.items()}
-    for name in parts.model.network.traits.controls:
+    for name in parts.network.traits.controls:
         found.setdefault(name, torch.zeros_like(next(iter(found.values()))))
     return found
 
 
 def _control_frames(name: str, request: ClipRequest, shot: Shot) -> np.ndarray:
-    source = request.control[name].source
-    if source is not None:
-        return _frames(source, shot, shot.num_frames)
-    if request.source is None:
-        raise UserError(f"control '{name}' has no file, and there is no --input to make it from: --control {name}=FILE.mp4")
-    if name not in ("edge", "vis"):
-        raise UserError(f"control '{name}' cannot be made from a video here, only edge and vis can: fewstep prepare controls")
-    frames, preset = _frames(request.source, shot, shot.num_frames), request.control[name].preset
-    if preset not in (None, *controls.CANNY):
-        raise UserError(f"control '{name}': its preset {preset!r} is none of {', '.join(controls.CANNY)}")
-    return controls.made_of(choices("control")[name](**({} if preset is None else {"preset": preset})), frames, request.seed)
+    control = request.control[name]
+    if control.source is not None:
+        return _frames(control.source, shot, shot.num_frames)
+    assert request.source is not None, name
+    frames = _frames(request.source, shot, shot.num_frames)
+    settings = {} if control.preset is None else {"preset": control.preset}
+    return controls.made_of(choices("control")[name](**settings), frames, request.seed)
 
 
 def _frames(path: Path, shot: Shot, num: int) -> np.ndarray:
     """uint8 T H W 3: the first `num` frames, resized; a picture is a clip of one frame that stands still."""
-    if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp"):
-        import cv2
-
-        picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
-        if picture is None:
-            raise UserError(f"{path}: is no picture that can be read")
-        sized = cv2.resize(picture, (shot.width, shot.height), interpolation=cv2.INTER_AREA)
-        return np.repeat(np.ascontiguousarray(sized[None, :, :, ::-1]), num, 0)
-    return video.read(path, 0, num, size=(shot.height, shot.width)).frames
+    size = (shot.height, shot.width)
+    if video.is_picture(path):
+        return np.repeat(video.read(path, size=size).frames, num, 0)
+    return video.read(path, 0, num, size=size).frames
 
 
 def _tensor(frames: np.ndarray, device: torch.device) -> Tensor:

@@ -4,12 +4,14 @@ open_model("runs/kd@latest:student.ema")    a run's student; RUN:teacher is the 
 open_model("student")                       a folder that `fewstep export` wrote
 open_model("wan2.1-t2v-1.3b")               a pipeline of diffusers, folder or hub id: a teacher
 open_model("base_model.pt+edge_control.pt") published Cosmos weights, in any form that networks/weights reads: a teacher
+
+outline_of(ADDRESS) reads the small files alone: what is asked of a model is checked against it before any weights are read.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from fewstep.networks.causal import Causal
 from fewstep.networks.contract import Network, NetworkSpec
 from fewstep.networks.encoders.codecs import Autoencoder, open_codec
 from fewstep.networks.files import hub
+from fewstep.networks.files.folders import on_meta
 from fewstep.networks.files.pipeline import PipelineFolder, is_diffusers_folder
 from fewstep.networks.lora import Lora, merged
 from fewstep.networks.roles import Networks, build
@@ -48,25 +51,53 @@ class Model:
         return isinstance(self.sampler, TeacherSampler)
 
 
+@dataclass(frozen=True)
+class Outline:
+    """A model whose weights have not been read."""
+
+    spec: NetworkSpec
+    load: Callable[[], Network]  # reads the weights
+    sampler: StudentSampler | TeacherSampler | None = None  # None: as the pipeline says, or as published for the network
+    pipeline: str | None = None  # address of a pipeline of diffusers
+    envelope: Envelope = Envelope()
+    folder: Path | None = None
+
+    def open(self) -> Model:
+        """The model with its weights, in eval mode and frozen."""
+        return self._model(self.load())
+
+    def skeleton(self) -> Model:
+        """The model on torch's meta device: its traits, path and sampler are those of the model, but it has no weights."""
+        with on_meta():
+            return self._model(self.spec.build())
+
+    def _model(self, network: Network) -> Model:
+        network.module.eval().requires_grad_(False)
+        sampler = self.sampler or teacher_sampler(network, self.pipeline)
+        return Model(network, self.spec, sampler, self.envelope, self.folder)
+
+
 def open_model(address: str | Path, *, controls: Sequence[str] = (), network: str | None = None) -> Model:
     """The model at `address`, in eval mode and frozen.
 
     controls: the control of a branch whose files do not name it. network: which published one files of weights hold; None: as
     their shapes say.
     """
+    return outline_of(address, controls=controls, network=network).open()
+
+
+def outline_of(address: str | Path, *, controls: Sequence[str] = (), network: str | None = None) -> Outline:
+    """What the small files at `address` say of a model. The arguments are those of `open_model`."""
     text = str(address)
     folder = Path(text)
     if (folder / "student.json").is_file() and not (folder / "checkpoints").is_dir():
-        model = _exported(folder)
-    elif _is_run(text):
-        model = of_run(text)
-    else:
-        pieces = None if is_diffusers_folder(folder) else pieces_of(text)
-        if pieces is None and network is not None:
-            raise UserError(f"--network {network}: {text} says itself what it is; the name is for files of weights")
-        model = _teacher(text, controls) if pieces is None else _of_files(pieces, controls, network)
-    model.network.module.eval().requires_grad_(False)
-    return model
+        return _exported(folder)
+    if _is_run(text):
+        return _of_run(text)
+    pieces = None if is_diffusers_folder(folder) else pieces_of(text)
+    if pieces is None and network is not None:
+        raise UserError(f"--network {network}: {text} says itself what it is; the name is for files of weights")
+    return _teacher(text, controls) if pieces is None else _of_files(pieces, controls, network)
 
 
 def folder_of(address: str) -> Path | None:
@@ -98,17 +129,23 @@ def networks_of(run: Path) -> Networks:
 
 def of_run(address: str) -> Model:
     """The model of a run address: its student, of which LoRA adapters are merged into a plain network; RUN:teacher too."""
+    return _of_run(address).open()
+
+
+def _of_run(address: str) -> Outline:
     place, _, role = address.partition(":")
     folder = checkpoint_of(place)
     run = folder.parent.parent
     networks = networks_of(run)
     if role == "teacher":
-        network = build(networks, ("teacher",), 0)["teacher"]
-        source = None if networks.teacher is None else networks.teacher.source
-        return Model(network, networks.teacher, teacher_sampler(network, source))
+        if networks.teacher is None:
+            raise UserError(f"{address}: this run has no teacher")
+        return Outline(networks.teacher, lambda: build(networks, ("teacher",), 0)["teacher"], pipeline=networks.teacher.source)
     card = StudentCard.read(run, "It is written anew when the run goes on")
-    network = student_network(networks, read(address), address)
-    return Model(network, networks.spec_of("student"), card.sampler, card.envelope)
+    spec = networks.spec_of("student")
+    if spec is None:
+        raise UserError(f"{address}: the configuration of this run names no network for its student")
+    return Outline(spec, lambda: student_network(networks, read(address), address), card.sampler, envelope=card.envelope)
 
 
 def student_network(nets: Networks, tensors: Mapping[str, Tensor], source: str) -> Network:
@@ -136,25 +173,26 @@ def _is_run(address: str) -> bool:
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
 
-def _exported(folder: Path) -> Model:
+def _exported(folder: Path) -> Outline:
     card = StudentCard.read(folder, "Export the student again")
     spec = card.spec()
     weights = folder / "student.safetensors"
-    if weights.is_file():
-        network = spec.build()
-        load_into(network.module, read(str(weights)), str(folder))
-    else:
+    if not weights.is_file():
         spec = spec.in_folder(str(folder))
+
+    def load() -> Network:
         network = spec.build()
-    return Model(network, spec, card.sampler, card.envelope, folder)
+        if weights.is_file():
+            load_into(network.module, read(str(weights)), str(folder))
+        return network
+
+    return Outline(spec, load, card.sampler, envelope=card.envelope, folder=folder)
 
 
-def _teacher(address: str, controls: Sequence[str] = ()) -> Model:
+def _teacher(address: str, controls: Sequence[str] = ()) -> Outline:
     """The denoiser of a pipeline of diffusers."""
     spec = spec_of(address, controls)
-    folder = Path(address)
-    network = spec.build()
-    return Model(network, spec, teacher_sampler(network, address), folder=folder)
+    return Outline(spec, spec.build, pipeline=address, folder=Path(address))
 
 
 def teacher_sampler(network: Network, address: str | None) -> TeacherSampler:
@@ -247,18 +285,22 @@ def codec_address(model: Model, name: str, address: str | None) -> str:
     return str(model.folder)
 
 
-def _of_files(pieces: Sequence[Piece], controls: Sequence[str], name: str | None) -> Model:
+def _of_files(pieces: Sequence[Piece], controls: Sequence[str], name: str | None) -> Outline:
     """The published Cosmos network whose weights these are; it has no codec and no text encoder beside it."""
     from fewstep.networks.weights.convert import published_spec
 
     if len(controls) == 1 and not any(control for control, _, _ in pieces):
         pieces = [*pieces[:-1], (controls[0], *pieces[-1][1:])]
     found = collect(pieces)
-    tell(found)
     spec = published_spec(found, name)
-    network = spec.build()
-    load_into(network.module, {n: stored.read() for n, stored in found.tensors.items()}, " and ".join(p[1] for p in pieces))
-    return Model(network, spec, teacher_sampler(network, None))
+
+    def load() -> Network:
+        tell(found)
+        network = spec.build()
+        load_into(network.module, {n: stored.read() for n, stored in found.tensors.items()}, " and ".join(p[1] for p in pieces))
+        return network
+
+    return Outline(spec, load)
 
 
 def spec_of(address: str, controls: Sequence[str] = ()) -> NetworkSpec:

@@ -111,6 +111,7 @@ class GenerateRequest:
     network: str | None = None  # which published one the weights of MODEL are; None: as their shapes say
     shard: bool = False  # each process holds a part of the weights
     batch_size: int = 1  # clips that go through the network together
+    offload: frozenset[str] = frozenset()  # of OFFLOADED: parts that are loaded for their stage and released after it
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,10 @@ class PairsRequest:
 
 
 PRECISIONS = ("fp32", "bf16")
+OFFLOADED = {  # parts of a pipeline: the option that loads each for its stage only
+    "network": "--offload-diffusion-transformer",
+    "codec": "--offload-tokenizer",
+}
 
 
 def path_times_of(text: str | None) -> tuple[float, ...] | int:
@@ -244,6 +249,7 @@ def read_command(arguments: Sequence[str], say: Print | None = None) -> Generate
     options["model"] = model_of(options["model"], options["released"], folder, transformer, tell)
     options["solver"] = None if options["solver"] == "auto" else options["solver"]
     options |= {"clips": _clips(options, specs), "sampling": _of(SamplerOptions, options)}
+    options["offload"] = frozenset(part for part in OFFLOADED if options["offload"] or options[f"offload_{part}"])
     if options["config"] is not None:
         load_file(options["config"])
     return _of(GenerateRequest, options)
@@ -318,6 +324,9 @@ def _parser() -> _Parser:
     add("--shard", action="store_true", help="torchrun's processes hold a part of the weights each, instead of all of them")
     add("--use-distilled", dest="student_only", action="store_true", help="refuse a model that is no student")
     add("--force", action="store_true", help="sample a student with a number of steps or a guidance it was not trained for")
+    add("--offload", action="store_true", help="load every part for its stage only, and release it after it")
+    for part, option in OFFLOADED.items():
+        add(option, dest=f"offload_{part}", action="store_true", help=hidden)
     add("--checkpoint-dir", help=hidden)
     add("--diffusion-transformer-dir", help=hidden)
     return parser

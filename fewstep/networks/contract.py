@@ -52,6 +52,9 @@ class Traits:
     boundary: float | None = None  # time below which a second expert is called; None: one network for all noise levels
     is_causal: bool = False  # a chunk of frames attends to no later one: it can be generated with a cache
     frame_multiple: int = 1  # number of latent frames must be a multiple of it
+    side_multiple: int = 1  # height and width of latents must be multiples of it
+    latent_channels: int | None = None  # of x_t; None: not declared
+    text_channels: int | None = None  # of cond.text; None: not declared
     scheduling: Scheduling = Scheduling()
     pipeline_settings: Mapping[str, Any] | None = None  # for the exported pipeline.py; None: it cannot run this network
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,7 +23,8 @@ from fewstep.cli import main as cli
 from fewstep.config import ConfigError, dump
 from fewstep.data.files import arrays, video
 from fewstep.diffusion import Rng, StudentSampler, TeacherSampler, guided, samplers, times
-from fewstep.inference.generate import generate, sampler_of
+from fewstep.inference.fit import sampler_of
+from fewstep.inference.generate import generate
 from fewstep.inference.model import Model, open_model
 from fewstep.inference.request import read_command
 from fewstep.networks.encoders.codecs import open_codec
@@ -170,7 +173,7 @@ def test_a_word_that_the_text_encoder_does_not_know_is_refused_before_the_networ
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the network was opened")
 
-    monkeypatch.setattr("fewstep.inference.generate.open_model", refuse)
+    monkeypatch.setattr("fewstep.inference.model.Outline.open", refuse)
     with pytest.raises(ValueError, match="has no word for purple"):
         made(tmp_path, str(student), "--prompt", "a purple ball")
 
@@ -342,7 +345,7 @@ def test_controls_are_encoded_or_made_from_the_input(tmp_path: Path, clip: Path)
     np.testing.assert_array_equal(first, second)
     made(tmp_path / "both", *asked, "--control", "edge", "--control", f"depth={clip}")
     assert (video.read(tmp_path / "both" / "output.mp4").frames != first).any()
-    with pytest.raises(ValueError, match="control 'depth' cannot be made from a video here"):
+    with pytest.raises(ValueError, match="control 'depth' cannot be made from a video here, as edge and vis can"):
         made(tmp_path / "x", *asked, "--control", "depth")
     with pytest.raises(ValueError, match="control 'seg': this network is led by edge, depth"):
         made(tmp_path / "x", *asked, "--control", f"seg={clip}")
@@ -415,12 +418,122 @@ def test_wan_i2v_reads_its_picture_beside_its_latents(tmp_path: Path) -> None:
     made(tmp_path / "out", str(folder), *asked, *SIZE, "--input", str(picture))
     text, mask = open_text_encoder(folder).encode(["a ball"])
     codec, network = open_codec(folder), open_model(folder).network
-    import cv2
+    from PIL import Image
 
-    found = cv2.imread(str(picture))
-    assert found is not None
-    shown = torch.from_numpy(cv2.resize(found, (16, 16), interpolation=cv2.INTER_AREA)[:, :, ::-1].copy()).permute(2, 0, 1)
+    sized = np.array(Image.open(picture).convert("RGB").resize((16, 16), Image.Resampling.BICUBIC))
+    shown = torch.from_numpy(sized).permute(2, 0, 1)
     pixels = torch.cat([shown[None, :, None].float() / 127.5 - 1, torch.zeros(1, 3, 8, 16, 16)], 2)
     cond = Condition(text=text, text_mask=mask, beside=start_from(codec.encode(pixels)), fps=torch.tensor([8.0]))
     x0 = samplers.euler(network, Rng.of_samples([0]).normal((16, 3, 2, 2)), times.shifted(2), cond)
     np.testing.assert_array_equal(video.read(tmp_path / "out" / "output.mp4").frames, as_frames(folder, x0))
+
+
+# ---- what is asked is checked before weights are read ----------------------------------------------------------------
+
+
+def _without_weights(folder: Path, place: Path) -> Path:
+    """A copy in which no file of weights is: whatever is said of it, nothing large was read."""
+    return Path(shutil.copytree(folder, place, ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "*.pt")))
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        ("student", "--num-steps 8 --guidance 3", "--num-steps 8: this student takes 2.*guidance w = 3"),
+        ("student", "--num-frames 10 --chunk-frames 10", r"10 frames do not fit; it takes 1 \+ k \* 4: 9 or 13"),
+        ("student", "--height 18", "18 x 16 pixels do not fit; both sides must be multiples of 4"),
+        ("student", "--width 20", r"--width 20: .* makes multiples of 8 pixels, 16 or 24 for instance"),
+        ("student", "--control edge --input IN", "control 'edge': this network is led by no control"),
+        ("student", "--input IN --num-input-frames 2", r"--num-input-frames 2: this codec takes 1 \+ k \* 4"),
+        ("student", "--input IN --num-input-frames 9", "nothing is left to be made of 9 frames"),
+        ("student", "--num-frames 17 --overlap 2", "--overlap 2: this codec takes 1"),
+        ("teacher", "", "does not say what clips it makes: give --num-frames, --height, --width"),
+        ("teacher", "--num-frames 9 --height 16 --width 16 --sigma-max 70", "--sigma-max has no effect on this teacher"),
+        ("teacher", "--num-frames 9 --height 16 --width 16 --guidance-low 3", "no pair of experts"),
+        ("teacher", "--num-frames 9 --height 16 --width 16 --use-distilled", "is a teacher"),
+        ("teacher", "--num-frames 9 --height 15 --width 16", "15 x 16 pixels do not fit"),
+    ],
+)
+def test_a_call_that_does_not_fit_is_named_before_weights_are_read(
+    model: str, arguments: str, message: str, student: Path, teacher: Path, clip: Path, tmp_path: Path
+) -> None:
+    folder = _without_weights(student if model == "student" else teacher, tmp_path / "model")
+    words = arguments.replace("IN", str(clip)).split()
+    with pytest.raises(ValueError, match=message):
+        made(tmp_path / "out", str(folder), "--prompt", "a ball", *words)
+
+
+def test_what_is_beyond_the_envelope_is_named_before_weights_are_read(student: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    with pytest.raises(FileNotFoundError):  # of the text encoder
+        folder = str(_without_weights(student, tmp_path / "model"))
+        made(tmp_path / "out", folder, "--prompt", "a ball", "--width", "32", "--fps", "30", "--shift", "3", told=told)
+    assert "--shift has no effect" in told[0] and "32 pixels wide" in told[1] and "30 frames per second" in told[2]
+
+
+def test_a_codec_of_other_channels_and_texts_of_others_are_named(
+    student: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("fewstep.inference.model.Outline.open", refuse)
+    arrays.write_pickle(tmp_path / "e.pickle", [np.zeros((4, 7), np.float32)])
+    with pytest.raises(ValueError, match="its embeddings have 7 channels, but this network reads 8"):
+        made(tmp_path, str(student), "--embedding", str(tmp_path / "e.pickle"))
+    config = json.loads((teacher / "vae" / "config.json").read_text()) | {"latent_channels": 3}
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"latents_mean": [0.0] * 3, "latents_std": [1.0] * 3}))
+    with pytest.raises(ValueError, match=r"its latents have 3 channels, but .* works on 2\. Give the codec"):
+        made(tmp_path, str(teacher), "--prompt", "a ball", *SIZE, "--codec", str(tmp_path / "vae"))
+
+
+def test_offloaded_parts_are_in_memory_for_their_stage_only_and_change_no_frame(student: Path, tmp_path: Path) -> None:
+    """Bytes of all live parameters, counted whenever one of the three parts is called."""
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    (tmp_path / "p.txt").write_text("a ball\na red ball\n")
+    asked = [str(student), "--prompts", str(tmp_path / "p.txt"), "--num-frames", "17", "--overlap", "5"]  # three chunks
+    parts = {
+        "CosmosTransformer3DModel": "network",
+        "CosmosEncoder3d": "codec",
+        "CosmosDecoder3d": "codec",
+        "WordsModel": "text",
+    }
+
+    def bytes_in_memory() -> int:
+        live = [item for item in gc.get_objects() if type(item) is torch.nn.Parameter]
+        return sum(item.numel() * item.element_size() for item in live if not item.is_meta)
+
+    def peaks(*options: str) -> dict[str, int]:
+        seen: dict[str, int] = {}
+        calls = dict.fromkeys(parts, 0)
+
+        def look(module: torch.nn.Module, _: Any) -> None:
+            name = type(module).__name__
+            part = parts.get(name)
+            if part is not None and calls[name] < 2:  # looking takes long
+                calls[name] += 1
+                seen[part] = max(seen.get(part, 0), bytes_in_memory() - before)
+
+        gc.collect()
+        before = bytes_in_memory()
+        handle = register_module_forward_pre_hook(look)
+        try:
+            made(tmp_path / "".join(options or ["plain"]), *asked, *options)
+        finally:
+            handle.remove()
+        return seen
+
+    sizes = {
+        "network": sum(p.numel() * p.element_size() for p in open_model(student).network.module.parameters()),
+        "codec": sum(p.numel() * p.element_size() for p in open_codec(student).module.parameters()),
+    }
+    plain, network, every = peaks(), peaks("--offload_diffusion_transformer"), peaks("--offload")
+    assert plain["network"] == plain["codec"] == sizes["network"] + sizes["codec"]
+    assert network == {**plain, "codec": sizes["codec"]}
+    assert every == {**sizes, "text": plain["text"]}
+    assert plain["text"] < min(sizes.values())  # the text encoder alone
+    for i in range(2):
+        files = {(tmp_path / folder / f"p_{i:04d}.mp4").read_bytes() for folder in ("plain", "--offload")}
+        assert len(files) == 1

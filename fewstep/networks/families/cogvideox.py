@@ -48,6 +48,9 @@ class CogVideoX(Adapter):
             lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
             first_frames="picture" if config.in_channels > config.out_channels else "none",
             frame_multiple=config.patch_size_t or 1,
+            side_multiple=config.patch_size,
+            latent_channels=config.out_channels,
+            text_channels=config.text_embed_dim,
             scheduling=Scheduling(predicts="v", shifts_table=True),
         )
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fewstep.errors import UserError
 from fewstep.networks.files import hub
@@ -38,6 +42,33 @@ def load(cls: Any, address: str, subfolder: str | None = None, **how: Any) -> An
         where = f"{address}/{subfolder}" if subfolder else address
         raise UserError(f"{where}: its weights do not fit its config.json: {'; '.join(problems)}")
     return module
+
+
+@contextmanager
+def unread() -> Iterator[None]:
+    """Within, models of diffusers are built from their configuration, and no file of weights is opened."""
+    from diffusers import ModelMixin
+
+    before = ModelMixin.__dict__["from_pretrained"]
+
+    def from_configuration(cls: Any, address: str, **more: Any) -> Any:
+        module = cls.from_config(cls.load_config(address, **{k: v for k, v in more.items() if k == "subfolder"}))
+        return (module, dict[str, Any]()) if more.get("output_loading_info") else module
+
+    ModelMixin.from_pretrained = classmethod(from_configuration)  # pyright: ignore[reportAttributeAccessIssue]  # until the end of the block
+    try:
+        yield
+    finally:
+        ModelMixin.from_pretrained = before
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Within, networks and codecs are built on torch's meta device, where tensors have shapes and no numbers."""
+    import diffusers.models.autoencoders.autoencoder_kl_cosmos  # noqa: F401  # its import makes a table, which would stay on meta
+
+    with torch.device("meta"), unread():
+        yield
 
 
 def _look(folder: Path) -> None:

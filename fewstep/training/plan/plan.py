@@ -27,6 +27,7 @@ from fewstep.data.mock import Mock
 from fewstep.diffusion import Rng
 from fewstep.errors import UserError
 from fewstep.methods.contract import Turn
+from fewstep.networks.files.folders import unread
 from fewstep.networks.frozen import Offloaded
 from fewstep.networks.lora import Lora, Shared
 from fewstep.networks.roles import Full, Networks, Whole, build
@@ -197,19 +198,8 @@ def _unread(run: Run) -> Iterator[None]:
     if not any(spec is not None and spec.source is not None for spec in specs):
         yield  # nothing would be read: diffusers, which takes longer to import than torch, is not needed for it
         return
-    from diffusers import ModelMixin
-
-    before = ModelMixin.__dict__["from_pretrained"]
-
-    def from_configuration(cls: Any, address: str, **more: Any) -> Any:
-        module = cls.from_config(cls.load_config(address, **{k: v for k, v in more.items() if k == "subfolder"}))
-        return (module, dict[str, Any]()) if more.get("output_loading_info") else module
-
-    ModelMixin.from_pretrained = classmethod(from_configuration)  # pyright: ignore[reportAttributeAccessIssue]  # for as long as the plan is made
-    try:
+    with unread():
         yield
-    finally:
-        ModelMixin.from_pretrained = before
 
 
 def fake_mode() -> Any:  # Any: torch's FakeTensorMode

@@ -62,6 +62,9 @@ class Cosmos(Adapter):
             ),  # as Predict2.5's LoRA post-training
             first_frames="mask" if config.in_channels > config.out_channels else "none",
             controls=self.controls,
+            side_multiple=max(config.patch_size[1:]),
+            latent_channels=config.out_channels,
+            text_channels=config.crossattn_proj_in_channels if config.use_crossattn_projection else config.text_embed_dim,
             scheduling=Scheduling(needs_own_loop=True),
             pipeline_settings={
                 "family": self.family,

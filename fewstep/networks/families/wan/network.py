@@ -53,6 +53,9 @@ class Wan(Adapter):
             lora_targets=(*targets, "add_k_proj", "add_v_proj") if reads_image else targets,
             first_frames="picture" if has_picture else "time",  # the latter is what 2.2 5B was trained for
             reads_image=reads_image,
+            side_multiple=max(config.patch_size[1:]),
+            latent_channels=config.out_channels,
+            text_channels=config.text_dim,
             pipeline_settings=None if has_picture else own_pipeline,
         )
 
