@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.app import app
-from fewstep.cli.options import GUIDANCE, OWN, SAMPLER, SHIFT, SIGMA_MAX, STEPS, load
+from fewstep.cli.options import DEVICE, GUIDANCE, OWN, SAMPLER, SHIFT, SIGMA_MAX, STEPS, load, one_of
+
+
+def _size(value: str | None) -> str | None:
+    """Refuses what is no HEIGHTxWIDTH."""
+    if value is not None and not all(part.isdigit() and int(part) for part in (value.split("x") if "x" in value else ["?"])):
+        raise typer.BadParameter(f"{value!r} is no HEIGHTxWIDTH, for instance 704x1280.")
+    return value
 
 
 @app.command(context_settings={"allow_extra_args": True})
@@ -19,21 +26,49 @@ def evaluate(
     prompts: Annotated[
         Path | None, typer.Option(help="Data set with captions, text, controls and real clips of the same scenes.")
     ] = None,
-    real: Annotated[Path | None, typer.Option(help="Real clips of other scenes, for scorers that compare with some.")] = None,
+    real: Annotated[Path | None, typer.Option(help="Real clips of other scenes: a data set, or a folder of mp4.")] = None,
+    truth: Annotated[
+        Path | None, typer.Option(help="Clips that each one should equal, by file name, for PSNR and SSIM.")
+    ] = None,
     scorer: Annotated[
-        str | None, typer.Option(help="Name of the scorer (fewstep ls scorers). Default: one that suits clips of this size.")
+        str | None,
+        typer.Option(help="Name of the scorer (fewstep ls scorers). Default: clips; toyworld for clips of the toy world."),
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="Feature networks of the scorer clips, NAME or NAME=FILE, separated by commas (fewstep ls features)."
+        ),
     ] = None,
     config: Annotated[Path | None, OWN] = None,
     control: Annotated[str | None, typer.Option(help="Control of the data set that the model receives: edge, vis, ..")] = None,
-    num: Annotated[int, typer.Option(help="Number of clips in a set.")] = 512,
+    num: Annotated[int | None, typer.Option(help="Number of clips in a set. Default: 512, or as many as there are.")] = None,
     sets: Annotated[int, typer.Option(help="Number of sets, each from noise of its own.")] = 3,
+    num_frames: Annotated[
+        int | None, typer.Option(help="Number of frames of every clip. Default: as the model was trained, or all.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(callback=_size, help="HEIGHTxWIDTH of generated clips. Default: as the model was trained.")
+    ] = None,
     calls: Annotated[int | None, typer.Option(help="Score a teacher at its best with this many network calls.")] = None,
     steps: Annotated[int | None, STEPS] = None,
     sampler: Annotated[str | None, SAMPLER] = None,
     shift: Annotated[float | None, SHIFT] = None,
     sigma_max: Annotated[float | None, SIGMA_MAX] = None,
     guidance: Annotated[float | None, GUIDANCE] = None,
+    given_frames: Annotated[int, typer.Option(help="Number of clean latent frames of the clip that the model receives.")] = 0,
     codec: Annotated[str | None, typer.Option(help="Folder of the autoencoder, for a model that has none.")] = None,
+    text: Annotated[str, typer.Option(help="Folder of the text embeddings in the data set.")] = "t5_xxl",
+    negative: Annotated[str, typer.Option(help="Negative embedding for guidance: zeros, or a file of the data set.")] = "zeros",
+    max_tokens: Annotated[int, typer.Option(help="Number of tokens that text is padded to.")] = 512,
+    mask_text: Annotated[
+        bool, typer.Option("--mask-text", help="Give the network a mask of the padding; Cosmos has none.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Number of clips that go through the network together.")] = 64,
+    precision: Annotated[
+        str, typer.Option(callback=one_of("fp32", "bf16"), help="Precision of the network and the codec: fp32 or bf16.")
+    ] = "fp32",
+    device: Annotated[str | None, DEVICE] = None,
 ) -> None:
     """Score the clips of a model, of a codec or of a folder, against real clips or the controls they were made for.
 
@@ -46,6 +81,11 @@ def evaluate(
     from fewstep.inference.evaluate import run as score
 
     load(config)
-    chosen = scorer_of(scorer, context.args)
-    job = Evaluation(what, prompts, real, out, num, sets, calls, sampling, codec=codec, scorer=chosen, control=control)
-    print(f"{out}: {line(score(job))}")
+    shape = None if size is None else (int(size.split("x")[0]), int(size.split("x")[1]))
+    task = Evaluation(
+        what, prompts, real, out, num, sets, calls, sampling,
+        text=text, negative=negative, max_tokens=max_tokens, mask_text=mask_text, num_frames=num_frames, size=shape,
+        given_frames=given_frames, batch_size=batch_size, codec=codec, scorer=scorer_of(scorer, context.args, features),
+        control=control, truth=truth, precision=precision, device=device,
+    )  # fmt: skip
+    print(f"{out}: {line(score(task))}")

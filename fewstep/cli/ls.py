@@ -15,7 +15,7 @@ from fewstep.cli.options import JSON
 LISTS = {
     "recipes": "recipe", "methods": "method", "networks": "network", "data": "data", "roles": "role", "heads": "head",
     "controls": "control", "paths": "path", "times": "times", "previews": "preview", "scorers": "scorer",
-    "text_encoders": "text_encoder", "rewards": "reward", "sample_weights": "sample_weight",
+    "features": "features", "text_encoders": "text_encoder", "rewards": "reward", "sample_weights": "sample_weight",
 }  # fmt: skip
 
 

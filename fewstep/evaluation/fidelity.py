@@ -12,7 +12,7 @@ those of control.py, which has their sources and their limits for small clips.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -24,7 +24,7 @@ from fewstep.data.controls import Control, Pixels, Span, Strength, made_of
 from fewstep.data.files import masks
 from fewstep.errors import UserError
 from fewstep.evaluation.control import depth_rmse, edge_scores, match_masks, ssim
-from fewstep.evaluation.score import Clip, Need, Record, Score, Scorer, Signals, Value, mean_over_clips
+from fewstep.evaluation.score import Clip, ClipSet, Need, Record, Score, Scorer, Value, mean_over_clips
 
 OF_FILES = ("depth", "seg")  # not to be had from pixels alone: the clips' own are files beside them
 
@@ -63,10 +63,11 @@ class ControlFidelity(Scorer):
         others = [cls for cls in choices("control").values() if issubclass(cls, Comparable)]
         return (*LEGEND, *(_legend_of(cls) for cls in others))
 
-    def score(self, clips: Sequence[Clip], prompts: Sequence[str], reference: Any, controls: Mapping[str, Signals]) -> Record:
+    def score(self, samples: ClipSet, reference: Any) -> Record:
+        clips = samples.clips
         scores: dict[str, Value] = {}
         notes: list[str] = []
-        for name, signals in controls.items():
+        for name, signals in samples.controls.items():
             measure = self._measure(name, signals.control)
             if measure is None:
                 notes.append(f"{name}: there is no measure of its fidelity.")

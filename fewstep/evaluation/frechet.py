@@ -72,6 +72,15 @@ class Moments:
         out._scatter += torch.outer(step, step) * (self.count * other.count / out.count)
         return out
 
+    def scaled(self, mean: Tensor, deviation: Tensor) -> Moments:
+        """The moments of (x - mean) / deviation, for every column its own."""
+        out = Moments()
+        out.count = self.count
+        if self.count:
+            out._mean = (self._mean - mean) / deviation
+            out._scatter = self._scatter / torch.outer(deviation, deviation)
+        return out
+
     def compute(self) -> Gaussian:
         """The mean and the unbiased covariance; refuses fewer than two rows."""
         if self.count < 2:

@@ -8,8 +8,8 @@ from a file of the user's own (`--config FILE.py`):
     class Brightness(Scorer):
         legend = (Score("brightness", "Brightness", "Mean of all pixels, 0 to 255.", "as real", is_headline=True),)
 
-        def score(self, clips, prompts, reference, controls):
-            return Record("mean of pixels", {"brightness": mean_over_clips([clip.mean() for clip in clips])})
+        def score(self, samples, reference):
+            return Record("mean of pixels", {"brightness": mean_over_clips([clip.mean() for clip in samples.clips])})
 
 Its legend says what each score means and which direction is better. The summary line, the report and the demo's page show a
 score as the legend has it.
@@ -21,15 +21,17 @@ import math
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fewstep.config import OneOf
 from fewstep.data.controls import Control
+from fewstep.data.files.video import Header
 from fewstep.errors import UserError
 
 Clip = NDArray[np.uint8]  # T H W 3
@@ -56,6 +58,11 @@ class Value(NamedTuple):
     num: int = 0  # clips (groups, flights), of all sets
     per_set: tuple[float, ...] = ()  # the value of each set, if there are several
 
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """The normal interval about the value; nan where no spread was measured."""
+        reach = statistics.NormalDist().inv_cdf(0.5 + level / 2) * self.spread
+        return self.value - reach, self.value + reach
+
 
 @dataclass(frozen=True)
 class Record:
@@ -65,6 +72,9 @@ class Record:
     scores: Mapping[str, Value]
     num_reference: int = 0  # real clips that the set was compared with
     notes: tuple[str, ...] = ()  # what makes a score less than it seems
+    anchors: Mapping[str, Mapping[str, Value]] = field(default_factory=dict[str, Mapping[str, Value]])  # scores of known clips
+    per_clip: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])  # in the order of the set
+    features: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # n d, for paired differences of set scores
 
     def __getitem__(self, name: str) -> Value:
         return self.scores[name]
@@ -92,6 +102,18 @@ class Signals:
     measured: Sequence[Path | None]  # the same signal, measured on the clip itself
 
 
+@dataclass(frozen=True)
+class ClipSet:
+    """The clips of one evaluation set, and what they were made for. All sequences have one entry for each clip."""
+
+    clips: Sequence[Clip]  # read or generated when they are asked for; their sizes may differ
+    stems: Sequence[str] = ()  # names of the samples
+    prompts: Sequence[str] = ()
+    controls: Mapping[str, Signals] = field(default_factory=dict[str, Signals])
+    truth: Sequence[Path | None] = ()  # the clip that each one should equal, for PSNR and SSIM; (): there is none
+    fps: float | None = None
+
+
 class Scorer(ABC):
     """Computes scores of sets of clips. A subclass states its legend and what it needs, and implements `score`."""
 
@@ -103,8 +125,12 @@ class Scorer(ABC):
     def legend(self) -> Sequence[Score]:
         """Every score it may give. By default the first one ranks ways to sample a model."""
 
-    def suits(self, num_frames: int, height: int, width: int) -> bool:
-        """Whether to take this scorer for clips of this size if none is named."""
+    def protocol(self) -> Mapping[str, Any]:
+        """What else decides a number, beyond the settings of the scorer: feature networks with their hashes."""
+        return {}
+
+    def suits(self, clip: Header, captions: Sequence[str]) -> bool:
+        """Whether to take this scorer if none is named, by the first clip and its caption (none, if it has none)."""
         return False
 
     def reference(self, real: Path | None, cache: Path | None = None) -> Any:
@@ -112,17 +138,17 @@ class Scorer(ABC):
         return None
 
     @abstractmethod
-    def score(self, clips: Sequence[Clip], prompts: Sequence[str], reference: Any, controls: Mapping[str, Signals]) -> Record:
-        """The scores of one set of clips (their sizes may differ), with the prompts and controls they were made for."""
+    def score(self, samples: ClipSet, reference: Any) -> Record:
+        """The scores of one set of clips. Go through them once, in order: a large set is not kept in memory."""
 
-    def distance(self, clips: Sequence[Clip], prompts: Sequence[str], reference: Any, controls: Mapping[str, Signals]) -> float:
+    def distance(self, samples: ClipSet, reference: Any) -> float:
         """One number, lower is better, by which ways to sample a model are ranked: by default the first of the legend."""
         first = self.legend[0]
         if first.better == "as real":
             raise UserError(
                 f"--calls: this scorer ranks no models, since its first score, {first.name}, is neither low nor high"
             )
-        value = self.score(clips, prompts, reference, controls)[first.name].value
+        value = self.score(samples, reference)[first.name].value
         return value if first.better == "lower" else -value
 
 

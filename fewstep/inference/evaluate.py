@@ -1,44 +1,52 @@
 """`fewstep evaluate`: clips of a model, of a codec, or of a folder, scored against real ones.
 
-    fewstep evaluate demo/students/4step --prompts demo/heldout --real demo/real --out demo/scores/4step.json
-    fewstep evaluate fewstep/toyworld/stack --steps 35 --guidance 2 ...     a teacher, by its sampler
-    fewstep evaluate fewstep/toyworld/stack --calls 4 --guidance 2 ...      the best a teacher can do with this number of calls
-    fewstep evaluate codec:fewstep/toyworld/stack ...                       what the codec alone does to real clips
-    fewstep evaluate demo/pairs ...                               clips that are there already, in sets of --num
+    fewstep evaluate MODEL --prompts heldout --real real --out scores.json       clips for the captions of a data set
+    fewstep evaluate FOLDER --real real --out scores.json                        clips that are there already, in sets of --num
+    fewstep evaluate PIPELINE --steps 35 --guidance 2 ...                        a teacher, by its sampler
+    fewstep evaluate PIPELINE --calls 4 --guidance 2 ...                         the best a teacher does with so many calls
+    fewstep evaluate codec:FOLDER ...                                            what the codec alone does to real clips
 
-The scores are those of a scorer (evaluation/score.py): `--scorer toyworld`, `--scorer control`, or one from a file of the
-user's own (`--config FILE.py`). Without `--scorer` it is the one that suits clips of this size.
+The scores are those of a scorer (evaluation/score.py): `clips` for clips of any kind, `toyworld`, `control`, or one from a file
+of the user's own (`--config FILE.py`). Without `--scorer` it is `clips`; for clips and captions of the toy world, `toyworld`.
+
+The file has a protocol: all that decides a number besides the model. Two files whose protocols differ are not compared.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from fewstep.batch import first_frames
 from fewstep.config import ConfigError, apply_overrides, choices, dump, parse
 from fewstep.data.files import video
 from fewstep.data.folder import layout
 from fewstep.data.folder.dataset import Folder, FolderData
-from fewstep.data.folder.layout import CAPTIONS, VIDEOS, Layout
+from fewstep.data.folder.layout import CAPTIONS, IMAGES, VIDEOS, Layout
 from fewstep.diffusion import Rng, TeacherSampler
 from fewstep.diffusion.sampling import Sampler
 from fewstep.errors import UserError
-from fewstep.evaluation.score import AnyScorer, Clip, Record, Scorer, Signals, Value, over_sets
-from fewstep.files import write_json
-from fewstep.inference.model import Model, changed, codec_of, open_model
+from fewstep.evaluation.clips import AnyClips, Files, clip_files, content_hash
+from fewstep.evaluation.score import AnyScorer, Clip, ClipSet, Record, Scorer, Signals, Value, over_sets
+from fewstep.files import whole_file, write_json
+from fewstep.inference.card import Envelope
+from fewstep.inference.model import Model, changed, codec_of, open_model, place_network
 from fewstep.inference.request import SamplerOptions
 from fewstep.networks.encoders.codecs import Codec, open_codec, to_uint8
 from fewstep.solvers import SolverName
 
 SEEDS = 1000  # noise of evaluation set k has seed SEEDS + k: never that of training or of pairs
 RANKING = 256  # clips by which the samplers of a teacher are compared before the best one is scored
+_KEPT = 2 << 30  # bytes of a set's generated clips that stay in memory; beyond, they are generated again if asked for again
 
 
 @dataclass(frozen=True)
@@ -49,17 +57,30 @@ class Evaluation:
     prompts: Path | None  # data set: captions, text, controls, and real clips of the same scenes
     real: Path | None  # the clips everything is compared with; of other scenes
     out: Path  # JSON to write; first clips go beside it, OUT without its suffix
-    num: int = 512  # clips in a set
+    num: int | None = None  # clips in a set; None: 512, or as many as there are
     sets: int = 3
     calls: int | None = None
     sampling: SamplerOptions = SamplerOptions()  # changes to a teacher's sampler; refused where they would have no effect
     keep: int = 8  # clips of the first set that are kept to look at
-    text: str = "t5_xxl"
-    max_tokens: int = 40
+    text: str | None = "t5_xxl"
+    negative: str | None = "zeros"
+    max_tokens: int = 512
+    mask_text: bool = False
+    num_frames: int | None = None  # of every clip; None: as the model was trained, or as the files are
+    size: tuple[int, int] | None = None  # height, width of the clips that a model makes; None: likewise
+    given_frames: int = 0  # clean latent frames of the data set's own clip that the model receives
     batch_size: int = 64
     codec: str | None = None  # None: the one beside the model
-    scorer: Scorer | None = None  # None: the one that suits clips of this size
+    scorer: Scorer | None = None  # None: `clips`, or the one that suits these clips
     control: str | None = None  # the control of the data set that a model is conditioned on
+    truth: Path | None = None  # clips of the same names that each one should equal
+    precision: str = "fp32"
+    device: str | None = None
+
+    @property
+    def per_set(self) -> int:
+        assert self.num is not None, "counted by `run`"
+        return self.num
 
 
 def run(task: Evaluation) -> dict[str, Any]:
@@ -68,55 +89,142 @@ def run(task: Evaluation) -> dict[str, Any]:
         if (value := getattr(task, name)) is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}")
     torch.set_num_threads(1)
+    task = replace(task, num=_num(task))
     scorer = _scorer_of(task)
     results: dict[str, Any] = {"what": task.what}
-    records: list[Record] = []
     if _is_clips(task.what):
         _refuse_options(task, "holds clips that are made already")
         sources = _sets_of(Path(task.what), task, scorer)
-        known = _reference(task, scorer)
+        reference = _reference(task, scorer)
     elif task.what.startswith("codec:"):
         _refuse_options(task, "is a codec, which takes no steps")
         if task.what == "codec:":
             raise UserError("codec: which one? codec:FOLDER, of an autoencoder of diffusers or of its pipeline")
-        codec, data, known = (
-            open_codec(task.what.removeprefix("codec:")),
-            opened(task),
-            _reference(task, scorer),
-        )
-        sources = iter([_set_of(_through(codec, data, task), data, task)])
+        codec, data = open_codec(task.what.removeprefix("codec:"), device=_device(task)), opened(task)
+        reference = _reference(task, scorer)
+        sources = iter([_set_of(Made(_through(codec, data, task), task.per_set, task.batch_size), data, task, data.layout)])
     else:
-        model, data = open_model(task.what, controls=_controls(task)), opened(task)
+        model = open_model(task.what, controls=_controls(task))
+        task = _within(task, model.envelope)
+        data = opened(task)
         sampler: Sampler = model.sampler
         if not isinstance(sampler, TeacherSampler):
             _refuse_options(task, f"is a student, which takes the {len(sampler.times)} steps it was trained for")
         if task.calls is not None and (names := [name for name in task.sampling.names() if name != "--guidance"]):
             raise UserError(f"--calls: finds steps, sampler and shift by itself; leave out {', '.join(names)}")
-        codec, known = codec_of(model, task.what, task.codec), _reference(task, scorer)
+        place_network(model, torch.device(_device(task)), task.precision)
+        codec = codec_of(model, task.what, task.codec, precision=task.precision, device=_device(task))
+        reference = _reference(task, scorer)
         candidates: list[dict[str, Any]] = []
         if isinstance(sampler, TeacherSampler):
             sampler = changed(sampler, task.sampling)
             if task.calls is not None:
-                sampler, candidates = best_of(model, sampler, codec, data, task, scorer, known)
+                sampler, candidates = best_of(model, sampler, codec, data, task, scorer, reference)
         results |= {"num_calls": sampler.num_calls, "candidates": candidates, "guidance": sampler.guidance}
         results |= {"sampler": _named(sampler)} if isinstance(sampler, TeacherSampler) else {}
-        sources = (_set_of(generated(model, sampler, codec, data, task, task.num, k), data, task) for k in range(task.sets))
-    for k, clips in enumerate(sources):
-        if k == 0:
-            _keep(clips.clips, task)
-        records.append(scorer.score(clips.clips, clips.prompts, known, clips.controls))
+        sources = (_made(model, sampler, codec, data, task, task.per_set, k) for k in range(task.sets))
+    parts = [_scored(samples, scorer, reference, task, k) for k, samples in enumerate(sources)]
+    records = [part.record for part in parts]
     names = list(dict.fromkeys(name for record in records for name in record.scores))
     values = {name: over_sets([record[name] for record in records if name in record.scores]) for name in names}
     results |= {
         "scorer": {"kind": scorer.kind, **dump(scorer)},  # pyright: ignore[reportAttributeAccessIssue]  # @kind sets it
         "measured_by": records[0].name,
         "num_reference": records[0].num_reference,
+        "protocol": _protocol(task, scorer, parts),
         "notes": sorted({*_few_sets(task, len(records)), *(note for record in records for note in record.notes)}),
         "legend": [asdict(score) for score in scorer.legend if score.name in values],
         "scores": {name: _written(value) for name, value in values.items()},
+        "anchors": _anchors(records),
+        "sets": [part.listing() for part in parts],
     }
+    _write_features(task, records)
     write_json(task.out, results)
     return results
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What remains of a set once it is scored."""
+
+    record: Record
+    stems: Sequence[str]
+    prompts: Sequence[str]
+    shapes: frozenset[tuple[int, ...]]
+    fps: float | None
+
+    def listing(self) -> dict[str, Any]:
+        per_clip = {name: [_number(x) for x in column] for name, column in self.record.per_clip.items()}
+        return {"stems": list(self.stems), "prompts": list(self.prompts), "per_clip": per_clip}
+
+
+def _scored(samples: ClipSet, scorer: Scorer, reference: Any, task: Evaluation, number: int) -> _Part:
+    seen = _Seen(samples.clips)
+    if number == 0:
+        _keep(seen, samples, task)
+    record = scorer.score(replace(samples, clips=seen), reference)
+    return _Part(record, samples.stems, samples.prompts, frozenset(seen.shapes), samples.fps)
+
+
+class _Seen(Sequence[Clip]):
+    """Clips, and the shapes of those that were asked for."""
+
+    def __init__(self, clips: Sequence[Clip]) -> None:
+        self._clips, self.shapes = clips, set[tuple[int, ...]]()
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def __getitem__(self, place: Any) -> Any:  # Any: a number or a slice
+        if isinstance(place, slice):
+            return [self[n] for n in range(*place.indices(len(self)))]
+        clip = self._clips[place]
+        self.shapes.add(clip.shape[:3])
+        return clip
+
+
+# ---- the protocol ----------------------------------------------------------------------------------------------------
+
+PROTOCOL = 1  # raised when the same settings give other numbers
+
+
+def _protocol(task: Evaluation, scorer: Scorer, parts: Sequence[_Part]) -> dict[str, Any]:
+    """All that decides the numbers but for the model."""
+    texts = [f"{stem} {prompt}" for part in parts for stem, prompt in zip(part.stems, part.prompts)]
+    return {
+        "version": PROTOCOL,
+        "scorer": {"kind": scorer.kind, **dump(scorer)},  # pyright: ignore[reportAttributeAccessIssue]  # @kind sets it
+        **scorer.protocol(),
+        "clips_per_set": task.num,
+        "sets": len(parts),
+        "seeds": [SEEDS + k for k in range(len(parts))],
+        "prompts": hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16],
+        "real": None if task.real is None or "real" not in scorer.needs else content_hash(clip_files(task.real)),
+        "truth": None if task.truth is None else content_hash(clip_files(task.truth)),
+        "frames_height_width": sorted(list(shape) for shape in {shape for part in parts for shape in part.shapes})[:20],
+        "fps": sorted({part.fps for part in parts if part.fps is not None}),
+        "control": task.control,
+    }
+
+
+def _anchors(records: Sequence[Record]) -> dict[str, Any]:
+    """Scores of known clips by what they are: of several sets, the mean."""
+    out: dict[str, Any] = {}
+    for title in dict.fromkeys(title for record in records for title in record.anchors):
+        columns = [record.anchors[title] for record in records if title in record.anchors]
+        names = dict.fromkeys(name for column in columns for name in column)
+        out[title] = {name: _written(over_sets([column[name] for column in columns if name in column])) for name in names}
+    return out
+
+
+def _write_features(task: Evaluation, records: Sequence[Record]) -> None:
+    """Features of the clips, from which differences between two models are computed clip by clip."""
+    from safetensors.torch import save_file
+
+    tensors = {f"{k}/{name}": rows.contiguous() for k, record in enumerate(records) for name, rows in record.features.items()}
+    if tensors:
+        with whole_file(task.out.with_suffix("") / "features.safetensors") as beside:
+            save_file(tensors, beside)
 
 
 @dataclass(frozen=True)
@@ -124,35 +232,70 @@ class _Choice:
     scorer: AnyScorer
 
 
-def scorer_of(name: str | None, settings: Sequence[str] = ()) -> Scorer | None:
-    """The scorer of that name with settings KEY=VALUE; None if no name is given."""
+def scorer_of(name: str | None, settings: Sequence[str] = (), features: str | None = None) -> Scorer | None:
+    """The scorer of that name with settings KEY=VALUE; None if nothing says which.
+
+    features: feature networks of the scorer `clips`, NAME or NAME=FILE, separated by commas.
+    """
+    if features is not None:
+        if name not in (None, "clips"):
+            raise ConfigError(f"--features is for the scorer clips, not for {name}")
+        name = "clips"
     if name is None:
         if settings:
             raise ConfigError([(settings[0], "is a setting of a scorer: say which with --scorer NAME")])
         return None
-    choice = parse(_Choice, {"scorer": name})
+    value: dict[str, Any] = {"kind": name}
+    if features is not None:
+        parts = [part.strip().partition("=") for part in features.split(",")]
+        value["features"] = [{"kind": kind, **({"weights": file} if file else {})} for kind, _, file in parts]
+    choice = parse(_Choice, {"scorer": value})
     return apply_overrides(choice, [f"scorer.{setting}" for setting in settings]).scorer
 
 
 def _scorer_of(task: Evaluation) -> Scorer:
     """The scorer of the task; raises UserError if the task lacks something it needs."""
-    scorer = task.scorer
-    if scorer is None:
-        folder = Path(task.what) if _is_clips(task.what) else _prompts(task)
-        first = next(iter(Layout.open(folder).files(VIDEOS).values()), None)
-        if first is None:
-            raise UserError(f"{folder}: has no videos/*.mp4, by whose size a scorer could be chosen; name one with --scorer")
-        header = video.probe(first)
-        size = (header.num_frames, header.height, header.width)
-        kinds: dict[str, Any] = choices("scorer")
-        scorer = next((kind() for kind in kinds.values() if kind().suits(*size)), None)
-        if scorer is None:
-            raise UserError(f"no scorer is made for clips of {' x '.join(map(str, size))}: add --scorer {' or '.join(kinds)}")
-    if task.num < scorer.min_clips:
+    scorer = task.scorer or _suitable(task)
+    if task.per_set < scorer.min_clips:
         raise UserError(f"--num {task.num}: a set needs at least {scorer.min_clips} clips, and better hundreds")
     if "real" in scorer.needs and task.real is None:
         raise UserError("--real: this scorer compares with real clips; give their folder")
     return scorer
+
+
+def _suitable(task: Evaluation) -> Scorer:
+    """The scorer that was made for clips like these, or the one for clips of any kind."""
+    folder = Path(task.what) if _is_clips(task.what) else _prompts(task)
+    place = Layout.open(folder)
+    stem, first = next(iter(_pixels_of(place).items()), ("", None))
+    if first is None:
+        raise UserError(f"{folder}: has no videos/*.mp4")
+    caption = place.files(CAPTIONS).get(stem)
+    kinds: dict[str, Any] = choices("scorer")
+    texts = () if caption is None else (caption.read_text().strip(),)
+    return next((kind() for kind in kinds.values() if kind().suits(video.probe(first), texts)), AnyClips())
+
+
+def _num(task: Evaluation) -> int:
+    """Clips in a set: as asked for, or 512, or as many as there are."""
+    if task.num is not None:
+        return task.num
+    folder = Path(task.what) if _is_clips(task.what) else _prompts(task)
+    return min(512, len(_pixels_of(Layout.open(folder))))
+
+
+def _pixels_of(place: Layout) -> dict[str, Path]:
+    return place.files(VIDEOS) or place.files(IMAGES)
+
+
+def _device(task: Evaluation) -> str:
+    return task.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _within(task: Evaluation, envelope: Envelope) -> Evaluation:
+    """The task with the frames and the size that the model was trained on, where neither is asked for."""
+    size = (envelope.height, envelope.width) if envelope.height and envelope.width else None
+    return replace(task, num_frames=task.num_frames or envelope.num_frames, size=task.size or size)
 
 
 def _prompts(task: Evaluation) -> Path:
@@ -180,17 +323,18 @@ def _reference(task: Evaluation, scorer: Scorer) -> Any:
     return scorer.reference(task.real, task.out.parent / "cache")
 
 
-def _written(value: Value) -> dict[str, Any]:
+def _number(x: float) -> float | None:
     """As JSON, which knows no nan: null is what could not be measured."""
+    return x if math.isfinite(x) else None
 
-    def number(x: float) -> float | None:
-        return x if math.isfinite(x) else None
 
+def _written(value: Value) -> dict[str, Any]:
     return {
-        "value": number(value.value),
-        "spread": number(value.spread),
+        "value": _number(value.value),
+        "spread": _number(value.spread),
+        "interval": [_number(x) for x in value.interval()],
         "num": value.num,
-        "per_set": [number(x) for x in value.per_set],
+        "per_set": [_number(x) for x in value.per_set],
     }
 
 
@@ -205,21 +349,65 @@ def line(results: dict[str, Any]) -> str:
 # ---- clips -----------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def generated(
-    model: Model, sampler: Sampler, codec: Codec, data: FolderData, task: Evaluation, num: int, number: int
-) -> np.ndarray:
-    """`num` clips of evaluation set `number`: row i from the same noise whatever the model."""
-    parts: list[np.ndarray] = []
-    for rows in torch.arange(num).split(task.batch_size):
-        batch, rng = data.batch(rows), Rng(SEEDS + number, 0, rows)
+class Made(Sequence[Clip]):
+    """Clips that are generated, a batch at a time, when they are asked for; as many stay in memory as fit into 2 GiB."""
+
+    def __init__(self, make: Callable[[Tensor], np.ndarray], num: int, batch_size: int) -> None:
+        self._make, self._num, self._batch_size = make, num, batch_size
+        self._batches: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self._num
+
+    def __getitem__(self, place: Any) -> Any:  # Any: a number or a slice
+        if isinstance(place, slice):
+            return [self[n] for n in range(*place.indices(self._num))]
+        if not 0 <= place < self._num:
+            raise IndexError(place)
+        number, row = divmod(place, self._batch_size)
+        if number not in self._batches:
+            first = number * self._batch_size
+            batch = self._make(torch.arange(first, min(first + self._batch_size, self._num)))
+            if sum(other.nbytes for other in self._batches.values()) + batch.nbytes > _KEPT:
+                self._batches.clear()
+            self._batches[number] = batch
+        return self._batches[number][row]
+
+
+def _maker(
+    model: Model, sampler: Sampler, codec: Codec, data: FolderData, task: Evaluation, number: int
+) -> Callable[[Tensor], np.ndarray]:
+    """What generates rows of evaluation set `number`: each from the same noise whatever the model."""
+
+    @torch.no_grad()
+    def make(rows: Tensor) -> np.ndarray:
+        device = _device(task)
+        batch, rng = data.batch(rows).to(device), Rng(SEEDS + number, 0, rows, device)
         assert batch.x0 is not None
         noise = rng.normal(codec.shape(*batch.x0.shape[2:]))
         control = {name: codec.encode(frames) for name, frames in batch.cond.control.items()}
         cond = replace(batch.cond, control=control)
-        negative = None if batch.negative is None else replace(batch.negative, control=control)
-        parts.append(to_uint8(codec.decode(sampler(model.network, noise, cond, rng, negative)), task.what))
-    return np.concatenate(parts)
+        if task.given_frames:
+            mask = first_frames(torch.full((len(rows),), task.given_frames, device=device), noise.shape[2]).to(noise.dtype)
+            cond = replace(cond, frames=codec.encode(batch.x0), frame_mask=mask)
+        negative = (
+            None if batch.negative is None else replace(cond, text=batch.negative.text, text_mask=batch.negative.text_mask)
+        )
+        return to_uint8(codec.decode(sampler(model.network, noise, cond, rng, negative)), task.what)
+
+    return make
+
+
+def generated(
+    model: Model, sampler: Sampler, codec: Codec, data: FolderData, task: Evaluation, num: int, number: int
+) -> np.ndarray:
+    """`num` clips of evaluation set `number`, all in memory."""
+    make = _maker(model, sampler, codec, data, task, number)
+    return np.concatenate([make(rows) for rows in torch.arange(num).split(task.batch_size)])
+
+
+def _made(model: Model, sampler: Sampler, codec: Codec, data: FolderData, task: Evaluation, num: int, number: int) -> ClipSet:
+    return _set_of(Made(_maker(model, sampler, codec, data, task, number), num, task.batch_size), data, task)
 
 
 def best_of(
@@ -236,13 +424,12 @@ def best_of(
     Ways are solvers, grids, and half as many steps with guidance. The ranking has noise of its own, and fewer clips.
     """
     assert task.calls is not None
-    num, table = min(RANKING, task.num), list[tuple[float, TeacherSampler]]()
+    num, table = min(RANKING, task.per_set), list[tuple[float, TeacherSampler]]()
     ways = ways_of(task.calls, sampler)
     if len(ways) == 1:
         return ways[0], []  # nothing to choose
     for way in ways:
-        clips = _set_of(generated(model, way, codec, data, task, num, task.sets), data, task)
-        table.append((scorer.distance(clips.clips, clips.prompts, reference, clips.controls), way))
+        table.append((scorer.distance(_made(model, way, codec, data, task, num, task.sets), reference), way))
     table.sort(key=lambda row: row[0])
     return table[0][1], [{"sampler": _named(way), "distance": value, "n": num} for value, way in table]
 
@@ -273,46 +460,71 @@ def _named(sampler: TeacherSampler) -> str:
 
 
 def opened(task: Evaluation) -> FolderData:
+    """The data set of the prompts: the first `num_frames` frames of each clip, at the size of the task."""
     control: Any = None if task.control is None else _control_kinds((task.control,))[task.control]()
+    folder = _prompts(task)
+    first = next(iter(_pixels_of(Layout.open(folder)).values()), None)
+    if first is None:
+        raise UserError(f"{folder}: has no videos/*.mp4. Their length and size are those of the clips to be made")
+    header = video.probe(first)
     data = Folder(
-        str(_prompts(task)),
+        str(folder),
         text=task.text,
         max_tokens=task.max_tokens,
-        mask_text=True,
-        negative="zeros",
+        mask_text=task.mask_text,
+        negative=task.negative,
         control=control,
+        num_frames=None if task.num_frames in (None, header.num_frames) else task.num_frames,
+        start_frame_interval=1 if task.num_frames in (None, header.num_frames) else 1 << 30,  # one window of each clip
+        video_size=None if task.size in (None, header.size) else task.size,
     ).open()
-    if len(data) < task.num:
+    if len(data) < task.per_set:
         raise UserError(f"--num {task.num}: {task.prompts} has {len(data)} prompts")
     return data
 
 
-@torch.no_grad()
-def _through(codec: Codec, data: FolderData, task: Evaluation) -> np.ndarray:
-    batches = (data.batch(rows).x0 for rows in torch.arange(task.num).split(task.batch_size))
-    return np.concatenate([to_uint8(codec.decode(codec.encode(pixels)), task.what) for pixels in batches if pixels is not None])
+def _through(codec: Codec, data: FolderData, task: Evaluation) -> Callable[[Tensor], np.ndarray]:
+    @torch.no_grad()
+    def make(rows: Tensor) -> np.ndarray:
+        pixels = data.batch(rows).x0
+        assert pixels is not None
+        return to_uint8(codec.decode(codec.encode(pixels.to(_device(task)))), task.what)
+
+    return make
 
 
 def _is_clips(what: str) -> bool:
-    return (Path(what) / "videos").is_dir()
+    folder = Path(what)
+    return any((folder / part.folder).is_dir() for part in (VIDEOS, IMAGES))
 
 
-@dataclass(frozen=True)
-class _ClipSet:
-    """The clips of one evaluation set, and what they were made for."""
-
-    clips: Sequence[Clip]
-    prompts: Sequence[str]
-    controls: Mapping[str, Signals]
-
-
-def _set_of(clips: np.ndarray, data: FolderData, task: Evaluation) -> _ClipSet:
+def _set_of(clips: Sequence[Clip], data: FolderData, task: Evaluation, truth: Layout | None = None) -> ClipSet:
     """Clips that were made for the first samples of the data set."""
     stems = data.stems[: len(clips)]
-    return _ClipSet(list(clips), data.captions()[: len(clips)], _signals(stems, data.layout, None, _controls(task)))
+    place = Layout.open(task.truth) if task.truth is not None else truth
+    fps = data.batch(torch.tensor([0])).cond.fps
+    return ClipSet(
+        clips,
+        stems,
+        data.captions()[: len(clips)],
+        _signals(stems, data.layout, None, _controls(task)),
+        _truth(stems, place),
+        None if fps is None else round(float(fps[0]), 3),
+    )
 
 
-def _sets_of(folder: Path, task: Evaluation, scorer: Scorer) -> Iterator[_ClipSet]:
+def _truth(stems: Sequence[str], place: Layout | None) -> list[Path | None]:
+    """The clip that each one should equal; refuses a folder that has none of them."""
+    if place is None:
+        return []
+    files = _pixels_of(place)
+    found = [files.get(stem) for stem in stems]
+    if not any(found):
+        raise UserError(f"--truth: {place.root} has no clip named like those that are scored, {stems[0]} for instance")
+    return found
+
+
+def _sets_of(folder: Path, task: Evaluation, scorer: Scorer) -> Iterator[ClipSet]:
     """The folder's clips, `task.num` at a time, as many whole sets as there are, up to `task.sets`.
 
     Captions are the folder's own. The controls that the clips were conditioned on are those of --prompts, by file name; without
@@ -320,15 +532,18 @@ def _sets_of(folder: Path, task: Evaluation, scorer: Scorer) -> Iterator[_ClipSe
     """
     own = Layout.open(folder)
     theirs = own if task.prompts is None else Layout.open(task.prompts)
-    files, captions = own.files(VIDEOS), own.files(CAPTIONS)
+    files, captions = _pixels_of(own), own.files(CAPTIONS)
     stems = list(files)
-    if len(files) < task.num or ("prompts" in scorer.needs and set(captions) != set(files)):
+    if len(files) < task.per_set or ("prompts" in scorer.needs and set(captions) != set(files)):
         raise UserError(f"{folder}: has {len(files)} clips and {len(captions)} captions; a set needs {task.num} of both")
-    for k in range(min(task.sets, len(files) // task.num)):
-        part = stems[k * task.num : (k + 1) * task.num]
+    place = None if task.truth is None else Layout.open(task.truth)
+    for k in range(min(task.sets, len(files) // task.per_set)):
+        part = stems[k * task.per_set : (k + 1) * task.per_set]
         prompts = [captions[stem].read_text().strip() if stem in captions else "" for stem in part]
         controls = _signals(part, theirs, own if theirs != own else None, _controls(task))
-        yield _ClipSet([video.read(files[stem]).frames for stem in part], prompts, controls)
+        fps = video.probe(files[part[0]]).fps
+        clips = Files([files[stem] for stem in part], task.num_frames)
+        yield ClipSet(clips, part, prompts, controls, _truth(part, place), round(fps, 3) or None)
 
 
 def _signals(stems: Sequence[str], conditioned: Layout, measured: Layout | None, names: Sequence[str]) -> dict[str, Signals]:
@@ -351,29 +566,22 @@ def _control_kinds(names: Sequence[str]) -> dict[str, Any]:
     return {name: kinds[name] for name in names or kinds}
 
 
-def _keep(clips: Sequence[Clip], task: Evaluation) -> None:
-    for n, clip in enumerate(clips[: task.keep]):
-        video.write(task.out.with_suffix("") / f"{n:02d}.mp4", clip, 16.0, quality="lossless")
+def _keep(clips: Sequence[Clip], samples: ClipSet, task: Evaluation) -> None:
+    for n in range(min(task.keep, len(clips))):
+        video.write(task.out.with_suffix("") / f"{n:02d}.mp4", clips[n], samples.fps or 16.0, quality="lossless")
 
 
-def speed(
-    address: str,
-    prompts: Path,
-    sampling: SamplerOptions | None = None,
-    num: int = 16,
-    repeats: int = 3,
-    max_tokens: int = 40,
-) -> Value:
+def speed(task: Evaluation, num: int = 16, repeats: int = 3) -> Value:
     """Clips per second, noise to pixels, on one thread; the spread is over repeats."""
     import time
 
     torch.set_num_threads(1)
-    model = open_model(address)
-    task = replace(Evaluation(address, prompts, prompts, Path("-")), num=num, batch_size=num, max_tokens=max_tokens)
-    codec, sampler = codec_of(model, address), model.sampler
+    model = open_model(task.what)
+    task = replace(task, num=num, batch_size=num)
+    codec, sampler = codec_of(model, task.what), model.sampler
     data, rates = opened(task), list[float]()
     if isinstance(sampler, TeacherSampler):
-        sampler = changed(sampler, sampling or SamplerOptions())
+        sampler = changed(sampler, task.sampling)
     warm = replace(sampler, num_steps=min(2, sampler.num_steps)) if isinstance(sampler, TeacherSampler) else sampler
     generated(model, warm, codec, data, task, num, 0)
     for _ in range(repeats):

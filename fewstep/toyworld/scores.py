@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -27,13 +27,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.config import kind
+from fewstep.data.files.video import Header
 from fewstep.errors import UserError
 from fewstep.evaluation.bootstrap import half_sampled
 from fewstep.evaluation.diversity import mean_pairwise_distance, vendi
 from fewstep.evaluation.frechet import FrechetLimit, Remembered, frechet_distance, frechet_extrapolated
 from fewstep.evaluation.mmd import SubsetMMD
 from fewstep.evaluation.neighbours import SubsetNeighbours, num_zero_balls, precision_recall
-from fewstep.evaluation.score import Clip, Need, Record, Score, Scorer, Signals, Value, over_sets
+from fewstep.evaluation.score import Clip, ClipSet, Need, Record, Score, Scorer, Value, over_sets
 from fewstep.toyworld import clips, features, physics, probes, raycast
 from fewstep.toyworld.features import Clips, FeatureNet, as_clips
 from fewstep.toyworld.legend import LEGEND
@@ -63,25 +64,31 @@ class ToyWorld(Scorer):
     def legend(self) -> Sequence[Score]:
         return LEGEND
 
-    def suits(self, num_frames: int, height: int, width: int) -> bool:
-        return (num_frames, height, width) == features.shipped().size
+    def suits(self, clip: Header, captions: Sequence[str]) -> bool:
+        return (clip.num_frames, *clip.size) == features.shipped().size and bool(captions) and all(map(_is_readable, captions))
 
     def reference(self, real: Path | None, cache: Path | None = None) -> Reference:
         assert real is not None, "checked by `needs`"
         return reference(real, cache)
 
-    def score(
-        self, clips: Sequence[Clip], prompts: Sequence[str], reference: Reference, controls: Mapping[str, Signals]
-    ) -> Record:
-        return score(_stacked(clips), prompts, reference)
+    def score(self, samples: ClipSet, reference: Reference) -> Record:
+        return score(_stacked(samples.clips), samples.prompts, reference)
 
-    def distance(
-        self, clips: Sequence[Clip], prompts: Sequence[str], reference: Reference, controls: Mapping[str, Signals]
-    ) -> float:
-        return frechet_distance(features.features(torch.from_numpy(_stacked(clips))), reference.features)
+    def distance(self, samples: ClipSet, reference: Reference) -> float:
+        return frechet_distance(features.features(torch.from_numpy(_stacked(samples.clips))), reference.features)
+
+
+def _is_readable(caption: str) -> bool:
+    """Whether a caption is in the language of the toy world."""
+    try:
+        probes.descriptions([caption])
+    except UserError:
+        return False
+    return True
 
 
 def _stacked(clips: Sequence[Clip]) -> NDArray[np.uint8]:
+    clips = list(clips)
     shapes = sorted({clip.shape for clip in clips})
     if len(shapes) > 1:
         raise UserError(f"the clips have different sizes, {shapes[0]} and {shapes[-1]}; these scores compare clips of one size")

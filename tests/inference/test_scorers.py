@@ -28,8 +28,9 @@ class Contrast(Scorer):
 
     legend = (Score("contrast", "Contrast", "Standard deviation of all pixels of a clip.", "as real", is_headline=True),)
 
-    def score(self, clips, prompts, reference, controls):
-        assert len(prompts) == len(clips)
+    def score(self, samples, reference):
+        clips = list(samples.clips)
+        assert len(samples.prompts) == len(clips)
         values = [self.scale * float(clip.std()) for clip in clips]
         return Record("pixels", {"contrast": mean_over_clips(values)}, notes=(f"{clips[0].shape}",))
 '''
@@ -131,7 +132,10 @@ def test_depth_and_objects_are_compared_with_those_measured_on_the_clips(folder:
     [
         (("--scorer", "contrl"), "scorer: no scorer is named 'contrl'; did you mean control?"),
         (("--scorer", "control", "preset=loww"), "scorer.preset: "),
-        ((), "no scorer is made for clips of 9 x 24 x 40: add --scorer control or "),
+        ((), "--num 3: a set needs at least 4 clips"),
+        (("--num", "4"), "--real: this scorer compares with real clips; give their folder"),
+        (("--features", "resnet"), "no features is named 'resnet'"),
+        (("--features", "transnet", "--scorer", "control"), "--features is for the scorer clips, not for control"),
         (("preset=low",), "preset=low: is a setting of a scorer: say which with --scorer NAME"),
         (("--scorer", "toyworld"), "--num 3: a set needs at least 12 clips"),
         (("--scorer", "control", "--control", "edg"), "--control edg: there are depth, edge"),

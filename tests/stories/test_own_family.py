@@ -30,8 +30,8 @@ class Brightness(Scorer):
 
     legend = (Score("brightness", "Brightness", "Mean of all pixels of a clip.", "as real", is_headline=True),)
 
-    def score(self, clips, prompts, reference, controls):
-        return Record("pixels", {"brightness": mean_over_clips([float(clip.mean()) for clip in clips])})
+    def score(self, samples, reference):
+        return Record("pixels", {"brightness": mean_over_clips([float(clip.mean()) for clip in samples.clips])})
 '''
 TINY = ("latent_channels=2", "num_heads=2", "head_dim=12", "num_layers=3", "text_dim=8")
 

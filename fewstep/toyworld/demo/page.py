@@ -115,7 +115,9 @@ def measured_speed(out: Path, toy: str) -> dict[str, Value]:
     path = out / "scores" / "speed.json"
     if not path.is_file():
         models = {"teacher": (toy, TEACHER)} | {name: (str(out / "students" / name), SamplerOptions()) for name in STUDENTS}
-        rates = {name: speed(address, out / "heldout", sampling)[:3] for name, (address, sampling) in models.items()}
+        rates = {
+            name: speed(_job(out, address, Path("-"), sampling=sampling))[:3] for name, (address, sampling) in models.items()
+        }
         write_json(path, rates, indent=None)
     return {name: Value(*row) for name, row in json.loads(path.read_text()).items()}
 
@@ -176,12 +178,17 @@ def show_teacher(out: Path, toy: str) -> None:
     folder = out / "scores" / "teacher_shown"
     if (folder / f"{NUM_SHOWN - 1:02d}.mp4").is_file():
         return
-    job = Evaluation(toy, out / "heldout", out / "real", out / "scores" / "teacher_shown.json", NUM_SHOWN, 1)
+    job = _job(out, toy, out / "scores" / "teacher_shown.json", num=NUM_SHOWN)
     model = open_model(toy)
     assert isinstance(model.sampler, TeacherSampler)
     clips = generated(model, changed(model.sampler, TEACHER), codec_of(model, toy), opened(job), job, NUM_SHOWN, 0)
     for n, clip in enumerate(clips):
         video.write(folder / f"{n:02d}.mp4", clip, 16.0, quality="lossless")
+
+
+def _job(out: Path, what: str, file: Path, **more: Any) -> Evaluation:
+    """An evaluation of a model on the held-out prompts, with the text as the toy network receives it."""
+    return Evaluation(what, out / "heldout", out / "real", file, max_tokens=40, mask_text=True, **more)
 
 
 def galleries(out: Path) -> list[Gallery]:

@@ -117,6 +117,7 @@ def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
 
     def score(name: str, what: str, *more: str) -> Command:
         where = ("--prompts", held, "--real", real, "--out", str(out / "scores" / f"{name}.json"))
+        where = (*where, "--max-tokens", "40", "--mask-text")
         return ("fewstep", "evaluate", what, *where, "--num", str(plan.num_eval), "--sets", str(plan.sets), *more)
 
     def few(name: str, calls: int) -> Command:

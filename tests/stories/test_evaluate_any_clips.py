@@ -1,0 +1,92 @@
+"""A user's own clips, 64 x 64, of two lengths and without captions, scored against others of theirs. No toy anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from fewstep.cli import main
+from fewstep.data.files import video
+
+NUM = 20
+
+
+def scene(seed: int, num_frames: int = 9, size: int = 64) -> np.ndarray:
+    """Two textured discs that drift over a textured ground."""
+    rng = np.random.default_rng(seed)
+    ground = cv2.GaussianBlur(rng.uniform(0, 255, (size, size, 3)), (0, 0), 3)
+    ground = 60 + 120 * (ground - ground.min()) / np.ptp(ground)
+    y, x = np.mgrid[:size, :size]
+    clip = np.repeat(ground[None], num_frames, axis=0)
+    for _ in range(2):
+        place, speed = rng.uniform(16, size - 16, 2), rng.uniform(-2, 2, 2)
+        colour, radius = rng.uniform(0, 255, 3), rng.uniform(6, 12)
+        for frame in range(num_frames):
+            top, left = place + frame * speed
+            inside = (y - top) ** 2 + (x - left) ** 2 < radius**2
+            clip[frame][inside] = colour * (0.8 + 0.2 * np.sin(0.8 * (x - left)[inside]))[:, None]
+    return np.clip(clip, 0, 255).astype(np.uint8)
+
+
+def damaged(clip: np.ndarray, seed: int) -> np.ndarray:
+    noise = np.random.default_rng(seed).normal(0, 20, clip.shape)
+    soft = np.stack([cv2.GaussianBlur(frame, (0, 0), 1.0) for frame in clip])
+    return np.clip(soft + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("clips")
+    for n in range(NUM):
+        fresh = scene(1000 + n)
+        video.write(
+            root / "real" / f"{n:03d}.mp4", scene(n, 9 + 2 * (n % 2)), 24.0, quality="lossless"
+        )  # a plain folder of mp4
+        video.write(root / "good" / "videos" / f"{n:03d}.mp4", fresh, 24.0, quality="lossless")
+        video.write(root / "bad" / "videos" / f"{n:03d}.mp4", damaged(fresh, n), 24.0, quality="lossless")
+        video.write(root / "frozen" / "videos" / f"{n:03d}.mp4", np.repeat(fresh[:1], 9, axis=0), 24.0, quality="lossless")
+    return root
+
+
+def evaluated(folders: Path, name: str, *words: str) -> dict:
+    out = folders / f"{name}.json"
+    where = ("--real", str(folders / "real"), "--out", str(out), "--sets", "1", "--features", "descriptors,random_network")
+    assert main(["evaluate", str(folders / name), *where, *words]) == 0
+    return json.loads(out.read_text())
+
+
+def test_clips_that_are_worse_score_worse_with_intervals_that_do_not_touch(
+    folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad, frozen = (evaluated(folders, name) for name in ("good", "bad", "frozen"))
+    assert "mmd_descriptors" in capsys.readouterr().out
+    for name in ("mmd_descriptors", "mmd_random_network", "frechet_random_network"):
+        assert good["scores"][name]["interval"][1] < bad["scores"][name]["interval"][0], name
+    assert good["scores"]["mmd_descriptors"]["value"] < 0.5 * frozen["scores"]["mmd_descriptors"]["value"]
+    assert frozen["scores"]["motion"]["value"] == pytest.approx(0, abs=0.01) and frozen["scores"]["flicker"]["value"] == 0
+    real = good["anchors"]["one half of the real clips against the other"]
+    assert real["motion"]["value"] > 0.1 and real["flicker"]["value"] > 0.05  # so "as real" tells frozen clips
+    low, high = good["scores"]["motion"]["interval"]
+    assert low < real["motion"]["value"] < high
+    assert good["scores"]["coverage_descriptors"]["value"] > bad["scores"]["coverage_descriptors"]["value"] + 0.3
+    assert good["protocol"]["frames_height_width"] == [[9, 64, 64]] and good["protocol"]["fps"] == [24.0]
+    assert good["protocol"] == {**bad["protocol"]}  # only the clips differ
+    assert any("undetermined" in note for note in good["notes"])  # 20 clips, 58 features
+
+
+def test_clips_with_a_truth_have_psnr_and_ssim(folders: Path) -> None:
+    record = evaluated(folders, "bad", "--truth", str(folders / "good"))
+    each = record["sets"][0]["per_clip"]["psnr"]
+    errors = [np.mean((scene(1000 + n).astype(float) - damaged(scene(1000 + n), n)) ** 2) for n in range(NUM)]
+    assert each == pytest.approx([10 * np.log10(255**2 / error) for error in errors], abs=1e-6)
+    assert record["scores"]["psnr"]["value"] == pytest.approx(np.mean(each)) and 0.2 < record["scores"]["ssim"]["value"] < 0.9
+
+
+def test_nothing_of_the_toy_world_takes_part(folders: Path) -> None:
+    record = evaluated(folders, "good", "--num", "8", "--sets", "3")
+    assert record["scorer"]["kind"] == "clips" and len(record["sets"]) == 2
+    assert record["scores"]["mmd_descriptors"]["num"] == 16
