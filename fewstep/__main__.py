@@ -1,5 +1,5 @@
 """python -m fewstep VERB ... is the command fewstep."""
 
-from fewstep.cli import main
+from fewstep.cli import script
 
-raise SystemExit(main())
+script()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from fewstep.cli import main
+from fewstep.cli import script
 
 if __name__ == "__main__":
-    raise SystemExit(main(["train", *sys.argv[1:]]))
+    script("train")

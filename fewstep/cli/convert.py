@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.app import app
-from fewstep.cli.options import one_of
+from fewstep.cli.options import imports, one_of
 
 
 @app.command()
@@ -42,7 +42,8 @@ def convert(
         raise typer.BadParameter("give either SRC, or --base with --control.")
     if base is not None and not control and ctrl_type is None:
         raise typer.BadParameter("--base wants the --control to put beside it.")
-    from fewstep.networks.weights.convert import from_words
+    with imports():
+        from fewstep.networks.weights.convert import from_words
 
     for written in from_words(source, out, base, control or [], ctrl_type, checkpoint_dir, model, dtype, lora_scale):
         print(written)

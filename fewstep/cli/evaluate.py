@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.app import app
-from fewstep.cli.options import DEVICE, GUIDANCE, OWN, SAMPLER, SHIFT, SIGMA_MAX, STEPS, load, one_of
+from fewstep.cli.options import DEVICE, GUIDANCE, OWN, SAMPLER, SHIFT, SIGMA_MAX, STEPS, imports, load, one_of
 
 
 def _size(value: str | None) -> str | None:
@@ -77,8 +77,9 @@ def evaluate(
     from fewstep.inference.request import SamplerOptions
 
     sampling = SamplerOptions(steps, sampler, shift, sigma_max, guidance)
-    from fewstep.inference.evaluate import Evaluation, line, scorer_of
-    from fewstep.inference.evaluate import run as score
+    with imports():
+        from fewstep.inference.evaluate import Evaluation, line, scorer_of
+        from fewstep.inference.evaluate import run as score
 
     load(config)
     shape = None if size is None else (int(size.split("x")[0]), int(size.split("x")[1]))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.app import app
-from fewstep.cli.options import OWN, load, one_of
+from fewstep.cli.options import OWN, imports, load, one_of
 
 FORMS = ("auto", "diffusers", "safetensors", "pt-original", "lora")
 
@@ -27,8 +27,9 @@ def export(
 ) -> None:
     """Write the student of a run (its moving average) as plain diffusers or in another form, with a model card."""
     load(config)
-    from fewstep.export.export import checked_form
-    from fewstep.export.export import export as write
+    with imports():
+        from fewstep.export.export import checked_form
+        from fewstep.export.export import export as write
 
     for path in write(run, out, checked_form(form), base):
         print(path)

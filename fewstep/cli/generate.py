@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from fewstep.cli.app import app
-from fewstep.cli.options import FREE
+from fewstep.cli.options import FREE, imports
 
 
 @app.command(context_settings=FREE, add_help_option=False)
@@ -14,6 +14,7 @@ def generate(context: typer.Context) -> None:
     from fewstep.inference.request import read_command
 
     request = read_command(context.args)
-    from fewstep.inference.generate import run
+    with imports():
+        from fewstep.inference.generate import run
 
     run(request)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.app import app
-from fewstep.cli.options import CONTROLS, DEVICE, GUIDANCE, OWN, SAMPLER, SHIFT, SIGMA_MAX, STEPS, load, one_of
+from fewstep.cli.options import CONTROLS, DEVICE, GUIDANCE, OWN, SAMPLER, SHIFT, SIGMA_MAX, STEPS, imports, load, one_of
 
 
 @app.command()
@@ -85,7 +85,8 @@ def pairs(
         negative_prompt=negative_prompt, form=form, verify=verify, shard=shard,
     )  # fmt: skip
     load(config)
-    from fewstep.inference.pairs import run
-    from fewstep.progress import track
+    with imports():
+        from fewstep.inference.pairs import run
+        from fewstep.progress import track
 
     print(run(request, track))

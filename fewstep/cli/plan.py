@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.app import app
-from fewstep.cli.options import FREE, JSON
+from fewstep.cli.options import FREE, JSON, imports
 
 
 @app.command(context_settings=FREE)
@@ -27,8 +27,9 @@ def plan(
     words, request = split_words(context.args)
     command = read_command(words)
     refuse_unknown(command)
-    from fewstep.training.plan.gpu_fit import answer
-    from fewstep.training.run import Run
+    with imports():
+        from fewstep.training.plan.gpu_fit import answer
+        from fewstep.training.run import Run
 
     record, text = answer(compose(command, Run), request)
     print(json.dumps(record) if as_json else text)

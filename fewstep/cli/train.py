@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from fewstep.cli.app import app
-from fewstep.cli.options import FREE
+from fewstep.cli.options import FREE, imports
 
 
 @app.command(context_settings=FREE)
@@ -21,6 +21,7 @@ def train(context: typer.Context) -> None:
 
     command = read_command(context.args)
     refuse_unknown(command)
-    from fewstep.training.command import run
+    with imports():
+        from fewstep.training.command import run
 
     run(command)

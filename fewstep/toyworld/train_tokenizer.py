@@ -199,7 +199,9 @@ def _train(run: TokenizerRun, world: World) -> dict[str, Any]:
             # --- log, save
             has_ended = step == trainer.max_iter
             if step % trainer.log_every == 0 or has_ended:
-                log.metrics(step, meter.read(world, per_step))
+                values = meter.read(world, per_step)
+                log.losses(step, values)
+                log.metrics(step, values)
             log.advance(step)
             (is_interrupted,) = world.any(stop.requested)
             if step % trainer.save_iter == 0 or has_ended or is_interrupted:

@@ -90,7 +90,7 @@ class RunLog:
             self._bar.update(self._task, completed=step)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, the same values in TensorBoard, and a short line or the bar's text."""
+        """One line of metrics.jsonl, and the same values in TensorBoard."""
         self.last |= values
         if step == 0:
             self.at_start = dict(values)
@@ -99,6 +99,11 @@ class RunLog:
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
         self._unwritten.append((step, values))
+        if step > self._first:
+            self._write_board()
+
+    def losses(self, step: int, values: Mapping[str, float]) -> None:
+        """The losses among `values`, for whoever watches: a short line, or the bar's text."""
         losses = "  ".join(f"{name[5:]} {value:.4g}" for name, value in values.items() if name.startswith("loss/"))
         if self._bar is not None:
             self._bar.update(self._task, completed=step, about=losses)
@@ -106,8 +111,6 @@ class RunLog:
             done = max(step - self._first, 1)
             left = (time.monotonic() - self._began) / done * (self._goal - step)
             self.say(f"step {step}/{self._goal}  {losses}  ({values.get('samples_per_s', 0):.0f} samples/s, {left:.0f} s left)")
-        if step > self._first:
-            self._write_board()
 
     def _heard(self, failed: threading.ExceptHookArgs) -> None:
         # TensorBoard's thread meets a full disk too. It is told once, by whoever writes next, and not as a traceback.

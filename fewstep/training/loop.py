@@ -133,6 +133,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
             if step % run.trainer.log_every == 0 or ended:
                 record |= meter.read(world, global_batch) | _data_metrics(batches, world)
                 record["memory_gib"] = peak_memory_gib(world.device)
+                log.losses(step, record)
             if run.preview is not None and (ended or _is_due(run.preview.every, step)):
                 record |= _preview(run, crew, sampler, step, world)
             if monitor is not None and _is_due(run.health.every, step):

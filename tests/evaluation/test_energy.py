@@ -35,6 +35,11 @@ def test_against_loops(num_x: int, num_y: int, dims: int, elements: int, monkeyp
     assert energy_distance(torch.tensor(x), y) == energy_distance(x, y)
 
 
+def test_float32_samples_have_the_distance_of_the_same_numbers_in_float64() -> None:
+    x, y = torch.randn(3000, 2, generator=torch.manual_seed(0)), 0.9 * torch.randn(2500, 2) + 0.1
+    assert energy_distance(x, y) == pytest.approx(energy_distance(x.double(), y.double()), abs=1e-7)
+
+
 def test_against_scipy_whose_pairs_include_each_sample_with_itself() -> None:
     """scipy returns the root of the V-statistic: its within terms are ours times (n - 1) / n."""
     rng = np.random.default_rng(0)

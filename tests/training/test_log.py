@@ -11,6 +11,7 @@ from fewstep.training.log import RunLog
 def test_values_stand_in_metrics_and_in_tensorboard(tmp_path: Path) -> None:
     with RunLog(tmp_path, "run", 0, 10) as log:
         log.metrics(0, {"score": 3.0})
+        log.losses(5, {"loss/kd": 1.0, "lr/student": 1e-3})
         log.metrics(5, {"loss/kd": 1.0, "lr/student": 1e-3})
         log.metrics(10, {"loss/kd": 0.5, "score": 1.0})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -86,7 +87,7 @@ def test_whoever_watches_a_terminal_sees_a_bar(
     monkeypatch.setenv("COLUMNS", "160")
     with RunLog(tmp_path, "my_run", 0, 10) as log:
         for step in range(1, 11):
-            log.metrics(step, {"loss/kd": 0.25})
+            log.losses(step, {"loss/kd": 0.25})
             log.advance(step)
         log.say("a line above the bar")
     said = capfd.readouterr().err
