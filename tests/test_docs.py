@@ -15,6 +15,7 @@ import pytest
 import typer
 from PIL import Image
 
+from fewstep import TOY
 from fewstep.cli import main
 from fewstep.cli.app import app
 from fewstep.config import build_recipe, choices, compose, fields_help, read_command, recipes
@@ -199,11 +200,15 @@ def test_a_run_that_a_page_starts_can_be_composed(page: str, command: str) -> No
 
 def settings() -> tuple[set[str], dict[str, set[str]]]:
     """The keys of all recipes' runs, and of `method.`, `data.`, `networks.ROLE.` what any of their kinds has."""
-    ours = [name for name, found in recipes().items() if found.module.startswith("fewstep.recipes.")]  # not those of tests
+    ours = {
+        name: [f"teacher={TOY}"] if "teacher=" in found.usage else []
+        for name, found in recipes().items()
+        if found.module.startswith("fewstep.recipes.")  # not those of tests
+    }
     groups = {"method": ("method",), "data": ("data",), "networks": ("role", "network")}
     kinds = {room: [cls for group in of for cls in choices(group).values()] for room, of in groups.items()}
     named = {room: {field.name for cls in found for field in fields(cls)} for room, found in kinds.items()}
-    return {row.key for name in ours for row in fields_help(build_recipe(name))}, named
+    return {row.key for name, words in ours.items() for row in fields_help(build_recipe(name, words))}, named
 
 
 def test_every_setting_that_a_page_names_is_there() -> None:

@@ -40,7 +40,9 @@ def list_names(
         print(json.dumps(support.as_json()) if as_json else support.text())
         return
     if what == "settings":
-        settings = [row for name in names or () for row in settings_help(name)]
+        recipe = next((name for name in names or () if name.startswith("experiment=")), None)
+        arguments = [] if recipe is None else [name for name in names or () if name != recipe]  # of the recipe
+        settings = [row for name in ([recipe] if recipe else names or ()) for row in settings_help(name, arguments)]
         rows = {
             row.key: f"{row.type} = {row.value}".ljust(32) + (f"  # {row.comment}" if row.comment else "") for row in settings
         }
@@ -48,7 +50,7 @@ def list_names(
             print(json.dumps([row._asdict() for row in settings]))
             return
     elif what == "recipes":
-        rows = {name: recipe.doc for name, recipe in recipes().items()}
+        rows = {name: f"{recipe.doc}  {recipe.usage}".rstrip() for name, recipe in recipes().items()}
     else:
         group = LISTS[what]
         rows = {name: _about(entry) for name, entry in sorted((choices(group) | presets(group)).items())}

@@ -39,7 +39,7 @@ class Recipe:
         return cls(name, make, (inspect.getdoc(make) or "").partition("\n")[0], make.__module__)
 
     @cached_property
-    def parameters(self) -> type:
+    def parameters(self) -> type[Any]:  # Any: made of the function
         """The annotated parameters of the function, as the fields of a frozen dataclass."""
         hints = get_type_hints(self.make, include_extras=True) if _parameters(self.make) else {}
         listed = [(p.name, hints[p.name], field(default=p.default)) for p in _parameters(self.make) if p.name in hints]

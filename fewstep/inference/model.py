@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.config import choices, parse
+from fewstep.config import parse
 from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.diffusion import EDM, StudentSampler, TeacherSampler
 from fewstep.diffusion import Path as Path_
@@ -35,6 +35,7 @@ from fewstep.networks.files.pipeline import PipelineFolder, is_diffusers_folder
 from fewstep.networks.lora import Lora, merged
 from fewstep.networks.roles import Networks, build
 from fewstep.networks.weights.addresses import Piece, checkpoint_of, collect, load_into, pieces_of, read, tell
+from fewstep.networks.weights.folders import spec_of
 from fewstep.parallel import World, place
 
 
@@ -45,7 +46,6 @@ class Model:
     sampler: StudentSampler | TeacherSampler
     envelope: Envelope = Envelope()
     folder: Path | None = None  # where its codec and text encoder are, if it has them
-    is_of_files: bool = False  # weights in files that say nothing of how the model is sampled
 
     @property
     def is_teacher(self) -> bool:
@@ -62,7 +62,6 @@ class Outline:
     pipeline: str | None = None  # address of a pipeline of diffusers
     envelope: Envelope = Envelope()
     folder: Path | None = None
-    is_of_files: bool = False
 
     def open(self) -> Model:
         """The model with its weights, in eval mode and frozen."""
@@ -76,7 +75,7 @@ class Outline:
     def _model(self, network: Network) -> Model:
         network.module.eval().requires_grad_(False)
         sampler = self.sampler or teacher_sampler(network, self.pipeline)
-        return Model(network, self.spec, sampler, self.envelope, self.folder, self.is_of_files)
+        return Model(network, self.spec, sampler, self.envelope, self.folder)
 
 
 def open_model(address: str | Path, *, controls: Sequence[str] = (), network: str | None = None) -> Model:
@@ -92,9 +91,9 @@ def outline_of(address: str | Path, *, controls: Sequence[str] = (), network: st
     """What the small files at `address` say of a model. The arguments are those of `open_model`."""
     text = str(address)
     folder = Path(text)
-    if (folder / "student.json").is_file() and not (folder / "checkpoints").is_dir():
+    if is_export(folder):
         return _exported(folder)
-    if _is_run(text):
+    if is_run(text):
         return _of_run(text)
     pieces = None if is_diffusers_folder(folder) else pieces_of(text)
     if pieces is None and network is not None:
@@ -105,9 +104,9 @@ def outline_of(address: str | Path, *, controls: Sequence[str] = (), network: st
 def folder_of(address: str) -> Path | None:
     """Where codec and text encoder of the model at `address` are: its folder or hub id; None for runs and files of weights."""
     folder = Path(address)
-    if (folder / "student.json").is_file() and not (folder / "checkpoints").is_dir():
+    if is_export(folder):
         return folder
-    if _is_run(address) or not (is_diffusers_folder(folder) or pieces_of(address) is None):
+    if is_run(address) or not (is_diffusers_folder(folder) or pieces_of(address) is None):
         return None
     if not folder.is_dir():
         hub.expect_id(address, "model")
@@ -164,7 +163,13 @@ def student_network(nets: Networks, tensors: Mapping[str, Tensor], source: str) 
     return network if role.causal is None else Causal.of(network, role.causal)
 
 
-def _is_run(address: str) -> bool:
+def is_export(folder: Path) -> bool:
+    """Whether `fewstep export` wrote the folder."""
+    return (folder / "student.json").is_file() and not (folder / "checkpoints").is_dir()
+
+
+def is_run(address: str) -> bool:
+    """Whether the address is that of a run with a checkpoint."""
     try:
         checkpoint_of(address.partition(":")[0])
     except ValueError:
@@ -178,15 +183,14 @@ def _is_run(address: str) -> bool:
 def _exported(folder: Path) -> Outline:
     card = StudentCard.read(folder, "Export the student again")
     spec = card.spec()
-    files = ["student.safetensors", *(["model_ema_fp32.pt"] if card.role.endswith(".ema") else []), "model.pt"]
-    weights = next((folder / name for name in files if (folder / name).is_file()), None)
-    if weights is None:
+    weights = folder / "student.safetensors"
+    if not weights.is_file():
         spec = spec.in_folder(str(folder))
 
     def load() -> Network:
         network = spec.build()
-        if weights is not None:
-            load_into(network.module, read(str(weights), network.module), str(weights))
+        if weights.is_file():
+            load_into(network.module, read(str(weights)), str(folder))
         return network
 
     return Outline(spec, load, card.sampler, envelope=card.envelope, folder=folder)
@@ -200,16 +204,16 @@ def _teacher(address: str, controls: Sequence[str] = ()) -> Outline:
 
 def teacher_sampler(network: Network, address: str | None) -> TeacherSampler:
     """How a teacher is sampled: as the pipeline at `address` says, else as published for the network's path."""
-    return replace(_published_sampler(network.path, address), boundary=network.traits.boundary)
+    return replace(published_sampler(network.path, address), boundary=network.traits.boundary)
 
 
 def sampler_before_loading(address: str, controls: Sequence[str] = ()) -> tuple[TeacherSampler, Path_] | None:
     """Sampler and path of a teacher by its configuration alone; None where only the loaded network says them."""
     folder = Path(address)
-    if (folder / "student.json").is_file() and not (folder / "checkpoints").is_dir():
+    if is_export(folder):
         card = StudentCard.read(folder, "Export it again")
         spec, sampler = card.spec(), card.sampler
-    elif _is_run(address):
+    elif is_run(address):
         place, _, role = address.partition(":")
         run = checkpoint_of(place).parent.parent
         networks = networks_of(run)
@@ -225,10 +229,11 @@ def sampler_before_loading(address: str, controls: Sequence[str] = ()) -> tuple[
     path: Any = None if spec is None else spec.path  # Any: what a kind of the user's own says
     if path is None or isinstance(sampler, StudentSampler):
         return None
-    return sampler or _published_sampler(path, None if spec is None else spec.source), path
+    return sampler or published_sampler(path, None if spec is None else spec.source), path
 
 
-def _published_sampler(path: Path_, address: str | None) -> TeacherSampler:
+def published_sampler(path: Path_, address: str | None) -> TeacherSampler:
+    """How a teacher on `path` is sampled: as the pipeline at `address` says, else as published for the path."""
     sampler = TeacherSampler.for_path(path)
     scheduler = {} if address is None else PipelineFolder(address).scheduler
     is_euler, has_karras = scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler", scheduler.get("use_karras_sigmas")
@@ -290,17 +295,12 @@ def codec_address(model: Model, name: str, address: str | None) -> str:
 
 def _of_files(pieces: Sequence[Piece], controls: Sequence[str], name: str | None) -> Outline:
     """The published Cosmos network whose weights these are; it has no codec and no text encoder beside it."""
-    from fewstep.networks.families.cosmos.models import FIRST_CLIPS, SECOND_CLIPS
     from fewstep.networks.weights.convert import published_spec
 
     if len(controls) == 1 and not any(control for control, _, _ in pieces):
         pieces = [*pieces[:-1], (controls[0], *pieces[-1][1:])]
     found = collect(pieces)
-    published, spec = published_spec(found, name)
-    envelope = Envelope()
-    if published is not None and "image" not in published:  # of sizes never published nobody knows
-        clips = FIRST_CLIPS if spec.family == "edm" else SECOND_CLIPS
-        envelope = Envelope(num_frames=clips[0], height=clips[1], width=clips[2], fps=clips[3])
+    spec = published_spec(found, name)
 
     def load() -> Network:
         tell(found)
@@ -308,16 +308,4 @@ def _of_files(pieces: Sequence[Piece], controls: Sequence[str], name: str | None
         load_into(network.module, {n: stored.read() for n, stored in found.tensors.items()}, " and ".join(p[1] for p in pieces))
         return network
 
-    return Outline(spec, load, envelope=envelope, is_of_files=True)
-
-
-def spec_of(address: str, controls: Sequence[str] = ()) -> NetworkSpec:
-    """The configuration of the network in a diffusers folder or hub id, by the class of its denoiser."""
-    folder, kinds = PipelineFolder(address), choices("network")
-    if folder.path.is_dir() and "StudentPipeline" in folder.index.get("_class_name", ""):
-        raise UserError(f"{folder.path}: a student without its student.json, which says how it is sampled. Export it again")
-    name = folder.denoiser.get("_class_name")
-    known: dict[str, Any] = {cls.diffusers_class: cls for cls in kinds.values() if issubclass(cls, NetworkSpec)}
-    if not name or name not in known:
-        raise UserError(f"{address}: its denoiser is a {name}, for which there is no adapter; there are {', '.join(kinds)}")
-    return known[name].of(folder, controls)
+    return Outline(spec, load)

@@ -483,11 +483,8 @@ def _of_file(request: PairsRequest, shot: Shot, device: str, own: Ranks) -> File
         request.negative or request.negative_prompt,
         request.out / f".text.{own.rank}",
         encoder.fingerprint,
-        request.max_tokens or 0,
+        encoder.encode([""])[0].shape[1],
         request.mask_text or encoder.uses_mask,
     )
-    longest = prompts.embed(encoder, range(len(captions) if request.num is None else min(request.num, len(captions))))
-    if request.max_tokens is not None:
-        return prompts
-    fixed = encoder.encode([""])[0].shape[1]  # of an encoder that pads every text to one length
-    return replace(prompts, max_tokens=fixed if longest <= fixed else max(longest, Folder.max_tokens))
+    prompts.embed(encoder, range(len(captions) if request.num is None else min(request.num, len(captions))))
+    return prompts

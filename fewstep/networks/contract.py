@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fewstep.batch import Condition
 from fewstep.config import OneOf
-from fewstep.diffusion import Cache, Denoiser, Path, StudentSampler
+from fewstep.diffusion import Cache, Denoiser, Path
 from fewstep.errors import UserError
 from fewstep.networks.causal_attention import Sites
 from fewstep.networks.encoders.codecs import Autoencoder
@@ -42,6 +42,18 @@ class Scheduling:
 
 
 @dataclass(frozen=True)
+class Distillation:
+    """How students of a family are published: the defaults of the general recipes. The learning rates are those of billions."""
+
+    guidance: float = 5.0  # w of the teacher, which the student learns
+    shift: float = 5.0  # of the student's times, in flow time
+    negative: Literal["zeros", "empty"] = "empty"  # the unconditional prompt: zeros, or the embedding of an empty text
+    kd_lr: float = 1e-5
+    lr: float = 1e-5  # of the student in DMD2
+    critic_lr: float = 1e-5
+
+
+@dataclass(frozen=True)
 class Traits:
     """The facts about a network that others need to know."""
 
@@ -49,8 +61,6 @@ class Traits:
     first_frames: FirstFrames = "none"
     reads_image: bool = False  # reads image features of its first picture from cond.image
     controls: tuple[str, ...] = ()  # names in cond.control, all of which it reads
-    guidance: float | None = None  # w that the original tools sample with where none is given; None: not known
-    student: StudentSampler | None = None  # how the published students of this network are sampled, whose files do not say it
     boundary: float | None = None  # time below which a second expert is called; None: one network for all noise levels
     is_causal: bool = False  # a chunk of frames attends to no later one: it can be generated with a cache
     frame_multiple: int = 1  # number of latent frames must be a multiple of it
@@ -175,6 +185,21 @@ class NetworkSpec:
     starts_as_teacher: ClassVar[bool] = False  # another network than the teacher, which can begin with its weights
 
     @property
+    def expert_boundary(self) -> float | None:
+        """The time below which a second expert is called; None: one network for all noise levels."""
+        return None
+
+    @property
+    def control_branches(self) -> tuple[str, ...]:
+        """The names of its controls."""
+        return ()
+
+    @property
+    def distillation(self) -> Distillation:
+        """How students of this family are published."""
+        return Distillation()
+
+    @property
     def source(self) -> str | None:
         """The diffusers folder or hub id that the weights come from; None: another one."""
         return None
@@ -195,6 +220,11 @@ class NetworkSpec:
         controls: names of the controls that the user wants to use.
         """
         raise NotImplementedError
+
+    @classmethod
+    def facts(cls, folder: PipelineFolder) -> Mapping[str, Any]:
+        """Settings of how the network is called that the files of the folder decide; another configuration contradicts them."""
+        return {}
 
     def in_folder(self, folder: str) -> NetworkSpec:
         """This configuration, with the weights that export wrote into `folder` in the diffusers format."""

@@ -20,6 +20,7 @@ from fewstep.networks.contract import AnyNetwork, Network
 from fewstep.networks.heads import AnyHead
 from fewstep.networks.lora import Backbone, Lora, Shared, as_adapters
 from fewstep.networks.weights.addresses import load_into, read
+from fewstep.networks.weights.folders import refuse_contradictions
 
 FROZEN = ("teacher",)  # roles that no turn trains
 
@@ -76,6 +77,11 @@ class Networks:
         own: Role = getattr(self, role)
         spec = own.network or self.teacher
         return spec if spec is None or own.causal is None else CausalSpec.over(spec, own.causal)
+
+    def refuse_contradictions(self) -> None:
+        """Raises ConfigError where a network is configured otherwise than the folder of its weights says."""
+        own = (("student", self.student.network), ("critic", self.critic.network))
+        refuse_contradictions([("networks.teacher", self.teacher), *((f"networks.{role}.network", spec) for role, spec in own)])
 
 
 def build(config: Networks, roles: Iterable[str], seed: int) -> dict[str, Network]:

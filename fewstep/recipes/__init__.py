@@ -25,6 +25,7 @@ NAMES = frozenset(
         *("analytic_finetune", "analytic_kd", "analytic_kd_4step", "analytic_dmd2", "analytic_dmd2_onestep"),
         *("analytic_biased", "analytic_dmd2_biased", "analytic_dmd2_gan", "analytic_f_distill", "analytic_ladd"),
         *("analytic_phased", "analytic_reward", "analytic_sid"),
+        *("finetune", "lora", "kd", "dmd2"),
         *("toy_teacher", "toy_edge", "toy_kd_1step", "toy_kd_4step"),
         *("toy_dmd2_1step", "toy_dmd2_4step", "toy_dmd2_1step_lora", "toy_dmd2_4step_lora"),
     ]

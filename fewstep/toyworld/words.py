@@ -19,7 +19,7 @@ import torch
 
 from fewstep.errors import UserError
 from fewstep.networks.encoders.codecs import fingerprint_of
-from fewstep.networks.encoders.text import Source, TextEncoder, text_encoder
+from fewstep.networks.encoders.text import Source, TextEncoder, TextForm, text_encoder
 from fewstep.toyworld import words_alone
 from fewstep.toyworld.words_alone import GAP, MODEL_TYPE, PAD, Words, WordsConfig, WordsModel
 
@@ -36,6 +36,10 @@ class WordsEncoder(Words, TextEncoder):
     @classmethod
     def open(cls, source: Source, max_tokens: int | None, dtype: torch.dtype, device: torch.device | str) -> WordsEncoder:
         return cls.read(source.folder("text_encoder"))
+
+    @classmethod
+    def form(cls, source: Source) -> TextForm:
+        return TextForm(int(source.config("text_encoder")["max_tokens"]), uses_mask=True)
 
     @property
     def dim(self) -> int:

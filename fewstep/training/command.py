@@ -37,6 +37,7 @@ def run(command: Command) -> None:
 
 
 def _dry_run(config: Run) -> None:
+    config.networks.refuse_contradictions()
     from fewstep.training.plan.gpu_fit import dryrun
 
     path = config.job.folder() / "config.yaml"

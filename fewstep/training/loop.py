@@ -40,7 +40,7 @@ from fewstep.training.log import RunLog
 from fewstep.training.meter import Meter
 from fewstep.training.preview import Scene
 from fewstep.training.run import Run
-from fewstep.training.run_folder import other_shapes, peak_memory_gib, sampler_of, summary, write_records
+from fewstep.training.run_folder import peak_memory_gib, sampler_of, summary, write_records
 from fewstep.training.signals import Signals
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -75,6 +75,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
     global_batch = run.trainer.batch_size * run.trainer.grad_accum * world.size
 
     # --- what is cheap to check comes before what is dear to load
+    run.networks.refuse_contradictions()
     data = run.data.open()
     first = _check_data(run, data)
     options = run.checkpoint
@@ -100,8 +101,6 @@ def _train(run: Run, world: World) -> dict[str, Any]:
     log, stop = RunLog(folder if world.is_main else None, title, progress.step, last), Signals()
     with log, stop, checkpoints, _open_batches(run, data, progress, world, log) as batches:
         log.say(_greeting(run, data, crew, latest, progress, world))
-        for warning in other_shapes(run, first) if latest is None else ():
-            log.say(f"warning: {warning}")
         if progress.step == 0 and run.preview is not None:
             log.metrics(0, _preview(run, crew, sampler, 0, world))
 

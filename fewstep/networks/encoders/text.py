@@ -43,6 +43,14 @@ QWEN_IMAGE_TEMPLATE = (
 QWEN_IMAGE_DROPPED = 34  # tokens of the template before the prompt
 
 
+@dataclass(frozen=True)
+class TextForm:
+    """How embeddings reach a network that was trained on them."""
+
+    max_tokens: int = 512  # texts are padded to this many tokens
+    uses_mask: bool = False  # whether the network receives a mask of the padding
+
+
 class TextEncoder(ABC):
     """A text encoder. A class of one's own inherits the defaults, and registers itself with @text_encoder(MODEL_TYPE)."""
 
@@ -55,6 +63,11 @@ class TextEncoder(ABC):
     def open(cls, source: Source, max_tokens: int | None, dtype: torch.dtype, device: torch.device | str) -> TextEncoder:
         """The encoder at `source`, frozen, in eval mode."""
         raise UserError(f"{cls.__name__}: is part of another text encoder and cannot be opened by itself")
+
+    @classmethod
+    def form(cls, source: Source) -> TextForm:
+        """The form of the embeddings of the encoder at `source`, whose weights are not read."""
+        return TextForm(uses_mask=cls.uses_mask)
 
     @property
     @abstractmethod
@@ -140,11 +153,15 @@ class T5(_Encoder):
     cleans: bool = False  # Wan undoes html entities and runs of white space
 
     @classmethod
+    def form(cls, source: Source) -> TextForm:
+        return TextForm(226 if source.pipeline.startswith("CogVideoX") else 512)
+
+    @classmethod
     def open(cls, source: Source, max_tokens: int | None, dtype: torch.dtype, device: torch.device | str) -> T5:
         is_plain = source.pipeline.startswith("CogVideoX")
         cleans = source.pipeline.startswith("Wan") or source.config("text_encoder")["model_type"] == "umt5"
         module = source.model("text_encoder", dtype, device)
-        num = max_tokens or (226 if is_plain else 512)
+        num = max_tokens or cls.form(source).max_tokens
         return cls(module, source.tokenizer("tokenizer"), num, masks_padding=not is_plain, cleans=cleans)
 
     @property
@@ -169,6 +186,11 @@ class T5(_Encoder):
 @dataclass(frozen=True, eq=False)
 class Clip(_Encoder):
     """One or two CLIP text models; `module` holds them, `tokenizer` is a list as long."""
+
+    @classmethod
+    def form(cls, source: Source) -> TextForm:
+        second = source.has("text_encoder_2") and source.config("text_encoder_2").get("model_type") in ("t5", "umt5")
+        return TextForm(512 if second else 77)
 
     @classmethod
     def open(cls, source: Source, max_tokens: int | None, dtype: torch.dtype, device: torch.device | str) -> TextEncoder:
@@ -240,11 +262,14 @@ class Reason1(_Encoder):
     """Predict2.5's use of Qwen2.5-VL. Padding is attended to, inside and by the network: the mask only tells where it is."""
 
     @classmethod
+    def form(cls, source: Source) -> TextForm:
+        return TextForm(1024, uses_mask=True) if source.pipeline.startswith("QwenImage") else TextForm(512)
+
+    @classmethod
     def open(cls, source: Source, max_tokens: int | None, dtype: torch.dtype, device: torch.device | str) -> TextEncoder:
         module, tokenizer = source.model("text_encoder", dtype, device), source.tokenizer("tokenizer")
-        if source.pipeline.startswith("QwenImage"):
-            return QwenImage(module, tokenizer, max_tokens or 1024)
-        return cls(module, tokenizer, max_tokens or 512)
+        num = max_tokens or cls.form(source).max_tokens
+        return (QwenImage if source.pipeline.startswith("QwenImage") else cls)(module, tokenizer, num)
 
     @property
     def dim(self) -> int:
@@ -330,12 +355,22 @@ def open_text_encoder(
 ) -> TextEncoder:
     """The text encoder in a folder or hub id; of a pipeline its text_encoder/ (and _2). Frozen, in eval mode."""
     source = Source.of(str(address))
+    return _class_of(source).open(source, max_tokens, dtype, device)
+
+
+def text_form(address: str | Path) -> TextForm:
+    """The form of the embeddings of the text encoder in a folder or hub id; the usual one of T5 where there is none."""
+    source = Source.of(str(address))
+    return _class_of(source).form(source) if source.has("text_encoder") else TextForm()
+
+
+def _class_of(source: Source) -> type[TextEncoder]:
     model_type = source.config("text_encoder").get("model_type")
     encoder = registry.find("text_encoder", str(model_type))
     if encoder is None:
         names = ", ".join(registry.entries("text_encoder"))
-        raise UserError(f"{address}: no text encoder reads it: its model_type is {model_type}; there are {names}")
-    return encoder.open(source, max_tokens, dtype, device)
+        raise UserError(f"{source.address}: no text encoder reads it: its model_type is {model_type}; there are {names}")
+    return encoder
 
 
 def _frozen(module: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ from fewstep.config import kind
 from fewstep.diffusion import VP, Cache, Path, Prediction
 from fewstep.diffusion.path import working_dtype
 from fewstep.errors import UserError
-from fewstep.networks.contract import Beginning, DiffusersSpec, Scheduling, Traits
+from fewstep.networks.contract import Beginning, DiffusersSpec, Distillation, Scheduling, Traits
 from fewstep.networks.families.upstream import (
     Adapter,
     enters_in_compute_dtype,
@@ -154,6 +154,10 @@ class CogVideoXSpec(DiffusersSpec):
     @property
     def path(self) -> Path:
         return VP("scaled_linear", zero_terminal_snr=True, snr_shift=self.snr_shift)
+
+    @property
+    def distillation(self) -> Distillation:
+        return Distillation(guidance=6.0)  # its pipelines'
 
     def build(self) -> CogVideoX:
         from diffusers import CogVideoXTransformer3DModel

@@ -20,7 +20,7 @@ from fewstep.config import kind
 from fewstep.diffusion import VP, Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import working_dtype
 from fewstep.errors import UserError
-from fewstep.networks.contract import DiffusersSpec, Traits
+from fewstep.networks.contract import DiffusersSpec, Distillation, Traits
 from fewstep.networks.families.upstream import Adapter, as_picture, enters_in_compute_dtype, needed, refuse_given, table_index
 from fewstep.networks.files.folders import from_folder
 from fewstep.networks.taps import block_outputs
@@ -88,6 +88,10 @@ class DitSpec(DiffusersSpec):
     @property
     def path(self) -> Path:
         return VP("linear") if self.family == "ddpm" else RectifiedFlow()
+
+    @property
+    def distillation(self) -> Distillation:
+        return Distillation(guidance=4.0, negative="zeros")  # its paper's
 
     def build(self) -> Dit:
         from diffusers import DiTTransformer2DModel

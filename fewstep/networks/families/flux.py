@@ -18,7 +18,7 @@ from fewstep.config import kind
 from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import working_dtype
 from fewstep.errors import UserError
-from fewstep.networks.contract import DiffusersSpec, Scheduling, Traits
+from fewstep.networks.contract import DiffusersSpec, Distillation, Scheduling, Traits
 from fewstep.networks.families.upstream import Adapter, as_picture, enters_in_compute_dtype, needed, refuse_given
 from fewstep.networks.files.folders import from_folder
 from fewstep.networks.taps import block_outputs, text_and_picture
@@ -116,6 +116,10 @@ class FluxSpec(DiffusersSpec):
     @property
     def path(self) -> Path:
         return RectifiedFlow()
+
+    @property
+    def distillation(self) -> Distillation:
+        return Distillation(guidance=1.0)  # its guidance is an input of the network
 
     def build(self) -> Flux:
         from diffusers import FluxTransformer2DModel

@@ -16,7 +16,7 @@ from fewstep.config import kind
 from fewstep.diffusion import Cache, Denoiser, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.guidance import with_and_without
 from fewstep.diffusion.path import working_dtype
-from fewstep.networks.contract import DiffusersSpec, Scheduling, Traits
+from fewstep.networks.contract import DiffusersSpec, Distillation, Scheduling, Traits
 from fewstep.networks.families.flux import as_map, packed, unpacked
 from fewstep.networks.families.upstream import Adapter, as_picture, enters_in_compute_dtype, needed, refuse_given
 from fewstep.networks.files.folders import from_folder
@@ -105,6 +105,10 @@ class QwenImageSpec(DiffusersSpec):
     @property
     def path(self) -> Path:
         return RectifiedFlow()
+
+    @property
+    def distillation(self) -> Distillation:
+        return Distillation(guidance=4.0)  # its pipelines'
 
     def build(self) -> QwenImage:
         from diffusers import QwenImageTransformer2DModel

@@ -18,7 +18,7 @@ from fewstep.config import kind
 from fewstep.diffusion import VP, Cache, Path, Prediction
 from fewstep.diffusion.path import working_dtype
 from fewstep.errors import UserError
-from fewstep.networks.contract import DiffusersSpec, Scheduling, Traits
+from fewstep.networks.contract import DiffusersSpec, Distillation, Scheduling, Traits
 from fewstep.networks.families.upstream import (
     Adapter,
     as_picture,
@@ -136,6 +136,10 @@ class UnetSpec(DiffusersSpec):
     @property
     def path(self) -> Path:
         return VP("scaled_linear", zero_terminal_snr=self.zero_terminal_snr)
+
+    @property
+    def distillation(self) -> Distillation:
+        return Distillation(guidance=8.0, lr=5e-5, critic_lr=5e-5)  # FastGen, SDXL
 
     def build(self) -> Unet:
         from diffusers import UNet2DConditionModel

@@ -117,9 +117,8 @@ class CosmosControlSpec(CosmosSpec):
     def of(cls, folder: PipelineFolder, controls: Sequence[str] = ()) -> CosmosSpec:
         """The network with the control branches beside it, or without where there are none."""
         config, pipeline, address = folder.denoiser, folder.pipeline, folder.address
-        is_first = pipeline in ("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline")
-        if is_first or config.get("extra_pos_embed_type") == "learnable":
-            return CosmosSpec(pretrained=address, family="edm", sigma_data=0.5, use_fps=True, clean_time=None)
+        if _is_first(folder):
+            return CosmosSpec(pretrained=address, clean_time=None, **cls.facts(folder))
         branches = _branches(folder, controls)
         if branches:
             branch = json.loads((next(iter(branches.values())) / "config.json").read_text())
@@ -135,7 +134,20 @@ class CosmosControlSpec(CosmosSpec):
         published = None if pipeline else _published(config)
         if published is not None:
             return replace(published, pretrained=address)
-        return CosmosSpec(pretrained=address, use_fps=pipeline == "Cosmos2VideoToWorldPipeline")
+        return CosmosSpec(pretrained=address, **cls.facts(folder))
+
+    @classmethod
+    def facts(cls, folder: PipelineFolder) -> Mapping[str, Any]:
+        if _is_first(folder):
+            return {"family": "edm", "sigma_data": 0.5, "use_fps": True}
+        if folder.pipeline:
+            return {"family": "flow", "use_fps": folder.pipeline == "Cosmos2VideoToWorldPipeline"}
+        published = _published(folder.denoiser)
+        return {} if published is None else {"family": published.family, "use_fps": published.use_fps}
+
+    @property
+    def control_branches(self) -> tuple[str, ...]:
+        return self.controls
 
     def in_folder(self, folder: str) -> CosmosControlSpec:
         return replace(self, pretrained=folder, branches=(folder,))
@@ -216,6 +228,12 @@ def _branches(folder: PipelineFolder, controls: Sequence[str]) -> dict[str, Path
     if not folder.index or any(part.startswith("controlnet") for part in folder.index):
         return found
     return {name: path for name, path in found.items() if name in controls}
+
+
+def _is_first(folder: PipelineFolder) -> bool:
+    """Whether it is a network of Cosmos 1."""
+    is_first = folder.pipeline in ("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline")
+    return is_first or folder.denoiser.get("extra_pos_embed_type") == "learnable"
 
 
 def _published(config: Mapping[str, Any]) -> CosmosSpec | None:

@@ -10,7 +10,6 @@ time of their own next to 0 (`clean_time`); in Predict1 they have the time of th
 
 from __future__ import annotations
 
-import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,13 +21,13 @@ from torch.nn import functional
 
 from fewstep.batch import Condition
 from fewstep.config import kind
-from fewstep.diffusion import EDM, Cache, Path, Prediction, RectifiedFlow, StudentSampler, TrigFlow
+from fewstep.diffusion import EDM, Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import spread, working_dtype
 from fewstep.diffusion.precondition import edm_preconditioning
 from fewstep.diffusion.prediction import with_clean_frames
 from fewstep.errors import UserError
 from fewstep.networks.causal_attention import Sites
-from fewstep.networks.contract import DiffusersSpec, Scheduling, Traits
+from fewstep.networks.contract import DiffusersSpec, Distillation, Scheduling, Traits
 from fewstep.networks.families.cosmos.attention import CosmosCrossAttention, CosmosSelfAttention, rotate
 from fewstep.networks.families.cosmos.keys import original_names, refuse_apart
 from fewstep.networks.families.cosmos.transfer1 import Transfer1Branch
@@ -37,13 +36,6 @@ from fewstep.networks.files.folders import from_folder
 from fewstep.networks.taps import block_outputs
 
 CLEAN_TIME = 1e-4  # flow time of given frames (Predict2 and 2.5, sigma_conditional)
-# g in cond + g (cond - uncond), by family and whether there are controls: the defaults of the inference commands of Predict1,
-# Transfer1, Predict2 and 2.5, Transfer2.5.
-_GUIDANCE = {("edm", False): 7.0, ("edm", True): 5.0, ("flow", False): 7.0, ("flow", True): 3.0}
-# The published students: Transfer1 in one step, Predict2.5 and Transfer2.5 in four.
-_FOUR_STEPS = StudentSampler((math.pi / 2, math.atan(15), math.atan(5), math.atan(5 / 3)), TrigFlow(), "same")
-_ONE_STEP = StudentSampler((80.0,), EDM(sigma_data=0.5))
-_STUDENT = {("edm", False): None, ("edm", True): _ONE_STEP, ("flow", False): _FOUR_STEPS, ("flow", True): _FOUR_STEPS}
 
 
 @dataclass(frozen=True)
@@ -73,8 +65,6 @@ class Cosmos(Adapter):
             side_multiple=max(config.patch_size[1:]),
             latent_channels=config.out_channels,
             text_channels=config.crossattn_proj_in_channels if config.use_crossattn_projection else config.text_embed_dim,
-            guidance=1 + _GUIDANCE[self.family, bool(self.controls)],
-            student=_STUDENT[self.family, bool(self.controls)],
             scheduling=Scheduling(needs_own_loop=True),
             pipeline_settings={
                 "family": self.family,
@@ -164,7 +154,6 @@ class Cosmos(Adapter):
         if cond.text is None:
             raise UserError("Cosmos reads its prompt from cond.text (B, tokens, channels), and the batch has none")
         num, _, frames, height, width = scaled.shape
-        _refuse_unfit(config, tuple(scaled.shape[1:]), cond.text)
         extra: dict[str, Any] = {}
         if config.in_channels > config.out_channels:
             mask = torch.zeros(num, frames, device=x.device) if cond.frame_mask is None else cond.frame_mask
@@ -265,6 +254,12 @@ class CosmosSpec(DiffusersSpec):
     def path(self) -> Path:
         return RectifiedFlow() if self.family == "flow" else EDM(sigma_data=self.sigma_data)
 
+    @property
+    def distillation(self) -> Distillation:
+        if self.family == "edm":  # Transfer1: g 5
+            return Distillation(guidance=6.0, negative="zeros", kd_lr=1e-5, lr=5e-7, critic_lr=5e-7)
+        return Distillation(guidance=4.0, negative="zeros", kd_lr=1e-5, lr=1e-6, critic_lr=2e-7)  # Predict2.5: g 3
+
     def build(self) -> Cosmos:
         return Cosmos(self.transformer(), self.family, self.sigma_data, self.use_fps, self.clean_time)
 
@@ -328,29 +323,6 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:  # Any: a tensor, several, or 
     return tuple(_cast(part, dtype) for part in value) if isinstance(value, tuple) else value
 
 
-def _refuse_unfit(config: Any, shape: tuple[int, ...], text: Tensor) -> None:  # Any: diffusers' FrozenDict
-    """Refuses latents (C, T, H, W) and texts that this network was not built for, before diffusers fails on their shapes."""
-    channels, *sides = shape
-    if channels != config.out_channels:
-        raise UserError(f"this Cosmos network works on latents of {config.out_channels} channels, but was given {channels}")
-    if any(side % patch for side, patch in zip(sides, config.patch_size, strict=True)):
-        raise UserError(f"this Cosmos network reads patches of {config.patch_size} latents, which do not divide {tuple(sides)}")
-    learnt = config.extra_pos_embed_type == "learnable"  # one table for each axis; without, one length for all of them
-    longest = max(size // patch for size, patch in zip(config.max_size, config.patch_size, strict=True))
-    most = [size if learnt else longest * patch for size, patch in zip(config.max_size, config.patch_size, strict=True)]
-    if any(side > limit for side, limit in zip(sides, most, strict=True)):
-        raise UserError(
-            f"this Cosmos network has positions for latents of {tuple(most)} (frames, height, width) at most, but was given "
-            f"{tuple(sides)}. Use shorter or smaller clips"
-        )
-    width = config.crossattn_proj_in_channels if config.use_crossattn_projection else config.text_embed_dim
-    if text.shape[-1] != width:
-        raise UserError(
-            f"this Cosmos network reads text embeddings of {width} numbers a token, but was given {text.shape[-1]}: embed the "
-            "captions with its own text encoder (fewstep prepare text)"
-        )
-
-
 def _one_rate(fps: Tensor) -> float:
     """The one rate of all rows: upstream turns a single number into positions."""
     low, high = fps.min().item(), fps.max().item()
@@ -377,11 +349,13 @@ def supply_resize() -> None:
     from diffusers.models.controlnets import controlnet_cosmos
     from diffusers.models.transformers import transformer_cosmos
 
+    if hasattr(transformer_cosmos, "transforms"):
+        return
+
     def resize(mask: Tensor, size: list[int], interpolation: object) -> Tensor:
         return nn.functional.interpolate(mask, size=size, mode="nearest")
 
     functional = types.SimpleNamespace(resize=resize)
     modes = types.SimpleNamespace(NEAREST="nearest")
     for module in (transformer_cosmos, controlnet_cosmos):
-        if not hasattr(module, "transforms"):
-            module.__dict__["transforms"] = types.SimpleNamespace(functional=functional, InterpolationMode=modes)
+        module.__dict__["transforms"] = types.SimpleNamespace(functional=functional, InterpolationMode=modes)

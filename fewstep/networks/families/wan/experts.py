@@ -20,7 +20,7 @@ from fewstep.config import kind
 from fewstep.diffusion import Cache, Path, Prediction
 from fewstep.errors import UserError
 from fewstep.networks.causal_attention import Sites
-from fewstep.networks.contract import AnyNetwork, Beginning, Network, NetworkDefaults, NetworkSpec, Traits
+from fewstep.networks.contract import AnyNetwork, Beginning, Distillation, Network, NetworkDefaults, NetworkSpec, Traits
 from fewstep.networks.families.wan.network import A14B_I2V, T2V_14B, WanSpec
 from fewstep.networks.files.pipeline import PipelineFolder
 from fewstep.parallel import is_sharded
@@ -154,6 +154,19 @@ class ExpertsSpec(NetworkSpec):
         boundary = folder.index.get("boundary_ratio")
         high = WanSpec(pretrained=folder.address)
         return high if boundary is None else cls(high, replace(high, subfolder="transformer_2"), boundary)
+
+    @property
+    def path(self) -> Path:
+        high: Any = self.high  # Any: `path` is a field of some configurations, and a property of others
+        return high.path
+
+    @property
+    def expert_boundary(self) -> float:
+        return self.boundary
+
+    @property
+    def distillation(self) -> Distillation:
+        return self.high.distillation
 
     @property
     def source(self) -> str | None:

@@ -27,7 +27,7 @@ from fewstep.diffusion.path import working_dtype
 from fewstep.diffusion.prediction import with_clean_frames
 from fewstep.errors import UserError
 from fewstep.networks.causal_attention import Sites
-from fewstep.networks.contract import Beginning, DiffusersSpec, Traits
+from fewstep.networks.contract import Beginning, DiffusersSpec, Distillation, Traits
 from fewstep.networks.families.upstream import Adapter, enters_in_compute_dtype, needed, refuse_context, zero_padded
 from fewstep.networks.families.wan.attention import WanCrossAttention, WanSelfAttention, rotate
 from fewstep.networks.files.folders import from_folder
@@ -77,16 +77,6 @@ class Wan(Adapter):
         if channels != config.out_channels:
             raise UserError(f"this Wan network works on latents of {config.out_channels} channels, but was given {channels}")
         text = self._text(cond, TEXT_TOKENS if config.image_dim is not None else self.text_tokens)
-        if text.shape[-1] != config.text_dim:
-            raise UserError(
-                f"this Wan network reads text embeddings of {config.text_dim} numbers a token, but was given {text.shape[-1]}: "
-                "embed the captions with its own text encoder (fewstep prepare text)"
-            )
-        if any(side % patch for side, patch in zip((frames, height, width), config.patch_size, strict=True)):
-            raise UserError(
-                f"this Wan network reads patches of {tuple(config.patch_size)} latents, which do not divide "
-                f"{(frames, height, width)}"
-            )
         shown, time = x, 1000 * t.double()
         if self.whole_times:
             time = (time + 1e-4).floor()  # their sigmas are float32: 937 may read 936.99995
@@ -192,6 +182,10 @@ class WanSpec(DiffusersSpec):
     @property
     def path(self) -> Path:
         return RectifiedFlow()
+
+    @property
+    def distillation(self) -> Distillation:
+        return Distillation(guidance=5.0, kd_lr=7e-5, lr=1e-5, critic_lr=1e-5)  # FastGen, 1.3B
 
     def build(self) -> Wan:
         from diffusers import WanTransformer3DModel

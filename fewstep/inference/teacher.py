@@ -1,0 +1,109 @@
+"""A teacher before its weights are read: its network, how it is sampled, where its codec and text encoder are.
+
+`open_model` opens the same addresses with their weights; a recipe that takes any teacher (recipes/general.py) and `fewstep
+distill` read here what `generate` and `pairs` read there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fewstep.diffusion import Path as NoisePath
+from fewstep.diffusion import StudentSampler, TeacherSampler
+from fewstep.diffusion.sampling import student_times
+from fewstep.errors import UserError
+from fewstep.inference.model import is_export, is_run, networks_of, outline_of, published_sampler
+from fewstep.networks.contract import Distillation, NetworkSpec
+from fewstep.networks.encoders.text import TextForm, text_form
+from fewstep.networks.lora import Lora
+from fewstep.networks.weights.addresses import checkpoint_of
+
+SMALL = 100_000_000  # weights; a network of fewer is trained with the learning rates of the toy world
+
+
+@dataclass(frozen=True)
+class Teacher:
+    address: str
+    spec: NetworkSpec
+    sampler: TeacherSampler
+    init: str | None = None  # the address of its weights, where `spec` does not name them
+    base: str | None = None  # the pipeline with its codec and text encoder
+    num_weights: int | None = None  # None: not known without opening it
+
+    @property
+    def path(self) -> NoisePath:
+        return path_of(self.spec)
+
+    @property
+    def published(self) -> Distillation:
+        """How students of its family are published."""
+        return self.spec.distillation
+
+    @property
+    def is_small(self) -> bool:
+        return self.num_weights is not None and self.num_weights < SMALL
+
+    @property
+    def text(self) -> TextForm:
+        """How its pipeline's texts reach the network."""
+        return TextForm() if self.base is None else text_form(self.base)
+
+    def times(self, num_steps: int, shift: float | None = None) -> tuple[float, ...]:
+        """The times of a student of `num_steps`: those at which `fewstep pairs --path-times` keeps states."""
+        return student_times(num_steps, self.path, self.published.shift if shift is None else shift)
+
+
+def path_of(spec: Any) -> NoisePath:  # Any: `path` is a field of some configurations, and a property of others
+    """The path of the network that `spec` builds."""
+    return spec.path
+
+
+def teacher_at(address: str, controls: Sequence[str] = ()) -> Teacher:
+    """The teacher at an address that `open_model` opens. Raises UserError for a student, and for a run of adapters."""
+    outline = outline_of(address, controls=controls)
+    if isinstance(outline.sampler, StudentSampler):
+        num = len(outline.sampler.times)
+        raise UserError(f"{address}: is a student of {num} steps, no teacher (the teacher of a run is RUN:teacher)")
+    spec, folder = outline.spec, Path(address)
+    sampler = outline.sampler or published_sampler(path_of(spec), outline.pipeline)
+    sampler = replace(sampler, boundary=spec.expert_boundary)
+    init = _weights_of_run(address) if is_run(address) else None
+    base = spec.source if is_run(address) else None if outline.folder is None else str(outline.folder)
+    if is_export(folder) and (folder / "student.safetensors").is_file():
+        init, base = str(folder / "student.safetensors"), None
+    elif outline.folder is None and not is_run(address):  # files of published weights
+        init = address
+    return Teacher(address, spec, sampler, init, base, _num_weights(folder))
+
+
+def _weights_of_run(address: str) -> str | None:
+    """The address of the weights that `spec` does not name."""
+    place, _, role = address.partition(":")
+    networks = networks_of(checkpoint_of(place).parent.parent)
+    if role == "teacher":
+        return networks.teacher_init
+    if isinstance(networks.student, Lora):
+        base = "" if networks.teacher is None or networks.teacher.source is None else f" --base {networks.teacher.source}"
+        raise UserError(f"{address}: holds adapters. Merge them into a teacher: fewstep export {address} --out FOLDER{base}")
+    return address
+
+
+def _num_weights(folder: Path) -> int | None:
+    """The number of weights in the safetensors files of a local folder's denoiser."""
+    from safetensors import safe_open
+
+    parts = [part for part in (folder / "transformer", folder / "unet", folder) if part.is_dir()]
+    files = next((found for part in parts if (found := sorted(part.glob("*.safetensors")))), [])
+    num = 0
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # no mapping
+                shape = tensors.get_slice(name).get_shape()
+                size = 1
+                for side in shape:
+                    size *= side
+                num += size
+    return num or None

@@ -1,0 +1,191 @@
+"""Recipes for any teacher and any data set: what else they need they read from the teacher.
+
+    fewstep train experiment=finetune teacher=PIPELINE data.dataset_dir=DIR            post-train it on clips
+    fewstep train experiment=lora teacher=PIPELINE data.dataset_dir=DIR rank=16        the same with adapters
+    fewstep train experiment=kd teacher=PIPELINE data.dataset_dir=PAIRS steps=4        a student, from the teacher's pairs
+    fewstep train experiment=dmd2 teacher=PIPELINE data.dataset_dir=DIR steps=4 networks.student.init=RUN_OF_KD
+
+PIPELINE is any address of a teacher: a diffusers folder or hub id, a run of `finetune`, an export of one, published weights.
+Guidance, times and learning rates are those that students of its family are published with (NetworkSpec.distillation); the
+learning rates of networks under 100 million weights are those of the toy world. A text of 512 T5 tokens, a mask of the padding,
+and so on follow from the pipeline. Every value is in config.yaml and can be changed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from fewstep.config import ConfigError, choices, recipe
+from fewstep.data.folder.dataset import Folder
+from fewstep.diffusion import EDM, VP
+from fewstep.diffusion.times import LogitNormal, LogNormal, Shifted, Uniform
+from fewstep.inference.teacher import Teacher, teacher_at
+from fewstep.methods import DMD2, KD, Finetune, StudentSample, transfer1
+from fewstep.networks.lora import Lora
+from fewstep.networks.roles import Full, Networks
+from fewstep.training.ema import Ema
+from fewstep.training.optim import Optim
+from fewstep.training.run import Checkpoint, Job, Parallel, Run, Trainer
+
+Control = Literal["edge", "vis", "depth", "seg", "keypoint"]
+EMA = Ema(profile="power", width=0.1)  # Predict2.5; right for a run of any length
+
+
+@recipe("finetune")
+def finetune(teacher: str = "", control: Control | None = None) -> Run:
+    """Post-train a teacher on clips of your own, all weights; it stays a teacher."""
+    return _finetune("finetune", _opened(teacher, control), control, 0)
+
+
+@recipe("lora")
+def lora(teacher: str = "", rank: int = 16, control: Control | None = None) -> Run:
+    """Post-train a teacher on clips of your own with low-rank adapters; it stays a teacher."""
+    return _finetune("lora", _opened(teacher, control), control, rank)
+
+
+@recipe("kd")
+def kd(teacher: str = "", steps: int = 4, shift: float | None = None, control: Control | None = None, rank: int = 0) -> Run:
+    """KD of any teacher into a student of `steps` steps, on its pairs (`fewstep pairs`); rank=32: adapters."""
+    source = _opened(teacher, control)
+    _refuse_steps(steps)
+    return Run(
+        job=_job(source, f"kd_{steps}step"),
+        method=KD(student_sample_steps=steps, t_list=source.times(steps, shift)),
+        networks=_networks(source, rank),
+        data=_folder(source, "pairs", control, pairs=("noise",) if steps == 1 else ("path",)),
+        optim=Optim(lr=_lr(source, source.published.kd_lr, 5e-4, rank), betas=(0.9, 0.99), clip=1.0),
+        ema=EMA,
+        trainer=_trainer(source, 6000),
+        checkpoint=Checkpoint(save_iter=500),
+        parallel=_parallel(source),
+    )
+
+
+@recipe("dmd2")
+def dmd2(
+    teacher: str = "",
+    steps: int = 4,
+    shift: float | None = None,
+    guidance: float | None = None,
+    control: Control | None = None,
+    rank: int = 0,
+) -> Run:
+    """DMD2 of any teacher into a student of `steps` steps; networks.student.init=RUN begins with a run of kd."""
+    source = _opened(teacher, control)
+    _refuse_steps(steps)
+    published = source.published
+    networks = _networks(source, rank)
+    return Run(
+        job=_job(source, f"dmd2_{steps}step"),
+        method=_dmd2(source, steps, shift, published.guidance if guidance is None else guidance),
+        networks=replace(networks, critic=Lora(rank=rank)) if rank else networks,
+        data=_folder(source, "clips", control, negative=_negative(source)),
+        optim=Optim(lr=_lr(source, published.lr, 2e-4, rank), betas=(0.0, 0.99), clip=1.0),
+        critic_optim=Optim(lr=_lr(source, published.critic_lr, 4e-4, rank), betas=(0.0, 0.99), clip=1.0),
+        ema=EMA,
+        trainer=_trainer(source, 6000),
+        checkpoint=Checkpoint(save_iter=500),
+        parallel=_parallel(source),
+    )
+
+
+# ---- parts of the above ----------------------------------------------------------------------------------------------
+
+
+def _opened(address: str, control: Control | None) -> Teacher:
+    if not address:
+        raise ConfigError([("teacher", "which? Give teacher=ADDRESS: a pipeline's folder or hub id, a run, published weights")])
+    teacher = teacher_at(address, () if control is None else (control,))
+    branches = teacher.spec.control_branches
+    if control is not None and control not in branches:
+        listed = f"has branches for {', '.join(branches)} only" if branches else "has no control branch"
+        raise ConfigError([("control", f"{control}: {address} {listed}")])
+    return teacher
+
+
+def _refuse_steps(steps: int) -> None:
+    if steps < 1:
+        raise ConfigError([("steps", f"must be at least 1, not {steps}")])
+
+
+def _finetune(name: str, source: Teacher, control: Control | None, rank: int) -> Run:
+    adapted = Networks(teacher=source.spec, teacher_init=source.init, student=Lora(rank=rank)) if rank else None
+    whole = Networks(student=Full(source.spec, init=_init(source)))
+    return Run(
+        job=_job(source, name),
+        method=_denoising(source),
+        networks=adapted or whole,
+        data=_folder(source, "clips", control, negative=_negative(source)),
+        optim=Optim(lr=_lr(source, 2e-5, 5e-4, rank), betas=(0.9, 0.99), weight_decay=0.01, clip=1.0),
+        ema=EMA,
+        trainer=_trainer(source, 2000),
+        checkpoint=Checkpoint(save_iter=500),
+        parallel=_parallel(source),
+    )
+
+
+def _denoising(source: Teacher) -> Finetune:
+    """The loss that the family was trained with, and a tenth of the texts dropped, which keeps guidance."""
+    path, common = source.path, Finetune(drop_condition=0.1)
+    if isinstance(path, EDM):  # Predict1
+        times = LogNormal(mean=0.0, std=1.0, scale=4.0)  # sqrt(16 latent frames)
+        return replace(common, space="x0", weighting="edm", sigma_data=path.sigma_data, times=times)
+    if isinstance(path, VP):
+        return replace(common, space="eps", times=Uniform())
+    return replace(common, times=LogitNormal(mean=math.log(source.sampler.shift)))  # the teacher's shift of a logit-normal
+
+
+def _dmd2(source: Teacher, steps: int, shift: float | None, guidance: float) -> DMD2:
+    student = StudentSample(t_list=source.times(steps, shift))
+    if isinstance(source.path, EDM):  # Transfer1, without its GAN
+        return replace(transfer1(), student=student, guidance=guidance, gan=None)
+    return DMD2(student=student, guidance=guidance, times=Shifted(source.published.shift if shift is None else shift))
+
+
+def _networks(source: Teacher, rank: int) -> Networks:
+    return Networks(teacher=source.spec, teacher_init=source.init, student=Lora(rank=rank) if rank else Full())
+
+
+def _init(source: Teacher) -> str:
+    """Where a network without a teacher has its weights: in its specification's folder, or at an address."""
+    return "random" if source.init is None else source.init  # "random" takes those of the folder
+
+
+def _folder(source: Teacher, where: str, control: Control | None, *, pairs: Any = (), negative: str | None = None) -> Folder:
+    text = source.text
+    signal: Any = None if control is None else choices("control")[control]()  # registered by name
+    return Folder(
+        f"datasets/{where}",
+        x0="latents",
+        max_tokens=text.max_tokens,
+        mask_text=text.uses_mask,
+        negative=negative,
+        control=signal,
+        pairs=pairs,
+    )
+
+
+def _negative(source: Teacher) -> str:
+    return "zeros" if source.published.negative == "zeros" else "negative.pickle"
+
+
+def _job(source: Teacher, name: str) -> Job:
+    return Job(project="general", group=Path(source.address.partition("@")[0].partition(":")[0]).name or "teacher", name=name)
+
+
+def _lr(source: Teacher, published: float, small: float, rank: int) -> float:
+    """Adapters take five times the learning rate of full weights."""
+    return (small if source.is_small else published) * (5.0 if rank else 1.0)
+
+
+def _trainer(source: Teacher, max_iter: int) -> Trainer:
+    if source.is_small:
+        return Trainer(max_iter=max_iter, batch_size=16, log_every=20)
+    return Trainer(max_iter=max_iter, batch_size=1, grad_accum=8, precision="bf16", checkpointing=True, log_every=20)
+
+
+def _parallel(source: Teacher) -> Parallel:
+    return Parallel() if source.is_small else Parallel(mode="fsdp")
