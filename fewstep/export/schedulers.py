@@ -14,6 +14,7 @@ Pipelines that send u to their scheduler (Scheduling.sends_sigmas) need the plai
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,12 +26,22 @@ from fewstep.networks.contract import Scheduling
 
 PLAIN = Scheduling()
 CLOSE = 2e-6  # of a noise level, relative: diffusers keeps them in float32
+ROUNDED = 1.001e-3  # of a flow time: times written with three digits, and FastGen's 0.999 for 1
 
 
-def scheduler_of(
-    sampler: StudentSampler, network_path: Path, scheduling: Scheduling = PLAIN
-) -> Any | None:  # Any: diffusers' schedulers have no useful type
-    """A scheduler that takes exactly the student's steps on the network's path; None if diffusers has none."""
+@dataclass(frozen=True)
+class Fit:
+    """A scheduler that takes a student's steps."""
+
+    scheduler: Any  # diffusers' schedulers have no useful type
+    offset: float = 0.0  # how far its times are from the student's, at most; 0: the rounding of float32
+
+
+def scheduler_of(sampler: StudentSampler, network_path: Path, scheduling: Scheduling = PLAIN) -> Fit | None:
+    """A scheduler that takes the student's steps on the network's path; None if diffusers has none.
+
+    On a flow its times may be rounded ones of the student's, by 1e-3.
+    """
     num = len(sampler.times)
     if sampler.renoise == "same" and num > 1:
         return None
@@ -51,7 +62,7 @@ def scheduler_of(
     return None
 
 
-def _flow(name: str, times: Sequence[float], sends_sigmas: bool) -> Any | None:
+def _flow(name: str, times: Sequence[float], sends_sigmas: bool) -> Fit | None:
     import diffusers
     import numpy as np
 
@@ -69,19 +80,23 @@ def _flow(name: str, times: Sequence[float], sends_sigmas: bool) -> Any | None:
         for _ in range(80):
             middle = (low * high) ** 0.5
             low, high = (middle, high) if levels(middle)[1] < times[1] else (low, middle)
-    return cls(shift=high, **words) if _close(levels(high), times) else None
+    found = levels(high)
+    if _close(found, times):
+        return Fit(cls(shift=high, **words))
+    offset = max(abs(a - b) for a, b in zip(found, times, strict=True))
+    return Fit(cls(shift=high, **words), offset) if offset <= ROUNDED else None
 
 
-def _edm(times: Sequence[float], sigma_data: float) -> Any | None:
+def _edm(times: Sequence[float], sigma_data: float) -> Fit | None:
     from diffusers import EDMEulerScheduler
 
     last = times[-1] if len(times) > 1 else min(times[0], 0.002)
     made = EDMEulerScheduler(sigma_max=times[0], sigma_min=last, sigma_data=sigma_data)
     made.set_timesteps(len(times))
-    return made if _close(floats(made.sigmas[:-1]), times) else None
+    return Fit(made) if _close(floats(made.sigmas[:-1]), times) else None
 
 
-def _vp(times: Sequence[float], path: VP, is_fresh: bool, scheduling: Scheduling) -> Any | None:
+def _vp(times: Sequence[float], path: VP, is_fresh: bool, scheduling: Scheduling) -> Fit | None:
     """The DDPM family counts its table's entries: time t is entry 1000 t - 1."""
     import diffusers
 
@@ -112,7 +127,7 @@ def _vp(times: Sequence[float], path: VP, is_fresh: bool, scheduling: Scheduling
     if not scheduling.shifts_table and path.snr_shift != 1.0:
         return None
     made.set_timesteps(num)
-    return made if _close([(float(i) + 1) / path.num_steps for i in made.timesteps], times) else None
+    return Fit(made) if _close([(float(i) + 1) / path.num_steps for i in made.timesteps], times) else None
 
 
 def _close(levels: Sequence[float], targets: Sequence[float]) -> bool:

@@ -10,6 +10,7 @@ folder is that loop; it imports torch and diffusers only.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +23,11 @@ from fewstep.diffusion import EDM, Sampler, StudentSampler, TeacherSampler
 from fewstep.diffusion.path import floats
 from fewstep.errors import UserError
 from fewstep.export.base import ADVICE, copy_parts, copy_scheduler
-from fewstep.export.schedulers import scheduler_of
+from fewstep.export.schedulers import Fit, scheduler_of
 from fewstep.files import read_json
 from fewstep.inference.card import StudentCard
 from fewstep.inference.model import Model, teacher_sampler
-from fewstep.networks.contract import Network
+from fewstep.networks.contract import Network, Scheduling
 from fewstep.networks.encoders.codecs import Form
 
 GUARDED = (
@@ -49,24 +50,23 @@ def write_folder(model: Model, card: StudentCard, out: Path, base: Path | None) 
         index.pop("text_encoder", None)  # no class of transformers: pipeline.py reads it
     if base is not None and base_class and _is_teacher_of(base, model, index) and copy_scheduler(base, out, index):
         return _teacher_folder(model, card, out, base, base_class, index)
-    scheduler = scheduler_of(sampler, network.path, traits.scheduling)
-    if scheduler is not None:
-        scheduler.save_pretrained(str(out / "scheduler"))
-        index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    fit = scheduler_of(sampler, network.path, traits.scheduling)
+    if fit is not None:
+        fit.scheduler.save_pretrained(str(out / "scheduler"))
+        index["scheduler"] = ["diffusers", type(fit.scheduler).__name__]
     settings = traits.pipeline_settings
     if settings is not None:
         (out / "pipeline.py").write_text(_pipeline(out))
-    if base_class and scheduler is not None and not traits.scheduling.needs_own_loop:
+    why = _why_own_loop(sampler, base, base_class, traits.scheduling, fit)
+    if not why and fit is not None:
         index["_class_name"] = base_class
+        rounded = f", whose times differ from the student's by at most {fit.offset:.1g}" if fit.offset else ""
+        print(f"note: {base_class} of diffusers samples it, with {index['scheduler'][1]}{rounded}", file=sys.stderr)
     elif settings is not None:
         index["_class_name"] = ["pipeline", "StudentPipeline"]
+        print(f"note: pipeline.py in the folder samples it, because {why}", file=sys.stderr)
     else:
-        raise UserError(
-            f"--format diffusers: this student with renoise={sampler.renoise} and times "
-            f"{list(sampler.times)} needs "
-            + ("--base, the pipeline's folder" if scheduler is not None else "a scheduler that diffusers does not have")
-            + "; --format safetensors always works"
-        )
+        raise UserError(f"--format diffusers: {why}. Change that, or take --format safetensors, which always works")
     steps = schedule(sampler, network)
     solver = {"ode": "ode", "fresh": "sde"}.get(sampler.renoise, "same") if len(steps) > 1 else "ode"
     settings_of_steps: dict[str, Any] = {"num_inference_steps": len(steps), "guidance_scale": 1.0, "solver": solver}
@@ -79,6 +79,18 @@ def write_folder(model: Model, card: StudentCard, out: Path, base: Path | None) 
     scale = network.path.sigma_data if isinstance(network.path, EDM) else 1.0  # an EDM network's state has its data's spread
     pipeline = {"schedule": steps, "network_family": settings, "latent_scale": scale, "latent_channels": channels}
     return replace(card, envelope=envelope, pipeline=pipeline)
+
+
+def _why_own_loop(sampler: StudentSampler, base: Path | None, base_class: str, scheduling: Scheduling, fit: Fit | None) -> str:
+    """Why upstream's pipeline cannot sample the student; "" if it can."""
+    times = f"renoise={sampler.renoise} and times {[round(time, 6) for time in sampler.times]}"
+    if fit is None:
+        return f"no scheduler of diffusers takes the steps of this student, {times}"
+    if scheduling.needs_own_loop:
+        return "diffusers' pipelines of this network do more than their scheduler says"
+    if base is None:
+        return "no --base was given, the folder of the pipeline that it belongs to"
+    return "" if base_class else f"{base / 'model_index.json'} names no pipeline of diffusers"
 
 
 def _is_teacher_of(base: Path, model: Model, index: Mapping[str, Any]) -> bool:

@@ -8,7 +8,7 @@ student's times; the state is looked up by its time in `path_times`, never by it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from fewstep.config import kind
 from fewstep.diffusion import Path, Rng, StudentSampler, on_path
 from fewstep.diffusion.path import AnyPath, floats
 from fewstep.diffusion.rollout import Renoise, start
+from fewstep.diffusion.sampling import student_times
 from fewstep.errors import UserError
 from fewstep.methods.contract import Nets, Reduction, Terms, Turn, free_mask, reduced
 from fewstep.methods.first_frames import problems_of_shares, with_first_frames
@@ -29,7 +30,8 @@ from fewstep.methods.student import problems_of_times
 @dataclass(frozen=True)
 class KD:
     student_sample_steps: int = 1  # 1, 2 or 4 in Cosmos; any number of steps whose states the data set holds
-    t_list: tuple[float, ...] = (1.0,)  # the student's times, descending, without the final 0, in the path's time
+    shift: float = 5.0  # of its times in flow time: 4 steps are 1, .9375, .8333.., .625 on a flow, as `pairs --path-times 4`
+    t_list: tuple[float, ...] | None = None  # its times themselves, descending, without the final 0, in the path's time
     reduction: Reduction = "half_mean"  # Transfer1 and FastGen
     path: AnyPath | None = None  # None: the network's own; `t_list` and `path_times` are in its time
     renoise: Renoise = "fresh"  # fresh noise on its x0 has the distribution of x_t; "ode" leaves the teacher's curve
@@ -48,33 +50,45 @@ class KD:
         batch = with_first_frames(batch, self.first_frames, rng)
         assert batch.x0 is not None
         student = nets.student if self.path is None else on_path(nets.student, self.path)
+        times = self.times_on(student.path)
         if self.student_sample_steps == 1:
             assert batch.noise is not None
-            t = torch.full((batch.size(),), self.t_list[0], dtype=torch.float64, device=batch.x0.device)
-            x_t = start(student.path, batch.noise, self.t_list[0])
+            t = torch.full((batch.size(),), times[0], dtype=torch.float64, device=batch.x0.device)
+            x_t = start(student.path, batch.noise, times[0])
         else:
-            x_t, t = self._state(batch, rng)
+            x_t, t = _state(batch, times, rng)
         error = (student(x_t, t, batch.cond).x0 - batch.x0) ** 2
         yield Terms.of(kd=reduced(error, free_mask(batch.cond, error), self.reduction))
 
+    def times_on(self, path: Path) -> tuple[float, ...]:
+        """The student's times on `path`."""
+        return student_times(self.student_sample_steps, path, self.shift) if self.t_list is None else self.t_list
+
     def sampler(self, path: Path) -> StudentSampler:
-        return StudentSampler(self.t_list, self.path or path, self.renoise)
+        path = self.path or path
+        return StudentSampler(self.times_on(path), path, self.renoise)
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        if self.student_sample_steps != len(self.t_list):
+        if self.student_sample_steps < 1:
+            yield "student_sample_steps", f"must be at least 1, not {self.student_sample_steps}"
+        if self.shift <= 0:
+            yield "shift", f"must be above 0, not {self.shift}"
+        if self.t_list is not None and self.student_sample_steps != len(self.t_list):
             steps = f"student_sample_steps={self.student_sample_steps}"
             yield "t_list", f"has {len(self.t_list)} times for {steps}: give one per step, descending, without the final 0"
-        yield from problems_of_times(self.t_list)
+        if self.t_list is not None:
+            yield from problems_of_times(self.t_list)
         yield from problems_of_shares(self.first_frames)
 
-    def _state(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor]:
-        """A stored state of each sample at a random one of the student's times, and that time."""
-        assert batch.path is not None and batch.path_times is not None
-        times = torch.tensor(self.t_list, dtype=torch.float64, device=batch.path.device)
-        index = aligned(times, batch.path_times.double())  # B, steps
-        step = rng.integers(len(self.t_list)).to(index.device)
-        row = torch.arange(len(step), device=index.device)
-        return batch.path[row, index[row, step]], times[step]
+
+def _state(batch: Batch, t_list: Sequence[float], rng: Rng) -> tuple[Tensor, Tensor]:
+    """A stored state of each sample at a random one of the student's times, and that time."""
+    assert batch.path is not None and batch.path_times is not None
+    times = torch.tensor(t_list, dtype=torch.float64, device=batch.path.device)
+    index = aligned(times, batch.path_times.double())  # B, steps
+    step = rng.integers(len(times)).to(index.device)
+    row = torch.arange(len(step), device=index.device)
+    return batch.path[row, index[row, step]], times[step]
 
 
 def aligned(times: Tensor, path_times: Tensor, tolerance: float = 1e-4) -> Tensor:
@@ -87,6 +101,7 @@ def aligned(times: Tensor, path_times: Tensor, tolerance: float = 1e-4) -> Tenso
         raise UserError(
             f"t_list {[round(t, 6) for t in floats(times)]} does not align with the stored path, whose states are at "
             f"{[round(t, 6) for t in floats(path_times[row])]} (row {row} of this batch). Choose "
-            "method.t_list among these times, or make the pairs anew with these (data.path_times)"
+            "method.t_list among these times (or method.shift, the shift of all), or make the pairs anew with these "
+            "(fewstep pairs --path-times; data.path_times)"
         )
     return index

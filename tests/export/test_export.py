@@ -27,6 +27,7 @@ from fewstep.inference.model import open_model
 from fewstep.inference.synthetic import MixtureSamples
 from fewstep.methods import KD, Finetune
 from fewstep.networks.analytic import MixtureSpec
+from fewstep.networks.contract import Scheduling
 from fewstep.networks.encoders.codecs import open_codec
 from fewstep.networks.encoders.text import open_text_encoder
 from fewstep.networks.families.cosmos.network import CosmosSpec
@@ -474,8 +475,9 @@ def test_a_run_without_a_moving_average_gives_its_weights_and_says_so(root: Path
 def test_a_scheduler_of_diffusers_takes_the_steps_of_a_shifted_student(num: int, shift: float, renoise: Any) -> None:
     """Its steps on a linear velocity, by its own step(), equal ours."""
     sampler = StudentSampler(tuple(shifted(num, shift).tolist()), RectifiedFlow(), renoise)
-    scheduler = scheduler_of(sampler, RectifiedFlow())
-    assert scheduler is not None
+    fit = scheduler_of(sampler, RectifiedFlow())
+    assert fit is not None and fit.offset == 0.0
+    scheduler = fit.scheduler
     scheduler.set_timesteps(num)
     torch.testing.assert_close(scheduler.timesteps.double(), 1000 * torch.tensor(sampler.times).double(), rtol=2e-6, atol=0)
     x, drawn = torch.randn(1, 4, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
@@ -492,13 +494,30 @@ def test_a_scheduler_of_diffusers_takes_the_steps_of_a_shifted_student(num: int,
 
 def test_where_no_scheduler_takes_the_steps_none_is_named() -> None:
     flow = RectifiedFlow()
-    assert scheduler_of(StudentSampler((0.999, 0.937, 0.833, 0.624), flow, "ode"), flow) is None  # begins below pure noise
+    assert scheduler_of(StudentSampler((0.997, 0.937, 0.833, 0.624), flow, "ode"), flow) is None  # begins below pure noise
     assert scheduler_of(StudentSampler((1.0, 0.9, 0.8, 0.1), flow, "ode"), flow) is None
     assert scheduler_of(StudentSampler(TIMES, flow, "same"), flow) is None
     edm = EDM(sigma_data=0.5)
     assert scheduler_of(StudentSampler((80.0,), edm, "fresh"), edm) is not None
     assert scheduler_of(StudentSampler(tuple(karras(4).tolist()), edm, "ode"), edm) is not None
     assert scheduler_of(StudentSampler((80.0, 40.0, 0.1), edm, "ode"), edm) is None
+
+
+@pytest.mark.parametrize(
+    ("times", "offset"),
+    [((1.0, 0.9375, 0.8333, 0.625), 3.34e-5), ((0.999, 0.937, 0.833, 0.624), 1e-3), ((0.999,), 1e-3), ((0.999, 0.833), 1e-3)],
+)
+@pytest.mark.parametrize("sends_sigmas", [False, True])
+def test_rounded_times_keep_upstream_s_pipeline_and_the_difference_is_stated(
+    times: tuple[float, ...], offset: float, sends_sigmas: bool
+) -> None:
+    """Times written with four digits, and FastGen's: a scheduler within 1e-3 of each."""
+    flow = RectifiedFlow()
+    fit = scheduler_of(StudentSampler(times, flow, "ode"), flow, Scheduling(sends_sigmas=sends_sigmas))
+    assert fit is not None and 0 < fit.offset == pytest.approx(offset, rel=0.3)
+    num = len(times)
+    fit.scheduler.set_timesteps(num, **({"sigmas": [1 - i / num for i in range(num)]} if sends_sigmas else {}))
+    assert fit.scheduler.sigmas[:-1].tolist() == pytest.approx(times, rel=0, abs=1.001e-3)
 
 
 def test_kd_papers_name_its_times(root: Path) -> None:

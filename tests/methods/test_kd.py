@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fewstep.batch import Batch, Condition
-from fewstep.diffusion import EDM, Prediction, RectifiedFlow, Rng, TrigFlow
+from fewstep.diffusion import EDM, VP, Prediction, RectifiedFlow, Rng, TrigFlow
+from fewstep.diffusion.sampling import student_times
 from fewstep.methods import KD, Nets
 from fewstep.networks.analytic import GaussianMixture
 
@@ -60,9 +61,9 @@ def test_one_step_is_shown_pure_noise_of_the_right_size(path, scale, reduction):
 
 
 def test_one_step_at_a_time_that_is_not_noise_is_refused():
-    """The default time of a flow, put on EDM."""
+    """The time of a flow, put on EDM."""
     with pytest.raises(ValueError, match=r"t = 1 is not pure noise on EDM.*80"):
-        loss_of(KD(), Probe(EDM()), Batch(x0=normal(2, 3), noise=normal(2, 3)))
+        loss_of(KD(t_list=(1.0,)), Probe(EDM()), Batch(x0=normal(2, 3), noise=normal(2, 3)))
 
 
 def states(path, teacher, x, times):
@@ -173,10 +174,21 @@ def test_a_perfect_student_sampled_as_the_method_says_gives_the_data(num_steps):
 def test_needs_and_problems():
     assert KD().needs == {"x0", "noise"}
     assert KD(student_sample_steps=4, t_list=FLOW_LIST).needs == {"x0", "path", "path_times"}
-    assert [key for key, _ in KD(student_sample_steps=4).problems()] == ["t_list"]
+    assert [key for key, _ in KD(student_sample_steps=4, t_list=(1.0,)).problems()] == ["t_list"]
+    assert [key for key, _ in KD(student_sample_steps=0, shift=0.0).problems()] == ["student_sample_steps", "shift"]
     assert [key for key, _ in KD(student_sample_steps=2, t_list=(0.5, 1.0)).problems()] == ["t_list"]
     assert [key for key, _ in KD(student_sample_steps=2, t_list=(1.0, 0.0)).problems()] == ["t_list"]
     assert not list(KD(student_sample_steps=4, t_list=FLOW_LIST).problems())
+
+
+def test_times_of_a_number_of_steps_are_those_of_its_pairs():
+    """s u / (1 + (s - 1) u) written out; on EDM from sigma 80; the same as `pairs --path-times N`, so that states align."""
+    flow = KD(student_sample_steps=4, shift=5.0).sampler(RectifiedFlow())
+    assert flow.times == pytest.approx([1.0, 15 / 16, 5 / 6, 5 / 8], rel=0, abs=1e-15)
+    assert KD(student_sample_steps=4, shift=3.0).times_on(RectifiedFlow()) == pytest.approx([1.0, 0.9, 0.75, 0.5], abs=1e-15)
+    assert KD().times_on(EDM()) == (80.0,) and KD().times_on(RectifiedFlow()) == (1.0,) and KD().times_on(VP()) == (1.0,)
+    for path in (RectifiedFlow(), EDM(), VP("linear")):
+        assert KD(student_sample_steps=4).times_on(path) == student_times(4, path, 5.0)
 
 
 def test_conditioning_frames_are_shown_clean_and_asked_of_nobody():

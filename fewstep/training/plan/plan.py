@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from fewstep.batch import Batch
 from fewstep.data.loader import first_batch
 from fewstep.data.mock import Mock
-from fewstep.diffusion import Rng
+from fewstep.diffusion import RectifiedFlow, Rng
 from fewstep.errors import UserError
+from fewstep.methods import KD
 from fewstep.methods.contract import Turn
 from fewstep.networks.files.folders import unread
 from fewstep.networks.frozen import Offloaded
@@ -154,7 +155,8 @@ def mock_batch(run: Run, shape: tuple[int, ...] | None, text: tuple[int, int] | 
     if text is None:
         channels = getattr(teacher, "text_projection_from", None) or getattr(teacher, "text_dim", 1024)
         text = (512, channels) if channels else None
-    times = tuple(getattr(run.method, "t_list", ()))  # of methods that read states of the teacher's way
+    path = getattr(teacher, "path", RectifiedFlow())
+    times = run.method.times_on(run.method.path or path) if isinstance(run.method, KD) else ()  # of states on the teacher's way
     spec = Mock(shape, text, controls=tuple(getattr(teacher, "controls", ())), path_times=times)
     return spec.open().batch(torch.arange(run.trainer.batch_size))
 
