@@ -50,6 +50,9 @@ class Condition(_ByRow):
     text_mask: Tensor | None = None  # B N, true where a token is; None: every token counts (Cosmos attends to padding too)
     label: Tensor | None = None  # B, class index; -1 means "no class", the unconditional answer
     frames: Tensor | None = None  # B C T H W, clean latents; only those under frame_mask are meaningful
+    noisy_frames: Tensor | None = (
+        None  # B C T H W, what Cosmos 1 receives in place of `frames`, with a little noise; None: frames
+    )
     frame_mask: Tensor | None = None  # B T, 1 where the frame is given: it is kept as it is and adds nothing to any loss
     control: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # by control name: B C T H W latents
     fps: Tensor | None = None  # B, frames per second of the pixels
@@ -73,7 +76,7 @@ class Condition(_ByRow):
 
     def _along_time(self, clip: Callable[[Tensor], Tensor], mask: Callable[[Tensor], Tensor]) -> Condition:
         """Changes whatever has an axis of latent frames."""
-        clips = {"frames": self.frames, "beside": self.beside, "context": self.context}
+        clips = {"frames": self.frames, "noisy_frames": self.noisy_frames, "beside": self.beside, "context": self.context}
         return replace(
             self,
             **{name: clip(value) for name, value in clips.items() if value is not None},

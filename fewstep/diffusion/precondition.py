@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fewstep.diffusion.path import spread
+
 
 class Preconditioning(NamedTuple):
     c_skip: Tensor
@@ -27,6 +29,15 @@ def edm_preconditioning(sigma: Tensor, sigma_data: float) -> Preconditioning:
         c_in=1 / total.sqrt(),
         c_noise=sigma.log() / 4,
     )
+
+
+def with_noise(x0: Tensor, sigma: Tensor, noise: Tensor, sigma_data: float) -> Tensor:
+    """x0 + sigma noise at the spread of the data again: sigma_d c_in times the state.
+
+    Cosmos 1 corrupts the frames that it is conditioned on in this way. sigma: one for each row.
+    """
+    scale = spread(sigma_data * edm_preconditioning(sigma, sigma_data).c_in, x0).to(x0.dtype)
+    return scale * (x0 + spread(sigma, x0).to(x0.dtype) * noise)
 
 
 def edm_weight(sigma: Tensor, sigma_data: float) -> Tensor:

@@ -75,6 +75,7 @@ class DMD2:
     student: StudentSample = StudentSample()
     path: AnyPath | None = None  # the path of all times here; None: the student's own
     first_frames: tuple[float, ...] = ()  # shares of samples conditioned on 0, 1, .. clean ones; Predict2.5 0.6, 0.2, 0.2
+    frame_noise: times.LogNormal | None = None  # level of noise on given frames, in sigma; none: they are clean
     times: times.AnyTimes = times.Shifted(shift=5.0)  # noise at which the scores are compared
     guidance: float = 1.0  # w = 1 is off. Cosmos writes g = w - 1: Transfer1 g 5 is 6.0 here, Predict2.5 g 3 is 4.0
     guidance_interval: tuple[float, float] | None = None  # guide only for times within, in the path's time
@@ -106,7 +107,7 @@ class DMD2:
         return Turn("critic", ("critic",) if self.gan is None else ("critic", "head"))
 
     def losses(self, turn: Turn, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Terms]:
-        batch = with_first_frames(batch, self.first_frames, rng)
+        batch = with_first_frames(batch, self.first_frames, rng, self.frame_noise, self.path or nets.student.path)
         path = self.path or nets.student.path
         sample = self.student.draw(
             on_path(nets.student, path),
@@ -188,7 +189,7 @@ class DMD2:
         return self.regression is not None and self.regression.source == "pairs"
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        yield from problems_of_shares(self.first_frames)
+        yield from problems_of_shares(self.first_frames, self.frame_noise)
         yield from problems_of_frequency(self.student_update_freq)
         if self._uses_pairs and self.student.renoise == "fresh" and len(self.student.t_list) > 1:
             remedy = "choose student.renoise=same or ode, a student of one step, or regression.source=data"

@@ -36,6 +36,7 @@ class Finetune:
     per_frame_times: bool = False  # one noise level per frame (diffusion forcing) instead of one per sample
     drop_condition: float = 0.0  # share of samples trained on the negative condition, which makes guidance possible
     first_frames: tuple[float, ...] = ()  # shares of samples conditioned on 0, 1, .. clean first frames; Predict2.5 0 to 2
+    frame_noise: times.LogNormal | None = None  # level of noise on given frames, in sigma; Predict1: mean -3, std 2
     num_sample_steps: int | None = None  # of the sampler of the resulting many-step model; None: of its base, or as published
 
     roles = ("student",)
@@ -48,7 +49,7 @@ class Finetune:
         return Turn("student", ("student",))
 
     def losses(self, turn: Turn, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Terms]:
-        batch = with_first_frames(batch, self.first_frames, rng)
+        batch = with_first_frames(batch, self.first_frames, rng, self.frame_noise, self.path or nets.student.path)
         assert batch.x0 is not None
         x0, cond = batch.x0, self._dropped(batch, rng)
         student = nets.student if self.path is None else on_path(nets.student, self.path)
@@ -76,7 +77,7 @@ class Finetune:
             yield "weighting", f"{self.weighting!r} weights the x0 error, but space is {self.space!r}: set space=x0"
         if not 0 <= self.drop_condition < 1:
             yield "drop_condition", f"is a share of samples, 0 up to but not 1, not {self.drop_condition}"
-        yield from problems_of_shares(self.first_frames)
+        yield from problems_of_shares(self.first_frames, self.frame_noise)
 
     def _dropped(self, batch: Batch, rng: Rng) -> Condition:
         if not self.drop_condition:

@@ -20,6 +20,7 @@ from fewstep.diffusion import Path, Rng, StudentSampler, on_path
 from fewstep.diffusion.path import AnyPath, floats
 from fewstep.diffusion.rollout import Renoise, start
 from fewstep.diffusion.sampling import student_times
+from fewstep.diffusion.times import LogNormal
 from fewstep.errors import UserError
 from fewstep.methods.contract import Nets, Reduction, Terms, Turn, free_mask, reduced
 from fewstep.methods.first_frames import problems_of_shares, with_first_frames
@@ -36,6 +37,7 @@ class KD:
     path: AnyPath | None = None  # None: the network's own; `t_list` and `path_times` are in its time
     renoise: Renoise = "fresh"  # fresh noise on its x0 has the distribution of x_t; "ode" leaves the teacher's curve
     first_frames: tuple[float, ...] = ()  # shares of samples conditioned on 0, 1, .. clean first frames; Transfer1 0 to 2
+    frame_noise: LogNormal | None = None  # level of noise on given frames, in sigma; Predict1: mean -3, std 2
 
     roles = ("student",)
 
@@ -47,7 +49,7 @@ class KD:
         return Turn("student", ("student",))
 
     def losses(self, turn: Turn, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Terms]:
-        batch = with_first_frames(batch, self.first_frames, rng)
+        batch = with_first_frames(batch, self.first_frames, rng, self.frame_noise, self.path or nets.student.path)
         assert batch.x0 is not None
         student = nets.student if self.path is None else on_path(nets.student, self.path)
         times = self.times_on(student.path)
@@ -78,7 +80,7 @@ class KD:
             yield "t_list", f"has {len(self.t_list)} times for {steps}: give one per step, descending, without the final 0"
         if self.t_list is not None:
             yield from problems_of_times(self.t_list)
-        yield from problems_of_shares(self.first_frames)
+        yield from problems_of_shares(self.first_frames, self.frame_noise)
 
 
 def _state(batch: Batch, t_list: Sequence[float], rng: Rng) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Recipes of Cosmos-Predict1 7B Video2World post-training, all weights or adapters, under the published names and settings.
 
 Clips of 121 frames as latents (`fewstep prepare latents DIR --scale 0.5 --num-frames 121 --size 720 1280`; the adapters' 480
-848). The network receives 0, 1 or 2 clean latent frames; the original adds a little noise to them (sigma exp(N(-3, 2))).
+848). The network receives 0, 1 or 2 latent frames with noise of sigma exp(N(-3, 2)), and a fifth of the samples without text.
 """
 
 from __future__ import annotations
@@ -27,9 +27,18 @@ def video2world_7b_example_cosmos_nemo_assets() -> Run:
     """Post-training of Cosmos-Predict1 7B Video2World: all weights, 8 GPUs."""
     return Run(
         job=Job("posttraining", "diffusion_video2world", "video2world_7b_example_cosmos_nemo_assets"),
-        method=Finetune(space="x0", weighting="edm", sigma_data=0.5, times=TIMES, first_frames=(1 / 3, 1 / 3, 1 / 3)),
+        method=Finetune(
+            space="x0",
+            weighting="edm",
+            sigma_data=0.5,
+            reduction="mean_all",  # given frames count as exact
+            times=TIMES,
+            first_frames=(1 / 3, 1 / 3, 1 / 3),
+            frame_noise=LogNormal(mean=-3.0, std=2.0),
+            drop_condition=0.2,  # text dropout of Cosmos 1
+        ),
         networks=Networks(student=Full(PREDICT1_7B, init=WEIGHTS)),
-        data=Folder("datasets/cosmos_nemo_assets", x0="latents"),
+        data=Folder("datasets/cosmos_nemo_assets", x0="latents", negative="zeros"),
         # The original warms up to 2^-14.3 in 2500 iterations and ends after 2000: this is the same line up to its end.
         optim=Optim(lr=0.8 * 2**-14.3, betas=(0.9, 0.99), weight_decay=0.1, eps=1e-10, warmup_iters=2000),
         trainer=Trainer(max_iter=2000, batch_size=1, precision="bf16", checkpointing=True, log_every=200),

@@ -29,6 +29,7 @@ from fewstep.training.run import Checkpoint, Job, Parallel, Run, Trainer
 
 CONTROLS: Mapping[str, Control] = {"edge": Edge(), "vis": Vis(), "depth": Depth(), "seg": Seg(), "keypoint": Keypoint()}
 FIRST_FRAMES = (1 / 3, 1 / 3, 1 / 3)  # first_random_n: 0, 1 or 2 latent frames, each as likely
+FRAME_NOISE = LogNormal(mean=-3.0, std=2.0)  # sigma of the noise on given frames while a branch is trained
 FILES = "checkpoints/nvidia/Cosmos-Transfer1-7B"  # where their download, and `fewstep convert --ctrl_type`, put them
 
 
@@ -88,7 +89,9 @@ def _branch(control: str, stage: str) -> Run:
     times = LogNormal(mean=0.0, std=1.0, scale=4.0)  # sqrt(16 latent frames)
     return Run(
         job=Job(project=f"cosmos_transfer1_{stage}", group="CTRL_7Bv1_lvg", name=name),
-        method=Finetune(space="x0", weighting="edm", sigma_data=0.5, times=times, first_frames=FIRST_FRAMES),
+        method=Finetune(
+            space="x0", weighting="edm", sigma_data=0.5, times=times, first_frames=FIRST_FRAMES, frame_noise=FRAME_NOISE
+        ),
         networks=Networks(student=student),
         data=Folder("datasets/dmd2", x0="latents", control=CONTROLS[control]),
         optim=Optim(lr=2**-14.3, betas=(0.9, 0.99), weight_decay=0.1, eps=1e-10),

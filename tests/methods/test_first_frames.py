@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from fewstep.batch import Batch, Condition, first_frames
-from fewstep.diffusion import Prediction, RectifiedFlow, Rng
+from fewstep.diffusion import EDM, Prediction, RectifiedFlow, Rng
 from fewstep.diffusion.prediction import with_clean_frames
+from fewstep.diffusion.times import LogNormal
 from fewstep.methods import Finetune
 from fewstep.methods.contract import Nets
 from fewstep.methods.first_frames import with_first_frames
@@ -40,6 +41,26 @@ def test_no_shares_change_nothing_and_draw_nothing() -> None:
 
 def test_first_frames_by_hand() -> None:
     assert first_frames(torch.tensor([0, 2]), 3).tolist() == [[False, False, False], [True, True, False]]
+
+
+def test_noise_on_given_frames_has_the_published_level_and_scale() -> None:
+    """(x0 + a n) / sqrt(a^2 + sd^2), with ln a ~ N(-3, 2): what the network receives; x0 stays what the answer keeps."""
+    num, law = 60_000, LogNormal(mean=-3.0, std=2.0)
+    x0 = 0.5 * torch.randn(num, 2, 3, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rng = Rng(0, 0, torch.arange(num))
+    some = with_first_frames(Batch(x0=x0, negative=Condition()), (0.0, 0.0, 1.0), rng, law, EDM(sigma_data=0.5))
+    noisy = some.cond.noisy_frames
+    assert noisy is not None and some.negative is not None and torch.equal(noisy, some.negative.noisy_frames)  # pyright: ignore[reportArgumentType]
+    assert some.cond.frames is x0
+    # At any level the spread is that of the data: .5, known from 360,000 numbers to .0006.
+    assert float(noisy.std()) == pytest.approx(0.5, abs=0.004)
+    # x0 and what is shown correlate by E[.5 / sqrt(a^2 + .25)], here integrated over the law.
+    z = torch.linspace(-8, 8, 20001, dtype=torch.float64)
+    density = torch.exp(-(z**2) / 2) / (2 * torch.pi) ** 0.5
+    wanted = torch.trapezoid(density * 0.5 / (torch.exp(2 * (2 * z - 3)) + 0.25).sqrt(), z)
+    assert float((x0 * noisy).sum() / (x0 * x0).sum()) == pytest.approx(float(wanted), abs=0.008)
+    again = with_first_frames(Batch(x0=x0), (0.0, 0.0, 1.0), Rng(0, 0, torch.arange(num)))
+    assert again.cond.noisy_frames is None
 
 
 class Wrong:

@@ -249,6 +249,26 @@ def test_predict1_is_the_karras_network_that_tells_given_frames_by_their_channel
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
+def test_noise_on_given_frames_is_that_of_upstream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upstream's loop with an augment_sigma of 0.3, which shows, and with our noise for its own."""
+    level, shape = 0.3, (1, 4, 3, 4, 4)
+    net = network(replace(PREDICT1, frame_noise=level))
+    noise, latents, mask = draw(*shape, seed=4), draw(*shape, seed=6), torch.tensor([[1.0, 1.0, 0.0]])
+    cond = net.given(Condition(text=draw(1, 6, 16, seed=2), fps=torch.tensor([24.0])), latents, mask)
+    assert cond.noisy_frames is not None and torch.equal(cond.frames, latents)  # pyright: ignore[reportArgumentType]
+    scheduler, sigma, fixed = edm_euler(), 2.0, torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    # CosmosVideoToWorldPipeline.__call__, the lines that compose the input of the network
+    theirs = (latents + fixed * level) * scheduler._get_conditioning_c_in(torch.tensor(level))
+    theirs = theirs / scheduler._get_conditioning_c_in(torch.tensor(sigma))
+    seen: list[Tensor] = []
+    net.module.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True)
+    with torch.no_grad():
+        answer = net(sigma * noise, torch.tensor([sigma], dtype=torch.float64), cond)
+    wanted = theirs * scheduler._get_conditioning_c_in(torch.tensor(sigma))
+    torch.testing.assert_close(seen[0][:, :, :2], wanted[:, :, :2], rtol=0, atol=1e-6)
+    torch.testing.assert_close(answer.x0[:, :, :2], latents[:, :, :2], rtol=0, atol=1e-6)  # and what is kept is clean
+
+
 def test_predict1_from_text() -> None:
     net = network(replace(PREDICT1, frame_mask=False))
     pipe = pipeline("CosmosTextToWorldPipeline", net, cosmos_vae(), edm_euler())

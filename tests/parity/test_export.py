@@ -278,6 +278,6 @@ def test_transfer_2_5_goes_out_as_a_transformer_and_its_controlnet(tmp_path: Pat
 def test_what_diffusers_cannot_sample_is_refused(tmp_path: Path) -> None:
     network, sampler = randomised(UNET.build()), StudentSampler((1.0, 0.5), VP("scaled_linear"), "same")
     with pytest.raises(
-        ValueError, match="no scheduler of diffusers takes the steps of this student, renoise=same.*--format safetensors"
+        ValueError, match=r"no scheduler of diffusers takes the steps of this student, renoise=same.*--format safetensors"
     ):
         write_folder(Model(network, None, sampler), StudentCard({}, sampler), tmp_path, None)

@@ -118,7 +118,7 @@ class CosmosControlSpec(CosmosSpec):
         """The network with the control branches beside it, or without where there are none."""
         config, pipeline, address = folder.denoiser, folder.pipeline, folder.address
         if _is_first(folder):
-            return CosmosSpec(pretrained=address, clean_time=None, **cls.facts(folder))
+            return CosmosSpec(pretrained=address, clean_time=None, frame_noise=0.001, **cls.facts(folder))
         branches = _branches(folder, controls)
         if branches:
             branch = json.loads((next(iter(branches.values())) / "config.json").read_text())
@@ -178,7 +178,8 @@ class CosmosControlSpec(CosmosSpec):
         branches = {name: self._branch(base, i) for i, name in enumerate(self.controls)}
         weights = dict(zip(self.controls, self.weights or [1.0] * len(self.controls)))
         module = Controlled(base, branches, weights, freezes_base=self.train == "control")
-        return Cosmos(framed(module), self.family, self.sigma_data, self.use_fps, self.clean_time, self.controls)
+        options: dict[str, Any] = {"controls": self.controls, "frame_noise": self.frame_noise}
+        return Cosmos(framed(module), self.family, self.sigma_data, self.use_fps, self.clean_time, **options)
 
     def _every(self) -> int:
         """Every how many blocks of the base one is corrected."""

@@ -20,6 +20,7 @@ def transfer1_7b(*controls: str) -> CosmosControlSpec:
         sigma_data=0.5,
         use_fps=True,
         clean_time=None,
+        frame_noise=0.001,
         num_heads=32,
         num_layers=28,
         rope_scale=(2.0, 1.0, 1.0),

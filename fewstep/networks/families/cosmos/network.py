@@ -4,7 +4,8 @@ Two families share it. Predict2 and Predict2.5 are rectified flows: the raw outp
 (Predict2's own code speaks of sigma = s / (1 - s) and divides its state by 1 + sigma: the same network input and output).
 Predict1 is EDM (Karras et al. 2022): x0 = c_skip x + c_out F(c_in x, ln(sigma) / 4).
 
-Given frames enter clean and are marked by the mask channel; the prediction keeps them. In most flow networks they also have a
+Given frames are marked by the mask channel; the prediction keeps them. They enter clean, or in Predict1 and Transfer1 with a
+little noise (`cond.noisy_frames`). In most flow networks they also have a
 time of their own next to 0 (`clean_time`); in Predict1 they have the time of the others. Every frame may have its own time.
 """
 
@@ -23,7 +24,7 @@ from fewstep.batch import Condition
 from fewstep.config import kind
 from fewstep.diffusion import EDM, Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import spread, working_dtype
-from fewstep.diffusion.precondition import edm_preconditioning
+from fewstep.diffusion.precondition import edm_preconditioning, with_noise
 from fewstep.diffusion.prediction import with_clean_frames
 from fewstep.errors import UserError
 from fewstep.networks.causal_attention import Sites
@@ -47,6 +48,7 @@ class Cosmos(Adapter):
     clean_time: float | None = CLEAN_TIME  # flow only; None: given frames have the time of the others
     controls: tuple[str, ...] = ()  # which of cond.control a Controlled module reads
     control_weights: Mapping[str, float] | None = None  # of the controls; None: those the module was built with
+    frame_noise: float = 0.0  # sigma of the noise on given frames when it is sampled
 
     @property
     def traits(self) -> Traits:
@@ -71,6 +73,7 @@ class Cosmos(Adapter):
                 "sigma_data": self.sigma_data,
                 "use_fps": self.use_fps,
                 "clean_time": self.clean_time,
+                "frame_noise": self.frame_noise,
             },
         )
 
@@ -128,6 +131,15 @@ class Cosmos(Adapter):
         total = max(1.0, sum(weights.values()))
         return replace(self, control_weights={name: weights.get(name, 0.0) / total for name in self.controls})
 
+    def given(self, cond: Condition, frames: Tensor, mask: Tensor) -> Condition:
+        cond = super().given(cond, frames, mask)
+        if not self.frame_noise:
+            return cond
+        # One noise for all clips and calls, as the original's fixed seed: it belongs to the model and not to the clip.
+        noise = torch.randn((1, *frames.shape[1:]), generator=torch.Generator().manual_seed(1)).to(frames)
+        sigma = torch.full((len(frames),), self.frame_noise, dtype=torch.float64, device=frames.device)
+        return replace(cond, noisy_frames=with_noise(frames, sigma, noise, self.sigma_data))
+
     def parts(self) -> dict[str, Any]:
         if not self.controls:
             return super().parts()
@@ -158,8 +170,9 @@ class Cosmos(Adapter):
         if config.in_channels > config.out_channels:
             mask = torch.zeros(num, frames, device=x.device) if cond.frame_mask is None else cond.frame_mask
             is_given = mask.bool()
-            if cond.frames is not None:
-                scaled = torch.where(is_given[:, None, :, None, None], self._shown(cond.frames.to(x)), scaled)
+            given = cond.frames if cond.noisy_frames is None else cond.noisy_frames
+            if given is not None:
+                scaled = torch.where(is_given[:, None, :, None, None], self._shown(given.to(x)), scaled)
                 if self.clean_time is not None and self.family == "flow":
                     shown_time = torch.full((), self.clean_time, dtype=time.dtype, device=time.device)
                     time = torch.where(is_given, shown_time, time if time.ndim == 2 else time[:, None])
@@ -192,7 +205,7 @@ class Cosmos(Adapter):
         return raw.to(x.dtype), tuple(outputs[i].unflatten(1, grid).permute(0, 4, 1, 2, 3) for i in taps)
 
     def _shown(self, frames: Tensor) -> Tensor:
-        """Clean frames as the network wants to see them: EDM nets see everything at unit spread."""
+        """Given frames as the network wants to see them: EDM nets see everything at unit spread."""
         return frames if self.family == "flow" else frames / self.sigma_data
 
     def _controls(self, cond: Condition, like: Tensor) -> dict[str, Tensor]:
@@ -233,6 +246,7 @@ class CosmosSpec(DiffusersSpec):
     sigma_data: float = 1.0
     use_fps: bool = False
     clean_time: float | None = CLEAN_TIME  # Predict2.5 14B None; no meaning for edm
+    frame_noise: float = 0.0  # sigma of the noise on given frames when it is sampled; Predict1 and Transfer1 0.001
     latent_channels: int = 16
     num_heads: int = 16
     head_dim: int = 128
@@ -261,7 +275,9 @@ class CosmosSpec(DiffusersSpec):
         return Distillation(guidance=4.0, negative="zeros", kd_lr=1e-5, lr=1e-6, critic_lr=2e-7)  # Predict2.5: g 3
 
     def build(self) -> Cosmos:
-        return Cosmos(self.transformer(), self.family, self.sigma_data, self.use_fps, self.clean_time)
+        return Cosmos(
+            self.transformer(), self.family, self.sigma_data, self.use_fps, self.clean_time, frame_noise=self.frame_noise
+        )
 
     def transformer(self, **more: Any) -> nn.Module:
         """The CosmosTransformer3DModel; `more` are further words of its configuration."""
