@@ -92,7 +92,7 @@ def _write(address: str, checkpoint: Path, role: str, out: Path, form: Form, bas
         elif form == "pt-original":
             from fewstep.export.original import write_original
 
-            write_original(checkpoint, role, out)
+            write_original(checkpoint, out)
         elif form == "lora":
             from fewstep.export.lora import write_lora
 

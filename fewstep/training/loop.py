@@ -38,6 +38,7 @@ from fewstep.training.health import Monitor, Ring
 from fewstep.training.heap import keep_freed_memory
 from fewstep.training.log import RunLog
 from fewstep.training.meter import Meter
+from fewstep.training.original_files import write_original_files
 from fewstep.training.preview import Scene
 from fewstep.training.run import Run
 from fewstep.training.run_folder import peak_memory_gib, sampler_of, summary, write_records
@@ -157,6 +158,10 @@ def _train(run: Run, world: World) -> dict[str, Any]:
                 checkpoints.finish()
             if step % options.save_iter == 0 or ended or interrupted:
                 checkpoints.save(crew.state(), progress)
+                if options.original:
+                    checkpoints.finish()
+                    if world.is_main:
+                        write_original_files(folder / "checkpoints" / f"iter_{step:09d}")
             if interrupted and not ended:
                 checkpoints.finish()
                 raise Interrupted(

@@ -72,6 +72,7 @@ class Checkpoint:
     keep_last: int = 2  # older ones are removed, but for ..
     keep_every: int | None = None  # .. those whose iteration is a multiple of this
     load_path: str | None = None  # weights to start from (a run, RUN@ITER, or a checkpoint folder); not used when resuming
+    original: bool = False  # beside each its weights as files of the original Cosmos code (training/original_files.py)
     async_write: bool = False  # write while training goes on; costs a copy in memory
 
 
@@ -135,6 +136,9 @@ class Run:
                 "warn:checkpoint.save_iter",
                 (f"is {checkpoint.save_iter}, never reached in trainer.max_iter={trainer.max_iter}: only the end is saved"),
             )
+        network = self.networks.student.network or self.networks.teacher
+        if checkpoint.original and network is not None and not network.has_original_names:
+            yield "checkpoint.original", "is for networks of Cosmos: this one has no names in the files of the original code"
         if self.loader.num_workers is not None and self.loader.num_workers < 0:
             yield "loader.num_workers", f"must be at least 0, not {self.loader.num_workers}"
         if self.loader.ahead < 1:

@@ -26,14 +26,14 @@ from fewstep.inference.pair_prompts import FolderPrompts, published_shot
 from fewstep.inference.pairs import PairSettings, verify
 from fewstep.inference.pairs import write as write_pairs
 from fewstep.inference.request import PairsRequest, SamplerOptions, Sizes, path_times_of
-from fewstep.networks.contract import Traits
+from fewstep.networks.contract import NetworkDefaults, Traits
 from fewstep.prepare.latents import write as prepare_latents
 
 NUM, FRAMES, SIZE = 5, 5, 8
 TIMES = (1.0, 0.75, 0.5)
 
 
-class Pull:
+class Pull(NetworkDefaults):
     """v = x - text: a field whose flow is known, and which depends on the condition."""
 
     path = RectifiedFlow()

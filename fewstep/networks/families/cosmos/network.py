@@ -242,6 +242,8 @@ class Cosmos(Adapter):
 class CosmosSpec(DiffusersSpec):
     """A CosmosTransformer3DModel: from a diffusers folder or hub id, or random of the size given."""
 
+    has_original_names = True
+
     family: Literal["flow", "edm"] = "flow"
     sigma_data: float = 1.0
     use_fps: bool = False
