@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.app import app
-from fewstep.cli.options import DEVICE, GUIDANCE, OWN, SAMPLER, SHIFT, SIGMA_MAX, STEPS, imports, load, one_of
+from fewstep.cli.options import CONTROLS, DEVICE, GUIDANCE, OWN, SAMPLER, SHIFT, SIGMA_MAX, STEPS, imports, load, one_of
 
 
 def _size(value: str | None) -> str | None:
@@ -21,12 +21,18 @@ def _size(value: str | None) -> str | None:
 @app.command(context_settings={"allow_extra_args": True})
 def evaluate(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(help="A model (run, export, pipeline), codec:FOLDER, or a folder with videos/.")],
-    out: Annotated[Path, typer.Option(help="JSON file to write; the first clips go into a folder of that name.")],
+    what: Annotated[
+        str | None,
+        typer.Argument(help="A model (run, export, pipeline), codec:FOLDER, or a folder of clips."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "--output_file", help="JSON file to write; the first clips go into a folder of that name."),
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Data set with captions, text, controls and real clips of the same scenes.")
     ] = None,
-    real: Annotated[Path | None, typer.Option(help="Real clips of other scenes: a data set, or a folder of mp4.")] = None,
+    real: Annotated[str | None, typer.Option(help="Real clips of other scenes: a data set, or a folder of mp4.")] = None,
     truth: Annotated[
         Path | None, typer.Option(help="Clips that each one should equal, by file name, for PSNR and SSIM.")
     ] = None,
@@ -41,11 +47,19 @@ def evaluate(
         ),
     ] = None,
     config: Annotated[Path | None, OWN] = None,
-    control: Annotated[str | None, typer.Option(help="Control of the data set that the model receives: edge, vis, ..")] = None,
+    control: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Controls to score fidelity to: {', '.join(CONTROLS)}; several by commas. A model receives its own."
+        ),
+    ] = None,
     num: Annotated[int | None, typer.Option(help="Number of clips in a set. Default: 512, or as many as there are.")] = None,
     sets: Annotated[int, typer.Option(help="Number of sets, each from noise of its own.")] = 3,
     num_frames: Annotated[
-        int | None, typer.Option(help="Number of frames of every clip. Default: as the model was trained, or all.")
+        int | None,
+        typer.Option(
+            "--num-frames", "--num_frames", help="Number of frames of every clip. Default: as the model was trained, or all."
+        ),
     ] = None,
     size: Annotated[
         str | None, typer.Option(callback=_size, help="HEIGHTxWIDTH of generated clips. Default: as the model was trained.")
@@ -69,11 +83,29 @@ def evaluate(
         str, typer.Option(callback=one_of("fp32", "bf16"), help="Precision of the network and the codec: fp32 or bf16.")
     ] = "fp32",
     device: Annotated[str | None, DEVICE] = None,
+    latency: Annotated[int, typer.Option(metavar="N", help="Time one clip N times, stage by stage, after one to warm up.")] = 0,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Compare files of scores: fewstep evaluate --compare A.json B.json C.json.")
+    ] = False,
+    pred_video_paths: Annotated[str | None, typer.Option("--pred_video_paths", hidden=True)] = None,
+    gt_video_paths: Annotated[str | None, typer.Option("--gt_video_paths", hidden=True)] = None,
+    target_size: Annotated[tuple[int, int], typer.Option("--target_size", hidden=True)] = (224, 224),
 ) -> None:
     """Score the clips of a model, of a codec or of a folder, against real clips or the controls they were made for.
 
     KEY=VALUE sets a setting of the scorer: fewstep evaluate clips --out scores.json --scorer control preset=low
     """
+    if compare:
+        _compare([file for file in (what, *context.args) if file is not None], out)
+        return
+    if pred_video_paths is not None:  # as the original tools spell it: two patterns, all of their clips, one set
+        if gt_video_paths is None:
+            raise typer.BadParameter("--pred_video_paths needs --gt_video_paths, the real clips.")
+        what, real, sets = pred_video_paths, gt_video_paths, 1
+    if what is None:
+        raise typer.BadParameter("Missing argument 'WHAT'.")
+    if out is None:
+        raise typer.BadParameter("Missing option '--out'.")
     from fewstep.inference.request import SamplerOptions
 
     sampling = SamplerOptions(steps, sampler, shift, sigma_max, guidance)
@@ -82,11 +114,24 @@ def evaluate(
         from fewstep.inference.evaluate import run as score
 
     load(config)
+    names = () if control is None else tuple(name.strip() for name in control.split(","))
     shape = None if size is None else (int(size.split("x")[0]), int(size.split("x")[1]))
     task = Evaluation(
         what, prompts, real, out, num, sets, calls, sampling,
         text=text, negative=negative, max_tokens=max_tokens, mask_text=mask_text, num_frames=num_frames, size=shape,
         given_frames=given_frames, batch_size=batch_size, codec=codec, scorer=scorer_of(scorer, context.args, features),
-        control=control, truth=truth, precision=precision, device=device,
+        controls=names, truth=truth, latency=latency, precision=precision, device=device,
     )  # fmt: skip
     print(f"{out}: {line(score(task))}")
+
+
+def _compare(files: list[str], out: Path | None) -> None:
+    """Prints which differences between files of scores are real."""
+    if len(files) < 2:
+        raise typer.BadParameter("--compare needs two files or more: fewstep evaluate --compare A.json B.json.")
+    from fewstep.evaluation.compare import compare, table, write
+
+    rows = compare([Path(file) for file in files])
+    print(table(rows))
+    if out is not None:
+        write(out, rows)

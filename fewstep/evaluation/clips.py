@@ -169,10 +169,10 @@ class AnyClips(Scorer):
 
     # ---- real clips ----------------------------------------------------------------------------------------------------
 
-    def reference(self, real: Path | None, cache: Path | None = None) -> Reference:
+    def reference(self, real: Path | str | None, cache: Path | None = None) -> Reference:
         """Measures the real clips, or reads what was measured of the same files before."""
         assert real is not None, "checked by `needs`"
-        files = clip_files(real)
+        files = list(clip_files(real).values())
         if len(files) < LEAST:
             raise UserError(f"--real {real}: has {len(files)} clips; at least {LEAST} are needed, better hundreds")
         fps = tuple(video.probe(file).fps for file in files)
@@ -295,13 +295,21 @@ class Files(Sequence[Clip]):
         return video.read(self._files[place], count=self._num_frames).frames
 
 
-def clip_files(folder: Path) -> list[Path]:
-    """The videos or pictures of a folder, or of the data set it is, in the order of their names."""
-    plain = sorted(file for file in folder.glob("*.mp4") if not file.name.startswith(".")) if folder.is_dir() else []
-    if plain:
-        return plain
+def clip_files(where: Path | str) -> dict[str, Path]:
+    """The videos or pictures of a folder, of the data set it is, or of a pattern like clips/*.mp4, by name, in that order."""
+    folder = Path(where)
+    if "*" in str(where):
+        first = next(n for n, part in enumerate(folder.parts) if "*" in part)
+        found = sorted(Path(*folder.parts[:first]).glob(str(Path(*folder.parts[first:]))))
+        if not found:
+            raise UserError(f"{where}: there is no such file")
+        return {file.stem: file for file in found}
+    if not any((folder / part.folder).is_dir() for part in (VIDEOS, IMAGES)):
+        plain = sorted(file for file in folder.glob("*.mp4") if not file.name.startswith("."))
+        if plain:
+            return {file.stem: file for file in plain}
     place = Layout.open(folder)
-    return list((place.files(VIDEOS) or place.files(IMAGES)).values())
+    return place.files(VIDEOS) or place.files(IMAGES)
 
 
 def content_hash(files: Sequence[Path]) -> str:

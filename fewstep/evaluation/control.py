@@ -31,6 +31,13 @@ class CannyScores(NamedTuple):
     recall: float
 
 
+class KeypointScores(NamedTuple):
+    """Figures of two clips, matched one to one in every frame."""
+
+    distance: float  # mean over the points that both have, in shares of the picture's diagonal; nan if there is none
+    within: float  # share of the target's visible points whose counterpart is nearer than `radius`
+
+
 class MaskMatch(NamedTuple):
     """Objects of the two clips matched one to one by the overlap of their space-time tubes."""
 
@@ -167,10 +174,49 @@ def match_masks(clip: Masks, target: Masks, *, threshold: float = 0.1) -> MaskMa
         raise UserError(f"masks of different shapes {sorted(shapes)}. Cut and resize the clip before segmenting it.")
     overlap = np.array([[_iou(a, b) for b in others.values()] for a in own.values()])
     names, target_names = list(own), list(others)
-    matched = _assignment(-overlap)
+    matched = assignment(-overlap)
     pairs = tuple((names[i], target_names[j], float(overlap[i, j])) for i, j in matched if overlap[i, j] > threshold)
     mean = sum(iou for _, _, iou in pairs) / len(pairs) if pairs else 0.0
     return MaskMatch(mean, len(pairs) / len(matched), pairs, len(own), len(others))
+
+
+def keypoint_scores(
+    clip: Sequence[Sequence[np.ndarray]],
+    target: Sequence[Sequence[np.ndarray]],
+    size: tuple[int, int],
+    *,
+    visible: float = 0.6,
+    radius: float = 0.05,
+) -> KeypointScores:
+    """How far the keypoints of `clip` are from those of `target`, frame by frame.
+
+    Each frame is a list of figures (K, 3): x, y in 0..1 and a score, which must reach `visible` in both clips. Figures with as
+    many points are matched so that the sum of their mean distances is smallest. `within` is PCK (Yang & Ramanan 2013): a
+    point of the target that has no counterpart counts as missed.
+    """
+    height, width = size
+    to_pixels, diagonal = np.array([width, height], np.float64), float(np.hypot(height, width))
+    distances, num_target = list[float](), 0
+    for own, others in zip(clip, target, strict=True):
+        num_target += sum(int((figure[:, 2] >= visible).sum()) for figure in others)
+        if not own or not others:
+            continue
+        apart = [[_point_distances(a, b, visible, to_pixels / diagonal) for b in others] for a in own]
+        cost = np.array([[float(row.mean()) if len(row) else 10.0 for row in rows] for rows in apart])
+        for i, j in assignment(cost):
+            distances += apart[i][j].tolist()
+    if not num_target:
+        raise UserError("the target has no visible keypoint. Leave this clip out.")
+    near = sum(distance < radius for distance in distances)
+    return KeypointScores(float(np.mean(distances)) if distances else float("nan"), near / num_target)
+
+
+def _point_distances(a: np.ndarray, b: np.ndarray, visible: float, scale: np.ndarray) -> np.ndarray:
+    """Distances of the points that both figures show, in shares of the diagonal."""
+    if a.shape != b.shape:
+        return np.zeros(0)
+    both = (a[:, 2] >= visible) & (b[:, 2] >= visible)
+    return np.linalg.norm((a[both, :2] - b[both, :2]) * scale, axis=1)
 
 
 def _same_frame(clip: Clip, target: Clip) -> tuple[np.ndarray, np.ndarray]:
@@ -276,14 +322,14 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
     return np.count_nonzero(a & b) / np.count_nonzero(a | b)
 
 
-def _assignment(cost: np.ndarray) -> list[tuple[int, int]]:
+def assignment(cost: np.ndarray) -> list[tuple[int, int]]:
     """The pairs (row, column), min(rows, columns) of them, of least total cost: shortest augmenting paths, O(n^3).
 
     Jonker & Volgenant 1987. Rows enter one by one; `row_price` and `column_price` keep all reduced costs >= 0, so that Dijkstra
     finds the cheapest way to make room for the new row.
     """
     if cost.shape[0] > cost.shape[1]:
-        return sorted((i, j) for j, i in _assignment(cost.T))
+        return sorted((i, j) for j, i in assignment(cost.T))
     rows, columns = cost.shape
     row_price, column_price = np.zeros(rows), np.zeros(columns)
     row_of = np.full(columns, -1)

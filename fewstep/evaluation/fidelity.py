@@ -1,18 +1,23 @@
-"""Control fidelity: how well clips keep the control signals they were conditioned on (`--scorer control`).
+"""Control fidelity: how well clips keep the control signals they were conditioned on (`--control edge,vis,..`).
 
     edge      F1 of edge pixels: Canny of the clip against the edges it was conditioned on
     vis       SSIM of the clip's blur and the blur it was conditioned on
     depth     scale-invariant RMSE of two depth videos; the clips' own must be beside them (`fewstep prepare controls`)
     seg       mean IoU of matched objects; the clips' own masks must be beside them
+    keypoint  mean distance of matched keypoints; the clips' own must be beside them
 
 A control of the user's own that has `fidelity(clip, signal) -> float`, 0 to 1, is scored as NAME_fidelity. The measures are
 those of control.py, which has their sources and their limits for small clips.
+
+A raw score says little: at 32 x 32 an unrelated clip keeps .4 of the edges. So three anchors stand beside it, of the same
+signals: a clip that equals the signal's own measurement (the best there is), the real clip measured anew (what the annotator
+and the files lose), and an unrelated clip (chance).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -21,12 +26,12 @@ import numpy as np
 
 from fewstep.config import choices, kind
 from fewstep.data.controls import Control, Pixels, Span, Strength, made_of
-from fewstep.data.files import masks
+from fewstep.data.files import keypoints, masks, video
 from fewstep.errors import UserError
-from fewstep.evaluation.control import depth_rmse, edge_scores, match_masks, ssim
-from fewstep.evaluation.score import Clip, ClipSet, Need, Record, Score, Scorer, Value, mean_over_clips
+from fewstep.evaluation.control import depth_rmse, edge_scores, keypoint_scores, match_masks, ssim
+from fewstep.evaluation.score import Clip, ClipSet, Need, Record, Score, Scorer, mean_over_clips
 
-OF_FILES = ("depth", "seg")  # not to be had from pixels alone: the clips' own are files beside them
+OF_FILES = ("depth", "seg", "keypoint")  # not to be had from pixels alone: the clips' own are files beside them
 
 
 @runtime_checkable
@@ -45,7 +50,10 @@ LEGEND = (
     Score("depth_rmse", "Depth RMSE", "Error of the clip's depth, up to a factor, in shares of the range.", "lower", True),
     Score("seg_iou", "Mean IoU", "Overlap of the clip's objects and those it was conditioned on, matched.", "higher", True),
     Score("seg_recall", "Object recall", "Share of the matched objects that overlap; read it beside mean IoU.", "higher"),
+    Score("keypoint_distance", "Keypoint distance", "Mean error of keypoints, in shares of the diagonal.", "lower", True),
+    Score("keypoint_pck", "Keypoints kept", "Share of the keypoints that are within .05 of the diagonal.", "higher"),
 )
+SAME, ANNOTATED, UNRELATED = "the signal itself", "the real clips, measured anew", "unrelated clips"
 
 
 @kind("control", group="scorer")
@@ -64,24 +72,39 @@ class ControlFidelity(Scorer):
         return (*LEGEND, *(_legend_of(cls) for cls in others))
 
     def score(self, samples: ClipSet, reference: Any) -> Record:
-        clips = samples.clips
-        scores: dict[str, Value] = {}
+        columns: dict[str, list[float]] = {}
+        anchors: dict[str, dict[str, list[float]]] = {SAME: {}, ANNOTATED: {}, UNRELATED: {}}
         notes: list[str] = []
-        for name, signals in samples.controls.items():
-            measure = self._measure(name, signals.control)
-            if measure is None:
-                notes.append(f"{name}: there is no measure of its fidelity.")
-                continue
-            rows = zip(clips, signals.conditioned, signals.measured, strict=True)
-            values = [measure(clip, target, own) for clip, target, own in rows if target and (own or name not in OF_FILES)]
-            if len(values) < len(clips):
+        measures = {name: self._measure(name, signals.control) for name, signals in samples.controls.items()}
+        notes += [f"{name}: there is no measure of its fidelity." for name, measure in measures.items() if measure is None]
+        num = len(samples.clips)
+        scored = dict.fromkeys(measures, 0)
+        for place in range(num):
+            clip = samples.clips[place]
+            source = samples.sources[place] if samples.sources else None
+            real = None if source is None else video.read(source, count=len(clip)).frames
+            for name, measure in measures.items():
+                signals = samples.controls[name]
+                target, own = signals.conditioned[place], signals.measured[place]
+                if measure is None or target is None or (own is None and name in OF_FILES):
+                    continue
+                scored[name] += 1
+                _add(columns, measure(clip, target, own), place)
+                _add(anchors[SAME], measure(clip, target, target) if name in OF_FILES else _best(name), place)
+                if real is not None and name not in OF_FILES:
+                    _add(anchors[ANNOTATED], measure(real, target, None), place)
+                if (other := signals.conditioned[(place + max(1, num // 2)) % num]) is not None and num > 1:
+                    _add(anchors[UNRELATED], measure(clip, other, own), place)
+        for name, count in scored.items():
+            if count < num and measures[name] is not None:
                 advice = f"; measure theirs with: fewstep prepare controls DIR --type {name}" if name in OF_FILES else ""
-                notes.append(f"{name}: {len(clips) - len(values)} of {len(clips)} clips have no file to compare{advice}.")
-            for key in dict.fromkeys(key for value in values for key in value):
-                scores[key] = mean_over_clips([value.get(key, math.nan) for value in values])
-        if not scores:
+                notes.append(f"{name}: {num - count} of {num} clips have no file to compare{advice}.")
+        if not columns:
             raise UserError("; ".join(notes) or "no control was found to score")
-        return Record(f"control fidelity, preset {self.preset}", scores, notes=tuple(notes))
+        scores = {name: mean_over_clips(values) for name, values in columns.items()}
+        known = {title: {n: mean_over_clips(values) for n, values in one.items()} for title, one in anchors.items() if one}
+        per_clip = {name: values + [math.nan] * (num - len(values)) for name, values in columns.items()}
+        return Record(f"control fidelity, preset {self.preset}", scores, 0, tuple(notes), known, per_clip)
 
     def _measure(self, name: str, control: Control) -> Callable[[Clip, Path, Path | None], dict[str, float]] | None:
         """What computes the scores of a clip from the file it was conditioned on and, where needed, its own."""
@@ -113,7 +136,30 @@ class ControlFidelity(Scorer):
             match = match_masks(_objects(own, clip), objects)
             return {"seg_iou": match.mean_iou, "seg_recall": match.recall}
 
-        return {"edge": edge, "vis": vis, "depth": depth, "seg": seg}.get(name)
+        def keypoint(clip: Clip, target: Path, own: Path | None) -> dict[str, float]:
+            assert own is not None
+            figures, wanted = (
+                [[f.points for f in frame] for frame in keypoints.read(p, range(len(clip)))] for p in (own, target)
+            )
+            if not any((figure[:, 2] >= 0.6).any() for frame in wanted for figure in frame):
+                return {}
+            found = keypoint_scores(figures, wanted, (clip.shape[1], clip.shape[2]))
+            return {"keypoint_distance": found.distance, "keypoint_pck": found.within}
+
+        return {"edge": edge, "vis": vis, "depth": depth, "seg": seg, "keypoint": keypoint}.get(name)
+
+
+def _best(name: str) -> dict[str, float]:
+    """What a clip gets whose own signal is the one it was conditioned on."""
+    return {"edge": {"edge_f1": 1.0, "edge_recall": 1.0}, "vis": {"vis_ssim": 1.0}}.get(name, {f"{name}_fidelity": 1.0})
+
+
+def _add(columns: dict[str, list[float]], scores: Mapping[str, float], place: int) -> None:
+    """Puts the scores of a clip at its place; clips without one have nan."""
+    for name, value in scores.items():
+        column = columns.setdefault(name, [])
+        column += [math.nan] * (place - len(column))
+        column.append(value)
 
 
 def _legend_of(control: Any) -> Score:  # Any: a class that @kind registered
@@ -124,6 +170,11 @@ def _legend_of(control: Any) -> Score:  # Any: a class that @kind registered
 def _read(control: Any, path: Path, clip: Clip) -> Pixels:  # Any: a Control, also one that is Comparable
     """The signal in a file, as many frames as the clip has, at the clip's size."""
     return control.read(path, Span(0, len(clip)), (clip.shape[1], clip.shape[2]))
+
+
+def _figures(path: Path, clip: Clip) -> list[list[np.ndarray]]:
+    """The keypoints of each figure, frame by frame, of as many frames as the clip has."""
+    return [[figure.points for figure in frame] for frame in keypoints.read(path, range(len(clip)))]
 
 
 def _objects(path: Path, clip: Clip) -> list[tuple[str, np.ndarray]]:

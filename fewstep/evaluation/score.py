@@ -79,6 +79,18 @@ class Record:
     def __getitem__(self, name: str) -> Value:
         return self.scores[name]
 
+    def joined(self, other: Record) -> Record:
+        """The scores of two scorers on the same clips."""
+        return Record(
+            f"{self.name}; {other.name}",
+            {**self.scores, **other.scores},
+            max(self.num_reference, other.num_reference),
+            (*self.notes, *other.notes),
+            {**self.anchors, **other.anchors},
+            {**self.per_clip, **other.per_clip},
+            {**self.features, **other.features},
+        )
+
     def flat(self, who: str = "") -> dict[str, float]:
         """NAME_who, NAME_who_spread and NAME_who_n for each score, as summary.json has them."""
         end = f"_{who}" if who else ""
@@ -111,6 +123,7 @@ class ClipSet:
     prompts: Sequence[str] = ()
     controls: Mapping[str, Signals] = field(default_factory=dict[str, Signals])
     truth: Sequence[Path | None] = ()  # the clip that each one should equal, for PSNR and SSIM; (): there is none
+    sources: Sequence[Path | None] = ()  # the real clip whose caption and controls each one was made for; (): not known
     fps: float | None = None
 
 
@@ -133,7 +146,7 @@ class Scorer(ABC):
         """Whether to take this scorer if none is named, by the first clip and its caption (none, if it has none)."""
         return False
 
-    def reference(self, real: Path | None, cache: Path | None = None) -> Any:
+    def reference(self, real: Path | str | None, cache: Path | None = None) -> Any:
         """Statistics of the real clips in a folder, for `score`; `cache` is a folder for those that are costly to compute."""
         return None
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,10 @@ from fewstep.diffusion import Rng, TeacherSampler
 from fewstep.diffusion.sampling import Sampler
 from fewstep.errors import UserError
 from fewstep.evaluation.clips import AnyClips, Files, clip_files, content_hash
+from fewstep.evaluation.fidelity import ControlFidelity
 from fewstep.evaluation.score import AnyScorer, Clip, ClipSet, Record, Scorer, Signals, Value, over_sets
 from fewstep.files import whole_file, write_json
+from fewstep.inference import latency
 from fewstep.inference.card import Envelope
 from fewstep.inference.model import Model, changed, codec_of, open_model, place_network
 from fewstep.inference.request import SamplerOptions
@@ -55,7 +57,7 @@ class Evaluation:
 
     what: str
     prompts: Path | None  # data set: captions, text, controls, and real clips of the same scenes
-    real: Path | None  # the clips everything is compared with; of other scenes
+    real: Path | str | None  # the clips everything is compared with, of other scenes: a folder, or a pattern like real/*.mp4
     out: Path  # JSON to write; first clips go beside it, OUT without its suffix
     num: int | None = None  # clips in a set; None: 512, or as many as there are
     sets: int = 3
@@ -72,10 +74,11 @@ class Evaluation:
     batch_size: int = 64
     codec: str | None = None  # None: the one beside the model
     scorer: Scorer | None = None  # None: `clips`, or the one that suits these clips
-    control: str | None = None  # the control of the data set that a model is conditioned on
+    controls: tuple[str, ...] = ()  # of the data set: scored, and the one that a model has a branch for is given to it
     truth: Path | None = None  # clips of the same names that each one should equal
     precision: str = "fp32"
     device: str | None = None
+    latency: int = 0  # timed repetitions of one clip, stage by stage; 0: none
 
     @property
     def per_set(self) -> int:
@@ -89,24 +92,28 @@ def run(task: Evaluation) -> dict[str, Any]:
         if (value := getattr(task, name)) is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}")
     torch.set_num_threads(1)
+    if Path(task.what).is_dir() and task.out.with_suffix("").resolve() == Path(task.what).resolve():
+        raise UserError(f"--out {task.out}: clips to look at would go into {task.what}, which is scored. Choose another name")
     task = replace(task, num=_num(task))
-    scorer = _scorer_of(task)
+    scorers = _scorers_of(task)
+    ranks_by = scorers[0]
     results: dict[str, Any] = {"what": task.what}
     if _is_clips(task.what):
         _refuse_options(task, "holds clips that are made already")
-        sources = _sets_of(Path(task.what), task, scorer)
-        reference = _reference(task, scorer)
+        sources = _sets_of(task, any("prompts" in scorer.needs for scorer in scorers))
+        references = [_reference(task, scorer) for scorer in scorers]
     elif task.what.startswith("codec:"):
         _refuse_options(task, "is a codec, which takes no steps")
         if task.what == "codec:":
             raise UserError("codec: which one? codec:FOLDER, of an autoencoder of diffusers or of its pipeline")
         codec, data = open_codec(task.what.removeprefix("codec:"), device=_device(task)), opened(task)
-        reference = _reference(task, scorer)
+        references = [_reference(task, scorer) for scorer in scorers]
         sources = iter([_set_of(Made(_through(codec, data, task), task.per_set, task.batch_size), data, task, data.layout)])
     else:
-        model = open_model(task.what, controls=_controls(task))
+        model = open_model(task.what, controls=task.controls[:1])
         task = _within(task, model.envelope)
-        data = opened(task)
+        branches = model.network.traits.controls
+        data = opened(task, next((name for name in task.controls if name in branches), None))
         sampler: Sampler = model.sampler
         if not isinstance(sampler, TeacherSampler):
             _refuse_options(task, f"is a student, which takes the {len(sampler.times)} steps it was trained for")
@@ -114,26 +121,28 @@ def run(task: Evaluation) -> dict[str, Any]:
             raise UserError(f"--calls: finds steps, sampler and shift by itself; leave out {', '.join(names)}")
         place_network(model, torch.device(_device(task)), task.precision)
         codec = codec_of(model, task.what, task.codec, precision=task.precision, device=_device(task))
-        reference = _reference(task, scorer)
+        references = [_reference(task, scorer) for scorer in scorers]
         candidates: list[dict[str, Any]] = []
         if isinstance(sampler, TeacherSampler):
             sampler = changed(sampler, task.sampling)
             if task.calls is not None:
-                sampler, candidates = best_of(model, sampler, codec, data, task, scorer, reference)
+                sampler, candidates = best_of(model, sampler, codec, data, task, ranks_by, references[0])
         results |= {"num_calls": sampler.num_calls, "candidates": candidates, "guidance": sampler.guidance}
+        if task.latency:
+            results["latency"] = measured_latency(model, sampler, codec, data, task)
         results |= {"sampler": _named(sampler)} if isinstance(sampler, TeacherSampler) else {}
         sources = (_made(model, sampler, codec, data, task, task.per_set, k) for k in range(task.sets))
-    parts = [_scored(samples, scorer, reference, task, k) for k, samples in enumerate(sources)]
+    parts = [_scored(samples, scorers, references, task, k) for k, samples in enumerate(sources)]
     records = [part.record for part in parts]
     names = list(dict.fromkeys(name for record in records for name in record.scores))
     values = {name: over_sets([record[name] for record in records if name in record.scores]) for name in names}
     results |= {
-        "scorer": {"kind": scorer.kind, **dump(scorer)},  # pyright: ignore[reportAttributeAccessIssue]  # @kind sets it
+        "scorers": [_settings(scorer) for scorer in scorers],
         "measured_by": records[0].name,
         "num_reference": records[0].num_reference,
-        "protocol": _protocol(task, scorer, parts),
+        "protocol": _protocol(task, scorers, parts),
         "notes": sorted({*_few_sets(task, len(records)), *(note for record in records for note in record.notes)}),
-        "legend": [asdict(score) for score in scorer.legend if score.name in values],
+        "legend": [asdict(score) for scorer in scorers for score in scorer.legend if score.name in values],
         "scores": {name: _written(value) for name, value in values.items()},
         "anchors": _anchors(records),
         "sets": [part.listing() for part in parts],
@@ -158,11 +167,15 @@ class _Part:
         return {"stems": list(self.stems), "prompts": list(self.prompts), "per_clip": per_clip}
 
 
-def _scored(samples: ClipSet, scorer: Scorer, reference: Any, task: Evaluation, number: int) -> _Part:
+def _scored(samples: ClipSet, scorers: Sequence[Scorer], references: Sequence[Any], task: Evaluation, number: int) -> _Part:
     seen = _Seen(samples.clips)
     if number == 0:
         _keep(seen, samples, task)
-    record = scorer.score(replace(samples, clips=seen), reference)
+    samples = replace(samples, clips=seen)
+    records = [scorer.score(samples, reference) for scorer, reference in zip(scorers, references, strict=True)]
+    record = records[0]
+    for other in records[1:]:
+        record = record.joined(other)
     return _Part(record, samples.stems, samples.prompts, frozenset(seen.shapes), samples.fps)
 
 
@@ -188,22 +201,25 @@ class _Seen(Sequence[Clip]):
 PROTOCOL = 1  # raised when the same settings give other numbers
 
 
-def _protocol(task: Evaluation, scorer: Scorer, parts: Sequence[_Part]) -> dict[str, Any]:
+def _settings(scorer: Scorer) -> dict[str, Any]:
+    return {"kind": scorer.kind, **dump(scorer)}  # pyright: ignore[reportAttributeAccessIssue]  # @kind sets it
+
+
+def _protocol(task: Evaluation, scorers: Sequence[Scorer], parts: Sequence[_Part]) -> dict[str, Any]:
     """All that decides the numbers but for the model."""
     texts = [f"{stem} {prompt}" for part in parts for stem, prompt in zip(part.stems, part.prompts)]
     return {
         "version": PROTOCOL,
-        "scorer": {"kind": scorer.kind, **dump(scorer)},  # pyright: ignore[reportAttributeAccessIssue]  # @kind sets it
-        **scorer.protocol(),
+        "scorers": [{**_settings(scorer), **scorer.protocol()} for scorer in scorers],
         "clips_per_set": task.num,
         "sets": len(parts),
         "seeds": [SEEDS + k for k in range(len(parts))],
         "prompts": hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16],
-        "real": None if task.real is None or "real" not in scorer.needs else content_hash(clip_files(task.real)),
-        "truth": None if task.truth is None else content_hash(clip_files(task.truth)),
+        "real": None if task.real is None else content_hash(list(clip_files(task.real).values())),
+        "truth": None if task.truth is None else content_hash(list(clip_files(task.truth).values())),
         "frames_height_width": sorted(list(shape) for shape in {shape for part in parts for shape in part.shapes})[:20],
         "fps": sorted({part.fps for part in parts if part.fps is not None}),
-        "control": task.control,
+        "controls": list(task.controls),
     }
 
 
@@ -253,39 +269,45 @@ def scorer_of(name: str | None, settings: Sequence[str] = (), features: str | No
     return apply_overrides(choice, [f"scorer.{setting}" for setting in settings]).scorer
 
 
-def _scorer_of(task: Evaluation) -> Scorer:
-    """The scorer of the task; raises UserError if the task lacks something it needs."""
-    scorer = task.scorer or _suitable(task)
-    if task.per_set < scorer.min_clips:
-        raise UserError(f"--num {task.num}: a set needs at least {scorer.min_clips} clips, and better hundreds")
-    if "real" in scorer.needs and task.real is None:
-        raise UserError("--real: this scorer compares with real clips; give their folder")
-    return scorer
+def _scorers_of(task: Evaluation) -> tuple[Scorer, ...]:
+    """The scorers of the task; raises UserError if it lacks something that one of them needs."""
+    if task.scorer is not None:
+        scorers: tuple[Scorer, ...] = (task.scorer,)
+    else:
+        fidelity = (ControlFidelity(),) if task.controls else ()
+        scorers = fidelity if fidelity and task.real is None else (_suitable(task), *fidelity)
+    _control_kinds(task.controls)
+    for scorer in scorers:
+        if task.per_set < scorer.min_clips:
+            raise UserError(f"--num {task.num}: a set needs at least {scorer.min_clips} clips, and better hundreds")
+        if "real" in scorer.needs and task.real is None:
+            raise UserError("--real: this scorer compares with real clips; give their folder")
+    return scorers
 
 
 def _suitable(task: Evaluation) -> Scorer:
     """The scorer that was made for clips like these, or the one for clips of any kind."""
+    files = _files_of(task)
+    stem, first = next(iter(files.items()))
     folder = Path(task.what) if _is_clips(task.what) else _prompts(task)
-    place = Layout.open(folder)
-    stem, first = next(iter(_pixels_of(place).items()), ("", None))
-    if first is None:
-        raise UserError(f"{folder}: has no videos/*.mp4")
-    caption = place.files(CAPTIONS).get(stem)
+    captions = Layout.open(folder).files(CAPTIONS) if _is_data_set(folder) else {}
+    texts = (captions[stem].read_text().strip(),) if stem in captions else ()
     kinds: dict[str, Any] = choices("scorer")
-    texts = () if caption is None else (caption.read_text().strip(),)
     return next((kind() for kind in kinds.values() if kind().suits(video.probe(first), texts)), AnyClips())
+
+
+def _files_of(task: Evaluation) -> dict[str, Path]:
+    """The clips to be scored, or the real clips of the prompts; refuses none."""
+    where = task.what if _is_clips(task.what) else _prompts(task)
+    files = clip_files(where)
+    if not files:
+        raise UserError(f"{where}: has no videos/*.mp4")
+    return files
 
 
 def _num(task: Evaluation) -> int:
     """Clips in a set: as asked for, or 512, or as many as there are."""
-    if task.num is not None:
-        return task.num
-    folder = Path(task.what) if _is_clips(task.what) else _prompts(task)
-    return min(512, len(_pixels_of(Layout.open(folder))))
-
-
-def _pixels_of(place: Layout) -> dict[str, Path]:
-    return place.files(VIDEOS) or place.files(IMAGES)
+    return min(512, len(_files_of(task))) if task.num is None else task.num
 
 
 def _device(task: Evaluation) -> str:
@@ -304,10 +326,6 @@ def _prompts(task: Evaluation) -> Path:
     return task.prompts
 
 
-def _controls(task: Evaluation) -> list[str]:
-    return [] if task.control is None else [task.control]
-
-
 def _refuse_options(task: Evaluation, why: str) -> None:
     """Refuses options of a teacher's sampler where they would have no effect."""
     names = ["--calls"] * (task.calls is not None) + task.sampling.names()
@@ -320,7 +338,7 @@ def _few_sets(task: Evaluation, num: int) -> list[str]:
 
 
 def _reference(task: Evaluation, scorer: Scorer) -> Any:
-    return scorer.reference(task.real, task.out.parent / "cache")
+    return scorer.reference(task.real, task.out.parent / "cache") if task.real is not None else scorer.reference(None)
 
 
 def _number(x: float) -> float | None:
@@ -459,21 +477,20 @@ def _named(sampler: TeacherSampler) -> str:
     return f"{sampler.solver}, {sampler.num_steps} steps, {grid}{guided}"
 
 
-def opened(task: Evaluation) -> FolderData:
-    """The data set of the prompts: the first `num_frames` frames of each clip, at the size of the task."""
-    control: Any = None if task.control is None else _control_kinds((task.control,))[task.control]()
+def opened(task: Evaluation, control: str | None = None) -> FolderData:
+    """The data set of the prompts: the first `num_frames` frames of each clip, at the size of the task.
+
+    control: what of the data set's the model receives.
+    """
     folder = _prompts(task)
-    first = next(iter(_pixels_of(Layout.open(folder)).values()), None)
-    if first is None:
-        raise UserError(f"{folder}: has no videos/*.mp4. Their length and size are those of the clips to be made")
-    header = video.probe(first)
+    header = video.probe(next(iter(_files_of(task).values())))
     data = Folder(
         str(folder),
         text=task.text,
         max_tokens=task.max_tokens,
         mask_text=task.mask_text,
         negative=task.negative,
-        control=control,
+        control=None if control is None else _control_kinds((control,))[control](),
         num_frames=None if task.num_frames in (None, header.num_frames) else task.num_frames,
         start_frame_interval=1 if task.num_frames in (None, header.num_frames) else 1 << 30,  # one window of each clip
         video_size=None if task.size in (None, header.size) else task.size,
@@ -493,57 +510,64 @@ def _through(codec: Codec, data: FolderData, task: Evaluation) -> Callable[[Tens
     return make
 
 
-def _is_clips(what: str) -> bool:
-    folder = Path(what)
+def _is_data_set(folder: Path) -> bool:
     return any((folder / part.folder).is_dir() for part in (VIDEOS, IMAGES))
+
+
+def _is_clips(what: str) -> bool:
+    """Whether this is no model: a data set, a folder of mp4, or a pattern like clips/*.mp4."""
+    folder = Path(what)
+    return _is_data_set(folder) or "*" in what or (not (folder / "model_index.json").is_file() and any(folder.glob("*.mp4")))
 
 
 def _set_of(clips: Sequence[Clip], data: FolderData, task: Evaluation, truth: Layout | None = None) -> ClipSet:
     """Clips that were made for the first samples of the data set."""
     stems = data.stems[: len(clips)]
-    place = Layout.open(task.truth) if task.truth is not None else truth
+    files = {} if truth is None else clip_files(truth.root)
+    files = files if task.truth is None else clip_files(task.truth)
+    own = data.layout.files(VIDEOS)
     fps = data.batch(torch.tensor([0])).cond.fps
     return ClipSet(
         clips,
         stems,
         data.captions()[: len(clips)],
-        _signals(stems, data.layout, None, _controls(task)),
-        _truth(stems, place),
+        _signals(stems, data.layout, None, task.controls),
+        _truth(stems, files, task),
+        [own.get(stem) for stem in stems],
         None if fps is None else round(float(fps[0]), 3),
     )
 
 
-def _truth(stems: Sequence[str], place: Layout | None) -> list[Path | None]:
+def _truth(stems: Sequence[str], files: Mapping[str, Path], task: Evaluation) -> list[Path | None]:
     """The clip that each one should equal; refuses a folder that has none of them."""
-    if place is None:
-        return []
-    files = _pixels_of(place)
     found = [files.get(stem) for stem in stems]
-    if not any(found):
-        raise UserError(f"--truth: {place.root} has no clip named like those that are scored, {stems[0]} for instance")
-    return found
+    if task.truth is not None and not any(found):
+        raise UserError(f"--truth: {task.truth} has no clip named like those that are scored, {stems[0]} for instance")
+    return found if any(found) else []
 
 
-def _sets_of(folder: Path, task: Evaluation, scorer: Scorer) -> Iterator[ClipSet]:
-    """The folder's clips, `task.num` at a time, as many whole sets as there are, up to `task.sets`.
+def _sets_of(task: Evaluation, needs_captions: bool) -> Iterator[ClipSet]:
+    """The clips of the folder, `task.num` at a time, as many whole sets as there are, up to `task.sets`.
 
     Captions are the folder's own. The controls that the clips were conditioned on are those of --prompts, by file name; without
     --prompts they are the folder's own.
     """
-    own = Layout.open(folder)
+    folder, files = Path(task.what), clip_files(task.what)
+    own = Layout.open(folder) if _is_data_set(folder) else None
     theirs = own if task.prompts is None else Layout.open(task.prompts)
-    files, captions = _pixels_of(own), own.files(CAPTIONS)
-    stems = list(files)
-    if len(files) < task.per_set or ("prompts" in scorer.needs and set(captions) != set(files)):
+    captions = {} if own is None else own.files(CAPTIONS)
+    if len(files) < task.per_set or (needs_captions and set(captions) != set(files)):
         raise UserError(f"{folder}: has {len(files)} clips and {len(captions)} captions; a set needs {task.num} of both")
-    place = None if task.truth is None else Layout.open(task.truth)
+    truth = {} if task.truth is None else clip_files(task.truth)
+    sources = {} if task.prompts is None or theirs is None else theirs.files(VIDEOS)
+    stems = list(files)
     for k in range(min(task.sets, len(files) // task.per_set)):
         part = stems[k * task.per_set : (k + 1) * task.per_set]
         prompts = [captions[stem].read_text().strip() if stem in captions else "" for stem in part]
-        controls = _signals(part, theirs, own if theirs != own else None, _controls(task))
-        fps = video.probe(files[part[0]]).fps
+        controls = {} if theirs is None else _signals(part, theirs, own if theirs != own else None, task.controls)
         clips = Files([files[stem] for stem in part], task.num_frames)
-        yield ClipSet(clips, part, prompts, controls, _truth(part, place), round(fps, 3) or None)
+        fps = round(video.probe(files[part[0]]).fps, 3) or None
+        yield ClipSet(clips, part, prompts, controls, _truth(part, truth, task), [sources.get(stem) for stem in part], fps)
 
 
 def _signals(stems: Sequence[str], conditioned: Layout, measured: Layout | None, names: Sequence[str]) -> dict[str, Signals]:
@@ -569,6 +593,13 @@ def _control_kinds(names: Sequence[str]) -> dict[str, Any]:
 def _keep(clips: Sequence[Clip], samples: ClipSet, task: Evaluation) -> None:
     for n in range(min(task.keep, len(clips))):
         video.write(task.out.with_suffix("") / f"{n:02d}.mp4", clips[n], samples.fps or 16.0, quality="lossless")
+
+
+def measured_latency(model: Model, sampler: Sampler, codec: Codec, data: FolderData, task: Evaluation) -> dict[str, Any]:
+    """Seconds of one clip, stage by stage, after one clip to warm up; see latency.py."""
+    prompt = data.captions()[0]
+    batch = data.batch(torch.tensor([0])).to(_device(task))
+    return latency.measure(model, sampler, codec, batch, prompt, task.latency, _device(task))
 
 
 def speed(task: Evaluation, num: int = 16, repeats: int = 3) -> Value:

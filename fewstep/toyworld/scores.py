@@ -67,7 +67,7 @@ class ToyWorld(Scorer):
     def suits(self, clip: Header, captions: Sequence[str]) -> bool:
         return (clip.num_frames, *clip.size) == features.shipped().size and bool(captions) and all(map(_is_readable, captions))
 
-    def reference(self, real: Path | None, cache: Path | None = None) -> Reference:
+    def reference(self, real: Path | str | None, cache: Path | None = None) -> Reference:
         assert real is not None, "checked by `needs`"
         return reference(real, cache)
 

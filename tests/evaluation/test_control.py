@@ -9,7 +9,7 @@ import scipy.optimize
 import torch
 
 from fewstep.evaluation import blur_ssim, canny_f1, depth_rmse, mean_iou
-from fewstep.evaluation.control import _assignment, canny_scores, match_masks
+from fewstep.evaluation.control import assignment, canny_scores, match_masks
 
 cv2.setNumThreads(1)
 
@@ -209,7 +209,7 @@ def test_assignment_against_scipy() -> None:
     for trial in range(400):
         shape = rng.integers(1, 9, 2)
         cost = rng.integers(0, 4, shape).astype(float) if trial % 2 else rng.normal(size=shape)
-        pairs = _assignment(cost)
+        pairs = assignment(cost)
         assert len(pairs) == min(shape) == len({i for i, _ in pairs}) == len({j for _, j in pairs})
         best = cost[scipy.optimize.linear_sum_assignment(cost)].sum()
         assert sum(cost[i, j] for i, j in pairs) == pytest.approx(best, abs=1e-9)

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import fewstep
+from fewstep.batch import Batch, Condition
 from fewstep.data.files import video
-from fewstep.diffusion import StudentSampler
+from fewstep.diffusion import StudentSampler, TeacherSampler
 from fewstep.evaluation.score import Value, over_sets
+from fewstep.inference import latency
 from fewstep.inference.evaluate import Evaluation, line, run
 from fewstep.inference.model import Model, codec_of, open_model
 from fewstep.inference.request import SamplerOptions
@@ -28,12 +31,32 @@ def test_a_model_without_a_codec_asks_for_one_and_takes_the_one_that_is_named() 
     assert codec_of(bare, "somebody/run", TOY).fingerprint == codec_of(whole, TOY).fingerprint
 
 
+def test_latency_counts_network_calls_and_names_what_a_rate_is_of() -> None:
+    """Counted by the network itself: guidance calls it twice a step. The end to end is the sum of the stages."""
+    model = open_model(TOY)
+    codec, calls = codec_of(model, TOY), [0]
+    assert isinstance(model.sampler, TeacherSampler)
+    sampler = replace(model.sampler, num_steps=3, guidance=2.0)
+    text = torch.zeros(1, 4, 64)
+    cond = Condition(text=text, text_mask=torch.ones(1, 4, dtype=torch.bool))
+    model.network.module.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    batch = Batch(x0=torch.zeros(1, 3, 17, 32, 32), cond=cond, negative=cond)
+    found = latency.measure(model, sampler, codec, batch, "a red sphere is dropped.", 2, "cpu")
+    assert found["network_calls"] == 6 == sampler.num_calls
+    assert calls[0] in (4 * 6, 4 * 3)  # two timed, one to warm up, one for the decoder; guidance may share a batch
+    seconds = found["seconds"]
+    assert set(seconds) == {"text", "denoise", "decode", "end_to_end"} and found["has_text"]
+    assert all(row["p5"] <= row["median"] <= row["p95"] for row in seconds.values())
+    assert found["frames_per_s_denoise_only"] == pytest.approx(17 / seconds["denoise"]["median"])
+    assert found["frames_per_s_end_to_end"] == pytest.approx(17 / seconds["end_to_end"]["median"])
+
+
 def test_what_would_have_no_effect_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A score is of what was asked for: options of a teacher's sampling are refused elsewhere, not passed over."""
     whole = open_model(TOY)
     student = replace(whole, sampler=StudentSampler((1.0, 0.5), whole.network.path, "fresh"))
     monkeypatch.setattr("fewstep.inference.evaluate.open_model", lambda _, controls: student)
-    monkeypatch.setattr("fewstep.inference.evaluate.opened", lambda _: None)
+    monkeypatch.setattr("fewstep.inference.evaluate.opened", lambda _task, _control: None)
     here, clips = tmp_path / "x", tmp_path / "clips"
     (clips / "videos").mkdir(parents=True)
     job = Evaluation("a/student", here, here, here, num=512, scorer=ToyWorld())

@@ -82,7 +82,7 @@ def test_a_scorer_in_a_file_of_ones_own_scores_clips_of_any_size(
             "is_headline": True,
         }
     ]
-    assert record["scorer"] == {"kind": "my_contrast", "scale": 0.5} and record["notes"] == ["(9, 24, 40, 3)"]
+    assert record["scorers"] == [{"kind": "my_contrast", "scale": 0.5}] and record["notes"] == ["(9, 24, 40, 3)"]
     assert f"contrast {value['value']:.3g} +- " in capsys.readouterr().out
     assert video.read(tmp_path / "scores" / "00.mp4").frames.shape == (FRAMES, *SIZE, 3)
 

@@ -53,7 +53,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluated(folders: Path, name: str, *words: str) -> dict:
-    out = folders / f"{name}.json"
+    out = folders / "scores" / f"{name}.json"
     where = ("--real", str(folders / "real"), "--out", str(out), "--sets", "1", "--features", "descriptors,random_network")
     assert main(["evaluate", str(folders / name), *where, *words]) == 0
     return json.loads(out.read_text())
@@ -88,5 +88,45 @@ def test_clips_with_a_truth_have_psnr_and_ssim(folders: Path) -> None:
 
 def test_nothing_of_the_toy_world_takes_part(folders: Path) -> None:
     record = evaluated(folders, "good", "--num", "8", "--sets", "3")
-    assert record["scorer"]["kind"] == "clips" and len(record["sets"]) == 2
+    assert [row["kind"] for row in record["scorers"]] == ["clips"] and len(record["sets"]) == 2
     assert record["scores"]["mmd_descriptors"]["num"] == 16
+
+
+def test_the_command_of_the_original_tools_pastes(folders: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    words = ("--pred_video_paths", f"{folders}/good/videos/*.mp4", "--gt_video_paths", f"{folders}/real/*.mp4")
+    assert main(["evaluate", *words, "--num_frames", "5", "--output_file", str(out), "--features", "descriptors"]) == 0
+    record = json.loads(out.read_text())
+    assert record["protocol"]["frames_height_width"] == [[5, 64, 64]] and record["protocol"]["clips_per_set"] == NUM
+    assert record["num_reference"] == NUM and record["scores"]["mmd_descriptors"]["num"] == NUM
+
+
+def test_a_comparison_says_which_differences_are_real_and_refuses_unlike_protocols(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("good", "bad"):
+        evaluated(folders, name)
+    scores = folders / "scores"
+    out = tmp_path / "differences.json"
+    assert main(["evaluate", "--compare", str(scores / "good.json"), str(scores / "bad.json"), "--out", str(out)]) == 0
+    assert "worse" in capsys.readouterr().out
+    rows = {row["score"]: row for row in json.loads(out.read_text())["differences"]}
+    for name, how in (
+        ("mmd_descriptors", "same halves"),
+        ("coverage_descriptors", "same halves"),
+        ("sharpness", "clip by clip"),
+    ):
+        assert rows[name]["verdict"] == "worse" and rows[name]["how"] == how, rows[name]
+    assert rows["mmd_descriptors"]["low"] > 0
+    each = [json.loads((scores / f"{name}.json").read_text())["sets"][0]["per_clip"]["sharpness"] for name in ("good", "bad")]
+    real = json.loads((scores / "good.json").read_text())["anchors"]["one half of the real clips against the other"][
+        "sharpness"
+    ]
+    wanted = abs(np.mean(each[1]) - real["value"]) - abs(np.mean(each[0]) - real["value"])
+    assert rows["sharpness"]["difference"] == pytest.approx(wanted)
+    assert main(["evaluate", "--compare", str(scores / "good.json"), str(scores / "good.json"), "--out", str(out)]) == 0
+    assert {row["verdict"] for row in json.loads(out.read_text())["differences"]} <= {"no difference", "not measured"}
+    evaluated(folders, "bad", "--num-frames", "7")
+    assert main(["evaluate", "--compare", str(scores / "good.json"), str(scores / "bad.json")]) == 1
+    text = capsys.readouterr().err
+    assert "unlike protocols" in text and "frames_height_width is [[7, 64, 64]], not [[9, 64, 64]]" in text
