@@ -84,8 +84,11 @@ class Networks:
         refuse_contradictions([("networks.teacher", self.teacher), *((f"networks.{role}.network", spec) for role, spec in own)])
 
 
-def build(config: Networks, roles: Iterable[str], seed: int) -> dict[str, Network]:
-    """The networks of `roles`, on the CPU, with their weights."""
+def build(config: Networks, roles: Iterable[str], seed: int, resumes: bool = False) -> dict[str, Network]:
+    """The networks of `roles`, on the CPU, with their weights.
+
+    resumes: a checkpoint will fill the trained roles, so that the weights they started from are not read (`init`).
+    """
     teacher = None if config.teacher is None else _built(config.teacher, "teacher", seed)
     if teacher is not None and config.teacher_init:
         load_into(teacher.module, read(config.teacher_init, teacher.module), config.teacher_init)
@@ -104,11 +107,11 @@ def build(config: Networks, roles: Iterable[str], seed: int) -> dict[str, Networ
                 raise UserError("networks.head: this method trains a discriminator, but none is configured")
             nets[role] = _built(config.head, role, seed)  # no Denoiser, but with a module to place, train and save
         else:
-            nets[role] = _role(getattr(config, role), config, teacher, role, seed)
+            nets[role] = _role(getattr(config, role), config, teacher, role, seed, resumes)
     if adapted:
         if teacher is None:
             raise UserError(f"networks.{adapted[0]}: adapters lie over the teacher's weights, and there is no teacher")
-        nets |= _adapted({role: getattr(config, role) for role in adapted}, teacher, seed)
+        nets |= _adapted({role: getattr(config, role) for role in adapted}, teacher, seed, resumes)
         if "teacher" in nets:
             shared = nets[adapted[0]]
             assert isinstance(shared, Shared)
@@ -116,7 +119,7 @@ def build(config: Networks, roles: Iterable[str], seed: int) -> dict[str, Networ
     return {role: nets[role] for role in roles}
 
 
-def _adapted(configs: Mapping[str, Lora], teacher: Network, seed: int) -> dict[str, Network]:
+def _adapted(configs: Mapping[str, Lora], teacher: Network, seed: int, resumes: bool) -> dict[str, Network]:
     """The roles that are adapters over `teacher`, whose module is changed in place to hold them."""
     base = {name: tensor.detach() for name, tensor in teacher.module.state_dict().items()}
     backbone = Backbone(teacher)
@@ -124,7 +127,7 @@ def _adapted(configs: Mapping[str, Lora], teacher: Network, seed: int) -> dict[s
     for role, config in configs.items():
         with drawing(role, seed):
             nets[role] = backbone.add(role, config)
-        if config.init != "teacher":
+        if config.init != "teacher" and not resumes:
             source = f"{config.init} (networks.{role}.init)"
             load_into(nets[role].module, as_adapters(read(config.init), base, nets[role].module, config, source), source)
     return nets
@@ -155,19 +158,19 @@ def wholes(nets: Mapping[str, Network]) -> list[Whole]:
     return found
 
 
-def _role(role: Role, config: Networks, teacher: Network | None, name: str, seed: int) -> Network:
-    network = _weighted_role(role, config, teacher, name, seed)
+def _role(role: Role, config: Networks, teacher: Network | None, name: str, seed: int, resumes: bool) -> Network:
+    network = _weighted_role(role, config, teacher, name, seed, resumes)
     return network if role.causal is None else Causal.of(network, role.causal)
 
 
-def _weighted_role(role: Role, config: Networks, teacher: Network | None, name: str, seed: int) -> Network:
+def _weighted_role(role: Role, config: Networks, teacher: Network | None, name: str, seed: int, resumes: bool) -> Network:
     if role.network is None and teacher is None:
         raise UserError(f"networks.{name}: has no network of its own, and there is no teacher to take after")
     if role.network is None and role.init == "teacher":
         assert teacher is not None
         return twin_of(teacher)
     network = _built(role.network or config.teacher, name, seed)
-    if role.init == "random":
+    if role.init == "random" or resumes:
         return network
     if role.init != "teacher":
         weights = read(role.init, network.module)

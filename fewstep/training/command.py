@@ -9,7 +9,9 @@ from fewstep.config import Command, build_recipe, check, compose, originals, to_
 from fewstep.environment import ranks
 from fewstep.files import write_text
 from fewstep.parallel import join_world, leave_world
+from fewstep.training.checkpoint import POINTER
 from fewstep.training.loop import train
+from fewstep.training.resume import changes_in
 from fewstep.training.run import Run
 
 
@@ -42,10 +44,16 @@ def _dry_run(config: Run) -> None:
 
     path = config.job.folder() / "config.yaml"
     text = to_yaml(config)
-    write_text(path, text)
+    has_begun = (path.parent / "checkpoints" / POINTER).is_file()  # then its config.yaml says what was trained
+    if not has_begun:
+        write_text(path, text)
     print(text, end="")
     print(dryrun(config), file=sys.stderr)
-    print(f"dry run: {path} is written, nothing was trained", file=sys.stderr)
+    if not has_begun:
+        print(f"dry run: {path} is written, nothing was trained", file=sys.stderr)
+        return
+    changed = "; ".join(map(str, changes_in(path.parent, config))) or "no setting differs"
+    print(f"dry run: {path.parent} holds a run that has begun, {path} stays as it is: {changed}", file=sys.stderr)
 
 
 def _train_stage(name: str, later: Run) -> None:

@@ -40,6 +40,7 @@ from fewstep.training.log import RunLog
 from fewstep.training.meter import Meter
 from fewstep.training.original_files import write_original_files
 from fewstep.training.preview import Scene
+from fewstep.training.resume import Resumption
 from fewstep.training.run import Run
 from fewstep.training.run_folder import peak_memory_gib, sampler_of, summary, write_records
 from fewstep.training.signals import Signals
@@ -75,26 +76,32 @@ def _train(run: Run, world: World) -> dict[str, Any]:
     began, folder, method, last = time.monotonic(), run.job.folder(), run.method, run.trainer.max_iter
     global_batch = run.trainer.batch_size * run.trainer.grad_accum * world.size
 
+    # --- where to begin: this run's latest checkpoint, or the beginning
+    options = run.checkpoint
+    checkpoints = Checkpoints(folder / "checkpoints", world, options.keep_last, options.keep_every, options.async_write)
+    latest = checkpoints.latest()
+    resumption = None if latest is None else Resumption.of(run, latest)
+    results = None if resumption is None else resumption.results(last)
+    if resumption is not None and results is not None:
+        if world.is_main:
+            print(resumption.nothing_to_do(last), file=sys.stderr)
+        return results
+
     # --- what is cheap to check comes before what is dear to load
     run.networks.refuse_contradictions()
     data = run.data.open()
     first = _check_data(run, data)
-    options = run.checkpoint
-    checkpoints = Checkpoints(folder / "checkpoints", world, options.keep_last, options.keep_every, options.async_write)
-    latest = checkpoints.latest()
 
     # --- networks, on their device, sharded; then the trained ones with their weights, optimisers and average
-    networks = build(run.networks, method.roles, run.trainer.seed)
+    networks = build(run.networks, method.roles, run.trainer.seed, resumes=latest is not None)
     if latest is None and options.load_path is not None:
         _load_weights(options.load_path, networks)
     crew = assemble(run, networks, world)
     sampler = sampler_of(run, crew.student.network)
 
-    # --- where to begin: this run's latest checkpoint, or the beginning
     progress = Progress() if latest is None else _restore(checkpoints, latest, crew)
     earlier_s = progress.wall_s
-    if world.is_main:
-        write_records(run, folder, sampler, first)
+    old_config = write_records(run, folder, sampler, first) if world.is_main else None
     world.barrier()
     monitor = _monitor(run, crew, data, sampler, world)
 
@@ -102,6 +109,8 @@ def _train(run: Run, world: World) -> dict[str, Any]:
     log, stop = RunLog(folder if world.is_main else None, title, progress.step, last), Signals()
     with log, stop, checkpoints, _open_batches(run, data, progress, world, log) as batches:
         log.say(_greeting(run, data, crew, latest, progress, world))
+        if resumption is not None and resumption.changes:
+            log.say(f"settings that changed, the ones before are in {old_config}: {resumption.said()}")
         if progress.step == 0 and run.preview is not None:
             log.metrics(0, _preview(run, crew, sampler, 0, world))
 

@@ -15,9 +15,9 @@ import torch
 
 import fewstep
 from fewstep.batch import Batch
-from fewstep.config import dump, to_yaml
+from fewstep.config import dump
 from fewstep.diffusion import Sampler
-from fewstep.files import write_json, write_text
+from fewstep.files import write_json
 from fewstep.inference.card import Envelope, StudentCard
 from fewstep.inference.model import teacher_sampler
 from fewstep.methods import Finetune
@@ -26,17 +26,22 @@ from fewstep.networks.files.pipeline import is_diffusers_folder
 from fewstep.networks.roles import Full, Networks
 from fewstep.parallel import World
 from fewstep.training.checkpoint import Progress
+from fewstep.training.resume import write_config
 from fewstep.training.run import Run
 
 
-def write_records(run: Run, folder: Path, sampler: Sampler, first: Batch) -> None:
-    """Writes the run's settings, its environment, and the card of what it trains. first: a batch of its data."""
+def write_records(run: Run, folder: Path, sampler: Sampler, first: Batch) -> Path | None:
+    """Writes the run's settings, its environment, and the card of what it trains. first: a batch of its data.
+
+    Returns where settings that changed are kept, as `write_config` does.
+    """
     (folder / "previews").mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", to_yaml(run))
+    old_config = write_config(folder, run)
     write_json(folder / "env.json", environment())
     network: Any = run.networks.spec_of("student")  # Any: @kind gives it the attribute
     card = StudentCard({"kind": network.kind, **dump(network)}, sampler, envelope(run, first))
     card.write(folder)
+    return old_config
 
 
 def sampler_of(run: Run, network: Network) -> Sampler:

@@ -416,7 +416,7 @@ def loop_toy() -> Run:
     [
         ([], 0, "done: "),
         (["method.at=3"], 1, "iteration 3, joint turn, training critic, student: loss term 'second' is nan"),
-        (["networks.student.network.width=20", "trainer.max_iter=9"], 1, "does not fit this configuration"),
+        (["networks.student.network.width=20", "trainer.max_iter=9"], 2, "networks.student.network.width: 16 -> 20: "),
         (["job.name=other", "checkpoint.load_path=nowhere"], 1, "no weights at 'nowhere'"),
         (["job.name=other", "optim.lr=0"], 2, "optim.lr: is 0.0"),
         (["job.name=other", "optim.warmup_iters=99"], 2, "optim.warmup_iters: is 99, longer than the run"),

@@ -1,0 +1,130 @@
+"""What a run that goes on finds in its folder: how far it is, and which settings have changed since.
+
+A changed setting is named, old value and new one, and the file with the old ones stays as config.001.yaml, config.002.yaml ..
+Refused is what the weights of a checkpoint were not trained for: another method, other networks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fewstep.config import ConfigError, to_yaml
+from fewstep.config.text import read_text, read_yaml_mapping
+from fewstep.errors import UserError
+from fewstep.files import read_json, some, write_text
+from fewstep.training.checkpoint import POINTER, read_progress
+from fewstep.training.run import Run
+
+CONFIG = "config.yaml"
+ABSENT = "(not there)"
+# Settings of networks that say where weights come from; the other ones say what network it is.
+ADDRESSES = ("init", "teacher_init", "pretrained", "branches", "text_projection_from")
+ROLES = ("networks.student", "networks.critic", "networks.head", "networks.teacher")
+
+
+class Change(NamedTuple):
+    """A setting that differs between the folder's config.yaml and a run."""
+
+    key: str
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before} -> {self.after}"
+
+    @property
+    def is_refused(self) -> bool:
+        """True where the weights of a checkpoint would go on as something that they were not trained as."""
+        if self.key == "method.kind":
+            return True
+        return self.key.startswith(ROLES) and self.key.rpartition(".")[2] not in ADDRESSES
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A checkpoint of a run, and what has changed since the run was started."""
+
+    checkpoint: Path
+    step: int
+    changes: tuple[Change, ...]
+
+    @classmethod
+    def of(cls, run: Run, checkpoint: Path) -> Resumption:
+        """Raises ConfigError if the run cannot go on from `checkpoint` under its settings."""
+        changes = changes_in(run.job.folder(), run)
+        advice = (
+            f"the checkpoint {checkpoint} was trained otherwise. Give the new run another job.name; it can start from these "
+            f"weights with checkpoint.load_path={run.job.folder()}"
+        )
+        refused = [(change.key, f"{change.before} -> {change.after}: {advice}") for change in changes if change.is_refused]
+        if refused:
+            raise ConfigError(refused)
+        return cls(checkpoint, read_progress(checkpoint).step, changes)
+
+    def said(self) -> str:
+        """The changes, for people; "" if there are none."""
+        return some([str(change) for change in self.changes], 12, "; ")
+
+    def results(self, last: int) -> dict[str, Any] | None:
+        """summary.json, if the run has finished; None while there is something to do."""
+        path = self.checkpoint.parent.parent / "summary.json"
+        if self.step < last or not path.is_file():
+            return None
+        try:
+            return read_json(path, "")
+        except UserError:
+            return None  # it is written again
+
+    def nothing_to_do(self, last: int) -> str:
+        """Why nothing is trained, for people."""
+        folder = self.checkpoint.parent.parent
+        ignored = f" Settings that differ from {folder / CONFIG} have no effect: {self.said()}." if self.changes else ""
+        return (
+            f"{folder}: nothing to do, iteration {self.step} of {last}.{ignored} "
+            "Train longer with a larger trainer.max_iter, or anew with another job.name"
+        )
+
+
+def changes_in(folder: Path, run: Run) -> tuple[Change, ...]:
+    """What differs between config.yaml in `folder` and `run`, in the order of the settings."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return ()
+    try:
+        before = dict(_flat(read_yaml_mapping(read_text(path), str(path)), ""))
+    except ConfigError as error:
+        return (Change(CONFIG, f"cannot be read ({error})", "this run's"),)
+    after = dict(_flat(read_yaml_mapping(to_yaml(run), "the run"), ""))
+    changes = [
+        Change(key, before.get(key, ABSENT), after.get(key, ABSENT))
+        for key in (after | before)
+        if before.get(key, ABSENT) != after.get(key, ABSENT)
+    ]
+    kinds = [change.key.removesuffix("kind") for change in changes if change.key.endswith(".kind")]  # what is below follows
+    return tuple(
+        change for change in changes if change.key.endswith(".kind") or not any(change.key.startswith(kind) for kind in kinds)
+    )
+
+
+def write_config(folder: Path, run: Run) -> Path | None:
+    """Writes config.yaml; one with other settings is kept under the next number, and its path returned."""
+    path, text = folder / CONFIG, to_yaml(run)
+    kept: Path | None = None
+    if path.is_file() and path.read_bytes() != text.encode() and (folder / "checkpoints" / POINTER).is_file():
+        numbers = [int(name) for old in folder.glob("config.*.yaml") if (name := old.name.split(".")[1]).isdecimal()]
+        kept = folder / f"config.{max(numbers, default=0) + 1:03d}.yaml"
+        path.rename(kept)
+    write_text(path, text)
+    return kept
+
+
+def _flat(value: Any, key: str) -> Iterator[tuple[str, str]]:  # Any: plain data, as YAML has them
+    if isinstance(value, Mapping) and value:
+        for name, item in value.items():
+            yield from _flat(item, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, "none" if value is None else value if isinstance(value, str) else json.dumps(value)
