@@ -185,7 +185,7 @@ def _samples(spec: Shards, index: Index) -> tuple[Sample, ...]:
     """Every sample with its windows. Raises one UserError with all problems."""
     root = spec.dataset_dir
     problems = [f"data.{key}: {message}" for key, message in spec.problems() if not key.startswith("warn:")]
-    lead = layout.VIDEOS.folder if spec.x0 == "pixels" else layout.LATENTS.folder
+    lead = spec.latents if spec.x0 == "latents" else layout.VIDEOS.folder
     needed = [lead, *(part.folder for part in parts_of(spec))]
     for part in needed:
         lacking = [stem for stem, members in index.samples.items() if part not in members]
@@ -196,7 +196,7 @@ def _samples(spec: Shards, index: Index) -> tuple[Sample, ...]:
     if problems or not index.samples:
         raise UserError("\n".join(f"{root}: {problem}" for problem in problems or ["its shards hold no samples"]))
     files = {stem: {part: Path(f"{stem}{members[part].suffix}") for part in needed} for stem, members in index.samples.items()}
-    if lead == layout.LATENTS.folder:
+    if spec.x0 == "latents":
         return tuple(Sample(stem, parts) for stem, parts in files.items())
     headers = {stem: header for stem, members in index.samples.items() if (header := members[lead].header) is not None}
     spans, wrong = spans_of(spec, headers)

@@ -24,10 +24,11 @@ from fewstep.config import ConfigError, choices
 from fewstep.data.controls import Edge, Pixels, Preset, Vis, seed_of
 from fewstep.data.files import arrays, keypoints, masks, video
 from fewstep.data.folder import layout
+from fewstep.data.folder.encoding import hash_of
 from fewstep.data.folder.layout import Layout
 from fewstep.errors import UserError
 from fewstep.files import some, write_bytes
-from fewstep.prepare.latents import ahead_of, hash_of
+from fewstep.prepare.latents import ahead_of
 from fewstep.prepare.ledger import NAME, Ledger
 from fewstep.prepare.summary import Summary
 from fewstep.progress import track

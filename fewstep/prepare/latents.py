@@ -6,7 +6,6 @@ Rows are made one at a time, so that no batch size changes a bit of them, and ke
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from fewstep.batch import Batch
 from fewstep.config import ConfigError, choices
 from fewstep.data.files.packs import Label, Writer
 from fewstep.data.folder.dataset import Folder, FolderData, layout
+from fewstep.data.folder.encoding import hash_of, origin_of
 from fewstep.data.folder.samples import Sample
 from fewstep.errors import UserError
 from fewstep.files import some
@@ -87,7 +87,7 @@ def _write_part(
     shape = codec.shape(*_pixels_of_first(data))
     labels = [_label(sample, part, hashes) for sample in track(samples, len(samples), f"hashing {part}")]
     failed: list[str] = []
-    with Writer(data.layout.root / folder_of(part), _origin(data.spec, part, codec, dtype)) as writer:
+    with Writer(data.layout.root / folder_of(part), origin_of(data.spec, part, codec.fingerprint, dtype)) as writer:
         dropped = writer.keep_only(labels)
         todo = [number for number, label in enumerate(labels) if not writer.has(label)]
         _refuse_full_disk(data.layout.root, len(todo), shape)
@@ -121,21 +121,6 @@ def _write_part(
     return Summary(len(labels), writer.new, dropped=dropped)
 
 
-def _origin(spec: Folder, part: str, codec: Codec, dtype: Half) -> dict[str, str]:
-    """The settings and weights that decide the rows, besides the bytes of the clips."""
-    whole = spec.num_frames is None
-    return {
-        "codec": codec.fingerprint,
-        "dtype": dtype,
-        "part": part,
-        "num_frames": "whole" if whole else str(spec.num_frames),
-        "sequence_interval": str(spec.sequence_interval),
-        "start_frame_interval": "whole" if whole else str(spec.start_frame_interval),
-        "video_size": "own" if spec.video_size is None else "x".join(map(str, spec.video_size)),
-        "resize": "own" if spec.video_size is None else spec.resize,
-    }
-
-
 def _label(sample: Sample, part: str, hashes: dict[Path, str]) -> Label:
     path = sample.files[part]
     if path not in hashes:
@@ -148,12 +133,6 @@ def _label(sample: Sample, part: str, hashes: dict[Path, str]) -> Label:
         "bytes": path.stat().st_size,
     }
     return Label(sample.stem, hashes[path], sample.span.start, facts)
-
-
-def hash_of(path: Path) -> str:
-    """32 hex digits over the bytes of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
 def _pixels_of_first(data: FolderData) -> tuple[int, int, int]:

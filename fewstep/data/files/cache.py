@@ -37,12 +37,16 @@ def write(
     *,
     made_from: Mapping[str, str] | None = None,
     facts: Mapping[str, float] | None = None,
+    shared: bool = False,
 ) -> None:
-    """Writes the tensors, in their dtypes; a file of that name is replaced at once, when the new one is complete."""
+    """Writes the tensors, in their dtypes; a file of that name is replaced at once, when the new one is complete.
+
+    shared: several processes may write the same content at once.
+    """
     from safetensors.torch import save_file
 
     metadata = {"made_from": json.dumps(made_from or {}, sort_keys=True), "facts": json.dumps(facts or {}, sort_keys=True)}
-    with whole_file(path) as beside:
+    with whole_file(path, shared) as beside:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata=metadata)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,11 @@ from fewstep.batch import Batch, Condition
 from fewstep.config import kind
 from fewstep.data import order
 from fewstep.data.contract import BadSamples
-from fewstep.data.controls import Pixels, Span, made_of, seed_of
+from fewstep.data.controls import Control, Pixels, Span, made_of, seed_of
 from fewstep.data.files import video
 from fewstep.data.files.sizes import Fit, fit, nearest_shape
 from fewstep.data.folder import layout, parts
+from fewstep.data.folder.encoding import Encoder
 from fewstep.data.folder.layout import Layout
 from fewstep.data.folder.samples import Sample, buckets_of, captions_of, each, packs_of, refuse, samples_of
 from fewstep.data.folder.settings import FolderSettings
@@ -57,6 +59,7 @@ class FolderData:
         self.samples = samples_of(spec, self.layout, self.packs, self.left_out) if samples is None else samples
         self._bucket = buckets_of(spec, self.samples)
         self._members = [(self._bucket == bucket).nonzero()[:, 0] for bucket in self._bucket.unique().tolist()]
+        self._encoder = Encoder(spec) if spec.x0 == "encode" else None
         self._path_times = spec.path_times or (_recorded_times(self.layout.root) if "path" in spec.pairs else ())
         self._negative = self._read_negative()
         self._like, self._first = self._read_first()
@@ -170,7 +173,8 @@ class FolderData:
         for name, wanted in self._first.items():
             found = record.get(name)
             # Sizes follow from the bucket; what else could differ is the number of frames.
-            axes = {"x0": 1, "control": 1, "padding": 0}.get(name) if self.block else None
+            num = 1 if self._encoder is None else 2  # T of T H W 3, or C T of C T H W
+            axes = {"x0": num, "control": num, "padding": 0}.get(name) if self.block else None
             if found is None or found.shape[:axes] != wanted.shape[:axes]:
                 state = "is not there" if found is None else f"has shape {tuple(found.shape)}"
                 raise UserError(
@@ -182,21 +186,20 @@ class FolderData:
     def _read(self, sample: Sample) -> dict[str, Tensor]:
         """The tensors of a sample as they are stored: uint8 T H W 3, or latents C T H W in their own precision."""
         spec, record = self.spec, dict[str, Tensor]()
-        if spec.x0 == "pixels":
-            assert sample.header is not None, sample
-            fitted = self._fit(sample)
-            frames = video.read(sample.files["videos"], *_of(sample.span), size=fitted.scaled)
-            record["x0"] = _tensor(fitted(frames.frames))
-            record |= {"fps": torch.tensor(frames.fps)} if frames.fps else {}
-            record |= {"padding": torch.from_numpy(fitted.padding())} if spec.resize == "pad" else {}
-        else:
-            record["x0"], fps = self._latents(sample, layout.LATENTS.folder)
+        if spec.x0 == "latents":
+            record["x0"], fps = self._latents(sample, spec.latents)
             record |= {} if fps is None else {"fps": torch.tensor(float(fps))}
-        if spec.control is not None:
-            record["control"] = self._read_control(sample, record["x0"])
+            if spec.control is not None:
+                record["control"] = self._control_latents(sample, spec.control, record["x0"])
+        else:
+            assert sample.header is not None, sample
+            record |= self._pixels_record(sample) if self._encoder is None else self._encoded(sample, self._encoder)
+            rate = sample.header.fps / sample.span.stride
+            record |= {"fps": torch.tensor(rate)} if rate else {}
+            record |= {"padding": torch.from_numpy(self._fit(sample).padding())} if spec.resize == "pad" else {}
         if spec.text is not None:
             record["text"], record["text_mask"] = self._embedding(sample)
-        like = {"latents" if spec.x0 == "latents" else "frames": record["x0"]}
+        like = {"frames" if spec.x0 == "pixels" else "latents": record["x0"]}
         if "noise" in spec.pairs:
             record["noise"] = parts.noise(sample.files["noise"])
             parts.refuse_foreign_noise(sample.files["noise"], record["noise"], **like)
@@ -220,25 +223,52 @@ class FolderData:
             return parts.padded(packs.folder / sample.stem, packs.read(sample.rows[folder]), self.spec.max_tokens)
         return parts.embedding(sample.files[folder], self.spec.max_tokens)
 
-    def _read_control(self, sample: Sample, x0: Tensor) -> Tensor:
+    def _pixels_record(self, sample: Sample) -> dict[str, Tensor]:
+        frames = self._frames(sample)
+        return {"x0": frames} | ({} if self.spec.control is None else {"control": self._control_frames(sample, lambda: frames)})
+
+    def _encoded(self, sample: Sample, encoder: Encoder) -> dict[str, Tensor]:
+        """The latents of a clip and of its control; the clip is decoded once, and not at all if both are cached."""
+        spec, clip = self.spec, sample.files["videos"]
+        frames = lru_cache(maxsize=1)(lambda: self._frames(sample))
+        record = {"x0": encoder.latents(sample, "videos", clip, lambda: _floats(frames()[None]))}
+        if spec.control is not None:
+            name, is_made = spec.control.folder, spec.control_from == "video"
+            source = clip if is_made else sample.files[name]
+            made_by = spec.control if is_made or source.suffix != ".mp4" else None  # which draws by its own settings
+
+            def signal() -> Tensor:
+                return _floats(self._control_frames(sample, frames)[None])
+
+            record["control"] = encoder.latents(sample, name, source, signal, made_by)
+        return record
+
+    def _frames(self, sample: Sample) -> Tensor:
+        """uint8 T H W 3."""
+        fitted = self._fit(sample)
+        return _tensor(fitted(video.read(sample.files["videos"], *_of(sample.span), size=fitted.scaled).frames))
+
+    def _control_frames(self, sample: Sample, frames: Callable[[], Tensor]) -> Tensor:
+        """uint8 T H W 3: made from the clip's frames, or from the control's own file."""
         spec = self.spec
         assert spec.control is not None
-        if spec.x0 == "latents":
-            folder = layout.control_latents(spec.control.folder).folder
-            latents, _ = self._latents(sample, folder)
-            if latents.shape[1:] != x0.shape[1:]:
-                raise UserError(
-                    f"{self.layout.root / folder / sample.stem}: is {tuple(latents.shape)}, which does not fit its clip "
-                    f"{tuple(x0.shape)}. Encode it again"
-                )
-            return latents
         if spec.control_from == "video":
-            return _tensor(made_of(spec.control, x0.numpy(), seed_of(sample.stem, sample.span.start)))
+            return _tensor(made_of(spec.control, frames().numpy(), seed_of(sample.stem, sample.span.start)))
         fitted = self._fit(sample)
         path = sample.files[spec.control.folder]
         made = spec.control.read(path, sample.span, fitted.scaled)
         assert made.shape == (sample.span.count, *fitted.scaled, 3), (path, made.shape)
         return _tensor(fitted(made))
+
+    def _control_latents(self, sample: Sample, control: Control, x0: Tensor) -> Tensor:
+        folder = layout.control_latents(control.folder, self.spec.latents).folder
+        latents, _ = self._latents(sample, folder)
+        if latents.shape[1:] != x0.shape[1:]:
+            raise UserError(
+                f"{self.layout.root / folder / sample.stem}: is {tuple(latents.shape)}, which does not fit its clip "
+                f"{tuple(x0.shape)}. Encode it again"
+            )
+        return latents
 
     def _fit(self, sample: Sample) -> Fit:
         assert sample.header is not None, sample

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fewstep.data.files.packs import has_packs
 from fewstep.data.files.video import PICTURES
 from fewstep.errors import UserError
 from fewstep.files import some
@@ -50,6 +51,11 @@ PATH = Part("path", _ARRAYS, ("path",))
 LATENTS = Part("latents", _ARRAYS, ("latent", "latents"))
 
 
+def latents(folder: str) -> Part:
+    """The latents of clips; those of a second codec are in a folder of their own."""
+    return LATENTS if folder == LATENTS.folder else Part(folder, _ARRAYS, (folder,))
+
+
 def text(folder: str) -> Part:
     """Text embeddings of one encoder; t5_xxl in Cosmos-Transfer1."""
     return Part(folder, (".pickle", ".safetensors", ".npy", ".pth"), (folder, "txt_emb"))
@@ -60,9 +66,10 @@ def control(folder: str, suffix: str) -> Part:
     return Part(folder, (suffix, *PICTURES) if suffix == ".mp4" else (suffix,), (folder,))
 
 
-def control_latents(folder: str) -> Part:
-    """The same, encoded."""
-    return Part(f"{folder}_latents", _ARRAYS, (f"{folder}_latent", f"{folder}_latents"))
+def control_latents(folder: str, latents: str = "latents") -> Part:
+    """The same, encoded; latents: the folder of the clips' own."""
+    names = (f"{folder}_latent", f"{folder}_latents") if latents == LATENTS.folder else (f"{folder}_{latents}",)
+    return Part(f"{folder}_{latents}", _ARRAYS, names)
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ class Layout:
         if not path.is_dir():
             raise UserError(f"{path}: no such folder. Set data.dataset_dir to the folder that holds {VIDEOS.folder}/")
         folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
-        if {VIDEOS.folder, IMAGES.folder, LATENTS.folder} & set(folders):
+        if {VIDEOS.folder, IMAGES.folder, LATENTS.folder} & set(folders) or any(has_packs(path / name) for name in folders):
             return cls(path, "flat")
         per_sample = cls(path, "per_sample")
         if any(per_sample.files(part) for part in (LATENTS, PATH, VIDEOS, IMAGES)):

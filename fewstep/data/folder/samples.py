@@ -46,7 +46,7 @@ def packs_of(spec: FolderSettings, place: Layout) -> dict[str, Packs]:
     if place.form != "flat":
         return {}
     folders = [part.folder for part in parts_of(spec) if part not in (layout.NOISE, layout.PATH)]
-    folders += [layout.LATENTS.folder] if spec.x0 == "latents" else []
+    folders += [spec.latents] if spec.x0 == "latents" else []
     return {folder: open_packs(place.root / folder) for folder in folders if has_packs(place.root / folder)}
 
 
@@ -60,7 +60,7 @@ def _missing(place: Layout, part: Part, stems: Sequence[str], packs: Mapping[str
 
 def buckets_of(spec: FolderSettings, samples: Sequence[Sample]) -> Tensor:
     """The number of each sample's bucket; all 0 where all samples are of one size."""
-    if not spec.buckets or spec.x0 != "pixels":
+    if not spec.buckets or spec.x0 == "latents":
         return torch.zeros(len(samples), dtype=torch.int64)
     return torch.tensor([nearest_shape(s.header.size, spec.buckets) for s in samples if s.header is not None])
 
@@ -69,11 +69,11 @@ def samples_of(spec: FolderSettings, place: Layout, packs: Mapping[str, Packs], 
     """Every sample with its files. Raises one UserError with all problems. Fills `left_out`."""
     problems = [f"data.{key}: {message}" for key, message in spec.problems() if not key.startswith("warn:")]
     refuse(place, problems)
-    lead = place.pixels() if spec.x0 == "pixels" else layout.LATENTS
+    lead = layout.latents(spec.latents) if spec.x0 == "latents" else place.pixels()
     needed = parts_of(spec)
     stems = list(packs[lead.folder].by_stem() if lead.folder in packs else place.files(lead))
     if not stems:
-        hint = "" if spec.x0 == "pixels" else ". Make them with: fewstep prepare latents, or set data.x0=pixels"
+        hint = "" if spec.x0 != "latents" else ". Make them with: fewstep prepare latents, or set data.x0=pixels"
         raise UserError(f"{place.root}: has no {place.named(lead)}{hint}")
     for part in needed:
         problem = _missing(place, part, stems, packs)
@@ -83,10 +83,10 @@ def samples_of(spec: FolderSettings, place: Layout, packs: Mapping[str, Packs], 
         problems += [problem] if problem else captions_of(place, stems)[1]
     files = {part.folder: place.files(part) for part in (lead, *needed) if part.folder not in packs}
     if spec.x0 == "latents":
-        problems += _packed_problems(spec, place, packs) if "latents" in packs else _latent_problems(spec, files["latents"])
+        problems += _packed_problems(spec, place, packs) if lead.folder in packs else _latent_problems(spec, files[lead.folder])
         refuse(place, problems)
-        if "latents" in packs:
-            return _packed_samples(packs, files)
+        if lead.folder in packs:
+            return _packed_samples(packs, files, lead.folder)
         rows = {folder: found.by_stem() for folder, found in packs.items()}
         return tuple(
             Sample(stem, _of_stem(files, stem), rows={folder: found[stem][0] for folder, found in rows.items()})
@@ -118,11 +118,11 @@ def _of_stem(files: Mapping[str, Mapping[str, Path]], stem: str) -> dict[str, Pa
     return {folder: paths[stem] for folder, paths in files.items()}
 
 
-def _packed_samples(packs: Mapping[str, Packs], files: Mapping[str, Mapping[str, Path]]) -> tuple[Sample, ...]:
+def _packed_samples(packs: Mapping[str, Packs], files: Mapping[str, Mapping[str, Path]], lead: str) -> tuple[Sample, ...]:
     """One sample for each row of the latents, a window of a clip or a whole one."""
     by_window = {name: {(r.stem, r.start): n for n, r in enumerate(p.rows)} for name, p in packs.items()}
     out: list[Sample] = []
-    for label in packs["latents"].rows:
+    for label in packs[lead].rows:
         rows = {name: found.get((label.stem, label.start), found.get((label.stem, 0))) for name, found in by_window.items()}
         span = Span(label.start, int(label.facts.get("num_frames", 1)), int(label.facts.get("stride", 1)))
         known = {name: row for name, row in rows.items() if row is not None}
@@ -133,7 +133,7 @@ def _packed_samples(packs: Mapping[str, Packs], files: Mapping[str, Mapping[str,
 
 def _packed_problems(spec: FolderSettings, place: Layout, packs: Mapping[str, Packs]) -> list[str]:
     """Rows of different shapes, of clips that changed since, or without the same window of their control."""
-    main, again, problems = packs["latents"], "Run fewstep prepare latents again", list[str]()
+    main, again, problems = packs[spec.latents], "Run fewstep prepare latents again", list[str]()
     names = [f"{label.stem}@{label.start}" if label.start else label.stem for label in main.rows]
     problems += _odd_ones("shape", dict(zip(names, main.shapes, strict=True)), again)
     videos = place.files(layout.VIDEOS)
@@ -152,14 +152,14 @@ def _packed_problems(spec: FolderSettings, place: Layout, packs: Mapping[str, Pa
     if spec.pairs and main.made_from.get("num_frames", "whole") != "whole":
         problems.append("its latents are of windows, but a pair is the whole clip its noise belongs to. Encode whole clips")
     for folder, other in packs.items():
-        if folder.endswith("_latents"):
+        if folder.endswith(f"_{spec.latents}"):
             there = {(label.stem, label.start) for label in other.rows}
             lacking = [n for n, label in zip(names, main.rows, strict=True) if (label.stem, label.start) not in there]
             problems += (
                 [f"{len(lacking)} of {len(names)} lack a row in {folder}/packs: {some(lacking)}. {again}"] if lacking else []
             )
             unlike = [k for k, v in main.made_from.items() if k != "part" and other.made_from.get(k) != v]
-            problems += [f"{folder}/ and latents/ were made with another {', '.join(unlike)}. {again}"] if unlike else []
+            problems += [f"{folder}/ and {spec.latents}/ were made with another {', '.join(unlike)}. {again}"] if unlike else []
     return problems
 
 
@@ -169,7 +169,7 @@ def parts_of(spec: FolderSettings) -> list[Part]:
     if spec.text is not None:
         needed.append(layout.text(spec.text))
     if spec.control is not None and spec.x0 == "latents":
-        needed.append(layout.control_latents(spec.control.folder))
+        needed.append(layout.control_latents(spec.control.folder, spec.latents))
     elif spec.control is not None and spec.control_from == "files":
         needed.append(layout.control(spec.control.folder, spec.control.suffix))
     return needed + [{"noise": layout.NOISE, "path": layout.PATH}[name] for name in spec.pairs]
@@ -180,7 +180,7 @@ def _remedy(part: Part, spec: FolderSettings) -> str:
         return ". A teacher makes clips and what they came from together: fewstep pairs"
     if part.folder == spec.text:
         return ". Embed the captions: fewstep prepare text, or set data.text=none"
-    if part.folder.endswith("_latents"):
+    if part.folder.endswith(f"_{spec.latents}"):
         return ". Encode them: fewstep prepare latents"
     return ". Make them with: fewstep prepare controls" + (", or set data.control_from=video" if callable(spec.control) else "")
 

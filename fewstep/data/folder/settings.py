@@ -16,7 +16,15 @@ class FolderSettings:
     """The fields of `Folder`, and the rules between them."""
 
     dataset_dir: str  # holds videos/ (or latents/), or a folder for each sample
-    x0: Literal["pixels", "latents"] = "pixels"  # pixels: B 3 T H W in -1..1; latents: what `fewstep prepare latents` made
+    # pixels: B 3 T H W in -1..1; latents: what `fewstep prepare latents` made; encode: pixels, encoded by `codec` when read
+    x0: Literal["pixels", "latents", "encode"] = "pixels"
+    latents: str = "latents"  # of x0=latents: their folder; control latents are in CONTROL_FOLDER, edge_latents for instance
+    codec: str | None = None  # of x0=encode: folder or hub id of an autoencoder, or of a pipeline that has one
+    codec_scale: float = 1.0  # factor of the latents besides their normalisation; 0.5 for Cosmos 1
+    codec_tile: int | None = None  # pixels along a tile, to save memory; not exact
+    codec_cache: str | None = None  # folder that keeps what was encoded; none: memory alone (ram_gib)
+    codec_device: str | None = None  # none: this process's GPU, or the CPU where there is none
+    latent_dtype: Literal["float16", "bfloat16"] = "float16"  # in which encoded clips are kept
     num_frames: int | None = None  # of a window; none: whole clips, which must then be equally long
     sequence_interval: int = 1  # every k-th frame of the file
     start_frame_interval: int = 1  # frames between the starts of two windows
@@ -62,7 +70,7 @@ class FolderSettings:
             yield "bucket_block", f"must be at least 1, not {self.bucket_block}"
         elif not self.buckets and self.bucket_block != type(self).bucket_block:
             yield "warn:bucket_block", "has no effect without buckets"
-        for name in ("text", "negative"):
+        for name in ("text", "negative", "latents"):
             value = getattr(self, name)
             if value is not None and (".." in Path(value).parts or Path(value).is_absolute() or not value):
                 yield name, f"must lie within dataset_dir, but is {value!r}"
@@ -72,10 +80,19 @@ class FolderSettings:
         changed = [name for name in windows if getattr(self, name) != getattr(type(self), name)]
         if self.x0 == "latents":
             yield from ((f"warn:{name}", "has no effect: latents are of whole clips, at their own size") for name in changed)
+        elif self.x0 == "encode" and self.pairs:
+            yield "x0", "is encode, but pairs have the latents that their noise became: set x0=latents"
         elif self.pairs:
             yield from (
                 (name, "must be left alone with pairs: the noise belongs to the whole clip as it is") for name in changed
             )
+        if self.x0 == "encode" and self.codec is None:
+            yield "codec", "is none, but x0=encode needs one: the folder of an autoencoder, or of a pipeline that has one"
+        for name in ("codec", "codec_scale", "codec_tile", "codec_cache", "codec_device", "latent_dtype"):
+            if self.x0 != "encode" and getattr(self, name) != getattr(FolderSettings, name):
+                yield f"warn:{name}", "has no effect: it is of x0=encode"
+        if self.x0 != "latents" and self.latents != FolderSettings.latents:
+            yield "warn:latents", "has no effect: it is of x0=latents"
         if self.path_times and "path" not in self.pairs:
             yield "warn:path_times", "has no effect: set pairs=[path] to read states"
         if list(self.path_times) != sorted(set(self.path_times), reverse=True):
@@ -89,6 +106,10 @@ class FolderSettings:
             elif not callable(self.control):
                 yield "control_from", f"is video, but {self.control.folder} cannot be made from frames: prepare its files"
             if self.x0 == "latents":
-                yield "control_from", "is video, but latents have no frames to make a control from: encode the control's files"
+                yield (
+                    "control_from",
+                    "is video, but prepared latents have no frames to make a control from: encode the control's files, or set "
+                    "x0=encode and codec",
+                )
             if self.pairs:
                 yield "control_from", "is video, but the control of a pair is the file its teacher was given: set files"

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fewstep import registry
 from fewstep.errors import UserError
 from fewstep.files import read_json
 from fewstep.networks.files import hub
@@ -339,3 +340,5 @@ _FORMS: dict[str, FormOf] = {
     "AutoencoderKLQwenImage": _wan,
     "AutoencoderKLWan": _wan,
 }
+
+registry.register("codec", "diffusers", open_codec)
