@@ -1,5 +1,8 @@
 """Algorithms, one file each; each a frozen dataclass whose fields are its hyper-parameters."""
 
+from fewstep.methods.causal_finetune import CausalFinetune
+from fewstep.methods.causal_kd import CausalKD
+from fewstep.methods.causal_sample import CausalSample
 from fewstep.methods.contract import Method, Nets, Terms, Turn
 from fewstep.methods.critic import Critic
 from fewstep.methods.dmd2 import DMD2, Normalizer, Regression
@@ -11,6 +14,7 @@ from fewstep.methods.kd import KD
 from fewstep.methods.ladd import LADD
 from fewstep.methods.phased_dmd import PhasedDMD
 from fewstep.methods.reward_dmd import RewardWeight
+from fewstep.methods.self_forcing import SelfForcing, causvid
 from fewstep.methods.sid import SiD
 from fewstep.methods.student import StudentSample
 from fewstep.methods.turns import Warmup
@@ -19,6 +23,9 @@ __all__ = [
     "DMD2",
     "KD",
     "LADD",
+    "CausalFinetune",
+    "CausalKD",
+    "CausalSample",
     "Critic",
     "FDivergence",
     "Finetune",
@@ -29,11 +36,13 @@ __all__ = [
     "PhasedDMD",
     "Regression",
     "RewardWeight",
+    "SelfForcing",
     "SiD",
     "StudentSample",
     "Terms",
     "Turn",
     "Warmup",
+    "causvid",
     "fastgen",
     "predict25",
     "transfer1",

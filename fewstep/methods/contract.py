@@ -116,6 +116,15 @@ class Method(Protocol):
         ...
 
 
+class ByChunks:
+    """Inherited by methods whose student generates chunk after chunk, and has to be causal."""
+
+    @property
+    def causal_roles(self) -> Mapping[str, bool]:
+        """For each role that this matters to, whether it has to be causal or must not be."""
+        return {"student": True}
+
+
 def free_mask(cond: Condition, like: Tensor) -> Tensor | None:
     """1 where a frame is generated, 0 where it is a conditioning frame, shaped to multiply `like`; None without such frames."""
     if cond.frame_mask is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewstep.batch import Batch, Condition, choose
 from fewstep.config import kind
-from fewstep.diffusion import Path, Prediction, Rng, TeacherSampler, on_path, times
+from fewstep.diffusion import Denoiser, Path, Prediction, Rng, TeacherSampler, on_path, times
 from fewstep.diffusion.path import AnyPath, spread
 from fewstep.diffusion.precondition import edm_weight
 from fewstep.methods.contract import Nets, Reduction, Terms, Turn, free_mask, reduced
@@ -51,15 +51,19 @@ class Finetune:
     def losses(self, turn: Turn, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Terms]:
         batch = with_first_frames(batch, self.first_frames, rng, self.frame_noise, self.path or nets.student.path)
         assert batch.x0 is not None
-        x0, cond = batch.x0, self._dropped(batch, rng)
+        cond = self.condition(batch, rng)
         student = nets.student if self.path is None else on_path(nets.student, self.path)
-        shape = (x0.shape[2],) if self.per_frame_times else ()
+        shape = (batch.x0.shape[2],) if self.per_frame_times else ()
         t = self.times.draw(rng, student.path, shape)
+        yield self.terms(student, batch.x0, t, cond, rng)
+
+    def terms(self, student: Denoiser, x0: Tensor, t: Tensor, cond: Condition, rng: Rng) -> Terms:
+        """The loss of the student's prediction at x0 noised to t."""
         truth = Prediction.exact(x0, rng.normal_like(x0), t, student.path)
         answer = student(truth.x_t, t, cond)
         error = (answer.read(self.space) - truth.read(self.space)) ** 2
         weight = self._weight(student.path, t, error)
-        yield Terms.of(denoising=reduced(error * weight, free_mask(cond, error), self.reduction))
+        return Terms.of(denoising=reduced(error * weight, free_mask(cond, error), self.reduction))
 
     def sampler(self, path: Path) -> TeacherSampler:
         """That of a many-step model: what is trained here is a teacher, or is post-trained as one.
@@ -79,7 +83,8 @@ class Finetune:
             yield "drop_condition", f"is a share of samples, 0 up to but not 1, not {self.drop_condition}"
         yield from problems_of_shares(self.first_frames, self.frame_noise)
 
-    def _dropped(self, batch: Batch, rng: Rng) -> Condition:
+    def condition(self, batch: Batch, rng: Rng) -> Condition:
+        """The batch's condition, for a share of samples the negative one."""
         if not self.drop_condition:
             return batch.cond
         assert batch.negative is not None

@@ -208,6 +208,7 @@ class CausalSpec(NetworkSpec):
     span: int = 21  # latent frames within reach of a chunk: the length it is trained on
     sink: int = 0  # first latent frames of the clip, which stay within reach
 
+    is_causal: ClassVar[bool] = True
     starts_as_teacher: ClassVar[bool] = True
 
     @classmethod

@@ -190,6 +190,7 @@ class NetworkSpec:
     diffusers_class: ClassVar[str] = ""  # the class of denoiser whose folders `of` opens; "": none
     pipeline_part: ClassVar[str] = "transformer"  # what a pipeline calls the network
     has_original_names: ClassVar[bool] = False  # its weights can be named as in the files that were published with it
+    is_causal: ClassVar[bool] = False  # what it builds generates chunk after chunk
     starts_as_teacher: ClassVar[bool] = False  # another network than the teacher, which can begin with its weights
 
     @property

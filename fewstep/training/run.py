@@ -11,7 +11,7 @@ from fewstep.config import OneOf
 from fewstep.data.contract import AnyData
 from fewstep.data.loader import Loader
 from fewstep.environment import output_root
-from fewstep.methods.contract import Method
+from fewstep.methods.contract import ByChunks, Method
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Networks
 from fewstep.training.ema import Ema
@@ -114,6 +114,7 @@ class Run:
             )
         if "teacher" in self.method.roles and self.networks.teacher is None:
             yield "networks.teacher", f"is none, but method {type(self.method).__name__} asks a teacher"
+        yield from self._problems_of_causality()
         if "head" in self.method.roles and self.networks.head is None:
             yield (
                 "networks.head",
@@ -166,3 +167,26 @@ class Run:
         for key, value in (("head_optim", self.head_optim), ("networks.head", self.networks.head)):
             if value is not None and "head" not in self.method.roles:
                 yield f"warn:{key}", f"has no effect: method {type(self.method).__name__} trains no discriminator"
+
+    def _problems_of_causality(self) -> Iterable[tuple[str, str]]:
+        name, networks = type(self.method).__name__, self.networks
+        wanted = self.method.causal_roles if isinstance(self.method, ByChunks) else {}
+        for role, is_causal in wanted.items():
+            spec = networks.spec_of(role)
+            if spec is None or role not in self.method.roles or spec.is_causal == is_causal:
+                continue
+            if is_causal and role == "teacher":
+                yield "networks.teacher", f"must be causal for method {name}: give it kind causal, over the network it is now"
+            elif is_causal:
+                yield (
+                    f"networks.{role}.causal",
+                    f"must be set for method {name}: networks.{role}.causal.chunk=3",
+                )
+            else:
+                yield f"networks.{role}", f"is causal, but with score_teacher=bidirectional method {name} compares whole clips"
+        student = networks.spec_of("student")
+        if student is not None and student.is_causal and not wanted:
+            yield (
+                "warn:networks.student.causal",
+                f"has no effect on how the student generates: method {name} samples all frames of a clip at once",
+            )
