@@ -22,7 +22,7 @@ from fewstep.config import kind
 from fewstep.diffusion import Cache, FeaturesOnly, Prediction
 from fewstep.errors import UserError
 from fewstep.networks.causal_attention import Causality, CrossAttention, Group, KeysValues, Plan, Rotation, Sites
-from fewstep.networks.contract import AnyNetwork, Network, NetworkSpec, Traits, Wrapper
+from fewstep.networks.contract import AnyNetwork, Distillation, Network, NetworkSpec, Traits, Wrapper
 
 
 @dataclass
@@ -221,6 +221,10 @@ class CausalSpec(NetworkSpec):
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from self.causality.problems()
+
+    @property
+    def distillation(self) -> Distillation:
+        return self.network.distillation
 
     @property
     def source(self) -> str | None:
