@@ -319,14 +319,15 @@ class FilePrompts:
     max_tokens: int
     mask_text: bool
 
-    def embed(self, encoder: TextEncoder, rows: Sequence[int]) -> None:
-        """Embeds the prompts of these rows, and the negative; the encoder is not needed after that."""
+    def embed(self, encoder: TextEncoder, rows: Sequence[int]) -> int:
+        """Embeds the prompts of these rows, and the negative; the encoder is not needed after that. Returns the most tokens."""
         texts = [self.captions[row] for row in rows] + ([] if self.negative in (None, ZEROS) else [str(self.negative)])
         for text in dict.fromkeys(texts):
             if not self._file(text).is_file():
                 pooled = encoder.pooled([text])
                 tensors = {"text": stored_embedding(encoder, text)} | ({} if pooled is None else {"pooled": pooled[0].cpu()})
                 cache.write(self._file(text), tensors)
+        return max(cache.header(self._file(text)).shapes["text"][0] for text in texts)
 
     def material(self, rows: Sequence[int]) -> Material:
         cond = self._condition([self.captions[row] for row in rows])

@@ -483,8 +483,11 @@ def _of_file(request: PairsRequest, shot: Shot, device: str, own: Ranks) -> File
         request.negative or request.negative_prompt,
         request.out / f".text.{own.rank}",
         encoder.fingerprint,
-        encoder.encode([""])[0].shape[1],
+        request.max_tokens or 0,
         request.mask_text or encoder.uses_mask,
     )
-    prompts.embed(encoder, range(len(captions) if request.num is None else min(request.num, len(captions))))
-    return prompts
+    longest = prompts.embed(encoder, range(len(captions) if request.num is None else min(request.num, len(captions))))
+    if request.max_tokens is not None:
+        return prompts
+    fixed = encoder.encode([""])[0].shape[1]  # of an encoder that pads every text to one length
+    return replace(prompts, max_tokens=fixed if longest <= fixed else max(longest, Folder.max_tokens))
