@@ -42,7 +42,7 @@ from fewstep.training.original_files import write_original_files
 from fewstep.training.preview import Scene
 from fewstep.training.resume import Resumption
 from fewstep.training.run import Run
-from fewstep.training.run_folder import peak_memory_gib, sampler_of, summary, write_records
+from fewstep.training.run_folder import other_shapes, peak_memory_gib, sampler_of, summary, write_records
 from fewstep.training.signals import Signals
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -111,6 +111,8 @@ def _train(run: Run, world: World) -> dict[str, Any]:
         log.say(_greeting(run, data, crew, latest, progress, world))
         if resumption is not None and resumption.changes:
             log.say(f"settings that changed, the ones before are in {old_config}: {resumption.said()}")
+        for warning in other_shapes(run, first) if latest is None else ():
+            log.say(f"warning: {warning}")
         if progress.step == 0 and run.preview is not None:
             log.metrics(0, _preview(run, crew, sampler, 0, world))
 

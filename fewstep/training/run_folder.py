@@ -17,6 +17,7 @@ import fewstep
 from fewstep.batch import Batch
 from fewstep.config import dump
 from fewstep.diffusion import Sampler
+from fewstep.errors import UserError
 from fewstep.files import write_json
 from fewstep.inference.card import Envelope, StudentCard
 from fewstep.inference.model import teacher_sampler
@@ -24,6 +25,7 @@ from fewstep.methods import Finetune
 from fewstep.networks.contract import Network
 from fewstep.networks.files.pipeline import is_diffusers_folder
 from fewstep.networks.roles import Full, Networks
+from fewstep.networks.weights.addresses import checkpoint_of
 from fewstep.parallel import World
 from fewstep.training.checkpoint import Progress
 from fewstep.training.resume import write_config
@@ -85,6 +87,32 @@ def envelope(run: Run, first: Batch) -> Envelope:
     if getattr(data, "x0", None) == "pixels" or channels == 3:
         return replace(known, num_frames=frames, height=height, width=width, fps=fps)
     return replace(known, latent_shape=(channels, frames, height, width), fps=fps)
+
+
+def other_shapes(run: Run, first: Batch) -> list[str]:
+    """Warnings about roles that begin with the weights of a run whose latents had another shape than these data."""
+    if first.x0 is None or first.x0.ndim != 5:
+        return []
+    shape = tuple(first.x0.shape[1:])
+    out: list[str] = []
+    inits = {f"networks.{role}.init": getattr(run.networks, role).init for role in ("student", "critic")}
+    for key, address in {**inits, "networks.teacher_init": run.networks.teacher_init}.items():
+        if address in (None, "teacher", "random") or (before := _shape_of_run(address)) in (None, shape):
+            continue
+        out.append(
+            f"{key}: {address} was trained on latents of {before}, and these data are {shape} (channels, frames, height, "
+            "width). If that is not meant: the data of both stages have one shape (fewstep pairs --num-frames --height --width)"
+        )
+    return out
+
+
+def _shape_of_run(address: str) -> tuple[int, ...] | None:
+    """The shape of the latents that the run at an address was trained on; None for other addresses, or if it is not said."""
+    try:
+        run = checkpoint_of(address.partition(":")[0]).parent.parent
+        return StudentCard.read(run, "").envelope.latent_shape
+    except UserError:
+        return None
 
 
 def environment() -> dict[str, Any]:

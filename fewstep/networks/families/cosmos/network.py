@@ -166,6 +166,7 @@ class Cosmos(Adapter):
         if cond.text is None:
             raise UserError("Cosmos reads its prompt from cond.text (B, tokens, channels), and the batch has none")
         num, _, frames, height, width = scaled.shape
+        _refuse_unfit(config, tuple(scaled.shape[1:]), cond.text)
         extra: dict[str, Any] = {}
         if config.in_channels > config.out_channels:
             mask = torch.zeros(num, frames, device=x.device) if cond.frame_mask is None else cond.frame_mask
@@ -339,6 +340,29 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:  # Any: a tensor, several, or 
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     return tuple(_cast(part, dtype) for part in value) if isinstance(value, tuple) else value
+
+
+def _refuse_unfit(config: Any, shape: tuple[int, ...], text: Tensor) -> None:  # Any: diffusers' FrozenDict
+    """Refuses latents (C, T, H, W) and texts that this network was not built for, before diffusers fails on their shapes."""
+    channels, *sides = shape
+    if channels != config.out_channels:
+        raise UserError(f"this Cosmos network works on latents of {config.out_channels} channels, but was given {channels}")
+    if any(side % patch for side, patch in zip(sides, config.patch_size, strict=True)):
+        raise UserError(f"this Cosmos network reads patches of {config.patch_size} latents, which do not divide {tuple(sides)}")
+    learnt = config.extra_pos_embed_type == "learnable"  # one table for each axis; without, one length for all of them
+    longest = max(size // patch for size, patch in zip(config.max_size, config.patch_size, strict=True))
+    most = [size if learnt else longest * patch for size, patch in zip(config.max_size, config.patch_size, strict=True)]
+    if any(side > limit for side, limit in zip(sides, most, strict=True)):
+        raise UserError(
+            f"this Cosmos network has positions for latents of {tuple(most)} (frames, height, width) at most, but was given "
+            f"{tuple(sides)}. Use shorter or smaller clips"
+        )
+    width = config.crossattn_proj_in_channels if config.use_crossattn_projection else config.text_embed_dim
+    if text.shape[-1] != width:
+        raise UserError(
+            f"this Cosmos network reads text embeddings of {width} numbers a token, but was given {text.shape[-1]}: embed the "
+            "captions with its own text encoder (fewstep prepare text)"
+        )
 
 
 def _one_rate(fps: Tensor) -> float:

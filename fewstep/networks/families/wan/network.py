@@ -77,6 +77,16 @@ class Wan(Adapter):
         if channels != config.out_channels:
             raise UserError(f"this Wan network works on latents of {config.out_channels} channels, but was given {channels}")
         text = self._text(cond, TEXT_TOKENS if config.image_dim is not None else self.text_tokens)
+        if text.shape[-1] != config.text_dim:
+            raise UserError(
+                f"this Wan network reads text embeddings of {config.text_dim} numbers a token, but was given {text.shape[-1]}: "
+                "embed the captions with its own text encoder (fewstep prepare text)"
+            )
+        if any(side % patch for side, patch in zip((frames, height, width), config.patch_size, strict=True)):
+            raise UserError(
+                f"this Wan network reads patches of {tuple(config.patch_size)} latents, which do not divide "
+                f"{(frames, height, width)}"
+            )
         shown, time = x, 1000 * t.double()
         if self.whole_times:
             time = (time + 1e-4).floor()  # their sigmas are float32: 937 may read 936.99995
