@@ -4,7 +4,8 @@
     -i FILE                    Predict2.5, Transfer2.5: the same under other names
 
 Cosmos writes guidance as cond + g (cond - uncond), we as uncond + w (cond - uncond), w = g + 1. --guidance is w; in a command
-with an option that only Cosmos has (--checkpoint_dir, --video_save_name, --controlnet_specs, ..) it is g, which is printed.
+with an option that only Cosmos has (--checkpoint_dir, --video_save_name, --controlnet_specs, ..) it is g, which is printed, and
+a teacher without it takes the default of the original command (`Traits.guidance`).
 """
 
 from __future__ import annotations
@@ -99,8 +100,19 @@ def guidance_of(guidance: float | None, scale: float | None, cosmos: Sequence[st
     return w
 
 
-def model_of(model: str | None, released: str | None, folder: str | None, transformer: str | None, tell: Print) -> str:
-    """The model that a command names: MODEL, or --checkpoint_dir and --diffusion_transformer_dir."""
+def model_of(
+    model: str | None,
+    released: str | None,
+    folder: str | None,
+    transformer: str | None,
+    controls: Sequence[str],
+    is_distilled: bool,
+    tell: Print,
+) -> str:
+    """The model that a command names: MODEL, or --checkpoint_dir and --diffusion_transformer_dir.
+
+    controls: those of --controlnet_specs, whose files lie in a fixed place below --checkpoint_dir.
+    """
     if model is None and released is not None:
         raise ConfigError(
             f"--model {released}: names of released models are not known; give its folder: fewstep generate FOLDER"
@@ -109,9 +121,20 @@ def model_of(model: str | None, released: str | None, folder: str | None, transf
         tell(f"warning: --model {released} has no effect: the model is {model}")
     if model is None and transformer is not None:
         return str(Path(folder or "checkpoints") / transformer)
+    if model is None and controls:
+        place = Path(folder or "checkpoints") / "nvidia/Cosmos-Transfer1-7B"
+        if is_distilled:
+            return str(place / f"{controls[0]}_control_distilled.pt")
+        return "+".join([str(place / "base_model.pt"), *(f"{name}={place}/{name}_control.pt" for name in controls)])
     if model is None:
         raise ConfigError("which model? fewstep generate MODEL --prompt ...: a run, a folder of fewstep export or of diffusers")
     return model
+
+
+def codec_in(codec: str | None, folder: str | None) -> str | None:
+    """--tokenizer_dir: in the original commands a folder below --checkpoint_dir."""
+    below = None if codec is None or folder is None else Path(folder) / codec
+    return codec if below is None or Path(codec or "").exists() or not below.exists() else str(below)
 
 
 def read_specs(path: Path, option: str, tell: Print) -> tuple[list[str], dict[str, Control]]:

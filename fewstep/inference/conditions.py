@@ -55,7 +55,8 @@ def texts_of(
     files = {path for clip in clips for path in (clip.embedding, clip.negative_embedding) if path is not None}
     found: dict[str | Path, Text] = {path: _embedded(path, request.max_tokens, device) for path in files}
     wanted = {clip.prompt for clip in clips if clip.embedding is None}
-    if request.sampling.guidance not in (None, 1.0) or request.sampling.guidance_low is not None:
+    is_guided = request.published_guidance or request.sampling.guidance not in (None, 1.0)
+    if is_guided or request.sampling.guidance_low is not None:
         wanted |= {clip.negative for clip in clips if clip.negative_embedding is None and clip.embedding is None}
     if not wanted:
         return found
@@ -191,7 +192,9 @@ def _controls(parts: Parts, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _control_frames(name: str, request: ClipRequest, shot: Shot) -> np.ndarray:
-    control = request.control[name]
+    control, kind = request.control[name], choices("control").get(name)
+    if control.source is not None and kind is not None and control.source.suffix == kind.suffix != ".mp4":
+        return kind().read(control.source, controls.Span(0, shot.num_frames), (shot.height, shot.width))  # painted here
     if control.source is not None:
         return _frames(control.source, shot, shot.num_frames)
     assert request.source is not None, name

@@ -59,7 +59,7 @@ def plan_of(request: GenerateRequest, outline: Outline, say: Print) -> Plan:
     shot = _shot(request, model)
     chunks = tuple(_chunks(request, model, shot))
     window = chunks[0].num_frames
-    for warning in beyond(model.envelope, replace(shot, num_frames=window)):
+    for warning in () if model.is_teacher else beyond(model.envelope, replace(shot, num_frames=window)):
         say(f"warning: {warning}")
     _check_sizes(request, model, codec, shot, window)
     for clip in request.clips:
@@ -76,7 +76,11 @@ def sampler_of(request: GenerateRequest, model: Model, say: Print) -> Sampler:
     own, options = model.sampler, request.sampling
     if isinstance(own, TeacherSampler):
         if request.student_only:
-            raise UserError(f"--use_distilled: {request.model} is a teacher, nothing in it says how a student is sampled")
+            return _published_student(request, model, say)
+        usual = model.network.traits.guidance
+        if request.published_guidance and usual is not None:
+            say(f"guidance: none is given; as the original command does, g = {usual - 1:g}, which is w = {usual:g} here")
+            options = replace(options, guidance=usual)
         return changed(own, options)
     num, w = options.num_steps, 1.0 if options.guidance is None else options.guidance
     problems: list[str] = []
@@ -93,6 +97,18 @@ def sampler_of(request: GenerateRequest, model: Model, say: Print) -> Sampler:
             say(f"warning: {name} has no effect: a student takes the steps it was trained for")
     times = own.times if num in (None, len(own.times)) else student_times(num, own.path, 5.0)
     return replace(own, times=times, guidance=w)
+
+
+def _published_student(request: GenerateRequest, model: Model, say: Print) -> Sampler:
+    """The sampler of a published student, whose file of weights says nothing of it: --use_distilled does."""
+    usual, num = model.network.traits.student, request.sampling.num_steps
+    if usual is None or not model.is_of_files:
+        raise UserError(f"--use_distilled: {request.model} is a teacher, nothing in it says how a student is sampled")
+    if num is not None and num > len(usual.times):
+        raise UserError(f"--num-steps {num}: the published students of this network take {len(usual.times)} at most")
+    student = replace(usual, times=usual.times[:num])
+    say(f"{request.model}: by --use_distilled a student of {len(student.times)} steps, sampled as the published ones are")
+    return student
 
 
 def beyond(envelope: Envelope, shot: Shot) -> list[str]:

@@ -167,6 +167,7 @@ def _pictures(request: GenerateRequest, plan: Plan, device: torch.device) -> Cli
 def _record(request: GenerateRequest, clip: ClipRequest) -> dict[str, Any]:
     """The settings that decide the clip."""
     left_out = {"out", "clips", "device", "force", "save_noise", "student_only", "shard", "batch_size", "offload"}
+    left_out |= set() if request.published_guidance else {"published_guidance"}
     settings = {name: value for name, value in asdict(request).items() if name not in left_out}
     return json.loads(json.dumps(settings | {"clip": asdict(clip)}, default=str))
 

@@ -46,6 +46,7 @@ class Model:
     sampler: StudentSampler | TeacherSampler
     envelope: Envelope = Envelope()
     folder: Path | None = None  # where its codec and text encoder are, if it has them
+    is_of_files: bool = False  # weights in files that say nothing of how the model is sampled
 
     @property
     def is_teacher(self) -> bool:
@@ -62,6 +63,7 @@ class Outline:
     pipeline: str | None = None  # address of a pipeline of diffusers
     envelope: Envelope = Envelope()
     folder: Path | None = None
+    is_of_files: bool = False
 
     def open(self) -> Model:
         """The model with its weights, in eval mode and frozen."""
@@ -75,7 +77,7 @@ class Outline:
     def _model(self, network: Network) -> Model:
         network.module.eval().requires_grad_(False)
         sampler = self.sampler or teacher_sampler(network, self.pipeline)
-        return Model(network, self.spec, sampler, self.envelope, self.folder)
+        return Model(network, self.spec, sampler, self.envelope, self.folder, self.is_of_files)
 
 
 def open_model(address: str | Path, *, controls: Sequence[str] = (), network: str | None = None) -> Model:
@@ -183,14 +185,15 @@ def is_run(address: str) -> bool:
 def _exported(folder: Path) -> Outline:
     card = StudentCard.read(folder, "Export the student again")
     spec = card.spec()
-    weights = folder / "student.safetensors"
-    if not weights.is_file():
+    files = ["student.safetensors", *(["model_ema_fp32.pt"] if card.role.endswith(".ema") else []), "model.pt"]
+    weights = next((folder / name for name in files if (folder / name).is_file()), None)
+    if weights is None:
         spec = spec.in_folder(str(folder))
 
     def load() -> Network:
         network = spec.build()
-        if weights.is_file():
-            load_into(network.module, read(str(weights)), str(folder))
+        if weights is not None:
+            load_into(network.module, read(str(weights), network.module), str(weights))
         return network
 
     return Outline(spec, load, card.sampler, envelope=card.envelope, folder=folder)
@@ -295,12 +298,17 @@ def codec_address(model: Model, name: str, address: str | None) -> str:
 
 def _of_files(pieces: Sequence[Piece], controls: Sequence[str], name: str | None) -> Outline:
     """The published Cosmos network whose weights these are; it has no codec and no text encoder beside it."""
+    from fewstep.networks.families.cosmos.models import FIRST_CLIPS, SECOND_CLIPS
     from fewstep.networks.weights.convert import published_spec
 
     if len(controls) == 1 and not any(control for control, _, _ in pieces):
         pieces = [*pieces[:-1], (controls[0], *pieces[-1][1:])]
     found = collect(pieces)
-    spec = published_spec(found, name)
+    published, spec = published_spec(found, name)
+    envelope = Envelope()
+    if published is not None and "image" not in published:  # of sizes never published nobody knows
+        clips = FIRST_CLIPS if spec.family == "edm" else SECOND_CLIPS
+        envelope = Envelope(num_frames=clips[0], height=clips[1], width=clips[2], fps=clips[3])
 
     def load() -> Network:
         tell(found)
@@ -308,4 +316,4 @@ def _of_files(pieces: Sequence[Piece], controls: Sequence[str], name: str | None
         load_into(network.module, {n: stored.read() for n, stored in found.tensors.items()}, " and ".join(p[1] for p in pieces))
         return network
 
-    return Outline(spec, load)
+    return Outline(spec, load, envelope=envelope, is_of_files=True)

@@ -22,6 +22,7 @@ from fewstep.environment import ranks
 from fewstep.inference.coming_from_cosmos import (
     Control,
     Print,
+    codec_in,
     control_of,
     given_of,
     guidance_of,
@@ -111,6 +112,7 @@ class GenerateRequest:
     network: str | None = None  # which published one the weights of MODEL are; None: as their shapes say
     shard: bool = False  # each process holds a part of the weights
     batch_size: int = 1  # clips that go through the network together
+    published_guidance: bool = False  # a teacher without --guidance takes what the original tools take
     offload: frozenset[str] = frozenset()  # of OFFLOADED: parts that are loaded for their stage and released after it
 
 
@@ -246,7 +248,11 @@ def read_command(arguments: Sequence[str], say: Print | None = None) -> Generate
         raise ConfigError(f"--num_gpus {num}: {processes} process(es) run. Start it with torchrun --nproc_per_node={num}")
     options["guidance"] = guidance_of(options["guidance"], options["guidance_scale"], cosmos, tell)
     folder, transformer = options["checkpoint_dir"], options["diffusion_transformer_dir"]
-    options["model"] = model_of(options["model"], options["released"], folder, transformer, tell)
+    options["published_guidance"] = bool(cosmos) and options["guidance"] is None
+    of_specs = tuple(specs) if options["controlnet_specs"] is not None else ()
+    named = (options["model"], options["released"], folder, transformer)
+    options["model"] = model_of(*named, of_specs, options["student_only"], tell)
+    options["codec"] = codec_in(options["codec"], folder)
     options["solver"] = None if options["solver"] == "auto" else options["solver"]
     options |= {"clips": _clips(options, specs), "sampling": _of(SamplerOptions, options)}
     options["offload"] = frozenset(part for part in OFFLOADED if options["offload"] or options[f"offload_{part}"])

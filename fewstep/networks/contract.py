@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fewstep.batch import Condition
 from fewstep.config import OneOf
-from fewstep.diffusion import Cache, Denoiser, Path
+from fewstep.diffusion import Cache, Denoiser, Path, StudentSampler
 from fewstep.errors import UserError
 from fewstep.networks.causal_attention import Sites
 from fewstep.networks.encoders.codecs import Autoencoder
@@ -61,6 +61,8 @@ class Traits:
     first_frames: FirstFrames = "none"
     reads_image: bool = False  # reads image features of its first picture from cond.image
     controls: tuple[str, ...] = ()  # names in cond.control, all of which it reads
+    guidance: float | None = None  # w that the original tools sample with where none is given; None: not known
+    student: StudentSampler | None = None  # how the published students of this network are sampled, whose files do not say it
     boundary: float | None = None  # time below which a second expert is called; None: one network for all noise levels
     is_causal: bool = False  # a chunk of frames attends to no later one: it can be generated with a cache
     frame_multiple: int = 1  # number of latent frames must be a multiple of it

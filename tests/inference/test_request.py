@@ -43,6 +43,33 @@ def test_guidance_is_that_of_cosmos_in_a_command_of_cosmos_and_says_so() -> None
         read_command(["m", "--guidance", "1", "--guidance_scale", "2"])
 
 
+def test_a_command_of_cosmos_without_guidance_takes_that_of_the_original(tmp_path: Path) -> None:
+    for command, wanted in (
+        ("m --prompt a", False),
+        ("m --prompt a --video_save_name a", True),
+        ("m --prompt a --video_save_name a --guidance 0", False),
+        ("m --prompt a --video_save_name a --guidance_scale 1", False),
+        (f"m -i {tmp_path / 's.json'}", True),
+    ):
+        (tmp_path / "s.json").write_text('{"prompt": "a"}')
+        assert read_command(command.split(), lambda text: None).published_guidance is wanted, command
+
+
+def test_controls_of_specs_are_found_below_the_checkpoint_dir(tmp_path: Path) -> None:
+    specs = tmp_path / "s.json"
+    specs.write_text('{"prompt": "a", "edge": {"control_weight": 1.0}, "depth": {"input_control": "d.mp4"}}')
+    place = "C/nvidia/Cosmos-Transfer1-7B"
+    wanted = f"{place}/base_model.pt+edge={place}/edge_control.pt+depth={place}/depth_control.pt"
+    command = ["--controlnet_specs", str(specs), "--input_video_path", "a.mp4"]
+    assert read_command(["--checkpoint_dir", "C", *command], lambda text: None).model == wanted
+    assert read_command(command, lambda text: None).model == wanted.replace("C/", "checkpoints/")
+    assert read_command(["m", *command], lambda text: None).model == "m"
+    (tmp_path / "tokenizer").mkdir()
+    for folder, name, codec in ((tmp_path, "tokenizer", str(tmp_path / "tokenizer")), ("C", "tokenizer", "tokenizer")):
+        request = read_command(["--checkpoint_dir", str(folder), "--tokenizer_dir", name, *command], lambda text: None)
+        assert request.codec == codec
+
+
 def test_every_name_of_the_predict1_and_transfer1_tools_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     (tmp_path / "x.jsonl").write_text('{"prompt": "a", "visual_input": "a.mp4"}\n\n{"prompt": "b"}\n')

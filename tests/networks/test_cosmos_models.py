@@ -1,5 +1,6 @@
 """The published models at full size, on the meta device: parameters counted, every name of the published tables mapped."""
 
+from dataclasses import replace
 from functools import cache
 from itertools import product
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fewstep.diffusion import EDM
 from fewstep.networks.families.cosmos.control import CosmosControlSpec
 from fewstep.networks.families.cosmos.keys import generation_of, match, num_branches, original_names
 from fewstep.networks.families.cosmos.models import MODELS, transfer1_7b, transfer2_5_2b
@@ -237,3 +239,26 @@ def test_the_generation_is_seen_in_the_names() -> None:
 
 def test_the_default_configuration_is_the_model_most_used() -> None:
     assert CosmosSpec(text_projection_from=100352) == PREDICT2_5_2B
+
+
+@pytest.mark.parametrize(
+    ("name", "g", "noise_levels"),
+    [
+        ("predict1_7b", 7, None),
+        ("transfer1_7b", 5, [80]),
+        ("predict2_5_2b", 7, [1, 15 / 16, 5 / 6, 5 / 8]),
+        ("transfer2_5_2b", 3, [1, 15 / 16, 5 / 6, 5 / 8]),
+    ],
+)
+def test_what_the_inference_commands_of_a_generation_take_by_default(name: str, g: int, noise_levels: list[float]) -> None:
+    """Guidance in Cosmos' writing, and where the published students are asked: in sigma, or in flow time."""
+    with torch.device("meta"):
+        traits = replace(MODELS[name], num_layers=4, num_heads=2).build().traits
+    assert traits.guidance == g + 1
+    if noise_levels is None:
+        assert traits.student is None
+        return
+    assert traits.student is not None
+    a, s, _, _ = traits.student.path.coefficients(torch.tensor(traits.student.times, dtype=torch.float64))
+    found = s if traits.student.path == EDM(sigma_data=0.5) else s / (a + s)
+    torch.testing.assert_close(found, torch.tensor(noise_levels, dtype=torch.float64))

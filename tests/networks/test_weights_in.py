@@ -18,9 +18,13 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
 from fewstep.cli import main
+from fewstep.config import dump
+from fewstep.config.text import write_yaml
+from fewstep.inference.model import open_model
 from fewstep.networks.families.cosmos.control import CosmosControlSpec
 from fewstep.networks.families.cosmos.keys import Generation, original_names
 from fewstep.networks.families.cosmos.network import CosmosSpec
+from fewstep.networks.files.pipeline import is_diffusers_folder
 from fewstep.networks.files.tensor_files import open_tensors, write_safetensors
 from fewstep.networks.roles import Networks, build
 from fewstep.networks.weights.addresses import load_into, read
@@ -437,6 +441,47 @@ def test_wrong_use_is_told_apart(
     torch.save(original(module(FLOW), "2"), "model.pt")
     assert main(words) == status
     assert told in capsys.readouterr().err
+
+
+def test_a_folder_as_the_downloads_make_it_is_an_address(tmp_path: Path) -> None:
+    """C/D with model.pt, and a config.json that is none of diffusers."""
+    made = module(FLOW)
+    (tmp_path / "D").mkdir()
+    torch.save({"model": original(made, "2")}, tmp_path / "D/model.pt")
+    (tmp_path / "D/config.json").write_text("{}")
+    fills(FLOW, tmp_path / "D", made)
+    assert not is_diffusers_folder(tmp_path / "D")
+
+
+def test_a_size_never_published_is_described_beside_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A base, its branch and both together; without the file, or with a wrong one, the message names it."""
+    made = module(TRANSFER1)
+    file = original(made, "1")
+    folder = tmp_path / "checkpoints/nvidia/Cosmos-Transfer1-7B"
+    folder.mkdir(parents=True)
+    for name, start in (("base_model", "base_model."), ("edge_control", "net.")):
+        torch.save({n: t for n, t in file.items() if n.startswith(start)}, folder / f"{name}.pt")
+    assert main(["convert", f"{folder}/base_model.pt", f"{tmp_path}/folder"]) == 1
+    assert "put a network.yaml with its settings beside the weights" in capsys.readouterr().err
+    (folder / "network.yaml").write_text(write_yaml({"kind": "cosmos_control", **dump(TRANSFER1)}))
+    assert main(["convert", f"{folder}/base_model.pt", f"{tmp_path}/folder"]) == 0
+    assert FIRST.__class__(**{**dump(FIRST), "pretrained": str(tmp_path / "folder")}).build().module.config.num_layers == 2
+    joined = f"{folder}/base_model.pt+edge={folder}/edge_control.pt"
+    for address in (joined, f"{folder}/checkpoints_teacher/edge_control.pt"):
+        model = open_model(address, controls=["edge"])
+        assert model.spec == TRANSFER1
+        for name, value in made.state_dict().items():
+            assert torch.equal(model.network.module.state_dict()[name], value), name
+        assert main(["convert", "--ctrl_type", "edge", "--checkpoint_dir", str(tmp_path / "checkpoints")]) == 0
+    elsewhere = tmp_path / "sizes.yaml"
+    (folder / "network.yaml").rename(elsewhere)
+    assert open_model(joined, network=str(elsewhere)).spec == TRANSFER1
+    elsewhere.write_text("kind: wan\n")
+    with pytest.raises(ValueError, match="is no network of Cosmos"):
+        open_model(joined, network=str(elsewhere))
+    elsewhere.write_text(write_yaml({"kind": "cosmos_control", **dump(replace(TRANSFER1, num_layers=3))}))
+    with pytest.raises(ValueError, match=r"do not fit the network:\n  missing in the weights: base\.transformer_blocks\.2\."):
+        open_model(joined, network=str(elsewhere))
 
 
 MEASURE = """

@@ -58,4 +58,7 @@ class PipelineFolder:
 
 
 def is_diffusers_folder(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("model_index.json", "transformer", "unet", "config.json"))
+    """Whether it holds a pipeline, or a network alone. Downloads of the original Cosmos have a config.json beside model.pt."""
+    if any((folder / name).exists() for name in ("model_index.json", "transformer", "unet")):
+        return True
+    return (folder / "config.json").exists() and not (folder / "model.pt").is_file()

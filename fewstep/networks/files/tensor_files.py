@@ -2,10 +2,11 @@
 
     x.safetensors                      and a folder of them, with or without an index: what diffusers writes
     x.pt  x.pth  x.ckpt  x.bin         torch.save: flat, or nested as {"model": .., "ema": ..} and {"model": {"net": ..}}
+    FOLDER with model.pt               what the downloads of the original Cosmos make
     iter_N_model_mp_0.pt .. _7.pt      parts of tensor parallelism: given by any one of them, or as iter_N.pt
     FOLDER with .metadata              torch.distributed.checkpoint, sharded or not
 
-torch.load is asked for weights only; distributed.py reads the fourth.
+torch.load is asked for weights only; distributed.py reads the last.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fewstep.networks.files.stored import SAFETENSORS_DTYPES, SAFETENSORS_NAMES,
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+MODEL = "model.pt"  # in the folder of an original model
 
 # Of several sets of weights in one file these are taken first: the moving average is the model, the rest is training.
 _PREFERRED = ("ema", "model.ema", "model_ema", "net_ema", "model", "model.net", "module", "state_dict", "net")
@@ -51,7 +53,7 @@ def is_tensor_file(place: str) -> bool:
         from fewstep.networks.files.distributed import read_metadata
 
         return not any(re.match(r"\w+\.(weights|ema)\.", name) for name in read_metadata(path).state_dict_metadata)
-    return bool(_safetensors_in(path))
+    return bool(_safetensors_in(path)) or (path / MODEL).is_file()
 
 
 def open_tensors(place: str | Path, part: str | None = None) -> TensorFile:
@@ -75,8 +77,10 @@ def open_tensors(place: str | Path, part: str | None = None) -> TensorFile:
         for file in _safetensors_in(path):
             merged |= _safetensors(file)
         found = TensorFile(str(path), merged)
+    elif (path / MODEL).is_file():
+        found = _torch_file(path / MODEL, part)
     elif path.is_dir():
-        raise UserError(f"no weights in '{place}': the folder holds neither .safetensors files nor a .metadata file")
+        raise UserError(f"no weights in '{place}': the folder holds no .safetensors files, no {MODEL} and no .metadata file")
     else:
         raise UserError(f"no weights at '{place}': there is no such file")
     found = _one_net(found, part)

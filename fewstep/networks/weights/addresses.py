@@ -181,6 +181,23 @@ def checkpoint_of(place: str) -> Path:
 def read_tensors(folder: Path, prefix: str, *more: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint whose names start with `prefix`, and those with the prefixes of `more` where there are
     any, named without them; sharded ones come whole."""
+    return {name: stored.read() for name, stored in _stored(folder, prefix, *more).items()}
+
+
+def of_run(address: str) -> Collected | None:
+    """The weights of one role of a run, RUN@ITER:ROLE; None where no folder has that name, or it is no run."""
+    place = address.partition(":")[0].partition("@")[0]
+    if not place or pieces_of(address) is not None or not any(path.is_dir() for path in (Path(place), output_root() / place)):
+        return None
+    folder, role = locate(address)
+    name, _, part = role.partition(".")
+    tensors = _stored(folder, f"{name}.{part or 'weights'}.", f"{name}.buffers.")
+    if any(".lora_A." in tensor for tensor in tensors):
+        raise UserError(f"'{address}' holds adapters (LoRA) without the weights below them: fewstep export {address} adds them")
+    return Collected(tensors, (TensorFile(str(folder), tensors, role),), None, ())
+
+
+def _stored(folder: Path, prefix: str, *more: str) -> dict[str, Stored]:
     from fewstep.networks.files.distributed import open_distributed
 
     tensors = open_distributed(folder)
@@ -189,7 +206,7 @@ def read_tensors(folder: Path, prefix: str, *more: str) -> dict[str, Tensor]:
         parts = sorted({".".join(name.split(".")[:2]) for name in tensors if ".optim." not in name})
         raise UserError(f"{folder} holds no '{prefix[:-1]}'; it holds {', '.join(parts)}")
     prefixes = (prefix, *more)
-    return {next(n.removeprefix(p) for p in prefixes if n.startswith(p)): stored.read() for n, stored in wanted.items()}
+    return {next(n.removeprefix(p) for p in prefixes if n.startswith(p)): stored for n, stored in wanted.items()}
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> int:

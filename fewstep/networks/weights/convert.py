@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from fewstep.config import parse
+from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.errors import UserError
-from fewstep.files import some, whole_file, whole_folder
+from fewstep.files import some, whole_file, whole_folder, write_text
+from fewstep.networks.contract import AnyNetwork
 from fewstep.networks.families.cosmos.control import Controlled, CosmosControlSpec
 from fewstep.networks.families.cosmos.keys import (
     Generation,
@@ -36,9 +39,10 @@ from fewstep.networks.families.cosmos.transfer1 import Transfer1Branch
 from fewstep.networks.files import hub
 from fewstep.networks.files.stored import Stored
 from fewstep.networks.files.tensor_files import SUFFIXES, open_tensors, write_safetensors
-from fewstep.networks.weights.addresses import Collected, Piece, collect, pieces_of, tell
+from fewstep.networks.weights.addresses import Collected, Piece, collect, of_run, pieces_of, tell
 
 SHARD_BYTES = 5 * 10**9
+SIZES = "network.yaml"  # beside weights of sizes never published: their network, as a configuration has it
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Dtype = Literal["keep", "fp32", "bf16", "fp16"]
 
@@ -65,6 +69,12 @@ def convert(
     lora_scale: float | None = None,
 ) -> list[Written]:
     """What was written. `source`, or `base` and `control` which are put together; `out` says by its ending into what."""
+    run = of_run(source) if source is not None and base is None else None
+    if run is not None:
+        if out is None:
+            raise UserError("convert: say what to write: OUT.pt, OUT.safetensors or OUT/")
+        tell(run)
+        return _write(out, run, model, dtype)
     pieces = _pieces(source, base, control)
     if out is None:
         if len(pieces) != 2:
@@ -77,20 +87,25 @@ def convert(
     if out.suffix in (".pt", ".pth") and len(pieces) > 1 and lora_scale is None:
         union = _union(pieces)
         if union is not None:
+            _keep_sizes(pieces, out)
             return [_write_torch(out, union, dtype, f"the union of {' and '.join(place for _, place, _ in pieces)}")]
     found = collect(pieces, lora_scale=lora_scale)
     for file in found.files:
         _refuse_odd(file.tensors, file.source)
     tell(found)
+    return _write(out, found, model, dtype)
+
+
+def _write(out: Path, weights: Collected, model: str | None, dtype: Dtype) -> list[Written]:
     if out.suffix in (".pt", ".pth"):
-        return [_write_torch(out, _originally_named(found), dtype, "original names")]
+        return [_write_torch(out, _originally_named(weights), dtype, "original names")]
     if out.suffix == ".safetensors":
         with whole_file(out) as beside:
-            write_safetensors(beside, found.tensors, _dtype(dtype))
-        return [_written(out, found.tensors, "our names")]
+            write_safetensors(beside, weights.tensors, _dtype(dtype))
+        return [_written(out, weights.tensors, "our names")]
     if out.suffix:
         raise UserError(f"convert: cannot write '{out}': it must end in .pt or .safetensors, or be a folder for diffusers")
-    return _write_folder(out, found, model, dtype)
+    return _write_folder(out, weights, model, dtype)
 
 
 def from_words(
@@ -136,9 +151,7 @@ def _pieces(source: str | None, base: str | None, control: Sequence[str]) -> lis
         address = _downloaded(address)
     pieces = pieces_of(address)
     if pieces is None:
-        raise UserError(
-            f"convert: '{address}' is no file or folder of weights; the weights of a run go out with: fewstep export {address}"
-        )
+        raise UserError(f"convert: '{address}' is no file or folder of weights, and no run")
     return pieces
 
 
@@ -168,6 +181,13 @@ def _union(pieces: Sequence[Piece]) -> dict[str, Stored] | None:
         }
     collect(pieces)  # refuses what both hold
     return tensors | dict(control.tensors)
+
+
+def _keep_sizes(pieces: Sequence[Piece], out: Path) -> None:
+    """Copies the file that describes the network from beside the base to beside `out`."""
+    beside = Path(pieces[0][1]).parent / SIZES
+    if beside.is_file() and beside.parent.resolve() != out.parent.resolve():
+        write_text(out.parent / SIZES, beside.read_text(encoding="utf-8"))
 
 
 def _originally_named(weights: Collected) -> dict[str, Stored]:
@@ -263,6 +283,14 @@ def model_of(weights: Collected, name: str | None) -> tuple[str, nn.Module]:
     """The module, without weights, that these tensors fill: the one published model that fits, or the one that was named."""
     shapes = {n: stored.shape for n, stored in weights.tensors.items()}
     controls = _branch_names(shapes)
+    described = _described(weights, name)
+    if described is not None:
+        file, spec = described
+        with torch.device("meta"):
+            module = spec.build().module
+        if {n: tuple(tensor.shape) for n, tensor in module.state_dict().items()} != shapes:
+            raise UserError(_unfit(str(file), module, shapes))
+        return str(file), module
     if name is not None and name not in MODELS:
         module = _of_folder(Path(name), controls)
         if {n: tuple(tensor.shape) for n, tensor in module.state_dict().items()} != shapes:
@@ -296,13 +324,44 @@ def model_of(weights: Collected, name: str | None) -> tuple[str, nn.Module]:
     raise UserError(_unfit(nearest[1], nearest[2], shapes))
 
 
-def published_spec(weights: Collected, name: str | None) -> CosmosSpec:
-    """The configuration of the published network that these tensors fill; with `name`, of that one."""
+def published_spec(weights: Collected, name: str | None) -> tuple[str | None, CosmosSpec]:
+    """The name and configuration of the published network that these tensors fill; with `name`, of that one.
+
+    Networks of other sizes are described by a file of settings: network.yaml beside the weights, or `name`.
+    """
+    described = _described(weights, name)
+    if described is not None:
+        return None, described[1]
     if name is not None and name not in MODELS:
-        raise UserError(f"--network {name}: is none of {', '.join(MODELS)}")
+        raise UserError(f"--network {name}: is none of {', '.join(MODELS)}, and no .yaml file of a network's settings")
     name, _ = model_of(weights, name)
     spec = MODELS[name]
-    return replace(spec, controls=_branch_names(weights.tensors)) if isinstance(spec, CosmosControlSpec) else spec
+    if isinstance(spec, CosmosControlSpec):
+        spec = replace(spec, controls=_branch_names(weights.tensors))
+    return name, spec
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    network: AnyNetwork
+
+
+def _described(weights: Collected, name: str | None) -> tuple[Path, CosmosSpec] | None:
+    """The network in the file of settings that `name` is, or that lies beside the weights; without branches where they have
+    none."""
+    beside = Path(weights.files[0].source).parent / SIZES
+    file = beside if name is None else Path(name)
+    if file.suffix not in (".yaml", ".yml") or (name is None and not file.is_file()):
+        return None
+    spec = parse(_Sizes, {"network": read_yaml_mapping(read_text(file), str(file))}).network
+    if not isinstance(spec, CosmosSpec):
+        raise UserError(f"{file}: is no network of Cosmos, but these weights are named as Cosmos names them")
+    controls = _branch_names(weights.tensors)
+    if not isinstance(spec, CosmosControlSpec):
+        return file, spec
+    if controls:
+        return file, replace(spec, controls=controls)
+    return file, CosmosSpec(**{f.name: getattr(spec, f.name) for f in fields(CosmosSpec)})
 
 
 def _branch_names(names: Iterable[str]) -> tuple[str, ...]:
@@ -334,7 +393,8 @@ def _unfit(name: str, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) 
     shown = some(problems, 12, "\n")
     return (
         f"convert: the weights fit none of the published models; the nearest is {name}:\n{shown}\nFor a model of other "
-        "dimensions, give --model FOLDER with its config.json, or write OUT.safetensors, which needs none"
+        f"dimensions, put a {SIZES} with its settings beside the weights, give --model FOLDER with its config.json, or write "
+        "OUT.safetensors, which needs none"
     )
 
 

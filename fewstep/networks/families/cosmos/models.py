@@ -43,6 +43,10 @@ def transfer2_5_2b(*controls: str) -> CosmosControlSpec:
     )
 
 
+# Frames, height, width and rate of the clips that the inference commands of a generation make where none are given.
+FIRST_CLIPS = (121, 704, 1280, 24.0)
+SECOND_CLIPS = (93, 704, 1280, 16.0)
+
 MODELS: Mapping[str, CosmosSpec] = {
     **PREDICT,
     "transfer1_7b": transfer1_7b("edge"),

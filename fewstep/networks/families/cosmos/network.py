@@ -11,6 +11,7 @@ time of their own next to 0 (`clean_time`); in Predict1 they have the time of th
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from torch.nn import functional
 
 from fewstep.batch import Condition
 from fewstep.config import kind
-from fewstep.diffusion import EDM, Cache, Path, Prediction, RectifiedFlow
+from fewstep.diffusion import EDM, Cache, Path, Prediction, RectifiedFlow, StudentSampler, TrigFlow
 from fewstep.diffusion.path import spread, working_dtype
 from fewstep.diffusion.precondition import edm_preconditioning, with_noise
 from fewstep.diffusion.prediction import with_clean_frames
@@ -37,6 +38,13 @@ from fewstep.networks.files.folders import from_folder
 from fewstep.networks.taps import block_outputs
 
 CLEAN_TIME = 1e-4  # flow time of given frames (Predict2 and 2.5, sigma_conditional)
+# g in cond + g (cond - uncond), by family and whether there are controls: the defaults of the inference commands of Predict1,
+# Transfer1, Predict2 and 2.5, Transfer2.5.
+_GUIDANCE = {("edm", False): 7.0, ("edm", True): 5.0, ("flow", False): 7.0, ("flow", True): 3.0}
+# The published students: Transfer1 in one step, Predict2.5 and Transfer2.5 in four.
+_FOUR_STEPS = StudentSampler((math.pi / 2, math.atan(15), math.atan(5), math.atan(5 / 3)), TrigFlow(), "same")
+_ONE_STEP = StudentSampler((80.0,), EDM(sigma_data=0.5))
+_STUDENT = {("edm", False): None, ("edm", True): _ONE_STEP, ("flow", False): _FOUR_STEPS, ("flow", True): _FOUR_STEPS}
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,8 @@ class Cosmos(Adapter):
             side_multiple=max(config.patch_size[1:]),
             latent_channels=config.out_channels,
             text_channels=config.crossattn_proj_in_channels if config.use_crossattn_projection else config.text_embed_dim,
+            guidance=1 + _GUIDANCE[self.family, bool(self.controls)],
+            student=_STUDENT[self.family, bool(self.controls)],
             scheduling=Scheduling(needs_own_loop=True),
             pipeline_settings={
                 "family": self.family,
@@ -391,13 +401,11 @@ def supply_resize() -> None:
     from diffusers.models.controlnets import controlnet_cosmos
     from diffusers.models.transformers import transformer_cosmos
 
-    if hasattr(transformer_cosmos, "transforms"):
-        return
-
     def resize(mask: Tensor, size: list[int], interpolation: object) -> Tensor:
         return nn.functional.interpolate(mask, size=size, mode="nearest")
 
     functional = types.SimpleNamespace(resize=resize)
     modes = types.SimpleNamespace(NEAREST="nearest")
     for module in (transformer_cosmos, controlnet_cosmos):
-        module.__dict__["transforms"] = types.SimpleNamespace(functional=functional, InterpolationMode=modes)
+        if not hasattr(module, "transforms"):
+            module.__dict__["transforms"] = types.SimpleNamespace(functional=functional, InterpolationMode=modes)
