@@ -1,7 +1,7 @@
 """The inference commands of the original Cosmos tools, in our words: option names, their json files, their guidance.
 
     --controlnet_specs FILE    Transfer1: controls by name; every other entry is an option of the command
-    -i FILE                    Predict2.5, Transfer2.5: the same under other names
+    -i FILE                    Predict2.5, Transfer2.5: the same under other names; its paths begin at the folder of FILE
 
 Cosmos writes guidance as cond + g (cond - uncond), we as uncond + w (cond - uncond), w = g + 1. --guidance is w; in a command
 with an option that only Cosmos has (--checkpoint_dir, --video_save_name, --controlnet_specs, ..) it is g, which is printed, and
@@ -118,7 +118,8 @@ def model_of(
             f"--model {released}: names of released models are not known; give its folder: fewstep generate FOLDER"
         )
     if released is not None:
-        tell(f"warning: --model {released} has no effect: the model is {model}")
+        means = "says only that it is a student" if released.endswith("/distilled") else "has no effect"
+        tell(f"warning: --model {released} {means}: the model is {model}")
     if model is None and transformer is not None:
         return str(Path(folder or "checkpoints") / transformer)
     if model is None and controls:
@@ -147,6 +148,8 @@ def read_specs(path: Path, option: str, tell: Print) -> tuple[list[str], dict[st
         raise ConfigError(f"{option} {path}: is no json object")
     controls: dict[str, Control] = {}
     arguments: list[str] = []
+    if option == "-i":
+        entries = _from_folder(entries, path.parent)
     for name, value in entries.items():
         if isinstance(value, dict):
             controls[name] = control_of(name, value, Control(), tell)
@@ -159,6 +162,19 @@ def read_specs(path: Path, option: str, tell: Print) -> tuple[list[str], dict[st
         elif value is not False and value is not None:
             arguments.append(f"--{name}={value}")
     return arguments, controls
+
+
+def _from_folder(entries: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The entries, in which a path that exists below `folder` begins there."""
+    out: dict[str, Any] = {}
+    for name, value in entries.items():
+        if isinstance(value, dict):
+            out[name] = _from_folder(value, folder)
+        elif name.endswith("_path") and isinstance(value, str) and (folder / value).exists():
+            out[name] = str(folder / value)
+        else:
+            out[name] = value
+    return out
 
 
 def given_of(inference_type: str) -> int:

@@ -248,6 +248,7 @@ def read_command(arguments: Sequence[str], say: Print | None = None) -> Generate
         raise ConfigError(f"--num_gpus {num}: {processes} process(es) run. Start it with torchrun --nproc_per_node={num}")
     options["guidance"] = guidance_of(options["guidance"], options["guidance_scale"], cosmos, tell)
     folder, transformer = options["checkpoint_dir"], options["diffusion_transformer_dir"]
+    options["student_only"] |= (options["released"] or "").endswith("/distilled")
     options["published_guidance"] = bool(cosmos) and options["guidance"] is None
     of_specs = tuple(specs) if options["controlnet_specs"] is not None else ()
     named = (options["model"], options["released"], folder, transformer)

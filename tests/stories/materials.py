@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 import yaml
 
 from fewstep.data.files import arrays, masks, video
-from fewstep.networks.families.cosmos.keys import Generation, original_names
+from fewstep.networks.families.cosmos.control import CosmosControlSpec
+from fewstep.networks.families.cosmos.keys import SHARED, Generation, original_names
 from fewstep.networks.families.cosmos.network import CosmosSpec
 
 WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "ball", "blue", "box", "rolls", "right", "left", "clip", "0", "1", "2", "3")
@@ -47,16 +49,23 @@ def results_of_other_models(
             arrays.write_pickle(folder / f"{n}.pickle", people)
 
 
-def t5(folder: Path, dim: int = 8) -> None:
-    """A T5 encoder and its tokenizer."""
+def tokenizer(**more: Any) -> Any:
+    """A tokenizer of transformers that knows `WORDS`."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+    from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=512, **names).save_pretrained(folder)
+    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=512, **names, **more)
+
+
+def t5(folder: Path, dim: int = 8) -> None:
+    """A T5 encoder and its tokenizer."""
+    from transformers import T5Config, T5EncoderModel
+
+    tokenizer().save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {"d_model": dim, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": len(WORDS)}
     T5EncoderModel(T5Config(**sizes, pad_token_id=0)).save_pretrained(folder)
@@ -80,6 +89,11 @@ def original_weights(spec: CosmosSpec, generation: Generation, seed: int = 0) ->
     module: Any = spec.build().module
     for weight in module.parameters():
         torch.nn.init.normal_(weight, std=0.5 * weight.shape[-1] ** -0.5)
+    if isinstance(spec, CosmosControlSpec) and spec.style == "transfer2_5":  # what a branch repeats is equal to its base's
+        for branch in module.branches.values():
+            for own, again in SHARED.items():
+                if getattr(module.base, own, None) is not None:
+                    getattr(branch, again).load_state_dict(getattr(module.base, own).state_dict())
     state = module.state_dict()
     return {theirs: state[ours].clone() for ours, theirs in original_names(state, generation).items()}
 
@@ -87,3 +101,40 @@ def original_weights(spec: CosmosSpec, generation: Generation, seed: int = 0) ->
 def settings(path: Path, values: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(dict(values)))
+
+
+def qwen(folder: Path) -> None:
+    """A Qwen2.5-VL and its tokenizer, which Predict2.5 reads its prompts with: 3 layers of 16 channels."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(0)
+    text = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "vocab_size": len(WORDS), "rope_scaling": {"mrope_section": [1, 1, 2], "type": "mrope"},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    model.save_pretrained(folder / "text_encoder")
+    template = (
+        "{% for m in messages %}{{ m['role'] }} {% for part in m['content'] %}{{ part['text'] }}{% endfor %} {% endfor %}"
+    )
+    tokenizer(chat_template=template).save_pretrained(folder / "tokenizer")
+
+
+def wan_codec(folder: Path, channels: int = 4) -> None:
+    """Wan's autoencoder: 9 x 32 x 32 pixels to latents of 4 x 3 x 4 x 4."""
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(1)
+    AutoencoderKLWan(
+        base_dim=3, z_dim=channels, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.1] * channels, latents_std=[1.5] * channels,
+    ).save_pretrained(folder / "vae")  # fmt: skip
+
+
+def pipeline(folder: Path, cls: str, **parts: str) -> None:
+    """model_index.json of a pipeline with these parts, each a class of diffusers or transformers."""
+    import diffusers
+
+    index = {name: ["diffusers" if hasattr(diffusers, part) else "transformers", part] for name, part in parts.items()}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": cls, **index}))

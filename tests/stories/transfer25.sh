@@ -1,0 +1,25 @@
+# Distilling Cosmos-Transfer2.5 with one control, $TYPE, into four steps with DMD2 in TrigFlow: from clips and captions to a clip of the student.
+# Beside the clips there are the download of its weights, a pipeline with codec and text encoder, and small.yaml with the sizes
+# of this network.
+export OUTPUT_ROOT=checkpoints
+fewstep prepare text datasets/dmd2 --encoder checkpoints/pipeline --into reason1
+fewstep prepare controls datasets/dmd2 --type $TYPE
+fewstep prepare latents datasets/dmd2 --codec checkpoints/pipeline --control $TYPE
+torchrun --nproc_per_node=2 --master_port=12340 -m fewstep.train \
+  --config=cosmos_predict2/_src/predict2/distill/configs/registry_transfer2p5.py -- \
+  experiment=dmd2_trigflow_distill_cosmos_transfer2p5_2B_bidirectional_$TYPE small.yaml trainer.max_iter=2
+
+# The files of the original tools, and inference with one of them.
+fewstep convert cosmos_predict2_distill/predict2_distill/dmd2_trigflow_distill_cosmos_transfer2p5_2B_bidirectional_$TYPE:student converted/model.pt
+fewstep convert cosmos_predict2_distill/predict2_distill/dmd2_trigflow_distill_cosmos_transfer2p5_2B_bidirectional_$TYPE:student.ema \
+  converted/model_ema_fp32.pt --dtype fp32
+fewstep convert cosmos_predict2_distill/predict2_distill/dmd2_trigflow_distill_cosmos_transfer2p5_2B_bidirectional_$TYPE:student.ema \
+  converted/model_ema_bf16.pt --dtype bf16
+cp checkpoints/network.yaml converted/network.yaml
+fewstep generate converted/model_ema_fp32.pt -i inputs/spec.json -o outputs/converted --model=$TYPE/distilled --codec checkpoints/pipeline --text-encoder checkpoints/pipeline \
+  --num-frames 9 --height 32 --width 32 --quality lossless
+
+# A folder that plain diffusers opens, and inference with it: here, and without this package.
+fewstep export cosmos_predict2_distill/predict2_distill/dmd2_trigflow_distill_cosmos_transfer2p5_2B_bidirectional_$TYPE --out student --base checkpoints/pipeline
+fewstep generate student -i inputs/spec.json -o outputs --quality lossless
+python plain.py student datasets/dmd2/$TYPE/0.mp4
