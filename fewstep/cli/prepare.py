@@ -42,7 +42,7 @@ def prepare_text(
     encoder: Annotated[str, typer.Option(help="Folder or hub id of a text encoder, or of a pipeline that has one.")],
     prompt: Annotated[str | None, typer.Option(help="Use this caption for every clip.")] = None,
     negative: Annotated[
-        str | None, typer.Option(help="Embed this text, too, as DIR/negative.pickle (for data.negative).")
+        str | None, typer.Option(help="Embed this text, too, as DIR/negative.pickle (of another --into: INTO_negative.pickle).")
     ] = None,
     into: Annotated[str, typer.Option(help="Folder of the embeddings in DIR.")] = "t5_xxl",
     form: Annotated[
@@ -103,13 +103,17 @@ def prepare_latents(
     ] = None,
     num_frames: Annotated[int | None, typer.Option(help="Frames of a window. Default: whole clips.")] = None,
     sequence_interval: Annotated[int, typer.Option(help="Take every k-th frame of a file.")] = 1,
-    start_frame_interval: Annotated[int, typer.Option(help="Frames between the starts of two windows.")] = 1,
+    start_frame_interval: Annotated[
+        int | None, typer.Option(help="Frames between the starts of two windows. Default: windows lie side by side.")
+    ] = None,
     size: Annotated[
         tuple[int, int] | None, typer.Option(help="Height and width to resize to. Default: those of the files.")
     ] = None,
     resize: Annotated[
-        str, typer.Option(help="How to resize: stretch or crop.", callback=one_of("stretch", "crop"))
+        str, typer.Option(help="How to resize: stretch, crop or pad.", callback=one_of("stretch", "crop", "pad"))
     ] = "stretch",
+    into: Annotated[str, typer.Option(help="Folder of the latents in DIR; a second codec needs one of its own.")] = "latents",
+    measure: Annotated[int, typer.Option(help="Number of clips whose reconstruction is measured; 0: none.")] = 8,
     scale: Annotated[float, typer.Option(help="Factor of the latents besides their normalisation; 0.5 for Cosmos 1.")] = 1.0,
     tile: Annotated[int | None, typer.Option(help="Pixels along a tile, to save memory; not exact.")] = None,
     dtype: Annotated[
@@ -122,4 +126,4 @@ def prepare_latents(
 
     windows = {"sequence_interval": sequence_interval, "start_frame_interval": start_frame_interval}
     sizes = {"num_frames": num_frames, "video_size": size, "resize": resize}
-    print(latents(folder, codec, control, dtype, device, {"scale": scale, "tile": tile}, **sizes, **windows))
+    print(latents(folder, codec, control, dtype, device, {"scale": scale, "tile": tile}, into, measure, **sizes, **windows))

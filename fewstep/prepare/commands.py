@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from fewstep.config import ConfigError
+from fewstep.data.folder import layout
 from fewstep.data.folder.dataset import Folder
 from fewstep.prepare import latents as latents_
 from fewstep.prepare import text as text_
@@ -25,25 +27,47 @@ def text(
 ) -> str:
     from fewstep.networks.encoders.text import open_text_encoder
 
-    if "/" in into or into.startswith("."):
-        raise ConfigError(f"--into names a folder in {folder}, t5_xxl for instance, not {into!r}")
+    _check_into(folder, into, "t5_xxl")
     opened = open_text_encoder(encoder, max_tokens=max_tokens, device=device or _best_device())
+    if negative is not None:
+        text_.check_negative(folder, into, opened, negative)
     summary = text_.write(folder, opened, folder=into, prompt=prompt, form=cast(text_.Form, form))
     if negative is not None:
-        text_.write_one(folder / "negative.pickle", opened, negative)
+        text_.write_negative(folder, into, opened, negative)
     return f"{folder / into}: {summary.text('captions')}"
 
 
 def latents(
-    folder: Path, codec: str, control: str | None, dtype: str, device: str | None, opening: dict[str, Any], **windows: Any
+    folder: Path,
+    codec: str,
+    control: str | None,
+    dtype: str,
+    device: str | None,
+    opening: dict[str, Any],
+    into: str = "latents",
+    measure: int = 8,
+    **windows: Any,
 ) -> str:
-    """`windows` are fields of Folder, `opening` what `open_codec` takes."""
-    from fewstep.networks.encoders.codecs import open_codec
+    """`windows` are fields of Folder, `opening` what `open_codec` takes; measure: clips whose reconstruction is measured.
 
+    Windows lie side by side unless start_frame_interval says otherwise.
+    """
+    from fewstep.networks.encoders.codecs import open_codec
+    from fewstep.prepare.reconstruction import measured
+
+    _check_into(folder, into, "latents")
     place = device or _best_device()
     named = None if control is None else latents_.control_named(control)
+    if windows.get("start_frame_interval") is None:
+        windows["start_frame_interval"] = latents_.side_by_side(windows.get("num_frames"), windows["sequence_interval"])
     data = Folder(str(folder), text=None, control=named, **windows)
-    summary = latents_.write(data, open_codec(codec, device=place, **opening), dtype=cast(latents_.Half, dtype), device=place)
+    clips = latents_.clips_of(data)
+    print(latents_.extent(clips), file=sys.stderr)
+    opened = open_codec(codec, device=place, **opening)
+    summary = latents_.write(data, opened, dtype=cast(latents_.Half, dtype), device=place, into=into)
+    quality = measured(clips, opened, measure, folder / into, place)
+    if quality is not None:
+        print(quality.text(), file=sys.stderr)
     return f"{folder}: {summary.text('latents')}"
 
 
@@ -77,6 +101,12 @@ def shards(folder: Path, out: str, parts: str | None, shard_mib: int) -> str:
 
     summary = write(folder, out, parts=None if parts is None else parts.split(","), shard_bytes=shard_mib * 2**20)
     return f"{out}: {summary.text('samples')}"
+
+
+def _check_into(folder: Path, into: str, example: str) -> None:
+    known = {part.folder for part in (layout.VIDEOS, layout.IMAGES, layout.CAPTIONS, layout.NOISE, layout.PATH)}
+    if not into or "/" in into or into.startswith(".") or into in known:
+        raise ConfigError(f"--into names a folder of its own in {folder}, {example} for instance, not {into!r}")
 
 
 def _quality(text: str | None) -> Any:  # crf, "lossless" or None

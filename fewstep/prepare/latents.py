@@ -34,18 +34,23 @@ _Answer = TypeVar("_Answer")
 
 
 def write(
-    data: Folder, codec: Codec, *, dtype: Half = "float16", device: torch.device | str = "cpu", ahead: int = 2
+    data: Folder,
+    codec: Codec,
+    *,
+    dtype: Half = "float16",
+    device: torch.device | str = "cpu",
+    ahead: int = 2,
+    into: str = "latents",
 ) -> Summary:
     """Encodes every sample of `data` (pixels) that is not cached, and its control if the data set names one.
 
+    into: the folder of the rows; those of a control go into CONTROL_INTO.
     `ahead` clips are decoded while one is encoded. Refuses, before encoding anything, clips that do not fit the codec, a cache
     made with another codec or other settings, and a disk without room. Clips that cannot be decoded are named at the end.
     """
     if data.x0 != "pixels" or data.pairs or data.text is not None:
         raise UserError("latents are made of pixels alone: x0=pixels, no text, no pairs")
-    opened = replace(data, ram_gib=0.0).open()
-    if opened.layout.form != "flat":
-        raise UserError(f"{data.dataset_dir}: has a folder for each sample; latents are cached for folders with videos/ alone")
+    opened = clips_of(data)
     hashes = dict[Path, str]()
     summary = Summary(0, 0)
     parts: list[tuple[str, Callable[[Batch], Tensor | None]]] = [("videos", lambda batch: batch.x0)]
@@ -53,13 +58,35 @@ def write(
         name = data.control.folder
         parts.append((name, lambda batch: batch.cond.control[name]))
     for part, pixels_of in parts:
-        summary += _write_part(opened, part, pixels_of, codec, dtype, device, ahead, hashes)
+        summary += _write_part(opened, part, pixels_of, codec, dtype, device, ahead, hashes, into)
     return summary
 
 
-def folder_of(part: str) -> str:
+def clips_of(data: Folder) -> FolderData:
+    """The clips of a data set with its windows; refuses the layout of a folder for each sample."""
+    opened = replace(data, ram_gib=0.0).open()
+    if opened.layout.form != "flat":
+        raise UserError(f"{data.dataset_dir}: has a folder for each sample; latents are cached for folders with videos/ alone")
+    return opened
+
+
+def folder_of(part: str, into: str = "latents") -> str:
     """The folder of a part's latents in the data set."""
-    return layout.LATENTS.folder if part == "videos" else layout.control_latents(part).folder
+    return into if part == "videos" else layout.control_latents(part, into).folder
+
+
+def side_by_side(num_frames: int | None, sequence_interval: int) -> int:
+    """Frames between the starts of two windows that lie side by side: the frames of the file that a window lies over."""
+    return 1 if num_frames is None else (num_frames - 1) * sequence_interval + 1
+
+
+def extent(data: FolderData) -> str:
+    """How much there is to encode, in one line."""
+    spec, num = data.spec, len(set(data.stems))
+    if spec.num_frames is None:
+        return f"{num} clips, whole"
+    every = f", one every {spec.start_frame_interval} frames" if len(data) > num else ""
+    return f"{len(data)} windows of {num} clips, {spec.num_frames} frames each{every}"
 
 
 def control_named(name: str) -> Any:  # whatever is registered under that name
@@ -82,12 +109,15 @@ def _write_part(
     device: torch.device | str,
     ahead: int,
     hashes: dict[Path, str],
+    into: str,
 ) -> Summary:
     samples = data.samples
     shape = codec.shape(*_pixels_of_first(data))
-    labels = [_label(sample, part, hashes) for sample in track(samples, len(samples), f"hashing {part}")]
+    labels = [
+        _label(sample, part, hashes, data.spec.resize == "pad") for sample in track(samples, len(samples), f"hashing {part}")
+    ]
     failed: list[str] = []
-    with Writer(data.layout.root / folder_of(part), origin_of(data.spec, part, codec.fingerprint, dtype)) as writer:
+    with Writer(data.layout.root / folder_of(part, into), origin_of(data.spec, part, codec.fingerprint, dtype)) as writer:
         dropped = writer.keep_only(labels)
         todo = [number for number, label in enumerate(labels) if not writer.has(label)]
         _refuse_full_disk(data.layout.root, len(todo), shape)
@@ -121,7 +151,7 @@ def _write_part(
     return Summary(len(labels), writer.new, dropped=dropped)
 
 
-def _label(sample: Sample, part: str, hashes: dict[Path, str]) -> Label:
+def _label(sample: Sample, part: str, hashes: dict[Path, str], is_padded: bool) -> Label:
     path = sample.files[part]
     if path not in hashes:
         hashes[path] = hash_of(path)
@@ -132,6 +162,8 @@ def _label(sample: Sample, part: str, hashes: dict[Path, str]) -> Label:
         "stride": sample.span.stride,
         "bytes": path.stat().st_size,
     }
+    if is_padded:  # what the margin follows from
+        facts |= {"height": float(sample.header.height), "width": float(sample.header.width)}
     return Label(sample.stem, hashes[path], sample.span.start, facts)
 
 

@@ -9,6 +9,7 @@ once.
 from __future__ import annotations
 
 import hashlib
+import pickle
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,7 @@ from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout
 from fewstep.data.folder.samples import captions_of
 from fewstep.errors import UserError
-from fewstep.files import some, write_text
+from fewstep.files import read_json, some, write_bytes, write_json, write_text
 from fewstep.networks.encoders.text import TextEncoder, stored_embedding
 from fewstep.prepare.ledger import NAME, Ledger
 from fewstep.prepare.summary import Summary
@@ -67,9 +68,40 @@ def write(
     return Summary(len(texts), new, foreign)
 
 
-def write_one(path: Path, encoder: TextEncoder, text: str) -> None:
-    """One embedding by itself, in the same layout: a negative prompt."""
-    write_pickle(path, [stored_embedding(encoder, text).numpy()])
+def negative_file(folder: Path, into: str) -> Path:
+    """Where the negative of the embeddings in `into` belongs: negative.pickle, and of a second encoder a file of its own."""
+    return folder / ("negative.pickle" if into == "t5_xxl" else f"{into}_negative.pickle")
+
+
+def check_negative(folder: Path, into: str, encoder: TextEncoder, text: str) -> None:
+    """Refuses to replace the negative of another encoder, or one that this command did not write."""
+    file, record = negative_file(folder, into), _negative_record(folder, into)
+    if not file.is_file():
+        return
+    before = read_json(record, f"Remove {file} and embed it again").get("encoder") if record.is_file() else None
+    if before == encoder.fingerprint or (before is None and file.read_bytes() == _negative_bytes(encoder, text)):
+        return
+    whose = (
+        "was not written by this command" if before is None else f"is of the encoder {before!r}, not {encoder.fingerprint!r}"
+    )
+    raise UserError(f"{file}: {whose}. Give each encoder a folder with --into, or remove that file")
+
+
+def write_negative(folder: Path, into: str, encoder: TextEncoder, text: str) -> Path:
+    """Embeds a negative prompt in the same layout, and returns its file."""
+    file = negative_file(folder, into)
+    write_json(_negative_record(folder, into), {"encoder": encoder.fingerprint, "text": text})
+    write_bytes(file, _negative_bytes(encoder, text))
+    return file
+
+
+def _negative_record(folder: Path, into: str) -> Path:
+    file = negative_file(folder, into)
+    return file.with_name(f".made.{file.stem}.json")
+
+
+def _negative_bytes(encoder: TextEncoder, text: str) -> bytes:
+    return pickle.dumps([stored_embedding(encoder, text).numpy()], protocol=4)  # as arrays.write_pickle
 
 
 def captions(place: Layout) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Cached latents are the codec's answer to the very pixels that training would have read, and never those of another codec."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+import fewstep
 from fewstep import cli
+from fewstep.data.check.survey import survey
 from fewstep.data.controls import Edge, Seg
 from fewstep.data.files import video
 from fewstep.data.folder.dataset import Folder
-from fewstep.networks.encoders.codecs import Autoencoder, codec_of
+from fewstep.networks.encoders.codecs import Autoencoder, codec_of, open_codec
 from fewstep.prepare import latents
 from fewstep.prepare.summary import Summary
 from fewstep.toyworld.dataset import stem_of
@@ -172,3 +175,60 @@ def test_the_command(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "'float8' is not one of float16, bfloat16" in capsys.readouterr().err
     assert cli.main([*words[:6], "edges"]) == 2
     assert "'edges' is not one of edge, vis, depth, seg, keypoint" in capsys.readouterr().err
+
+
+def latents_command(toy: Path, folder: Path, *more: str) -> int:
+    return cli.main(["prepare", "latents", str(toy), "--codec", str(folder), "--device", "cpu", *more])
+
+
+def test_windows_lie_side_by_side_and_are_counted(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A window at every frame was 13 times the work, unannounced."""
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    assert latents_command(toy, tmp_path / "vae", "--num-frames", "5", "--measure", "0") == 0
+    shown = capsys.readouterr()
+    assert "9 windows of 3 clips, 5 frames each, one every 5 frames" in shown.err and "9 latents, 9 of them new" in shown.out
+    starts = [sample.span.start for sample in spec(toy, x0="latents").open().samples]
+    assert starts == [0, 5, 10] * NUM
+    assert latents.side_by_side(5, 2) == 9
+    assert latents_command(toy, tmp_path / "vae", "--num-frames", "5", "--start-frame-interval", "4") == 1
+    assert "start_frame_interval is '5', not '4'" in capsys.readouterr().err
+
+
+def test_reconstruction_is_measured_and_a_poor_codec_is_named(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_vae().save_pretrained(tmp_path / "vae")  # of random weights
+    assert latents_command(toy, tmp_path / "vae", "--measure", "2") == 0
+    shown = capsys.readouterr().err
+    codec = open_codec(tmp_path / "vae")
+    pixels = spec(toy).open().batch(torch.tensor([0, 1])).x0
+    assert pixels is not None
+    errors = [(codec.decode(codec.encode(one)).clamp(-1, 1) - one).square().mean() for one in pixels.split(1)]
+    expected = sum(10 * float(torch.log10(4 / error)) for error in errors) / 2
+    assert f"reconstruction: {expected:.1f} dB PSNR, mean of 2 clips" in shown
+    assert "warning: below 15 dB" in shown and "fewstep prepare codec" in shown
+    record = json.loads((toy / "latents" / "reconstruction.json").read_text())
+    assert abs(record["psnr_db"] - expected) < 0.01 and record["codec"] == codec.fingerprint
+    assert latents_command(toy, tmp_path / "vae", "--measure", "2", "--into", "own") == 0
+    capsys.readouterr()
+    assert latents_command(toy, fewstep.TOY, "--into", "toy", "--scale", "0.5", "--measure", "1") == 0
+    assert "warning" not in capsys.readouterr().err
+    one, other = (spec(toy, x0="latents", latents=name).open().batch(torch.tensor([0])).x0 for name in ("own", "toy"))
+    assert one is not None and other is not None and (one.shape[1], other.shape[1]) == (4, 8)
+    report = survey(toy)
+    assert report.is_trainable, [str(problem) for problem in report.problems]
+
+
+def test_controls_of_a_second_codec_have_a_folder_of_their_own(toy: Path, codec: Autoencoder) -> None:
+    latents.write(spec(toy, control=Edge()), codec, into="own")
+    batch = spec(toy, x0="latents", latents="own", control=Edge()).open().batch(torch.tensor([1]))
+    pixels = spec(toy, control=Edge()).open().batch(torch.tensor([1])).cond.control["edge"]
+    torch.testing.assert_close(batch.cond.control["edge"], codec.encode(pixels), rtol=2**-11, atol=2**-20)
+    assert (toy / "edge_own" / "packs").is_dir() and not (toy / "edge_latents").exists()
+
+
+def test_padded_clips_keep_their_margins(toy: Path, codec: Autoencoder) -> None:
+    padded = spec(toy, video_size=(32, 48), resize="pad")
+    latents.write(padded, codec)
+    one, other = (data.open().batch(torch.tensor([0])).cond.padding for data in (padded, spec(toy, x0="latents")))
+    assert one is not None and other is not None and torch.equal(one, other) and bool(one.any()) and not bool(one.all())

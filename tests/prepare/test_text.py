@@ -213,3 +213,23 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str], monkeypat
     assert "'csv' is not one of pickle, packed" in capsys.readouterr().err
     assert cli.main([*words, "--into", "../elsewhere"]) == 2
     assert "--into names a folder" in capsys.readouterr().err
+
+
+def test_the_negative_of_another_encoder_is_not_replaced(tmp_path: Path) -> None:
+    """The second encoder's silently took the place of the first one's, and training read it."""
+    (tmp_path / "metas").mkdir()
+    (tmp_path / "metas" / "a.txt").write_text("red dog")
+    first, second = Words(), Words("other")
+    text.check_negative(tmp_path, "t5_xxl", first, "blurry")
+    assert text.write_negative(tmp_path, "t5_xxl", first, "blurry") == tmp_path / "negative.pickle"
+    before = (tmp_path / "negative.pickle").read_bytes()
+    with pytest.raises(ValueError, match=r"negative\.pickle: is of the encoder .*Give each encoder a folder with --into"):
+        text.check_negative(tmp_path, "t5_xxl", second, "blurry")
+    text.check_negative(tmp_path, "t5_own", second, "blurry")
+    assert text.write_negative(tmp_path, "t5_own", second, "blurry") == tmp_path / "t5_own_negative.pickle"
+    assert (tmp_path / "negative.pickle").read_bytes() == before
+    text.check_negative(tmp_path, "t5_xxl", first, "dark")  # another text of the same encoder
+    (tmp_path / ".made.negative.json").unlink()
+    text.check_negative(tmp_path, "t5_xxl", first, "blurry")  # the same bytes
+    with pytest.raises(ValueError, match="was not written by this command"):
+        text.check_negative(tmp_path, "t5_xxl", first, "dark")

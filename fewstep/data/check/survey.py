@@ -173,6 +173,14 @@ class _Files:
         return list(self.rows.get(self.lead.folder) or self.files.get(self.lead.folder, {}))
 
 
+def has_latents(folder: Path) -> bool:
+    """Whether `prepare latents --into` wrote the folder."""
+    try:
+        return packs.has_packs(folder) and "part" in packs.open_packs(folder).made_from
+    except ValueError:
+        return False
+
+
 def _control_parts() -> list[Part]:
     return [layout.control(cls.folder, cls.suffix) for cls in choices("control").values()]
 
@@ -198,7 +206,7 @@ def _files_of(place: Layout) -> _Files:
     packed: dict[str, packs.Packs] = {}
     if place.form == "flat":
         folders = sorted(e.name for e in os.scandir(place.root) if e.is_dir() and not e.name.startswith("."))
-        others = [name for name in folders if name not in files]
+        others = [name for name in folders if name not in files and not has_latents(place.root / name)]
         for name in folders:
             try:
                 if packs.has_packs(place.root / name):

@@ -189,6 +189,7 @@ class FolderData:
         if spec.x0 == "latents":
             record["x0"], fps = self._latents(sample, spec.latents)
             record |= {} if fps is None else {"fps": torch.tensor(float(fps))}
+            record |= self._padding_of_latents(sample)
             if spec.control is not None:
                 record["control"] = self._control_latents(sample, spec.control, record["x0"])
         else:
@@ -222,6 +223,15 @@ class FolderData:
             packs = self.packs[folder]
             return parts.padded(packs.folder / sample.stem, packs.read(sample.rows[folder]), self.spec.max_tokens)
         return parts.embedding(sample.files[folder], self.spec.max_tokens)
+
+    def _padding_of_latents(self, sample: Sample) -> dict[str, Tensor]:
+        """The margins of a clip that was padded before it was encoded."""
+        packs = self.packs.get(self.spec.latents)
+        if packs is None or packs.made_from.get("resize") != "pad":
+            return {}
+        facts, (height, width) = packs.rows[sample.rows[self.spec.latents]].facts, packs.made_from["video_size"].split("x")
+        fitted = fit((int(facts["height"]), int(facts["width"])), (int(height), int(width)), "pad")
+        return {"padding": torch.from_numpy(fitted.padding())}
 
     def _pixels_record(self, sample: Sample) -> dict[str, Tensor]:
         frames = self._frames(sample)
