@@ -31,7 +31,7 @@ provide("data", "fewstep.data", "fewstep.inference.synthetic")
 provide("control", "fewstep.data.controls")
 provide("path", "fewstep.diffusion.path")
 provide("times", "fewstep.diffusion.times")
-provide("preview", "fewstep.training.preview")
+provide("preview", "fewstep.training.preview", "fewstep.training.preview_clips")
 provide("reward", "fewstep.methods.reward_dmd")
 provide("sample_weight", "fewstep.methods.f_distill", "fewstep.methods.reward_dmd")
 

@@ -31,7 +31,7 @@ from fewstep.networks.files.stored import Stored
 from fewstep.parallel import World
 from fewstep.training.errors import TrainingError
 
-POINTER = "latest_checkpoint.txt"
+POINTER, BEST = "latest_checkpoint.txt", "best_checkpoint.txt"
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Progress:
     rollbacks: int = 0  # each gives the run new noise, or it would fail in the same way again
     healthy: bool = True  # no alarm had rung when this was written
     wall_s: float = 0.0  # over all sessions of the run, counted to its checkpoints
+    score: float | None = None  # the newest value of checkpoint.best_metric, negative where the highest is best
 
 
 class Checkpoints:
@@ -190,11 +191,22 @@ class Checkpoints:
 
     def _prune(self, newest: Path) -> None:
         healthy = self.latest(healthy_only=True)  # what a roll-back needs, however many alarms rang since
+        best = self._best()
         for path in self._all()[: -self.keep_last]:
             progress = _progress_or_none(path)
             is_kept = progress is not None and bool(self.keep_every) and progress.step % (self.keep_every or 1) == 0
-            if not is_kept and path not in (newest, healthy):
+            if not is_kept and path not in (newest, healthy, best):
                 _discard(path)
+
+    def _best(self) -> Path | None:
+        """The checkpoint with the lowest score, the first of several, to which the pointer BEST is set; None without scores."""
+        records = [(path, _progress_or_none(path)) for path in self._all()]
+        scores = {path: p.score for path, p in records if p is not None and p.score is not None and math.isfinite(p.score)}
+        if not scores:
+            return None
+        best = min(scores, key=lambda path: scores[path])
+        write_text(self.folder / BEST, best.name)
+        return best
 
     def _all(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("iter_*") if path.suffix != ".partial" and self._is_whole(path))

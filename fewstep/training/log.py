@@ -15,6 +15,8 @@ from fewstep.environment import has_terminal
 from fewstep.files import write_text
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from rich.progress import Progress
     from torch.utils.tensorboard import SummaryWriter
 
@@ -32,6 +34,7 @@ class RunLog:
         self._bar: Progress | None = None
         self._board: SummaryWriter | None = None
         self._unwritten: list[tuple[int, Mapping[str, float]]] = []  # of TensorBoard, which opens after the first iteration
+        self._pictures: list[tuple[int, str, NDArray[np.uint8]]] = []  # likewise
         if folder is None:
             return
         self._text = (folder / "log.txt").open("a")
@@ -102,6 +105,13 @@ class RunLog:
         if step > self._first:
             self._write_board()
 
+    def picture(self, step: int, name: str, picture: NDArray[np.uint8]) -> None:
+        """An image H W 3 in TensorBoard."""
+        if self.folder is not None:
+            self._pictures.append((step, name, picture))
+            if step > self._first:
+                self._write_board()
+
     def losses(self, step: int, values: Mapping[str, float]) -> None:
         """The losses among `values`, for whoever watches: a short line, or the bar's text."""
         losses = "  ".join(f"{name[5:]} {value:.4g}" for name, value in values.items() if name.startswith("loss/"))
@@ -141,10 +151,12 @@ class RunLog:
         for step, values in self._unwritten:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
-        self._unwritten = []
+        for step, name, picture in self._pictures:
+            self._board.add_image(name, picture, step, dataformats="HWC")
+        self._unwritten, self._pictures = [], []
 
     def _close_board(self) -> None:
-        if self._unwritten:
+        if self._unwritten or self._pictures:
             self._write_board()
         if self._board is not None:
             self._board.close()

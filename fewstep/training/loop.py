@@ -37,9 +37,9 @@ from fewstep.training.guard import refuse_non_finite
 from fewstep.training.health import Monitor, Ring
 from fewstep.training.heap import keep_freed_memory
 from fewstep.training.log import RunLog
+from fewstep.training.looks import Looks
 from fewstep.training.meter import Meter
 from fewstep.training.original_files import write_original_files
-from fewstep.training.preview import Scene
 from fewstep.training.resume import Resumption
 from fewstep.training.run import Run
 from fewstep.training.run_folder import other_shapes, peak_memory_gib, sampler_of, summary, write_records
@@ -113,8 +113,9 @@ def _train(run: Run, world: World) -> dict[str, Any]:
             log.say(f"settings that changed, the ones before are in {old_config}: {resumption.said()}")
         for warning in other_shapes(run, first) if latest is None else ():
             log.say(f"warning: {warning}")
+        looks = Looks(run, crew, sampler, data, world, log)
         if progress.step == 0 and run.preview is not None:
-            log.metrics(0, _preview(run, crew, sampler, 0, world))
+            log.metrics(0, looks.show(0))
 
         meter = Meter()
         while progress.step < last:
@@ -147,8 +148,8 @@ def _train(run: Run, world: World) -> dict[str, Any]:
                 record |= meter.read(world, global_batch) | _data_metrics(batches, world)
                 record["memory_gib"] = peak_memory_gib(world.device)
                 log.losses(step, record)
-            if run.preview is not None and (ended or _is_due(run.preview.every, step)):
-                record |= _preview(run, crew, sampler, step, world)
+            if run.preview is not None and (ended or (_is_due(run.preview.every, step) and looks.are_cheap())):
+                record |= looks.show(step)
             if monitor is not None and _is_due(run.health.every, step):
                 values = _mean_over_ranks(monitor.look(crew.student.network), world)
                 record |= {f"health/{name}": value for name, value in values.items()}
@@ -168,7 +169,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
             if not writing:
                 checkpoints.finish()
             if step % options.save_iter == 0 or ended or interrupted:
-                checkpoints.save(crew.state(), progress)
+                checkpoints.save(crew.state(), replace(progress, score=_score(run, log)))
                 if options.original:
                     checkpoints.finish()
                     if world.is_main:
@@ -252,6 +253,12 @@ def _data_metrics(batches: Batches, world: World) -> dict[str, float]:
     return values
 
 
+def _score(run: Run, log: RunLog) -> float | None:
+    """The newest value of checkpoint.best_metric, the lower the better; None where it was never logged."""
+    value = None if run.checkpoint.best_metric is None else log.last.get(run.checkpoint.best_metric)
+    return -value if value is not None and run.checkpoint.best_is == "highest" else value
+
+
 def _is_due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
@@ -267,14 +274,6 @@ def _monitor(run: Run, crew: Crew, data: Dataset, sampler: Sampler, world: World
         return None
     conditions = first_batch(data, run.health.num).to(world.device)
     return Monitor(run.health, conditions, sampler, crew.teacher, crew.critic, run.trainer.seed, run.trainer.batch_size)
-
-
-def _preview(run: Run, crew: Crew, sampler: Sampler, step: int, world: World) -> dict[str, float]:
-    assert run.preview is not None
-    with crew.student.averaged(), torch.no_grad():
-        folder = run.job.folder() / "previews"
-        scene = Scene(crew.student.network, crew.teacher, sampler, step, folder, world.device, world.is_main)
-        return dict(run.preview.show(scene))
 
 
 def _stop_or_return(run: Run, ring: Ring, progress: Progress, crew: Crew, checkpoints: Checkpoints, log: RunLog) -> Progress:

@@ -6,17 +6,19 @@ iterations, and at the end; its last numbers go into summary.json, those of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.batch import Condition
 from fewstep.config import OneOf, kind
-from fewstep.data.contract import AnyData
+from fewstep.data.contract import AnyData, Dataset
 from fewstep.diffusion import Denoiser, Rng, Sampler
 from fewstep.evaluation.energy import energy_distance
 from fewstep.evaluation.plot import scatter
@@ -33,12 +35,24 @@ class Scene:
     folder: Path  # previews/ of the run
     device: torch.device
     is_main: bool  # all ranks call (a sharded network needs them all), one writes
+    data: Dataset  # of the training
+    base: str | None = None  # the pipeline that the teacher's or the student's weights come from, with its codec
+    guidance: float = 1.0  # w of the teacher, as the method has it
+    latent_scale: float = 1.0  # deviation of the latents: sigma_data of an EDM network
+    fps: float | None = None
+    picture: Callable[[str, NDArray[np.uint8]], None] = lambda name, picture: None  # shows an image H W 3 in TensorBoard
+    agree: Callable[[bool], bool] = lambda flag: flag  # whether it is true on any process
 
 
 class Preview(Protocol):
     @property
     def every(self) -> int | None:
         """Iterations between two previews; None: only the first and the last."""
+        ...
+
+    @property
+    def max_share(self) -> float:
+        """Share of the run's time that previews may take; one that is due but would exceed it is left out."""
         ...
 
     def show(self, scene: Scene) -> Mapping[str, float]: ...
@@ -56,6 +70,7 @@ class PointsPreview:
     every: int | None = None
     num: int = 4096
     seed: int = 1234
+    max_share: float = 1.0  # of the run's time that previews may take
 
     def show(self, scene: Scene) -> Mapping[str, float]:
         reference = self.reference.open().batch(torch.arange(self.num)).x0

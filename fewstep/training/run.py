@@ -71,6 +71,8 @@ class Checkpoint:
     save_iter: int = 500  # iterations between two checkpoints; the last iteration always writes one
     keep_last: int = 2  # older ones are removed, but for ..
     keep_every: int | None = None  # .. those whose iteration is a multiple of this
+    best_metric: str | None = None  # .. and the one at which this number of metrics.jsonl was best so far: RUN@best
+    best_is: Literal["lowest", "highest"] = "lowest"  # which value of it is best
     load_path: str | None = None  # weights to start from (a run, RUN@ITER, or a checkpoint folder); not used when resuming
     original: bool = False  # beside each its weights as files of the original Cosmos code (training/original_files.py)
     async_write: bool = False  # write while training goes on; costs a copy in memory

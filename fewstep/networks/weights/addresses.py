@@ -1,6 +1,7 @@
 """Weights are addresses, resolved here and nowhere else.
 
     RUN@latest:student.ema       of a run folder (absolute, or below the output root): the EMA of its student
+    RUN@best:student.ema         at the best value of checkpoint.best_metric
     RUN@500:critic               the critic after 500 iterations; without @ITER the latest, without :ROLE the student.ema, or
                                  the student of a run that keeps no moving average
     FILE or FOLDER               tensors of others in any form that tensor_files.py reads: original Cosmos, FastGen, diffusers,
@@ -166,7 +167,11 @@ def checkpoint_of(place: str) -> Path:
         return run
     checkpoints = run / "checkpoints" if (run / "checkpoints").is_dir() else run
     if iteration and iteration != "latest":
-        name = f"iter_{int(iteration):09d}" if iteration.isdigit() else iteration
+        best = checkpoints / "best_checkpoint.txt"
+        if iteration == "best" and not best.is_file():
+            raise UserError(f"no weights at '{address}': {run} was trained without checkpoint.best_metric")
+        name = best.read_text().strip() if iteration == "best" else iteration
+        name = f"iter_{int(iteration):09d}" if iteration.isdigit() else name
     else:
         pointer = checkpoints / "latest_checkpoint.txt"
         if not pointer.is_file():
