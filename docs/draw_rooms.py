@@ -27,6 +27,7 @@ WORDS = {  # what is in a room
     "cli": "verbs",
     "config": "settings, overrides",
     "data": "clips, pairs, controls, order",
+    "distill": "the road in one command",
     "diffusion": "paths, samplers, guidance",
     "evaluation": "scores, report",
     "export": "diffusers, original names",

@@ -39,7 +39,8 @@ class WordsEncoder(Words, TextEncoder):
 
     @classmethod
     def form(cls, source: Source) -> TextForm:
-        return TextForm(int(source.config("text_encoder")["max_tokens"]), uses_mask=True)
+        config = source.config("text_encoder")
+        return TextForm(int(config["max_tokens"]), uses_mask=True, dim=int(config["dim"]))
 
     @property
     def dim(self) -> int:

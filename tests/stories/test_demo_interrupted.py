@@ -28,7 +28,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's back
 from pathlib import Path
 from fewstep.cli import main
 import fewstep.toyworld.demo
-from fewstep.toyworld.demo.stages import Stage, run
+from fewstep.distill.stages import Stage, run
 work = [(sys.executable, sys.argv[1], sys.argv[2] + "/" + name) for name in ("a", "b")]
 fewstep.toyworld.demo.demo = lambda *_: run(Stage.of("wait", "two that wait", *work), Path(sys.argv[2]), 0)
 raise SystemExit(main(["demo"]))
@@ -66,7 +66,8 @@ def _wait(is_so: object, seconds: float = 60) -> None:
 
 
 def test_what_is_printed_is_what_a_shell_would_run() -> None:
-    from fewstep.toyworld.demo.stages import shown, stages
+    from fewstep.distill.stages import shown
+    from fewstep.toyworld.demo.stages import stages
 
     for stage in stages(Path("my demo"), "quick", from_scratch=True):
         for lane in stage.lanes:
@@ -84,7 +85,7 @@ def test_what_is_printed_is_what_a_shell_would_run() -> None:
 COPIES = """
 import os, signal, sys, time
 from pathlib import Path
-from fewstep.toyworld.demo.worker import Copy
+from fewstep.distill.worker import Copy
 if __name__ == "__main__":
     outside = os.getsid(0)
     for words, status, part in ((["--version"], 0, "0.1"), (["nothing"], 2, "No such command"), (["ls", "heads"], 0, "")):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.toyworld.demo.stages import Stage, run
+from fewstep.distill.stages import Stage, run
 
 
 def says(file: Path, text: str, then: str = "") -> tuple[str, ...]:

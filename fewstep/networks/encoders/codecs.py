@@ -240,6 +240,15 @@ def open_codec(
     return _around(module.to(device), _FORMS[name], scale, tile, folder / "mean_std.pt")
 
 
+def form_of(address: str | Path) -> Form:
+    """What the codec in a diffusers folder or hub id does to a clip; its weights are not read."""
+    config, _ = _config(str(address))
+    name = config.get("_class_name")
+    if name not in _FORMS:
+        raise UserError(f"{address}: no codec of ours, its _class_name is {name}; known are {', '.join(sorted(_FORMS))}")
+    return _FORMS[name](config)[0]
+
+
 def codec_of(module: nn.Module, *, scale: float = 1.0, tile: int | None = None) -> Autoencoder:
     """The codec around an autoencoder of diffusers that is in memory; it is frozen by this."""
     import diffusers

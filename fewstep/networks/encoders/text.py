@@ -49,6 +49,7 @@ class TextForm:
 
     max_tokens: int = 512  # texts are padded to this many tokens
     uses_mask: bool = False  # whether the network receives a mask of the padding
+    dim: int | None = None  # channels of a token; None: not known before the encoder is opened
 
 
 class TextEncoder(ABC):
@@ -154,7 +155,8 @@ class T5(_Encoder):
 
     @classmethod
     def form(cls, source: Source) -> TextForm:
-        return TextForm(226 if source.pipeline.startswith("CogVideoX") else 512)
+        dim = source.config("text_encoder").get("d_model")
+        return TextForm(226 if source.pipeline.startswith("CogVideoX") else 512, dim=dim)
 
     @classmethod
     def open(cls, source: Source, max_tokens: int | None, dtype: torch.dtype, device: torch.device | str) -> T5:
@@ -263,7 +265,11 @@ class Reason1(_Encoder):
 
     @classmethod
     def form(cls, source: Source) -> TextForm:
-        return TextForm(1024, uses_mask=True) if source.pipeline.startswith("QwenImage") else TextForm(512)
+        config = source.config("text_encoder")
+        text = config.get("text_config") or config
+        if source.pipeline.startswith("QwenImage"):
+            return TextForm(1024, uses_mask=True, dim=text["hidden_size"])
+        return TextForm(512, dim=text["hidden_size"] * text["num_hidden_layers"])
 
     @classmethod
     def open(cls, source: Source, max_tokens: int | None, dtype: torch.dtype, device: torch.device | str) -> TextEncoder:

@@ -1,25 +1,8 @@
-"""Imported once by the process of which the demo's commands are copies: what they all would import, and nothing else.
-
-No import here may start a thread, which a copy would not have.
-"""
+"""Imported once by the process of which the demo's commands are copies: what every road imports, and the toy world."""
 
 from __future__ import annotations
 
-import os
-from importlib import import_module
+import fewstep.distill.imports as everything
+import fewstep.toyworld.dataset as world
 
-from fewstep.registry import entries, groups
-
-for name in (
-    "diffusers.models",
-    "fewstep.cli",
-    "fewstep.inference.evaluate",
-    "fewstep.inference.generate",
-    "fewstep.prepare.commands",
-    "fewstep.toyworld.dataset",
-    "fewstep.training.command",
-):
-    import_module(name)
-for group in groups():
-    entries(group)
-os.setsid()  # a closed terminal ends the demo, which then waits for the copies; their server has to live as long
+__all__ = ["everything", "world"]

@@ -2,36 +2,30 @@
 
     world  ->  latents  ->  teacher's pairs  ->  KD  ->  DMD2  ->  export  ->  plain diffusers  ->  scores  ->  report
 
-A stage has lanes, which run side by side, and a lane commands, one after the other; each command has one thread. On two cores
-that is faster than one command on two threads, and the lanes are cut to end together.
+Each command has one thread: on two cores two lanes are faster than one command on two threads. The lanes are cut to end
+together.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
-import shlex
-import signal
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import fewstep
+from fewstep.distill.stages import Command, Stage, run
 from fewstep.errors import UserError
 from fewstep.files import read_json, write_json
-from fewstep.toyworld.demo.worker import Copy
 from fewstep.toyworld.recipes import GUIDANCE, STUDENT_SHIFT
 from fewstep.toyworld.train_tokenizer import PERCEPTUAL, tokenizer
 
 TOY = Path(os.path.relpath(fewstep.TOY))  # short in the commands one reads
 Size = Literal["quick", "default", "long"]
+IMPORTS = "fewstep.toyworld.demo.imports"
 SERIES = {"world": 7_400_000, "heldout": 7_400_001, "real": 7_400_002, "train": 11}  # no clip is in two of them
 
 
@@ -79,21 +73,6 @@ PLANS: dict[Size, Plan] = {
     ),
 }
 STEPS = 35  # of the teacher's solver
-
-
-Command = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Stage:
-    name: str
-    about: str
-    lanes: tuple[tuple[Command, ...], ...]
-
-    @classmethod
-    def of(cls, name: str, about: str, *commands: Command) -> Stage:
-        """Commands side by side, a lane each."""
-        return cls(name, about, tuple((command,) for command in commands))
 
 
 def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
@@ -281,7 +260,7 @@ def demo(out: Path = Path("demo"), size: Size = "default", from_scratch: bool = 
     _claim(out, size, from_scratch)
     began = time.monotonic()
     for order, stage in enumerate(stages(out, size, from_scratch)):
-        run(stage, out, order)
+        run(stage, out, order, again="fewstep demo", preload=IMPORTS, num_threads=1)
     report = out / "report.html"
     summary = json.loads((out / "summary.json").read_text())
     print(f"\n{json.dumps({k: v for k, v in summary.items() if k in _SHOWN}, indent=1)}")
@@ -308,131 +287,3 @@ def _claim(out: Path, size: Size, from_scratch: bool) -> None:
     if path.is_file() and read_json(path, f"Remove {out}, or choose another --out") != about:
         raise UserError(f"{out}: holds another demo ({path.read_text().strip()}). Remove it, or choose another --out")
     write_json(path, about, indent=None)
-
-
-def run(stage: Stage, out: Path, order: int) -> None:
-    """Runs a stage unless it is done. Raises ValueError if a command fails; the other lanes go on to their ends first."""
-    marker = out / "stages" / f"{stage.name}.json"
-    print(f"\n--- {stage.name}: {stage.about}", flush=True)
-    if marker.is_file():
-        print("    done earlier")
-        return
-    began = time.monotonic()
-    lanes = [_Lane(lane, f"[{n + 1}] " if len(stage.lanes) > 1 else "") for n, lane in enumerate(stage.lanes)]
-    with _ended_like_ctrl_c():
-        try:
-            for lane in lanes:
-                lane.start()
-            for lane in lanes:
-                lane.ended.wait()
-        except BaseException:
-            _end(lanes)
-            raise
-    if any(lane.failed for lane in lanes):
-        raise UserError(f"stage '{stage.name}' failed, see above. The same `fewstep demo` goes on from here")
-    about = {
-        "name": stage.name,
-        "order": order,
-        "commands": [shown(command) for lane in stage.lanes for command in lane],
-        "seconds": round(time.monotonic() - began, 1),
-    }
-    write_json(marker, about | {"about": stage.about})
-    print(f"    {about['seconds']} s", flush=True)
-
-
-@contextmanager
-def _ended_like_ctrl_c() -> Iterator[None]:
-    """Within, SIGTERM (kill, timeout, a batch system) and SIGHUP (a closed terminal) end the demo as Ctrl-C does."""
-    alone = threading.current_thread() is threading.main_thread()  # elsewhere signals are not ours
-    before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGTERM, signal.SIGHUP)} if alone else {}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _end(lanes: Sequence[_Lane]) -> None:
-    """Tells each running command once, which saves what it has, and waits for it; interrupted again, it kills them."""
-    try:
-        for lane in lanes:
-            lane.stop(signal.SIGTERM)
-        _say("\nending: what is done is kept, a training saves a checkpoint; a second time ends at once")
-        for lane in lanes:
-            if lane.ident is not None:  # begun
-                lane.ended.wait()
-    except BaseException:
-        for lane in lanes:
-            lane.stop(signal.SIGKILL)
-        raise
-
-
-def _say(text: str) -> None:
-    """To a terminal that may be closed by now: a command that saves is listened to until it has ended."""
-    with suppress(OSError):
-        print(text, flush=True)
-
-
-class _Lane(threading.Thread):
-    """Runs its commands one after the other, up to the first that fails, and passes on what they say."""
-
-    def __init__(self, commands: Sequence[Command], mark: str):
-        super().__init__()
-        self.commands, self.mark = commands, mark
-        self.failed, self._stopped = False, False
-        self.ended = threading.Event()  # to be waited for: a join() that Ctrl-C breaks takes the thread for ended (Python 3.11)
-        self._running: subprocess.Popen[str] | Copy | None = None
-
-    def run(self) -> None:
-        try:
-            self._run()
-        finally:
-            self.ended.set()
-
-    def _run(self) -> None:
-        for command in self.commands:
-            if self._stopped:
-                return
-            print(f"{self.mark}$ {shown(command)}", flush=True)
-            process = self._running = _started(command)
-            if self._stopped:  # meanwhile
-                process.send_signal(signal.SIGTERM)
-            assert process.stdout is not None
-            with process.stdout:
-                for line in process.stdout:
-                    _say(f"    {self.mark}{line.rstrip()}")
-            if process.wait() != 0:
-                self.failed = True
-                return
-
-    def stop(self, number: int) -> None:
-        self._stopped = True
-        if self._running is not None:
-            self._running.send_signal(number)
-
-
-def shown(command: Sequence[str]) -> str:
-    """As one would type it."""
-    names, rest = _split(command)
-    told = ["python" if part == sys.executable else part for part in rest]
-    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in names.items()), *map(shlex.quote, told)])
-
-
-def _split(command: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """NAME=value before a command is its environment, as in a shell."""
-    num = next(n for n, part in enumerate(command) if not re.match("[A-Z_]+=", part))
-    return dict(part.split("=", 1) for part in command[:num]), list(command[num:])
-
-
-def _started(command: Sequence[str]) -> subprocess.Popen[str] | Copy:
-    """`fewstep` and `torchrun` are this Python's. In a session of its own: Ctrl-C in a terminal is the demo's to pass on."""
-    names, rest = _split(command)
-    names = {"OMP_NUM_THREADS": "1"} | names
-    modules = {"fewstep": "fewstep", "torchrun": "torch.distributed.run"}
-    if rest[0] in modules:
-        rest = [sys.executable, "-m", modules[rest[0]], *rest[1:]]
-    if rest[:2] == [sys.executable, "-m"] and rest[2].partition(".")[0] == "fewstep":
-        return Copy(rest[2], rest[3:], names)
-    environment = os.environ | names
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    return subprocess.Popen(rest, env=environment, start_new_session=True, **pipes)

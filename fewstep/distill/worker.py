@@ -18,26 +18,27 @@ from multiprocessing.connection import Connection
 from threading import Lock
 from typing import TextIO
 
-IMPORTS = "fewstep.toyworld.demo.imports"
+IMPORTS = "fewstep.distill.imports"
 _STARTING = Lock()  # the first of two lanes starts the server
 
 
 class Copy:
     """A running command; it has the few members of subprocess.Popen that a lane uses."""
 
-    def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str]):
+    def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str], preload: str = IMPORTS):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([IMPORTS])
+        context.set_forkserver_preload([preload])
         reader, writer = context.Pipe(duplex=False)
         self._process = context.Process(target=_run, args=(module, list(arguments), dict(environment), writer))
         with _STARTING:
             before = os.environ.get("OMP_NUM_THREADS")
-            os.environ["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", "1")  # numbers of threads are fixed at import
+            if "OMP_NUM_THREADS" in environment:  # numbers of threads are fixed at import
+                os.environ["OMP_NUM_THREADS"] = environment["OMP_NUM_THREADS"]
             try:
                 self._process.start()
             finally:
                 if before is None:
-                    del os.environ["OMP_NUM_THREADS"]
+                    os.environ.pop("OMP_NUM_THREADS", None)
                 else:
                     os.environ["OMP_NUM_THREADS"] = before
         writer.close()
@@ -60,7 +61,7 @@ class Copy:
 
 def _run(module: str, arguments: Sequence[str], environment: Mapping[str, str], output: Connection) -> None:
     """What the copy does: `python -m MODULE ARGUMENTS`."""
-    os.setsid()  # Ctrl-C in a terminal is the demo's to pass on
+    os.setsid()  # Ctrl-C in a terminal is the parent's to pass on
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

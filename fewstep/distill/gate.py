@@ -1,0 +1,71 @@
+"""Is the student better than its teacher in as few steps? By the scores of `fewstep evaluate`, one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import hypot
+from pathlib import Path
+from typing import Any
+
+from fewstep.files import read_json
+
+ADVICE = "Run the stage of the scores again"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    score: str
+    better: str  # "lower" or "higher"
+    student: float
+    teacher: float  # at the student's number of steps
+    spread: float  # of the difference
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the student is worse by more than the spread."""
+        gap = self.student - self.teacher if self.better == "lower" else self.teacher - self.student
+        return gap > self.spread
+
+    def __str__(self) -> str:
+        word = "WORSE than" if self.is_worse else "at least as good as"
+        numbers = f"{self.student:.4g} against {self.teacher:.4g}, {self.better} is better, spread {self.spread:.2g}"
+        return f"{self.score}: the student is {word} its teacher's own few steps ({numbers})"
+
+
+def verdicts(student: Path, teacher: Path) -> list[Verdict]:
+    """One for each headline score with a better end that both files have."""
+    mine, other = (read_json(path, ADVICE) for path in (student, teacher))
+    return list(_verdicts(mine, other))
+
+
+def _verdicts(mine: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[Verdict]:
+    for score in mine["legend"]:
+        name, better = score["name"], score["better"]
+        pair = [record["scores"].get(name) for record in (mine, other)]
+        if better not in ("lower", "higher") or not score["is_headline"]:
+            continue
+        if any(entry is None or entry["value"] is None for entry in pair):
+            continue
+        spread = hypot(*(entry["spread"] or 0.0 for entry in pair))
+        yield Verdict(name, better, pair[0]["value"], pair[1]["value"], spread)
+
+
+def table(files: Mapping[str, Path], titles: Mapping[str, str]) -> str:
+    """The headline scores of everyone who was scored, a row each."""
+    records = {name: read_json(path, ADVICE) for name, path in files.items() if path.is_file()}
+    if not records:
+        return ""
+    legend = [score for score in next(iter(records.values()))["legend"] if score["is_headline"]]
+    width = max(len(titles[name]) for name in records)
+    lines = [f"{'':{width}}  " + "  ".join(f"{score['name'][:20]:>20}" for score in legend)]
+    for name, record in records.items():
+        cells = [_cell(record["scores"].get(score["name"])) for score in legend]
+        lines.append(f"{titles[name]:{width}}  " + "  ".join(f"{cell:>20}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _cell(entry: Mapping[str, Any] | None) -> str:
+    if entry is None or entry["value"] is None:
+        return "-"
+    return f"{entry['value']:.4g}" + ("" if entry["spread"] is None else f" +- {entry['spread']:.2g}")

@@ -1,0 +1,191 @@
+"""The road: every stage of `fewstep distill`, as public commands that one could type.
+
+    check -> memory -> text -> (controls) -> latents -> pairs -> kd -> dmd2 -> export -> scores
+
+Below `work` lie runs/student/kd, runs/student/dmd2, pairs/ and the record of each stage; the student is written to `out`, and
+its scores beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from fewstep.distill.facts import Facts
+from fewstep.distill.stages import Command, Stage
+
+SCORED = {  # who is scored, in the order of the table
+    "teacher": "teacher",
+    "teacher_few": "teacher, the student's number of steps",
+    "kd": "student after KD",
+    "student": "student",
+}
+
+
+def stages(facts: Facts) -> list[Stage]:
+    """The stages of a request, in their order."""
+    request, data = facts.request, str(facts.request.dataset)
+    return [
+        Stage.of("check", "the data set is read once", ("fewstep", "check", "data", data)),
+        Stage.of("memory", "the memory that each GPU needs; nothing is loaded", _plan(facts)),
+        Stage("text", "captions become embeddings", (tuple(_text(facts)),)),
+        *([Stage.of("controls", "the control is made from the clips", _controls(facts))] if _is_made(request.control) else []),
+        Stage.of("latents", "clips become latents of the video tokenizer", *_latents(facts)),
+        *_trainings(facts),
+        Stage("export", "the student becomes a folder of diffusers", (tuple(_export(facts)),)),
+        Stage(
+            "scores",
+            "clips of the teacher and of the student, against the data set's",
+            (tuple(_scores(facts)),),
+            advice="The student is complete without them",
+            is_optional=True,
+        ),
+    ]
+
+
+def run_of(facts: Facts, training: str) -> str:
+    """The run folder of a training."""
+    return str(facts.request.work_dir / "runs" / "student" / training)
+
+
+def score_files(facts: Facts) -> dict[str, Path]:
+    """The files of the scores by who is scored."""
+    trainings = facts.request.trainings
+    names = [name for name in SCORED if name != "kd" or len(trainings) > 1]
+    return {name: facts.request.out / "scores" / f"{name}.json" for name in names}
+
+
+# ---- the commands ----------------------------------------------------------------------------------------------------
+
+
+def _plan(facts: Facts) -> Command:
+    shape = "x".join(map(str, facts.latent_shape))
+    text = () if facts.text.dim is None else (f"text={facts.text.max_tokens}x{facts.text.dim}",)
+    words = [word for word in _recipe(facts, facts.request.trainings[-1]) if not word.startswith("networks.student.init=")]
+    return ("fewstep", "plan", *words, f"shape={shape}", *text, f"gpus={facts.request.processes}")
+
+
+def _text(facts: Facts) -> Iterator[Command]:
+    request = facts.request
+    sets = [request.dataset] if request.heldout is None else [request.dataset, request.heldout]
+    for folder in sets:
+        negative = () if facts.negative == "zeros" else ("--negative", "")
+        prompt = () if request.prompt is None else ("--prompt", request.prompt)
+        yield ("fewstep", "prepare", "text", str(folder), "--encoder", facts.text_encoder, *negative, *prompt)
+
+
+def _is_made(control: str | None) -> bool:
+    return control in ("edge", "vis")  # of the clips alone; the others come from files (fewstep prepare controls --from)
+
+
+def _controls(facts: Facts) -> Command:
+    return ("fewstep", "prepare", "controls", str(facts.request.dataset), "--type", str(facts.request.control))
+
+
+def _latents(facts: Facts) -> Iterator[Command]:
+    request, clips = facts.request, facts.clips
+    scale = facts.scale
+    words = () if scale == 1.0 else ("--scale", f"{scale:g}")
+    frames = str(facts.num_frames)
+    words += ("--num-frames", frames, "--start-frame-interval", frames) if facts.is_window else ()
+    words += () if facts.size == clips.size else ("--size", *map(str, facts.size), "--resize", "crop")
+    words += () if request.control is None else ("--control", request.control)
+    yield ("fewstep", "prepare", "latents", str(request.dataset), "--codec", facts.codec, *words)
+
+
+def _trainings(facts: Facts) -> Iterator[Stage]:
+    trainings = facts.request.trainings
+    if "kd" in trainings:
+        calls = facts.sampler.num_calls
+        yield Stage.of("pairs", f"the teacher makes clips from noise, {calls} network calls each", _pairs(facts))
+        yield Stage.of("kd", "knowledge distillation: the student regresses onto the teacher's clips", _train(facts, "kd"))
+    if "dmd2" in trainings:
+        about = "distribution matching: the student learns from the difference of two scores"
+        yield Stage.of("dmd2", about, _train(facts, "dmd2"))
+
+
+def _pairs(facts: Facts) -> Command:
+    request = facts.request
+    words = ("--num", str(facts.num_pairs), "--guidance", f"{facts.sampler.guidance:g}", *_conditions(facts))
+    words += ("--path-times", str(request.steps), "--student-shift", f"{facts.shift:g}") if request.steps > 1 else ()
+    words += () if request.teacher_steps is None else ("--steps", str(request.teacher_steps))
+    words += () if facts.codec == facts.teacher.base else ("--codec", facts.codec)
+    words += () if request.precision is None else ("--precision", request.precision)
+    where = (str(request.dataset), "--out", str(request.work_dir / "pairs"))
+    return (*_launcher(facts), "pairs", request.teacher, *where, *words)
+
+
+def _train(facts: Facts, training: str) -> Command:
+    iters = facts.iters(training)
+    sizes = (f"trainer.max_iter={iters}", f"checkpoint.save_iter={max(1, min(500, iters // 4))}")
+    sizes += (f"trainer.log_every={max(1, min(50, iters // 10))}",)
+    return (_root(facts), *_launcher(facts), "train", *_recipe(facts, training), *sizes)
+
+
+def _recipe(facts: Facts, training: str) -> tuple[str, ...]:
+    """The words of a training, but for how long it is."""
+    request = facts.request
+    words = (f"experiment={training}", f"teacher={request.teacher}", f"steps={request.steps}")
+    words += () if request.shift is None else (f"shift={request.shift:g}",)
+    words += () if request.control is None else (f"control={request.control}",)
+    words += (f"rank={request.rank}",) if request.rank else ()
+    if training == "dmd2":
+        words += (f"guidance={facts.sampler.guidance:g}",)
+        words += (f"networks.student.init={run_of(facts, 'kd')}",) if "kd" in request.trainings else ()
+    data = str(request.work_dir / "pairs") if training == "kd" else str(request.dataset)
+    words += (f"data.dataset_dir={data}", "job.project=runs", "job.group=student", f"job.name={training}")
+    if facts.text != facts.teacher.text:
+        words += (f"data.max_tokens={facts.text.max_tokens}", f"data.mask_text={str(facts.text.uses_mask).lower()}")
+    words += () if request.precision is None else (f"trainer.precision={request.precision}",)
+    return (*words, *request.settings_of(training))
+
+
+def _export(facts: Facts) -> Iterator[Command]:
+    request, base = facts.request, str(facts.teacher.base)
+    if facts.codec != base or facts.text_encoder != base:  # a pipeline of the parts that were used
+        parts = {facts.codec: ["vae"], facts.text_encoder: ["text_encoder", "tokenizer"]}
+        target = request.work_dir / "base"
+        yield ("mkdir", "-p", str(target))
+        yield ("cp", f"{base}/model_index.json", str(target))
+        for folder, names in parts.items():
+            for name in names:
+                source = Path(folder) / name
+                if source.is_dir() or name != "tokenizer":
+                    yield ("cp", "-r", str(source if source.is_dir() else folder), str(target / name))
+        base = str(target)
+    where = ("--out", str(request.out), "--format", "diffusers", "--base", base)
+    yield (_root(facts), "fewstep", "export", run_of(facts, request.trainings[-1]), *where)
+
+
+def _scores(facts: Facts) -> Iterator[Command]:
+    request = facts.request
+    prompts = str(request.heldout or request.dataset)
+    common = ("--prompts", prompts, "--real", str(request.dataset), "--num", str(facts.num_eval), "--sets", "1")
+    shape = ("--num-frames", str(facts.num_frames), "--size", f"{facts.size[0]}x{facts.size[1]}")
+    codec = () if facts.codec == facts.teacher.base else ("--codec", facts.codec)
+    few = ("--steps", str(request.steps), "--guidance", f"{facts.sampler.guidance:g}")
+    many = ("--guidance", few[-1]) if request.teacher_steps is None else ("--steps", str(request.teacher_steps), *few[2:])
+    what = {
+        "teacher": (request.teacher, *shape, *codec, *many),
+        "teacher_few": (request.teacher, *shape, *codec, *few),
+        "kd": (run_of(facts, "kd"), "--codec", facts.codec),
+        "student": (str(request.out),),
+    }
+    for name, file in score_files(facts).items():
+        yield ("fewstep", "evaluate", *what[name], *common, *_conditions(facts), "--out", str(file))
+
+
+def _conditions(facts: Facts) -> tuple[str, ...]:
+    """What a network receives besides noise, in the options of `pairs` and `evaluate`."""
+    text, control = facts.text, facts.request.control
+    words = ("--max-tokens", str(text.max_tokens), *(("--mask-text",) if text.uses_mask else ()))
+    return (*words, "--negative", facts.negative, *(() if control is None else ("--control", control)))
+
+
+def _root(facts: Facts) -> str:
+    return f"OUTPUT_ROOT={facts.request.work_dir}"
+
+
+def _launcher(facts: Facts) -> tuple[str, ...]:
+    num = facts.request.processes
+    return ("fewstep",) if num == 1 else ("torchrun", "--standalone", f"--nproc_per_node={num}", "-m", "fewstep")

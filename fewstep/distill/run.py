@@ -1,0 +1,92 @@
+"""What `fewstep distill` does: reads the facts, prints or runs the stages, judges the student."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fewstep.distill import cost, gate
+from fewstep.distill.facts import Facts, facts_of
+from fewstep.distill.request import DistillRequest
+from fewstep.distill.road import SCORED, score_files, stages
+from fewstep.distill.stages import Stage, marker_of, run
+from fewstep.errors import UserError
+from fewstep.files import read_json, write_json
+
+AGAIN = "fewstep distill"
+
+
+def distill(request: DistillRequest, dryrun: bool = False) -> None:
+    """Runs what has not run yet. Raises UserError if a command fails, and with `strict` for a student that is worse."""
+    facts = facts_of(request)
+    road = stages(facts)
+    print(_about(facts))
+    if dryrun:
+        _print(facts, road)
+        return
+    _claim(facts, road)
+    for order, stage in enumerate(road):
+        run(stage, request.work_dir, order, again=AGAIN)
+    _judge(facts)
+
+
+def _about(facts: Facts) -> str:
+    request, clips, sampler = facts.request, facts.clips, facts.sampler
+    frames = f"{facts.num_frames} frames" + (f" of {clips.frames}" if facts.is_window else "")
+    times = ", ".join(f"{time:.4g}" for time in facts.teacher.times(request.steps, request.shift))
+    return (
+        f"teacher   {request.teacher}: {sampler.solver}, {sampler.num_steps} steps, guidance {sampler.guidance:g}, "
+        f"{sampler.num_calls} network calls for a clip\n"
+        f"clips     {request.dataset}: {clips.num}, {frames} x {facts.size[0]} x {facts.size[1]}, latents "
+        f"{' x '.join(map(str, facts.latent_shape))}\n"
+        f"student   {request.out}: {request.steps} steps at {times}; {request.method}"
+        f"{f', adapters of rank {request.rank}' if request.rank else ''}"
+    )
+
+
+def _print(facts: Facts, road: Sequence[Stage]) -> None:
+    for stage in road:
+        print(f"\n--- {stage.name}: {stage.about}")
+        for command in stage.commands:
+            print(f"$ {command}")
+    rate = cost.speed(facts, facts.request.work_dir)
+    print(f"\n{cost.table(facts, rate)}")
+    if rate is None:
+        print("hours: with --calls-per-s, or once the pairs of this distillation are there")
+    print("dry run: nothing was written")
+
+
+def _claim(facts: Facts, road: Sequence[Stage]) -> None:
+    """One work folder is one distillation: a stage that is done with another command is refused."""
+    work = facts.request.work_dir
+    for stage in road:
+        marker = marker_of(work, stage.name)
+        if not marker.is_file():
+            continue
+        before = read_json(marker, f"Remove {marker}: the stage is run again").get("commands")
+        if before != stage.commands and stage.is_optional:
+            marker.unlink()
+        elif before != stage.commands:
+            old = next((line for line in before or () if line not in stage.commands), "?")
+            new = next((line for line in stage.commands if line not in (before or ())), "?")
+            raise UserError(
+                f"{work}: its stage '{stage.name}' was done by another command:\n  {old}\nnow it would be\n  {new}\nChoose "
+                f"another --out, or remove {work}"
+            )
+    write_json(work / "distill.json", {"teacher": facts.request.teacher, "dataset": str(facts.request.dataset)}, indent=None)
+
+
+def _judge(facts: Facts) -> None:
+    """Prints the scores, and says where the student is worse than the teacher in as few steps."""
+    request, files = facts.request, score_files(facts)
+    print(f"\nthe student: {request.out}")
+    if not all(path.is_file() for path in files.values()):
+        print("its scores are missing: the same command tries that stage again")
+        return
+    print(gate.table(files, SCORED))
+    found = gate.verdicts(files["student"], files["teacher_few"])
+    for verdict in found:
+        print(verdict)
+    if "kd" in files and any(verdict.is_worse for verdict in gate.verdicts(files["student"], files["kd"])):
+        print("DMD2 made the student of KD worse: train it longer, or with a lower learning rate (dmd2.optim.lr=..)")
+    if request.strict and any(verdict.is_worse for verdict in found):
+        raise UserError("--strict: the student is worse than its teacher's own few steps, see above")
