@@ -62,6 +62,7 @@ class Condition(_ByRow):
     padding: Tensor | None = None  # B H W in pixels, true where a picture was padded to its bucket (Cosmos is told)
     context: Tensor | None = None  # B C T H W, what a causal network attends to in the place of earlier chunks of x_t itself
     context_t: Tensor | None = None  # B, its noise level in the network's own time; None: it is clean
+    end: Tensor | None = None  # B, the time where a flow map's jump ends, in the time of the path; None: where it begins
     size: Tensor | None = None  # B 6, pixels: height and width of the source, top and left of the crop, height and width (SDXL)
 
     def part(self, frames: range) -> Condition:

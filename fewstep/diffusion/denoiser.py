@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -73,6 +73,9 @@ class _OnPath:
         inner_t = self.inner.path.time_of(s / a)
         inner_a, inner_s, _, _ = self.inner.path.coefficients(inner_t)
         scale = torch.hypot(inner_a, inner_s) / torch.hypot(a, s)
+        if cond.end is not None:
+            end_a, end_s, _, _ = self.path.coefficients(cond.end)
+            cond = replace(cond, end=self.inner.path.time_of(end_s / end_a))
         inner = self.inner(spread(scale, x_t).to(x_t.dtype) * x_t, inner_t, cond, taps=taps, cache=cache)
         x0 = inner.x0
         a, s, da, ds = coefficients_for(self.path, t, x0)

@@ -6,11 +6,13 @@ trained is what is used. How the state is noised between two calls is a property
     fresh  new noise each time (DMD2, rCM, FastGen "sde")
     same   the noise it started from (Predict2.5)
     ode    the noise its own prediction implies: a DDIM step (FastGen "ode")
+    map    the same, and the network is told where each step ends: the jumps of a flow map (AnyFlow, MeanFlow)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -24,7 +26,7 @@ from fewstep.diffusion.rng import Rng
 from fewstep.diffusion.times import explicit
 from fewstep.errors import UserError
 
-Renoise = Literal["fresh", "same", "ode"]
+Renoise = Literal["fresh", "same", "ode", "map"]
 
 
 def start(path: Path, noise: Tensor, t: float) -> Tensor:
@@ -66,6 +68,8 @@ def rollout(
     for i in range(num_calls):
         last = i == num_calls - 1
         with torch.set_grad_enabled(with_grad and last):
+            if renoise == "map":
+                cond = replace(cond, end=(grid[i + 1] if i + 1 < len(grid) else torch.zeros_like(grid[i])).expand(x.shape[0]))
             answer = denoiser(x, grid[i].expand(x.shape[0]), cond, cache=cache)
         if last:
             return answer

@@ -7,7 +7,7 @@ from. Both are called alike: sampler(denoiser, noise, cond, rng, negative) -> x0
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -39,6 +39,15 @@ class StudentSampler:
     renoise: Renoise = "fresh"
     guidance: float = 1.0  # w; students are trained to do without
     by_chunk: ByChunk | None = None  # of a student that generates chunk after chunk; None: all frames at once
+    shift: float | None = None  # of the times of a flow map, which takes any number of steps; none: these times only
+
+    def with_steps(self, num_steps: int) -> StudentSampler:
+        """The same student with another number of steps. Raises UserError unless it is a flow map."""
+        if num_steps == len(self.times):
+            return self
+        if self.shift is None:
+            raise UserError(f"this student takes {len(self.times)} steps, at times it was trained for, not {num_steps}")
+        return replace(self, times=student_times(num_steps, self.path, self.shift))
 
     @property
     def num_calls(self) -> int:

@@ -5,6 +5,7 @@ Nothing is believed: each candidate is made, told the number of steps, and its n
     ode     DDIM, which on a flow is an Euler step: FlowMatchEulerDiscreteScheduler, DDIMScheduler, EDMEulerScheduler
     fresh   x0, then new noise: FlowMatchLCMScheduler, LCMScheduler
     same    none takes the first noise again
+    map     any number of jumps: FlowMapEulerDiscreteScheduler
 
 On a flow its words are `shift` and `shift_terminal`: the grid's last time is met by the second, the one after the first by
 solving for the first. That meets every grid of the form s u / (1 + (s - 1) u), u = 1 .. 1/n, which students are trained on.
@@ -43,6 +44,8 @@ def scheduler_of(sampler: StudentSampler, network_path: Path, scheduling: Schedu
     On a flow its times may be rounded ones of the student's, by 1e-3.
     """
     num = len(sampler.times)
+    if sampler.renoise == "map":
+        return None if sampler.shift is None else _flow_map(sampler.shift)
     if sampler.renoise == "same" and num > 1:
         return None
     is_fresh = num > 1 and sampler.renoise == "fresh"
@@ -85,6 +88,12 @@ def _flow(name: str, times: Sequence[float], sends_sigmas: bool) -> Fit | None:
         return Fit(cls(shift=high, **words))
     offset = max(abs(a - b) for a, b in zip(found, times, strict=True))
     return Fit(cls(shift=high, **words), offset) if offset <= ROUNDED else None
+
+
+def _flow_map(shift: float) -> Fit:
+    from diffusers import FlowMapEulerDiscreteScheduler
+
+    return Fit(FlowMapEulerDiscreteScheduler(shift=shift))
 
 
 def _edm(times: Sequence[float], sigma_data: float) -> Fit | None:

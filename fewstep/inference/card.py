@@ -69,6 +69,7 @@ class _Student(_Record):
     path: AnyPath
     renoise: Renoise = "fresh"
     by_chunk: ByChunk | None = None
+    shift: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,7 @@ class StudentCard:
         if isinstance(record, _Teacher):
             sampler: Sampler = record.sampler
         else:
-            sampler = StudentSampler(record.times, record.path, record.renoise, by_chunk=record.by_chunk)
+            sampler = StudentSampler(record.times, record.path, record.renoise, by_chunk=record.by_chunk, shift=record.shift)
         envelope = replace(record.envelope, num_inference_steps=num_steps(sampler))
         return cls(network, sampler, envelope, pipeline=pipeline, **shared)
 
@@ -131,7 +132,7 @@ class StudentCard:
         if isinstance(sampler, TeacherSampler):
             record = dump(_Teacher(sampler=sampler, envelope=self.envelope, **shared))
         else:
-            own = {name: getattr(sampler, name) for name in ("times", "path", "renoise", "by_chunk")}
+            own = {name: getattr(sampler, name) for name in ("times", "path", "renoise", "by_chunk", "shift")}
             record = dump(_Student(envelope=self.envelope, **own, **shared))
         del record["envelope"]["num_inference_steps"]  # that of the sampler
         return record | {"num_inference_steps": num_steps(sampler), "network": self.network, **self.pipeline}

@@ -82,6 +82,8 @@ def sampler_of(request: GenerateRequest, model: Model, say: Print) -> Sampler:
             say(f"guidance: none is given; as the original command does, g = {usual - 1:g}, which is w = {usual:g} here")
             options = replace(options, guidance=usual)
         return changed(own, options)
+    if own.shift is not None and options.num_steps is not None:  # a flow map takes any number
+        own = own.with_steps(options.num_steps)
     num, w = options.num_steps, 1.0 if options.guidance is None else options.guidance
     problems: list[str] = []
     if num not in (None, len(own.times)):

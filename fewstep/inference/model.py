@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fewstep.config import parse
 from fewstep.config.text import read_text, read_yaml_mapping
-from fewstep.diffusion import EDM, StudentSampler, TeacherSampler
+from fewstep.diffusion import EDM, Sampler, StudentSampler, TeacherSampler
 from fewstep.diffusion import Path as Path_
 from fewstep.errors import UserError
 from fewstep.inference.card import Envelope, StudentCard
@@ -43,7 +43,7 @@ from fewstep.parallel import World, place
 class Model:
     network: Network
     spec: NetworkSpec | None  # what built the network
-    sampler: StudentSampler | TeacherSampler
+    sampler: Sampler
     envelope: Envelope = Envelope()
     folder: Path | None = None  # where its codec and text encoder are, if it has them
     is_of_files: bool = False  # weights in files that say nothing of how the model is sampled
@@ -59,7 +59,7 @@ class Outline:
 
     spec: NetworkSpec
     load: Callable[[], Network]  # reads the weights
-    sampler: StudentSampler | TeacherSampler | None = None  # None: as the pipeline says, or as published for the network
+    sampler: Sampler | None = None  # None: as the pipeline says, or as published for the network
     pipeline: str | None = None  # address of a pipeline of diffusers
     envelope: Envelope = Envelope()
     folder: Path | None = None
@@ -251,6 +251,15 @@ def published_sampler(path: Path_, address: str | None) -> TeacherSampler:
     else:
         sampler = replace(sampler, shift=float(scheduler.get("flow_shift") or scheduler.get("shift") or sampler.shift))
     return replace(sampler, solver="euler") if is_euler else sampler
+
+
+def check_sampler(sampler: Sampler, network: Network) -> None:
+    """Raises UserError if the network cannot be sampled so: a flow map's jumps need a network that reads their end."""
+    if isinstance(sampler, StudentSampler) and sampler.renoise == "map" and not network.traits.reads_end:
+        raise UserError(
+            "a flow map needs a network that reads where a jump ends, and this one does not. Choose network=anyflow for Wan "
+            "(networks.student.network=anyflow), or a network of your own whose traits say reads_end"
+        )
 
 
 def changed(sampler: TeacherSampler, options: SamplerOptions) -> TeacherSampler:

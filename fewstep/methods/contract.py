@@ -26,6 +26,7 @@ class Turn:
     name: str
     trains: tuple[str, ...]  # roles whose weights this turn changes
     phase: int = 0  # of methods that train in phases, counted from 1; 0: the method has none
+    step: int = 0  # number of this turn, from 0, of methods whose loss changes during training
 
     @property
     def label(self) -> str:

@@ -65,6 +65,7 @@ class Traits:
     student: StudentSampler | None = None  # how the published students of this network are sampled, whose files do not say it
     boundary: float | None = None  # time below which a second expert is called; None: one network for all noise levels
     is_causal: bool = False  # a chunk of frames attends to no later one: it can be generated with a cache
+    reads_end: bool = False  # reads cond.end, the time where a jump ends: a flow map
     frame_multiple: int = 1  # number of latent frames must be a multiple of it
     side_multiple: int = 1  # height and width of latents must be multiples of it
     latent_channels: int | None = None  # of x_t; None: not declared

@@ -8,7 +8,7 @@ is finite at both ends of every path.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,10 +33,11 @@ class Tiny(NetworkDefaults):
     path: Path
     sigma_data: float
     blocks: Sequence[nn.Module] = field(default=())
+    reads_end: bool = False
 
     @property
     def traits(self) -> Traits:
-        return Traits(first_frames="time")
+        return Traits(first_frames="time", reads_end=self.reads_end)
 
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
@@ -45,22 +46,34 @@ class Tiny(NetworkDefaults):
         mask = None if cond.frame_mask is None else cond.frame_mask.to(x)
         a, s, _, _ = self.path.coefficients(t)
         phi = torch.atan2(s, a * self.sigma_data)
+        end = None if cond.end is None else self._angle(cond.end)
         if mask is not None:  # given frames are shown clean, each at its own time 0
             assert cond.frames is not None
             phi = phi if phi.ndim == 2 else phi[:, None].expand(-1, x.shape[2])
             phi = phi * (1 - mask.double())
+            end = None if end is None else end[:, None] * (1 - mask.double())
         scale = torch.hypot(a * self.sigma_data, s)
         y = x / spread(scale, x).to(x.dtype)
         if mask is not None and cond.frames is not None:
             y = torch.lerp(y, cond.frames.to(x) / self.sigma_data, mask[:, None, :, None, None])
         with idle_blocks(self.blocks, taps):
-            raw, features = self.module(y, phi, cond, taps)
+            raw, features = self.module(y, phi, end, cond, taps)
         raw = raw.to(x.dtype)
         cos, sin = spread(phi.cos(), x).to(x.dtype), spread(phi.sin(), x).to(x.dtype)
         x0 = self.sigma_data * (cos * y - sin * raw)
         eps = sin * y + cos * raw
         _, _, da, ds = coefficients_for(self.path, t, x)
         return with_clean_frames(Prediction(x, t, self.path, da * x0 + ds * eps, features), cond.frames, cond.frame_mask)
+
+    def own_weights(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A flow map begins with the weights of a network without a second time: its answer does not depend on it then."""
+        if not self.traits.reads_end or any(name.startswith("end.") for name in weights):
+            return weights
+        return {**weights, **{f"end.{name[5:]}": value.clone() for name, value in weights.items() if name.startswith("time.")}}
+
+    def _angle(self, t: Tensor) -> Tensor:
+        a, s, _, _ = self.path.coefficients(t)
+        return torch.atan2(s, a * self.sigma_data)
 
 
 @kind("tiny", group="network")
@@ -73,12 +86,13 @@ class TinySpec(NetworkSpec):
     num_heads: int = 4  # dit only
     text_dim: int = 0  # dit only; 0: no text
     num_labels: int = 0  # classes; label -1 is one more
+    end_time: bool = False  # a second time, where a jump ends: for flow maps
     sigma_data: float = 1.0
     path: AnyPath = RectifiedFlow()
 
     def build(self) -> Tiny:
         module = _Mlp(self) if self.architecture == "mlp" else _Dit(self)
-        return Tiny(module, self.path, self.sigma_data, tuple(module.blocks))
+        return Tiny(module, self.path, self.sigma_data, tuple(module.blocks), self.end_time)
 
 
 class _TimeEmbedding(nn.Module):
@@ -97,6 +111,16 @@ class _TimeEmbedding(nn.Module):
         return self.net(waves.to(self.net[0].weight.dtype))  # pyright: ignore[reportArgumentType, reportCallIssue]  # an attribute of a module
 
 
+END_GATE = 0.25  # share of the second time, AnyFlow's
+
+
+def _times(time: nn.Module, second: nn.Module | None, phi: Tensor, end: Tensor | None) -> Tensor:
+    """The embedding of a noise level, or of that at which a jump begins and that at which it ends."""
+    if second is None:
+        return time(phi)
+    return torch.lerp(time(phi), second(phi if end is None else end), END_GATE)
+
+
 class _MlpBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
@@ -113,13 +137,16 @@ class _Mlp(nn.Module):
         super().__init__()
         self.enter = nn.Linear(spec.channels, spec.width)
         self.time = _TimeEmbedding(spec.width)
+        self.end = _TimeEmbedding(spec.width) if spec.end_time else None
         self.label = nn.Embedding(spec.num_labels + 1, spec.width) if spec.num_labels else None
         self.blocks = nn.ModuleList(_MlpBlock(spec.width) for _ in range(spec.depth))
         self.leave = nn.Linear(spec.width, spec.channels)
 
-    def forward(self, y: Tensor, phi: Tensor, cond: Condition, taps: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(
+        self, y: Tensor, phi: Tensor, end: Tensor | None, cond: Condition, taps: Sequence[int]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         y = y.to(self.enter.weight.dtype)  # in here, where the weights are those of compute; outside they may be sharded fp32
-        emb = _with_label(functional.silu(self.time(phi)), self.label, cond, y.shape[0])
+        emb = _with_label(functional.silu(_times(self.time, self.end, phi, end)), self.label, cond, y.shape[0])
         h, features = self.enter(y), {}
         for i, block in enumerate(self.blocks):
             h = block(h, emb)
@@ -173,12 +200,15 @@ class _Dit(nn.Module):
         super().__init__()
         self.enter = nn.Linear(spec.channels + 1, spec.width)  # + the mask of given frames
         self.time = _TimeEmbedding(spec.width)
+        self.end = _TimeEmbedding(spec.width) if spec.end_time else None
         self.label = nn.Embedding(spec.num_labels + 1, spec.width) if spec.num_labels else None
         self.blocks = nn.ModuleList(_DitBlock(spec.width, spec.num_heads, spec.text_dim) for _ in range(spec.depth))
         self.leave = nn.Linear(spec.width, spec.channels)
         self.width = spec.width
 
-    def forward(self, y: Tensor, phi: Tensor, cond: Condition, taps: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(
+        self, y: Tensor, phi: Tensor, end: Tensor | None, cond: Condition, taps: Sequence[int]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         y = y.to(self.enter.weight.dtype)  # as in _Mlp
         num, _, frames, height, width = y.shape
         mask = torch.zeros(num, frames) if cond.frame_mask is None else cond.frame_mask
@@ -186,7 +216,8 @@ class _Dit(nn.Module):
         tokens = torch.cat([y, mask], 1).permute(0, 2, 3, 4, 1).flatten(1, 3)
         h = self.enter(tokens) + _positions(frames, height, width, self.width).to(y)
         phi = phi if phi.ndim == 2 else phi[:, None].expand(-1, frames)
-        emb = _with_label(functional.silu(self.time(phi)), self.label, cond, num)
+        end = end if end is None or end.ndim == 2 else end[:, None].expand(-1, frames)
+        emb = _with_label(functional.silu(_times(self.time, self.end, phi, end)), self.label, cond, num)
         emb = emb.repeat_interleave(height * width, 1)
         features: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks):

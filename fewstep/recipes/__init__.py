@@ -26,6 +26,8 @@ NAMES = frozenset(
         *("analytic_biased", "analytic_dmd2_biased", "analytic_dmd2_gan", "analytic_f_distill", "analytic_ladd"),
         *("analytic_phased", "analytic_reward", "analytic_sid"),
         *("finetune", "lora", "kd", "dmd2"),
+        *("analytic_scm", "analytic_rcm", "analytic_consistency", "analytic_tcm"),
+        *("analytic_meanflow", "analytic_flow_map", "analytic_flow_map_on_policy"),
         *("toy_teacher", "toy_edge", "toy_kd_1step", "toy_kd_4step"),
         *("toy_dmd2_1step", "toy_dmd2_4step", "toy_dmd2_1step_lora", "toy_dmd2_4step_lora"),
     ]

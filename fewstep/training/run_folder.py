@@ -20,7 +20,7 @@ from fewstep.diffusion import Sampler
 from fewstep.errors import UserError
 from fewstep.files import write_json
 from fewstep.inference.card import Envelope, StudentCard
-from fewstep.inference.model import teacher_sampler
+from fewstep.inference.model import check_sampler, teacher_sampler
 from fewstep.methods import Finetune
 from fewstep.networks.contract import Network
 from fewstep.networks.files.pipeline import is_diffusers_folder
@@ -49,6 +49,7 @@ def write_records(run: Run, folder: Path, sampler: Sampler, first: Batch) -> Pat
 def sampler_of(run: Run, network: Network) -> Sampler:
     """How the student is sampled: as its method says; after post-training, as the pipeline that its network came from."""
     sampler = run.method.sampler(network.path)
+    check_sampler(sampler, network)
     base = base_of(run.networks)
     if base is None or not isinstance(run.method, Finetune):
         return sampler

@@ -1,0 +1,95 @@
+"""The average velocity of a flow from t down to r, u(x_t, t, r) = (x_t - x_r) / (t - r), and the identity that trains it.
+
+    u = v - (t - r) du/dt,   du/dt along (v, 1, 0) in (x_t, t, r)              Geng et al. 2025, arXiv:2505.13447, eq. 6
+
+At r = t it is the velocity itself. v is the teacher's, guided, or that of the data, eps - x0. The network receives r in
+`cond.end`; the path is the rectified flow, on which a jump is x_r = x_t - (t - r) u.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.batch import Batch, Condition
+from fewstep.diffusion import Denoiser, Prediction, RectifiedFlow, Rng, guided, on_path, times
+from fewstep.diffusion.derivative import AnyDerivative, Jvp
+from fewstep.diffusion.path import spread
+from fewstep.methods.contract import Nets, Terms, free_mask, reduced
+
+FLOW = RectifiedFlow()
+
+
+@dataclass(frozen=True)
+class AverageVelocity:
+    source: Literal["teacher", "data"] = "teacher"  # of v: distillation, or training from data
+    times: times.AnyTimes = times.LogitNormal(mean=-0.4, std=1.0)  # two draws of it, ordered, are t and r
+    share_instant: float = 0.5  # of the samples, with r = t; MeanFlow 0.75 (CIFAR-10: 0.25), AnyFlow 0.5
+    share_whole: float = 0.0  # of the samples, with r = 0; AnyFlow 0.25
+    guidance: float = 1.0  # w of the teacher, 1 is off; AnyFlow 3.0
+    derivative: AnyDerivative = Jvp()
+    weighting: Literal["adaptive", "time"] = "adaptive"  # 1 / (error + c)^power; or t sqrt(1 - t), normalised to mean 1
+    power: float = 1.0  # of the adaptive weight; MeanFlow 0.75 on CIFAR-10
+    constant: float = 1e-3  # c of the adaptive weight
+
+    def __call__(self, nets: Nets, batch: Batch, rng: Rng) -> Terms:
+        """The term of a student turn."""
+        assert batch.x0 is not None
+        x0, cond, student = batch.x0, batch.cond, on_path(nets.student, FLOW)
+        t, r = (time.to(x0.device) for time in self.draw(rng))
+        truth = Prediction.exact(x0, rng.normal_like(x0), t, FLOW)
+        velocity = self._velocity(truth, nets, batch)
+        target = self._target(student, truth, r, cond, velocity)
+        answer = ending(student, truth.x_t, t, r, cond)
+        mask = free_mask(cond, answer)
+        error = (answer - target) ** 2
+        each = torch.stack([reduced(row[None], None if mask is None else mask[[i]], "mean") for i, row in enumerate(error)])
+        weight = self._weight(each.detach(), t).to(each.dtype)
+        return Terms.of(average_velocity=(weight * each).mean(), watch={"error": each.detach().mean()})
+
+    def draw(self, rng: Rng) -> tuple[Tensor, Tensor]:
+        """t and r <= t of every row."""
+        first, second, share = self.times.draw(rng, FLOW), self.times.draw(rng, FLOW), rng.uniform()
+        t, r = torch.maximum(first, second), torch.minimum(first, second)
+        r = torch.where(share < self.share_instant, t, r)
+        return t, torch.where(share >= 1 - self.share_whole, torch.zeros_like(r), r)
+
+    @torch.no_grad()
+    def _velocity(self, truth: Prediction, nets: Nets, batch: Batch) -> Tensor:
+        if self.source == "data":
+            return truth.velocity
+        teacher = guided(on_path(nets.teacher, FLOW), batch.negative, self.guidance)
+        return teacher(truth.x_t, truth.t, batch.cond).velocity
+
+    def _target(self, student: Denoiser, truth: Prediction, r: Tensor, cond: Condition, velocity: Tensor) -> Tensor:
+        t = truth.t
+
+        def average(x: Tensor, time: Tensor) -> Tensor:
+            return ending(student, x, time, r, cond)
+
+        room = (t - r, 1 - t)
+        change = self.derivative.along(average, (truth.x_t, t), (velocity.to(truth.x_t.dtype), torch.ones_like(t)), room)
+        return velocity - spread(t - r, change).to(change.dtype) * change
+
+    def _weight(self, error: Tensor, t: Tensor) -> Tensor:
+        if self.weighting == "adaptive":
+            return (error.double() + self.constant) ** -self.power
+        return t * torch.sqrt(1 - t) / MEAN_WEIGHT
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if not (self.share_instant >= 0 and self.share_whole >= 0 and self.share_instant + self.share_whole <= 1):
+            yield "share_instant", "and share_whole are shares of samples, which sum to at most 1"
+        if self.source == "data" and self.guidance != 1.0:
+            yield "guidance", "has no effect without a teacher: set source=teacher, or guidance=1"
+
+
+MEAN_WEIGHT = 4 / 15  # of t sqrt(1 - t) over t in 0..1
+
+
+def ending(student: Denoiser, x_t: Tensor, t: Tensor, r: Tensor, cond: Condition) -> Tensor:
+    """u(x_t, t, r) of a student on the rectified flow."""
+    return student(x_t, t, replace(cond, end=r)).velocity

@@ -1,0 +1,140 @@
+"""A flow map on Wan: diffusers' `AnyFlowTransformer3DModel`, which is Wan's network with a second time, r, where a jump ends.
+
+Each time has an embedding, and (1 - gate) t + gate r of both is used, gate .25 (Gu et al. 2026, arXiv:2605.13724). All other
+weights have Wan's names, so that it begins with those of a Wan teacher; the second embedding begins as a copy of the first, and
+at r = t the answer is Wan's. Exported, a student opens in diffusers' AnyFlowPipeline with FlowMapEulerDiscreteScheduler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.batch import Condition
+from fewstep.config import kind
+from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
+from fewstep.diffusion.path import working_dtype
+from fewstep.diffusion.prediction import with_clean_frames
+from fewstep.errors import UserError
+from fewstep.networks.contract import DiffusersSpec, Traits
+from fewstep.networks.families.upstream import Adapter, enters_in_compute_dtype, needed, zero_padded
+from fewstep.networks.families.wan.network import TEXT_TOKENS
+from fewstep.networks.files.folders import from_folder
+from fewstep.networks.taps import block_outputs
+
+SECOND, FIRST = "condition_embedder.delta_embedder.", "condition_embedder.time_embedder."
+
+
+@dataclass(frozen=True)
+class AnyFlow(Adapter):
+    module: nn.Module  # AnyFlowTransformer3DModel
+    text_tokens: int = TEXT_TOKENS  # shorter texts are padded with zeros, which it attends to
+
+    @property
+    def traits(self) -> Traits:
+        targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+        return Traits(lora_targets=targets, first_frames="time", reads_end=True)
+
+    @property
+    def path(self) -> Path:
+        return RectifiedFlow()
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return tuple(self.module.blocks)  # pyright: ignore[reportArgumentType]  # an attribute of a module
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
+    ) -> Prediction:
+        x = x_t.to(working_dtype(x_t))
+        config: Any = self.module.config  # Any: diffusers' FrozenDict
+        num, channels, frames, height, width = x.shape
+        if channels != config.out_channels:
+            raise UserError(f"this Wan network works on latents of {config.out_channels} channels, but was given {channels}")
+        text = zero_padded(needed(cond, "text", "Wan", "its prompt (B, tokens, channels)"), cond.text_mask)
+        if text.shape[1] > self.text_tokens:
+            raise UserError(f"Wan reads prompts of {self.text_tokens} tokens at the most, and cond.text has {text.shape[1]}")
+        text = nn.functional.pad(text, (0, 0, 0, self.text_tokens - text.shape[1]))
+        begin, end = (1000 * time.double() for time in (t, t if cond.end is None else cond.end))
+        begin, end = (time if time.ndim == 2 else time[:, None].expand(num, frames) for time in (begin, end))
+        shown = x
+        if cond.frames is not None and cond.frame_mask is not None:
+            is_given = cond.frame_mask.bool()
+            shown = torch.where(is_given[:, None, :, None, None], cond.frames.to(x), x)
+            begin, end = (torch.where(is_given, 0.0, time) for time in (begin, end))
+        _, patch_h, patch_w = config.patch_size
+        with block_outputs(self.module, self.blocks, taps) as outputs:
+            raw = self.module(
+                hidden_states=shown.transpose(1, 2), timestep=begin.float(), r_timestep=end.float(),
+                encoder_hidden_states=text, return_dict=False,
+            )[0].transpose(1, 2)  # fmt: skip
+        grid = (frames, height // patch_h, width // patch_w)
+        features = tuple(outputs[i].unflatten(1, grid).permute(0, 4, 1, 2, 3) for i in taps)
+        return with_clean_frames(Prediction(x, t, self.path, raw.to(x.dtype), features), cond.frames, cond.frame_mask)
+
+    def own_weights(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if any(name.startswith(SECOND) for name in weights):
+            return weights
+        copies = {SECOND + name.removeprefix(FIRST): value.clone() for name, value in weights.items() if name.startswith(FIRST)}
+        return {**weights, **copies}
+
+
+@kind("anyflow", group="network")
+@dataclass(frozen=True)
+class AnyFlowSpec(DiffusersSpec):
+    """An AnyFlowTransformer3DModel: from a diffusers folder or hub id, or of the size given, to begin as a Wan teacher."""
+
+    diffusers_class: ClassVar[str] = "AnyFlowTransformer3DModel"
+    starts_as_teacher: ClassVar[bool] = True
+
+    latent_channels: int = 16
+    num_heads: int = 12  # those of Wan 2.1 T2V 1.3B; 14B 40
+    head_dim: int = 128
+    num_layers: int = 30  # 14B 40
+    ffn_dim: int = 8960  # 14B 13824
+    text_dim: int = 4096
+    text_tokens: int = TEXT_TOKENS
+    freq_dim: int = 256
+    max_positions: int = 1024
+    gate: float = 0.25
+
+    @property
+    def path(self) -> Path:
+        return RectifiedFlow()
+
+    @classmethod
+    def like(cls, teacher: Any) -> AnyFlowSpec:  # Any: WanSpec, and other specs of Wan's size
+        """The flow map of a Wan network's size."""
+        names = ("latent_channels", "num_heads", "head_dim", "num_layers", "ffn_dim", "text_dim", "text_tokens", "freq_dim")
+        return cls(max_positions=teacher.max_positions, **{name: getattr(teacher, name) for name in names})
+
+    def build(self) -> AnyFlow:
+        from diffusers import AnyFlowTransformer3DModel
+
+        if self.pretrained is not None:
+            module = from_folder(AnyFlowTransformer3DModel, self.pretrained, "transformer")
+        else:
+            module = AnyFlowTransformer3DModel(
+                num_attention_heads=self.num_heads,
+                attention_head_dim=self.head_dim,
+                in_channels=self.latent_channels,
+                out_channels=self.latent_channels,
+                text_dim=self.text_dim,
+                freq_dim=self.freq_dim,
+                ffn_dim=self.ffn_dim,
+                num_layers=self.num_layers,
+                rope_max_seq_len=self.max_positions,
+                gate_value=self.gate,
+            )
+        return AnyFlow(enters_in_compute_dtype(module, _first_weight, ("timestep", "r_timestep")), self.text_tokens)
+
+    def in_folder(self, folder: str) -> AnyFlowSpec:
+        return replace(self, pretrained=folder)
+
+
+def _first_weight(network: Any) -> Tensor:
+    return network.patch_embedding.weight

@@ -1,0 +1,386 @@
+"""Consistency methods against hand-written losses in float64, and at the true consistency function of a Gaussian.
+
+At that function every loss has no gradient: a sign, a factor or a lost tangent leaves one, and the tests plant such faults.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import nn
+
+from fewstep.batch import Batch, Condition
+from fewstep.diffusion import EDM, Prediction, RectifiedFlow, Rng, StudentSampler, TrigFlow, on_path, times
+from fewstep.diffusion.derivative import Difference, Jvp, disagreement
+from fewstep.errors import UserError
+from fewstep.methods import (
+    DMD2,
+    RCM,
+    SCM,
+    AverageVelocity,
+    Consistency,
+    Curriculum,
+    FlowMap,
+    Grid,
+    MeanFlow,
+    Nets,
+    StudentSample,
+    Tangent,
+    TangentTerm,
+    Truncation,
+)
+from fewstep.networks.analytic import GaussianMixture
+from fewstep.networks.tiny import TinySpec
+
+F64 = torch.float64
+MEAN, STD = torch.tensor([[0.6, -0.4]], dtype=F64), 0.7
+TEACHER = GaussianMixture(MEAN, STD)
+ROWS = 64
+FLOW, TRIG = RectifiedFlow(), TrigFlow()
+SIGMA = EDM(t_max=1e9)
+
+
+class TrueMap:
+    """Consistency function and flow map of the Gaussian, plus two wrong directions whose shares, 0, are the weights."""
+
+    def __init__(self, path=FLOW):
+        self.path, self.module = path, nn.Linear(2, 1, bias=False, dtype=F64)
+        nn.init.zeros_(self.module.weight)
+        self.mean = MEAN[0]
+
+    def __call__(self, x_t, t, cond, *, taps=(), cache=None):
+        x = x_t.double()
+        first, second = self.module.weight[0]
+        a, s, _, _ = (c[:, None] for c in self.path.coefficients(t))
+        place = (x - a * self.mean) / torch.sqrt(a**2 * STD**2 + s**2)
+        if cond.end is None:
+            x0 = self.mean + STD * place
+            wrong = first * s * torch.cos(x) + second * s * x.flip(1)
+            return Prediction.of("x0", x0 + wrong, x, t, self.path)
+        b, e, _, _ = (c[:, None] for c in self.path.coefficients(cond.end))
+        x_r = b * self.mean + torch.sqrt(b**2 * STD**2 + e**2) * place
+        gap = (t - cond.end)[:, None]
+        exact = on_path(TEACHER, self.path)(x, t, Condition()).velocity
+        average = torch.where(gap > 1e-9, (x - x_r) / gap.clamp(min=1e-9), exact)
+        return Prediction(x, t, self.path, average + first * torch.cos(x) + second * gap * x.flip(1))
+
+
+def data(rows=ROWS, seed=3):
+    rng = Rng(seed, 0, range(rows))
+    return Batch(x0=MEAN + STD * rng.normal((2,), F64))
+
+
+def gradient(method, nets, turn_step=0, batch=None):
+    student = nets["student"]
+    student.module.zero_grad()
+    turn = method.turn(turn_step)
+    total = 0.0
+    for terms in method.losses(turn, Nets(nets), batch or data(), Rng(11, 5, range(ROWS))):
+        terms.total.backward()
+        total += float(terms.total.detach())
+    return total, torch.cat([p.grad.flatten() for p in student.module.parameters()])
+
+
+# --- derivatives ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [FLOW, TRIG], ids=str)
+def test_forward_mode_equals_differences_on_the_exact_teacher(path):
+    mixture = GaussianMixture([[0.6, -0.4], [-1.0, 0.2]], [0.3, 0.6], path=path)
+    rng = Rng(1, 0, range(32))
+    x, t, d = rng.normal((2,), F64), 0.05 + 0.9 * rng.uniform() * path.t_max, rng.normal((2,), F64)
+    one = torch.ones_like(t)
+    function = lambda x, t: mixture(x, t, Condition()).velocity  # noqa: E731
+    exact = Jvp().along(function, (x, t), (d, one))
+    # Richardson: the h^2 error of two central differences cancels.
+    far, near = (Difference(step=h).along(function, (x, t), (d, one)) for h in (2e-3, 1e-3))
+    error = (exact - (4 * near - far) / 3).norm() / exact.norm()
+    assert float(error) < 1e-6
+
+
+def test_a_difference_stays_in_its_room_and_is_exact_on_a_line():
+    seen = []
+
+    def line(x, t):
+        seen.append(t)
+        return 3 * x + t[:, None]
+
+    x, t = torch.zeros(3, 1, dtype=F64), torch.tensor([1.0, 0.5, 0.2], dtype=F64)
+    change = Difference(step=0.1).along(line, (x, t), (x + 1, torch.ones(3, dtype=F64)), (t - 0.2, 1 - t))
+    torch.testing.assert_close(change, torch.full_like(x, 4.0))
+    assert max(float(part.max()) for part in seen) <= 1.0 and min(float(part.min()) for part in seen) >= 0.2
+
+
+def test_a_function_without_a_tangent_is_refused():
+    with pytest.raises(UserError, match="derivative=difference"):
+        Jvp().along(lambda x: x.detach().clone(), (torch.ones(2, 1),), (torch.ones(2, 1),))
+
+
+def test_a_lost_tangent_is_found():
+    class Loses(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            return x.sin()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def jvp(ctx, change):
+            return torch.zeros_like(change)
+
+    x, d = torch.rand(8, 3), torch.rand(8, 3)
+    assert disagreement(lambda x: x.sin() + x, (x,), (d,)) < 1e-3
+    assert disagreement(lambda x: Loses.apply(x) + x, (x,), (d,)) > 0.2
+
+
+# --- hand-written losses -----------------------------------------------------------------------------------------------
+
+
+def small(end_time=False, path=FLOW):
+    torch.manual_seed(4)
+    network = TinySpec(width=8, depth=1, end_time=end_time, path=path).build()
+    network.module.double()
+    return network
+
+
+def autograd_of(student, loss):
+    student.module.zero_grad()
+    loss.backward()
+    return float(loss.detach()), torch.cat([p.grad.flatten() for p in student.module.parameters()])
+
+
+@pytest.mark.parametrize("source", ["teacher", "data"])
+@pytest.mark.parametrize("scales", ["all", "state"])
+def test_scm_is_the_papers_loss(source, scales):
+    student = small()
+    tangent = Tangent(warmup_iters=10, scales=scales, norm="rms" if scales == "all" else "l2")
+    law = times.LogNormal(-1.0, 1.4)
+    method = SCM(TangentTerm(source=source, times=law, tangent=tangent))
+    value, found = gradient(method, {"student": student, "teacher": TEACHER}, turn_step=4)
+
+    rng, x0, r = Rng(11, 5, range(ROWS)), data().x0, 0.4
+    t = law.draw(rng, TRIG)
+    z = rng.normal_like(x0)
+    cos, sin = t.cos()[:, None], t.sin()[:, None]
+    x = cos * x0 + sin * z
+    if source == "data":
+        ode = cos * z - sin * x0
+    else:  # of the Gaussian, by hand: x0 and eps given x_t
+        variance = cos**2 * STD**2 + sin**2
+        centred = x - cos * MEAN
+        ode = cos * sin * centred / variance - sin * (MEAN + cos * STD**2 * centred / variance)
+    network = on_path(student, TRIG)
+    change = torch.autograd.functional.jvp(
+        lambda x, t: network(x, t, Condition()).velocity, (x, t), (cos * sin * ode, (cos * sin)[:, 0])
+    )[1]
+    velocity = network(x, t, Condition()).velocity
+    still = velocity.detach()
+    if scales == "all":
+        g = -(cos**2) * (still - ode) - r * (cos * sin * x + change)
+        g = g / (g.square().mean(1, keepdim=True).sqrt() + 0.1)
+    else:
+        g = -cos * torch.sqrt(1 - r**2 * sin**2) * (still - ode) - (r * cos * sin * x + change)
+        g = g / (g.norm(dim=1, keepdim=True) + 0.1)
+    expected = autograd_of(student, (velocity - still - g).square().mean())
+    assert value == pytest.approx(expected[0], rel=1e-10)
+    torch.testing.assert_close(found, expected[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("source", ["teacher", "data"])
+def test_the_discrete_loss_is_ects(source):
+    student = small()
+    method = Consistency(source=source, schedule=Curriculum(stage_iters=10), huber=0.03)
+    value, found = gradient(method, {"student": student, "teacher": TEACHER}, turn_step=12)
+
+    rng, x0 = Rng(11, 5, range(ROWS)), data().x0
+    upper = torch.exp(-1.1 + 2.0 * rng.normal((), F64)).clamp(max=80.0)
+    p = 1 - 1 / 4  # stage 1 of q = 2
+    lower = (upper - upper * (1 - p) * (1 + 8 * torch.sigmoid(-upper))).clamp(min=0.0)
+    z = rng.normal_like(x0)
+    t, r = upper / (1 + upper), lower / (1 + lower)
+    x_t = (1 - t)[:, None] * x0 + t[:, None] * z
+    if source == "teacher":  # an Euler step of dx/dsigma = eps on x / a = x0 + sigma eps
+        eps = TEACHER(x_t, t, Condition()).eps
+        x_r = (1 - r)[:, None] * (x_t / (1 - t)[:, None] + (lower - upper)[:, None] * eps)
+        end = x_t / (1 - t)[:, None] - upper[:, None] * eps
+    else:
+        x_r, end = (1 - r)[:, None] * x0 + r[:, None] * z, x0
+    with torch.no_grad():
+        target = torch.where((lower == 0)[:, None], end, student(x_r, r, Condition()).x0)
+    distance = torch.sqrt((student(x_t, t, Condition()).x0 - target).square().sum(1) + 0.03**2) - 0.03
+    expected = autograd_of(student, (distance / (upper - lower).clamp(min=1e-8)).mean())
+    assert bool((lower == 0).any()) and value == pytest.approx(expected[0], rel=1e-10)
+    torch.testing.assert_close(found, expected[1], rtol=1e-9, atol=1e-11)
+
+
+def test_tcm_asks_its_first_stage_below_and_at_the_boundary():
+    student, first = small(), small()
+    torch.manual_seed(9)
+    for p in first.module.parameters():
+        nn.init.normal_(p, std=0.5)
+    cut = Truncation(t=0.5, boundary_share=0.25, boundary_weight=0.1)
+    method = Consistency(source="data", schedule=Grid(num=12, shift=2.0), truncation=cut, huber=0.0, weighting="none")
+    value, found = gradient(method, {"student": student, "teacher": first})
+
+    rng, x0 = Rng(11, 5, range(ROWS)), data().x0
+    grid = torch.cat([times.shifted(12, 2.0), torch.zeros(1, dtype=F64)])
+    place = rng.integers(12)
+    t, r = grid[place], grid[place + 1]
+    edge = rng.uniform() < 0.25
+    t = torch.where(edge, 0.5, t.clamp(min=0.5 * (1 + 1e-6)))
+    r = torch.where(edge, 0.5, torch.minimum(r, t))
+    z = rng.normal_like(x0)
+    x_t, x_r = ((1 - k)[:, None] * x0 + k[:, None] * z for k in (t, r))
+    with torch.no_grad():
+        answers = torch.where((r <= 0.5)[:, None], first(x_r, r, Condition()).x0, student(x_r, r, Condition()).x0)
+        target = torch.where((r == 0)[:, None], x0, answers)
+    distance = (student(x_t, t, Condition()).x0 - target).norm(dim=1)
+    loss = torch.where(edge, 0.0, distance).mean() / 0.75 + 0.1 * torch.where(edge, distance, 0.0).mean() / 0.25
+    expected = autograd_of(student, loss)
+    assert value == pytest.approx(expected[0], rel=1e-10)
+    torch.testing.assert_close(found, expected[1], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("source", ["teacher", "data"])
+def test_meanflow_is_the_papers_loss(source):
+    student = small(end_time=True)
+    law = times.LogitNormal(-0.4, 1.0)
+    method = MeanFlow(AverageVelocity(source=source, times=law, share_instant=0.3, power=0.75))
+    value, found = gradient(method, {"student": student, "teacher": TEACHER})
+
+    rng, x0 = Rng(11, 5, range(ROWS)), data().x0
+    first, second, share = law.draw(rng, FLOW), law.draw(rng, FLOW), rng.uniform()
+    t, r = torch.maximum(first, second), torch.minimum(first, second)
+    r = torch.where(share < 0.3, t, r)
+    z = rng.normal_like(x0)
+    x = (1 - t)[:, None] * x0 + t[:, None] * z
+    v = z - x0 if source == "data" else TEACHER(x, t, Condition()).velocity
+    u = lambda x, t: student(x, t, Condition(end=r)).velocity  # noqa: E731
+    change = torch.autograd.functional.jvp(u, (x, t), (v, torch.ones_like(t)))[1]
+    target = (v - (t - r)[:, None] * change).detach()
+    error = (u(x, t) - target).square().mean(1)
+    expected = autograd_of(student, (error / (error.detach() + 1e-3) ** 0.75).mean())
+    assert value == pytest.approx(expected[0], rel=1e-10)
+    torch.testing.assert_close(found, expected[1], rtol=1e-10, atol=1e-12)
+
+
+def test_rcm_is_both_terms_of_one_turn():
+    """Its gradient is the sum of sCM's and DMD2's, each computed alone with the draws it has in the whole."""
+    student, critic = small(), small()
+    term = TangentTerm(tangent=Tangent(warmup_iters=4, scales="state", norm="l2"), reduction="sum", weight=100.0)
+    dmd = DMD2(student=StudentSample((math.pi / 2, 1.1)), path=TRIG, student_update_freq=2, reduction="sum")
+    nets = {"student": student, "teacher": TEACHER, "critic": critic}
+    value, found = gradient(RCM(term, dmd), nets, turn_step=4)
+
+    student.module.zero_grad()
+    rng, total = Rng(11, 5, range(ROWS)), 0.0
+    for terms in (term(2, Nets(nets), data(), rng), *dmd.losses(dmd.turn(4), Nets(nets), data(), rng)):
+        terms.total.backward()
+        total += float(terms.total.detach())
+    expected = torch.cat([p.grad.flatten() for p in student.module.parameters()])
+    assert value == pytest.approx(total, rel=1e-12)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    assert [RCM(term, dmd).turn(step).name for step in range(4)] == ["student", "critic"] * 2
+
+
+# --- stationary at the truth -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Faulty:
+    """A derivative with a planted fault."""
+
+    factor: float
+
+    def along(self, function, inputs, direction, room=None):
+        return self.factor * Jvp().along(function, inputs, direction, room)
+
+
+def continuous(derivative):
+    return SCM(TangentTerm(tangent=Tangent(warmup_iters=0), derivative=derivative))
+
+
+def average(derivative):
+    return MeanFlow(AverageVelocity(share_instant=0.3, derivative=derivative))
+
+
+STATIONARY = {
+    "scm": continuous(Jvp()),
+    "scm, not normalised": SCM(TangentTerm(tangent=Tangent(warmup_iters=0, constant=0.0, scales="state"))),
+    "meanflow": average(Jvp()),
+    "meanflow, difference": average(Difference(step=1e-4)),
+    "flow_map": FlowMap(AverageVelocity(share_whole=0.25, derivative=Jvp(), weighting="time")),
+}
+
+
+@pytest.mark.parametrize("method", [v for k, v in STATIONARY.items() if "not normalised" not in k], ids=lambda m: m.kind)
+def test_the_true_function_is_a_stationary_point(method):
+    """The identity holds at the truth, so that its loss has no gradient in either wrong direction."""
+    value, found = gradient(method, {"student": TrueMap(), "teacher": TEACHER})
+    assert float(found.norm()) < 1e-6 and value < 1e-6
+
+
+def test_the_discrete_loss_is_stationary_where_its_step_is_short():
+    """Each Euler step errs by its square; with 1 / (t - r) the gradient vanishes with the step."""
+    norms = []
+    for num in (200, 800):
+        method = Consistency(schedule=Grid(num=num, shift=1.0), huber=0.1, weighting="gap", path=FLOW)
+        norms.append(float(gradient(method, {"student": TrueMap(), "teacher": TEACHER})[1].norm()))
+    assert norms[1] < 0.4 * norms[0] < 0.05
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, 0.5], ids=["zero", "sign", "factor"])
+@pytest.mark.parametrize("make", [continuous, average], ids=["scm", "meanflow"])
+def test_a_wrong_derivative_moves_the_truth(make, factor):
+    _, found = gradient(make(Faulty(factor)), {"student": TrueMap(), "teacher": TEACHER})
+    assert float(found.norm()) > 1e-3
+
+
+# --- samplers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num", [1, 2, 5])
+def test_jumps_of_the_true_map_are_exact_for_any_number_of_steps(num):
+    sampler = MeanFlow().sampler(FLOW).with_steps(num)
+    noise = Rng(2, 0, range(16)).normal((2,), F64)
+    made = sampler(TrueMap(), noise, Condition(), Rng(3, 0, range(16)))
+    torch.testing.assert_close(made, TEACHER.ode_map(noise, torch.ones(16, dtype=F64)), rtol=1e-10, atol=1e-10)
+
+
+def test_other_students_keep_their_number_of_steps():
+    with pytest.raises(UserError, match="takes 2 steps"):
+        StudentSampler((1.0, 0.5), FLOW).with_steps(4)
+
+
+def test_a_flow_map_starts_as_the_network_it_is_made_from():
+    """At r = t, and with r left out, the answer is that of the network without a second time."""
+    plain, mapped = TinySpec(width=8, depth=1).build(), TinySpec(width=8, depth=1, end_time=True).build()
+    mapped.module.load_state_dict(mapped.own_weights(plain.module.state_dict()))
+    x, t = torch.randn(5, 2), torch.rand(5, dtype=F64)
+    expected = plain(x, t, Condition()).velocity
+    torch.testing.assert_close(mapped(x, t, Condition(end=t)).velocity, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(mapped(x, t, Condition()).velocity, expected, rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        for p in mapped.module.end.parameters():
+            p.add_(0.3)
+    assert not torch.allclose(mapped(x, t, Condition(end=0 * t)).velocity, expected, atol=1e-3)
+
+
+def test_the_end_of_a_jump_is_converted_with_the_path():
+    student = TrueMap(TRIG)
+    x, t, r = torch.randn(6, 2, dtype=F64), torch.full((6,), 0.8, dtype=F64), torch.full((6,), 0.3, dtype=F64)
+    seen = {}
+
+    class Records(TrueMap):
+        def __call__(self, x_t, t, cond, *, taps=(), cache=None):
+            seen.update(t=t, end=cond.end)
+            return super().__call__(x_t, t, replace(cond, end=None))
+
+    on_path(Records(TRIG), FLOW)(x, t, Condition(end=r))
+    for name, value in (("t", t), ("end", r)):
+        a, s, _, _ = FLOW.coefficients(value)
+        torch.testing.assert_close(seen[name], TRIG.time_of(s / a))
+    assert student.path == TRIG
