@@ -43,6 +43,7 @@ def prepare(folder: Path, control: str) -> dict[str, str]:
     described = {f.name: getattr(spec, f.name) for f in fields(spec) if getattr(spec, f.name) != f.default}
     materials.settings(place / "network.yaml", {"kind": "cosmos_control", **described})
     materials.settings(folder / "small.yaml", {"networks": {"teacher": SIZES}, "trainer": {"grad_accum": 1}})
+    materials.settings(folder / "branch.yaml", {"networks": {"student": {"network": SIZES}}})
     materials.clips(folder / "datasets/dmd2")
     materials.t5(folder / "google-t5/t5-11b")
     materials.cosmos_codec(folder / "checkpoints/tokenizer")
@@ -90,6 +91,28 @@ def test_a_control_is_distilled_into_one_step(tmp_path: Path, control: str, real
     assert np.array_equal(again, made) and not np.array_equal(teacher, made)
     sampler = json.loads((tmp_path / "outputs/teacher.json").read_text())["sampler"]
     assert (sampler["guidance"], sampler["solver"], sampler["num_steps"]) == (6.0, "res_2ab", 2)  # Transfer1's g is 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("real", [False, True])
+def test_a_branch_is_trained_over_its_frozen_base(tmp_path: Path, real: bool) -> None:
+    walk("transfer1_branch.sh", tmp_path, real=real, **prepare(tmp_path, "edge"))
+    network = replace(transfer1_7b("edge"), **SIZES).build()
+    runs, name = tmp_path / "checkpoints", "CTRL_7Bv1pt3_lvg_tp_121frames_control_input_edge_block3"
+    published = read(f"{tmp_path}/{FILES}/base_model.pt+{tmp_path}/{FILES}/edge_control.pt", network.module)
+    trained = {
+        stage: read(f"{runs}/cosmos_transfer1_{stage}/CTRL_7Bv1_lvg/{name}_{stage}") for stage in ("pretrain", "posttrain")
+    }
+    copied = "branches.edge.control_blocks.0.attn1.to_q.weight"
+    for weights in trained.values():
+        base = {n: tensor for n, tensor in published.items() if n.startswith("base.")}
+        assert all(torch.equal(tensor.bfloat16(), weights[n].bfloat16()) for n, tensor in base.items())  # frozen, in bf16
+        assert any(not torch.equal(tensor, published[n]) for n, tensor in weights.items() if n.startswith("branches."))
+    torch.testing.assert_close(trained["posttrain"][copied], published[copied], rtol=0, atol=1e-3)
+    base = published["base.transformer_blocks.0.attn1.to_q.weight"]
+    torch.testing.assert_close(trained["pretrain"][copied], base, rtol=0, atol=1e-3)
+    sampler = json.loads((tmp_path / "outputs/output.json").read_text())["sampler"]
+    assert sampler["guidance"] == 6.0
 
 
 def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
