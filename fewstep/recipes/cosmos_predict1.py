@@ -42,7 +42,7 @@ def video2world_7b_example_cosmos_nemo_assets() -> Run:
         # The original warms up to 2^-14.3 in 2500 iterations and ends after 2000: this is the same line up to its end.
         optim=Optim(lr=0.8 * 2**-14.3, betas=(0.9, 0.99), weight_decay=0.1, eps=1e-10, warmup_iters=2000),
         trainer=Trainer(max_iter=2000, batch_size=1, precision="bf16", checkpointing=True, log_every=200),
-        checkpoint=Checkpoint(save_iter=200),
+        checkpoint=Checkpoint(save_iter=200, original=True),
         parallel=Parallel(mode="fsdp"),
     )
 
@@ -59,6 +59,6 @@ def video2world_7b_lora_example_cosmos_nemo_assets() -> Run:
         ),
         optim=replace(run.optim, lr=1e-4, warmup_iters=0),
         trainer=replace(run.trainer, max_iter=5000),
-        checkpoint=Checkpoint(save_iter=1000),
+        checkpoint=Checkpoint(save_iter=1000, original=True),
         parallel=Parallel(mode="ddp"),
     )

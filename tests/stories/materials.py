@@ -71,15 +71,15 @@ def t5(folder: Path, dim: int = 8) -> None:
     T5EncoderModel(T5Config(**sizes, pad_token_id=0)).save_pretrained(folder)
 
 
-def cosmos_codec(folder: Path) -> None:
-    """The tokenizer of Cosmos 1 as diffusers has it: 9 x 16 x 16 pixels to latents of 2 x 3 x 4 x 4."""
+def cosmos_codec(folder: Path, ratio: int = 4) -> None:
+    """The tokenizer of Cosmos 1 as diffusers has it: 9 x 16 x 16 pixels (ratio 8: 17 x 32 x 32) to latents of 2 x 3 x 4 x 4."""
     from diffusers import AutoencoderKLCosmos
 
     torch.manual_seed(0)
     AutoencoderKLCosmos(
         latent_channels=2, encoder_block_out_channels=(8, 8, 8, 8), decode_block_out_channels=(8, 8, 8, 8),
-        attention_resolutions=(8,), resolution=64, num_layers=1, patch_size=4, spatial_compression_ratio=4,
-        temporal_compression_ratio=4, latents_mean=[0.1, -0.1], latents_std=[0.7, 1.3],
+        attention_resolutions=(8,), resolution=64, num_layers=1, patch_size=4, spatial_compression_ratio=ratio,
+        temporal_compression_ratio=ratio, latents_mean=[0.1, -0.1], latents_std=[0.7, 1.3],
     ).save_pretrained(folder / "vae")  # fmt: skip
 
 
