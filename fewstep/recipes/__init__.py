@@ -28,6 +28,8 @@ NAMES = frozenset(
         *("finetune", "lora", "kd", "dmd2"),
         *("analytic_scm", "analytic_rcm", "analytic_consistency", "analytic_tcm"),
         *("analytic_meanflow", "analytic_flow_map", "analytic_flow_map_on_policy"),
+        *(f"{name}_kd{toy}" for name in ("WanT2V", "SDXL", "CogVideoX") for toy in ("", "_toy")),
+        *("WanT2V_kd_path", "WanT2V_kd_path_toy"),
         *("toy_teacher", "toy_edge", "toy_kd_1step", "toy_kd_4step"),
         *("toy_dmd2_1step", "toy_dmd2_4step", "toy_dmd2_1step_lora", "toy_dmd2_4step_lora"),
     ]
