@@ -14,7 +14,7 @@ from fewstep.recipes import NAMES
 from fewstep.registry import groups
 
 VERBS = (
-    *("train", "plan", "export", "convert", "generate", "ls", "pairs", "evaluate", "demo"),
+    *("train", "plan", "export", "convert", "generate", "ls", "pairs", "evaluate", "report", "demo"),
     *("prepare", "prepare toyworld", "prepare text", "prepare controls", "prepare shards", "prepare latents"),
     *("check", "check data"),
 )

@@ -13,7 +13,21 @@ from fewstep.cli.app import app
 from fewstep.errors import UserError
 
 # A file each, in the order of --help. Each imports what it needs when it runs, so that --help answers at once.
-VERBS = ("distill", "train", "plan", "export", "convert", "generate", "ls", "prepare", "check", "pairs", "evaluate", "demo")
+VERBS = (
+    "distill",
+    "train",
+    "plan",
+    "export",
+    "convert",
+    "generate",
+    "ls",
+    "prepare",
+    "check",
+    "pairs",
+    "evaluate",
+    "report",
+    "demo",
+)
 UsageError: Any = typer.BadParameter.__base__  # of all wrong use; typer has no public name for it
 
 for _verb in VERBS:

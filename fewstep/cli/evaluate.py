@@ -54,6 +54,7 @@ def evaluate(
         ),
     ] = None,
     num: Annotated[int | None, typer.Option(help="Number of clips in a set. Default: 512, or as many as there are.")] = None,
+    keep: Annotated[int, typer.Option(help="Number of clips to keep beside the file, for the report.")] = 8,
     sets: Annotated[int, typer.Option(help="Number of sets, each from noise of its own.")] = 3,
     num_frames: Annotated[
         int | None,
@@ -118,7 +119,7 @@ def evaluate(
     shape = None if size is None else (int(size.split("x")[0]), int(size.split("x")[1]))
     task = Evaluation(
         what, prompts, real, out, num, sets, calls, sampling,
-        text=text, negative=negative, max_tokens=max_tokens, mask_text=mask_text, num_frames=num_frames, size=shape,
+        keep=keep, text=text, negative=negative, max_tokens=max_tokens, mask_text=mask_text, num_frames=num_frames, size=shape,
         given_frames=given_frames, batch_size=batch_size, codec=codec, scorer=scorer_of(scorer, context.args, features),
         controls=names, truth=truth, latency=latency, precision=precision, device=device,
     )  # fmt: skip

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fewstep.batch import first_frames
 from fewstep.config import ConfigError, apply_overrides, choices, dump, parse
+from fewstep.data.controls import Span
 from fewstep.data.files import video
 from fewstep.data.folder import layout
 from fewstep.data.folder.dataset import Folder, FolderData
@@ -36,6 +37,7 @@ from fewstep.diffusion import Rng, TeacherSampler
 from fewstep.diffusion.sampling import Sampler
 from fewstep.errors import UserError
 from fewstep.evaluation.clips import AnyClips, Files, clip_files, content_hash
+from fewstep.evaluation.features.contract import resized
 from fewstep.evaluation.fidelity import ControlFidelity
 from fewstep.evaluation.score import AnyScorer, Clip, ClipSet, Record, Scorer, Signals, Value, over_sets
 from fewstep.files import whole_file, write_json
@@ -169,8 +171,7 @@ class _Part:
 
 def _scored(samples: ClipSet, scorers: Sequence[Scorer], references: Sequence[Any], task: Evaluation, number: int) -> _Part:
     seen = _Seen(samples.clips)
-    if number == 0:
-        _keep(seen, samples, task)
+    _keep(seen, samples, task, number)
     samples = replace(samples, clips=seen)
     records = [scorer.score(samples, reference) for scorer, reference in zip(scorers, references, strict=True)]
     record = records[0]
@@ -590,9 +591,25 @@ def _control_kinds(names: Sequence[str]) -> dict[str, Any]:
     return {name: kinds[name] for name in names or kinds}
 
 
-def _keep(clips: Sequence[Clip], samples: ClipSet, task: Evaluation) -> None:
+def _keep(clips: Sequence[Clip], samples: ClipSet, task: Evaluation, number: int) -> None:
+    """Writes clips to look at beside OUT: NN.mp4, their real clips and controls; of further sets two, as NN.seedK.mp4."""
+    folder, fps = task.out.with_suffix(""), samples.fps or 16.0
+    if number:
+        for n in range(min(2, task.keep, len(clips))):
+            video.write(folder / f"{n:02d}.seed{number}.mp4", clips[n], fps, quality="lossless")
+        return
     for n in range(min(task.keep, len(clips))):
-        video.write(task.out.with_suffix("") / f"{n:02d}.mp4", clips[n], samples.fps or 16.0, quality="lossless")
+        clip = clips[n]
+        video.write(folder / f"{n:02d}.mp4", clip, fps, quality="lossless")
+        source = samples.sources[n] if samples.sources else None
+        if source is not None and source.is_file():
+            real = resized(video.read(source).frames[: len(clip)], *clip.shape[1:3])
+            video.write(folder / f"{n:02d}.real.mp4", real, fps, quality="lossless")
+        for name, signals in samples.controls.items():
+            target = signals.conditioned[n]
+            if target is not None and name in task.controls:
+                signal = signals.control.read(target, Span(0, len(clip)), (clip.shape[1], clip.shape[2]))
+                video.write(folder / f"{n:02d}.{name}.mp4", signal, fps, quality="lossless")
 
 
 def measured_latency(model: Model, sampler: Sampler, codec: Codec, data: FolderData, task: Evaluation) -> dict[str, Any]:

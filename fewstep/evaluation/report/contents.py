@@ -60,6 +60,7 @@ class Row:
 
     prompt: str
     films: Sequence[Film]
+    difference: float | None = None  # of the models of the row, in grey values: the page can sort by it
 
 
 @dataclass(frozen=True)

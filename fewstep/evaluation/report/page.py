@@ -139,7 +139,8 @@ def _facts(report: Report) -> str:
             )
         )
     if report.stages:
-        facts.append(("start to end", _duration(sum(stage.seconds for stage in report.stages)), f"{len(report.stages)} stages"))
+        count = f"{len(report.stages)} stage{'s' * (len(report.stages) != 1)}"
+        facts.append(("start to end", _duration(sum(stage.seconds for stage in report.stages)), count))
     body = "".join(f"<div><dt>{name}</dt><dd>{value}<small>{about}</small></dd></div>" for name, value, about in facts)
     return f'<dl class="facts">{body}</dl>' if facts else ""
 
@@ -160,8 +161,10 @@ def _gallery(gallery: Gallery, supply: Iterator[tuple[Film, Encoded]], colours: 
             film, clip = next(supply)
             made.append(clip)
             films.append(_film(film, clip, row, gallery.fps, colours.get(film.name, _KIND_COLOURS[film.kind])))
+        at = "" if row.difference is None else f' data-difference="{row.difference:.4f}"'
+        told = "" if row.difference is None else f'<span class="soft"> difference {row.difference:.1f}</span>'
         rows.append(
-            f'<div class="row"><h3>{_esc(row.prompt)}</h3>'
+            f'<div class="row"{at}><h3>{_esc(row.prompt)}{told}</h3>'
             f'<div class="films" style="--n:{len(films)}">{"".join(films)}</div></div>'
         )
     total = max(clip.num_frames for clip in made)
@@ -172,6 +175,13 @@ def _gallery(gallery: Gallery, supply: Iterator[tuple[Film, Encoded]], colours: 
     kept = "every pixel as it was made" if exact else "compressed for this page: judge fine detail from the files"
     about = f"{gallery.about} " if gallery.about else ""
     rates = "".join(f'<option value="{r}"{" selected" if r == 1 else ""}>{r:g}&times;</option>' for r in (0.25, 0.5, 1, 2))
+    is_sortable = sum(row.difference is not None for row in gallery.rows) > 1
+    order = (
+        '<select class="order" aria-label="Order of the rows"><option value="listed">as listed</option>'
+        '<option value="largest">largest difference first</option></select>'
+        if is_sortable
+        else ""
+    )
     deck = (
         '<div class="deck" role="group" aria-label="Playback">'
         '<button class="play" type="button" aria-label="Pause"></button>'
@@ -180,7 +190,7 @@ def _gallery(gallery: Gallery, supply: Iterator[tuple[Film, Encoded]], colours: 
         '<button class="next" type="button" aria-label="One frame on">'
         '<svg viewBox="0 0 16 16"><path d="M11 2h3v12h-3zM2 2v12l8-6z"/></svg></button>'
         f'<input class="slide" type="range" min="0" max="{total - 1}" value="0" step="1" aria-label="Frame">'
-        f"<output class='count'>1 / {total}</output>"
+        f"<output class='count'>1 / {total}</output>{order}"
         f'<select class="rate" aria-label="Speed">{rates}</select></div>'
     )
     return (

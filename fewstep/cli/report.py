@@ -1,0 +1,32 @@
+"""`fewstep report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewstep.cli.app import app
+
+
+@app.command()
+def report(
+    what: Annotated[list[Path], typer.Argument(help="Run folders, and files of scores that fewstep evaluate wrote.")],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")],
+    title: Annotated[str | None, typer.Option(help="Title of the page. Default: the names of the models.")] = None,
+    bound: Annotated[
+        list[str] | None, typer.Option(help="Threshold that students are to keep, NAME<=VALUE or NAME>=VALUE; several times.")
+    ] = None,
+    max_mb: Annotated[float, typer.Option(help="Size of the page in megabytes, to which clips are compressed.")] = 15.0,
+) -> None:
+    """One HTML page of models and runs: clips in step, scores with spreads, curves, thresholds. It opens offline."""
+    missing = [str(path) for path in what if not path.exists()]
+    if missing:
+        raise typer.BadParameter(f"there is no {', '.join(missing)}.")
+    from fewstep.evaluation.report.of_files import Bound, report_of
+    from fewstep.evaluation.report.page import write
+
+    bounds = [Bound.parse(text) for text in bound or ()]
+    write(report_of(what, title=title, bounds=bounds), out, round(max_mb * 1e6))
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
