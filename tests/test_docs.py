@@ -194,6 +194,7 @@ def of_recipes() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "command"), of_recipes(), ids=[f"{page}: {command}" for page, command in of_recipes()])
 def test_a_run_that_a_page_starts_can_be_composed(page: str, command: str) -> None:
     _, words = split(command)
+    words = [f"teacher={TOY}" if word.startswith("teacher=") else word for word in words]  # the reader's own is not here
     settings = [word for word in words if word not in ("...", "a.b=c", "--json")]
     assert compose(read_command(split_words(settings)[0]), Run).job.name
 

@@ -28,7 +28,12 @@ def stages(facts: Facts) -> list[Stage]:
     return [
         Stage.of("check", "the data set is read once", ("fewstep", "check", "data", data)),
         Stage.of("memory", "the memory that each GPU needs; nothing is loaded", _plan(facts)),
-        Stage("text", "captions become embeddings", (tuple(_text(facts)),)),
+        Stage(
+            "text",
+            "captions become embeddings",
+            (tuple(_text(facts)),),
+            advice="A text encoder that does not know the captions' words can be replaced: --text-encoder FOLDER",
+        ),
         *([Stage.of("controls", "the control is made from the clips", _controls(facts))] if _is_made(request.control) else []),
         Stage.of("latents", "clips become latents of the video tokenizer", *_latents(facts)),
         *_trainings(facts),
