@@ -27,6 +27,8 @@ provide("scorer", "fewstep.toyworld.scores", "fewstep.evaluation.fidelity", "few
 provide("features", "fewstep.evaluation.features", "fewstep.toyworld.extractor")
 provide("text_encoder", "fewstep.networks.encoders.text", "fewstep.toyworld.words")
 provide("codec", "fewstep.networks.encoders.codecs")
+provide("guardrail", "fewstep.inference.guardrails")
+provide("upsampler", "fewstep.inference.upsamplers")
 provide("data", "fewstep.data", "fewstep.inference.synthetic")
 provide("control", "fewstep.data.controls")
 provide("path", "fewstep.diffusion.path")

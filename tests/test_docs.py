@@ -19,7 +19,8 @@ from fewstep import TOY
 from fewstep.cli import main
 from fewstep.cli.app import app
 from fewstep.config import build_recipe, choices, compose, fields_help, read_command, recipes
-from fewstep.inference import coming_from_cosmos, request
+from fewstep.inference import coming_from_cosmos
+from fewstep.inference import command as generate_command
 from fewstep.training.plan.request import split_words
 from fewstep.training.run import Run
 
@@ -56,7 +57,7 @@ def verbs(group: Any) -> dict[str, set[str]]:  # Any: typer carries a click of i
 
 
 VERBS = verbs(typer.main.get_command(app))
-VERBS["generate"] |= request._parser().options()
+VERBS["generate"] |= generate_command._parser().options()
 VERBS["generate"] |= {option.replace("-", "_").replace("__", "--", 1) for option in VERBS["generate"]}  # either is understood
 VERBS["generate"] |= {f"--{name}" for name in (*coming_from_cosmos.ALIASES, *coming_from_cosmos.WITHOUT_EFFECT)}
 VERBS["train"] |= {"--config", "--dryrun"}

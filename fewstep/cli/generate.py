@@ -1,4 +1,4 @@
-"""`fewstep generate`; its options are in inference/request.py."""
+"""`fewstep generate`; its options are in inference/command.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fewstep.cli.options import FREE, imports
 @app.command(context_settings=FREE, add_help_option=False)
 def generate(context: typer.Context) -> None:
     """Make videos with a run, an exported student or a teacher: fewstep generate MODEL --prompt TEXT."""
-    from fewstep.inference.request import read_command
+    from fewstep.inference.command import read_command
 
     request = read_command(context.args)
     with imports():

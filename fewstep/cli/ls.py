@@ -16,6 +16,7 @@ LISTS = {
     "recipes": "recipe", "methods": "method", "networks": "network", "data": "data", "roles": "role", "heads": "head",
     "controls": "control", "paths": "path", "times": "times", "previews": "preview", "scorers": "scorer",
     "features": "features", "text_encoders": "text_encoder", "rewards": "reward", "sample_weights": "sample_weight",
+    "guardrails": "guardrail", "upsamplers": "upsampler",
 }  # fmt: skip
 
 

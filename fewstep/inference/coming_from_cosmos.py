@@ -29,24 +29,17 @@ ALIASES = {  # theirs, and those of diffusers and FastGen: ours. An underscore f
     "chunk_overlap": "overlap", "num_conditional_frames": "overlap", "num_ar_conditional_frames": "overlap",
     "tokenizer_dir": "codec", "save_input_noise": "save-noise",
 }  # fmt: skip
-# Accepted, so that a command pastes, and without effect: what each would switch off or on is not here.
-WITHOUT_EFFECT = {
-    "guardrail": "there is no guardrail",
-    "offload_guardrail_models": "there is no guardrail",
-    "disable_guardrail": "there is no guardrail",
-    "disable_prompt_upsampler": "there is no prompt upsampler",
-    "offload_prompt_upsampler": "there is no prompt upsampler",
-    "prompt_upsampler_dir": "there is no prompt upsampler",
-    "upsample_prompt": "there is no prompt upsampler",
-    "offload_text_encoder_model": "the text encoder is always released after its embeddings are made",
-    "benchmark": "every clip's seconds are in its .json",
-}
+ALWAYS = ("offload_text_encoder_model", "offload_prompt_upsampler")  # prompts are read first, and what reads them is released
+WITHOUT_EFFECT = {"benchmark": "every clip's seconds are in its .json"}
 COSMOS_ONLY = {
     "checkpoint_dir", "diffusion_transformer_dir", "tokenizer_dir", "input_image_or_video_path", "video_save_name",
-    "video_save_folder", "batch_input_path", "use_distilled", "num_video_frames", "controlnet_specs",
-    "offload_diffusion_transformer", "offload_tokenizer", *WITHOUT_EFFECT,
+    "video_save_folder", "batch_input_path", "use_distilled", "num_video_frames", "controlnet_specs", "disable_guardrail",
+    "disable_prompt_upsampler", "prompt_upsampler_dir", "upsample_prompt", "offload_diffusion_transformer", "offload_tokenizer",
+    "offload_guardrail_models", *ALWAYS, *WITHOUT_EFFECT,
 }  # fmt: skip
 _GIVEN = {"text2world": 0, "image2world": 1, "video2world": 5}  # frames of pixels: 0, 1 and 2 latent frames
+PRESETS = ("none", "very_low", "low", "medium", "high", "very_high")
+PRESET_OF = {"canny_threshold": "edge", "blur_strength": "vis"}  # and the control that it belongs to
 _CONTROL_WITHOUT_EFFECT = {
     "ckpt_path": "branches come with the model",
     "control_weight_prompt": "weights are numbers, they are not made from words",
@@ -66,23 +59,21 @@ def in_our_words(arguments: Sequence[str], options: Container[str], tell: Print)
     """The arguments with the names of our `options`, and the names among them that only Cosmos has."""
     ours: list[str] = []
     cosmos: list[str] = []
-    rest = [argument for argument in arguments if argument not in ("-", "--")]
-    while rest:
-        argument = rest.pop(0)
-        name, equals, value = argument.removeprefix("--").partition("=")
+    for argument in arguments:
         if argument in ("-i", "--spec"):
             cosmos.append("-i")
         if not argument.startswith("--"):
-            ours.append(argument)
+            ours += [argument] if argument != "-" else []
             continue
-        if name in COSMOS_ONLY:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        theirs = name.replace("-", "_")
+        if theirs in COSMOS_ONLY:
             cosmos.append(f"--{name}")
-        if name in WITHOUT_EFFECT:
-            tell(f"warning: --{name} has no effect: {WITHOUT_EFFECT[name]}")
-            if not equals and rest and not rest[0].startswith("-"):  # it may have a value
-                rest.pop(0)
+        if theirs in WITHOUT_EFFECT:
+            tell(f"warning: --{name} has no effect: {WITHOUT_EFFECT[theirs]}")
+        if not name or theirs in (*ALWAYS, *WITHOUT_EFFECT):
             continue
-        known = ALIASES.get(name, name.replace("_", "-"))
+        known = ALIASES.get(theirs, name.replace("_", "-"))
         ours.append(f"--{known if f'--{known}' in options else name}{equals}{value}")
     return ours, cosmos
 
@@ -138,6 +129,33 @@ def codec_in(codec: str | None, folder: str | None) -> str | None:
     return codec if below is None or Path(codec or "").exists() or not below.exists() else str(below)
 
 
+def upsampler_of(upsampler: str | None, place: str | None, folder: str | None, *, asks: bool, is_off: bool) -> str | None:
+    """KIND=ADDRESS of the prompt upsampler; None for none.
+
+    place, folder: --prompt_upsampler_dir, in --checkpoint_dir if it is there. asks, is_off: --upsample_prompt and
+    --disable_prompt_upsampler.
+    """
+    if is_off:
+        if upsampler is not None or asks:
+            raise ConfigError("--disable_prompt_upsampler: leave it out, or the options that ask for an upsampler")
+        return None
+    if upsampler is None and place is not None:
+        inside = Path(folder or "checkpoints") / place
+        return f"causal_lm={inside if inside.is_dir() else place}"
+    if upsampler is None and asks:
+        raise ConfigError("--upsample_prompt: with which model? Add --upsampler causal_lm=FOLDER, a language model")
+    return upsampler
+
+
+def check_prompt(cosmos: Sequence[str], has_upsampler: bool, tell: Print) -> None:
+    """Of a command without a prompt: refuses it; of one of Cosmos, whose upsampler describes the picture, says what happens."""
+    if not cosmos or has_upsampler:
+        raise ConfigError(
+            "there is no prompt: give --prompt TEXT (--prompt '' is an empty one), --prompts FILE or --embedding FILE"
+        )
+    tell("warning: there is no --prompt. The original's upsampler would describe the picture; here the prompt is empty")
+
+
 def read_specs(path: Path, option: str, tell: Print) -> tuple[list[str], dict[str, Control]]:
     """The options that the file stands for, each as --name=value, and its controls by name."""
     try:
@@ -187,9 +205,12 @@ def given_of(inference_type: str) -> int:
 def control_of(name: str, entries: Mapping[str, Any], before: Control, tell: Print) -> Control:
     """The control `before` with the changes that `entries` of such a file make."""
     weight = entries.get("control_weight", before.weight)
-    if not isinstance(weight, int | float):
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise ConfigError(f"control {name}: its weight is {weight!r}; maps of weights (.pt files) are not read, only numbers")
-    known = {"control_weight", "input_control", "control_path", "canny_threshold", "blur_strength", *_CONTROL_WITHOUT_EFFECT}
+    if not 0 <= weight < float("inf"):
+        raise ConfigError(f"control {name}: its weight {weight:g} must not be negative")
+    own = [key for key, control in PRESET_OF.items() if control == name]
+    known = {"control_weight", "input_control", "control_path", *own, *_CONTROL_WITHOUT_EFFECT}
     unknown = sorted(set(entries) - known)
     if unknown:
         raise ConfigError(f"control {name}: has '{unknown[0]}', which is not read; known are {', '.join(sorted(known))}")
@@ -197,7 +218,9 @@ def control_of(name: str, entries: Mapping[str, Any], before: Control, tell: Pri
         if key in entries:
             tell(f"warning: {key} of control {name} has no effect: {why}")
     source = entries.get("input_control") or entries.get("control_path")
-    preset = entries.get("canny_threshold") or entries.get("blur_strength")
+    preset = next((entries[key] for key in own if entries.get(key)), None)
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError(f"control {name}: its preset {preset!r} is none of {', '.join(PRESETS)}")
     return replace(
         before, source=Path(source) if source else before.source, weight=float(weight), preset=preset or before.preset
     )

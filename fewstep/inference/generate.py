@@ -9,21 +9,25 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fewstep.config import dump
 from fewstep.data.files import arrays, video
 from fewstep.environment import ranks
 from fewstep.errors import UserError
-from fewstep.files import read_json, write_bytes, write_json, write_text
+from fewstep.files import plain_name, read_json, write_bytes, write_json, write_text
 from fewstep.inference.conditions import Text, texts_of
 from fewstep.inference.films import Film, Studio, films
 from fewstep.inference.fit import Plan, check_text, plan_of
+from fewstep.inference.guardrails import Guardrail, Judge
 from fewstep.inference.model import Outline, codec_of, folder_of, outline_of, place_network
+from fewstep.inference.prompts import Blocked, blocks, check_plugins, prepare
 from fewstep.inference.record import differences
 from fewstep.inference.request import ClipRequest, GenerateRequest
 from fewstep.inference.stages import Component
@@ -75,15 +79,22 @@ def generate(
         _check_files(clip)
     if not todo:
         return 0
-    num_new = len(todo)
+    check_plugins(request)
     if world is not None:
         world.barrier()  # all have looked at what is there, before one writes
-        num_new = len(todo[rank::world_size])
-        todo = [todo[min(i, len(todo) - 1)] for i in range(rank, len(todo) + -len(todo) % world_size, world_size)]
     device = torch.device(request.device or (f"cuda:{ranks().local}" if torch.cuda.is_available() else "cpu"))
     controls = sorted({name for clip in request.clips for name in clip.control})
     outline = outline_of(request.model, controls=controls, network=request.network)
     plan = plan_of(request, outline, say if rank == 0 else lambda text: None)
+    prepared = prepare(todo, request, device, say)
+    blocked, num_asked = dict(prepared.blocked), len(todo)
+    if not prepared.clips:
+        raise Blocked(blocked, num_asked)
+    todo, num_new = list(prepared.clips), len(prepared.clips)
+    if world is not None:
+        num_new = len(todo[rank::world_size])
+        todo = [todo[min(i, len(todo) - 1)] for i in range(rank, len(todo) + -len(todo) % world_size, world_size)]
+    judges = _judges(request, device)
     texts = texts_of(todo, request, folder_of(request.model), device)
     _check_texts(texts, plan, request)
     studio = _studio(request, outline, plan, texts, device, world)
@@ -94,10 +105,39 @@ def generate(
             for n, place in enumerate(rows):
                 if place >= num_new:
                     continue
-                number += 1
-                file = _write(request, todo[place], film, n, plan, records[todo[place].name])
+                clip, number = todo[place], number + 1
+                reason = _reason(film.frames[n], judges)
+                if reason is not None:
+                    blocked[clip.name] = reason
+                    say(f"{number} of {num_new}: clip '{clip.name}' is blocked: {reason}")
+                    continue
+                file = _write(request, clip, film, n, plan, records[clip.name])
                 say(f"{number} of {num_new}: {file} ({film.seconds:.1f} s)")
+    if blocked:
+        raise Blocked(blocked, num_asked)
     return num_new
+
+
+def _judges(request: GenerateRequest, device: torch.device) -> list[tuple[Guardrail, Component[Judge]]]:
+    """The guardrails of frames. Each is opened once now: a damaged one is found before clips are made."""
+    judges: list[tuple[Guardrail, Component[Judge]]] = []
+    for guardrail in request.guardrails:
+        if guardrail.judges == "frames":
+            component = Component(partial(guardrail.open, device), "guardrail" in request.offload)
+            with component.loaded():
+                judges.append((guardrail, component))
+    return judges
+
+
+def _reason(frames: np.ndarray, judges: Sequence[tuple[Guardrail, Component[Judge]]]) -> str | None:
+    """Why a guardrail blocks these frames; None if all let them pass."""
+    for guardrail, component in judges:
+        with component.loaded() as judge:
+            reason = judge(frames)
+        del judge
+        if reason is not None:
+            return blocks(guardrail, reason)
+    return None
 
 
 def _studio(
@@ -168,8 +208,18 @@ def _record(request: GenerateRequest, clip: ClipRequest) -> dict[str, Any]:
     """The settings that decide the clip."""
     left_out = {"out", "clips", "device", "force", "save_noise", "student_only", "shard", "batch_size", "offload"}
     left_out |= set() if request.published_guidance else {"published_guidance"}
-    settings = {name: value for name, value in asdict(request).items() if name not in left_out}
+    left_out |= {"guardrails", "upsampler", "save_controls"}
+    settings: dict[str, Any] = {f.name: getattr(request, f.name) for f in fields(request) if f.name not in left_out}
+    settings["sampling"] = asdict(request.sampling)
+    if request.guardrails:
+        settings["guardrails"] = [_named(guardrail) for guardrail in request.guardrails]
+    if request.upsampler is not None:
+        settings["upsampler"] = _named(request.upsampler)
     return json.loads(json.dumps(settings | {"clip": asdict(clip)}, default=str))
+
+
+def _named(plugin: Any) -> dict[str, Any]:  # Any: a frozen dataclass, registered with @kind
+    return {"kind": plugin.kind, **dump(plugin)}
 
 
 def _files(out: Path, name: str) -> tuple[Path, Path]:
@@ -193,6 +243,8 @@ def _check_files(clip: ClipRequest) -> None:
     """Refuses files that are not there, before anything large is read."""
     files = {"--embedding": clip.embedding, "--negative-embedding": clip.negative_embedding, "--input": clip.source}
     files |= {f"--control {name}": control.source for name, control in clip.control.items()}
+    if clip.num_input_frames and clip.source is None:
+        raise UserError(f"clip '{clip.name}' begins with {clip.num_input_frames} given frame(s): give the file, --input FILE")
     for name, path in files.items():
         if path is not None and not path.is_file():
             raise UserError(f"{name} {path}: no such file (for clip '{clip.name}')")
@@ -205,8 +257,16 @@ def _write(request: GenerateRequest, clip: ClipRequest, film: Film, number: int,
     request.out.mkdir(parents=True, exist_ok=True)
     if request.save_noise:
         arrays.write_pickle(request.out / "noise" / f"{clip.name}.pickle", film.noise[number].numpy())
+    for name, control in film.controls[number].items() if request.save_controls else ():
+        video.write(request.out / plain_name(name, "control") / f"{clip.name}.mp4", control, fps, quality=quality)
     write_text(request.out / f"{clip.name}.txt", clip.prompt + "\n")
-    about = {"made": record, "sampler": dump(plan.sampler), "seconds": round(film.seconds, 3), "fps": fps}
+    about = {
+        "made": record,
+        "prompt": clip.prompt,
+        "sampler": dump(plan.sampler),
+        "seconds": round(film.seconds, 3),
+        "fps": fps,
+    }
     write_json(request.out / f"{clip.name}.json", {**about, "frames": len(frames)})
     path, picture = _files(request.out, clip.name)
     if len(frames) == 1:

@@ -9,27 +9,17 @@ The option names of the original tools are translated first: coming_from_cosmos.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
-from fewstep.config import ConfigError, load_file
-from fewstep.environment import ranks
-from fewstep.inference.coming_from_cosmos import (
-    Control,
-    Print,
-    codec_in,
-    control_of,
-    given_of,
-    guidance_of,
-    in_our_words,
-    model_of,
-    read_specs,
-)
+from fewstep.config import ConfigError
+from fewstep.files import plain_name
+from fewstep.inference.coming_from_cosmos import Control
+from fewstep.inference.guardrails import Guardrail
+from fewstep.inference.upsamplers import Upsampler
 from fewstep.solvers import SOLVERS
 
 
@@ -114,6 +104,23 @@ class GenerateRequest:
     batch_size: int = 1  # clips that go through the network together
     published_guidance: bool = False  # a teacher without --guidance takes what the original tools take
     offload: frozenset[str] = frozenset()  # of OFFLOADED: parts that are loaded for their stage and released after it
+    save_controls: bool = False
+    guardrails: tuple[Guardrail, ...] = ()  # what they block is not written
+    upsampler: Upsampler | None = None  # rewrites the prompts
+
+    def __post_init__(self) -> None:
+        if self.quality != "lossless" and not (self.quality.isdigit() and int(self.quality) <= 51):
+            raise ConfigError(f"--quality is 'lossless' or a CRF from 0 to 51, not {self.quality!r}")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"--precision is one of {', '.join(PRECISIONS)}, not {self.precision!r}")
+        for name in ("num_frames", "height", "width", "chunk_frames", "batch_size", "max_tokens", "tile"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: at least 1")
+        if self.fps is not None and not 0 < self.fps < float("inf"):
+            raise ConfigError(f"--fps {self.fps:g}: above 0")
+        for clip in self.clips:
+            plain_name(clip.name, "the name of a clip")
 
 
 @dataclass(frozen=True)
@@ -208,6 +215,7 @@ PRECISIONS = ("fp32", "bf16")
 OFFLOADED = {  # parts of a pipeline: the option that loads each for its stage only
     "network": "--offload-diffusion-transformer",
     "codec": "--offload-tokenizer",
+    "guardrail": "--offload-guardrail-models",  # of frames; those of prompts are always released
 }
 
 
@@ -221,158 +229,6 @@ def path_times_of(text: str | None) -> tuple[float, ...] | int:
     if list(times) != sorted(set(times), reverse=True) or any(not 0 < t < float("inf") for t in times):
         raise ConfigError(f"--path-times {text}: times descend from noise to the clip, above 0")
     return int(number) if number > 1 and number.is_integer() else times  # 1 is a time: pure noise on a flow
-
-
-def read_command(arguments: Sequence[str], say: Print | None = None) -> GenerateRequest:
-    """The request of a `generate` command; ConfigError for what it does not know."""
-    tell = say or (lambda text: print(text, file=sys.stderr))
-    parser = _parser()
-    words, cosmos = in_our_words(arguments, parser.options(), tell)
-    options = vars(parser.parse_args(words))
-    specs: dict[str, Control] = {}
-    for option in ("controlnet_specs", "spec"):
-        if options[option] is not None:
-            more, specs = read_specs(options[option], "-i" if option == "spec" else f"--{option}", tell)
-            more, names = in_our_words(more, parser.options(), tell)
-            options = vars(parser.parse_args([*more, *words]))  # the command itself comes last and counts
-            cosmos += names
-    if options["out"].suffix.lower() in (".mp4", ".png"):
-        raise ConfigError(f"--out {options['out']}: names a folder; the clip in it is output.mp4, or with --name NAME NAME.mp4")
-    if options["inference_type"] is not None and options["num_input_frames"] is None:
-        options["num_input_frames"] = given_of(options["inference_type"])
-    if options["batch_size"] < 1:
-        raise ConfigError(f"--batch-size {options['batch_size']}: at least 1")
-    processes = ranks().size
-    if options["num_gpus"] not in (None, processes):
-        num = options["num_gpus"]
-        raise ConfigError(f"--num_gpus {num}: {processes} process(es) run. Start it with torchrun --nproc_per_node={num}")
-    options["guidance"] = guidance_of(options["guidance"], options["guidance_scale"], cosmos, tell)
-    folder, transformer = options["checkpoint_dir"], options["diffusion_transformer_dir"]
-    options["student_only"] |= (options["released"] or "").endswith("/distilled")
-    options["published_guidance"] = bool(cosmos) and options["guidance"] is None
-    of_specs = tuple(specs) if options["controlnet_specs"] is not None else ()
-    named = (options["model"], options["released"], folder, transformer)
-    options["model"] = model_of(*named, of_specs, options["student_only"], tell)
-    options["codec"] = codec_in(options["codec"], folder)
-    options["solver"] = None if options["solver"] == "auto" else options["solver"]
-    options |= {"clips": _clips(options, specs), "sampling": _of(SamplerOptions, options)}
-    options["offload"] = frozenset(part for part in OFFLOADED if options["offload"] or options[f"offload_{part}"])
-    if options["config"] is not None:
-        load_file(options["config"])
-    return _of(GenerateRequest, options)
-
-
-def _of(record: Any, options: Mapping[str, Any]) -> Any:  # Any: a class of this file, and an instance of it
-    return record(**{f.name: options[f.name] for f in fields(record)})
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"generate: {message} (fewstep generate --help)")
-
-    def options(self) -> set[str]:
-        return set(self._option_string_actions)
-
-
-def _parser() -> _Parser:
-    parser = _Parser(prog="fewstep generate", description="Videos from a student or a teacher.", allow_abbrev=False)
-    hidden = argparse.SUPPRESS
-
-    def add(*names: str, help: str | None = None, **settings: Any) -> None:
-        parser.add_argument(*names, help=help, **settings)
-
-    add("model", nargs="?", help="a run, a folder of fewstep export or of diffusers, a hub id, Cosmos weights")
-    add("--network", help="which published Cosmos network MODEL is, where it is files of weights whose shapes fit several")
-    add("--prompt", help="text of one clip")
-    add("--prompts", type=Path, help="file of prompts: .txt, one a line; or .jsonl")
-    add("--negative-prompt", dest="negative", help="the text that guidance pushes away from")
-    add("--embedding", type=Path, help="file of the prompt's embedding, instead of a text encoder")
-    add("--negative-embedding", type=Path, help="file of the negative prompt's embedding")
-    add("--label", type=int, help="class, for class-conditional networks")
-    add("--input", dest="source", type=Path, help="picture or video that begins the clip, or that a control is made from")
-    add("--num-input-frames", type=int, help="how many frames of --input the clip begins with (default: 1; with --control: 0)")
-    add("--control", action="append", default=[], help="NAME=FILE.mp4, or edge or vis alone: made from --input")
-    add("--controlnet-specs", type=Path, help="a json file of controls, as Transfer1 has it")
-    add("-i", "--spec", dest="spec", type=Path, help="a json file of one clip, as Predict2.5 and Transfer2.5 have it")
-    add("--inference-type", help="of Predict2.5: text2world, image2world or video2world")
-    add("--model", dest="released", help=hidden)
-    add("-o", "--out", type=Path, default=Path("outputs"), help="folder to write (default: outputs)")
-    add("--name", help="name of the file, without .mp4 (default: output); of several clips: NAME_0000, ..")
-    add("--num-steps", type=int, help="steps of a teacher's solver (default: as published)")
-    add("--guidance", type=float, help="w in uncond + w (cond - uncond), 1 is off; in a command with Cosmos' names: their g")
-    add("--guidance-scale", type=float, help="w, as diffusers and FastGen have it")
-    add("--guidance-low", type=float, help="w of Wan A14B's low-noise expert; --guidance is the other's")
-    add("--seed", type=int, help="of the first clip (default: 0); each further one has one more")
-    add("--sampler", dest="solver", choices=("auto", *SOLVERS), default="auto", help="a teacher's solver (auto: as published)")
-    add("--shift", type=float, help="shift of a teacher's grid in flow time (default: as published)")
-    add("--sigma-max", type=float, help="where the grid of an EDM teacher begins (default: as published)")
-    add("--num-frames", type=int, help="frames of a clip (default: a student's own)")
-    add(
-        "--chunk-frames",
-        type=int,
-        help="frames made at once; longer clips are made chunk after chunk (default: a student's own)",
-    )
-    add("--overlap", type=int, help="frames that a chunk takes from the one before (default: 1)")
-    add("--height", type=int, help="pixels (default: a student's own)")
-    add("--width", type=int, help="pixels (default: a student's own)")
-    add("--fps", type=float, help="frames per second (default: a student's own, or 24)")
-    add("--codec", help="folder or hub id of the autoencoder (default: the model's own)")
-    add("--text-encoder", help="folder or hub id of the text encoder (default: the model's own)")
-    add("--image-encoder", help="of Wan 2.1 I2V: a pipeline's folder or hub id")
-    add("--max-tokens", type=int, help="cut texts to this number of tokens; with --embedding also pad to it")
-    add("--tile", type=int, help="pixels along a tile of the codec, to save memory; not exact")
-    add("--device", help="cpu, cuda, .. (default: a GPU if there is one)")
-    add("--precision", choices=PRECISIONS, default="fp32", help="of the network and the codec (default: fp32)")
-    add("--config", type=Path, help="FILE.py that registers networks of your own")
-    add("--batch-size", type=int, default=1, help="clips that go through the network together (default: 1)")
-    add("--quality", default="18", help="of the mp4: a CRF, or lossless (default: 18)")
-    add("--num-gpus", type=int, help="must be torchrun's number of processes, which divide the clips")
-    add("--save-noise", action="store_true", help="keep OUT/noise/NAME.pickle, of variance 1")
-    add("--shard", action="store_true", help="torchrun's processes hold a part of the weights each, instead of all of them")
-    add("--use-distilled", dest="student_only", action="store_true", help="refuse a model that is no student")
-    add("--force", action="store_true", help="sample a student with a number of steps or a guidance it was not trained for")
-    add("--offload", action="store_true", help="load every part for its stage only, and release it after it")
-    for part, option in OFFLOADED.items():
-        add(option, dest=f"offload_{part}", action="store_true", help=hidden)
-    add("--checkpoint-dir", help=hidden)
-    add("--diffusion-transformer-dir", help=hidden)
-    return parser
-
-
-def _clips(options: Mapping[str, Any], specs: Mapping[str, Control]) -> tuple[ClipRequest, ...]:
-    control = {**specs, **dict(_control(text) for text in options["control"])}
-    source, given = options["source"], options["num_input_frames"]
-    if given is None:
-        given = 1 if source is not None and not control else 0
-    if given and source is None and options["prompts"] is None:
-        raise ConfigError("--num-input-frames needs --input, the picture or video they are taken from")
-    one = ClipRequest(
-        name=_file_name(options["name"] or "output", "--name"),
-        prompt=options["prompt"] or "",
-        negative=options["negative"] or "",
-        embedding=options["embedding"],
-        negative_embedding=options["negative_embedding"],
-        source=source,
-        num_input_frames=given,
-        control=control,
-        seed=options["seed"] or 0,
-        label=options["label"],
-    )
-    if options["prompts"] is None:
-        return (one,)
-    if options["prompt"] is not None:
-        raise ConfigError("give --prompt or --prompts, not both")
-    rows = read_prompts(options["prompts"])
-    stem = options["name"] or options["prompts"].stem
-    return tuple(
-        _row(replace(one, name=f"{stem}_{i:04d}", seed=one.seed + i), row, options["prompts"]) for i, row in enumerate(rows)
-    )
-
-
-def _file_name(name: str, option: str) -> str:
-    if Path(name).name != name:
-        raise ConfigError(f"{option} {name!r} must be a file's name, without folders")
-    return name
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
@@ -394,35 +250,3 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
             raise ConfigError(f"--prompts {path}, line {number}: is no json object")
         rows.append(row)
     return rows
-
-
-_ROW = (
-    "prompt", "name", "visual_input", "seed", "negative_prompt", "num_input_frames", "control_overrides", "embedding", "label",
-)  # fmt: skip
-
-
-def _row(clip: ClipRequest, row: Mapping[str, Any], path: Path) -> ClipRequest:
-    unknown = sorted(set(row) - set(_ROW))
-    if unknown:
-        raise ConfigError(f"--prompts {path}: a row has '{unknown[0]}'; known are {', '.join(_ROW)}")
-    changes: dict[str, Any] = {}
-    names = {name: name for name in ("prompt", "seed", "num_input_frames", "label")} | {"negative_prompt": "negative"}
-    changes |= {ours: row[theirs] for theirs, ours in names.items() if theirs in row}
-    if "name" in row:
-        changes["name"] = _file_name(str(row["name"]), f"--prompts {path}: name")
-    changes |= {"embedding": Path(row["embedding"])} if "embedding" in row else {}
-    if "visual_input" in row:
-        changes["source"] = Path(row["visual_input"])
-        if not clip.control and "num_input_frames" not in row:
-            changes["num_input_frames"] = max(clip.num_input_frames, 1)
-    if row.get("control_overrides"):
-        control = dict(clip.control)
-        for name, entries in row["control_overrides"].items():
-            control[name] = control_of(name, entries, control.get(name, Control()), lambda text: None)
-        changes["control"] = control
-    return replace(clip, **changes)
-
-
-def _control(text: str) -> tuple[str, Control]:
-    name, _, path = text.partition("=")
-    return name, Control(Path(path) if path else None)

@@ -23,10 +23,10 @@ from fewstep.cli import main as cli
 from fewstep.config import ConfigError, dump
 from fewstep.data.files import arrays, video
 from fewstep.diffusion import Rng, StudentSampler, TeacherSampler, guided, samplers, times
+from fewstep.inference.command import read_command
 from fewstep.inference.fit import sampler_of
 from fewstep.inference.generate import generate
 from fewstep.inference.model import Model, open_model
-from fewstep.inference.request import read_command
 from fewstep.networks.encoders.codecs import open_codec
 from fewstep.networks.encoders.text import open_text_encoder
 from fewstep.networks.families.cosmos.control import CosmosControlSpec
@@ -192,7 +192,9 @@ def test_the_low_noise_expert_may_have_a_guidance_of_its_own() -> None:
     network, draw = spec.build(), torch.Generator().manual_seed(1)
     noise, text, other = (torch.randn(1, *shape, generator=draw) for shape in ((4, 2, 4, 4), (4, 8), (4, 8)))
     cond, negative = Condition(text=text), Condition(text=other)
-    asked = read_command(["m", "--guidance", "4", "--guidance_scale_2", "3", "--num-steps", "4", "--sampler", "euler"])
+    asked = read_command(
+        ["m", "--prompt", "a", "--guidance", "4", "--guidance_scale_2", "3", "--num-steps", "4", "--sampler", "euler"]
+    )
     model = Model(network, spec, replace(TeacherSampler.for_path(network.path), boundary=network.boundary))
     made = sampler_of(asked, model, print)(network, noise, cond, Rng.of_samples([0]), negative)
     wanted = samplers.euler(guided(network, negative, 4.0, below=(network.boundary, 3.0)), noise, times.shifted(4, 5.0), cond)

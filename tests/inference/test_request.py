@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from typing import Any
 import pytest
 
 from fewstep.config import ConfigError
-from fewstep.inference.coming_from_cosmos import WITHOUT_EFFECT, Control
-from fewstep.inference.request import SamplerOptions, read_command
+from fewstep.inference.coming_from_cosmos import ALWAYS, WITHOUT_EFFECT, Control
+from fewstep.inference.command import read_command
+from fewstep.inference.guardrails import Blocklist
+from fewstep.inference.request import SamplerOptions
+from fewstep.inference.upsamplers import CausalLm
 
 SEED_COMMAND = (  # posttraining_video2world.md, "Running the inference"
     "--checkpoint_dir checkpoints --diffusion_transformer_dir Cosmos-Predict1-7B-Video2World_post-trained "
@@ -28,17 +32,22 @@ def test_the_inference_command_of_the_seed_is_read() -> None:
     assert (request.name, request.num_input_frames) == ("diffusion-video2world-7b-post-trained", 1)
     assert request.source == Path("assets/diffusion/video2world_input0.jpg")
     assert asked.out == Path("outputs")
-    assert told == ["warning: --offload_prompt_upsampler has no effect: there is no prompt upsampler"]
+    assert asked.published_guidance
+    assert told == [
+        "warning: there is no --prompt. The original's upsampler would describe the picture; here the prompt is empty"
+    ]
 
 
 def test_guidance_is_that_of_cosmos_in_a_command_of_cosmos_and_says_so() -> None:
     told: list[str] = []
-    assert read_command(["m", "--guidance", "8"], told.append).sampling.guidance == 8
+    text = ["m", "--prompt", "a"]
+    assert read_command([*text, "--guidance", "8"], told.append).sampling.guidance == 8
     assert not told
-    assert read_command(["--video_save_name=a", "m", "--guidance", "7"], told.append).sampling.guidance == 8
+    assert read_command(["--video_save_name=a", *text, "--guidance", "7"], told.append).sampling.guidance == 8
     assert "w = 8" in told[0]
-    assert read_command(["m", "--video_save_name", "a", "--guidance_scale", "3.0"], told.append).sampling.guidance == 3
-    assert read_command(["m"]).sampling == SamplerOptions()
+    assert read_command([*text, "--video_save_name", "a", "--guidance_scale", "3.0"], told.append).sampling.guidance == 3
+    assert read_command(text).sampling == SamplerOptions()
+    assert not read_command(text).published_guidance
     with pytest.raises(ConfigError, match="not both"):
         read_command(["m", "--guidance", "1", "--guidance_scale", "2"])
 
@@ -77,7 +86,7 @@ def test_every_name_of_the_predict1_and_transfer1_tools_is_known(tmp_path: Path,
         "--checkpoint_dir c --diffusion_transformer_dir d --tokenizer_dir t --negative_prompt n --guidance 7 --num_steps 35 "
         "--num_video_frames 121 --height 704 --width 1280 --fps 24 --seed 1 --num_gpus 4 --video_save_folder o --sigma_max 70 "
         "--disable_prompt_upsampler --offload_diffusion_transformer --offload_tokenizer --offload_text_encoder_model "
-        "--offload_guardrail_models --disable_guardrail --prompt_upsampler_dir p --upsample_prompt --use_distilled "
+        "--offload_guardrail_models --disable_guardrail --prompt_upsampler_dir p --offload_prompt_upsampler --use_distilled "
         "--save_input_noise --benchmark"
     )
     asked = read_command([*names.split(), "--batch_input_path", str(tmp_path / "x.jsonl")], lambda text: None)
@@ -121,7 +130,16 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--num_frames_per_chunk 93 --num_ar_conditional_frames 5": {"chunk_frames": 93, "overlap": 5},
     "--chunk_size 77 --chunk_overlap 1": {"chunk_frames": 77, "overlap": 1},
     "--num_conditional_frames 1": {"overlap": 1},
-    **{f"--{name}": {"model": "m"} for name in WITHOUT_EFFECT},
+    "--offload_diffusion_transformer": {"offload": {"network"}},
+    "--offload_tokenizer": {"offload": {"codec"}},
+    "--offload_guardrail_models": {"offload": {"guardrail"}},
+    "--disable_guardrail": {"guardrails": ()},
+    "--guardrail=blocklist=words.txt": {"guardrails": (Blocklist("words.txt"),)},
+    "--disable_prompt_upsampler": {"upsampler": None},
+    "--prompt_upsampler_dir p": {"upsampler": CausalLm("p")},
+    "--prompt_upsampler_dir p --upsample_prompt": {"upsampler": CausalLm("p")},
+    "--prompt_upsampler_dir p --disable_prompt_upsampler": {"upsampler": None},
+    **{f"--{name}": {"model": "m"} for name in (*ALWAYS, *WITHOUT_EFFECT)},
 }
 
 
@@ -129,7 +147,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 def test_each_argument_of_the_seeds_inference_commands_is_known_and_mapped_in_the_docs(words: str) -> None:
     told: list[str] = []
     model = [] if "diffusion_transformer_dir" in words else ["m"]
-    asked = read_command([*model, *words.split()], told.append)
+    asked = read_command([*model, "--prompt", "red", *words.split()], told.append)
     for name, value in ARGUMENTS[words].items():
         found = getattr(asked.clips[0], name[1:]) if name.startswith(".") else attrgetter(name)(asked)
         assert found == value, name
@@ -160,7 +178,7 @@ def test_a_specification_of_predict2_5_and_transfer2_5_is_read(tmp_path: Path) -
     (request,) = asked.clips
     assert (request.name, request.prompt, request.source, request.seed) == ("robot", "a robot", Path("in.mp4"), 2025)
     assert request.control == {"edge": Control(Path("e.mp4"), 0.5, "high"), "vis": Control(None, 0.5)}
-    assert "because of -i" in told[0] and "--model edge/distilled has no effect" in told[1]
+    assert "because of -i" in told[0] and "--model edge/distilled says only that it is a student" in told[1]
     (tmp_path / "s.json").write_text(json.dumps({"inference_type": "image2world", "input_path": "a.png", "prompt": "x"}))
     (request,) = read_command(["m", "-i", str(tmp_path / "s.json")]).clips
     assert (request.num_input_frames, request.source) == (1, Path("a.png"))
@@ -168,6 +186,14 @@ def test_a_specification_of_predict2_5_and_transfer2_5_is_read(tmp_path: Path) -
         ({"resolution": "720"}, "unrecognized arguments: --resolution=720"),
         ({"edge": {"mask_path": "m.mp4"}}, "control edge: has 'mask_path', which is not read"),
         ({"inference_type": "x2y"}, "is none of text2world"),
+        ({"name": "../../robot", "prompt": "x"}, "must be a plain file name"),
+        (
+            {"edge": {"canny_threshold": "strong"}},
+            "its preset 'strong' is none of none, very_low, low, medium, high, very_high",
+        ),
+        ({"edge": {"blur_strength": "low"}}, "control edge: has 'blur_strength', which is not read"),
+        ({"edge": {"control_weight": "w.pt"}}, "maps of weights"),
+        ({"edge": {"control_weight": -1}}, "must not be negative"),
     ):
         (tmp_path / "s.json").write_text(json.dumps(wrong))
         with pytest.raises(ConfigError, match=said):
@@ -190,7 +216,7 @@ def test_controls_by_name_and_by_a_spec_file(tmp_path: Path) -> None:
     assert (request.prompt, request.source, request.num_input_frames) == ("a street", Path("in.mp4"), 0)
     assert request.control == {"edge": Control(None, 0.5), "depth": Control(Path("depth.mp4"), 0.25)}
     assert asked.sampling.sigma_max == 80  # the command line wins
-    ours = read_command(["m", "--control", "edge", "--control", "depth=d.mp4", "--input", "v.mp4"]).clips[0]
+    ours = read_command(["m", "--prompt", "p", "--control", "edge", "--control", "depth=d.mp4", "--input", "v.mp4"]).clips[0]
     assert ours.control == {"edge": Control(), "depth": Control(Path("d.mp4"))}
     row = {"prompt": "p", "name": "n", "control_overrides": {"edge": {"input_control": "e.mp4"}}, "seed": 9}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
@@ -214,10 +240,23 @@ def test_controls_by_name_and_by_a_spec_file(tmp_path: Path) -> None:
         (["m", "--num_gpus", "8"], "torchrun --nproc_per_node=8"),
         (["m", "--out", "clip.mp4"], "clip.mp4: names a folder"),
         (["m", "--controlnet_specs", "nowhere.json"], "controlnet_specs nowhere.json"),
+        (["m"], "there is no prompt: give --prompt TEXT"),
+        (["m", "--prompt", "a", "--name", "../../x"], "'../../x': must be a plain file name"),
+        (["m", "--prompt", "a", "--name", ".."], "must be a plain file name"),
+        (["m", "--prompt", "a", "--quality", "good"], "a CRF from 0 to 51, not 'good'"),
+        (["m", "--prompt", "a", "--height", "0"], "--height 0: at least 1"),
+        (["m", "--prompt", "a", "--fps", "0"], "--fps 0: above 0"),
+        (["m", "--prompt", "a", "--guardrail"], "--guardrail: which one? no clip is made without it"),
+        (["m", "--guardrail", "--prompt", "a"], "--guardrail KIND=ADDRESS; kinds are blocklist"),
+        (["m", "--prompt", "a", "--guardrail", "none=x"], "there is no kind 'none'"),
+        (["m", "--prompt", "a", "--guardrail", "blocklist"], "give its path: --guardrail blocklist=PATH"),
+        (["m", "--prompt", "a", "--guardrail", "blocklist=a", "--disable_guardrail"], "not both"),
+        (["m", "--prompt", "a", "--upsampler"], "--upsampler: which one?"),
+        (["m", "--prompt", "a", "--upsample_prompt"], "with which model? Add --upsampler causal_lm=FOLDER"),
     ],
 )
 def test_wrong_use_is_refused_with_what_to_do(arguments: list[str], said: Any) -> None:
-    with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
+    with pytest.raises(ConfigError, match=re.escape(said)):
         read_command(arguments)
 
 
@@ -228,7 +267,11 @@ def test_rows_of_prompts_are_checked(tmp_path: Path) -> None:
         ("{", "line 1: is no json"),
         ("[1]", "is no json object"),
         ("\n", "is empty"),
-        ('{"name": "../../a"}', "must be a file's name"),
+        ('{"name": "../../a", "prompt": "a"}', "must be a plain file name"),
+        ('{"name": "..", "prompt": "a"}', "must be a plain file name"),
+        ('{"seed": 3}', "a row has no prompt"),
+        ('{"prompt": 3}', "prompt of a row is 3, which is no str"),
+        ('{"prompt": "a", "seed": "b"}', "seed of a row is 'b', which is no int"),
     ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=said):

@@ -20,9 +20,10 @@ from fewstep.diffusion import TeacherSampler, guided, samplers
 from fewstep.inference import generate as room
 from fewstep.inference.chunks import chunks_of
 from fewstep.inference.coming_from_cosmos import Control
+from fewstep.inference.command import read_command
 from fewstep.inference.conditions import Parts, Shot, Text
 from fewstep.inference.model import Model
-from fewstep.inference.request import ClipRequest, read_command
+from fewstep.inference.request import ClipRequest
 from fewstep.networks.encoders.codecs import codec_of, to_uint8
 from fewstep.networks.families.cogvideox import CogVideoXSpec
 from fewstep.networks.families.cosmos.control import CosmosControlSpec
