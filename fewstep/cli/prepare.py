@@ -60,6 +60,42 @@ def prepare_text(
     print(text(folder, encoder, prompt, negative, into, form, max_tokens, device))
 
 
+@prepare.command(name="words")
+def prepare_words(
+    folder: Annotated[Path, typer.Argument(help="The data set; the encoder is trained on DIR/metas/*.txt.", metavar="DIR")],
+    out: Annotated[Path, typer.Option(help="Folder to write, for prepare text --encoder.")],
+    steps: Annotated[int, typer.Option(help="Number of steps of the training.")] = 2000,
+    dim: Annotated[int, typer.Option(help="Numbers of an embedding of one word.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and of the gaps.")] = 0,
+) -> None:
+    """Train a small text encoder on the captions of a data set: for small worlds, of words that the captions have."""
+    from fewstep.prepare.words import write
+
+    print(write(folder, out, num_steps=steps, dim=dim, seed=seed))
+
+
+@prepare.command(name="codec")
+def prepare_codec(
+    folder: Annotated[Path, typer.Argument(help="The data set; the codec is trained on DIR/videos/*.mp4.", metavar="DIR")],
+    out: Annotated[Path, typer.Option(help="Folder to write, for prepare latents --codec.")],
+    num_frames: Annotated[
+        int | None, typer.Option(help="Frames of a training window. Default: 17, or as many as the shortest clip has.")
+    ] = None,
+    size: Annotated[
+        tuple[int, int] | None, typer.Option(help="Height and width to train at. Default: that of the first clip.")
+    ] = None,
+    latent_channels: Annotated[int, typer.Option(help="Channels of the latents.")] = 8,
+    steps: Annotated[int, typer.Option(help="Number of steps of the training.")] = 3000,
+    batch_size: Annotated[int, typer.Option(help="Number of windows in a step.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
+) -> None:
+    """Train a small video codec on the clips of a data set: for small worlds that no published codec reconstructs."""
+    from fewstep.toyworld.own_codec import write
+
+    sizes = {"num_frames": num_frames, "size": size, "latent_channels": latent_channels}
+    print(write(folder, out, **sizes, num_steps=steps, batch_size=batch_size, seed=seed))
+
+
 @prepare.command(name="controls")
 def prepare_controls(
     folder: Annotated[Path, typer.Argument(help="The data set; the controls are made from DIR/videos/*.mp4.", metavar="DIR")],

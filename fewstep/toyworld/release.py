@@ -44,17 +44,24 @@ def tokenizer(
     from fewstep.toyworld.train_tokenizer import LATENT_CHANNELS
 
     torch.set_num_threads(1)
-    made = TokenizerSpec(latent_channels=LATENT_CHANNELS).build()
+    spec = TokenizerSpec(latent_channels=LATENT_CHANNELS)
+    vae, std = with_statistics(spec, run, Folder(str(data), text=None), NUM_MEASURED)
+    _save(vae, out)
+    print(f"{out}: spread of the channels {std.min():.2f} .. {std.max():.2f}")
+
+
+def with_statistics(spec: TokenizerSpec, run: str, data: Folder, num: int) -> tuple[Any, torch.Tensor]:
+    """The tokenizer of a run, with mean and spread of its latents measured on `num` clips; and the spread of each channel."""
+    made = spec.build()
     load_into(made.module, read(f"{run}:tokenizer.ema"), run)
     vae: Any = made.module.vae
     vae.eval().half().float()  # measured as it will be used: with the weights that are written
-    clips = Folder(str(data), text=None).open()
-    index = torch.arange(min(NUM_MEASURED, len(clips)))
+    clips = data.open()
+    index = torch.arange(min(num, len(clips)))
     latents = torch.cat([_encoded(vae, clips.batch(some).x0) for some in index.split(16)])
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-    _save(vae, out)
-    print(f"{out}: {len(index)} clips measured, spread of the channels {std.min():.2f} .. {std.max():.2f}")
+    return vae, std
 
 
 @app.command()
@@ -108,13 +115,19 @@ def control(
 
 
 def _save(module: Any, out: Path) -> None:
+    """Writes a part of the shipped pipeline."""
+    save(module, out)
+    _index(out.parent)
+
+
+def save(module: Any, out: Path) -> None:
+    """Writes a model of diffusers in half precision."""
     shutil.rmtree(out, ignore_errors=True)
     module.half().save_pretrained(str(out))
     config = {name: value for name, value in json.loads((out / "config.json").read_text()).items() if name != "_name_or_path"}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # where it lay on this machine is nobody's business
     for path in out.iterdir():
         path.chmod(0o644)
-    _index(out.parent)
 
 
 def _index(pipeline: Path) -> None:

@@ -30,12 +30,12 @@ from fewstep.networks.analytic import MixtureSpec
 from fewstep.networks.contract import Scheduling
 from fewstep.networks.encoders.codecs import open_codec
 from fewstep.networks.encoders.text import open_text_encoder
+from fewstep.networks.encoders.words import WordsConfig, WordsEncoder, WordsModel
 from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks, build
 from fewstep.networks.tiny import TinySpec
 from fewstep.networks.weights.addresses import read
-from fewstep.toyworld.words import WordsConfig, WordsEncoder, WordsModel
 from fewstep.training.ema import Ema
 from fewstep.training.health import Health
 from fewstep.training.loop import train

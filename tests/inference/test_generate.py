@@ -29,9 +29,9 @@ from fewstep.inference.generate import generate
 from fewstep.inference.model import Model, open_model
 from fewstep.networks.encoders.codecs import open_codec
 from fewstep.networks.encoders.text import open_text_encoder
+from fewstep.networks.encoders.words import WordsConfig, WordsEncoder, WordsModel
 from fewstep.networks.families.cosmos.control import CosmosControlSpec
 from fewstep.networks.families.cosmos.network import CosmosSpec
-from fewstep.toyworld.words import WordsConfig, WordsEncoder, WordsModel
 
 NET = CosmosSpec(
     latent_channels=2, num_heads=2, head_dim=12, num_layers=2, mlp_ratio=2.0, text_dim=8, adaln_lora_dim=4,

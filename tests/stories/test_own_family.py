@@ -13,7 +13,7 @@ from fewstep.cli import main
 from fewstep.data.files import video
 from fewstep.diffusion import features
 from fewstep.inference.model import open_model
-from fewstep.toyworld.words import WordsConfig, WordsEncoder, WordsModel
+from fewstep.networks.encoders.words import WordsConfig, WordsEncoder, WordsModel
 
 NETWORK = Path(__file__).parents[2] / "examples" / "my_network.py"
 SCORER = '''

@@ -18,10 +18,10 @@ import fewstep
 from fewstep import cli
 from fewstep.data.controls import Edge, Vis
 from fewstep.data.files import keypoints, masks, video
+from fewstep.networks.encoders.words import open_words
 from fewstep.toyworld import clips, scenes
 from fewstep.toyworld.dataset import PARTS, depth_of_grey, depth_range_m, stem_of, write
 from fewstep.toyworld.physics import World
-from fewstep.toyworld.words import open_words
 
 WORLD = World(num_frames=9)
 FILMS, PICKLES = ("videos", "edge", "vis", "depth"), ("t5_xxl", "seg", "keypoint")

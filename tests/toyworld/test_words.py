@@ -8,9 +8,9 @@ import torch
 
 import fewstep
 from fewstep.networks.encoders.text import open_text_encoder
+from fewstep.networks.encoders.words import GAP, WordsConfig, WordsEncoder, WordsModel, open_words
+from fewstep.prepare.words import train
 from fewstep.toyworld.captions import VOCABULARY
-from fewstep.toyworld.train_words import train
-from fewstep.toyworld.words import GAP, WordsConfig, WordsEncoder, WordsModel, open_words
 
 SHIPPED = fewstep.TOY / "text_encoder"
 CAPTIONS = ["a red sphere is thrown to the right, a blue box slides to the left. They collide.", "a green box is dropped."]
@@ -71,7 +71,7 @@ def test_training_learns_the_language() -> None:
     # Two captions that differ in one word each: whoever knows the grammar can fill any other gap, so that the loss falls from
     # ln 28 = 3.3 to what two equal chances leave open, far below one nat.
     encoder, losses = train(
-        [c.replace("red", colour) for c in CAPTIONS for colour in ("red", "cyan")], num_steps=150, batch_size=16
+        [c.replace("red", colour) for c in CAPTIONS for colour in ("red", "cyan")], VOCABULARY, num_steps=150, batch_size=16
     )
     assert losses[0] > 2.5
     assert sum(losses[-20:]) / 20 < 0.6

@@ -210,7 +210,7 @@ def _scratch(out: Path, toy: str, plan: Plan) -> list[Stage]:
     clips = ("--out", data, "--num", str(plan.num_train), "--seed", str(SERIES["train"]), "--only", "videos,metas,edge")
     perceptual = (sys.executable, "-m", "fewstep.toyworld.train_features", "--seed", "1", "--out", str(out / PERCEPTUAL))
     perceptual += () if plan.scratch_iters is None else ("--num", "256", "--epochs", "1")
-    words = (sys.executable, "-m", "fewstep.toyworld.train_words", f"{data}/metas", "--out", f"{toy}/text_encoder")
+    words = ("fewstep", "prepare", "words", data, "--out", f"{toy}/text_encoder")
     return [
         Stage.of(
             "scratch_world",

@@ -1,4 +1,4 @@
-"""The toy world's text encoder by itself. Exported students carry this file, so it uses torch and safetensors only.
+"""The text encoder of words by itself. Exported students carry this file, so it uses torch and safetensors only.
 
 encoder = open_text_encoder("fewstep/toyworld/stack/text_encoder")
 embeddings, mask = encoder.encode(["a red sphere rolls to the right."])   # B N 64; B N, true where a token is
@@ -46,6 +46,11 @@ class WordsModel(nn.Module):
         return self.norm(hidden).masked_fill(pad[..., None], 0)
 
 
+def split(text: str) -> list[str]:
+    """The words and marks of a text, in lower case."""
+    return re.findall(r"[a-z]+|[^a-z\s]", text.lower())
+
+
 @dataclass(frozen=True, eq=False)
 class Words:
     """Prompts over a closed list of words to embeddings. A word that is not in the list is refused by name, never guessed."""
@@ -69,7 +74,7 @@ class Words:
     def tokens(self, prompt: str) -> list[int]:
         config = self.module.config
         number = {word: i + 2 for i, word in enumerate(config.words)}
-        words = re.findall(r"[a-z]+|[^a-z\s]", prompt.lower())
+        words = split(prompt)
         unknown = sorted(set(words) - set(number))
         if unknown:
             raise self.error(

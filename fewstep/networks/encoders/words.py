@@ -1,10 +1,11 @@
-"""The toy world's text encoder: a tokenizer over a closed list of words, and a small transformer that was trained to fill gaps.
+"""Text encoders of small worlds: a tokenizer over a closed list of words, and a small transformer trained to fill gaps.
 
     encoder = open_words("fewstep/toyworld/stack/text_encoder")
     embeddings, mask = encoder.encode(["a red sphere rolls to the right."])   # B N 64; B N, true where a token is
 
-A folder holds config.json (with the words) and model.safetensors. It stands where T5-XXL stands in the real pipelines: same
-contract, same files on disk. The computation is in words_alone.py, which exported students carry with them.
+A folder holds config.json (with the words) and model.safetensors; `fewstep prepare words` trains one, the toy world has one.
+It stands where T5-XXL stands in the real pipelines: same contract, same files on disk. The computation is in words_alone.py,
+which exported students carry with them.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from typing import ClassVar
 import torch
 
 from fewstep.errors import UserError
+from fewstep.networks.encoders import words_alone
 from fewstep.networks.encoders.codecs import fingerprint_of
 from fewstep.networks.encoders.text import Source, TextEncoder, TextForm, text_encoder
-from fewstep.toyworld import words_alone
-from fewstep.toyworld.words_alone import GAP, MODEL_TYPE, PAD, Words, WordsConfig, WordsModel
+from fewstep.networks.encoders.words_alone import GAP, MODEL_TYPE, PAD, Words, WordsConfig, WordsModel
 
 __all__ = ["GAP", "PAD", "WordsConfig", "WordsEncoder", "WordsModel", "open_words"]
 
