@@ -18,7 +18,7 @@ TOY = (
 )  # models of the toy world, shipped: a pipeline's folder with transformer/, vae/, ...
 
 # Where names are registered; none of these modules is imported before one of its group's names is asked for.
-provide("recipe", "fewstep.recipes", "fewstep.toyworld.recipes")
+provide("recipe", "fewstep.recipes", "fewstep.toyworld.recipes", "fewstep.toyworld.causal")
 provide("method", "fewstep.methods")
 provide("network", "fewstep.networks.analytic", "fewstep.networks.tiny", "fewstep.networks.causal", "fewstep.networks.families")
 provide("role", "fewstep.networks.roles", "fewstep.networks.lora")

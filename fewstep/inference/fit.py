@@ -59,7 +59,9 @@ def plan_of(request: GenerateRequest, outline: Outline, say: Print) -> Plan:
     shot = _shot(request, model)
     chunks = tuple(_chunks(request, model, shot))
     window = chunks[0].num_frames
-    for warning in () if model.is_teacher else beyond(model.envelope, replace(shot, num_frames=window)):
+    streams = model.sampler.by_chunk is not None  # of any length
+    trained = replace(shot, num_frames=model.envelope.num_frames if streams else window)
+    for warning in () if model.is_teacher else beyond(model.envelope, trained):
         say(f"warning: {warning}")
     _check_sizes(request, model, codec, shot, window)
     for clip in request.clips:
@@ -162,8 +164,15 @@ def _shot(request: GenerateRequest, model: Model) -> Shot:
 
 
 def _chunks(request: GenerateRequest, model: Model, shot: Shot) -> list[Chunk]:
-    """All at once, unless --chunk-frames says how many at a time; a student made for given frames takes its own number."""
+    """All at once, unless --chunk-frames says how many at a time; a student made for given frames takes its own number.
+
+    A causal model generates clips of any length by itself, chunk after chunk from its own latents.
+    """
     window = request.chunk_frames
+    if model.sampler.by_chunk is not None:
+        if window is not None:
+            raise UserError(f"--chunk-frames {window}: {request.model} is causal, and its chunks are those it was trained with")
+        return chunks_of(shot.num_frames, shot.num_frames, 1)
     if window is None and not model.is_teacher and model.network.traits.first_frames in ("mask", "picture"):
         window = model.envelope.num_frames
     chunks = chunks_of(shot.num_frames, window or shot.num_frames, 1 if request.overlap is None else request.overlap)

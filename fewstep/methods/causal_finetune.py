@@ -41,7 +41,8 @@ class CausalFinetune(ByChunks):
     path: AnyPath | None = None  # None: the network's own
     drop_condition: float = 0.0  # share of samples trained on the negative condition, which makes guidance possible
     first_frames: tuple[float, ...] = ()  # shares of samples conditioned on 0, 1, .. clean first frames
-    num_sample_steps: int = 35  # of the sampler of the resulting many-step model, for each chunk
+    frame_noise: times.LogNormal | None = None  # level of noise on given frames, in sigma; none: they are clean
+    num_sample_steps: int | None = None  # of the resulting model's sampler, for each chunk; None: of its base, or as published
 
     roles = ("student",)
 
@@ -53,7 +54,7 @@ class CausalFinetune(ByChunks):
         return Turn("student", ("student",))
 
     def losses(self, turn: Turn, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Terms]:
-        batch = with_first_frames(batch, self.first_frames, rng)
+        batch = with_first_frames(batch, self.first_frames, rng, self.frame_noise, self.path or nets.student.path)
         assert batch.x0 is not None
         x0, cond = batch.x0, self._finetune.condition(batch, rng)
         network = cast(CausalDenoiser, nets.student)
@@ -89,6 +90,7 @@ class CausalFinetune(ByChunks):
             path=self.path,
             drop_condition=self.drop_condition,
             first_frames=self.first_frames,
+            frame_noise=self.frame_noise,
             num_sample_steps=self.num_sample_steps,
         )
 

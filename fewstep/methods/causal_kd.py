@@ -22,6 +22,7 @@ from fewstep.diffusion import Path, Rng, StudentSampler, on_path
 from fewstep.diffusion.by_chunk import ByChunk, CausalDenoiser
 from fewstep.diffusion.path import AnyPath
 from fewstep.diffusion.rollout import Renoise
+from fewstep.diffusion.times import LogNormal
 from fewstep.methods.contract import ByChunks, Nets, Reduction, Terms, Turn, free_mask, reduced
 from fewstep.methods.first_frames import problems_of_shares, with_first_frames
 from fewstep.methods.forcing import in_context, per_frame
@@ -40,6 +41,7 @@ class CausalKD(ByChunks):
     path: AnyPath | None = None  # None: the network's own; all times here and `path_times` are in its time
     renoise: Renoise = "fresh"  # fresh noise on its x0 has the distribution of x_t; "ode" leaves the teacher's curve
     first_frames: tuple[float, ...] = ()  # shares of samples conditioned on 0, 1, .. clean first frames
+    frame_noise: LogNormal | None = None  # level of noise on given frames, in sigma; none: they are clean
 
     roles = ("student",)
     needs = frozenset({"x0", "path", "path_times"})
@@ -48,7 +50,7 @@ class CausalKD(ByChunks):
         return Turn("student", ("student",))
 
     def losses(self, turn: Turn, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Terms]:
-        batch = with_first_frames(batch, self.first_frames, rng)
+        batch = with_first_frames(batch, self.first_frames, rng, self.frame_noise, self.path or nets.student.path)
         assert batch.x0 is not None
         network = cast(CausalDenoiser, nets.student)
         student = network if self.path is None else on_path(network, self.path)
@@ -66,7 +68,7 @@ class CausalKD(ByChunks):
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from problems_of_times(self.t_list)
-        yield from problems_of_shares(self.first_frames)
+        yield from problems_of_shares(self.first_frames, self.frame_noise)
         yield from ByChunk(self.first_t_list, self.context_noise).problems()
 
     def _states(self, batch: Batch, chunks: tuple[range, ...], rng: Rng) -> tuple[Tensor, Tensor]:

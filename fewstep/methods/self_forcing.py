@@ -32,6 +32,7 @@ class SelfForcing(ByChunks):
     score_teacher: Literal["bidirectional", "causal"] = "bidirectional"  # networks.teacher, and the critic that follows it
     path: AnyPath | None = None  # this and what follows: as of dmd2
     first_frames: tuple[float, ...] = ()  # shares of samples conditioned on 0, 1, .. clean first frames
+    frame_noise: times.LogNormal | None = None  # level of noise on given frames, in sigma; none: they are clean
     times: times.AnyTimes = times.Shifted(shift=5.0)  # noise at which the scores are compared
     guidance: float = 1.0  # w = 1 is off. FastGen and Self-Forcing 3 to 5 for Wan and Cosmos
     guidance_interval: tuple[float, float] | None = None  # guide only for times within, in the path's time
@@ -52,6 +53,7 @@ class SelfForcing(ByChunks):
             student=self.student,
             path=self.path,
             first_frames=self.first_frames,
+            frame_noise=self.frame_noise,
             times=self.times,
             guidance=self.guidance,
             guidance_interval=self.guidance_interval,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fewstep.batch import Condition
 from fewstep.config import kind
-from fewstep.diffusion import Cache, FeaturesOnly, Prediction
+from fewstep.diffusion import Cache, FeaturesOnly, Path, Prediction
 from fewstep.errors import UserError
 from fewstep.networks.causal_attention import Causality, CrossAttention, Group, KeysValues, Plan, Rotation, Sites
 from fewstep.networks.contract import AnyNetwork, Distillation, Network, NetworkSpec, Traits, Wrapper
@@ -221,6 +221,10 @@ class CausalSpec(NetworkSpec):
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from self.causality.problems()
+
+    @property
+    def path(self) -> Path | None:
+        return self.network.path
 
     @property
     def distillation(self) -> Distillation:

@@ -30,6 +30,14 @@ NAMES = frozenset(
         *("analytic_meanflow", "analytic_flow_map", "analytic_flow_map_on_policy"),
         *(f"{name}_kd{toy}" for name in ("WanT2V", "SDXL", "CogVideoX") for toy in ("", "_toy")),
         *("WanT2V_kd_path", "WanT2V_kd_path_toy"),
+        *("causal_finetune", "causal_kd", "self_forcing"),
+        *(
+            f"{name}_{stage}{toy}"
+            for name in ("CosmosPredict2", "WanT2V")
+            for stage in ("kd_causal", "sf")
+            for toy in ("", "_toy")
+        ),
+        *("toy_kd_causal", "toy_sf"),
         *("toy_teacher", "toy_edge", "toy_kd_1step", "toy_kd_4step"),
         *("toy_dmd2_1step", "toy_dmd2_4step", "toy_dmd2_1step_lora", "toy_dmd2_4step_lora"),
     ]

@@ -42,7 +42,14 @@ from fewstep.training.meter import Meter
 from fewstep.training.original_files import write_original_files
 from fewstep.training.resume import Resumption
 from fewstep.training.run import Run
-from fewstep.training.run_folder import other_shapes, peak_memory_gib, sampler_of, summary, write_records
+from fewstep.training.run_folder import (
+    other_shapes,
+    peak_memory_gib,
+    refuse_untrained_span,
+    sampler_of,
+    summary,
+    write_records,
+)
 from fewstep.training.signals import Signals
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -91,6 +98,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
     run.networks.refuse_contradictions()
     data = run.data.open()
     first = _check_data(run, data)
+    refuse_untrained_span(run, first)
 
     # --- networks, on their device, sharded; then the trained ones with their weights, optimisers and average
     networks = build(run.networks, method.roles, run.trainer.seed, resumes=latest is not None)

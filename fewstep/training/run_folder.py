@@ -21,7 +21,8 @@ from fewstep.errors import UserError
 from fewstep.files import write_json
 from fewstep.inference.card import Envelope, StudentCard
 from fewstep.inference.model import check_sampler, teacher_sampler
-from fewstep.methods import Finetune
+from fewstep.methods import Finetune, SelfForcing
+from fewstep.networks.causal import CausalSpec
 from fewstep.networks.contract import Network
 from fewstep.networks.files.pipeline import is_diffusers_folder
 from fewstep.networks.roles import Full, Networks
@@ -68,6 +69,21 @@ def base_of(networks: Networks) -> str | None:
     if weights is None:
         return None if networks.teacher is None else networks.teacher.source
     return weights if is_diffusers_folder(Path(weights)) else None
+
+
+def refuse_untrained_span(run: Run, first: Batch) -> None:
+    """Raises UserError where a causal student would reach farther back than in any clip that it is trained on."""
+    spec = run.networks.spec_of("student")
+    if not isinstance(spec, CausalSpec) or first.x0 is None or first.x0.ndim != 5:
+        return
+    frames = first.x0.shape[2]
+    if isinstance(run.method, SelfForcing):
+        frames = max(frames, run.method.student.num_frames or 0)
+    if spec.span > frames:
+        raise UserError(
+            f"networks.student: a causal span of {spec.span} latent frames, but clips of {frames} are trained on: positions "
+            f"beyond would never be trained. Set span={frames}, of the recipe or of networks.student.causal"
+        )
 
 
 def envelope(run: Run, first: Batch) -> Envelope:

@@ -4,7 +4,7 @@ The network predicts each chunk from its noisy state, its noise level, and the m
 linear-Gaussian autoregression, whose joint law and bidirectional teacher have closed forms.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.batch import Batch, Condition
 from fewstep.diffusion import Prediction, RectifiedFlow, Rng
-from fewstep.methods import CausalFinetune, CausalKD, CausalSample, Critic, Nets, SelfForcing, causvid
+from fewstep.methods import DMD2, CausalFinetune, CausalKD, CausalSample, Critic, Finetune, Nets, SelfForcing, causvid
 from fewstep.networks.causal_attention import Causality
 
 F64 = torch.float64
@@ -252,6 +252,14 @@ def test_causvid_trains_one_call_on_noised_data() -> None:
     x_t = FLOW.add_noise(clip(2, 7), rng.normal_like(clip(2, 7)), t)
     torch.testing.assert_close(sample, student(x_t, t, Condition()).x0)
     assert method.sampler(FLOW).by_chunk is not None
+
+
+@pytest.mark.parametrize(("ours", "theirs", "own"), [(SelfForcing, DMD2, {"student"}), (CausalFinetune, Finetune, set())])
+def test_settings_and_defaults_are_those_of_the_loss_on_whole_clips(ours: Any, theirs: Any, own: set[str]) -> None:
+    mine = {f.name: f.default for f in fields(ours)}
+    for field in fields(theirs):
+        if field.name not in {*own, "per_frame_times"}:  # chunks have one time each
+            assert mine[field.name] == field.default, field.name
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from fewstep.batch import Batch, Condition
 from fewstep.config import ConfigError, check
 from fewstep.data.mock import Mock
 from fewstep.diffusion import Rng, StudentSampler
+from fewstep.errors import UserError
 from fewstep.export.export import export
 from fewstep.inference.model import open_model
 from fewstep.methods import DMD2, CausalFinetune, CausalKD, CausalSample, Gan, SelfForcing
@@ -118,12 +119,12 @@ METHODS = {
 @pytest.mark.parametrize(
     ("spec", "role", "name"),
     [
-        (WAN, "full", "self_forcing"),
         (COSMOS, "lora", "self_forcing"),
-        (COSMOS, "full", "causal_kd"),
-        (WAN, "lora", "causal_kd"),
         (WAN, "full", "causal_finetune"),
-        (COSMOS, "full", "with_gan"),
+        pytest.param(COSMOS, "full", "causal_kd", marks=pytest.mark.slow),
+        pytest.param(WAN, "lora", "causal_kd", marks=pytest.mark.slow),
+        pytest.param(WAN, "full", "self_forcing", marks=pytest.mark.slow),
+        pytest.param(COSMOS, "full", "with_gan", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_is_opened_exported_and_generates_by_chunks_beyond_its_length(
@@ -145,6 +146,12 @@ def test_a_run_is_opened_exported_and_generates_by_chunks_beyond_its_length(
         assert torch.equal(shorter[:, :, :2], clips[0][:, :, :2])  # what comes later changes nothing
         stream = model.sampler.stream(model.network, noise, cond, Rng(1, rows=[7]))  # pyright: ignore[reportArgumentType]
         assert torch.equal(torch.cat(list(stream), 2), clips[0])
+
+
+def test_a_span_that_no_clip_has_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUTPUT_ROOT", str(tmp_path))
+    with pytest.raises(UserError, match=r"a causal span of 6 latent frames, but clips of 4 are trained on.*Set span=4"):
+        train(run(METHOD, networks(WAN, "full"), frames=4))
 
 
 def test_what_does_not_go_together_is_refused_before_anything_is_built() -> None:
