@@ -54,7 +54,7 @@ def pairs(
         str | None, typer.Option(help="With --prompts: folder or hub id of the text encoder. Default: the teacher's.")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Number of tokens that text is padded to. Default: 512; with --prompts as the encoder.")
+        int | None, typer.Option(help="Number of tokens that text is padded to. Default: as the teacher's text encoder.")
     ] = None,
     mask_text: Annotated[
         bool, typer.Option("--mask-text", help="Give the network a mask of the padding; Cosmos has none.")

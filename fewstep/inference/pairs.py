@@ -447,12 +447,17 @@ def _settings(request: PairsRequest, sampler: TeacherSampler, path: NoisePath) -
 
 
 def _of_folder(request: PairsRequest, codec: Codec, teacher: Shot | None) -> FolderPrompts:
+    from fewstep.inference.model import folder_of
+    from fewstep.networks.encoders.text import TextForm, text_form
+
     assert request.dataset is not None
+    base = folder_of(request.model)
+    form = TextForm() if base is None else text_form(base)
     source = Folder(
         str(request.dataset),
         text=request.text,
-        max_tokens=request.max_tokens or Folder.max_tokens,
-        mask_text=request.mask_text,
+        max_tokens=request.max_tokens or form.max_tokens,
+        mask_text=request.mask_text or form.uses_mask,
         negative=request.negative or ZEROS,
         control=None if request.control is None else choices("control")[request.control](),  # registered by name
     )

@@ -1,6 +1,7 @@
 """Tiny random pipelines of diffusers' own classes, each with its tokenizer, text encoder, autoencoder and scheduler, and clips.
 
-wan(folder)  predict1(folder)  predict2(folder)  predict25(folder)         python tests/stories/tiny_pipelines.py wan FOLDER
+wan(folder)  cogvideox(folder)  predict1(folder)  predict2(folder)  predict25(folder)
+python tests/stories/tiny_pipelines.py wan FOLDER
 clips(folder, num)        moving squares with captions, no file of which this package writes
 """
 
@@ -107,7 +108,27 @@ def predict25(folder: Path) -> Path:
     return _saved(folder, "Cosmos2_5_PredictBasePipeline", network, _wan_vae(), scheduler, encoder, tokens)
 
 
-PIPELINES = {"wan": wan, "predict1": predict1, "predict2": predict2, "predict25": predict25}
+def cogvideox(folder: Path) -> Path:
+    """CogVideoX 2B: T5 of 226 tokens, v-prediction on a shifted table."""
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+
+    torch.manual_seed(6)
+    network = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=16,
+        num_layers=2, sample_width=4, sample_height=4, sample_frames=9, max_text_seq_length=226,
+    )  # fmt: skip
+    vae = AutoencoderKLCogVideoX(
+        block_out_channels=(4, 4, 4, 4), layers_per_block=1, latent_channels=4, norm_num_groups=2, temporal_compression_ratio=4,
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4, scaling_factor=0.7,
+    )  # fmt: skip
+    scheduler = CogVideoXDDIMScheduler(
+        beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0,
+        timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True,
+    )  # fmt: skip
+    return _saved(folder, "CogVideoXPipeline", network, vae, scheduler, _t5("T5EncoderModel"), _tokenizer())
+
+
+PIPELINES = {"wan": wan, "cogvideox": cogvideox, "predict1": predict1, "predict2": predict2, "predict25": predict25}
 
 
 def clips(folder: Path, num: int = 8, frames: int = 9, side: int = 32, fps: int = 16) -> Path:

@@ -1,0 +1,83 @@
+"""FastGen's KD by its own names: Wan into four steps, Wan and CogVideoX into one, up to diffusers without this package."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fewstep.batch import Condition
+from fewstep.diffusion import StudentSampler
+from fewstep.inference.model import open_model
+from fewstep.networks.encoders.text import open_text_encoder
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny_pipelines
+from shell import IN_BOTH_FORMS, walk
+
+PROMPT = "a red square moves slowly to the right"
+ALONE = 'import sys\nsys.modules["fewstep"] = None  # it cannot be imported here\n'
+PLAIN = f"""
+import json, torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+pipe = DiffusionPipeline.from_pretrained("student")
+assert type(pipe).__name__ == json.load(open("pipeline/model_index.json"))["_class_name"]
+torch.manual_seed(7)
+steps = json.load(open("student/student.json"))["num_inference_steps"]
+frames = pipe({PROMPT!r}, num_inference_steps=steps, guidance_scale=1.0, num_frames=9, height=32, width=32,
+              output_type="latent").frames
+save_file({{"latents": frames.contiguous()}}, "plain.safetensors")
+"""
+STORIES = {
+    "WanT2V_kd_path": ("wan", "WanT2V/config_kd_path.py", "wan_kd", "--path-times 4"),
+    "CogVideoX_kd": ("cogvideox", "CogVideoX/config_kd.py", "CogVideoX_kd", ""),
+    "WanT2V_kd": ("wan", "WanT2V/config_kd.py", "wan_kd", ""),
+}
+
+
+@IN_BOTH_FORMS
+@pytest.mark.parametrize("name", [*list(STORIES)[:2], pytest.param("WanT2V_kd", marks=pytest.mark.slow)])
+def test_a_student_of_kd_reaches_plain_diffusers(name: str, tmp_path: Path, real: bool) -> None:
+    kind, config, group, path_times = STORIES[name]
+    tiny_pipelines.PIPELINES[kind](tmp_path / "pipeline")
+    tiny_pipelines.clips(tmp_path / "clips", num=4)
+    (tmp_path / "plain.py").write_text(ALONE + PLAIN)
+    plain = "python plain.py" if real else "true"
+    walk("fastgen.sh", tmp_path, real=real, NAME=name, CONFIG=config, GROUP=group, PATH_TIMES=path_times, PLAIN=plain)
+    if not real:  # a process of its own takes as long as all the rest
+        with contextlib.chdir(tmp_path):
+            exec(PLAIN, {})
+
+    model, encoder = open_model(tmp_path / "student"), open_text_encoder(tmp_path / "pipeline")
+    teacher = open_model(tmp_path / "pipeline").network.module.state_dict()
+    changed = [key for key, tensor in model.network.module.state_dict().items() if not torch.equal(tensor, teacher[key])]
+    assert len(changed) > 0.5 * len(teacher)
+    assert isinstance(model.sampler, StudentSampler)
+    assert list(model.sampler.times) == pytest.approx([1.0, 0.9375, 5 / 6, 0.625] if path_times else [1.0], abs=1e-12)
+    theirs = load_file(tmp_path / "plain.safetensors")["latents"]
+    text, mask = encoder.encode([PROMPT])
+    cond = Condition(text=text, text_mask=mask if encoder.uses_mask else None)
+    drawn = Drawn(kind)
+    with torch.no_grad():
+        ours = model.sampler(model.network, drawn.normal_like(None), cond, drawn)  # type: ignore[arg-type]
+    theirs = theirs.transpose(1, 2) if kind == "cogvideox" else theirs
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert float(ours.std()) > 0.05
+
+
+class Drawn:
+    """An Rng that draws what these pipelines draw after torch.manual_seed; CogVideoX has frames before channels."""
+
+    def __init__(self, kind: str):
+        torch.manual_seed(7)
+        self.swaps = kind == "cogvideox"
+
+    def normal_like(self, like: Any) -> Tensor:
+        shape = (1, 3, 4, 4, 4) if self.swaps else (1, 4, 3, 4, 4)
+        drawn = torch.randn(shape)
+        return drawn.transpose(1, 2) if self.swaps else drawn
