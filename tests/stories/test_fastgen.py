@@ -23,12 +23,13 @@ PROMPT = "a red square moves slowly to the right"
 ALONE = 'import sys\nsys.modules["fewstep"] = None  # it cannot be imported here\n'
 PLAIN = f"""
 import json, torch
+from pathlib import Path
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 pipe = DiffusionPipeline.from_pretrained("student")
-assert type(pipe).__name__ == json.load(open("pipeline/model_index.json"))["_class_name"]
+assert type(pipe).__name__ == json.loads(Path("pipeline/model_index.json").read_text())["_class_name"]
 torch.manual_seed(7)
-steps = json.load(open("student/student.json"))["num_inference_steps"]
+steps = json.loads(Path("student/student.json").read_text())["num_inference_steps"]
 frames = pipe({PROMPT!r}, num_inference_steps=steps, guidance_scale=1.0, num_frames=9, height=32, width=32,
               output_type="latent").frames
 save_file({{"latents": frames.contiguous()}}, "plain.safetensors")
