@@ -321,3 +321,35 @@ def test_an_empty_folder_and_none(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "no such folder" in capsys.readouterr().err
     (tmp_path / "videos").mkdir()
     assert not survey(tmp_path).is_trainable
+
+
+def test_captions_that_do_not_tell_clips_apart_and_files_that_nobody_reads(tmp_path: Path) -> None:
+    frames = np.zeros((3, 8, 8, 3), np.uint8)
+    (tmp_path / "metas").mkdir()
+    for n in range(6):
+        video.write(tmp_path / "videos" / f"{n}.mp4", frames + 40 * n, 8.0)
+        (tmp_path / "metas" / f"{n}.txt").write_text(f"a red box {'falls' if n % 3 else 'rolls'} down")
+    for name in ("7.MP4", "8.mov"):
+        (tmp_path / "videos" / name).write_bytes(b"a film")
+    problems = {problem.kind: problem.message for problem in survey(tmp_path).problems}
+    assert "6 clips have 2 different captions; 4 have 'a red box falls down'" in problems["same-captions"]
+    assert "2 files in videos/ are not read, for their suffix: 7.MP4, 8.mov" in problems["unread-videos"]
+    assert dict(survey(tmp_path).rows())["different captions"] == "2"
+    for path in (tmp_path / "videos").glob("*.mp4"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"has no videos/\*\.mp4\. It has files that are not read: 7\.MP4, 8\.mov"):
+        Folder(str(tmp_path), text=None).open()
+
+
+def test_a_caption_that_is_a_device_or_a_pipe_is_a_problem_by_name(tmp_path: Path) -> None:
+    """Reading one never ended, or took all memory."""
+    (tmp_path / "metas").mkdir()
+    for n in range(3):
+        video.write(tmp_path / "videos" / f"{n}.mp4", np.zeros((2, 8, 8, 3), np.uint8), 8.0)
+    os.mkfifo(tmp_path / "metas" / "0.txt")
+    (tmp_path / "metas" / "1.txt").symlink_to("/dev/zero")
+    (tmp_path / "metas" / "2.txt").write_bytes(b"x" * (2**20 + 1))
+    messages = [problem.message for problem in survey(tmp_path).problems if problem.kind == "unreadable-metas"]
+    assert len(messages) == 3 and sum("is no file" in message for message in messages) == 2
+    with pytest.raises(ValueError, match=r"the caption of 0: .*is no file, but a folder, a device or a pipe"):
+        Folder(str(tmp_path), text=None).open().captions()

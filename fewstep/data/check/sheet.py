@@ -25,9 +25,10 @@ from fewstep.files import write_text
 _SIDE = 176  # px of the longer side of a picture
 _SHARES = (0.0, 0.5, 1.0)  # places within the clip
 _STYLE = """
-body{font:14px/1.45 system-ui,sans-serif;margin:2em auto;max-width:1100px;padding:0 1em;color:#1c1c1c;background:#fff}
+body{font:14px/1.45 system-ui,sans-serif;margin:2em auto;max-width:2400px;padding:0 1em;color:#1c1c1c;background:#fff}
 table{border-collapse:collapse;margin:1em 0}td{border-top:1px solid #ddd;padding:.25em .9em .25em 0;vertical-align:top}
 .error{color:#b00020}.warning{color:#8a5a00}.sample{border-top:1px solid #ddd;padding:.8em 0}
+.samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(560px,100%),1fr));gap:0 28px}
 .strip{display:flex;flex-wrap:wrap;gap:14px}figure{margin:0}figcaption{font-size:12px;color:#555}img{display:block;margin-bottom:2px}
 .pictures{display:flex;gap:2px}h2{font-size:15px;margin:0 0 .2em}p{margin:.2em 0 .5em}.verdict{font-size:17px;font-weight:600}
 @media(prefers-color-scheme:dark){body{background:#161616;color:#e8e8e8}td,.sample{border-color:#3a3a3a}
@@ -46,7 +47,9 @@ def write(path: str | os.PathLike[str], survey: Survey, num: int = 60) -> int:
         "<table>" + "".join(f"<tr><td>{_text(a)}<td>{_text(b)}" for a, b in survey.rows()) + "</table>",
         "".join(f"<p class='{p.level}'>{p.level}: {_text(p.message)}</p>" for p in survey.problems),
         f"<p>{len(samples)} of {len(survey.samples)} samples, their first, middle and last frame, with controls over them.</p>",
+        "<div class='samples'>",
         *(_section(place, sample, problems.get(sample.stem, [])) for sample in samples),
+        "</div>",
     ]
     write_text(path, "\n".join(parts) + "</html>\n")
     return len(samples)

@@ -30,7 +30,8 @@ from fewstep.data.controls import Span
 from fewstep.data.files import keypoints, masks, packs, video
 from fewstep.data.folder.dataset import Folder, layout, parts
 from fewstep.data.folder.layout import Layout, Part
-from fewstep.data.folder.samples import odd_ones
+from fewstep.data.folder.samples import odd_ones, read_caption
+from fewstep.errors import UserError
 from fewstep.files import some
 
 Level = Literal["error", "warning"]
@@ -42,6 +43,7 @@ _MAX_COMPARED = 4000  # clips; each is compared with each
 _CELLS = 8  # along each side of a fingerprint
 _THUMB = 64  # px along the longer side of a thumbnail
 _FEW_WORDS = 3  # a caption with fewer is worth a warning
+_ENOUGH_CAPTIONS = 6  # clips, from which on equal captions are worth a warning
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ class Survey:
         rows += [("seconds, all", f"{sum(seconds):.1f}")] if seconds else []
         rows += _spread("motion (levels per frame)", [s.motion for s in self.samples if s.motion is not None])
         rows += _spread("words of a caption", [s.num_words for s in self.samples if s.num_words is not None])
+        captions = {s.caption for s in self.samples if s.caption}
+        rows += [("different captions", str(len(captions)))] if captions else []
         for folder in sorted({folder for s in self.samples for folder in s.num_tokens}):
             rows += _spread(f"tokens in {folder}", [s.num_tokens[folder] for s in self.samples if folder in s.num_tokens])
         for folder in sorted({folder for s in self.samples for folder in s.shapes}):
@@ -144,7 +148,7 @@ def survey(root: str | os.PathLike[str], *, num_threads: int | None = None, watc
     stems = files.stems
     if not stems:
         empty = f"{place.root}: has no sample. Put clips into {layout.VIDEOS.folder}/"
-        return Survey(place.root, place.form, (), (Problem("error", "empty", empty),))
+        return Survey(place.root, place.form, (), (Problem("error", "empty", empty), *_unread(files)))
     threads = num_threads or min(os.cpu_count() or 1, 16)
     with ThreadPoolExecutor(threads) as pool:
         looks: Iterable[_Look] = pool.map(lambda stem: _look(files, stem), stems)
@@ -260,7 +264,9 @@ def _look(held: _Files, stem: str) -> _Look:
                 _look_at_control(look, part, files[part.folder], header)
     if layout.CAPTIONS.folder in files:
         try:
-            known["caption"] = files[layout.CAPTIONS.folder].read_text(encoding="utf-8").strip()
+            known["caption"] = read_caption(files[layout.CAPTIONS.folder])
+        except UserError as error:
+            look.wrong.append(("unreadable-metas", str(error)))
         except UnicodeDecodeError:
             look.wrong.append(("unreadable-metas", f"{files[layout.CAPTIONS.folder]}: is not UTF-8 text. Save it as UTF-8"))
     tokens, shapes = dict[str, int](), dict[str, tuple[int, ...]]()
@@ -394,6 +400,7 @@ def _problems(held: _Files, looks: Sequence[_Look]) -> Iterator[Problem]:
     """All problems, errors first, each kind once."""
     problems = [*held.broken, *_unreadable(looks), *_unlike(looks), *_missing(held), *_captions(looks), *_shapes(looks)]
     problems += [*_pair_lengths(held, looks), *_still(looks), *_duplicates(looks), *_varied(held, looks), *_without_clip(held)]
+    problems += _unread(held)
     yield from sorted(problems, key=lambda problem: problem.level != "error")
 
 
@@ -449,6 +456,25 @@ def _captions(looks: Sequence[_Look]) -> Iterator[Problem]:
     if short:
         message = f"{len(short)} captions have fewer than {_FEW_WORDS} words: {some(short)}"
         yield Problem("warning", "short-captions", message, tuple(short))
+    texts = Counter(text for look in looks if (text := look.sample.caption))
+    num = sum(texts.values())
+    if num >= _ENOUGH_CAPTIONS and 2 * len(texts) < num:
+        ((text, times),) = texts.most_common(1)
+        message = (
+            f"{num} clips have {len(texts)} different captions; {times} have {text[:80]!r}. A student learns little of the "
+        )
+        message += "text from captions that do not tell clips apart"
+        yield Problem("warning", "same-captions", message)
+
+
+def _unread(held: _Files) -> Iterator[Problem]:
+    """Files of clips and captions that no reader takes, for their suffix."""
+    for part in (layout.VIDEOS, layout.IMAGES, layout.CAPTIONS):
+        others = held.place.unread(part)
+        if others:
+            remedy = "Convert them, or rename them: " + ", ".join(part.suffixes)
+            message = f"{len(others)} files in {part.folder}/ are not read, for their suffix: {some(others)}. {remedy}"
+            yield Problem("warning", f"unread-{part.folder}", message)
 
 
 def _shapes(looks: Sequence[_Look]) -> Iterator[Problem]:

@@ -128,6 +128,13 @@ class Layout:
             )
         return {stem: found[stem][0] for stem in sorted(found)}
 
+    def unread(self, part: Part) -> list[str]:
+        """Names of files in the folder of a part that are not read for their suffix: clip.MP4, clip.mov."""
+        if self.form != "flat":
+            return []
+        files = (path for path in _visible(self.root / part.folder) if not path.is_dir())
+        return sorted(path.name for path in files if not path.name.endswith(part.suffixes))
+
     def file(self, part: Part, stem: str) -> Path:
         """Where the file of a sample belongs when it is written."""
         if self.form == "flat":

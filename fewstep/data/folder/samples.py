@@ -24,9 +24,10 @@ from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout, Part
 from fewstep.data.folder.settings import FolderSettings
 from fewstep.errors import UserError
-from fewstep.files import some
+from fewstep.files import read_bytes, some
 
 _PROBE_THREADS = 8  # headers are small reads from disk: waiting, not work
+_MAX_CAPTION_BYTES = 2**20
 _Answer = TypeVar("_Answer")
 
 
@@ -74,6 +75,12 @@ def samples_of(spec: FolderSettings, place: Layout, packs: Mapping[str, Packs], 
     stems = list(packs[lead.folder].by_stem() if lead.folder in packs else place.files(lead))
     if not stems:
         hint = "" if spec.x0 != "latents" else ". Make them with: fewstep prepare latents, or set data.x0=pixels"
+        others = place.unread(lead)
+        hint += (
+            f". It has files that are not read: {some(others)}; convert them to .mp4"
+            if others and lead == layout.VIDEOS
+            else ""
+        )
         raise UserError(f"{place.root}: has no {place.named(lead)}{hint}")
     for part in needed:
         problem = _missing(place, part, stems, packs)
@@ -195,13 +202,20 @@ def captions_of(place: Layout, stems: Sequence[str]) -> tuple[dict[str, str], li
     files, texts, problems = place.files(layout.CAPTIONS), dict[str, str](), list[str]()
     for stem in stems:
         try:
-            texts[stem] = files[stem].read_text(encoding="utf-8").strip()
+            texts[stem] = read_caption(files[stem])
         except UnicodeDecodeError:
             problems.append(f"the caption of {stem} is not UTF-8 text")
+        except UserError as error:
+            problems.append(f"the caption of {stem}: {error}")
     empty = [stem for stem, text in texts.items() if not text]
     if empty:
         problems.append(f"{len(empty)} of {len(stems)} captions are empty: {some(empty)}. Write one, or remove the clip")
     return texts, problems
+
+
+def read_caption(path: Path) -> str:
+    """The text of a file, of at most 1 MiB. UserError for a device, a pipe or more; UnicodeDecodeError for other bytes."""
+    return read_bytes(path, _MAX_CAPTION_BYTES).decode("utf-8").strip()
 
 
 def _headers(files: Mapping[str, Path]) -> tuple[dict[str, video.Header], dict[str, str]]:
