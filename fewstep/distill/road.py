@@ -1,9 +1,9 @@
 """The road: every stage of `fewstep distill`, as public commands that one could type.
 
-    check -> memory -> text -> (controls) -> latents -> pairs -> kd -> dmd2 -> export -> scores
+    check -> memory -> text -> (controls) -> latents -> pairs -> kd -> dmd2 -> export -> scores -> report
 
 Below `work` lie runs/student/kd, runs/student/dmd2, pairs/ and the record of each stage; the student is written to `out`, and
-its scores beside it.
+its scores and its report beside it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def stages(facts: Facts) -> list[Stage]:
             "text",
             "captions become embeddings",
             (tuple(_text(facts)),),
-            advice="A text encoder that does not know the captions' words can be replaced: --text-encoder FOLDER",
+            advice="A text encoder that does not know the words of the captions can be replaced: --text-encoder FOLDER "
+            "(`fewstep prepare words` trains a small one)",
         ),
         *([Stage.of("controls", "the control is made from the clips", _controls(facts))] if _is_made(request.control) else []),
         Stage.of("latents", "clips become latents of the video tokenizer", *_latents(facts)),
@@ -45,6 +46,7 @@ def stages(facts: Facts) -> list[Stage]:
             advice="The student is complete without them",
             is_optional=True,
         ),
+        Stage("report", "one page: clips in step, scores, curves", ((_report(facts),),), is_optional=True),
     ]
 
 
@@ -178,6 +180,14 @@ def _scores(facts: Facts) -> Iterator[Command]:
     }
     for name, file in score_files(facts).items():
         yield ("fewstep", "evaluate", *what[name], *common, *_conditions(facts), "--out", str(file))
+
+
+def _report(facts: Facts) -> Command:
+    request = facts.request
+    runs = (run_of(facts, training) for training in request.trainings)
+    title = f"{Path(request.teacher).name} in {request.steps} steps"
+    out = ("--out", str(request.out / "report.html"), "--title", title)
+    return ("fewstep", "report", *map(str, score_files(facts).values()), *runs, *out)
 
 
 def _conditions(facts: Facts) -> tuple[str, ...]:

@@ -57,14 +57,18 @@ def _print(facts: Facts, road: Sequence[Stage]) -> None:
 
 def _claim(facts: Facts, road: Sequence[Stage]) -> None:
     """One work folder is one distillation: a stage that is done with another command is refused."""
-    work = facts.request.work_dir
+    work, is_stale = facts.request.work_dir, False  # scores that are made anew want a new report
     for stage in road:
         marker = marker_of(work, stage.name)
+        if stage.is_optional and is_stale:
+            marker.unlink(missing_ok=True)
         if not marker.is_file():
+            is_stale = True
             continue
         before = read_json(marker, f"Remove {marker}: the stage is run again").get("commands")
         if before != stage.commands and stage.is_optional:
             marker.unlink()
+            is_stale = True
         elif before != stage.commands:
             old = next((line for line in before or () if line not in stage.commands), "?")
             new = next((line for line in stage.commands if line not in (before or ())), "?")
@@ -83,6 +87,9 @@ def _judge(facts: Facts) -> None:
         print("its scores are missing: the same command tries that stage again")
         return
     print(gate.table(files, SCORED))
+    report = request.out / "report.html"
+    if report.is_file():
+        print(f"the report: {report}")
     found = gate.verdicts(files["student"], files["teacher_few"])
     for verdict in found:
         print(verdict)

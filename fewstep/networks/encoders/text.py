@@ -365,9 +365,9 @@ def open_text_encoder(
 
 
 def text_form(address: str | Path) -> TextForm:
-    """The form of the embeddings of the text encoder in a folder or hub id; the usual one of T5 where there is none."""
+    """The form of the embeddings of the text encoder in a folder or hub id; that of T5 for a pipeline without one."""
     source = Source.of(str(address))
-    return _class_of(source).form(source) if source.has("text_encoder") else TextForm()
+    return TextForm() if source.is_pipeline and not source.has("text_encoder") else _class_of(source).form(source)
 
 
 def _class_of(source: Source) -> type[TextEncoder]:

@@ -1,0 +1,192 @@
+"""The road of `fewstep distill` before anything runs: commands, defaults, costs, what is refused; and the verdict."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "stories"))
+from tiny_pipelines import clips
+
+from fewstep import TOY
+from fewstep.cli import main
+from fewstep.distill import cost, gate
+from fewstep.distill.facts import facts_of
+from fewstep.distill.request import DistillRequest
+from fewstep.distill.road import stages
+
+WAN_VAE = {"_class_name": "AutoencoderKLWan", "z_dim": 16, "temperal_downsample": [False, True, True]}
+COSMOS_VAE = {"_class_name": "AutoencoderKLCosmos", "latent_channels": 16, "temporal_compression_ratio": 8}
+COSMOS_VAE |= {"spatial_compression_ratio": 8}
+COSMOS = {"_class_name": "CosmosTransformer3DModel", "in_channels": 17, "out_channels": 16, "patch_size": [1, 2, 2]}
+FOLDERS: dict[str, dict[str, Any]] = {
+    "wan": {
+        "model_index": {"_class_name": "WanPipeline"},
+        "transformer/config": {"_class_name": "WanTransformer3DModel", "patch_size": [1, 2, 2]},
+        "text_encoder/config": {"model_type": "umt5", "d_model": 4096},
+        "scheduler/scheduler_config": {"_class_name": "UniPCMultistepScheduler", "flow_shift": 3.0},
+        "vae/config": WAN_VAE,
+    },
+    "predict1": {
+        "model_index": {"_class_name": "CosmosTextToWorldPipeline"},
+        "transformer/config": COSMOS | {"max_size": [128, 240, 240]},
+        "text_encoder/config": {"model_type": "t5", "d_model": 1024},
+        "vae/config": COSMOS_VAE,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small files of two pipelines, without weights, and four clips of 12 frames."""
+    folder = tmp_path_factory.mktemp("road")
+    for name, files in FOLDERS.items():
+        for path, content in files.items():
+            (folder / name / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name / f"{path}.json").write_text(json.dumps(content))
+    clips(folder / "clips", num=4, frames=12)
+    return folder
+
+
+def request(world: Path, teacher: str = "wan", **more: Any) -> DistillRequest:
+    return DistillRequest(str(world / teacher), world / "clips", world / "student", **more)
+
+
+def commands(asked: DistillRequest) -> dict[str, list[str]]:
+    return {stage.name: stage.commands for stage in stages(facts_of(asked))}
+
+
+def test_the_stages_and_their_commands_for_wan(world: Path) -> None:
+    road = commands(request(world))
+    assert list(road) == ["check", "memory", "text", "latents", "pairs", "kd", "dmd2", "export", "scores", "report"]
+    teacher, data, work = str(world / "wan"), str(world / "clips"), str(world / "student.work")
+    assert road["text"] == [f"fewstep prepare text {data} --encoder {teacher} --negative ''"]
+    # The longest window that the codec takes: 9 of 12 frames, side by side.
+    assert road["latents"] == [f"fewstep prepare latents {data} --codec {teacher} --num-frames 9 --start-frame-interval 9"]
+    assert road["pairs"] == [
+        f"fewstep pairs {teacher} {data} --out {work}/pairs --num 4 --guidance 5 --max-tokens 512 --negative negative.pickle "
+        "--path-times 4 --student-shift 5"
+    ]
+    assert road["kd"][0].startswith(f"OUTPUT_ROOT={work} fewstep train experiment=kd teacher={teacher} steps=4 ")
+    dmd2 = shlex.split(road["dmd2"][0])
+    assert {"guidance=5", f"networks.student.init={work}/runs/student/kd", f"data.dataset_dir={data}"} <= set(dmd2)
+    assert road["export"] == [
+        f"OUTPUT_ROOT={work} fewstep export {work}/runs/student/dmd2 --out {world}/student --format diffusers --base {teacher}"
+    ]
+    assert [line.split(" --")[0].removeprefix("fewstep evaluate ") for line in road["scores"]] == [
+        teacher, teacher, f"{work}/runs/student/kd", f"{world}/student",
+    ]  # fmt: skip
+
+
+def test_a_teacher_of_cosmos_1_and_other_methods(world: Path) -> None:
+    road = commands(request(world, "predict1", method="dmd2", rank=8, processes=2, settings=("dmd2.optim.lr=1e-6",)))
+    assert "pairs" not in road and "kd" not in road and "--negative" not in road["text"][0]
+    assert road["latents"][0].endswith("--scale 0.5 --num-frames 9 --start-frame-interval 9")
+    words = shlex.split(road["dmd2"][0])
+    assert words[1:5] == ["torchrun", "--standalone", "--nproc_per_node=2", "-m"]
+    assert {"rank=8", "guidance=6", "optim.lr=1e-6"} <= set(words) and not any("init=" in word for word in words)
+    assert "gpus=2" in road["memory"][0] and "shape=16x2x4x4 text=512x1024" in road["memory"][0]
+    one = commands(request(world, method="kd", steps=1))
+    assert "--path-times" not in one["pairs"][0] and "dmd2" not in one
+    assert one["export"][0].split()[3].endswith("runs/student/kd") and len(one["scores"]) == 3
+
+
+def test_the_toy_teacher_has_a_mask_and_a_branch(world: Path) -> None:
+    road = commands(DistillRequest(str(TOY), world / "clips", world / "toy", control="edge", text_encoder=str(world / "wan")))
+    assert road["controls"] == [f"fewstep prepare controls {world / 'clips'} --type edge"]
+    assert all("--control edge" in road[name][0] for name in ("latents", "pairs", "scores"))
+    assert "data.max_tokens=512" in road["kd"][0] and "data.mask_text=false" in road["kd"][0]  # those of the other encoder
+    copies = [line.rpartition("/")[2] for line in road["export"] if line.startswith("cp -r")]
+    assert copies == ["vae", "text_encoder"] and road["export"][-1].endswith(f"--base {world / 'toy.work' / 'base'}")
+
+
+def test_iterations_and_costs_follow_from_the_data(world: Path) -> None:
+    facts = facts_of(request(world))
+    assert (facts.iters("kd"), facts.iters("dmd2")) == (250, 600)  # of few clips, the least
+    many = replace(facts, clips=replace(facts.clips, num=50_000))
+    assert many.num_pairs == 10_000 and many.iters("kd") == 10_000 and many.iters("dmd2") == 24_000
+    some = replace(facts, clips=replace(facts.clips, num=1000))
+    assert some.batch == 8 and some.iters("dmd2") == 64 * 1000 // 8
+    costs = cost.cost_of(facts)
+    assert costs["pairs"].calls == 4 * 70  # 35 steps with guidance
+    assert costs["latents"].gib * 2**30 == 4 * 2 * 16 * 3 * 4 * 4
+    # A student turn in five: 2.5 calls on average, backward 2, critic 1, teacher 2; the others: 2.5, then forward and backward.
+    assert costs["dmd2"].calls == pytest.approx(600 * 8 * (7.5 / 5 + 5.5 * 4 / 5))
+    assert cost.speed(facts, world) is None and "hours" not in cost.table(facts, None)
+    hours = cost.table(facts, 10.0).splitlines()[-1].split()
+    assert float(hours[-1]) == pytest.approx(sum(one.calls for one in costs.values()) / 36000, abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"size": (20, 32)}, "takes multiples of 16. Choose a size, --size 16 32"),
+        ({"num_frames": 20}, "the shortest clip of .* has 12 frames"),
+        ({"teacher_steps": 4}, "--teacher-steps 4: the pairs of a student of 4 steps need at least 8"),
+        ({"control": "edge"}, "--control edge: .* has no branch for it"),
+    ],
+)
+def test_what_cannot_be_distilled_is_refused_before_anything_runs(world: Path, more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        facts_of(request(world, **more))
+
+
+def test_wrong_use_and_a_dry_run_by_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["distill", str(world / "wan"), str(world / "clips"), "--out", str(world / "student")]
+    assert main([*words, "--dryrun", "--calls-per-s", "100"]) == 0
+    text = capsys.readouterr().out
+    assert "--- dmd2" in text and "hours" in text and not (world / "student.work").exists()
+    assert main([*words, "kd.optim.lr"]) == 2 and main([*words, "--method", "kd", "dmd2.optim.lr=1"]) == 2
+    assert main([*words, "--method", "sid"]) == 2
+    capsys.readouterr()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    assert main([*words[:-1], str(tmp_path / "other")]) == 1 and "holds something else" in capsys.readouterr().err
+    for file in (bare := clips(tmp_path / "bare", num=1)).glob("metas/*"):
+        file.unlink()
+    assert main([*words[:2], str(bare), "--out", str(tmp_path / "s")]) == 1 and "--prompt TEXT" in capsys.readouterr().err
+
+
+def test_a_stage_that_was_done_otherwise_is_refused_and_scores_are_made_anew(world: Path, tmp_path: Path) -> None:
+    from fewstep.distill.run import _claim
+    from fewstep.distill.stages import marker_of
+
+    asked = request(world, work=tmp_path / "work")
+    facts = facts_of(asked)
+    road = stages(facts)
+    for stage in road:
+        marker_of(asked.work_dir, stage.name).parent.mkdir(parents=True, exist_ok=True)
+        marker_of(asked.work_dir, stage.name).write_text(json.dumps({"commands": stage.commands}))
+    _claim(facts, road)
+    other = facts_of(replace(asked, iters=7, num_eval=2))
+    with pytest.raises(ValueError, match="its stage 'dmd2' was done by another command"):
+        _claim(other, stages(other))
+    more = facts_of(replace(asked, num_eval=2))
+    _claim(more, stages(more))
+    there = {stage.name for stage in road if marker_of(asked.work_dir, stage.name).exists()}
+    assert there == {stage.name for stage in road} - {"scores", "report"}
+
+
+def record(folder: Path, name: str, **values: float | None) -> Path:
+    legend = [{"name": score, "better": "lower" if score == "frechet" else "as real", "is_headline": True} for score in values]
+    scores = {score: {"value": value, "spread": 0.3, "num": 8} for score, value in values.items()}
+    (folder / f"{name}.json").write_text(json.dumps({"legend": legend, "scores": scores}))
+    return folder / f"{name}.json"
+
+
+def test_the_verdict(tmp_path: Path) -> None:
+    few = record(tmp_path, "few", frechet=2.0, motion=1.0)
+    worse, same = record(tmp_path, "worse", frechet=2.5, motion=9.0), record(tmp_path, "same", frechet=2.4, motion=9.0)
+    (verdict,) = gate.verdicts(worse, few)  # a score without a better end judges nobody
+    assert verdict.is_worse and "WORSE than its teacher's own few steps (2.5 against 2" in str(verdict)
+    (verdict,) = gate.verdicts(same, few)  # within sqrt(2) 0.3
+    assert not verdict.is_worse
+    assert gate.verdicts(record(tmp_path, "none", frechet=None, motion=1.0), few) == []
+    table = gate.table({"a": few, "b": worse, "c": tmp_path / "missing.json"}, {"a": "few", "b": "student", "c": "no"})
+    assert "2.5 +- 0.3" in table and "no" not in table.split()
