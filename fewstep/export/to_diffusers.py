@@ -50,6 +50,7 @@ def write_folder(model: Model, card: StudentCard, out: Path, base: Path | None) 
         index.pop("text_encoder", None)  # no class of transformers: pipeline.py reads it
     if base is not None and base_class and _is_teacher_of(base, model, index) and copy_scheduler(base, out, index):
         return _teacher_folder(model, card, out, base, base_class, index)
+    base_class = traits.pipeline_class or base_class
     fit = scheduler_of(sampler, network.path, traits.scheduling)
     if fit is not None:
         fit.scheduler.save_pretrained(str(out / "scheduler"))
@@ -71,7 +72,7 @@ def write_folder(model: Model, card: StudentCard, out: Path, base: Path | None) 
     solver = {"ode": "ode", "fresh": "sde"}.get(sampler.renoise, "same") if len(steps) > 1 else "ode"
     settings_of_steps: dict[str, Any] = {"num_inference_steps": len(steps), "guidance_scale": 1.0, "solver": solver}
     settings_of_steps["denoising_timesteps"] = [round(1000 * step["flow_time"]) for step in steps]
-    if sampler is model.sampler:  # of a student; a teacher is sampled with other steps and guidance, too
+    if sampler is model.sampler and sampler.shift is None:  # a teacher and a flow map are sampled with other steps, too
         index["dmd2_config"] = settings_of_steps
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     envelope = card.envelope.with_codec(_codec_form(out)) if "vae" in index else card.envelope

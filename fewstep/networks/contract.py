@@ -71,6 +71,7 @@ class Traits:
     latent_channels: int | None = None  # of x_t; None: not declared
     text_channels: int | None = None  # of cond.text; None: not declared
     scheduling: Scheduling = Scheduling()
+    pipeline_class: str | None = None  # diffusers' pipeline of this network's students; None: that of the base
     pipeline_settings: Mapping[str, Any] | None = None  # for the exported pipeline.py; None: it cannot run this network
 
 

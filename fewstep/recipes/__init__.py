@@ -25,7 +25,7 @@ NAMES = frozenset(
         *("analytic_finetune", "analytic_kd", "analytic_kd_4step", "analytic_dmd2", "analytic_dmd2_onestep"),
         *("analytic_biased", "analytic_dmd2_biased", "analytic_dmd2_gan", "analytic_f_distill", "analytic_ladd"),
         *("analytic_phased", "analytic_reward", "analytic_sid"),
-        *("finetune", "lora", "kd", "dmd2"),
+        *("finetune", "lora", "kd", "dmd2", "scm", "rcm", "flow_map"),
         *("analytic_scm", "analytic_rcm", "analytic_consistency", "analytic_tcm"),
         *("analytic_meanflow", "analytic_flow_map", "analytic_flow_map_on_policy"),
         *(f"{name}_kd{toy}" for name in ("WanT2V", "SDXL", "CogVideoX") for toy in ("", "_toy")),

@@ -4,6 +4,7 @@
     fewstep train experiment=lora teacher=PIPELINE data.dataset_dir=DIR rank=16        the same with adapters
     fewstep train experiment=kd teacher=PIPELINE data.dataset_dir=PAIRS steps=4        a student, from the teacher's pairs
     fewstep train experiment=dmd2 teacher=PIPELINE data.dataset_dir=DIR steps=4 networks.student.init=RUN_OF_KD
+    fewstep train experiment=scm|rcm|flow_map teacher=PIPELINE data.dataset_dir=DIR    consistency models, a flow map
 
 PIPELINE is any address of a teacher: a diffusers folder or hub id, a run of `finetune`, an export of one, published weights.
 Guidance, times and learning rates are those that students of its family are published with (NetworkSpec.distillation); the
@@ -23,7 +24,9 @@ from fewstep.data.folder.dataset import Folder
 from fewstep.diffusion import EDM, VP
 from fewstep.diffusion.times import LogitNormal, LogNormal, Shifted, Uniform
 from fewstep.inference.teacher import Teacher, teacher_at
-from fewstep.methods import DMD2, KD, Finetune, StudentSample, transfer1
+from fewstep.methods import DMD2, KD, RCM, SCM, Finetune, FlowMap, Method, StudentSample, TangentTerm, transfer1
+from fewstep.networks.families.wan.anyflow import AnyFlowSpec
+from fewstep.networks.families.wan.network import WanSpec
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks
 from fewstep.training.ema import Ema
@@ -31,6 +34,8 @@ from fewstep.training.optim import Optim
 from fewstep.training.run import Checkpoint, Job, Parallel, Run, Trainer
 
 Control = Literal["edge", "vis", "depth", "seg", "keypoint"]
+RCM_TIMES = LogNormal(mean=0.7, std=1.6)  # rCM, of tan t on video
+RCM_STEPS = (math.pi / 2, 1.5, 1.4, 1.0)  # rCM's times of up to four steps, in TrigFlow
 EMA = Ema(profile="power", width=0.1)  # Predict2.5; right for a run of any length
 
 
@@ -92,6 +97,46 @@ def dmd2(
     )
 
 
+@recipe("scm")
+def scm(teacher: str = "", steps: int = 2, guidance: float | None = None, control: Control | None = None, rank: int = 0) -> Run:
+    """sCM of any teacher: a consistency model of `steps` steps in continuous time, from clips; no pairs are needed."""
+    source = _opened(teacher, control)
+    _refuse_steps(steps, most=len(RCM_STEPS))
+    term = TangentTerm(times=RCM_TIMES, guidance=source.published.guidance if guidance is None else guidance)
+    return _from_clips(source, f"scm_{steps}step", SCM(term, RCM_STEPS[:steps]), _networks(source, rank), control, rank)
+
+
+@recipe("rcm")
+def rcm(teacher: str = "", steps: int = 4, guidance: float | None = None, control: Control | None = None, rank: int = 0) -> Run:
+    """rCM of any teacher into a student of `steps` steps: sCM on clips, and DMD2 on the student's own samples."""
+    source = _opened(teacher, control)
+    _refuse_steps(steps, most=len(RCM_STEPS))
+    method, w = RCM(), source.published.guidance if guidance is None else guidance
+    dmd = replace(method.dmd, student=StudentSample(RCM_STEPS[:steps]), guidance=w)
+    networks = _networks(source, rank)
+    networks = replace(networks, critic=Lora(rank=rank)) if rank else networks
+    method = RCM(replace(method.consistency, guidance=w), dmd)
+    return _from_clips(source, f"rcm_{steps}step", method, networks, control, rank)
+
+
+@recipe("flow_map")
+def flow_map(teacher: str = "", steps: int = 4, shift: float | None = None, guidance: float | None = None) -> Run:
+    """A flow map of a Wan teacher: one student for any number of steps (diffusers' AnyFlow), from clips."""
+    source = _opened(teacher, None)
+    _refuse_steps(steps)
+    if not isinstance(source.spec, WanSpec):
+        raise ConfigError([("teacher", "a flow map needs a network with a second time, and only Wan has one so far (anyflow)")])
+    method, published = FlowMap(), source.published
+    method = replace(
+        method,
+        velocity=replace(method.velocity, guidance=published.guidance if guidance is None else guidance),
+        num_steps=steps,
+        shift=published.shift if shift is None else shift,
+    )
+    networks = replace(_networks(source, 0), student=Full(AnyFlowSpec.like(source.spec)))
+    return _from_clips(source, "flow_map", method, networks, None, 0)
+
+
 # ---- parts of the above ----------------------------------------------------------------------------------------------
 
 
@@ -106,9 +151,11 @@ def _opened(address: str, control: Control | None) -> Teacher:
     return teacher
 
 
-def _refuse_steps(steps: int) -> None:
+def _refuse_steps(steps: int, most: int | None = None) -> None:
     if steps < 1:
         raise ConfigError([("steps", f"must be at least 1, not {steps}")])
+    if most is not None and steps > most:
+        raise ConfigError([("steps", f"must be at most {most} for this method, not {steps}")])
 
 
 def _finetune(name: str, source: Teacher, control: Control | None, rank: int) -> Run:
@@ -147,6 +194,24 @@ def _dmd2(source: Teacher, steps: int, shift: float | None, guidance: float) -> 
 
 def _networks(source: Teacher, rank: int) -> Networks:
     return Networks(teacher=source.spec, teacher_init=source.init, student=Lora(rank=rank) if rank else Full())
+
+
+def _from_clips(source: Teacher, name: str, method: Method, networks: Networks, control: Control | None, rank: int) -> Run:
+    """A run on clips with the learning rates of DMD2."""
+    published = source.published
+    critic = Optim(lr=_lr(source, published.critic_lr, 4e-4, rank), betas=(0.0, 0.99), clip=1.0)
+    return Run(
+        job=_job(source, name),
+        method=method,
+        networks=networks,
+        data=_folder(source, "clips", control, negative=_negative(source)),
+        optim=Optim(lr=_lr(source, published.lr, 2e-4, rank), betas=(0.0, 0.99), clip=1.0),
+        critic_optim=critic if "critic" in method.roles else None,
+        ema=EMA,
+        trainer=_trainer(source, 6000),
+        checkpoint=Checkpoint(save_iter=500),
+        parallel=_parallel(source),
+    )
 
 
 def _init(source: Teacher) -> str:

@@ -11,7 +11,7 @@ from fewstep.batch import Condition
 from fewstep.cli import main
 from fewstep.diffusion import Rng
 from fewstep.evaluation import energy_distance
-from fewstep.inference import open_model
+from fewstep.inference.model import open_model
 from fewstep.recipes.analytic import MIXTURE
 
 pytestmark = pytest.mark.slow

@@ -22,10 +22,16 @@ from fewstep.diffusion.prediction import with_clean_frames
 from fewstep.errors import UserError
 from fewstep.networks.contract import DiffusersSpec, Traits
 from fewstep.networks.families.upstream import Adapter, enters_in_compute_dtype, needed, zero_padded
-from fewstep.networks.families.wan.network import TEXT_TOKENS
+from fewstep.networks.families.wan.network import TEXT_TOKENS, WanSpec
 from fewstep.networks.files.folders import from_folder
+from fewstep.networks.files.pipeline import PipelineFolder
 from fewstep.networks.taps import block_outputs
 
+SIZES = {
+    "latent_channels": "out_channels", "num_heads": "num_attention_heads", "head_dim": "attention_head_dim",
+    "num_layers": "num_layers", "ffn_dim": "ffn_dim", "text_dim": "text_dim", "freq_dim": "freq_dim",
+    "max_positions": "rope_max_seq_len", "image_dim": "image_dim",
+}  # fmt: skip  # fields here and in diffusers
 SECOND, FIRST = "condition_embedder.delta_embedder.", "condition_embedder.time_embedder."
 
 
@@ -37,7 +43,7 @@ class AnyFlow(Adapter):
     @property
     def traits(self) -> Traits:
         targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
-        return Traits(lora_targets=targets, first_frames="time", reads_end=True)
+        return Traits(lora_targets=targets, first_frames="time", reads_end=True, pipeline_class="AnyFlowPipeline")
 
     @property
     def path(self) -> Path:
@@ -107,10 +113,14 @@ class AnyFlowSpec(DiffusersSpec):
         return RectifiedFlow()
 
     @classmethod
-    def like(cls, teacher: Any) -> AnyFlowSpec:  # Any: WanSpec, and other specs of Wan's size
-        """The flow map of a Wan network's size."""
-        names = ("latent_channels", "num_heads", "head_dim", "num_layers", "ffn_dim", "text_dim", "text_tokens", "freq_dim")
-        return cls(max_positions=teacher.max_positions, **{name: getattr(teacher, name) for name in names})
+    def like(cls, teacher: WanSpec) -> AnyFlowSpec:
+        """The flow map of a Wan network's size. Raises UserError for those that read a picture beside their latents."""
+        config = {} if teacher.pretrained is None else PipelineFolder(teacher.pretrained).denoiser
+        sizes = {name: config.get(key, getattr(teacher, name)) for name, key in SIZES.items()}
+        reads_image, channels = sizes.pop("image_dim") is not None, sizes["latent_channels"]
+        if reads_image or config.get("in_channels", channels + teacher.beside_channels) != channels:
+            raise UserError("a flow map of a Wan I2V network is not there: diffusers' AnyFlow has no channels for its picture")
+        return cls(text_tokens=teacher.text_tokens, **sizes)
 
     def build(self) -> AnyFlow:
         from diffusers import AnyFlowTransformer3DModel
