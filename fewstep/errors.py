@@ -8,3 +8,8 @@ class UserError(ValueError):
 
     Any other ValueError is a fault of ours and keeps its traceback.
     """
+
+
+def printable(text: str) -> str:
+    """The text without characters that command a terminal: a name of a file may hold some."""
+    return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)

@@ -18,35 +18,91 @@ VERBS = (
     *("prepare", "prepare toyworld", "prepare text", "prepare controls", "prepare shards", "prepare latents"),
     *("check", "check data"),
 )
-WRONG = {
+WRONG = {  # a use of a verb that is wrong: what the answer names
     "train experiment=analytic_finetun": "did you mean analytic_finetune?",
     "train --dryrum experiment=analytic_finetune": "did you mean --dryrun?",
     "train": "experiment: which run?",
+    "train nonsense": "did you mean experiment=nonsense?",
     "plan experiment=nothing_like_it": "no recipe is named",
     "plan experiment=analytic_kd gpus=x": "gpus=x: give a number",
+    "plan experiment=analytic_kd gpus=0": "gpus=0: at least 1",
+    "plan experiment=analytic_kd gpu=tpu": "gpu=tpu: give GiB, or one of",
+    "plan experiment=analytic_kd shape=axb": "shape=axb: sizes are written as",
+    "plan --nosuch": "--nosuch: no such option",
     "export": "Missing argument 'RUN'",
     "export run": "Missing option '--out'",
+    "export run --out": "Option '--out' requires an argument",
     "export run --out x --format y": "'y' is not one of auto",
+    "export run --out FILE": "FILE' is a file, where a folder is needed",
+    "export run more --out x": "unexpected extra argument(s) (more)",
+    "export run --out x --nosuch": "No such option: --nosuch",
     "convert": "give either SRC",
     "convert a b --dtype int8": "'int8' is not one of keep",
+    "convert a b --lora-scale x": "'--lora-scale': x: the value should be a valid number",
+    "convert --base x": "--base wants the --control",
+    "convert --ctrl-type edge --base x": "--ctrl-type names both files",
     "generate": "which model?",
     "generate model --promt x": "--promt",
+    "generate model --prompt": "argument --prompt: expected one argument",
+    "generate model --prompt x --num-steps x": "--num-steps/--steps: invalid int value: 'x'",
+    "generate model --prompt x --steps 0": "--num-steps 0: at least 1",
+    "generate model --prompt x --batch-size -1": "--batch-size -1: at least 1",
+    "generate model --prompt x --num_frames 0": "--num-frames 0: at least 1",
+    "generate model --prompt x --height -2 --width 2": "--height -2: at least 1",
+    "generate model --prompt x --overlap -1": "--overlap -1: at least 0",
+    "generate model --prompt x --seed -1": "--seed -1: at least 0",
+    "generate model --prompt x --fps nan": "--fps nan: above 0",
+    "generate model --prompt x --shift -1": "--shift -1: above 0",
+    "generate model --prompt x --quality 99": "--quality is 'lossless' or a CRF from 0 to 51, not '99'",
+    "generate model --prompt x --precision fp8": "--precision: invalid choice: 'fp8'",
+    "generate model --prompt x --sampler y": "argument --sampler: invalid choice: 'y'",
+    "generate model --prompt x --name ../y": "'../y'",
+    "generate model --prompt x --num-input-frames 3": "--num-input-frames needs --input",
+    "generate model --prompts nothing.txt": "--prompts nothing.txt: no such file",
     "ls nothing": "there is no list of 'nothing'",
     "ls settings": "GROUP=NAME",
     "pairs": "Missing argument 'MODEL'",
-    "pairs model data --out x --sampler y": "--sampler is one of euler",
+    "pairs model EMPTY --out FILE": "FILE' is a file, where a folder is needed",
+    "pairs model nothing --out x": "'nothing': there is no such folder",
+    "pairs model EMPTY --out x --sampler y": "'y' is not one of auto, euler",
+    "pairs model EMPTY --out x --batch-size -1": "'--batch-size': -1: the value should be greater",
+    "pairs model EMPTY --out x --given-frames -1": "'--given-frames': -1: the value should be greater",
+    "pairs model EMPTY --out x --num x": "'--num': x: the value should be a valid integer",
+    "pairs model EMPTY --out x --quality 99": "'--quality': '99' is neither lossless",
+    "pairs model EMPTY --out x --sigma-max -2": "'--sigma-max': -2 is not a number above 0",
+    "pairs model EMPTY --out x --height 32": "--height and --width go together",
+    "pairs model EMPTY --out x --path-times 1,2": "--path-times 1,2: times descend",
+    "pairs model EMPTY --out x --control nothing": "--control nothing: is none of",
+    "pairs model EMPTY --out x --config nothing.py": "nothing.py: cannot be read",
     "evaluate": "Missing argument 'WHAT'",
-    "evaluate model --out x --sampler y": "--sampler is one of euler",
+    "evaluate model": "Missing option '--out'",
+    "evaluate model --out EMPTY": "EMPTY' is a folder: give the name of a file",
+    "evaluate model --out x --sampler y": "'y' is not one of auto, euler",
+    "evaluate model --out x --sets 0": "'--sets': 0: the value should be greater",
+    "evaluate model --out x --height 3": "--height and --width go together",
+    "evaluate --compare a": "--compare needs two files or more",
     "demo --quick --long": "choose one of --quick and --long",
+    "demo --out FILE": "FILE' is a file, where a folder is needed",
+    "prepare nothing": "No such command 'nothing'",
     "prepare toyworld": "Missing option '--out'",
     "prepare toyworld --out x --num y": "'--num'",
+    "prepare toyworld --out x --workers -1": "'--workers': -1: the value should be greater",
     "prepare text": "Missing argument 'DIR'",
-    "prepare text x --encoder y --form z": "'z' is not one of pickle, packed",
-    "prepare controls x --type y": "'y' is not one of edge, vis",
-    "prepare shards x": "Missing option '--out'",
-    "prepare latents x --codec y --resize z": "'z' is not one of stretch, crop",
+    "prepare text EMPTY": "Missing option '--text-encoder'",
+    "prepare text nothing --text-encoder x": "'nothing': there is no such folder",
+    "prepare text EMPTY --text-encoder y --form z": "'z' is not one of pickle, packed",
+    "prepare controls EMPTY --type y": "'y' is not one of edge, vis",
+    "prepare controls EMPTY --type edge --preset y": "'y' is not one of none, very_low",
+    "prepare shards EMPTY": "Missing option '--out'",
+    "prepare shards EMPTY --out x --shard-mib 0": "'--shard-mib': 0: the value should be greater",
+    "prepare latents EMPTY --codec y --resize z": "'z' is not one of stretch, crop",
+    "prepare latents EMPTY --codec y --scale 0": "'--scale': 0 is not a number above 0",
+    "prepare latents EMPTY --codec y --height 3": "--height and --width go together",
     "check data": "Missing argument 'DIR'",
+    "check data FILE": "FILE': is a file, where a folder is needed",
+    "check data EMPTY --threads 0": "'--threads': 0: the value should be greater",
     "nothing": "No such command 'nothing'",
+    "--nothing": "No such option: --nothing",
 }
 WITHOUT_TORCH = """
 import contextlib, io, json, sys
@@ -59,6 +115,8 @@ for words in json.loads(sys.argv[1]):
             status = main(words.split())
         except SystemExit as end:
             status = end.code
+        except ImportError as error:
+            status = str(error)
     found[words] = [status, out.getvalue() + err.getvalue()]
 print(json.dumps(found))
 """
@@ -76,7 +134,13 @@ def test_help_of_every_verb_needs_no_torch() -> None:
         assert "seeds" not in text, words
 
 
-def test_wrong_use_of_every_verb_exits_2_names_what_is_wrong_and_needs_no_torch() -> None:
+def test_wrong_use_of_every_verb_exits_2_names_what_is_wrong_and_needs_no_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "FILE").write_text("")
+    (tmp_path / "EMPTY").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.chdir(tmp_path)
     for words, (status, text) in answers(list(WRONG)).items():
         assert status == 2 and WRONG[words].lower() in text.lower(), (words, status, text)
         assert text.startswith("fewstep: ") and "Traceback" not in text, (words, text)

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from importlib import import_module
@@ -58,7 +59,8 @@ def verbs(group: Any) -> dict[str, set[str]]:  # Any: typer carries a click of i
 
 VERBS = verbs(typer.main.get_command(app))
 VERBS["generate"] |= generate_command._parser().options()
-VERBS["generate"] |= {option.replace("-", "_").replace("__", "--", 1) for option in VERBS["generate"]}  # either is understood
+for known in VERBS.values():
+    known |= {option.replace("-", "_").replace("__", "--", 1) for option in known}  # either is understood
 VERBS["generate"] |= {f"--{name}" for name in (*coming_from_cosmos.ALIASES, *coming_from_cosmos.WITHOUT_EFFECT)}
 VERBS["train"] |= {"--config", "--dryrun"}
 COMMANDS = sorted({(page.relative_to(ROOT).as_posix(), command) for page in PAGES for command in commands(page)})
@@ -75,6 +77,14 @@ def split(command: str) -> tuple[str, list[str]]:
         return start[0].split()[-1], rest
     size = 2 if rest and any(verb.startswith(f"{rest[0]} ") for verb in VERBS) and len(rest) > 1 else 1
     return " ".join(rest[:size]), rest[size:]
+
+
+def test_the_page_of_options_is_current() -> None:
+    spec = spec_from_file_location("list_options", ROOT / "docs" / "list_options.py")
+    assert spec is not None and spec.loader is not None
+    listing = sys.modules[spec.name] = module_from_spec(spec)  # where dataclasses look
+    spec.loader.exec_module(listing)
+    assert listing.PAGE.read_text() == listing.page(), "run: python docs/list_options.py"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(ROOT).as_posix() for page in PAGES])

@@ -8,7 +8,13 @@ import typer
 
 from fewstep import __version__
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
+)
 
 
 @app.callback(invoke_without_command=True)

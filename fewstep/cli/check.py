@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.app import app
-from fewstep.cli.options import FREE, JSON
+from fewstep.cli.options import FREE, JSON, folder_to_read, option
 
 check = typer.Typer(no_args_is_help=True, help="Check a data set before a run is spent on it.")
 app.add_typer(check, name="check")
@@ -17,11 +17,11 @@ app.add_typer(check, name="check")
 @check.command(name="data", context_settings=FREE)
 def check_data(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="The data set.", metavar="DIR")],
-    as_json: Annotated[bool, typer.Option("--json", help=JSON)] = False,
-    page: Annotated[Path | None, typer.Option("--html", help="Write a contact sheet to this file.")] = None,
+    folder: Annotated[Path, typer.Argument(help="The data set.", metavar="DIR", callback=folder_to_read)],
+    as_json: Annotated[bool, option("--json", JSON)] = False,
+    page: Annotated[Path | None, option("--html", "Write a contact sheet to this file.")] = None,
     threads: Annotated[
-        int | None, typer.Option(help="Number of samples to read at once. Default: the number of cores.")
+        int | None, option("--threads", "Number of samples to read at once. Default: the number of cores.")
     ] = None,
 ) -> None:
     """Read a whole data set once and say what is in it: fewstep check data DIR [--html sheet.html] [num_frames=17 ...].

@@ -8,40 +8,38 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.app import app
-from fewstep.cli.options import imports, one_of
+from fewstep.cli.options import UsageError, imports, one_of, option
 
 
 @app.command()
 def convert(
     source: Annotated[str | None, typer.Argument(help="Weights in any form; with --base, the file to write.")] = None,
     out: Annotated[Path | None, typer.Argument(help="OUT.pt, OUT.safetensors, or a folder for diffusers.")] = None,
-    base: Annotated[str | None, typer.Option(help="Weights of the transformer that a control branch is added to.")] = None,
+    base: Annotated[str | None, option("--base", "Weights of the transformer that a control branch is added to.")] = None,
     control: Annotated[
-        list[str] | None, typer.Option(help="Weights of the control branch, FILE or NAME=FILE; may be repeated.")
+        list[str] | None, option("--control", "Weights of the control branch, FILE or NAME=FILE; may be repeated.")
     ] = None,
     ctrl_type: Annotated[
         str | None,
-        typer.Option("--ctrl-type", "--ctrl_type", help="Take base and control of Cosmos-Transfer1 7B: edge, depth, .."),
+        option("--ctrl-type", "Take base and control of Cosmos-Transfer1 7B: edge, depth, .."),
     ] = None,
-    checkpoint_dir: Annotated[
-        str, typer.Option("--checkpoint-dir", "--checkpoint_dir", help="Folder that --ctrl-type looks in.")
-    ] = "checkpoints",
-    model: Annotated[str | None, typer.Option(help="Name of the published model, or a folder with a config.json.")] = None,
+    checkpoint_dir: Annotated[str, option("--checkpoint-dir", "Folder that --ctrl-type looks in.")] = "checkpoints",
+    model: Annotated[str | None, option("--model", "Name of the published model, or a folder with a config.json.")] = None,
     dtype: Annotated[
         str,
-        typer.Option(help="Type of the tensors: keep, fp32, bf16 or fp16.", callback=one_of("keep", "fp32", "bf16", "fp16")),
+        option("--dtype", "Type of the tensors: keep, fp32, bf16 or fp16.", callback=one_of("keep", "fp32", "bf16", "fp16")),
     ] = "keep",
     lora_scale: Annotated[
-        float | None, typer.Option(help="Add adapters in the file to its weights, multiplied by this number.")
+        float | None, option("--lora-scale", "Add adapters in the file to its weights, multiplied by this number.")
     ] = None,
 ) -> None:
     """Convert weights between forms (original Cosmos, FastGen, distributed, diffusers), or join a base and its control."""
     if ctrl_type is not None and (base is not None or control):
-        raise typer.BadParameter("--ctrl-type names both files; leave --base and --control out.")
+        raise UsageError("--ctrl-type names both files; leave --base and --control out.")
     if ctrl_type is None and source is None and base is None:
-        raise typer.BadParameter("give either SRC, or --base with --control.")
+        raise UsageError("give either SRC, or --base with --control.")
     if base is not None and not control and ctrl_type is None:
-        raise typer.BadParameter("--base wants the --control to put beside it.")
+        raise UsageError("--base wants the --control to put beside it.")
     with imports():
         from fewstep.networks.weights.convert import from_words
 

@@ -10,7 +10,8 @@ from typing import Any
 import typer
 
 from fewstep.cli.app import app
-from fewstep.errors import UserError
+from fewstep.cli.options import UsageError
+from fewstep.errors import UserError, printable
 
 # A file each, in the order of --help. Each imports what it needs when it runs, so that --help answers at once.
 VERBS = (
@@ -28,7 +29,6 @@ VERBS = (
     "report",
     "demo",
 )
-UsageError: Any = typer.BadParameter.__base__  # of all wrong use; typer has no public name for it
 
 for _verb in VERBS:
     import_module(f"fewstep.cli.{_verb}")
@@ -45,8 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         status = app(args=argv, prog_name="fewstep", standalone_mode=False)
     except UsageError as error:
-        where = error.ctx.command_path if error.ctx is not None else "fewstep"
-        return _fail(f"{error.format_message()} ({where} --help)", 2)
+        return _fail(_wrong_use(error), 2)
     except ConfigError as error:
         return _fail(str(error), 2)
     except typer.Exit as end:
@@ -63,8 +62,17 @@ def main(argv: list[str] | None = None) -> int:
     return _fail("aborted", 1) if status == 130 else status if isinstance(status, int) else 0
 
 
+def _wrong_use(error: Any) -> str:  # Any: UsageError
+    """The message of wrong use, with the value that was given, and where the help is."""
+    text = str(error.format_message()).replace("Input should be", "the value should be")
+    reasons = getattr(error.__cause__, "errors", None)  # of pydantic, which reads the values
+    if reasons is not None and "the value should be" in text:
+        text = text.replace("the value should be", f"{reasons()[0]['input']}: the value should be")
+    return f"{text} ({'fewstep' if error.ctx is None else error.ctx.command_path} --help)"
+
+
 def _fail(message: str, status: int) -> int:
-    print(f"fewstep: {message}", file=sys.stderr)
+    print(f"fewstep: {printable(message)}", file=sys.stderr)
     return status
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.app import app
-from fewstep.cli.options import OWN, imports, load, one_of
+from fewstep.cli.options import OWN, folder_to_write, imports, load, one_of, option
 
 FORMS = ("auto", "diffusers", "safetensors", "pt-original", "lora")
 
@@ -16,12 +16,10 @@ FORMS = ("auto", "diffusers", "safetensors", "pt-original", "lora")
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(help="A run folder, or RUN@ITER:ROLE.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
-    form: Annotated[
-        str, typer.Option("--format", help=f"Form of the files: {', '.join(FORMS)}.", callback=one_of(*FORMS))
-    ] = "auto",
+    out: Annotated[Path, option("--out", "Folder to write.", callback=folder_to_write)],
+    form: Annotated[str, option("--format", f"Form of the files: {', '.join(FORMS)}.", callback=one_of(*FORMS))] = "auto",
     base: Annotated[
-        Path | None, typer.Option(help="Folder of a pipeline whose vae and text encoder complete the student.")
+        Path | None, option("--base", "Folder of a pipeline whose vae and text encoder complete the student.")
     ] = None,
     config: Annotated[Path | None, OWN] = None,
 ) -> None:

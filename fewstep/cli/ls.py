@@ -9,14 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from fewstep.cli.app import app
-from fewstep.cli.options import JSON
+from fewstep.cli.options import JSON, UsageError, option
 
 # What `fewstep ls` lists, and the group of each.
 LISTS = {
     "recipes": "recipe", "methods": "method", "networks": "network", "data": "data", "roles": "role", "heads": "head",
     "controls": "control", "paths": "path", "times": "times", "previews": "preview", "scorers": "scorer",
-    "features": "features", "text_encoders": "text_encoder", "rewards": "reward", "sample_weights": "sample_weight",
-    "guardrails": "guardrail", "upsamplers": "upsampler",
+    "features": "features", "text_encoders": "text_encoder", "codecs": "codec", "rewards": "reward",
+    "sample_weights": "sample_weight", "guardrails": "guardrail", "upsamplers": "upsampler",
+    "consistency_schedules": "consistency_schedule", "derivatives": "derivative",
 }  # fmt: skip
 
 
@@ -26,13 +27,13 @@ def list_names(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="GROUP=NAME", help="With settings: method=dmd2, experiment=NAME, ..")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help=JSON)] = False,
+    as_json: Annotated[bool, option("--json", JSON)] = False,
 ) -> None:
     """List the names that a configuration can use, or every setting of one of them: fewstep ls settings method=dmd2."""
     if what not in (*LISTS, "settings"):
-        raise typer.BadParameter(f"there is no list of {what!r}; there are {', '.join(LISTS)} and settings.")
+        raise UsageError(f"there is no list of {what!r}; there are {', '.join(LISTS)} and settings.")
     if (what == "settings") != bool(names):
-        raise typer.BadParameter("fewstep ls settings GROUP=NAME, for instance method=dmd2 or experiment=analytic_kd.")
+        raise UsageError("fewstep ls settings GROUP=NAME, for instance method=dmd2 or experiment=analytic_kd.")
     from fewstep.config import choices, presets, recipes, settings_help
 
     if what == "networks":

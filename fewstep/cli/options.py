@@ -1,4 +1,7 @@
-"""Options that several verbs share, the same in each, and what checks them."""
+"""Options that several verbs share, and what checks them: one thing has one name in every verb (docs/options.md).
+
+Verbs differ in the sentence of --help alone. An underscore for a dash is understood everywhere.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,29 @@ from typing import Any
 
 import typer
 
+from fewstep.solvers import SOLVERS
+
+UsageError: Any = typer.BadParameter.__base__  # of all wrong use; typer has no public name for it
 JSON = "Print machine-readable output and nothing else."
 CONTROLS = ("edge", "vis", "depth", "seg", "keypoint")
-DEVICE = typer.Option(help="Device, for instance cpu or cuda:0. Default: a GPU if there is one.")
-# Options of a teacher's sampler; what is not given is as published for the model.
-STEPS = typer.Option("--steps", "--num-steps", help="Steps of a teacher's solver. Default: as published.")
-SAMPLER = typer.Option(help="A teacher's solver: euler, heun, dpmpp_2m, unipc or res_2ab. Default: as published.")
-SHIFT = typer.Option(help="Shift of a teacher's grid in flow time. Default: as published.")
-SIGMA_MAX = typer.Option(help="Where the grid of an EDM teacher begins. Default: as published, 80.")
-GUIDANCE = typer.Option(help="w in uncond + w (cond - uncond) of a teacher; 1 is off; Cosmos writes g = w - 1.")
-OWN = typer.Option(help="FILE.py that registers networks, scorers or controls of your own.")
+PRESETS = ("none", "very_low", "low", "medium", "high", "very_high", "random")  # of edge and vis
 FREE = {"allow_extra_args": True, "ignore_unknown_options": True}  # KEY=VALUE, and the lone dashes of Cosmos' commands
+# Options with more than one spelling, the first of which is ours.
+SPELLINGS = (
+    ("--out", "-o", "--output-file"),
+    ("--num-steps", "--steps"),
+    ("--codec", "--tokenizer-dir"),
+    ("--text-encoder", "--encoder"),
+    ("--format", "--form"),
+)
+# The least value of options that are numbers.
+LEAST = {
+    "--num": 1, "--num-frames": 1, "--height": 1, "--width": 1, "--batch-size": 1, "--num-steps": 1, "--max-tokens": 1,
+    "--tile": 1, "--sets": 1, "--calls": 1, "--threads": 1, "--sequence-interval": 1, "--start-frame-interval": 1,
+    "--shard-mib": 1, "--steps": 1, "--rank": 1, "--teacher-steps": 1, "--num-pairs": 1, "--kd-iters": 1, "--iters": 1,
+    "--num-eval": 1, "--dim": 1, "--latent-channels": 1, "--processes": 1,
+    "--given-frames": 0, "--workers": 0, "--verify": 0, "--latency": 0, "--measure": 0, "--keep": 0, "--seed": 0,
+}  # fmt: skip
 
 
 def one_of(*names: str) -> Any:  # Any: a callback, as typer has them
@@ -32,6 +47,80 @@ def one_of(*names: str) -> Any:  # Any: a callback, as typer has them
         return value
 
     return check
+
+
+def positive(value: float | None) -> float | None:
+    """Refuses numbers that are not above 0, infinite, or none at all."""
+    if value is not None and not 0 < value < float("inf"):
+        raise typer.BadParameter(f"{value:g} is not a number above 0.")
+    return value
+
+
+def crf(value: str | None) -> str | None:
+    """Refuses what is no quality of an mp4."""
+    if value is not None and value != "lossless" and not (value.isdecimal() and int(value) <= 51):
+        raise typer.BadParameter(f"{value!r} is neither lossless nor a CRF from 0 (best) to 51.")
+    return value
+
+
+def folder_to_read(value: Path | None) -> Path | None:
+    """Refuses a data set that is not there."""
+    if value is not None and not value.is_dir():
+        reason = "is a file, where a folder is needed" if value.exists() else "there is no such folder"
+        raise typer.BadParameter(f"{str(value)!r}: {reason}.")
+    return value
+
+
+def folder_to_write(value: Path | None) -> Path | None:
+    """Refuses a folder in whose place a file stands."""
+    if value is not None and value.exists() and not value.is_dir():
+        raise typer.BadParameter(f"{str(value)!r} is a file, where a folder is needed. Choose another name, or move it.")
+    return value
+
+
+def file_to_write(value: Path | None) -> Path | None:
+    """Refuses a file in whose place a folder stands."""
+    if value is not None and value.is_dir():
+        raise typer.BadParameter(f"{str(value)!r} is a folder: give the name of a file in it, {value.name}.json for instance.")
+    return value
+
+
+def option(name: str, help: str, **rules: Any) -> Any:  # Any: as typer annotates an option, and what it takes
+    """An option under every spelling of its name, with the least value that it may have."""
+    spellings = next((each for each in SPELLINGS if each[0] == name), (name,))
+    least = {"min": LEAST[name]} if name in LEAST else {}
+    return typer.Option(*spellings, help=help, **least, **rules)
+
+
+def size_of(height: int | None, width: int | None) -> tuple[int, int] | None:
+    """Both sides of a picture, or none of them."""
+    if (height is None) != (width is None):
+        raise UsageError("--height and --width go together.")
+    return None if height is None or width is None else (height, width)
+
+
+def _auto(value: str | None) -> str | None:
+    return None if value == "auto" else one_of("auto", *SOLVERS)(value)
+
+
+DEVICE = option("--device", "Device, for instance cpu or cuda:0. Default: a GPU if there is one.")
+PRECISION = option("--precision", "Precision of the network and the codec: fp32 or bf16.", callback=one_of("fp32", "bf16"))
+OWN = option("--config", "FILE.py that registers networks, scorers or controls of your own.")
+SHARD = option("--shard", "torchrun's processes hold a part of the weights each, instead of all of them.")
+# A teacher's sampler; what is not given is as published for the model.
+STEPS = option("--num-steps", "Steps of a teacher's solver. Default: as published.")
+SAMPLER = option("--sampler", f"A teacher's solver: {', '.join(SOLVERS)}. Default: auto, as published.", callback=_auto)
+SHIFT = option("--shift", "Shift of a teacher's grid in flow time. Default: as published.", callback=positive)
+SIGMA_MAX = option("--sigma-max", "Where the grid of an EDM teacher begins. Default: as published, 80.", callback=positive)
+GUIDANCE = option("--guidance", "w in uncond + w (cond - uncond) of a teacher; 1 is off; Cosmos writes g = w - 1.")
+GUIDANCE_LOW = option("--guidance-low", "w of the low-noise expert of Wan A14B.")
+# What the network receives from a data set.
+TEXT = option("--text", "Folder of the text embeddings in the data set.")
+MAX_TOKENS = option("--max-tokens", "Number of tokens that text is padded to.")
+MASK_TEXT = option("--mask-text", "Give the network a mask of the padding; Cosmos has none.")
+BATCH_SIZE = option("--batch-size", "Number of clips that go through the network together.")
+QUALITY = option("--quality", "Quality of the mp4: lossless, or a CRF from 0 to 51.", callback=crf)
+GIVEN_FRAMES = option("--given-frames", "Number of clean latent frames of the clip that the model receives.")
 
 
 @contextmanager

@@ -8,75 +8,100 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.app import app
-from fewstep.cli.options import CONTROLS, DEVICE, GUIDANCE, OWN, SAMPLER, SHIFT, SIGMA_MAX, STEPS, imports, load, one_of
+from fewstep.cli.options import (
+    BATCH_SIZE,
+    CONTROLS,
+    DEVICE,
+    GIVEN_FRAMES,
+    GUIDANCE,
+    GUIDANCE_LOW,
+    MASK_TEXT,
+    OWN,
+    PRECISION,
+    QUALITY,
+    SAMPLER,
+    SHARD,
+    SHIFT,
+    SIGMA_MAX,
+    STEPS,
+    TEXT,
+    UsageError,
+    folder_to_read,
+    folder_to_write,
+    imports,
+    load,
+    one_of,
+    option,
+)
 
 
 @app.command()
 def pairs(
     model: Annotated[str, typer.Argument(help="The teacher: a pipeline's folder or hub id, or RUN@ITER:ROLE.")],
-    out: Annotated[Path, typer.Option(help="Folder to write: a data set of pairs.")],
+    out: Annotated[Path, option("--out", "Folder to write: a data set of pairs.", callback=folder_to_write)],
     dataset: Annotated[
-        Path | None, typer.Argument(help="Data set whose captions, text and controls the teacher receives; metas/ may be all.")
+        Path | None,
+        typer.Argument(
+            help="Data set whose captions, text and controls the teacher receives; metas/ may be all.", callback=folder_to_read
+        ),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="File of prompts instead of a data set: .txt, one a line; or .jsonl.")
+        Path | None, option("--prompts", "File of prompts instead of a data set: .txt, one a line; or .jsonl.")
     ] = None,
     num_frames: Annotated[
-        int | None, typer.Option(help="Frames of a clip. Default: as the data set's latents or clips, or the teacher's.")
+        int | None, option("--num-frames", "Frames of a clip. Default: as the data set's latents or clips, or the teacher's.")
     ] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels. Default: as for --num-frames.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels. Default: as for --num-frames.")] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames per second. Default: as for --num-frames, or 24.")] = None,
-    num: Annotated[int | None, typer.Option(help="Use the first N samples. Default: all.")] = None,
-    steps: Annotated[int | None, STEPS] = None,
+    height: Annotated[int | None, option("--height", "Pixels. Default: as for --num-frames.")] = None,
+    width: Annotated[int | None, option("--width", "Pixels. Default: as for --num-frames.")] = None,
+    fps: Annotated[float | None, option("--fps", "Frames per second. Default: as for --num-frames, or 24.")] = None,
+    num: Annotated[int | None, option("--num", "Use the first N samples. Default: all.")] = None,
+    num_steps: Annotated[int | None, STEPS] = None,
     sampler: Annotated[str | None, SAMPLER] = None,
     shift: Annotated[float | None, SHIFT] = None,
     sigma_max: Annotated[float | None, SIGMA_MAX] = None,
     guidance: Annotated[float | None, GUIDANCE] = None,
-    guidance_low: Annotated[float | None, typer.Option(help="w of the low-noise expert of Wan A14B.")] = None,
+    guidance_low: Annotated[float | None, GUIDANCE_LOW] = None,
     path_times: Annotated[
-        str | None, typer.Option(help="States to keep: times of the teacher's path, separated by commas, or their number.")
+        str | None, option("--path-times", "States to keep: times of the teacher's path, separated by commas, or their number.")
     ] = None,
     student_shift: Annotated[
-        float, typer.Option(help="Shift of the student's times, where --path-times is their number.")
+        float, option("--student-shift", "Shift of the student's times, where --path-times is their number.")
     ] = 5.0,
-    given_frames: Annotated[int, typer.Option(help="Number of clean latent frames of the clip that the teacher receives.")] = 0,
-    control: Annotated[str | None, typer.Option(help=f"Control that the teacher receives: {', '.join(CONTROLS)}.")] = None,
-    codec: Annotated[str | None, typer.Option(help="Folder or hub id of the autoencoder. Default: the teacher's.")] = None,
-    text: Annotated[str, typer.Option(help="Folder of the text embeddings in the data set.")] = "t5_xxl",
+    given_frames: Annotated[int, GIVEN_FRAMES] = 0,
+    control: Annotated[str | None, option("--control", f"Control that the teacher receives: {', '.join(CONTROLS)}.")] = None,
+    codec: Annotated[str | None, option("--codec", "Folder or hub id of the autoencoder. Default: the teacher's.")] = None,
+    text: Annotated[str, TEXT] = "t5_xxl",
     negative: Annotated[
-        str | None, typer.Option(help="Negative embedding for guidance: zeros (default), or a file of the data set.")
+        str | None, option("--negative", "Negative embedding for guidance: zeros (default), or a file of the data set.")
     ] = None,
     negative_prompt: Annotated[
-        str, typer.Option(help="With --prompts: the text that guidance pushes away from (default: the empty text).")
+        str, option("--negative-prompt", "With --prompts: the text that guidance pushes away from (default: the empty text).")
     ] = "",
     text_encoder: Annotated[
-        str | None, typer.Option(help="With --prompts: folder or hub id of the text encoder. Default: the teacher's.")
+        str | None, option("--text-encoder", "With --prompts: folder or hub id of the text encoder. Default: the teacher's.")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Number of tokens that text is padded to. Default: as the teacher's text encoder.")
+        int | None,
+        option("--max-tokens", "Number of tokens that text is padded to. Default: as the teacher's text encoder."),
     ] = None,
-    mask_text: Annotated[
-        bool, typer.Option("--mask-text", help="Give the network a mask of the padding; Cosmos has none.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    quality: Annotated[str, typer.Option(help="Quality of the mp4: lossless, or a CRF from 0 to 51.")] = "18",
+    mask_text: Annotated[bool, MASK_TEXT] = False,
+    seed: Annotated[int, option("--seed", "Seed of the noise.")] = 0,
+    quality: Annotated[str, QUALITY] = "18",
     form: Annotated[
-        str, typer.Option(help="Files to write: ours, or fastgen (a folder for each pair).", callback=one_of("ours", "fastgen"))
+        str,
+        option("--format", "Files to write: ours, or fastgen (a folder for each pair).", callback=one_of("ours", "fastgen")),
     ] = "ours",
-    verify: Annotated[int, typer.Option(help="Solve this many of the pairs again, and compare.")] = 0,
-    shard: Annotated[
-        bool, typer.Option("--shard", help="torchrun's processes hold a part of the weights each, instead of all of them.")
-    ] = False,
-    precision: Annotated[str, typer.Option(help="Precision of the network and the codec: fp32 or bf16.")] = "fp32",
-    batch_size: Annotated[int, typer.Option(help="Number of clips that go through the network together.")] = 32,
+    verify: Annotated[int, option("--verify", "Solve this many of the pairs again, and compare.")] = 0,
+    shard: Annotated[bool, SHARD] = False,
+    precision: Annotated[str, PRECISION] = "fp32",
+    batch_size: Annotated[int, BATCH_SIZE] = 32,
     device: Annotated[str | None, DEVICE] = None,
     config: Annotated[Path | None, OWN] = None,
 ) -> None:
     """Noise/clip pairs and ODE paths of a teacher, in the layout of Cosmos-Transfer1. torchrun's processes divide them."""
     from fewstep.inference.request import PairsRequest, SamplerOptions, Sizes, path_times_of
 
-    sampling = SamplerOptions(steps, sampler, shift, sigma_max, guidance, guidance_low)
+    sampling = SamplerOptions(num_steps, sampler, shift, sigma_max, guidance, guidance_low)
     request = PairsRequest(
         model, dataset, out, sampling, path_times_of(path_times), student_shift, given_frames,
         control=control, codec=codec, text=text, negative=negative, max_tokens=max_tokens, mask_text=mask_text, num=num,
@@ -84,6 +109,8 @@ def pairs(
         sizes=Sizes(num_frames, height, width, fps), prompts=prompts, text_encoder=text_encoder,
         negative_prompt=negative_prompt, form=form, verify=verify, shard=shard,
     )  # fmt: skip
+    if control is not None and control not in CONTROLS and config is None:
+        raise UsageError(f"--control {control}: is none of {', '.join(CONTROLS)}; --config FILE.py may add one of your own.")
     load(config)
     with imports():
         from fewstep.inference.pairs import run

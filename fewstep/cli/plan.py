@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.app import app
-from fewstep.cli.options import FREE, JSON, imports
+from fewstep.cli.options import FREE, JSON, imports, option
 
 
 @app.command(context_settings=FREE)
 def plan(
     context: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help=JSON)] = False,
+    as_json: Annotated[bool, option("--json", JSON)] = False,
 ) -> None:
     """Memory on each GPU: fewstep plan experiment=NAME a.b=c ... gpus=8 gpu=h100. No GPU and no weights are needed.
 

@@ -8,17 +8,18 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.app import app
+from fewstep.cli.options import option
 
 
 @app.command()
 def report(
     what: Annotated[list[Path], typer.Argument(help="Run folders, and files of scores that fewstep evaluate wrote.")],
-    out: Annotated[Path, typer.Option(help="HTML file to write.")],
-    title: Annotated[str | None, typer.Option(help="Title of the page. Default: the names of the models.")] = None,
+    out: Annotated[Path, option("--out", "HTML file to write.")],
+    title: Annotated[str | None, option("--title", "Title of the page. Default: the names of the models.")] = None,
     bound: Annotated[
-        list[str] | None, typer.Option(help="Threshold that students are to keep, NAME<=VALUE or NAME>=VALUE; several times.")
+        list[str] | None, option("--bound", "Threshold that students are to keep, NAME<=VALUE or NAME>=VALUE; several times.")
     ] = None,
-    max_mb: Annotated[float, typer.Option(help="Size of the page in megabytes, to which clips are compressed.")] = 15.0,
+    max_mb: Annotated[float, option("--max-mb", "Size of the page in megabytes, to which clips are compressed.")] = 15.0,
 ) -> None:
     """One HTML page of models and runs: clips in step, scores with spreads, curves, thresholds. It opens offline."""
     missing = [str(path) for path in what if not path.exists()]

@@ -166,14 +166,14 @@ def _size(request: DistillRequest, clips: Clips, form: Form, network: Mapping[st
     unit = form.space * _patches(network)[-1]
     height, width = request.size or clips.size
     if height % unit or width % unit:
-        lower = f"{height - height % unit} {width - width % unit}"
-        raise UserError(f"{height} x {width} pixels: this teacher takes multiples of {unit}. Choose a size, --size {lower}")
+        lower = f"--height {height - height % unit} --width {width - width % unit}"
+        raise UserError(f"{height} x {width} pixels: this teacher takes multiples of {unit}. Choose a size, {lower}")
     for axis, side in ((1, height), (2, width)):
         most = _most(network, axis)
         if most is not None and side > most * form.space:
             raise UserError(
                 f"{height} x {width} pixels: this teacher was trained for {most * form.space} along a side at the most. Choose "
-                "a smaller --size HEIGHT WIDTH"
+                "a smaller --height and --width"
             )
     return height, width
 

@@ -76,9 +76,9 @@ def _text(facts: Facts) -> Iterator[Command]:
     request = facts.request
     sets = [request.dataset] if request.heldout is None else [request.dataset, request.heldout]
     for folder in sets:
-        negative = () if facts.negative == "zeros" else ("--negative", "")
+        negative = () if facts.negative == "zeros" else ("--negative-prompt", "")
         prompt = () if request.prompt is None else ("--prompt", request.prompt)
-        yield ("fewstep", "prepare", "text", str(folder), "--encoder", facts.text_encoder, *negative, *prompt)
+        yield ("fewstep", "prepare", "text", str(folder), "--text-encoder", facts.text_encoder, *negative, *prompt)
 
 
 def _is_made(control: str | None) -> bool:
@@ -95,7 +95,9 @@ def _latents(facts: Facts) -> Iterator[Command]:
     words = () if scale == 1.0 else ("--scale", f"{scale:g}")
     frames = str(facts.num_frames)
     words += ("--num-frames", frames, "--start-frame-interval", frames) if facts.is_window else ()
-    words += () if facts.size == clips.size else ("--size", *map(str, facts.size), "--resize", "crop")
+    words += (
+        () if facts.size == clips.size else ("--height", str(facts.size[0]), "--width", str(facts.size[1]), "--resize", "crop")
+    )
     words += () if request.control is None else ("--control", request.control)
     yield ("fewstep", "prepare", "latents", str(request.dataset), "--codec", facts.codec, *words)
 
@@ -168,7 +170,7 @@ def _scores(facts: Facts) -> Iterator[Command]:
     request = facts.request
     prompts = str(request.heldout or request.dataset)
     common = ("--prompts", prompts, "--real", str(request.dataset), "--num", str(facts.num_eval), "--sets", "1")
-    shape = ("--num-frames", str(facts.num_frames), "--size", f"{facts.size[0]}x{facts.size[1]}")
+    shape = ("--num-frames", str(facts.num_frames), "--height", str(facts.size[0]), "--width", str(facts.size[1]))
     codec = () if facts.codec == facts.teacher.base else ("--codec", facts.codec)
     few = ("--steps", str(request.steps), "--guidance", f"{facts.sampler.guidance:g}")
     many = ("--guidance", few[-1]) if request.teacher_steps is None else ("--steps", str(request.teacher_steps), *few[2:])

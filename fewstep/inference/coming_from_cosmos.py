@@ -23,7 +23,7 @@ ALIASES = {  # theirs, and those of diffusers and FastGen: ours. An underscore f
     "prompt_file": "prompts", "batch_input_path": "prompts",
     "input_image_or_video_path": "input", "input_video_path": "input", "input_path": "input", "video_path": "input",
     "video_save_folder": "out", "output_dir": "out", "save_root": "out", "video_save_name": "name",
-    "steps": "num-steps", "num_inference_steps": "num-steps", "guidance_scale_2": "guidance-low",
+    "num_inference_steps": "num-steps", "guidance_scale_2": "guidance-low",
     "num_video_frames": "num-frames", "num_output_frames": "num-frames",
     "chunk_size": "chunk-frames", "num_frames_per_chunk": "chunk-frames", "num_video_frames_per_chunk": "chunk-frames",
     "chunk_overlap": "overlap", "num_conditional_frames": "overlap", "num_ar_conditional_frames": "overlap",

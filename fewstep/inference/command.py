@@ -151,8 +151,8 @@ def _of_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Model").add_argument
     add("model", nargs="?", metavar="MODEL", help="a run, a folder of fewstep export or of diffusers, a hub id, Cosmos weights")
     add("--network", metavar="NAME", help="the published Cosmos network, where MODEL is weights whose shapes fit several")
-    add("--codec", metavar="FOLDER", help="folder or hub id of the autoencoder (default: the model's own)")
-    add("--text-encoder", metavar="FOLDER", help="folder or hub id of the text encoder (default: the model's own)")
+    add("--codec", "--tokenizer-dir", metavar="FOLDER", help="folder or hub id of the autoencoder (default: the model's own)")
+    add("--text-encoder", "--encoder", metavar="FOLDER", help="folder or hub id of the text encoder (default: the model's own)")
     add("--image-encoder", metavar="FOLDER", help="of Wan 2.1 I2V: a pipeline's folder or hub id (default: the model's own)")
     add(
         "--max-tokens", type=int, metavar="N", help="cut texts to N tokens; embeddings are also padded (default: the encoder's)"
@@ -203,7 +203,7 @@ def _of_clip(parser: argparse.ArgumentParser) -> None:
 def _of_sampler(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Sampling (of a teacher; default: as published)").add_argument
     add("--seed", type=int, metavar="N", help="of the first clip; each further one has one more (default: 0)")
-    add("--num-steps", type=int, metavar="N", help="steps of the solver")
+    add("--num-steps", "--steps", type=int, metavar="N", help="steps of the solver")
     add(
         "--sampler",
         dest="solver",
@@ -234,7 +234,15 @@ def _of_plugins(parser: argparse.ArgumentParser) -> None:
 
 def _of_output(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Output").add_argument
-    add("-o", "--out", type=Path, default=Path("outputs"), metavar="FOLDER", help="folder to write (default: outputs)")
+    add(
+        "--out",
+        "-o",
+        "--output-file",
+        type=Path,
+        default=Path("outputs"),
+        metavar="FOLDER",
+        help="folder to write (default: outputs)",
+    )
     add("--name", help="name of the file, without .mp4 (default: output); of several clips NAME_0000, ..")
     add("--quality", default="18", metavar="CRF", help="of the mp4: 0 (best) to 51, or lossless (default: 18)")
     add("--save-noise", action="store_true", help="write OUT/noise/NAME.pickle, of variance 1")

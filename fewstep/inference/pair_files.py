@@ -129,7 +129,7 @@ class PairFiles:
 def check_form(form: Form, control: str | None) -> None:
     """Refuses what a form cannot hold."""
     if form == "fastgen" and control is not None:
-        raise UserError(f"--form fastgen has no place for a control; leave out --control {control}, or --form")
+        raise UserError(f"--format fastgen has no place for a control; leave out --control {control}, or --format")
 
 
 def evenly(names: Sequence[int], num: int) -> list[int]:

@@ -48,6 +48,10 @@ class SamplerOptions:
             raise ConfigError(f"--sampler is one of {', '.join(SOLVERS)}, not {self.solver!r}")
         if self.num_steps is not None and self.num_steps < 1:
             raise ConfigError(f"--num-steps {self.num_steps}: at least 1")
+        for name in ("shift", "sigma_max"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"{self.SPELLED[name]} {value:g}: above 0")
 
     def values(self) -> dict[str, Any]:
         """The fields that the command line sets."""
@@ -119,7 +123,13 @@ class GenerateRequest:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: at least 1")
         if self.fps is not None and not 0 < self.fps < float("inf"):
             raise ConfigError(f"--fps {self.fps:g}: above 0")
+        if self.overlap is not None and self.overlap < 0:
+            raise ConfigError(f"--overlap {self.overlap}: at least 0")
         for clip in self.clips:
+            if clip.seed < 0:
+                raise ConfigError(f"--seed {clip.seed}: at least 0")
+            if clip.num_input_frames < 0:
+                raise ConfigError(f"--num-input-frames {clip.num_input_frames}: at least 0")
             plain_name(clip.name, "the name of a clip")
 
 
@@ -200,7 +210,7 @@ class PairsRequest:
         if self.prompts is not None and self.negative not in (None, "zeros"):
             raise ConfigError(f"--negative {self.negative}: a file of a data set. With --prompts give --negative-prompt TEXT")
         if self.form not in ("ours", "fastgen"):
-            raise ConfigError(f"--form is ours or fastgen, not {self.form!r}")
+            raise ConfigError(f"--format is ours or fastgen, not {self.form!r}")
         if self.quality != "lossless" and not self.quality.isdigit():
             raise ConfigError(f"--quality is 'lossless' or a CRF from 0 to 51, not {self.quality!r}")
         if self.precision not in PRECISIONS:

@@ -46,7 +46,9 @@ def write(
     named = track(texts.items(), len(texts), f"embedding into {folder}")
     if form == "packed":
         if place.files(part):
-            raise UserError(f"{place.root / folder}: holds single files, which packs would hide. Remove them, or --form pickle")
+            raise UserError(
+                f"{place.root / folder}: holds single files, which packs would hide. Remove them, or --format pickle"
+            )
         labels = [Label(stem, hash_of(text)) for stem, text in texts.items()]
         with Writer(place.root / folder, made_from, lengths_differ=True) as writer:
             writer.keep_only(labels)
@@ -54,7 +56,7 @@ def write(
                 writer.put(label, lambda text=text: embed(text))
         return Summary(len(texts), writer.new)
     if has_packs(place.root / folder):
-        raise UserError(f"{place.root / folder}: holds packs, which would hide single files. Remove them, or --form packed")
+        raise UserError(f"{place.root / folder}: holds packs, which would hide single files. Remove them, or --format packed")
     new = foreign = 0
     with Ledger(_ledger(place, folder), made_from, lambda stem: place.file(part, stem)) as ledger:
         for stem, text in named:

@@ -1,7 +1,8 @@
 """Recipes of Cosmos-Predict1 7B Video2World post-training, all weights or adapters, under the published names and settings.
 
-Clips of 121 frames as latents (`fewstep prepare latents DIR --scale 0.5 --num-frames 121 --size 720 1280`; the adapters' 480
-848). The network receives 0, 1 or 2 latent frames with noise of sigma exp(N(-3, 2)), and a fifth of the samples without text.
+Clips of 121 frames as latents: `fewstep prepare latents DIR --scale 0.5 --num-frames 121 --height 720 --width 1280` (480 x 848
+for adapters). The network receives 0, 1 or 2 latent frames with noise of sigma exp(N(-3, 2)), and a fifth of the samples
+without text.
 """
 
 from __future__ import annotations

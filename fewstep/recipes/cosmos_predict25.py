@@ -4,7 +4,7 @@
     dmd2_trigflow_distill_cosmos_transfer2p5_2B_bidirectional_{edge|vis|depth|seg}
 
 720p, 93 frames: latents of 24 x 88 x 160 (`fewstep prepare latents`), texts are the outputs of Qwen2.5-VL's 28 layers
-(`fewstep prepare text --into reason1`). The learning rate rises to 0.99 of its nominal value in 100 iterations and then falls
+(`fewstep prepare text --text reason1`). The learning rate rises to 0.99 of its nominal value in 100 iterations and then falls
 towards 0.4 over 400,000; the run ends long before. The published code reads the unconditional prompt from a file; here it is
 zeros.
 """

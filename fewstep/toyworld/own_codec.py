@@ -87,7 +87,7 @@ def windows(dataset_dir: Path, num_frames: int | None, size: tuple[int, int] | N
         raise UserError(f"--num-frames {num}: a tokenizer of {TIME} frames to a latent takes 1 + k * {TIME}, 17 for instance")
     height, width = size or (max(side // SPACE, 1) * SPACE for side in headers[0].size)
     if height % SPACE or width % SPACE:
-        raise UserError(f"--size {height} {width}: both must be multiples of {SPACE}")
+        raise UserError(f"--height {height} --width {width}: both must be multiples of {SPACE}")
     return Folder(
         str(dataset_dir),
         text=None,

@@ -4,7 +4,7 @@ fewstep prepare toyworld --out datasets/toyworld/train --num 24000 --seed 11 --o
 python -m fewstep.toyworld.train_features --seed 1 --out perceptual.safetensors   (below the output root)
 python -m fewstep.toyworld.train_tokenizer tokenizer
 fewstep prepare words datasets/toyworld/train --out fewstep/toyworld/stack/text_encoder
-fewstep prepare text datasets/toyworld/train --encoder fewstep/toyworld/stack
+fewstep prepare text datasets/toyworld/train --text-encoder fewstep/toyworld/stack
 fewstep prepare latents datasets/toyworld/train --codec fewstep/toyworld/stack --control edge
 fewstep train experiment=toy_teacher
 python -m fewstep.toyworld.train_tokenizer decoder

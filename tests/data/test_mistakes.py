@@ -317,8 +317,8 @@ def test_what_is_laid_over_a_frame_is_its_own_control(source: Path) -> None:
 
 
 def test_an_empty_folder_and_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", "data", str(tmp_path / "none")]) == 1
-    assert "no such folder" in capsys.readouterr().err
+    assert main(["check", "data", str(tmp_path / "none")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
     (tmp_path / "videos").mkdir()
     assert not survey(tmp_path).is_trainable
 

@@ -376,7 +376,7 @@ def test_prompts_alone_make_the_pairs_of_a_data_set_with_those_captions(tmp_path
     out, data = str(tmp_path / "out"), str(tmp_path / "data")
     size = ["--num-frames", "5", "--height", "16", "--width", "16", "--fps", "8"]
     same = ["--steps", "4", "--guidance", "2", "--path-times", "2", "--mask-text", "--max-tokens", "40", *size]
-    assert cli(["prepare", "text", data, "--encoder", str(TOY), "--negative", ""]) == 0
+    assert cli(["prepare", "text", data, "--text-encoder", str(TOY), "--negative-prompt", ""]) == 0
     of_data = ["pairs", str(TOY), data, "--out", f"{out}/data", "--negative", "negative.pickle", *same]
     assert cli(of_data) == 0
     alone = ["pairs", str(TOY), "--prompts", str(tmp_path / "prompts.txt"), "--out", f"{out}/alone", *same, "--verify", "1"]

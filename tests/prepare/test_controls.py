@@ -266,11 +266,11 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str], depth_mod
     assert capsys.readouterr().out == f"{folder / 'depth'}: 3 clips, 3 of them new\n"
     for wrong, told in (
         (["blur"], "'blur' is not one of edge, vis, depth, seg, keypoint"),
-        (["edge", "--preset", "weak"], "there is no preset 'weak'"),
+        (["edge", "--preset", "weak"], "'weak' is not one of none, very_low"),
         (["keypoint"], "--type keypoint needs --from"),
         (["depth"], "--type depth needs --model with a Depth-Anything model"),
         (["edge", "--from", str(folder)], "--from is for depth, seg, keypoint, not edge"),
-        (["vis", "--quality", "best"], "--quality is lossless, or a crf"),
+        (["vis", "--quality", "best"], "'best' is neither lossless nor a CRF"),
     ):
         assert cli.main([*words, *wrong]) == 2
         assert told in capsys.readouterr().err

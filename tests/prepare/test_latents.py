@@ -169,7 +169,7 @@ def test_the_command(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert cli.main(words) == 0
     assert capsys.readouterr().out == f"{toy}: 6 latents, 0 of them new\n"
     assert spec(toy, x0="latents", control=Edge()).open().batch(torch.tensor([0])).size() == 1
-    assert cli.main([*words, "--size", "16", "16"]) == 1
+    assert cli.main([*words, "--height", "16", "--width", "16"]) == 1
     assert "video_size is 'own', not '16x16'" in capsys.readouterr().err
     assert cli.main([*words, "--dtype", "float8"]) == 2
     assert "'float8' is not one of float16, bfloat16" in capsys.readouterr().err

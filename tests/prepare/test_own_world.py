@@ -35,16 +35,16 @@ def test_a_world_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OUTPUT_ROOT", "runs")
     world(tmp_path / "clips")
-    assert cli(["prepare", "words", "clips", "--out", "words", "--steps", "60", "--dim", "16"]) == 0
+    assert cli(["prepare", "words", "clips", "--out", "words", "--iters", "60", "--dim", "16"]) == 0
     assert "words of 3 captions" in capsys.readouterr().out
     assert cli(["prepare", "words", "clips", "--out", "words", "--dim", "16"]) == 0  # rerun: nothing to do
     assert "words: is there, with the 14 words of these captions" in capsys.readouterr().out
-    assert cli(["prepare", "text", "clips", "--encoder", "words"]) == 0
+    assert cli(["prepare", "text", "clips", "--text-encoder", "words"]) == 0
     encoder = open_text_encoder("words")
     assert encoder.dim == 16
     with pytest.raises(ValueError, match="has no word for dragon"):
         encoder.encode(["a dragon"])
-    assert cli(["prepare", "codec", "clips", "--out", "codec", "--steps", "2", "--batch-size", "2"]) == 0
+    assert cli(["prepare", "codec", "clips", "--out", "codec", "--iters", "2", "--batch-size", "2"]) == 0
     assert "trained on 3 windows of 9 x 16 x 24" in capsys.readouterr().out
     assert cli(["prepare", "codec", "clips", "--out", "codec"]) == 1
     assert "codec: is there already" in capsys.readouterr().err
@@ -63,7 +63,7 @@ def test_a_codec_of_ones_own_reconstructs_its_clips(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OUTPUT_ROOT", "runs")
     world(tmp_path / "clips", 6)
-    assert cli(["prepare", "codec", "clips", "--out", "codec", "--steps", "150", "--batch-size", "4"]) == 0
+    assert cli(["prepare", "codec", "clips", "--out", "codec", "--iters", "150", "--batch-size", "4"]) == 0
     codec = open_codec("codec")
     pixels = Folder("clips", text=None, num_frames=9, video_size=(16, 24), resize="crop", start_frame_interval=9).open()
     x0 = pixels.batch(torch.arange(6)).x0

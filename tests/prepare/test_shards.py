@@ -257,6 +257,6 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     words = ["prepare", "shards", str(folder), "--out", str(tmp_path / "out"), "--parts", "videos,metas"]
     assert cli.main(words) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'out'}: 5 samples in 1 shards, 1 of them new\n"
-    assert cli.main([*words, "--shard-mib", "0"]) == 1
-    assert "a shard has at least one byte" in capsys.readouterr().err
+    assert cli.main([*words, "--shard-mib", "0"]) == 2
+    assert "'--shard-mib': 0: the value should be greater than or equal to 1" in capsys.readouterr().err
     video.probe(folder / "videos" / f"{stem_of(0)}.mp4")

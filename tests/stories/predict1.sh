@@ -4,9 +4,9 @@
 export OUTPUT_ROOT=checkpoints
 
 # One caption for all clips, its embedding, and the latents of windows.
-fewstep prepare text datasets/cosmos_nemo_assets --encoder google-t5/t5-11b --prompt "a red ball rolls"
+fewstep prepare text datasets/cosmos_nemo_assets --text-encoder google-t5/t5-11b --prompt "a red ball rolls"
 fewstep prepare latents datasets/cosmos_nemo_assets --codec checkpoints/tokenizer --scale 0.5 --num-frames 17 \
-  --start-frame-interval 4 --size 32 32
+  --start-frame-interval 4 --height 32 --width 32
 fewstep check data datasets/cosmos_nemo_assets data.x0=latents data.negative=zeros
 
 # All weights, and the moving average of the second iteration in the place of a published model.

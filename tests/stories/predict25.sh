@@ -2,7 +2,7 @@
 # Beside the clips there are the download of its weights, a pipeline with codec and text encoder, and small.yaml with the sizes
 # of this network.
 export OUTPUT_ROOT=checkpoints
-fewstep prepare text datasets/dmd2 --encoder checkpoints/pipeline --into reason1
+fewstep prepare text datasets/dmd2 --text-encoder checkpoints/pipeline --into reason1
 fewstep prepare latents datasets/dmd2 --codec checkpoints/pipeline
 torchrun --nproc_per_node=2 --master_port=12340 -m fewstep.train \
   --config=cosmos_predict2/_src/predict2/distill/configs/registry_predict2p5.py -- \

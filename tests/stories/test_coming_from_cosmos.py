@@ -33,7 +33,7 @@ ELSEWHERE = {
         "networks/test_cosmos_lora.py::test_predict1s_adapters_are_added_into_the_layers_beside_which_they_lie"
     ),
     "fewstep prepare controls datasets/dmd2 --type depth --model FOLDER": "prepare/test_controls.py::test_the_command",
-    "fewstep prepare text D --encoder google-t5/t5-11b --prompt P": (
+    "fewstep prepare text D --text-encoder google-t5/t5-11b --prompt P": (
         "prepare/test_text.py::test_one_prompt_for_all_as_the_nemo_assets_want_it"
     ),
     "fewstep pairs TEACHER --prompts P --out O": "inference/test_pairs.py::test_the_files_of_fastgen_hold_the_same_pairs",

@@ -3,7 +3,7 @@
 export OUTPUT_ROOT=checkpoints
 
 # Text and controls. Edge and vis are made from the clips; the others are results of other models.
-fewstep prepare text datasets/dmd2 --encoder google-t5/t5-11b
+fewstep prepare text datasets/dmd2 --text-encoder google-t5/t5-11b
 fewstep prepare controls datasets/dmd2 --type $TYPE $FROM
 fewstep check data datasets/dmd2 data.control=$TYPE
 

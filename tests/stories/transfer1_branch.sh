@@ -1,6 +1,6 @@
 # A control branch of Cosmos-Transfer1, $TYPE, over its frozen base: a fresh one, and the published one trained on.
 export OUTPUT_ROOT=checkpoints
-fewstep prepare text datasets/dmd2 --encoder google-t5/t5-11b
+fewstep prepare text datasets/dmd2 --text-encoder google-t5/t5-11b
 fewstep prepare controls datasets/dmd2 --type $TYPE
 fewstep prepare latents datasets/dmd2 --codec checkpoints/tokenizer --control $TYPE --scale 0.5
 fewstep convert checkpoints/nvidia/Cosmos-Transfer1-7B/base_model.pt checkpoints/nvidia/Cosmos-Transfer1-7B/base_model

@@ -2,7 +2,7 @@
 # Beside the clips there are the download of its weights, a pipeline with codec and text encoder, and small.yaml with the sizes
 # of this network.
 export OUTPUT_ROOT=checkpoints
-fewstep prepare text datasets/dmd2 --encoder checkpoints/pipeline --into reason1
+fewstep prepare text datasets/dmd2 --text-encoder checkpoints/pipeline --into reason1
 fewstep prepare controls datasets/dmd2 --type $TYPE
 fewstep prepare latents datasets/dmd2 --codec checkpoints/pipeline --control $TYPE
 torchrun --nproc_per_node=2 --master_port=12340 -m fewstep.train \

@@ -184,8 +184,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         "2",
         "--seed",
         "1",
-        "--size",
-        "16",
+        *("--height", "16", "--width", "16"),
         "--workers",
         "0",
     ]
@@ -194,7 +193,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert video.probe(tmp_path / "set" / "videos" / "clip_000001.mp4").size == (16, 16)
     told = {part: sorted(path.name for path in (tmp_path / "set" / part).glob("clip_*")) for part in SEEDS}
     assert told == {part: [f"clip_00000{n}{suffix}" for n in range(2)] for part, suffix in SEEDS.items()}
-    assert cli.main([*words[:-4], "--size", "32"]) == 1
+    assert cli.main([*words[:-6], "--height", "32", "--width", "32"]) == 1
     assert "holds clips of another world" in capsys.readouterr().err
 
     def interrupt(*_: object) -> int:

@@ -131,10 +131,10 @@ def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
             "captions become embeddings, clips latents of the video tokenizer; real clips are compared with others",
             (
                 (
-                    ("fewstep", "prepare", "text", world, "--encoder", toy),
+                    ("fewstep", "prepare", "text", world, "--text-encoder", toy),
                     ("fewstep", "prepare", "latents", world, "--codec", toy),
                 ),
-                (("fewstep", "prepare", "text", held, "--encoder", toy), score("real", held)),
+                (("fewstep", "prepare", "text", held, "--text-encoder", toy), score("real", held)),
             ),
         ),
         Stage.of(
@@ -227,7 +227,7 @@ def _scratch(out: Path, toy: str, plan: Plan) -> list[Stage]:
             "scratch_latents",
             "captions become embeddings; the tokenizer is put in its place, clips and their edges become latents",
             (
-                (("fewstep", "prepare", "text", data, "--encoder", toy),),
+                (("fewstep", "prepare", "text", data, "--text-encoder", toy),),
                 (
                     release("tokenizer", "toy_tokenizer", "vae", data),
                     ("fewstep", "prepare", "latents", data, "--codec", toy, "--control", "edge"),
