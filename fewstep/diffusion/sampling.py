@@ -140,13 +140,25 @@ class TeacherSampler:
         return self.trajectory(denoiser, noise, cond, negative).x0
 
     def trajectory(
-        self, denoiser: Denoiser, noise: Tensor, cond: Condition, negative: Condition | None = None, at: Sequence[float] = ()
+        self,
+        denoiser: Denoiser,
+        noise: Tensor,
+        cond: Condition,
+        negative: Condition | None = None,
+        at: Sequence[float] = (),
+        origin: Tensor | None = None,
     ) -> Trajectory:
-        """x0, and the states B K .. at the K times `at`, which are in the time of the denoiser's path; K may be 0."""
+        """x0, and the states B K .. at the K times `at`, which are in the time of the denoiser's path; K may be 0.
+
+        origin: clean data; the solver starts from it with the noise of the grid's first time, instead of from noise alone.
+        """
         solver: Solver = getattr(samplers, self.solver)
         below = None if self.guidance_low is None or self.boundary is None else (self.boundary, self.guidance_low)
         teacher, grid = guided(denoiser, negative, self.guidance, below=below), self.times(denoiser.path)
-        x = start(denoiser.path, noise, float(grid[0]))
+        if origin is None:
+            x = start(denoiser.path, noise, float(grid[0]))
+        else:
+            x = denoiser.path.add_noise(origin, noise, grid[:1].expand(len(noise)).to(noise.device))
         if not at:
             return Trajectory(solver(teacher, x, grid, cond), grid.new_zeros(0), x.new_zeros(len(x), 0, *x.shape[1:]))
         return samplers.trajectory(solver, teacher, x, grid, cond, torch.tensor(at, dtype=torch.float64))

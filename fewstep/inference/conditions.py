@@ -117,15 +117,24 @@ class Footage:
 
     begins: Tensor | None  # 1 3 T H W in -1..1, the frames that are given
     controls: Mapping[str, np.ndarray]
+    origin: np.ndarray | None = None  # the video that is noised and sampled anew
 
 
-def footage(request: ClipRequest, device: torch.device, shot: Shot) -> Footage:
-    """Reads the files of a clip."""
+def footage(request: ClipRequest, device: torch.device, shot: Shot, noises_input: bool = False) -> Footage:
+    """Reads the files of a clip. noises_input: where --input gives no first frames, it is the video that is noised."""
     begins = None
     if request.num_input_frames:
         assert request.source is not None
         begins = _tensor(_frames(request.source, shot, request.num_input_frames), device)
-    return Footage(begins, {name: _control_frames(name, request, shot) for name in request.control})
+    origin = None
+    if noises_input and request.source is not None and is_origin(request):
+        origin = _frames(request.source, shot, shot.num_frames)
+    return Footage(begins, {name: _control_frames(name, request, shot) for name in request.control}, origin)
+
+
+def is_origin(request: ClipRequest) -> bool:
+    """Whether the clip's --input can be noised and sampled anew: it does not give first frames."""
+    return request.source is not None and not request.num_input_frames
 
 
 def conditions(
@@ -146,6 +155,11 @@ def conditions(
         found = {name: _tensor(chunk.of(frames), device) for name, frames in films.controls.items()}
         cond = replace(cond, control=_controls(parts, found))
     return cond, _negative(request, parts.texts, cond)
+
+
+def origin(parts: Parts, films: Footage, chunk: Chunk) -> Tensor | None:
+    """Latents of the chunk's part of the video that is noised; None where there is none."""
+    return None if films.origin is None else parts.codec.encode(_tensor(chunk.of(films.origin), parts.device))
 
 
 def _negative(clip: ClipRequest, texts: Mapping[str | Path, Text], cond: Condition) -> Condition | None:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from fewstep.batch import Condition, join
-from fewstep.diffusion import Rng
+from fewstep.diffusion import Rng, TeacherSampler
 from fewstep.inference.chunks import Chunk
-from fewstep.inference.conditions import Footage, Parts, Text, conditions, footage, with_controls_of
+from fewstep.inference.conditions import Footage, Parts, Text, conditions, footage, origin, with_controls_of
 from fewstep.inference.fit import Plan
 from fewstep.inference.request import ClipRequest
 from fewstep.inference.stages import Component
@@ -61,6 +61,7 @@ class _Batch:
     footage: list[Footage] = field(default_factory=list[Footage])
     cond: Condition | None = None
     negative: Condition | None = None
+    origin: Tensor | None = None
     noise: Tensor | None = None
     latents: Tensor | None = None
     frames: list[np.ndarray] = field(default_factory=list[np.ndarray])  # of the chunks so far
@@ -101,7 +102,7 @@ def _condition(batches: Sequence[_Batch], studio: Studio, chunk: Chunk) -> None:
         for batch in batches:
             with batch.clock():
                 if not batch.footage:
-                    batch.footage = [footage(clip, studio.device, plan.shot) for clip in batch.clips]
+                    batch.footage = [footage(clip, studio.device, plan.shot, plan.noises_input) for clip in batch.clips]
                 pairs = [
                     conditions(clip, parts, plan.shot, plan.latent_shape, one, chunk)
                     for clip, one in zip(batch.clips, batch.footage, strict=True)
@@ -109,6 +110,9 @@ def _condition(batches: Sequence[_Batch], studio: Studio, chunk: Chunk) -> None:
                 batch.cond = reduce(join, [cond for cond, _ in pairs]).to(studio.waits_on)
                 negatives = [negative for _, negative in pairs if negative is not None]
                 batch.negative = reduce(join, negatives).to(studio.waits_on) if negatives else None
+                origins = [origin(parts, one, chunk) for one in batch.footage]
+                known = [one for one in origins if one is not None]  # of all clips of a batch, or of none
+                batch.origin = torch.cat(known).to(studio.waits_on) if known else None
 
 
 @torch.no_grad()
@@ -123,7 +127,12 @@ def _sample(batches: Sequence[_Batch], studio: Studio, chunk: Chunk) -> None:
                 noise = rng.normal(plan.latent_shape)
                 negative = None if batch.negative is None else batch.negative.to(device)
                 controlled = with_controls_of(batch.clips[0], network)  # those of a batch have the same weights
-                x0 = plan.sampler(controlled, noise, batch.cond.to(device), rng, negative)
+                cond = batch.cond.to(device)
+                if batch.origin is not None and isinstance(plan.sampler, TeacherSampler):
+                    start = batch.origin.to(device)
+                    x0 = plan.sampler.trajectory(controlled, noise, cond, negative, origin=start).x0
+                else:
+                    x0 = plan.sampler(controlled, noise, cond, rng, negative)
                 batch.latents = x0[:, :, plan.num_dropped :].to(studio.waits_on)
                 batch.noise = noise.cpu()
 

@@ -13,7 +13,7 @@ from fewstep.diffusion import TeacherSampler
 from fewstep.diffusion.sampling import Sampler, student_times
 from fewstep.errors import UserError
 from fewstep.inference.chunks import Chunk, chunks_of
-from fewstep.inference.conditions import Shot, check_given, is_made_from_frames
+from fewstep.inference.conditions import Shot, check_given, is_made_from_frames, is_origin
 from fewstep.inference.model import Envelope, Model, Outline, changed, codec_address
 from fewstep.inference.request import ClipRequest, GenerateRequest
 from fewstep.networks.encoders.codecs import Autoencoder, open_codec
@@ -31,6 +31,7 @@ class Plan:
     sampler: Sampler
     shot: Shot
     chunks: tuple[Chunk, ...]
+    noises_input: bool = False  # --sigma-max below the teacher's own: clips start from their noised --input, as Transfer1's do
 
     @property
     def window(self) -> int:
@@ -70,7 +71,16 @@ def plan_of(request: GenerateRequest, outline: Outline, say: Print) -> Plan:
         check_given(chunks[1].overlap, window, codec, model.network.traits.first_frames, "--overlap")
         overlap = chunks[1].overlap
         say(f"{shot.num_frames} frames in {len(chunks)} chunks of {window}, {overlap} of them from the one before")
-    return Plan(model, codec, sampler, shot, chunks)
+    noises_input = request.sampling.sigma_max is not None and is_below_own(sampler, model)
+    if noises_input and any(is_origin(clip) for clip in request.clips):
+        say(f"--sigma-max {request.sampling.sigma_max:g}: clips start from their --input with noise of this sigma")
+    return Plan(model, codec, sampler, shot, chunks, noises_input)
+
+
+def is_below_own(sampler: Sampler, model: Model) -> bool:
+    """Whether a teacher's grid begins at less noise than its own does."""
+    own = model.sampler
+    return isinstance(sampler, TeacherSampler) and isinstance(own, TeacherSampler) and sampler.sigma_max < own.sigma_max
 
 
 def sampler_of(request: GenerateRequest, model: Model, say: Print) -> Sampler:

@@ -22,7 +22,7 @@ from fewstep.data.files import arrays, video
 from fewstep.environment import ranks
 from fewstep.errors import UserError
 from fewstep.files import plain_name, read_json, write_bytes, write_json, write_text
-from fewstep.inference.conditions import Text, texts_of
+from fewstep.inference.conditions import Text, is_origin, texts_of
 from fewstep.inference.films import Film, Studio, films
 from fewstep.inference.fit import Plan, check_text, plan_of
 from fewstep.inference.guardrails import Guardrail, Judge
@@ -184,7 +184,7 @@ def _batches(clips: Sequence[ClipRequest], texts: Mapping[str | Path, Text], siz
         text = texts.get(clip.embedding or clip.prompt)
         shapes = None if text is None else (text.embedding.shape, text.mask is None, text.pooled is None)
         weights = tuple((name, control.weight) for name, control in clip.control.items())
-        groups.setdefault((shapes, weights, clip.label is None, clip.num_input_frames > 0), []).append(i)
+        groups.setdefault((shapes, weights, clip.label is None, clip.num_input_frames > 0, is_origin(clip)), []).append(i)
     if world is not None and any(world.any(len(groups) > 1)):  # every process must call its shard as often as the others
         return [[i] for i in range(len(clips))]
     return [rows[i : i + size] for rows in groups.values() for i in range(0, len(rows), size)]

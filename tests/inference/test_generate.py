@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep import TOY
 from fewstep.batch import Condition
 from fewstep.cli import main as cli
 from fewstep.config import ConfigError, dump
@@ -318,8 +320,9 @@ def test_an_embedding_stands_for_a_prompt(student: Path, tmp_path: Path) -> None
     np.testing.assert_array_equal(first, second)
 
 
-@torch.no_grad()
-def test_controls_are_encoded_or_made_from_the_input(tmp_path: Path, clip: Path) -> None:
+@pytest.fixture(scope="module")
+def controlled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student with branches for edge and depth."""
     spec = CosmosControlSpec(
         **{f: getattr(NET, f) for f in NET.__dataclass_fields__}, controls=("edge", "depth"), num_control_blocks=2
     )
@@ -329,13 +332,19 @@ def test_controls_are_encoded_or_made_from_the_input(tmp_path: Path, clip: Path)
         weight.data = torch.randn_like(weight) * 0.2
     from safetensors.torch import save_file
 
-    folder = tmp_path / "student"
+    folder = tmp_path_factory.mktemp("controlled")
     write_parts(folder)
     state = {name: value.contiguous().clone() for name, value in network.module.state_dict().items()}
     save_file(state, folder / "student.safetensors")
     told = {"times": TIMES, "renoise": "same", "path": {"kind": "rectified_flow"}, "envelope": FIRST}
     told["network"] = {"kind": "cosmos_control", **dump(spec)}
     (folder / "student.json").write_text(json.dumps(told))
+    return folder
+
+
+@torch.no_grad()
+def test_controls_are_encoded_or_made_from_the_input(controlled: Path, tmp_path: Path, clip: Path) -> None:
+    folder = controlled
     asked = [str(folder), "--prompt", "a ball", "--input", str(clip)]
     made(tmp_path / "made", *asked, "--control", "edge")
     from fewstep.data.controls import Edge, made_of
@@ -353,6 +362,79 @@ def test_controls_are_encoded_or_made_from_the_input(tmp_path: Path, clip: Path)
         made(tmp_path / "x", *asked, "--control", f"seg={clip}")
 
 
+@torch.no_grad()
+def test_a_long_clip_begins_with_given_frames_and_follows_two_weighted_controls(
+    controlled: Path, tmp_path: Path, clip: Path
+) -> None:
+    """As a loop by hand: each chunk has its slice of the controls, whose weights of 1.5 in all are scaled down to 1."""
+    from fewstep.data.controls import Edge, made_of
+
+    frames = video.read(clip).frames
+    depth = np.ascontiguousarray(frames[:, ::-1])
+    video.write(tmp_path / "depth.mp4", depth, 8.0, quality="lossless")
+    spec = {
+        "prompt": "a ball",
+        "input_video_path": str(clip),
+        "edge": {"control_weight": 0.9, "canny_threshold": "low"},
+        "depth": {"control_weight": 0.6, "input_control": str(tmp_path / "depth.mp4")},
+    }
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    asked = [str(controlled), "--controlnet_specs", str(tmp_path / "spec.json"), "--num_input_frames", "5", "--seed", "3"]
+    made(tmp_path / "out", *asked, "--num-frames", "13", "--overlap", "5", "--save-controls")
+    model, codec = open_model(controlled), open_codec(controlled)
+    network = replace(model.network, control_weights={"edge": 0.6, "depth": 0.4})  # type: ignore[type-var]
+    text, text_mask = open_text_encoder(controlled).encode(["a ball"])
+
+    def pixels(part: np.ndarray) -> Tensor:
+        return torch.from_numpy(part.copy()).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+
+    signals = {"edge": made_of(Edge("low"), frames, 3), "depth": depth}
+    begins, clips = pixels(frames[:5]), list[Tensor]()
+    assert isinstance(model.sampler, StudentSampler)
+    for number, first in enumerate((0, 4)):
+        given = codec.encode(torch.cat([begins, begins[:, :, -1:].expand(-1, -1, 4, -1, -1)], 2))
+        control = {name: codec.encode(pixels(signal[first : first + 9])) for name, signal in signals.items()}
+        mask = torch.tensor([[1.0, 1.0, 0.0]])
+        cond = Condition(text, text_mask, frames=given, frame_mask=mask, control=control, fps=torch.tensor([8.0]))
+        rng = Rng(0, number, [3])
+        clips.append(codec.decode(model.sampler(network, rng.normal((2, 3, 4, 4)), cond, rng)))
+        begins = clips[-1][:, :, -5:].clamp(-1, 1)
+    whole = torch.cat([clips[0], clips[1][:, :, 5:]], 2).clamp(-1, 1)
+    wanted = ((whole + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()[0]
+    np.testing.assert_array_equal(video.read(tmp_path / "out" / "output.mp4").frames, wanted)
+    for name, signal in signals.items():
+        np.testing.assert_array_equal(video.read(tmp_path / "out" / name / "output.mp4").frames, signal)
+
+
+@torch.no_grad()
+def test_an_edm_teacher_starts_from_a_noised_video(tmp_path: Path, clip: Path) -> None:
+    """x = x0 + sigma noise at --sigma-max, as Transfer1 begins; at its own sigma the video plays no part."""
+    folder = tmp_path / "teacher"
+    write_parts(folder)
+    module: Any = NET.build().module
+    module.save_pretrained(folder / "transformer")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "CosmosVideoToWorldPipeline"}))
+    asked = [str(folder), "--prompt", "a ball", *SIZE, "--num-steps", "2", "--guidance", "1"]
+    started = [*asked, "--input", str(clip), "--num-input-frames", "0"]
+    told: list[str] = []
+    made(tmp_path / "out", *started, "--sigma-max", "3", told=told)
+    assert told[0] == "--sigma-max 3: clips start from their --input with noise of this sigma"
+    network, codec = open_model(folder).network, open_codec(folder, scale=0.5)
+    text, mask = open_text_encoder(folder).encode(["a ball"])
+    cond = Condition(text=text, text_mask=mask, fps=torch.tensor([8.0]))
+    pixels = torch.from_numpy(video.read(clip, 0, 9).frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    noise = Rng.of_samples([0]).normal((2, 3, 4, 4))
+    grid = times.karras(3, 3.0, 0.002)
+    x0 = samplers.res_2ab(network, (codec.encode(pixels) + 3.0 * noise).float(), grid, cond)
+    wanted = ((codec.decode(x0).clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()[0]
+    found = video.read(tmp_path / "out" / "output.mp4").frames
+    assert np.abs(found.astype(int) - wanted.astype(int)).max() <= 1  # the sum is taken in another precision
+    made(tmp_path / "a", *started)
+    made(tmp_path / "b", *asked)
+    first, second = (video.read(tmp_path / name / "output.mp4").frames for name in ("a", "b"))
+    np.testing.assert_array_equal(first, second)
+
+
 def test_mistakes_are_told_before_anything_is_read(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match=r"--input .*none\.mp4: no such file \(for clip 'output'\)"):
         made(tmp_path, "no/such/model", "--prompt", "a", "--input", "none.mp4")
@@ -367,6 +449,34 @@ def test_mistakes_are_told_before_anything_is_read(student: Path, tmp_path: Path
     assert cli(["generate", str(student), "--prompt", "a purple ball", "--out", str(tmp_path / "o")]) == 1
     assert "has no word for purple" in capsys.readouterr().err
     assert cli(["generate", str(student), "--promt", "a"]) == 2
+
+
+def test_the_example_in_python_makes_what_the_command_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "generate.md").read_text()
+    block = re.search(r"## From Python\n.*?```python\n(.*?)```", page, re.DOTALL)
+    assert block is not None
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(block[1], names)
+    assert names["num_new"] == 2
+    size = "--num-frames 17 --height 32 --width 32 --fps 8 --num-steps 4 --sampler euler --guidance 2 --seed 4"
+    assert (
+        cli(
+            [
+                "generate",
+                str(TOY),
+                "--prompt",
+                "a red sphere rolls right",
+                *size.split(),
+                "--quality",
+                "lossless",
+                "--out",
+                "command",
+            ]
+        )
+        == 0
+    )
+    assert (tmp_path / "outputs" / "ball_4.mp4").read_bytes() == (tmp_path / "command" / "output.mp4").read_bytes()
 
 
 def test_a_picture_begins_a_clip_and_a_clip_of_one_frame_is_a_picture(student: Path, tmp_path: Path) -> None:
