@@ -10,7 +10,7 @@ import pytest
 from fewstep.cli import main
 from fewstep.cli.ls import LISTS
 from fewstep.config import recipes
-from fewstep.recipes import NAMES
+from fewstep.recipes import GROUPS, NAMES
 from fewstep.registry import groups
 
 VERBS = (
@@ -148,6 +148,15 @@ def test_wrong_use_of_every_verb_exits_2_names_what_is_wrong_and_needs_no_torch(
 
 def test_the_names_of_the_recipes_are_those_that_are_registered() -> None:
     assert {name for name, recipe in recipes().items() if recipe.module.startswith("fewstep.")} == NAMES
+
+
+def test_recipes_are_listed_by_purpose(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("A teacher and data of your own") and lines[2].startswith("  finetune ")
+    listed = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert len(listed) == len(set(listed)) and set(listed) >= NAMES
+    assert all(len(names) == len(set(names)) for names in GROUPS.values()) and sum(map(len, GROUPS.values())) == len(NAMES)
 
 
 def test_every_group_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -34,7 +35,7 @@ def list_names(
         raise UsageError(f"there is no list of {what!r}; there are {', '.join(LISTS)} and settings.")
     if (what == "settings") != bool(names):
         raise UsageError("fewstep ls settings GROUP=NAME, for instance method=dmd2 or experiment=analytic_kd.")
-    from fewstep.config import choices, presets, recipes, settings_help
+    from fewstep.config import choices, presets, settings_help
 
     if what == "networks":
         from fewstep.networks import support
@@ -52,16 +53,38 @@ def list_names(
             print(json.dumps([row._asdict() for row in settings]))
             return
     elif what == "recipes":
-        rows = {name: f"{recipe.doc}  {recipe.usage}".rstrip() for name, recipe in recipes().items()}
+        _print_recipes(as_json)
+        return
     else:
         group = LISTS[what]
         rows = {name: _about(entry) for name, entry in sorted((choices(group) | presets(group)).items())}
     if as_json:
         print(json.dumps([{"name": name, "about": about} for name, about in rows.items()]))
         return
+    _print_rows(rows)
+
+
+def _print_rows(rows: Mapping[str, str], indent: str = "") -> None:
     width = max(map(len, rows), default=0)
     for name, text in rows.items():
-        print(f"{name:{width}}  {text}".rstrip())
+        print(f"{indent}{name:{width}}  {text}".rstrip())
+
+
+def _print_recipes(as_json: bool) -> None:
+    """Recipes by what they are for, the most useful first; those that only a file of the user's registers come last."""
+    from fewstep.config import recipes
+    from fewstep.recipes import GROUPS, NAMES
+
+    found = recipes()
+    abouts = {name: f"{recipe.doc}  {recipe.usage}".rstrip() for name, recipe in found.items()}
+    groups = {title: names for title, names in (*GROUPS.items(), ("Others", tuple(sorted(found.keys() - NAMES)))) if names}
+    if as_json:
+        rows = [{"name": name, "about": abouts[name], "group": title} for title, names in groups.items() for name in names]
+        print(json.dumps(rows))
+        return
+    for number, (title, names) in enumerate(groups.items()):
+        print(f"{title}\n" if number == 0 else f"\n{title}\n")
+        _print_rows({name: abouts[name] for name in names}, "  ")
 
 
 def _about(cls: Any) -> str:  # Any: a class, or a function that returns a preset

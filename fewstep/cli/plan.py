@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Annotated
 
 import typer
@@ -27,6 +28,8 @@ def plan(
     words, request = split_words(context.args)
     command = read_command(words)
     refuse_unknown(command)
+    for text in command.repeated():
+        print(f"note: {text}", file=sys.stderr)
     with imports():
         from fewstep.training.plan.gpu_fit import answer
         from fewstep.training.run import Run

@@ -33,6 +33,18 @@ class Command:
     overrides: tuple[str, ...] = ()  # KEY=VALUE
     dryrun: bool = False
 
+    def repeated(self) -> list[str]:
+        """One line for each setting that is given more than once with different values: the last one counts."""
+        values: dict[str, list[str]] = {}
+        for word in self.overrides:
+            key, _, value = word.partition("=")
+            values.setdefault(key, []).append(value)
+        return [
+            f"{key} is given {len(given)} times; the last one counts: {key}={given[-1]}, not {', '.join(given[:-1])}"
+            for key, given in values.items()
+            if len(set(given)) > 1
+        ]
+
 
 def read_command(argv: Sequence[str]) -> Command:
     """Parses the words of a command line. Raises ConfigError with every problem.
@@ -69,7 +81,9 @@ def read_command(argv: Sequence[str]) -> Command:
         else:
             problems.append((word, f"neither KEY=VALUE nor a .yaml or .py file; did you mean experiment={word}?"))
     if len(set(names)) > 1:
-        problems.append(("experiment", f"given twice, as {' and as '.join(dict.fromkeys(names))}; keep one"))
+        problems.append(
+            ("experiment", f"given twice, as {' and as '.join(dict.fromkeys(names))}: settings belong to one of them; keep one")
+        )
     if problems:
         raise ConfigError(problems)
     return Command(names[0] if names else None, tuple(files), tuple(overrides), dryrun)

@@ -85,9 +85,7 @@ class _Reader:
             node = root
             for name in key.split("."):
                 node = node.setdefault(name, _Edit())
-            if node.own is not None and node.own != text:
-                self.problems.append((key, f"given twice, as {show(node.own)} and as {show(text)}; keep one"))
-            node.own = Text(text)
+            node.own = Text(text)  # the last one counts: `repeated` says so to the user
         return root
 
     def report(self) -> None:

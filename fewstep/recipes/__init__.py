@@ -1,7 +1,7 @@
 """Recipes: functions that return one complete Run, registered by name.
 
-The names stand here once more, so that a command with a mistyped name is refused without importing torch; a test compares them
-with what is registered.
+The names stand here once more, by what they are for, so that a command with a mistyped name is refused, and that they can be
+listed in a useful order; a test compares them with what is registered.
 """
 
 from __future__ import annotations
@@ -13,24 +13,26 @@ from fewstep.registry import registered
 _CONTROLS = ("depth", "edge", "keypoint", "seg", "vis")
 _TRANSFER1 = "CTRL_7Bv1pt3_lvg_tp_121frames_control_input"
 _PREDICT25 = "dmd2_trigflow_distill_cosmos_predict2"
-NAMES = frozenset(
-    [
-        *(f"{_TRANSFER1}_{control}_block3_{kind}" for control in _CONTROLS for kind in ("posttrain", "pretrain")),
-        *(f"DISTILL_CTRL_7Bv1_{control}_fsdp_{method}_train" for control in _CONTROLS for method in ("kd", "dmd2")),
-        *(f"dmd2_trigflow_distill_cosmos_transfer2p5_2B_bidirectional_{name}" for name in ("depth", "edge", "seg", "vis")),
+_OWN = "A teacher and data of your own: teacher=PIPELINE data.dataset_dir=DIR"
+GROUPS: dict[str, tuple[str, ...]] = {  # the most useful first
+    _OWN: (
+        *("finetune", "lora", "kd", "dmd2", "scm", "rcm", "flow_map"),
+        *("causal_finetune", "causal_kd", "self_forcing"),
+    ),
+    "Cosmos-Predict2.5 and Cosmos-Transfer2.5": (
         *(f"{_PREDICT25}_{size}_bidirectional_TnI2V" for size in ("2B", "14B")),
         f"{_PREDICT25}_2B_bidirectional_TnI2V_w_discriminator",
+        *(f"dmd2_trigflow_distill_cosmos_transfer2p5_2B_bidirectional_{name}" for name in ("depth", "edge", "seg", "vis")),
+    ),
+    "Cosmos-Predict1": ("video2world_7b_example_cosmos_nemo_assets", "video2world_7b_lora_example_cosmos_nemo_assets"),
+    "Cosmos-Transfer1": (
+        *(f"DISTILL_CTRL_7Bv1_{control}_fsdp_{method}_train" for control in _CONTROLS for method in ("kd", "dmd2")),
+        *(f"{_TRANSFER1}_{control}_block3_{kind}" for control in _CONTROLS for kind in ("posttrain", "pretrain")),
         "dmd2_cosmos_transfer1_7b_edge",
-        *("video2world_7b_example_cosmos_nemo_assets", "video2world_7b_lora_example_cosmos_nemo_assets"),
-        *("analytic_finetune", "analytic_kd", "analytic_kd_4step", "analytic_dmd2", "analytic_dmd2_onestep"),
-        *("analytic_biased", "analytic_dmd2_biased", "analytic_dmd2_gan", "analytic_f_distill", "analytic_ladd"),
-        *("analytic_phased", "analytic_reward", "analytic_sid"),
-        *("finetune", "lora", "kd", "dmd2", "scm", "rcm", "flow_map"),
-        *("analytic_scm", "analytic_rcm", "analytic_consistency", "analytic_tcm"),
-        *("analytic_meanflow", "analytic_flow_map", "analytic_flow_map_on_policy"),
+    ),
+    "FastGen": (
         *(f"{name}_kd{toy}" for name in ("WanT2V", "SDXL", "CogVideoX") for toy in ("", "_toy")),
         *("WanT2V_kd_path", "WanT2V_kd_path_toy"),
-        *("causal_finetune", "causal_kd", "self_forcing"),
         *(
             f"{name}_{stage}{toy}"
             for name in ("CosmosPredict2", "WanT2V")
@@ -38,10 +40,20 @@ NAMES = frozenset(
             for toy in ("", "_toy")
         ),
         *("toy_kd_causal", "toy_sf"),
+    ),
+    "The toy world of fewstep demo": (
         *("toy_teacher", "toy_edge", "toy_kd_1step", "toy_kd_4step"),
         *("toy_dmd2_1step", "toy_dmd2_4step", "toy_dmd2_1step_lora", "toy_dmd2_4step_lora"),
-    ]
-)
+    ),
+    "Points of the plane with an exact teacher, a minute each": (
+        *("analytic_finetune", "analytic_kd", "analytic_kd_4step", "analytic_dmd2", "analytic_dmd2_onestep"),
+        *("analytic_biased", "analytic_dmd2_biased", "analytic_dmd2_gan", "analytic_f_distill", "analytic_ladd"),
+        *("analytic_phased", "analytic_reward", "analytic_sid"),
+        *("analytic_scm", "analytic_rcm", "analytic_consistency", "analytic_tcm"),
+        *("analytic_meanflow", "analytic_flow_map", "analytic_flow_map_on_policy"),
+    ),
+}
+NAMES = frozenset(name for names in GROUPS.values() for name in names)
 
 
 def refuse_unknown(command: Command) -> None:
@@ -49,6 +61,9 @@ def refuse_unknown(command: Command) -> None:
     if any(file.endswith(".py") for file in command.files):
         return  # which may register the name
     if command.experiment is None and not command.files:
-        raise ConfigError([("experiment", f"which run? Give experiment=NAME or a .yaml file{hint('', NAMES)}")])
+        own = ", ".join(GROUPS[_OWN])
+        raise ConfigError(
+            [("experiment", f"which run? Give experiment=NAME or a .yaml file. {_OWN}: {own}. fewstep ls lists all")]
+        )
     if command.experiment is not None and command.experiment not in NAMES | registered("recipe"):
         raise ConfigError([("experiment", f"no recipe is named {command.experiment!r}{hint(command.experiment, NAMES)}")])

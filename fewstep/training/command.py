@@ -21,6 +21,8 @@ def run(command: Command) -> None:
     if ranks().is_main:  # under torchrun one process speaks for all
         for warning in check(config):
             print(f"warning: {warning}", file=sys.stderr)
+        for text in command.repeated():
+            print(f"note: {text}", file=sys.stderr)
         for file in originals(command):
             print(
                 f"note: {file} belongs to the original code and is ignored: {command.experiment} replaces it", file=sys.stderr

@@ -19,6 +19,7 @@ from fewstep.config import (
     build_recipe,
     kind,
     parse,
+    read_command,
     recipe,
 )
 
@@ -207,9 +208,11 @@ def test_wrong_keys_and_wrong_values_are_told_together() -> None:
     ]
 
 
-def test_the_same_key_twice_is_refused_unless_it_says_the_same() -> None:
+def test_of_a_setting_given_twice_the_last_counts_and_a_contradiction_is_refused() -> None:
     assert run("optim.lr=1", "optim.lr=1").optim.lr == 1.0
-    assert message("optim.lr=1", "optim.lr=2") == ["optim.lr: given twice, as '1' and as '2'; keep one"]
+    assert run("optim.lr=1", "optim.lr=2").optim.lr == 2.0
+    command = read_command(["experiment=x", "optim.lr=1", "a.b=3", "optim.lr=1", "optim.lr=2", "a.b=3"])
+    assert command.repeated() == ["optim.lr is given 3 times; the last one counts: optim.lr=2, not 1, 1"]
     assert message("optim={lr: 1}", "optim.lr=2") == ["optim.lr: given twice, inside optim={...} and by itself; keep one"]
     assert message("method=kd", "method.kind=dmd2") == ["method: given twice, as 'kd' and as 'dmd2'; keep one"]
 

@@ -247,7 +247,7 @@ def test_words_that_are_no_command_are_told_at_once() -> None:
         "-x: no such option; there are: --config, --dryrun; settings are KEY=VALUE",
         "--config: needs a file: --config FILE.py or --config FILE.yaml",
         "--config=: needs a file: --config FILE.py or --config FILE.yaml",
-        "experiment: given twice, as a and as b; keep one",
+        "experiment: given twice, as a and as b: settings belong to one of them; keep one",
     ]
     with pytest.raises(ConfigError, match=r"experiment: no recipe is named 'toyy'; did you mean toy\?"):
         compose(read_command(["experiment=toyy"]), Run)
