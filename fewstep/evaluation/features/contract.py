@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from torch import Tensor
 
 from fewstep.config import OneOf
 from fewstep.errors import UserError
+
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 class Extractor(ABC):
@@ -85,6 +88,12 @@ def weights(path: Path, advice: str) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path}: holds no dictionary of tensors. {advice}")
     return tensors
+
+
+def unset(make: Callable[[], M]) -> M:
+    """A module whose weights will be loaded, built without a draw from torch's generator."""
+    with torch.random.fork_rng(devices=[]):
+        return make()
 
 
 def load(module: torch.nn.Module, tensors: dict[str, Tensor], path: Path, advice: str) -> None:

