@@ -52,6 +52,7 @@ from fewstep.networks.encoders.codecs import Codec, fingerprint_of, to_uint8
 from fewstep.parallel import World, join_world, leave_world
 
 RECORD = "pairs.json"
+WEIGHTS = "teacher_weights"  # of pairs.json: a fingerprint
 ORDER = "order"  # of pairs.json: the stems, in the order of their numbers
 Track = Callable[[Iterable[list[int]], int, str], Iterable[list[int]]]  # shows how far the work is
 NUM_COMPARED = 3  # pairs whose embedding is compared with that of now
@@ -131,12 +132,16 @@ def write(
 ) -> int:
     """Writes a pair for each of the first `num` prompts and returns how many of this rank's were new.
 
-    `name` is the teacher's in pairs.json; `record` is what else decides a clip. world: the processes that hold a shard of the
+    `name` is the teacher's in pairs.json; `record` is what else decides a clip, and the
+    fingerprint of weights that are divided. world: the processes that hold a shard of the
     weights each; they call the network side by side, as often as each other.
     """
     settings.check(teacher.path)
     solver = Solver(teacher, codec, settings, branches_of(teacher, prompts, name), device, name)
-    folder = PairFolder.of(out, prompts, settings, {"teacher": name, **(record or {}), **_decisive(solver, prompts)})
+    decisive = {"teacher": name, **_decisive(solver, prompts), **(record or {})}
+    if WEIGHTS not in decisive:
+        decisive[WEIGHTS] = fingerprint_of(teacher.module, {}, sampled=4096)
+    folder = PairFolder.of(out, prompts, settings, decisive)
     num = folder.checked_num(num)
     shape = codec.shape(prompts.shot.num_frames, prompts.shot.height, prompts.shot.width)
     todo = folder.todo(num)
@@ -246,7 +251,6 @@ def _decisive(solver: Solver, prompts: PairPrompts) -> dict[str, Any]:
     """All that decides a clip, but for the texts of single ones."""
     settings, shot = solver.settings, prompts.shot
     return {
-        "teacher_weights": fingerprint_of(solver.teacher.module, {}, sampled=4096),
         "codec": solver.codec.fingerprint,  # its scale is in it
         **prompts.record(),
         "shape": [shot.num_frames, shot.height, shot.width],
@@ -387,6 +391,7 @@ def _run(request: PairsRequest, track: Track, own: Ranks, world: World | None) -
     teacher = model.network
     if len(branches_of(teacher, prompts, request.model)) > 1 and request.control is not None:
         teacher = teacher.with_control_weights({request.control: 1.0})
+    weights = fingerprint_of(teacher.module, {}, sampled=4096)  # before they are divided
     place_network(model, torch.device(device), request.precision, world)
     new = write(
         request.out,
@@ -395,7 +400,7 @@ def _run(request: PairsRequest, track: Track, own: Ranks, world: World | None) -
         prompts,
         settings,
         name=request.model,
-        record={"precision": request.precision},
+        record={"precision": request.precision, WEIGHTS: weights},
         num=request.num,
         batch_size=request.batch_size,
         rank=own.rank,
@@ -406,6 +411,8 @@ def _run(request: PairsRequest, track: Track, own: Ranks, world: World | None) -
     )
     line = f"{request.out}: {new} pairs made" + (f" by rank {own.rank} of {own.size}" if own.size > 1 else "")
     if request.verify and (own.is_main or world is not None):
+        if world is not None:
+            world.barrier()  # until all pairs are there
         tolerance = AGREEMENT[request.precision]
         far = verify(
             request.out,

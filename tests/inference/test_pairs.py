@@ -1,7 +1,11 @@
 """Pairs: the clip is what the teacher's ODE makes of the stored noise, by an integration written here; files, resume, ranks."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -408,3 +412,48 @@ def test_without_clips_the_size_is_that_of_the_upstream_pipeline(tmp_path: Path)
     (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     assert published_shot(str(tmp_path)) == Shot(81, 480, 832, 24.0)
     assert published_shot(str(TOY)) is None
+
+
+@pytest.mark.slow
+def test_two_processes_that_hold_half_of_the_weights_make_the_same_pairs(tmp_path: Path) -> None:
+    (tmp_path / "data" / "metas").mkdir(parents=True)
+    for n in range(3):
+        (tmp_path / "data" / "metas" / f"{n}.txt").write_text(["a red sphere rolls right", "a box slides", ""][n] or "a box")
+    assert cli(["prepare", "text", str(tmp_path / "data"), "--encoder", str(TOY)]) == 0
+    command = [
+        "pairs",
+        str(TOY),
+        str(tmp_path / "data"),
+        "--num-frames",
+        "5",
+        "--height",
+        "16",
+        "--width",
+        "16",
+        "--steps",
+        "2",
+    ]
+    command += ["--mask-text", "--max-tokens", "40", "--batch-size", "1", "--device", "cpu", "--verify", "2", "--out"]
+    assert cli([*command, str(tmp_path / "alone")]) == 0
+    code = "import sys, torch; torch.set_num_threads(1); from fewstep.cli import main; sys.exit(main(sys.argv[1:]))"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-W", "ignore", "-c", code, *command, str(tmp_path / "shared"), "--shard"]
+    processes = [
+        subprocess.Popen(
+            words,
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    assert "2 pairs made by rank 0 of 2; 2 of them solved again" in said[0] and "1 pairs made by rank 1 of 2" in said[1]
+    for n in range(3):
+        latents = [cache.read(tmp_path / f / "latents" / f"{n}.safetensors").tensors["latents"] for f in ("alone", "shared")]
+        assert torch.equal(*latents)
