@@ -245,6 +245,7 @@ def _of_output(parser: argparse.ArgumentParser) -> None:
     )
     add("--name", help="name of the file, without .mp4 (default: output); of several clips NAME_0000, ..")
     add("--quality", default="18", metavar="CRF", help="of the mp4: 0 (best) to 51, or lossless (default: 18)")
+    add("--stream", action="store_true", help="of a causal student: the clip grows while it is made; frames per second")
     add("--save-noise", action="store_true", help="write OUT/noise/NAME.pickle, of variance 1")
     add("--save-controls", action="store_true", help="write the controls as they were used: OUT/edge/NAME.mp4")
 

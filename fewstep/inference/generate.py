@@ -31,6 +31,7 @@ from fewstep.inference.prompts import Blocked, blocks, check_plugins, prepare
 from fewstep.inference.record import differences
 from fewstep.inference.request import ClipRequest, GenerateRequest
 from fewstep.inference.stages import Component
+from fewstep.inference.stream import refuse_stream, stream_clips
 from fewstep.networks.contract import Network
 from fewstep.networks.encoders.codecs import Autoencoder
 from fewstep.networks.encoders.vision import ClipVision
@@ -86,6 +87,8 @@ def generate(
     controls = sorted({name for clip in request.clips for name in clip.control})
     outline = outline_of(request.model, controls=controls, network=request.network)
     plan = plan_of(request, outline, say if rank == 0 else lambda text: None)
+    if request.stream:
+        refuse_stream(request, plan, world is not None)
     prepared = prepare(todo, request, device, say)
     blocked, num_asked = dict(prepared.blocked), len(todo)
     if not prepared.clips:
@@ -98,6 +101,8 @@ def generate(
     texts = texts_of(todo, request, folder_of(request.model), device)
     _check_texts(texts, plan, request)
     studio = _studio(request, outline, plan, texts, device, world)
+    if request.stream:
+        return stream_clips(request, todo, studio, records, say)
     batches = _batches(todo, texts, request.batch_size, world)
     number = 0
     for group in [batches] if request.offload else [[rows] for rows in batches]:
@@ -206,7 +211,7 @@ def _pictures(request: GenerateRequest, plan: Plan, device: torch.device) -> Cli
 
 def _record(request: GenerateRequest, clip: ClipRequest) -> dict[str, Any]:
     """The settings that decide the clip."""
-    left_out = {"out", "clips", "device", "force", "save_noise", "student_only", "shard", "batch_size", "offload"}
+    left_out = {"out", "clips", "device", "force", "save_noise", "student_only", "shard", "batch_size", "offload", "stream"}
     left_out |= set() if request.published_guidance else {"published_guidance"}
     left_out |= {"guardrails", "upsampler", "save_controls"}
     settings: dict[str, Any] = {f.name: getattr(request, f.name) for f in fields(request) if f.name not in left_out}

@@ -105,6 +105,7 @@ class GenerateRequest:
     image_encoder: str | None = None
     network: str | None = None  # which published one the weights of MODEL are; None: as their shapes say
     shard: bool = False  # each process holds a part of the weights
+    stream: bool = False  # a causal student's clip grows while it is made
     batch_size: int = 1  # clips that go through the network together
     published_guidance: bool = False  # a teacher without --guidance takes what the original tools take
     offload: frozenset[str] = frozenset()  # of OFFLOADED: parts that are loaded for their stage and released after it

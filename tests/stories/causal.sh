@@ -16,3 +16,5 @@ fewstep train experiment=self_forcing teacher=$TEACHER data.dataset_dir=ODE_PAIR
 fewstep export out/general/$NAME/sf --out student
 fewstep generate student --codec $TEACHER --text-encoder $TEACHER --out clips --prompt "a red square moves up" --num-frames 33 \
   --height 32 --width 32 --quality lossless
+fewstep generate student --codec $TEACHER --text-encoder $TEACHER --out streamed --prompt "a red square moves up" --num-frames 33 \
+  --height 32 --width 32 --quality lossless --stream

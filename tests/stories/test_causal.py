@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fewstep.data.files import video
@@ -21,4 +22,8 @@ def test_pairs_causal_kd_bridge_self_forcing(tmp_path: Path, real: bool, family:
     card = json.loads((tmp_path / "student" / "student.json").read_text())
     assert card["network"]["kind"] == "causal" and card["by_chunk"] == {"first_times": None, "context_noise": 0.0}
     assert card["times"] == [0.999, 0.937, 0.833, 0.624]
-    assert video.probe(tmp_path / "clips" / "output.mp4").num_frames == 33
+    film, streamed = (video.read(tmp_path / folder / "output.mp4").frames for folder in ("clips", "streamed"))
+    assert len(film) == 33 and np.array_equal(film, streamed)
+    figures = json.loads((tmp_path / "streamed" / "output.json").read_text())["stream"]
+    assert figures["chunks"] == 9 and figures["chunks_in_rates"] == 6  # a span of three chunks has filled
+    assert figures["end_to_end_fps"] < figures["denoise_fps"]

@@ -82,30 +82,66 @@ class Header:
 
 def write(path: str | os.PathLike[str], frames: NDArray[np.uint8], fps: float, quality: Quality = 18) -> None:
     """Writes uint8 T H W 3 as H.264 in mp4, whole or not at all; the same frames give the same bytes."""
-    import av
-
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
         raise UserError(f"{path}: frames must be uint8 T H W 3 with at least one frame, not {frames.dtype} {frames.shape}")
+    with _film(path, fps, quality, {}) as append:
+        append(frames)
+
+
+@contextmanager
+def growing(path: str | os.PathLike[str], fps: float, quality: Quality = 18) -> Iterator[Callable[[NDArray[np.uint8]], None]]:
+    """A function that appends uint8 T H W 3 to a video, which plays while it grows, as PATH's hidden neighbour; it is at `path`
+    when the block ends without an error."""
+    with _film(
+        path, fps, quality, {"movflags": "empty_moov+default_base_moof+frag_every_frame", "flush_packets": "1"}
+    ) as append:
+        yield append
+
+
+@contextmanager
+def _film(
+    path: str | os.PathLike[str], fps: float, quality: Quality, container_options: dict[str, str]
+) -> Iterator[Callable[[NDArray[np.uint8]], None]]:
+    import av
+
     if not fps > 0:
         raise UserError(f"{path}: fps must be above 0, not {fps}")
+    codec, pixels = ("libx264rgb", "rgb24") if quality == "lossless" else ("libx264", "yuv420p")
+    options = {"crf": "0", "preset": "veryfast"} if quality == "lossless" else {"crf": str(quality)}
+    if container_options:
+        options["tune"] = "zerolatency"  # a frame leaves the encoder as soon as it enters
+    with whole_file(path) as beside, av.open(str(beside), "w", format="mp4", options=container_options) as container:
+        stream: Any = None  # Any: a stream of PyAV, opened with the first frames, which have its size
+
+        def append(frames: NDArray[np.uint8]) -> None:
+            nonlocal stream
+            if stream is None:
+                stream = _video_stream(container, path, frames, fps, quality, (codec, pixels, options))
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+
+        yield append
+        if stream is not None:
+            container.mux(stream.encode())
+
+
+def _video_stream(
+    container: Any, path: str | os.PathLike[str], frames: NDArray[np.uint8], fps: float, quality: Quality, form: Any
+) -> Any:  # Any: PyAV's container and stream; name of the encoder, of its pixels, and its options
+    codec, pixels, options = form
     height, width = frames.shape[1:3]
     if quality != "lossless" and (height % 2 or width % 2):
         raise UserError(
             f"{path}: H.264 halves the chroma, so height and width must be even, not {height} x {width}: crop or pad by one, "
             'or pass quality="lossless"'
         )
-    codec, pixels = ("libx264rgb", "rgb24") if quality == "lossless" else ("libx264", "yuv420p")
-    options = {"crf": "0", "preset": "veryfast"} if quality == "lossless" else {"crf": str(quality)}
-    with whole_file(path) as beside, av.open(str(beside), "w", format="mp4") as container:
-        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
-        stream.width, stream.height, stream.pix_fmt = width, height, pixels
-        if quality != "lossless":
-            stream.codec_context.colorspace, stream.codec_context.color_range = _SMPTE170M, _LIMITED
-        if height * width < _MANY_PIXELS:
-            stream.codec_context.thread_count = 1
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
+    stream.width, stream.height, stream.pix_fmt = width, height, pixels
+    if quality != "lossless":
+        stream.codec_context.colorspace, stream.codec_context.color_range = _SMPTE170M, _LIMITED
+    if height * width < _MANY_PIXELS:
+        stream.codec_context.thread_count = 1
+    return stream
 
 
 def probe(path: str | os.PathLike[str]) -> Header:
