@@ -176,6 +176,19 @@ def test_the_settings_of_a_name_are_listed_with_their_comments(capsys: pytest.Ca
     assert "did you mean dmd2?" in capsys.readouterr().err
 
 
+def test_people_at_a_terminal_are_told_the_next_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fewstep.prepare.commands.controls", lambda *args: "3 clips")
+    command = ["prepare", "controls", str(tmp_path), "--type", "edge"]
+    assert main(command) == 0
+    assert capsys.readouterr().out == "3 clips\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert main(command) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line == f"next: fewstep prepare latents {tmp_path} --codec PIPELINE --control edge"
+
+
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(*args: object) -> None:
         raise ValueError("zip() argument 2 is longer than argument 1")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.app import app
-from fewstep.cli.options import FREE, JSON, folder_to_read, option
+from fewstep.cli.options import FREE, JSON, folder_to_read, next_step, option
 
 check = typer.Typer(no_args_is_help=True, help="Check a data set before a run is spent on it.")
 app.add_typer(check, name="check")
@@ -32,4 +32,6 @@ def check_data(
 
     text, is_trainable = data(folder, context.args, as_json=as_json, page=page, num_threads=threads)
     print(text)
+    if is_trainable and not as_json:
+        next_step("fewstep", "distill", "TEACHER", folder, "--out", "STUDENT")
     raise typer.Exit(0 if is_trainable else 1)

@@ -27,6 +27,7 @@ from fewstep.cli.options import (
     file_to_write,
     imports,
     load,
+    next_step,
     option,
     size_of,
 )
@@ -141,6 +142,7 @@ def evaluate(
         device=device,
     )  # fmt: skip
     print(f"{out}: {line(score(task))}")
+    next_step("fewstep", "report", out, "--out", out.with_suffix(".html"))
 
 
 def _compare(files: list[str], out: Path | None) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.app import app
-from fewstep.cli.options import OWN, folder_to_write, imports, load, one_of, option
+from fewstep.cli.options import OWN, folder_to_write, imports, load, next_step, one_of, option
 
 FORMS = ("auto", "diffusers", "safetensors", "pt-original", "lora")
 
@@ -31,3 +31,4 @@ def export(
 
     for path in write(run, out, checked_form(form), base):
         print(path)
+    next_step("fewstep", "generate", out, "--prompt", "...")

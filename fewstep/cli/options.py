@@ -6,6 +6,8 @@ Verbs differ in the sentence of --help alone. An underscore for a dash is unders
 from __future__ import annotations
 
 import gc
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,6 +135,12 @@ def imports() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+def next_step(*words: object) -> None:
+    """Says which command usually follows, to people at a terminal; scripts and pipes get the results alone."""
+    if sys.stdout.isatty():
+        print("next:", shlex.join(str(word) for word in words))
 
 
 def load(config: Path | None) -> None:

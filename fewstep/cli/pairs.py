@@ -30,6 +30,7 @@ from fewstep.cli.options import (
     folder_to_write,
     imports,
     load,
+    next_step,
     one_of,
     option,
 )
@@ -117,3 +118,4 @@ def pairs(
         from fewstep.progress import track
 
     print(run(request, track))
+    next_step("fewstep", "train", "experiment=kd", f"teacher={model}", f"data.dataset_dir={out}")

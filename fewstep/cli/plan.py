@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from typing import Annotated
 
 import typer
@@ -34,5 +35,10 @@ def plan(
         from fewstep.training.plan.gpu_fit import answer
         from fewstep.training.run import Run
 
-    record, text = answer(compose(command, Run), request)
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - began:4.0f} s  {text}", file=sys.stderr, flush=True)
+
+    record, text = answer(compose(command, Run), request, say)
     print(json.dumps(record) if as_json else text)

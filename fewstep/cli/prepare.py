@@ -16,6 +16,7 @@ from fewstep.cli.options import (
     crf,
     folder_to_read,
     folder_to_write,
+    next_step,
     one_of,
     option,
     positive,
@@ -46,6 +47,7 @@ def prepare_toyworld(
     world, names = World(height=height, width=width), only.split(",") if only is not None else None
     made = write(out, num, seed, world, workers, names, text_encoder or TOY)
     print(f"{out}: {num} clips, {made} of them new")
+    next_step("fewstep", "check", "data", out)
 
 
 @prepare.command(name="text")
@@ -77,6 +79,7 @@ def prepare_text(
 
     wording = negative if negative_prompt is None else negative_prompt
     print(text(folder, text_encoder, prompt, wording, into, form, max_tokens, device))
+    next_step("fewstep", "prepare", "latents", folder, "--codec", "PIPELINE")
 
 
 @prepare.command(name="words")
@@ -94,6 +97,7 @@ def prepare_words(
     from fewstep.prepare.words import write
 
     print(write(folder, out, num_steps=iters, dim=dim, seed=seed))
+    next_step("fewstep", "prepare", "text", folder, "--text-encoder", out)
 
 
 @prepare.command(name="codec")
@@ -119,6 +123,7 @@ def prepare_codec(
 
     sizes = {"num_frames": num_frames, "size": size, "latent_channels": latent_channels}
     print(write(folder, out, **sizes, num_steps=iters, batch_size=batch_size, seed=seed))
+    next_step("fewstep", "prepare", "latents", folder, "--codec", out)
 
 
 @prepare.command(name="controls")
@@ -146,6 +151,7 @@ def prepare_controls(
     from fewstep.prepare.commands import controls
 
     print(controls(folder, type_, preset, model, files, metric, quality, device))
+    next_step("fewstep", "prepare", "latents", folder, "--codec", "PIPELINE", "--control", type_)
 
 
 @prepare.command(name="shards")
@@ -199,3 +205,4 @@ def prepare_latents(
     windows = {"sequence_interval": sequence_interval, "start_frame_interval": start_frame_interval}
     sizes = {"num_frames": num_frames, "video_size": size, "resize": resize}
     print(latents(folder, codec, control, dtype, device, {"scale": scale, "tile": tile}, into, measure, **sizes, **windows))
+    next_step("fewstep", "pairs", "TEACHER", folder, "--out", "PAIRS")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from fewstep.cli.app import app
-from fewstep.cli.options import FREE, imports
+from fewstep.cli.options import FREE, imports, next_step
 
 
 @app.command(context_settings=FREE)
@@ -24,4 +24,6 @@ def train(context: typer.Context) -> None:
     with imports():
         from fewstep.training.command import run
 
-    run(command)
+    folder = run(command)
+    if folder is not None:
+        next_step("fewstep", "export", folder, "--out", "STUDENT")

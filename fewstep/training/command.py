@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 from fewstep.config import Command, build_recipe, check, compose, originals, to_yaml
 from fewstep.environment import ranks
@@ -15,8 +16,11 @@ from fewstep.training.resume import changes_in
 from fewstep.training.run import Run
 
 
-def run(command: Command) -> None:
-    """Trains what the command says, or goes on; the stages that are not finished come first."""
+def run(command: Command) -> Path | None:
+    """Trains what the command says, or goes on; the stages that are not finished come first.
+
+    Returns the run's folder, on the main process, if it holds a student that can be exported.
+    """
     config = compose(command, Run)
     if ranks().is_main:  # under torchrun one process speaks for all
         for warning in check(config):
@@ -29,7 +33,7 @@ def run(command: Command) -> None:
             )
     if command.dryrun:
         _dry_run(config)
-        return
+        return None
     # Joined once for all stages: gloo cannot meet a second time under the same address.
     join_world(config.parallel.device, config.parallel.num_replicas, config.parallel.timeout_s)
     try:
@@ -38,6 +42,9 @@ def run(command: Command) -> None:
         train(config)
     finally:
         leave_world()
+    spec = config.networks.spec_of("student")
+    is_exported = ranks().is_main and spec is not None and bool(spec.diffusers_class)
+    return config.job.folder() if is_exported else None
 
 
 def _dry_run(config: Run) -> None:

@@ -66,7 +66,7 @@ def test_the_stages_and_their_commands_for_wan(world: Path) -> None:
     road = commands(request(world))
     assert list(road) == ["check", "memory", "text", "latents", "pairs", "kd", "dmd2", "export", "scores", "report"]
     teacher, data, work = str(world / "wan"), str(world / "clips"), str(world / "student.work")
-    assert road["text"] == [f"fewstep prepare text {data} --encoder {teacher} --negative ''"]
+    assert road["text"] == [f"fewstep prepare text {data} --text-encoder {teacher} --negative-prompt ''"]
     # The longest window that the codec takes: 9 of 12 frames, side by side.
     assert road["latents"] == [f"fewstep prepare latents {data} --codec {teacher} --num-frames 9 --start-frame-interval 9"]
     assert road["pairs"] == [
@@ -86,7 +86,7 @@ def test_the_stages_and_their_commands_for_wan(world: Path) -> None:
 
 def test_a_teacher_of_cosmos_1_and_other_methods(world: Path) -> None:
     road = commands(request(world, "predict1", method="dmd2", rank=8, processes=2, settings=("dmd2.optim.lr=1e-6",)))
-    assert "pairs" not in road and "kd" not in road and "--negative" not in road["text"][0]
+    assert "pairs" not in road and "kd" not in road and "--negative-prompt" not in road["text"][0]
     assert road["latents"][0].endswith("--scale 0.5 --num-frames 9 --start-frame-interval 9")
     words = shlex.split(road["dmd2"][0])
     assert words[1:5] == ["torchrun", "--standalone", "--nproc_per_node=2", "-m"]
@@ -126,7 +126,7 @@ def test_iterations_and_costs_follow_from_the_data(world: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"size": (20, 32)}, "takes multiples of 16. Choose a size, --size 16 32"),
+        ({"size": (20, 32)}, "takes multiples of 16. Choose a size, --height 16 --width 32"),
         ({"num_frames": 20}, "the shortest clip of .* has 12 frames"),
         ({"teacher_steps": 4}, "--teacher-steps 4: the pairs of a student of 4 steps need at least 8"),
         ({"control": "edge"}, "--control edge: .* has no branch for it"),

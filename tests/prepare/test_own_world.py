@@ -48,7 +48,7 @@ def test_a_world_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert "trained on 3 windows of 9 x 16 x 24" in capsys.readouterr().out
     assert cli(["prepare", "codec", "clips", "--out", "codec"]) == 1
     assert "codec: is there already" in capsys.readouterr().err
-    size = ["--num-frames", "9", "--size", "16", "24", "--resize", "crop"]
+    size = ["--num-frames", "9", "--height", "16", "--width", "24", "--resize", "crop"]
     assert cli(["prepare", "latents", "clips", "--codec", "codec", *size]) == 0
     assert "3 windows of 3 clips" in capsys.readouterr().err
     batch = Folder("clips", x0="latents", mask_text=True, max_tokens=40).open().batch(torch.arange(3))

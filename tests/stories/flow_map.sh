@@ -1,5 +1,5 @@
 # Any number of steps: a flow map of a Wan pipeline, from clips to diffusers' own AnyFlow pipeline.
-fewstep prepare text clips --encoder teacher
+fewstep prepare text clips --text-encoder teacher
 fewstep prepare latents clips --codec teacher
 fewstep train experiment=flow_map teacher=teacher data.dataset_dir=clips guidance=1 data.negative=none trainer.max_iter=3 trainer.batch_size=2
 fewstep export general/teacher/flow_map --out student --base teacher

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +16,20 @@ from fewstep.training.plan.request import PlanRequest, memory_of
 from fewstep.training.run import Run
 
 OFFLOAD = "trainer.offload_teacher=true"
+Say = Callable[[str], None]
 
 
-def advice(run: Run, batch: Batch, measurement: Measurement, gpus: int, gib: float) -> str:
+def _quiet(text: str) -> None:
+    """Nobody watches."""
+
+
+def advice(run: Run, batch: Batch, measurement: Measurement, gpus: int, gib: float, say: Say = _quiet) -> str:
     """The smallest change of settings that makes the run fit, in the order in which they cost least; then the least GPUs."""
     sentences: list[str] = []
     changed, words = run, list[str]()
     steps = [step for step in _changes(run) if step[1] != run]
     for text, alone in steps:
+        say(f"it does not fit; does it with {text}?")
         if measure(alone, _part_of(batch, alone)).on(gpus).needed_gib <= gib:
             sentences.append(f"it fits with {text}")
             break
@@ -34,6 +40,7 @@ def advice(run: Run, batch: Batch, measurement: Measurement, gpus: int, gib: flo
             if text.endswith("=lora"):  # then the teacher's weights are those of a role that is trained, and stay
                 words = [word for word in words if word != OFFLOAD]
             words += [text] if changed != before else []
+            say(f"and with {' '.join(words)}?")
             if len(words) > 1 and measure(changed, _part_of(batch, changed)).on(gpus).needed_gib <= gib:
                 sentences.append(f"it fits with {' '.join(words)}")
                 break
@@ -74,8 +81,11 @@ def _part_of(batch: Batch, run: Run) -> Batch:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def answer(run: Run, request: PlanRequest) -> tuple[dict[str, Any], str]:
-    """What `fewstep plan` prints, as JSON and as text."""
+def answer(run: Run, request: PlanRequest, say: Say = _quiet) -> tuple[dict[str, Any], str]:
+    """What `fewstep plan` prints, as JSON and as text.
+
+    say: hears of every stage; one can take a minute for billions of weights.
+    """
     gpus, name = request.gpus, request.gpu
     gib = memory_of(name)
     note = ""
@@ -90,13 +100,14 @@ def answer(run: Run, request: PlanRequest) -> tuple[dict[str, Any], str]:
             note = (
                 f"ASSUMED, because the data cannot be opened ({reason}); shape=CxTxHxW and text=TOKENSxCHANNELS say otherwise"
             )
-    measurement = measure(run, batch)
+    measurement = measure(run, batch, say)
     share = measurement.on(gpus)
     other = replace(run, trainer=replace(run.trainer, checkpointing=not run.trainer.checkpointing))
+    say("the same with the other value of trainer.checkpointing")
     activations = {run.trainer.checkpointing: measurement, other.trainer.checkpointing: measure(other, batch)}
     with_, without = (activations[key].at_peak.get(PASSING, 0) / GIB for key in (True, False))
     fits = share.needed_gib <= gib
-    more = "" if fits else advice(run, batch, measurement, gpus, gib)
+    more = "" if fits else advice(run, batch, measurement, gpus, gib, say)
     record = share.as_json() | {
         "activations_gib": {"checkpointing": with_, "no_checkpointing": without},
         "assumed": note,

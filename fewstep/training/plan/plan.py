@@ -113,8 +113,9 @@ def plan(run: Run, gpus: int = 1, batch: Batch | None = None) -> Plan:
     return measure(run, first_batch(run.data.open(), run.trainer.batch_size) if batch is None else batch).on(gpus)
 
 
-def measure(run: Run, batch: Batch) -> Measurement:
-    """Takes one step of every turn on tensors without contents, and records what is held."""
+def measure(run: Run, batch: Batch, say: Callable[[str], None] = lambda text: None) -> Measurement:
+    """Takes one step of every turn on tensors without contents, and records what is held. say: hears of every stage."""
+    say("networks, optimisers and averages on tensors without contents")
     run = replace(run, trainer=replace(run.trainer, compile=False))
     ledger, world = Ledger(), World(0, 1, torch.device("cpu"), None)
     with _fake() as fake, _unread(run):
@@ -134,6 +135,7 @@ def measure(run: Run, batch: Batch) -> Measurement:
         worst: dict[str, int] = {}
         for step, turn in _turns(run).items():
             ledger.begin()
+            say(f"one iteration of the {turn.label} turn")
             with ledger:
                 _iterate(run, crew, turn, step, batch, ledger, world)
             turns[turn.label] = max(ledger.peak, turns.get(turn.label, 0))
