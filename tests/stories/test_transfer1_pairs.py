@@ -153,7 +153,7 @@ def test_what_cannot_be_meant_is_refused(folder: Path, tmp_path: Path, capsys: p
         "a", "--path-times", "1,0.8", "--steps", "8"
     )
     assert "--shift has no effect on this teacher, whose grid is karras" in refused("a", "--shift", "5")
-    assert "--batch-size 0: at least 1" in refused("a", "--batch-size", "0")
+    assert "'--batch-size': 0: the value should be greater than or equal to 1" in refused("a", "--batch-size", "0")
     assert not (tmp_path / "a").exists()
     assert pairs(folder, tmp_path / "out", "--num", "1") == 0
     for options, key in (
