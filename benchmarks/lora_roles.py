@@ -56,7 +56,8 @@ def distance(out: Path, name: str, recipe: str, num: int, sets: int, *settings: 
         fewstep_(out, "train", f"experiment={recipe}", f"job.name={name}", *settings)
         where = ("--prompts", str(out / "heldout"), "--real", str(out / "real"), "--out", str(scores))
         fewstep_(out, "export", run, "--out", model, "--format", "diffusers", "--base", str(TOY))
-        fewstep_(out, "evaluate", model, *where, "--num", str(num), "--sets", str(sets))
+        text = ("--max-tokens", "40", "--mask-text")
+        fewstep_(out, "evaluate", model, *where, *text, "--num", str(num), "--sets", str(sets))
     told = json.loads((out / run / "summary.json").read_text())
     found = json.loads(scores.read_text())["scores"]["frechet"]
     print(f"{name}: toy Frechet {found['value']:.1f} +- {found['spread']:.1f}, n {found['num']}", flush=True)
