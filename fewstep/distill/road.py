@@ -128,11 +128,11 @@ def _train(facts: Facts, training: str) -> Command:
     iters = facts.iters(training)
     sizes = (f"trainer.max_iter={iters}", f"checkpoint.save_iter={max(1, min(500, iters // 4))}")
     sizes += (f"trainer.log_every={max(1, min(50, iters // 10))}",)
-    return (_root(facts), *_launcher(facts), "train", *_recipe(facts, training), *sizes)
+    return (_root(facts), *_launcher(facts), "train", *_recipe(facts, training, *sizes))
 
 
-def _recipe(facts: Facts, training: str) -> tuple[str, ...]:
-    """The words of a training, but for how long it is."""
+def _recipe(facts: Facts, training: str, *more: str) -> tuple[str, ...]:
+    """The words of a training; those of the user replace ours."""
     request = facts.request
     words = (f"experiment={training}", f"teacher={request.teacher}", f"steps={request.steps}")
     words += () if request.shift is None else (f"shift={request.shift:g}",)
@@ -146,7 +146,9 @@ def _recipe(facts: Facts, training: str) -> tuple[str, ...]:
     if facts.text != facts.teacher.text:
         words += (f"data.max_tokens={facts.text.max_tokens}", f"data.mask_text={str(facts.text.uses_mask).lower()}")
     words += () if request.precision is None else (f"trainer.precision={request.precision}",)
-    return (*words, *request.settings_of(training))
+    own = request.settings_of(training)
+    keys = {word.partition("=")[0] for word in own}
+    return (*(word for word in (*words, *more) if word.partition("=")[0] not in keys), *own)
 
 
 def _export(facts: Facts) -> Iterator[Command]:
@@ -175,13 +177,13 @@ def _scores(facts: Facts) -> Iterator[Command]:
     few = ("--steps", str(request.steps), "--guidance", f"{facts.sampler.guidance:g}")
     many = ("--guidance", few[-1]) if request.teacher_steps is None else ("--steps", str(request.teacher_steps), *few[2:])
     what = {
-        "teacher": (request.teacher, *shape, *codec, *many),
-        "teacher_few": (request.teacher, *shape, *codec, *few),
+        "teacher": (request.teacher, *codec, *many),
+        "teacher_few": (request.teacher, *codec, *few),
         "kd": (run_of(facts, "kd"), "--codec", facts.codec),
         "student": (str(request.out),),
     }
     for name, file in score_files(facts).items():
-        yield ("fewstep", "evaluate", *what[name], *common, *_conditions(facts), "--out", str(file))
+        yield ("fewstep", "evaluate", *what[name], *common, *shape, *_conditions(facts), "--out", str(file))
 
 
 def _report(facts: Facts) -> Command:

@@ -85,11 +85,13 @@ def test_the_stages_and_their_commands_for_wan(world: Path) -> None:
 
 
 def test_a_teacher_of_cosmos_1_and_other_methods(world: Path) -> None:
-    road = commands(request(world, "predict1", method="dmd2", rank=8, processes=2, settings=("dmd2.optim.lr=1e-6",)))
+    own = ("dmd2.optim.lr=1e-6", "dmd2.trainer.max_iter=9")
+    road = commands(request(world, "predict1", method="dmd2", rank=8, processes=2, settings=own))
     assert "pairs" not in road and "kd" not in road and "--negative-prompt" not in road["text"][0]
     assert road["latents"][0].endswith("--scale 0.5 --num-frames 9 --start-frame-interval 9")
     words = shlex.split(road["dmd2"][0])
     assert words[1:5] == ["torchrun", "--standalone", "--nproc_per_node=2", "-m"]
+    assert [word for word in words if "max_iter" in word] == ["trainer.max_iter=9"]  # the user's replaces ours
     assert {"rank=8", "guidance=6", "optim.lr=1e-6"} <= set(words) and not any("init=" in word for word in words)
     assert "gpus=2" in road["memory"][0] and "shape=16x2x4x4 text=512x1024" in road["memory"][0]
     one = commands(request(world, method="kd", steps=1))
