@@ -21,9 +21,12 @@ from fewstep.inference import generate as room
 from fewstep.inference.chunks import chunks_of
 from fewstep.inference.coming_from_cosmos import Control
 from fewstep.inference.command import read_command
-from fewstep.inference.conditions import Parts, Shot, Text
+from fewstep.inference.conditions import Shot, Text
+from fewstep.inference.films import Studio, films
+from fewstep.inference.fit import Plan
 from fewstep.inference.model import Model
 from fewstep.inference.request import ClipRequest
+from fewstep.inference.stages import Component
 from fewstep.networks.encoders.codecs import codec_of, to_uint8
 from fewstep.networks.families.cogvideox import CogVideoXSpec
 from fewstep.networks.families.cosmos.control import CosmosControlSpec
@@ -234,10 +237,13 @@ def test_a_long_clip_led_by_edges_is_upstreams_chunk_after_chunk(
     made = latents_of(monkeypatch, noise, solve)
     words = {"p": Text(text, None), "n": Text(negative, None)}
     request = ClipRequest("clip", "p", "n", control={"edge": Control(tmp_path / "edges.mp4")})
-    parts = Parts(Model(net, spec, TeacherSampler()), codec_of(vae), words, torch.device("cpu"))
-    chunks = chunks_of(15, 9, overlap)
-    pixels, _ = room._films([request], parts, TeacherSampler(), Shot(15, 32, 32, 8.0), chunks)
-    assert pixels.shape == (1, 3, 15, 32, 32)
+    codec, device = codec_of(vae), torch.device("cpu")
+    chunks = tuple(chunks_of(15, 9, overlap))
+    plan = Plan(Model(net, spec, TeacherSampler()), codec, TeacherSampler(), Shot(15, 32, 32, 8.0), chunks)
+    network, encoder, pictures = (Component(lambda part=part: part, releases=False) for part in (net, codec, None))
+    studio = Studio(plan, "the teacher", network, encoder, pictures, words, device, device)  # type: ignore[arg-type]
+    (film,) = films([[request]], studio)
+    assert film.frames.shape == (1, 15, 32, 32, 3)
     taken = 1 + (overlap - 1) // 4
     ours = torch.cat([made[0], *(latents[:, :, taken:] for latents in made[1:])], 2)[:, :, : theirs.shape[2]]
     assert len(made) == len(chunks) >= 2 and theirs.shape[2] == 4
