@@ -87,7 +87,7 @@ def test_the_toy_teacher_on_clips_of_64_pixels_with_words_it_does_not_know(tmp_p
     text, _ = process.communicate()
     assert process.returncode == 1 and "this encoder has no word for dark" in text and "--text-encoder FOLDER" in text
     assert not (tmp_path / "clips" / "latents").exists()  # before anything heavy
-    assert main(["prepare", "words", str(tmp_path / "clips"), "--out", str(tmp_path / "words"), "--steps", "20"]) == 0
+    assert main(["prepare", "words", str(tmp_path / "clips"), "--out", str(tmp_path / "words"), "--iters", "20"]) == 0
     done(tmp_path, *words, "--text-encoder", "words")
     # 29 of 33 frames: the toy network has positions for eight latent ones.
     assert plain(tmp_path, 29, 64).strip() == "StudentPipeline (29, 64, 64, 3) True"
