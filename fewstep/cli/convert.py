@@ -32,6 +32,12 @@ def convert(
     lora_scale: Annotated[
         float | None, option("--lora-scale", "Add adapters in the file to its weights, multiplied by this number.")
     ] = None,
+    parts: Annotated[
+        int | None,
+        typer.Option(
+            help="Write OUT.pt as OUT_model_mp_0.pt, .., for this number of processes of tensor parallelism (Cosmos 1)."
+        ),
+    ] = None,
 ) -> None:
     """Convert weights between forms (original Cosmos, FastGen, distributed, diffusers), or join a base and its control."""
     if ctrl_type is not None and (base is not None or control):
@@ -43,5 +49,5 @@ def convert(
     with imports():
         from fewstep.networks.weights.convert import from_words
 
-    for written in from_words(source, out, base, control or [], ctrl_type, checkpoint_dir, model, dtype, lora_scale):
+    for written in from_words(source, out, base, control or [], ctrl_type, checkpoint_dir, model, dtype, lora_scale, parts):
         print(written)

@@ -208,6 +208,31 @@ def test_parts_of_tensor_parallelism_are_put_together_as_they_were_cut(tmp_path:
         read(str(tmp_path / "iter_000000100.pt"))
 
 
+def test_weights_go_out_in_the_parts_of_tensor_parallelism(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against a split by hand, for 8 processes; what goes out comes in again."""
+    made = module(FIRST)
+    whole = original(made, "1")
+    torch.save(whole, tmp_path / "model.pt")
+    assert main(["convert", str(tmp_path / "model.pt"), str(tmp_path / "iter_000000100.pt"), "--parts", "8"]) == 0
+    assert not (tmp_path / "iter_000000100.pt").exists()
+    for number in range(8):
+        part = torch.load(tmp_path / f"iter_000000100_model_mp_{number}.pt", weights_only=True)["model"]
+        assert part.keys() == whole.keys()
+        for name, tensor in whole.items():
+            by_rows = name.endswith(("to_q.0.weight", "to_k.0.weight", "to_v.0.weight", "block.layer1.weight"))
+            by_columns = name.endswith(("to_out.0.weight", "block.layer2.weight"))
+            rows, columns = tensor.shape[0] // 8, tensor.shape[-1] // 8
+            wanted = tensor[number * rows : (number + 1) * rows] if by_rows else tensor
+            wanted = tensor[:, number * columns : (number + 1) * columns] if by_columns else wanted
+            assert torch.equal(part[name], wanted), name
+    fills(FIRST, tmp_path / "iter_000000100.pt", made)
+    capsys.readouterr()
+    assert main(["convert", str(tmp_path / "model.pt"), str(tmp_path / "other.pt"), "--parts", "7"]) == 1
+    assert "which 7 parts do not divide" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "model.pt"), str(tmp_path / "folder"), "--parts", "8"]) == 1
+    assert "are of OUT.pt" in capsys.readouterr().err
+
+
 def test_a_base_and_its_control_are_joined_as_the_seeds_script_joins_them(tmp_path: Path) -> None:
     made = module(TRANSFER1)
     file = original(made, "1")

@@ -309,9 +309,27 @@ def _split(path: Path, part: str | None) -> TensorFile:
     return TensorFile(str(path.with_name(f"{stem}_model_mp_*.pt")), merged, parts[0].part, parts[0].ignored)
 
 
-def _joined(name: str, parts: list[Stored], stem: str) -> Stored:
+def _axis_of(name: str) -> int | None:
+    """Along which axis tensor parallelism cuts the tensor; None: it is whole in every part."""
     plain = name.replace("-", ".")
-    axis = 0 if plain.endswith(_BY_OUTPUT) else 1 if plain.endswith(_BY_INPUT) else None
+    return 0 if plain.endswith(_BY_OUTPUT) else 1 if plain.endswith(_BY_INPUT) else None
+
+
+def split(tensors: Mapping[str, Tensor], num: int) -> list[dict[str, Tensor]]:
+    """The tensors of a Cosmos 1 network as `num` processes of tensor parallelism hold them."""
+    parts: list[dict[str, Tensor]] = [{} for _ in range(num)]
+    for name, tensor in tensors.items():
+        axis = _axis_of(name)
+        if axis is not None and tensor.shape[axis] % num:
+            raise UserError(f"'{name}' has {tensor.shape[axis]} rows along axis {axis}, which {num} parts do not divide")
+        pieces = [tensor] * num if axis is None else tensor.chunk(num, axis)
+        for part, piece in zip(parts, pieces, strict=True):
+            part[name] = piece.clone()  # of its own storage: a view would be saved whole
+    return parts
+
+
+def _joined(name: str, parts: list[Stored], stem: str) -> Stored:
+    axis = _axis_of(name)
     first = parts[0]
     fixed = [tuple(size for i, size in enumerate(one.shape) if i != axis) for one in parts]
     if axis is None:

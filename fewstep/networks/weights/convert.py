@@ -1,6 +1,7 @@
 """Weights from one form into another: original Cosmos, diffusers' folders, safetensors, the parts of parallel training.
 
     OUT.pt            the names of the original Cosmos code, as one file of torch.save
+    OUT_model_mp_*.pt the same in the parts of tensor parallelism (parts=8)
     OUT.safetensors   our names: the address of networks.teacher_init, networks.student.init, ..
     OUT/              a folder that diffusers opens: config.json beside the weights; transformer/ and controlnet/ where there
                       are branches
@@ -38,7 +39,7 @@ from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.families.cosmos.transfer1 import Transfer1Branch
 from fewstep.networks.files import hub
 from fewstep.networks.files.stored import Stored
-from fewstep.networks.files.tensor_files import SUFFIXES, open_tensors, write_safetensors
+from fewstep.networks.files.tensor_files import SUFFIXES, open_tensors, split, write_safetensors
 from fewstep.networks.weights.addresses import Collected, Piece, collect, of_run, pieces_of, tell
 
 SHARD_BYTES = 5 * 10**9
@@ -67,14 +68,17 @@ def convert(
     model: str | None = None,
     dtype: Dtype = "keep",
     lora_scale: float | None = None,
+    parts: int | None = None,
 ) -> list[Written]:
     """What was written. `source`, or `base` and `control` which are put together; `out` says by its ending into what."""
+    if parts is not None and (parts < 2 or out is None or out.suffix not in (".pt", ".pth")):
+        raise UserError("convert: --parts N, at least 2, are of OUT.pt: OUT_model_mp_0.pt, .. for N processes")
     run = of_run(source) if source is not None and base is None else None
     if run is not None:
         if out is None:
             raise UserError("convert: say what to write: OUT.pt, OUT.safetensors or OUT/")
         tell(run)
-        return _write(out, run, model, dtype)
+        return _write(out, run, model, dtype, parts)
     pieces = _pieces(source, base, control)
     if out is None:
         if len(pieces) != 2:
@@ -88,17 +92,19 @@ def convert(
         union = _union(pieces)
         if union is not None:
             _keep_sizes(pieces, out)
-            return [_write_torch(out, union, dtype, f"the union of {' and '.join(place for _, place, _ in pieces)}")]
+            about = f"the union of {' and '.join(place for _, place, _ in pieces)}"
+            return _write_parts(out, union, dtype, about, parts) if parts else [_write_torch(out, union, dtype, about)]
     found = collect(pieces, lora_scale=lora_scale)
     for file in found.files:
         _refuse_odd(file.tensors, file.source)
     tell(found)
-    return _write(out, found, model, dtype)
+    return _write(out, found, model, dtype, parts)
 
 
-def _write(out: Path, weights: Collected, model: str | None, dtype: Dtype) -> list[Written]:
+def _write(out: Path, weights: Collected, model: str | None, dtype: Dtype, parts: int | None) -> list[Written]:
     if out.suffix in (".pt", ".pth"):
-        return [_write_torch(out, _originally_named(weights), dtype, "original names")]
+        named, about = _originally_named(weights), "original names"
+        return _write_parts(out, named, dtype, about, parts) if parts else [_write_torch(out, named, dtype, about)]
     if out.suffix == ".safetensors":
         with whole_file(out) as beside:
             write_safetensors(beside, weights.tensors, _dtype(dtype))
@@ -118,6 +124,7 @@ def from_words(
     model: str | None,
     dtype: str,
     lora_scale: float | None = None,
+    parts: int | None = None,
 ) -> list[Written]:
     """What the words of the command line ask for."""
     if dtype not in ("keep", *DTYPES):
@@ -132,7 +139,7 @@ def from_words(
             raise UserError(f"convert: there is no {' and no '.join(lacking)}")
     if base is not None and source is not None and out is None:
         source, out = None, Path(source)  # one word beside --base is what to write
-    return convert(source, out, base=base, control=control, model=model, dtype=dtype, lora_scale=lora_scale)  # pyright: ignore[reportArgumentType]  # words, which convert checks
+    return convert(source, out, base=base, control=control, model=model, dtype=dtype, lora_scale=lora_scale, parts=parts)  # pyright: ignore[reportArgumentType]  # words, which convert checks
 
 
 def teacher_pieces(ctrl_type: str, checkpoint_dir: str) -> tuple[str, str]:
@@ -212,13 +219,31 @@ def _generation_of_ours(names: Mapping[str, Stored]) -> Generation:
 
 
 def _write_torch(out: Path, tensors: Mapping[str, Stored], dtype: Dtype, about: str) -> Written:
+    with whole_file(out) as beside:
+        torch.save(_read(tensors, dtype), beside)
+    return _written(out, tensors, about)
+
+
+def _write_parts(out: Path, tensors: Mapping[str, Stored], dtype: Dtype, about: str, num: int) -> list[Written]:
+    """OUT_model_mp_0.pt and so on, each as one process of Cosmos 1's tensor parallelism reads it."""
+    if generation_of(tensors) != "1":
+        raise UserError("convert: --parts: only networks of Cosmos 1 (Predict1, Transfer1) were trained in such parts")
+    written: list[Written] = []
+    for number, part in enumerate(split(_read(tensors, dtype), num)):
+        file = out.with_name(f"{out.stem.partition('_model_mp_')[0]}_model_mp_{number}.pt")
+        with whole_file(file) as beside:
+            torch.save({"model": part}, beside)
+        numbers = sum(tensor.numel() for tensor in part.values())
+        written.append(Written(file, len(part), numbers, f"{about}, part {number} of {num}"))
+    return written
+
+
+def _read(tensors: Mapping[str, Stored], dtype: Dtype) -> dict[str, torch.Tensor]:
     kind = _dtype(dtype)
     made = {name: stored.read() for name, stored in tensors.items()}
     if kind is not None:
         made = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in made.items()}
-    with whole_file(out) as beside:
-        torch.save({name: tensor.contiguous() for name, tensor in made.items()}, beside)
-    return _written(out, tensors, about)
+    return {name: tensor.contiguous() for name, tensor in made.items()}
 
 
 # --- a folder for diffusers
