@@ -20,6 +20,9 @@ ANY = re.compile(rf"\\\.\\\.\\\.|(?<![A-Za-z0-9_])({PLACES})(?![A-Za-z0-9_])|TYP
 FILES = re.compile(r"(spec\.json|student|out|outputs)$")
 # Commands that no story walks, by how they begin: the test that runs each, on files as the original tools write them.
 ELSEWHERE = {
+    "torchrun --nproc_per_node=8 -m fewstep.train experiment=CosmosPredict2_": (
+        "recipes/test_one_step.py::test_a_recipe_takes_a_step"
+    ),
     "fewstep convert P_model_net iter_N_full.pt": "networks/test_weights_in.py::test_a_distributed_checkpoint",
     "fewstep convert ITER/model:net OUT/model.pt": "networks/test_weights_in.py::test_a_distributed_checkpoint",
     "fewstep convert ITER/model:net_ema OUT/model_ema_fp32.pt --dtype fp32": (
