@@ -66,6 +66,10 @@ class CausalKD(ByChunks):
         by_chunk = ByChunk(self.first_t_list, self.context_noise)
         return StudentSampler(self.t_list, self.path or path, self.renoise, by_chunk=by_chunk)
 
+    def times_on(self, path: Path) -> tuple[float, ...]:
+        """The student's times, which are those of the stored states."""
+        return self.t_list
+
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from problems_of_times(self.t_list)
         yield from problems_of_shares(self.first_frames, self.frame_noise)

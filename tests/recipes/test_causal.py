@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fewstep.cli import main
 from fewstep.config import build_recipe, check
 from fewstep.methods import CausalKD, SelfForcing
 from fewstep.training.loop import train
@@ -26,6 +27,13 @@ def test_the_published_numbers(family: str, span: int, guidance: float, lr: floa
         span,
     )
     assert sf.networks.student.init == f"fastgen/{family}/{family}_kd_causal@latest:student"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOYS)
+def test_the_toy_twins_are_planned(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", f"experiment={name}", "shape=4x6x4x4", "text=8x16"]) == 0
+    assert "fits h100" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from fewstep.data.loader import first_batch
 from fewstep.data.mock import Mock
 from fewstep.diffusion import RectifiedFlow, Rng
 from fewstep.errors import UserError
-from fewstep.methods import KD
+from fewstep.methods import KD, CausalKD
 from fewstep.methods.contract import Turn
 from fewstep.networks.files.folders import unread
 from fewstep.networks.frozen import Offloaded
@@ -158,7 +158,8 @@ def mock_batch(run: Run, shape: tuple[int, ...] | None, text: tuple[int, int] | 
         channels = getattr(teacher, "text_projection_from", None) or getattr(teacher, "text_dim", 1024)
         text = (512, channels) if channels else None
     path = getattr(teacher, "path", RectifiedFlow())
-    times = run.method.times_on(run.method.path or path) if isinstance(run.method, KD) else ()  # of states on the teacher's way
+    method = run.method
+    times = method.times_on(method.path or path) if isinstance(method, (KD, CausalKD)) else ()  # of states on the teacher's way
     spec = Mock(shape, text, controls=tuple(getattr(teacher, "controls", ())), path_times=times)
     return spec.open().batch(torch.arange(run.trainer.batch_size))
 
