@@ -105,8 +105,9 @@ def analytic_meanflow() -> Run:
 @recipe("analytic_flow_map")
 def analytic_flow_map() -> Run:
     """A flow map for any number of jumps, from the exact teacher; four jumps in its previews."""
-    velocity = AverageVelocity(times=TIMES, share_instant=0.25, share_whole=0.25, derivative=Jvp())
-    return _run("analytic_flow_map", FlowMap(velocity, shift=2.0), Full(MAP, init=PRETRAINED))
+    velocity = AverageVelocity(times=TIMES, share_whole=0.25, derivative=Jvp())
+    run = _run("analytic_flow_map", FlowMap(velocity, shift=2.0), Full(MAP, init=PRETRAINED))
+    return replace(run, optim=replace(run.optim, lr=2e-3))
 
 
 @recipe("analytic_flow_map_on_policy")
