@@ -35,7 +35,7 @@ def convert(
     parts: Annotated[
         int | None,
         typer.Option(
-            help="Write OUT.pt as OUT_model_mp_0.pt, .., for this number of processes of tensor parallelism (Cosmos 1)."
+            min=2, help="Write OUT.pt as OUT_model_mp_0.pt, .., for this number of processes of tensor parallelism (Cosmos 1)."
         ),
     ] = None,
 ) -> None:

@@ -229,7 +229,7 @@ def sampler_before_loading(address: str, controls: Sequence[str] = ()) -> tuple[
         spec, sampler = spec_of(address, controls), None
     else:
         return None
-    path: Any = None if spec is None else spec.path  # Any: what a kind of the user's own says
+    path: Any = getattr(spec, "path", None)  # Any: a field of some configurations, and a property of others
     if path is None or isinstance(sampler, StudentSampler):
         return None
     return sampler or published_sampler(path, None if spec is None else spec.source), path

@@ -58,7 +58,10 @@ class Teacher:
 
 def path_of(spec: Any) -> NoisePath:  # Any: `path` is a field of some configurations, and a property of others
     """The path of the network that `spec` builds."""
-    return spec.path
+    path = getattr(spec, "path", None)
+    if path is None:
+        raise UserError("this network's configuration does not say its path of noise: give it a field or a property `path`")
+    return path
 
 
 def teacher_at(address: str, controls: Sequence[str] = ()) -> Teacher:

@@ -224,7 +224,7 @@ class CausalSpec(NetworkSpec):
 
     @property
     def path(self) -> Path | None:
-        return self.network.path
+        return getattr(self.network, "path", None)  # a field of some configurations, and a property of others
 
     @property
     def distillation(self) -> Distillation:

@@ -193,6 +193,7 @@ class NetworkSpec:
 
     diffusers_class: ClassVar[str] = ""  # the class of denoiser whose folders `of` opens; "": none
     pipeline_part: ClassVar[str] = "transformer"  # what a pipeline calls the network
+    # A field or property `path` says the path of the network before it is built; without one only the network knows it.
     has_original_names: ClassVar[bool] = False  # its weights can be named as in the files that were published with it
     is_causal: ClassVar[bool] = False  # what it builds generates chunk after chunk
     starts_as_teacher: ClassVar[bool] = False  # another network than the teacher, which can begin with its weights
@@ -215,11 +216,6 @@ class NetworkSpec:
     @property
     def source(self) -> str | None:
         """The diffusers folder or hub id that the weights come from; None: another one."""
-        return None
-
-    @property
-    def path(self) -> Path | None:
-        """The path of its network, where the configuration says it; None: only the built network knows it."""
         return None
 
     def build(self) -> Network:

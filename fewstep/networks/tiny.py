@@ -27,7 +27,7 @@ from fewstep.networks.taps import idle_blocks
 
 @dataclass(frozen=True)
 class Tiny(NetworkDefaults):
-    """A raw module F(y, phi, cond, taps) -> (F, features) as a Network."""
+    """A raw module F(y, phi, cond, taps[, phi of the end]) -> (F, features) as a Network."""
 
     module: nn.Module
     path: Path
@@ -57,7 +57,7 @@ class Tiny(NetworkDefaults):
         if mask is not None and cond.frames is not None:
             y = torch.lerp(y, cond.frames.to(x) / self.sigma_data, mask[:, None, :, None, None])
         with idle_blocks(self.blocks, taps):
-            raw, features = self.module(y, phi, end, cond, taps)
+            raw, features = self.module(y, phi, cond, taps, *(() if end is None else (end,)))
         raw = raw.to(x.dtype)
         cos, sin = spread(phi.cos(), x).to(x.dtype), spread(phi.sin(), x).to(x.dtype)
         x0 = self.sigma_data * (cos * y - sin * raw)
@@ -143,7 +143,7 @@ class _Mlp(nn.Module):
         self.leave = nn.Linear(spec.width, spec.channels)
 
     def forward(
-        self, y: Tensor, phi: Tensor, end: Tensor | None, cond: Condition, taps: Sequence[int]
+        self, y: Tensor, phi: Tensor, cond: Condition, taps: Sequence[int], end: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         y = y.to(self.enter.weight.dtype)  # in here, where the weights are those of compute; outside they may be sharded fp32
         emb = _with_label(functional.silu(_times(self.time, self.end, phi, end)), self.label, cond, y.shape[0])
@@ -207,7 +207,7 @@ class _Dit(nn.Module):
         self.width = spec.width
 
     def forward(
-        self, y: Tensor, phi: Tensor, end: Tensor | None, cond: Condition, taps: Sequence[int]
+        self, y: Tensor, phi: Tensor, cond: Condition, taps: Sequence[int], end: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         y = y.to(self.enter.weight.dtype)  # as in _Mlp
         num, _, frames, height, width = y.shape

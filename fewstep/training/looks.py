@@ -29,7 +29,7 @@ class Looks:
     def are_cheap(self) -> bool:
         """Whether all previews and another one like the last keep their share of the time; the same on every rank."""
         assert self._run.preview is not None
-        share, elapsed = self._run.preview.max_share, time.monotonic() - self._began
+        share, elapsed = getattr(self._run.preview, "max_share", 1.0), time.monotonic() - self._began
         is_dear = share < 1 and self._spent_s + self._last_s > share * elapsed
         return not self._world.any(is_dear)[0]
 

@@ -50,10 +50,8 @@ class Preview(Protocol):
         """Iterations between two previews; None: only the first and the last."""
         ...
 
-    @property
-    def max_share(self) -> float:
-        """Share of the run's time that previews may take; one that is due but would exceed it is left out."""
-        ...
+    # A field `max_share`, if there is one: the share of the run's time that previews may take; one that is due but would
+    # exceed it is left out.
 
     def show(self, scene: Scene) -> Mapping[str, float]: ...
 

@@ -119,6 +119,7 @@ def test_predict25_is_distilled_into_four_steps(tmp_path: Path, real: bool) -> N
     same_clips(tmp_path, "ball", by_hand(tmp_path, replace(PREDICT2_5_2B, **SIZES), cond))
 
 
+@pytest.mark.slow  # its road is that of Predict2.5 and of Transfer1, whose quick forms run always
 @IN_BOTH_FORMS
 @pytest.mark.parametrize("control", ["edge"])
 def test_transfer25_is_distilled_into_four_steps(tmp_path: Path, control: str, real: bool) -> None:

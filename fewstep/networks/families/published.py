@@ -17,6 +17,8 @@ FAMILIES: Mapping[str, str] = {  # network= : what it is, in a line
     "cosmos": "Cosmos-Predict; CosmosTransformer3DModel; rectified flow, Predict1 EDM",
     "cosmos_control": "Cosmos-Transfer; the same with control branches; rectified flow, Transfer1 EDM",
     "wan": "Wan 2.1, Wan 2.2 5B; WanTransformer3DModel; rectified flow",
+    "anyflow": "Wan as a flow map, with a second time; AnyFlowTransformer3DModel; rectified flow",
+    "causal": "any of Wan and Cosmos Predict2, 2.5 with causal attention between chunks of frames",
     "experts": "Wan 2.2 A14B, two networks by noise level; rectified flow",
     "cogvideox": "CogVideoX; CogVideoXTransformer3DModel; VP with zero terminal SNR, v",
     "unet": "SDXL, Stable Diffusion; UNet2DConditionModel; VP, eps or v",
