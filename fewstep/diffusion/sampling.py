@@ -180,6 +180,11 @@ class TeacherSampler:
         chunks, cache = denoiser.chunks(noise.shape[2]), denoiser.new_cache(noise)
         return torch.cat(list(chunk_by_chunk(teacher, chunks, cond, solve, cache, settings, rng)), 2)
 
+    def student_times(self, num_steps: int, path: Path, shift: float) -> tuple[float, ...]:
+        """The times of a student of this teacher, which begins where the grid begins: Predict2's at 80 / 81, not at 1."""
+        times, first = student_times(num_steps, path, shift), float(self.times(path)[0])
+        return (first, *times[1:]) if first < times[0] * (1 - 1e-6) else times
+
     def problems_of(self, at: Sequence[float], path: Path) -> Iterable[str]:
         """Why the solver's states at the times `at` cannot be kept, or would not be what was meant."""
         if not at:

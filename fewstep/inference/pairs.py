@@ -26,7 +26,6 @@ from fewstep.data.folder.dataset import Folder
 from fewstep.diffusion import Path as NoisePath
 from fewstep.diffusion import Rng, TeacherSampler
 from fewstep.diffusion.samplers import Trajectory
-from fewstep.diffusion.sampling import student_times
 from fewstep.environment import Ranks, ranks
 from fewstep.errors import UserError
 from fewstep.files import read_json, some, write_json
@@ -444,7 +443,7 @@ def _settings(request: PairsRequest, sampler: TeacherSampler, path: NoisePath) -
     settings = PairSettings(
         sampler,
         request.seed,
-        student_times(at, path, request.student_shift) if isinstance(at, int) else at,
+        sampler.student_times(at, path, request.student_shift) if isinstance(at, int) else at,
         request.given_frames,
         "lossless" if request.quality == "lossless" else int(request.quality),
         "fastgen" if request.form == "fastgen" else "ours",

@@ -13,7 +13,6 @@ from typing import Any
 
 from fewstep.diffusion import Path as NoisePath
 from fewstep.diffusion import StudentSampler, TeacherSampler
-from fewstep.diffusion.sampling import student_times
 from fewstep.errors import UserError
 from fewstep.inference.model import is_export, is_run, networks_of, outline_of, published_sampler
 from fewstep.networks.contract import Distillation, NetworkSpec
@@ -53,7 +52,7 @@ class Teacher:
 
     def times(self, num_steps: int, shift: float | None = None) -> tuple[float, ...]:
         """The times of a student of `num_steps`: those at which `fewstep pairs --path-times` keeps states."""
-        return student_times(num_steps, self.path, self.published.shift if shift is None else shift)
+        return self.sampler.student_times(num_steps, self.path, self.published.shift if shift is None else shift)
 
 
 def path_of(spec: Any) -> NoisePath:  # Any: `path` is a field of some configurations, and a property of others

@@ -88,3 +88,11 @@ def test_students_and_teachers_are_called_alike_and_their_records_are_read_back_
     for sampler in (student, replace(student, guidance=2.0), TeacherSampler("heun", 4, guidance=2.0)):
         assert sampler(MIXTURE, NOISE, COND, Rng(0, rows=range(4)), NEGATIVE).shape == NOISE.shape
         assert parse(type(sampler), dump(sampler)) == sampler
+
+
+def test_a_students_first_time_is_where_its_teachers_grid_begins():
+    flow, edm = RectifiedFlow(), EDM()
+    karras = TeacherSampler("res_2ab", grid="karras")
+    assert karras.student_times(2, flow, 5.0) == pytest.approx((80 / 81, 5 / 6), abs=1e-12)
+    assert karras.student_times(2, edm, 5.0) == student_times(2, edm, 5.0)
+    assert TeacherSampler().student_times(4, flow, 5.0) == student_times(4, flow, 5.0)
