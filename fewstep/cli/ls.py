@@ -75,9 +75,9 @@ def _print_recipes(as_json: bool) -> None:
     from fewstep.config import recipes
     from fewstep.recipes import GROUPS, NAMES
 
-    found = recipes()
-    abouts = {name: f"{recipe.doc}  {recipe.usage}".rstrip() for name, recipe in found.items()}
-    groups = {title: names for title, names in (*GROUPS.items(), ("Others", tuple(sorted(found.keys() - NAMES)))) if names}
+    entries = recipes()
+    abouts = {name: f"{recipe.doc}  {recipe.usage}".rstrip() for name, recipe in entries.items()}
+    groups = {title: names for title, names in (*GROUPS.items(), ("Others", tuple(sorted(entries.keys() - NAMES)))) if names}
     if as_json:
         rows = [{"name": name, "about": abouts[name], "group": title} for title, names in groups.items() for name in names]
         print(json.dumps(rows))

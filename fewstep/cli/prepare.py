@@ -45,8 +45,8 @@ def prepare_toyworld(
     from fewstep.toyworld.physics import World
 
     world, names = World(height=height, width=width), only.split(",") if only is not None else None
-    made = write(out, num, seed, world, workers, names, text_encoder or TOY)
-    print(f"{out}: {num} clips, {made} of them new")
+    num_new = write(out, num, seed, world, workers, names, text_encoder or TOY)
+    print(f"{out}: {num} clips, {num_new} of them new")
     next_step("fewstep", "check", "data", out)
 
 

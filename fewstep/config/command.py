@@ -118,11 +118,13 @@ def compose(command: Command, run_type: type[T]) -> T:
     else:
         recipe = find_recipe(command.experiment)
         arguments, overrides = recipe.split(command.overrides)
-        made = build_recipe(command.experiment, arguments)
-        if not isinstance(made, run_type):
-            wrong = f"{command.experiment} makes a {type(made).__name__}, not a {run_type.__name__}"
+        recipe_run = build_recipe(command.experiment, arguments)
+        if not isinstance(recipe_run, run_type):
+            wrong = f"{command.experiment} makes a {type(recipe_run).__name__}, not a {run_type.__name__}"
             raise ConfigError([("experiment", wrong)])
-        config = read_layers(type(made), [made, *data], overrides, also=[each.name for each in fields(recipe.parameters)])
+        config = read_layers(
+            type(recipe_run), [recipe_run, *data], overrides, also=[each.name for each in fields(recipe.parameters)]
+        )
     check(config)
     return config
 

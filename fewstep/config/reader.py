@@ -69,7 +69,7 @@ class _Reader:
     def __init__(self, also: Sequence[str] = ()) -> None:
         self.problems: list[Problem] = []
         self.unknown: list[tuple[str, str, list[str]]] = []  # key, the level that lacks it, what that level has
-        self.known: list[str] = list(also)
+        self.keys: list[str] = list(also)
         self.also = list(also)
 
     def edits(self, overrides: Sequence[str]) -> _Edit:
@@ -95,7 +95,7 @@ class _Reader:
         """
         for key, level, names in self.unknown:
             names = names if level else [*self.also, *names]
-            near = nearest_keys(key, level, names, self.known)
+            near = nearest_keys(key, level, names, self.keys)
             there = f"{level} has" if level else "there are"
             advice = f"did you mean {' or '.join(near)}?" if near else f"{there}: {', '.join(names) or 'no settings'}"
             self.problems.append((key, f"no such setting; {advice}"))
@@ -103,7 +103,7 @@ class _Reader:
             raise ConfigError(self.problems)
 
     def read(self, declared: Any, layers: Layers, key: str) -> Any:
-        self.known.append(key)
+        self.keys.append(key)
         parts = [part for layer in layers for part in _opened(layer)]
         before = self.count()
         match shape_of(declared):
@@ -161,7 +161,7 @@ class _Reader:
             if layers[name]:
                 values[name] = self.read(setting.declared, layers[name], full)
             else:
-                self.known.append(full)
+                self.keys.append(full)
                 owner = vars(cls).get("kind", cls.__name__)
                 self.problems.append((full, f"needs a value ({type_text(setting.declared)}): {owner} has no default"))
         # A ValueError of the class itself is a rule in its __post_init__.
@@ -229,7 +229,7 @@ class _Reader:
         # Plain data must come back as they were dumped: the member that keeps type and value goes first.
         exact = [fit for fit in fitting if type(fit[1]) is type(last) and fit[1] == last]
         trial, value = (exact or fitting)[0]
-        self.known.extend(trial.known)
+        self.keys.extend(trial.keys)
         return value
 
     def items(self, declared: Any, shape: Items, parts: Layers, key: str) -> Any:

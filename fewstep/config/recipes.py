@@ -89,14 +89,14 @@ def build_recipe(name: str, arguments: Sequence[str] = ()) -> Any:
     """
     recipe = find_recipe(name)
     values = read_layers(recipe.parameters, [], arguments)
-    made = recipe.make(**{each.name: getattr(values, each.name) for each in fields(values)})
-    if isinstance(made, type) or not is_dataclass(made):
-        raise TypeError(f"recipe {name!r} returned {made!r}; it must return a frozen dataclass")
-    hidden = {each.name for each in fields(values)} & settings_of(type(made)).keys()
+    run = recipe.make(**{each.name: getattr(values, each.name) for each in fields(values)})
+    if isinstance(run, type) or not is_dataclass(run):
+        raise TypeError(f"recipe {name!r} returned {run!r}; it must return a frozen dataclass")
+    hidden = {each.name for each in fields(values)} & settings_of(type(run)).keys()
     if hidden:
         raise TypeError(f"recipe {name!r}: rename its parameter {hidden.pop()!r}, which is a setting of what it returns")
     try:
-        return read_layers(type(made), [made])  # read anew: a mapping kept in a module constant is copied here
+        return read_layers(type(run), [run])  # read anew: a mapping kept in a module constant is copied here
     except ConfigError as error:
         raise ConfigError([(key, f"{text} (set by recipe {name})") for key, text in error.problems]) from None
 

@@ -126,7 +126,9 @@ def cases() -> list[Any]:
     names = [name for name, found in recipes().items() if found.module.startswith("fewstep.")]
     again = re.compile("_(vis|depth|seg|keypoint)(_|$)")
     marks = {name: [pytest.mark.slow] for name in names if again.search(name)}
-    marks["SDXL_kd"] = [pytest.mark.xfail(reason="a folder holds no pooled vectors of its prompts, which SDXL reads")]
+    marks["SDXL_kd"] = [
+        pytest.mark.xfail(strict=True, reason="a folder holds no pooled vectors of its prompts, which SDXL reads")
+    ]
     return [pytest.param(name, marks=marks.get(name, [])) for name in names]
 
 
