@@ -480,11 +480,11 @@ def _unread(held: _Files) -> Iterator[Problem]:
 def _shapes(looks: Sequence[_Look]) -> Iterator[Problem]:
     """Arrays of one kind that differ: they cannot be in one batch."""
     for name in sorted({name for look in looks for name in look.sample.shapes}):
-        found = {look.sample.stem: look.sample.shapes[name] for look in looks if name in look.sample.shapes}
-        usual, odd = odd_ones(found)
+        shapes = {look.sample.stem: look.sample.shapes[name] for look in looks if name in look.sample.shapes}
+        usual, odd = odd_ones(shapes)
         if odd:
-            names = some([f"{stem} {found[stem]}" for stem in odd])
-            message = f"{len(odd)} of {len(found)} in {name}/ are not of shape {usual} as the others: {names}. Make them again"
+            names = some([f"{stem} {shapes[stem]}" for stem in odd])
+            message = f"{len(odd)} of {len(shapes)} in {name}/ are not of shape {usual} as the others: {names}. Make them again"
             yield Problem("error", f"shape-{name}", message, tuple(odd))
 
 
@@ -492,11 +492,11 @@ def _pair_lengths(held: _Files, looks: Sequence[_Look]) -> Iterator[Problem]:
     """A pair is a whole clip, so all clips of pairs are equally long."""
     if not held.files[layout.NOISE.folder] and not held.files[layout.PATH.folder]:
         return
-    found = {look.sample.stem: look.sample.num_frames for look in looks if look.sample.num_frames is not None}
-    usual, odd = odd_ones(found)
+    lengths = {look.sample.stem: look.sample.num_frames for look in looks if look.sample.num_frames is not None}
+    usual, odd = odd_ones(lengths)
     if odd:
-        names = some([f"{stem} ({found[stem]})" for stem in odd])
-        message = f"{len(odd)} of {len(found)} clips of pairs do not have {usual} frames: {names}. A pair is a "
+        names = some([f"{stem} ({lengths[stem]})" for stem in odd])
+        message = f"{len(odd)} of {len(lengths)} clips of pairs do not have {usual} frames: {names}. A pair is a "
         message += "whole clip: make it again"
         yield Problem("error", "pair-length", message, tuple(odd))
 
@@ -543,9 +543,9 @@ def _varied(held: _Files, looks: Sequence[_Look]) -> Iterator[Problem]:
         ("length", "data.num_frames, for windows of one length", lambda s: s.num_frames),
         ("fps", "nothing if the network receives the rate; else sort them apart", lambda s: s.fps),
     ):
-        found = Counter(value for look in looks if (value := of(look.sample)) is not None)
-        if len(found) > 1:
-            values = some([f"{_plain(value)} ({num})" for value, num in found.most_common()])
+        counts = Counter(value for look in looks if (value := of(look.sample)) is not None)
+        if len(counts) > 1:
+            values = some([f"{_plain(value)} ({num})" for value, num in counts.most_common()])
             yield Problem("warning", f"varied-{what}", f"clips differ in {what}: {values}. Set {setting}")
 
 
@@ -570,8 +570,8 @@ def _spread(name: str, values: Sequence[float]) -> list[tuple[str, str]]:
 def _commonest(name: str, values: Sequence[str]) -> list[tuple[str, str]]:
     if not values:
         return []
-    found = Counter(values).most_common()
-    return [(name, found[0][0] if len(found) == 1 else some([f"{value} ({num})" for value, num in found]))]
+    counts = Counter(values).most_common()
+    return [(name, counts[0][0] if len(counts) == 1 else some([f"{value} ({num})" for value, num in counts]))]
 
 
 def _plain(value: Any) -> str:  # a size, a count or a rate
