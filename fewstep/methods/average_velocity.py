@@ -19,7 +19,7 @@ from fewstep.batch import Batch, Condition
 from fewstep.diffusion import Denoiser, Prediction, RectifiedFlow, Rng, guided, on_path, times
 from fewstep.diffusion.derivative import AnyDerivative, Jvp
 from fewstep.diffusion.path import spread
-from fewstep.methods.contract import Nets, Terms, free_mask, reduced
+from fewstep.methods.contract import Nets, Terms, free_mask
 
 FLOW = RectifiedFlow()
 
@@ -47,7 +47,8 @@ class AverageVelocity:
         answer = ending(student, truth.x_t, t, r, cond)
         mask = free_mask(cond, answer)
         error = (answer - target) ** 2
-        each = torch.stack([reduced(row[None], None if mask is None else mask[[i]], "mean") for i, row in enumerate(error)])
+        free = torch.ones_like(error) if mask is None else mask.expand_as(error)
+        each = (error * free).flatten(1).sum(1) / free.flatten(1).sum(1).clamp(min=1)
         weight = self._weight(each.detach(), t).to(each.dtype)
         return Terms.of(average_velocity=(weight * each).mean(), watch={"error": each.detach().mean()})
 
