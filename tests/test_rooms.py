@@ -67,7 +67,8 @@ FLOORS = {
         ("check",),
     ),
     "networks": (
-        ("files", "taps", "causal_attention"),
+        ("files", "tokens"),
+        ("taps", "causal_attention"),
         ("encoders",),
         ("contract",),
         ("causal",),

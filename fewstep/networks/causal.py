@@ -172,6 +172,7 @@ class Causal(Wrapper):
             clip: Tensor = args[0]
             table = rope.forward(clip.new_empty(1, 1, longest, *clip.shape[3:]), *args[1:], **kwargs)
             plan.rotation = Rotation(table, self.attention.rotate)
+            plan.tokens_per_frame = table[0].numel() // table[0].shape[-1] // longest
             return plan
 
         handle = self.attention.rope.register_forward_hook(replace_output, with_kwargs=True)
@@ -233,6 +234,10 @@ class CausalSpec(NetworkSpec):
     @property
     def source(self) -> str | None:
         return self.network.source
+
+    @property
+    def shares_tokens(self) -> bool:
+        return self.network.shares_tokens
 
     def build(self) -> Network:
         return Causal.of(self.network.build(), self.causality)

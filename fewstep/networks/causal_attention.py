@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
+from fewstep.networks.tokens import Attend, AttentionPlan, Rotate, SelfAttention, follow_plans
 
 KeysValues = tuple[Tensor, Tensor]  # B F P H D each: frames, tokens of a frame, heads, channels; keys before rotation
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values B N H D -> B N H D
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Rotation:
     """The rotary embedding of a family: a table for positions in time 0 .. n - 1, and its application to queries or keys."""
 
     table: tuple[Tensor, ...]
-    apply: Callable[[Tensor, tuple[Tensor, ...], slice], Tensor]  # B N H D, the table, rows of the table -> B N H D
+    apply: Rotate
 
     def __call__(self, x: Tensor, first: int, last: int) -> Tensor:
         """x, B F P H D, at the positions `first` .. `last` - 1, as B N H D."""
@@ -106,7 +106,7 @@ class Rotation:
 
 
 @dataclass
-class Plan:
+class Plan(AttentionPlan):
     """What the self-attention layers of one call need; it takes the place of the rotary embedding."""
 
     groups: tuple[Group, ...]
@@ -114,7 +114,12 @@ class Plan:
     new: dict[int, KeysValues] | None  # where the layers put the keys and values of this call; None: nowhere
     num_frames: int  # of the call
     rotation: Rotation | None = None  # set where the network computes its rotary embedding
+    tokens_per_frame: int = 0  # likewise
     layers: set[int] = field(default_factory=set[int])  # those that have read the plan
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_frames * self.tokens_per_frame
 
     def attention(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, attend: Attend) -> Tensor:
         """Causal self-attention, B N H D; queries and keys before rotation."""
@@ -158,26 +163,17 @@ class Sites:
     cross: Sequence[Any]  # cross-attention, in order
     own_processor: Callable[[int, Any], SelfAttention]  # number of the layer, its processor
     cross_processor: Callable[[Any], CrossAttention] | None  # None: its keys cannot be kept
-    rotate: Callable[[Tensor, tuple[Tensor, ...], slice], Tensor]
+    rotate: Rotate
     max_positions: int  # in time
 
     def install(self) -> None:
         """Gives every layer its processor; without a plan they compute what they computed before."""
-        for number, layer in enumerate(self.layers):
-            if not isinstance(layer.processor, SelfAttention):
-                layer.set_processor(self.own_processor(number, layer.processor))
+        follow_plans(self.layers, self.own_processor)
         if self.cross_processor is None:
             return
         for layer in self.cross:
             if not isinstance(layer.processor, CrossAttention):
                 layer.set_processor(self.cross_processor(layer.processor))
-
-
-class SelfAttention:
-    """A processor of diffusers that follows the plan in the place of its rotary embedding, if there is one."""
-
-    def __init__(self, layer: int, before: Any):  # Any: the processor that it replaces
-        self.layer, self.before = layer, before
 
 
 class CrossAttention:

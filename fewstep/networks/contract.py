@@ -24,11 +24,15 @@ from fewstep.errors import UserError
 from fewstep.networks.causal_attention import Sites
 from fewstep.networks.encoders.codecs import Autoencoder
 from fewstep.networks.files.pipeline import PipelineFolder
+from fewstep.parallel import Context
 
 # How a clip can begin with frames that are given.
 #   none     not at all                          time   their time 0 alone distinguishes them from noisy frames
 #   mask     an input channel marks them         picture   it always begins with one picture, read on channels of its own
 FirstFrames = Literal["none", "time", "mask", "picture"]
+
+
+NOT_SHARED = "has no plan for sharing the tokens of a clip over processes; cosmos, cosmos_control, wan and experts have"
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,13 @@ class NetworkDefaults(Protocol):
     def sites(self) -> Sites:
         """Where its attention takes place, for networks that can be causal."""
         raise UserError("this network cannot be causal: wan and cosmos can (networks without control branches)")
+
+    def share_tokens(self, context: Context) -> None:
+        """Changes its module, placed already, so that every process of `context` computes a share of a clip's tokens.
+
+        What the network receives and returns stays whole, features included: see networks/tokens.py.
+        """
+        raise UserError(f"parallel.context: this network {NOT_SHARED}")
 
     def begin(self, cond: Condition, beginning: Beginning) -> Condition:
         """`cond` for a clip that begins with given frames.
@@ -187,6 +198,9 @@ class Wrapper(NetworkDefaults):
     def given(self, cond: Condition, frames: Tensor, mask: Tensor) -> Condition:
         return self.inside().given(cond, frames, mask)
 
+    def share_tokens(self, context: Context) -> None:
+        self.inside().share_tokens(context)
+
 
 class NetworkSpec:
     """The configuration of a network: inherit it in a frozen dataclass registered with @kind(NAME, group="network")."""
@@ -207,6 +221,11 @@ class NetworkSpec:
     def control_branches(self) -> tuple[str, ...]:
         """The names of its controls."""
         return ()
+
+    @property
+    def shares_tokens(self) -> bool:
+        """Whether several processes can share the tokens of a clip in what it builds (parallel.context)."""
+        return False
 
     @property
     def distillation(self) -> Distillation:

@@ -21,6 +21,7 @@ from fewstep.networks.heads import AnyHead
 from fewstep.networks.lora import Backbone, Lora, Shared, as_adapters
 from fewstep.networks.weights.addresses import load_into, read
 from fewstep.networks.weights.folders import refuse_contradictions
+from fewstep.parallel import Context
 
 FROZEN = ("teacher",)  # roles that no turn trains
 
@@ -142,6 +143,8 @@ class Whole:
     trained: bool
     adapters: tuple[nn.Module, ...] = ()  # parts of a frozen module that are trained
     remember: Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]] | None = None
+    waits: bool = True  # every micro-batch reaches the same weights, so that only the last one must sum over replicas
+    share_tokens: Callable[[Context], None] | None = None  # see the contract of networks; None: it has no tokens of its own
 
 
 def wholes(nets: Mapping[str, Network]) -> list[Whole]:
@@ -150,11 +153,17 @@ def wholes(nets: Mapping[str, Network]) -> list[Whole]:
     seen: set[int] = set()
     for role, network in nets.items():
         if not isinstance(network, Shared):
-            found.append(Whole(network.module, network.blocks, role not in FROZEN))
+            if role == "head":  # which reads features of all tokens
+                found.append(Whole(network.module, network.blocks, True))
+                continue
+            waits = network.traits.boundary is None  # of two experts a micro-batch may ask one
+            found.append(Whole(network.module, network.blocks, role not in FROZEN, (), None, waits, network.share_tokens))
         elif id(network.backbone) not in seen:
             seen.add(id(network.backbone))
             backbone, inner = network.backbone, network.backbone.network
-            found.append(Whole(inner.module, inner.blocks, False, tuple(backbone.adapters.values()), backbone.remember))
+            adapters = tuple(backbone.adapters.values())
+            waits = inner.traits.boundary is None
+            found.append(Whole(inner.module, inner.blocks, False, adapters, backbone.remember, waits, inner.share_tokens))
     return found
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fewstep.diffusion import FeaturesOnly
 from fewstep.errors import UserError
+from fewstep.networks.tokens import whole
 
 StandIn = Callable[..., Any]  # of an idle block: called with it and its arguments, returns what has the form of its output
 
@@ -47,10 +48,10 @@ def block_outputs(
     outputs: dict[int, Any] = {}
 
     def collect(i: int) -> Any:
-        return lambda block, inputs, output: outputs.__setitem__(i, output)
+        return lambda block, args, kwargs, output: outputs.__setitem__(i, whole(output, (*args, *kwargs.values())))
 
     with idle_blocks(blocks, taps, stand_in):
-        handles = [blocks[i].register_forward_hook(collect(i)) for i in taps]
+        handles = [blocks[i].register_forward_hook(collect(i), with_kwargs=True) for i in taps]
         if taps:
             behind = module.register_forward_hook(lambda module, inputs, output: (*output, dict(outputs)), prepend=True)
             handles.append(behind)

@@ -1,11 +1,22 @@
 """Processes and shards. It imports torch only, so that inference on several devices needs no trainer."""
 
+from fewstep.parallel.context import Context
 from fewstep.parallel.mesh import World, is_joined, join_world, leave_world
-from fewstep.parallel.shard import average_gradients, is_sharded, kept_in_fp32, local, place
+from fewstep.parallel.shard import (
+    average_gradients,
+    has_unreduced,
+    is_sharded,
+    kept_in_fp32,
+    local,
+    place,
+    reduce_over_replicas,
+)
 
 __all__ = [
+    "Context",
     "World",
     "average_gradients",
+    "has_unreduced",
     "is_joined",
     "is_sharded",
     "join_world",
@@ -13,4 +24,5 @@ __all__ = [
     "leave_world",
     "local",
     "place",
+    "reduce_over_replicas",
 ]

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fewstep.environment import ranks
 from fewstep.errors import UserError
+from fewstep.parallel.context import Context
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,27 @@ class World:
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh | None  # ("replicate", "shard"); None for a process alone
+    mesh: DeviceMesh | None  # ("replicate", "shard", "context"); None for a process alone
     # All processes once more, over the CPU, for what goes on beside training: a checkpoint written in the background talks
     # while training talks, and on one group their messages would be taken for each other's.
     aside: dist.ProcessGroup | None = None
+    context: Context | None = None  # the processes that share the tokens of a clip with this one; None: it has them to itself
+    weights: DeviceMesh | None = None  # ("replicate", "shard"): over which weights are divided, contexts included
+
+    @property
+    def num_readers(self) -> int:
+        """How many parts the global batch has: the processes of one context read the same samples."""
+        return self.size if self.context is None else self.size // self.context.size
+
+    @property
+    def reader(self) -> int:
+        """Which part of the global batch this process reads."""
+        return self.rank if self.context is None else self.rank // self.context.size
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes what those of its context have computed together."""
+        return self.context is None or self.context.rank == 0
 
     @property
     def is_main(self) -> bool:
@@ -61,11 +79,15 @@ class World:
 
 
 def join_world(
-    device: Literal["auto", "cpu", "cuda"] = "auto", num_replicas: int | None = None, timeout_s: float = 1800.0
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    num_replicas: int | None = None,
+    timeout_s: float = 1800.0,
+    context: int = 1,
 ) -> World:
     """Joins the processes that torchrun describes in the environment; a process alone needs no group.
 
     num_replicas: the mesh is that many replicas, each sharded over size / num_replicas ranks (HSDP); None: 1.
+    context: processes that share the tokens of a clip, neighbours in rank.
     """
     own = ranks()
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
@@ -84,12 +106,22 @@ def join_world(
     replicas = num_replicas or 1
     if own.size % replicas:
         raise UserError(f"parallel.num_replicas={replicas} does not divide the {own.size} processes of this run")
+    shards = own.size // replicas
+    if shards % context:
+        raise UserError(
+            f"parallel.context={context} does not divide the {shards} processes "
+            + ("of this run" if replicas == 1 else f"of each of the {replicas} replicas")
+        )
     if not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
-    mesh = init_device_mesh(place.type, (replicas, own.size // replicas), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(
+        place.type, (replicas, shards // context, context), mesh_dim_names=("replicate", "shard", "context")
+    )
+    weights = init_device_mesh(place.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
     aside = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     assert isinstance(aside, dist.ProcessGroup), aside
-    return World(own.rank, own.size, place, mesh, aside)
+    sharing = Context(own.rank % context, context, mesh.get_group("context")) if context > 1 else None
+    return World(own.rank, own.size, place, mesh, aside, sharing, weights)
 
 
 def is_joined() -> bool:

@@ -59,14 +59,14 @@ def place(
     if compiled:
         for block in blocks:
             block.compile()
-    if mode == "ddp" or world.mesh is None:
+    if mode == "ddp" or world.weights is None:
         module.to(world.device)
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # cast_forward_inputs would round the time of a frame to bf16: t = 0.999 becomes 1.0, pure noise.
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    mesh = world.mesh if world.mesh.shape[0] > 1 else world.mesh["shard"]
+    mesh = world.weights if world.weights.shape[0] > 1 else world.weights["shard"]
     exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in _holding_only(kept, module, blocks):
         fully_shard(part, mesh=mesh, mp_policy=exact, reshard_after_forward=True)
@@ -77,6 +77,25 @@ def place(
     # FSDP fixes the precision of gradients at the first forward, from the weights that require one then. A critic is first
     # asked in the student's turn: its gradients would stay bf16 for ever. So it is done here, while all of them do.
     module._get_fsdp_state()._lazy_init()  # pyright: ignore[reportCallIssue]  # there is no public way; torch 2.6 .. 2.13
+
+
+def reduce_over_replicas(module: nn.Module, now: bool) -> None:
+    """Whether the next backward of a sharded module sums its gradients over replicas (HSDP), or leaves that to a later one.
+
+    Left, they are added to the next; what no later backward reaches is lost: see `has_unreduced`.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(module, FSDPModule):
+        module.set_requires_all_reduce(now)
+
+
+def has_unreduced(module: nn.Module) -> bool:
+    """Whether gradients were left that no backward has summed over replicas since."""
+    from torch.distributed.fsdp import FSDPModule
+
+    groups = [part._get_fsdp_state()._fsdp_param_group for part in module.modules() if isinstance(part, FSDPModule)]
+    return any(group is not None and group._partial_reduce_output is not None for group in groups)
 
 
 def kept_in_fp32(module: nn.Module) -> set[str]:

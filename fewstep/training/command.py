@@ -9,7 +9,7 @@ from pathlib import Path
 from fewstep.config import Command, build_recipe, check, compose, originals, to_yaml
 from fewstep.environment import ranks
 from fewstep.files import write_text
-from fewstep.parallel import join_world, leave_world
+from fewstep.parallel import leave_world
 from fewstep.training.checkpoint import POINTER
 from fewstep.training.loop import train
 from fewstep.training.resume import changes_in
@@ -35,7 +35,7 @@ def run(command: Command) -> Path | None:
         _dry_run(config)
         return None
     # Joined once for all stages: gloo cannot meet a second time under the same address.
-    join_world(config.parallel.device, config.parallel.num_replicas, config.parallel.timeout_s)
+    config.parallel.join()
     try:
         for stage in config.job.after:
             _train_stage(stage, config)

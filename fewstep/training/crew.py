@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.methods.contract import Turn
 from fewstep.networks.contract import Network
 from fewstep.networks.frozen import Offloaded, to_8bit
 from fewstep.networks.lora import Shared
 from fewstep.networks.roles import FROZEN, Whole, wholes
-from fewstep.parallel import World, place
+from fewstep.parallel import World, has_unreduced, place, reduce_over_replicas
+from fewstep.training.errors import TrainingError
 from fewstep.training.role import TrainedRole
 from fewstep.training.run import Run
 
@@ -42,6 +44,21 @@ class Crew:
     def critic(self) -> Network | None:
         return self.networks.get("critic")
 
+    def reduce_over_replicas(self, now: bool) -> None:
+        """Whether the next backwards sum gradients over replicas, which only the last micro-batch needs to do."""
+        for whole in self.modules:
+            if whole.waits and (whole.trained or whole.adapters):
+                reduce_over_replicas(whole.module, now)
+
+    def refuse_unreduced(self, turn: Turn) -> None:
+        """Raises TrainingError where a micro-batch left gradients that the last one did not sum over replicas."""
+        for whole in self.modules:
+            if whole.waits and (whole.trained or whole.adapters) and has_unreduced(whole.module):
+                raise TrainingError(
+                    f"{turn.label} turn: some blocks were trained by some micro-batches only, so that their gradients were not "
+                    "summed over the replicas. Set trainer.grad_accum=1, or parallel.num_replicas=none"
+                )
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds, as ROLE.PART.NAME; the very tensors, so that loading fills them in place."""
         return {f"{name}.{key}": tensor for name, role in self.trained.items() for key, tensor in role.state().items()}
@@ -65,6 +82,8 @@ def assemble(run: Run, networks: Mapping[str, Network], world: World) -> Crew:
             checkpointing=run.trainer.checkpointing,
             compiled=run.trainer.compile,
         )
+        if world.context is not None and whole.share_tokens is not None:
+            whole.share_tokens(world.context)
     if run.trainer.frozen == "8bit":
         to_8bit(whole.module for whole in modules if not whole.trained)
     teacher = networks.get("teacher")

@@ -34,12 +34,17 @@ def gradients(run: Run, crew: Crew, turn: Turn, parts: Iterable[Part]) -> Iterat
     """
     for name, role in crew.trained.items():
         role.take_turn(name in turn.trains)
-    for part in parts:
+    num = run.trainer.grad_accum
+    for micro, part in enumerate(parts):
+        if num > 1:
+            crew.reduce_over_replicas(micro + 1 == num)
         for terms in run.method.losses(turn, Nets(crew.networks), part.batch, part.rng):
             (terms.total * part.weight).backward()
             for name in turn.trains:
                 crew.trained[name].absorb()
             yield terms
+    if num > 1:
+        crew.refuse_unreduced(turn)
 
 
 def norms(crew: Crew, turn: Turn, world: World) -> dict[str, Tensor]:

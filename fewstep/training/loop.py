@@ -27,7 +27,7 @@ from fewstep.files import write_json
 from fewstep.networks.contract import Network
 from fewstep.networks.roles import FROZEN, build
 from fewstep.networks.weights.addresses import load_into, locate, read
-from fewstep.parallel import World, is_joined, join_world, leave_world
+from fewstep.parallel import World, is_joined, leave_world
 from fewstep.training import iteration
 from fewstep.training.alone import alone_in
 from fewstep.training.checkpoint import Checkpoints, Progress
@@ -61,7 +61,7 @@ def train(run: Run) -> dict[str, Any]:
     if run.trainer.num_threads:
         torch.set_num_threads(run.trainer.num_threads)
     joined_before = is_joined()
-    world = join_world(run.parallel.device, run.parallel.num_replicas, run.parallel.timeout_s)
+    world = run.parallel.join()
     if world.device.type == "cpu":
         keep_freed_memory()
     try:
@@ -81,7 +81,7 @@ def train(run: Run) -> dict[str, Any]:
 
 def _train(run: Run, world: World) -> dict[str, Any]:
     began, folder, method, last = time.monotonic(), run.job.folder(), run.method, run.trainer.max_iter
-    global_batch = run.trainer.batch_size * run.trainer.grad_accum * world.size
+    global_batch = run.trainer.batch_size * run.trainer.grad_accum * world.num_readers
 
     # --- where to begin: this run's latest checkpoint, or the beginning
     options = run.checkpoint
@@ -233,12 +233,12 @@ def _load_weights(address: str, networks: Mapping[str, Network]) -> None:
 def _rows(run: Run, world: World, micro: int) -> Tensor:
     """Rows of this rank's micro-batch in the batch of the whole iteration: the same batch however it is divided."""
     size = run.trainer.batch_size
-    return torch.arange(size) + (micro * world.size + world.rank) * size
+    return torch.arange(size) + (micro * world.num_readers + world.reader) * size
 
 
 def _open_batches(run: Run, data: Dataset, progress: Progress, world: World, log: RunLog) -> Batches:
     rows = [_rows(run, world, micro) for micro in range(run.trainer.grad_accum)]
-    per_step = run.trainer.batch_size * run.trainer.grad_accum * world.size
+    per_step = run.trainer.batch_size * run.trainer.grad_accum * world.num_readers
     end = progress.samples + (run.trainer.max_iter - progress.step) * per_step
     say = log.say if world.is_main else lambda text: print(text, file=sys.stderr)  # each rank reports its own bad samples
     return Batches(data, rows, per_step, run.trainer.seed, end, run.loader, say)
@@ -305,5 +305,5 @@ def _greeting(run: Run, data: Dataset, crew: Crew, latest: Path | None, progress
         f"{name} {sum(p.numel() for p in role.weights.values()):,} weights" for name, role in crew.trained.items()
     )
     origin = f"resuming {latest} (iteration {progress.step})" if latest else "from the beginning"
-    batch = run.trainer.batch_size * run.trainer.grad_accum * world.size
+    batch = run.trainer.batch_size * run.trainer.grad_accum * world.num_readers
     return f"{run.job.folder()}: {origin}; {sizes}; {len(data):,} samples, {batch} per iteration"

@@ -12,8 +12,10 @@ from fewstep.data.contract import AnyData
 from fewstep.data.loader import Loader
 from fewstep.environment import output_root
 from fewstep.methods.contract import ByChunks, Method
+from fewstep.networks.contract import NOT_SHARED
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Networks
+from fewstep.parallel import World, join_world
 from fewstep.training.ema import Ema
 from fewstep.training.health import Health
 from fewstep.training.optim import Optim
@@ -44,8 +46,8 @@ class Job:
 @dataclass(frozen=True)
 class Trainer:
     max_iter: int = 1000  # iterations; each is one turn of one or more roles
-    batch_size: int = 64  # samples per process and micro-batch
-    grad_accum: int = 1  # micro-batches per iteration; the global batch is batch_size * grad_accum * processes
+    batch_size: int = 64  # samples per process (or per context of several) and micro-batch
+    grad_accum: int = 1  # micro-batches per iteration; the global batch is batch_size * grad_accum * processes / context
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"  # of compute; weights, optimiser and EMA are fp32 always
     log_every: int = 100  # iterations between two lines of metrics.jsonl
@@ -62,8 +64,13 @@ class Trainer:
 class Parallel:
     mode: Literal["ddp", "fsdp"] = "ddp"  # with one process: no difference
     num_replicas: int | None = None  # fsdp: replicas of the sharded model (HSDP); None: 1, shard over all
+    context: int = 1  # processes that share the tokens of a clip; with one process: no difference
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_s: float = 1800.0  # of a collective: a rank that waits longer says so and ends
+
+    def join(self) -> World:
+        """The processes of the run, joined."""
+        return join_world(self.device, self.num_replicas, self.timeout_s, self.context)
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,7 @@ class Run:
         if "teacher" in self.method.roles and self.networks.teacher is None:
             yield "networks.teacher", f"is none, but method {type(self.method).__name__} asks a teacher"
         yield from self._problems_of_causality()
+        yield from self._problems_of_context()
         if "head" in self.method.roles and self.networks.head is None:
             yield (
                 "networks.head",
@@ -169,6 +177,16 @@ class Run:
         for key, value in (("head_optim", self.head_optim), ("networks.head", self.networks.head)):
             if value is not None and "head" not in self.method.roles:
                 yield f"warn:{key}", f"has no effect: method {type(self.method).__name__} trains no discriminator"
+
+    def _problems_of_context(self) -> Iterable[tuple[str, str]]:
+        if self.parallel.context < 1:
+            yield "parallel.context", f"must be at least 1, not {self.parallel.context}"
+        if self.parallel.context <= 1:
+            return
+        for role in ("teacher", "student", "critic"):
+            spec = self.networks.spec_of(role) if role in self.method.roles else None
+            if spec is not None and not spec.shares_tokens:
+                yield "parallel.context", f"is {self.parallel.context}, but the network of the {role} {NOT_SHARED}"
 
     def _problems_of_causality(self) -> Iterable[tuple[str, str]]:
         name, networks = type(self.method).__name__, self.networks

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.networks.causal_attention import CrossAttention, Plan, SelfAttention, attend_with_diffusers
+from fewstep.networks.causal_attention import CrossAttention, attend_with_diffusers
+from fewstep.networks.tokens import AttentionPlan, SelfAttention
 
 # Any below: attention layers of diffusers, whose stubs know nothing of their own layers.
 
@@ -33,7 +34,7 @@ class CosmosSelfAttention(SelfAttention):
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Tensor:
-        if not isinstance(image_rotary_emb, Plan):
+        if not isinstance(image_rotary_emb, AttentionPlan):
             return self.before(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         queries = attn.norm_q(_heads(attn, attn.to_q(hidden_states)))
         keys = attn.norm_k(_heads(attn, attn.to_k(hidden_states)))

@@ -36,6 +36,8 @@ from fewstep.networks.families.cosmos.transfer1 import Transfer1Branch
 from fewstep.networks.families.upstream import Adapter, refuse_context
 from fewstep.networks.files.folders import from_folder
 from fewstep.networks.taps import block_outputs
+from fewstep.networks.tokens import Sharing, follow_plans, refuse_heads
+from fewstep.parallel import Context
 
 CLEAN_TIME = 1e-4  # flow time of given frames (Predict2 and 2.5, sigma_conditional)
 # g in cond + g (cond - uncond), by family and whether there are controls: the defaults of the inference commands of Predict1,
@@ -136,6 +138,20 @@ class Cosmos(Adapter):
             rotate,
             config.max_size[0],
         )
+
+    def share_tokens(self, context: Context) -> None:
+        base, sharing = self.base, Sharing(context, rotate)
+        refuse_heads(context, base.config.num_attention_heads)
+        branches: Any = list(self.module.branches.values()) if self.controls else []  # pyright: ignore[reportCallIssue]  # an attribute of a module
+        for blocks in (base.transformer_blocks, *(branch.control_blocks for branch in branches)):
+            follow_plans([block.attn1 for block in blocks], CosmosSelfAttention)
+            beside = ("embedded_timestep", "temb", "extra_pos_emb")
+            sharing.blocks(blocks, "image_rotary_emb", ("hidden_states", "latents"), beside)
+        for branch in branches:
+            if isinstance(branch, Transfer1Branch):
+                sharing.enters(branch.hint)
+        sharing.beside(base.norm_out)
+        sharing.leaves(base.proj_out)
 
     def with_control_weights(self, weights: Mapping[str, float]) -> Cosmos:
         total = max(1.0, sum(weights.values()))
@@ -280,6 +296,10 @@ class CosmosSpec(DiffusersSpec):
     @property
     def path(self) -> Path:
         return RectifiedFlow() if self.family == "flow" else EDM(sigma_data=self.sigma_data)
+
+    @property
+    def shares_tokens(self) -> bool:
+        return True
 
     @property
     def distillation(self) -> Distillation:

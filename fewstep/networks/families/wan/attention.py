@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.networks.causal_attention import CrossAttention, Plan, SelfAttention, attend_with_diffusers
+from fewstep.networks.causal_attention import CrossAttention, attend_with_diffusers
+from fewstep.networks.tokens import AttentionPlan, SelfAttention
 
 # Any below: attention layers of diffusers, whose stubs know nothing of their own layers.
 
@@ -29,7 +30,7 @@ class WanSelfAttention(SelfAttention):
         attention_mask: Tensor | None = None,
         rotary_emb: Any = None,
     ) -> Tensor:
-        if not isinstance(rotary_emb, Plan):
+        if not isinstance(rotary_emb, AttentionPlan):
             return self.before(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         queries = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         keys = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1))

@@ -23,7 +23,7 @@ from fewstep.networks.causal_attention import Sites
 from fewstep.networks.contract import AnyNetwork, Beginning, Distillation, Network, NetworkDefaults, NetworkSpec, Traits
 from fewstep.networks.families.wan.network import A14B_I2V, T2V_14B, WanSpec
 from fewstep.networks.files.pipeline import PipelineFolder
-from fewstep.parallel import is_sharded
+from fewstep.parallel import Context, is_sharded
 
 PARTS = ("transformer", "transformer_2")  # of the pair, as diffusers names them: for high noise, for low noise
 
@@ -105,6 +105,10 @@ class Experts(NetworkDefaults):
     def sites(self) -> Sites:
         raise UserError("two experts (Wan 2.2 A14B) cannot be causal yet: a cache would need the keys of both")
 
+    def share_tokens(self, context: Context) -> None:
+        self.high.share_tokens(context)
+        self.low.share_tokens(context)
+
     def begin(self, cond: Condition, beginning: Beginning) -> Condition:
         return self.high.begin(cond, beginning)
 
@@ -171,6 +175,10 @@ class ExpertsSpec(NetworkSpec):
     @property
     def source(self) -> str | None:
         return self.high.source
+
+    @property
+    def shares_tokens(self) -> bool:
+        return self.high.shares_tokens and self.low.shares_tokens
 
     def in_folder(self, folder: str) -> ExpertsSpec:
         high, low = self.high.in_folder(folder), self.low.in_folder(folder)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ from fewstep.networks.families.upstream import Adapter, enters_in_compute_dtype,
 from fewstep.networks.families.wan.attention import WanCrossAttention, WanSelfAttention, rotate
 from fewstep.networks.files.folders import from_folder
 from fewstep.networks.taps import block_outputs
+from fewstep.networks.tokens import Sharing, follow_plans, refuse_heads
+from fewstep.parallel import Context
 
 TEXT_TOKENS = 512  # what all were taught with; beside a picture's features diffusers counts the last 512 as text, always
 FRAMES_PER_LATENT = 4  # of the Wan VAEs; the first latent holds one frame
@@ -139,6 +142,15 @@ class Wan(Adapter):
             module.config.rope_max_seq_len,
         )
 
+    def share_tokens(self, context: Context) -> None:
+        module: Any = self.module
+        refuse_heads(context, module.config.num_attention_heads)
+        follow_plans([block.attn1 for block in module.blocks], WanSelfAttention)
+        sharing = Sharing(context, rotate)
+        sharing.blocks(module.blocks, "rotary_emb", ("hidden_states",))
+        sharing.leaves(module.proj_out)
+        module.condition_embedder.register_forward_pre_hook(partial(_own_times, context), prepend=True, with_kwargs=True)
+
     @staticmethod
     def _text(cond: Condition, tokens: int) -> Tensor:
         text = zero_padded(needed(cond, "text", "Wan", "its prompt (B, tokens, channels)"), cond.text_mask)
@@ -153,6 +165,15 @@ class Wan(Adapter):
         if beside.shape != wanted:
             raise UserError(f"cond.beside has shape {tuple(beside.shape)}, but this network reads {wanted} beside its latents")
         return beside.to(x)
+
+
+def _own_times(context: Context, embedder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Where every token has a time, the embedder receives those of this process's tokens."""
+    total = kwargs.get("timestep_seq_len")
+    if total is None:
+        return None
+    times = context.own(args[0].unflatten(0, (-1, total)))
+    return (times.flatten(), *args[1:]), {**kwargs, "timestep_seq_len": times.shape[1]}
 
 
 def start_from(latents: Tensor, *, last: bool = False) -> Tensor:
@@ -192,6 +213,10 @@ class WanSpec(DiffusersSpec):
     @property
     def path(self) -> Path:
         return RectifiedFlow()
+
+    @property
+    def shares_tokens(self) -> bool:
+        return True
 
     @property
     def distillation(self) -> Distillation:

@@ -1,0 +1,243 @@
+"""Losses and gradients of two iterations in several layouts, each against one process.
+
+    python tests/parallel/context_worker.py METHOD.NETWORK.ROLES[=LAYOUT,..] .. [--quick]
+
+The processes are forked from this one, so that everything is imported once. Every layout is tried with and without recomputed
+blocks and accumulation. Prints one line of JSON for each.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fewstep.batch import Batch, Condition
+from fewstep.diffusion import Rng
+from fewstep.methods import DMD2, KD, SCM, Finetune, Gan, SelfForcing, StudentSample
+from fewstep.networks.causal_attention import Causality
+from fewstep.networks.contract import AnyNetwork
+from fewstep.networks.families.cosmos.control import CosmosControlSpec
+from fewstep.networks.families.cosmos.network import CosmosSpec
+from fewstep.networks.families.wan.network import WanSpec
+from fewstep.networks.heads import MultiscaleSpec
+from fewstep.networks.lora import Lora
+from fewstep.networks.roles import Full, Networks, build
+from fewstep.parallel import World, leave_world
+from fewstep.training import iteration
+from fewstep.training.crew import assemble
+from fewstep.training.ema import Ema
+from fewstep.training.optim import Optim
+from fewstep.training.run import Job, Parallel, Run, Trainer
+
+ALONE = World(0, 1, torch.device("cpu"), None)
+NUM = 4  # samples of an iteration
+FRAMES, SIDES = 3, (6, 6)  # of latents: 27 tokens, which two processes cannot share evenly
+
+SMALL: dict[str, Any] = {"latent_channels": 4, "num_heads": 3, "head_dim": 12, "num_layers": 2, "text_dim": 12}
+COSMOS: dict[str, Any] = {**SMALL, "mlp_ratio": 2, "adaln_lora_dim": 4, "max_size": (4, 8, 8)}
+CONTROL: dict[str, Any] = {**COSMOS, "num_control_blocks": 1, "hint_channels": 8, "learnable_positions": True}
+NETWORKS: dict[str, AnyNetwork] = {
+    "cosmos": CosmosSpec(**COSMOS),
+    "transfer1": CosmosControlSpec(style="transfer1", family="edm", sigma_data=0.5, **CONTROL),
+    "transfer25": CosmosControlSpec(**CONTROL),
+    "wan": WanSpec(ffn_dim=32, freq_dim=16, text_tokens=7, **SMALL),
+}
+HEAD = MultiscaleSpec(taps=(0, 1), channels=36, hidden=16)
+GAN = Gan(weight=0.3, features="critic")
+METHODS: dict[str, Any] = {
+    "finetune": Finetune(),
+    "given": Finetune(first_frames=(0.0, 0.5, 0.5)),  # a time for every frame
+    "kd": KD(),
+    "dmd2": DMD2(student=StudentSample((1.0, 0.6)), student_update_freq=2, gan=replace(GAN, r1_weight=0.5)),
+    "dmd2_edm": DMD2(student=StudentSample((80.0, 5.0)), student_update_freq=2, gan=GAN),
+    "scm": SCM(),
+    "self_forcing": SelfForcing(student_update_freq=2),
+}
+LAYOUTS = {  # name: processes, settings
+    "ddp": (2, Parallel("ddp")),
+    "fsdp": (2, Parallel("fsdp")),
+    "hsdp": (2, Parallel("fsdp", num_replicas=2)),
+    "context": (2, Parallel("ddp", context=2)),
+    "fsdp_context": (4, Parallel("fsdp", context=2)),
+}
+
+
+IS_QUICK = "--quick" in sys.argv  # two of the settings
+NO_DATA: Any = None  # batches are made here
+SETTINGS: list[dict[str, Any]] = [
+    {"checkpointing": checkpointing, "grad_accum": accum} for checkpointing in (False, True) for accum in (1, 2)
+]
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """Losses and whole gradients of every turn."""
+
+    losses: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
+def make(case: str, parallel: Parallel, **trainer: Any) -> Run:
+    method, network, roles = case.split(".")
+    spec = NETWORKS[network]
+    causal = Causality(chunk=1, span=3) if method == "self_forcing" else None
+    if roles == "lora":
+        student, critic = Lora(rank=2, causal=causal), Lora(rank=3)
+    else:
+        student, critic = Full(causal=causal), Full(spec, init="random")
+    return Run(
+        job=Job(name=case),
+        method=METHODS[method],
+        networks=Networks(spec, student, critic, head=HEAD if method.startswith("dmd2") else None),
+        data=NO_DATA,
+        optim=Optim(lr=1e-3),
+        ema=Ema("none"),
+        trainer=Trainer(max_iter=2, **trainer),
+        parallel=replace(parallel, device="cpu", timeout_s=60),
+    )
+
+
+def the_batch(run: Run) -> Batch:
+    rng = Rng(5, 0, range(NUM))
+    shape = (4, FRAMES, *SIDES)
+    assert run.networks.teacher is not None
+    control = {name: rng.normal(shape) for name in run.networks.teacher.control_branches}
+    text = rng.normal((7, 12))
+    cond = Condition(text=text, control=control)
+    negative = replace(cond, text=torch.zeros_like(text))
+    return Batch(x0=rng.normal(shape), cond=cond, negative=negative, noise=rng.normal(shape))
+
+
+def iterate(run: Run, world: World) -> Iteration:
+    batch = the_batch(run)
+    networks = build(run.networks, run.method.roles, 0)
+    draw = torch.Generator().manual_seed(1)
+    for role, network in networks.items():  # a student equal to its teacher, and weights that begin at 0, would hide gradients
+        for parameter in network.module.parameters():
+            if role != "teacher":
+                parameter.data += 0.05 * torch.randn(parameter.shape, generator=draw)
+    crew = assemble(run, networks, world)
+    losses: dict[str, list[Tensor]] = {}
+    gradients: dict[str, Tensor] = {}
+    accum = run.trainer.grad_accum
+    size = NUM // world.num_readers // accum
+    for step in range(2):
+        turn = run.method.turn(step)
+        rows = [torch.arange(size) + (micro * world.num_readers + world.reader) * size for micro in range(accum)]
+        parts = [iteration.Part(batch.rows(own), Rng(7, step, own), 1 / accum) for own in rows]
+        for terms in iteration.gradients(run, crew, turn, parts):
+            for name, value in terms.values.items():
+                losses.setdefault(f"{step}.{turn.name}.{name}", []).append(value.detach() / accum)
+        iteration.norms(crew, turn, world)
+        for role in turn.trains:
+            for name, weight in crew.trained[role].weights.items():
+                if weight.grad is not None:
+                    grad: Any = weight.grad
+                    gradients[f"{step}.{role}.{name}"] = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).clone()
+    means = {name: world.mean(torch.stack(values).sum()) for name, values in losses.items()}
+    return Iteration(means, gradients)
+
+
+def differences(got: Iteration, want: Iteration) -> dict[str, float]:
+    """The largest relative difference of a loss, of a gradient, and of the gradient of a role."""
+    assert got.losses.keys() == want.losses.keys(), got.losses.keys() ^ want.losses.keys()
+    assert got.gradients.keys() == want.gradients.keys(), got.gradients.keys() ^ want.gradients.keys()
+    losses = max(float((got.losses[n] - v).abs() / v.abs()) for n, v in want.losses.items())
+    far = {name: float((got.gradients[name] - g).norm()) for name, g in want.gradients.items()}
+    norms = {name: float(g.norm()) for name, g in want.gradients.items()}
+    role_of = {name: ".".join(name.split(".")[:2]) for name in far}
+    of_role = {role: math.hypot(*(norms[n] for n in norms if role_of[n] == role)) for role in role_of.values()}
+    together = {role: math.hypot(*(far[n] for n in far if role_of[n] == role)) / norm for role, norm in of_role.items()}
+    # What is nearly 0 beside the others is rounding: of that the difference is taken relative to a thousandth of the role's.
+    worst = max(far[name] / max(norms[name], 1e-3 * of_role[role_of[name]]) for name in far)
+    return {"loss": losses, "gradient": worst, "role": max(together.values())}
+
+
+def fork(size: int, work: Callable[[], None]) -> None:
+    """Runs `work` on `size` processes, of which each knows its rank as under torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children: list[int] = []
+    sys.stdout.flush()
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            words = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+            os.environ.update({name: str(value) for name, value in words.items()})
+            code = 1
+            try:
+                work()
+                code = 0
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        children.append(child)
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    assert not any(codes), codes
+
+
+def compare(case: str, layout: str, want: Iteration) -> None:
+    """Prints how far the layout is from one process, with and without recomputed blocks and accumulation."""
+    size, parallel = LAYOUTS[layout]
+
+    def work() -> None:
+        world = make(case, parallel).parallel.join()
+        for trainer in SETTINGS[:: 3 if IS_QUICK else 1]:
+            got = iterate(make(case, parallel, **trainer), world)
+            if world.is_main:
+                print(json.dumps({"case": case, "layout": layout, **trainer, **differences(got, want)}))
+            dist.barrier()
+        leave_world()
+
+    fork(size, work)
+
+
+def count_reductions() -> None:
+    """Prints how often gradients are summed over replicas (HSDP 2 x 1) in an iteration of one and of two micro-batches."""
+    counts: dict[int, int] = {}
+
+    def work() -> None:
+        world = make("dmd2.cosmos.full", LAYOUTS["hsdp"][1]).parallel.join()
+        assert world.weights is not None
+        replicas = world.weights.get_group("replicate")
+        sum_over = dist.all_reduce
+
+        def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            counts[accum] = counts.get(accum, 0) + (kwargs.get("group") is replicas)
+            return sum_over(tensor, *args, **kwargs)
+
+        dist.all_reduce = counted
+        for accum in (1, 2):
+            iterate(make("dmd2.cosmos.full", LAYOUTS["hsdp"][1], grad_accum=accum), world)
+        if world.is_main:
+            print(json.dumps(counts))
+        leave_world()
+
+    fork(2, work)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for word in (word for word in sys.argv[1:] if word != "--quick"):
+        if word == "reductions":
+            count_reductions()
+            continue
+        case, _, layouts = word.partition("=")
+        want = iterate(make(case, Parallel()), ALONE)
+        for layout in layouts.split(",") if layouts else LAYOUTS:
+            compare(case, layout, want)
