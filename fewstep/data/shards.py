@@ -29,6 +29,7 @@ from fewstep.config import kind
 from fewstep.data.files import video
 from fewstep.data.folder.dataset import Folder, FolderData, layout
 from fewstep.data.folder.layout import Layout
+from fewstep.data.folder.parts import Embedding
 from fewstep.data.folder.samples import Sample, parts_of, size_problems, spans_of
 from fewstep.errors import UserError
 from fewstep.files import plain_name, some, write_bytes
@@ -90,7 +91,7 @@ class ShardsData(FolderData):
         with self._local(sample) as local:
             return super()._read(local)
 
-    def _embedding(self, sample: Sample) -> tuple[Tensor, Tensor]:
+    def _embedding(self, sample: Sample) -> Embedding:
         with self._local(sample) as local:
             return super()._embedding(local)
 

@@ -80,11 +80,13 @@ def texts_of(
 
 def _embedded(path: Path, num_tokens: int | None, device: torch.device) -> Text:
     """The embedding in a file, cut or padded with zeros to `num_tokens`."""
+    pooled = arrays.read(path).get("pooled")
     found = arrays.read_one(path, "text").float()
     found = found[0] if found.ndim == 3 else found
     if found.ndim != 2:
         raise UserError(f"{path}: an embedding has shape (tokens, channels), not {tuple(found.shape)}")
-    return Text(_of_length(found[None].to(device), len(found) if num_tokens is None else num_tokens), None)
+    text = _of_length(found[None].to(device), len(found) if num_tokens is None else num_tokens)
+    return Text(text, None, None if pooled is None else pooled[None].float().to(device))
 
 
 def _of_length(text: Tensor, num_tokens: int) -> Tensor:
@@ -165,7 +167,8 @@ def origin(parts: Parts, films: Footage, chunk: Chunk) -> Tensor | None:
 def _negative(clip: ClipRequest, texts: Mapping[str | Path, Text], cond: Condition) -> Condition | None:
     assert cond.text is not None
     if clip.embedding is not None and clip.negative_embedding is None:  # how Cosmos 1 drops text
-        return replace(cond, text=torch.zeros_like(cond.text), pooled=None)
+        pooled = None if cond.pooled is None else torch.zeros_like(cond.pooled)
+        return replace(cond, text=torch.zeros_like(cond.text), pooled=pooled)
     text = texts.get(clip.negative_embedding or clip.negative)
     if text is None:
         return None

@@ -23,6 +23,7 @@ from torch import Tensor
 from fewstep.data.files import arrays, cache, video
 from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout, Part
+from fewstep.data.folder.parts import stored_embedding
 from fewstep.errors import UserError
 from fewstep.files import whole_file, write_text
 
@@ -35,7 +36,7 @@ class Pair:
     """One pair, before it is written."""
 
     caption: str
-    text: Path | Tensor | None  # the embedding of its caption: a file to copy, or (tokens, D)
+    text: Path | Mapping[str, Tensor] | None  # the embedding of its caption: a file to copy, or its arrays
     noise: Tensor  # C T H W
     x0: Tensor
     states: Tensor | None  # K C T H W
@@ -118,8 +119,10 @@ class PairFiles:
     def _write_fastgen(self, name: str, pair: Pair) -> None:
         folder = self.root / name
         write_text(folder / "prompt.txt", pair.caption + "\n")
-        text = arrays.read_one(pair.text, "text") if isinstance(pair.text, Path) else pair.text
-        tensors = {"txt_emb": text, "path": pair.states, "noise": pair.noise, "latent": pair.x0}
+        entries = arrays.read(pair.text) if isinstance(pair.text, Path) else dict(pair.text or {})
+        if "pooled" in entries:
+            raise UserError("--format fastgen has no place for the pooled vectors of texts, which this network reads")
+        tensors = {"txt_emb": next(iter(entries.values()), None), "path": pair.states, "noise": pair.noise, "latent": pair.x0}
         for file, tensor in tensors.items():
             if tensor is not None:
                 _save(tensor, folder / f"{file}.pth")
@@ -144,11 +147,11 @@ def _save(tensor: Tensor, path: Path) -> None:
         torch.save(tensor.detach().cpu().clone(), partial)
 
 
-def _store(text: Path | Tensor, target: Path) -> None:
+def _store(text: Path | Mapping[str, Tensor], target: Path) -> None:
     if isinstance(text, Path):
         _copy(text, target)
     else:
-        arrays.write_pickle(target, [text.cpu().numpy()])
+        arrays.write_pickle(target, stored_embedding(**text))
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -23,8 +23,8 @@ from fewstep.data.files.packs import Packs, has_packs, open_packs
 from fewstep.data.folder import layout
 from fewstep.data.folder.dataset import Folder, FolderData
 from fewstep.data.folder.layout import Layout, Part
-from fewstep.data.folder.parts import padded
-from fewstep.data.folder.texts import Texts
+from fewstep.data.folder.parts import Embedding, embedding
+from fewstep.data.folder.texts import Texts, condition_of, negative_of
 from fewstep.errors import UserError
 from fewstep.inference.card import FILE as CARD
 from fewstep.inference.card import StudentCard
@@ -32,7 +32,7 @@ from fewstep.inference.conditions import Shot
 from fewstep.inference.model import folder_of
 from fewstep.inference.request import Sizes, read_prompts
 from fewstep.networks.encoders.codecs import Autoencoder, Codec, to_uint8
-from fewstep.networks.encoders.text import TextEncoder, stored_embedding
+from fewstep.networks.encoders.text import TextEncoder, stored_embedding, stored_pooled
 from fewstep.networks.files.pipeline import PipelineFolder
 
 PUBLISHED = "the size at which the teacher was published"
@@ -70,8 +70,8 @@ class PairPrompts(Protocol):
 
     def material(self, rows: Sequence[int]) -> Material: ...
 
-    def text(self, row: int) -> Path | Tensor | None:
-        """The embedding of a caption: a file, or (tokens, D)."""
+    def text(self, row: int) -> Path | Mapping[str, Tensor] | None:
+        """The embedding of a caption: a file, or its arrays, "text" and perhaps "pooled"."""
         ...
 
     def controls(self, row: int, received: Mapping[str, np.ndarray]) -> Mapping[Part, Path | np.ndarray]:
@@ -164,10 +164,10 @@ class FolderPrompts:
         cond, negative = self.texts.conditions(rows)
         return Material(replace(cond, fps=self._rates(rows)), negative)
 
-    def text(self, row: int) -> Path | Tensor | None:
+    def text(self, row: int) -> Path | Mapping[str, Tensor] | None:
         if self.spec.text is None:
             return None
-        return self.texts.files.get(self.stems[row]) or self.texts.tokens(row)
+        return self.texts.files.get(self.stems[row]) or {"text": self.texts.tokens(row)}
 
     def controls(self, row: int, received: Mapping[str, np.ndarray]) -> Mapping[Part, Path | np.ndarray]:
         control = self.spec.control
@@ -324,28 +324,25 @@ class FilePrompts:
         texts = [self.captions[row] for row in rows] + ([] if self.negative in (None, ZEROS) else [str(self.negative)])
         for text in dict.fromkeys(texts):
             if not self._file(text).is_file():
-                pooled = encoder.pooled([text])
-                tensors = {"text": stored_embedding(encoder, text)} | ({} if pooled is None else {"pooled": pooled[0].cpu()})
+                pooled = stored_pooled(encoder, text)
+                tensors = {"text": stored_embedding(encoder, text)} | ({} if pooled is None else {"pooled": pooled})
                 cache.write(self._file(text), tensors)
         return max(cache.header(self._file(text)).shapes["text"][0] for text in texts)
 
     def material(self, rows: Sequence[int]) -> Material:
-        cond = self._condition([self.captions[row] for row in rows])
+        cond = condition_of([self._embedding(self.captions[row]) for row in rows], self.mask_text)
         cond = replace(cond, fps=torch.full((len(rows),), self.shot.fps))
         if self.negative is None:
             return Material(cond, None)
-        if self.negative == ZEROS:
-            assert cond.text is not None
-            return Material(cond, replace(cond, text=torch.zeros_like(cond.text), pooled=None))
-        other = self._condition([self.negative] * len(rows))
-        return Material(cond, replace(cond, text=other.text, text_mask=other.text_mask, pooled=other.pooled))
+        first = self._embedding(self.captions[rows[0]])
+        return Material(cond, negative_of(cond, first.zeros() if self.negative == ZEROS else self._embedding(self.negative)))
 
-    def text(self, row: int) -> Tensor:
-        return cache.read(self._file(self.captions[row])).tensors["text"]
+    def text(self, row: int) -> Mapping[str, Tensor]:
+        return cache.read(self._file(self.captions[row])).tensors
 
-    def negative_text(self) -> Tensor | None:
-        """(tokens, D): the embedding of the negative prompt."""
-        return None if self.negative in (None, ZEROS) else cache.read(self._file(str(self.negative))).tensors["text"]
+    def negative_text(self) -> Mapping[str, Tensor] | None:
+        """The embedding of the negative prompt, as `text`."""
+        return None if self.negative in (None, ZEROS) else cache.read(self._file(str(self.negative))).tensors
 
     def controls(self, row: int, received: Mapping[str, np.ndarray]) -> Mapping[Part, Path | np.ndarray]:
         return {}
@@ -363,15 +360,8 @@ class FilePrompts:
     def _file(self, text: str) -> Path:
         return self.waiting / f"{hashlib.sha256(f'{self.encoder} {text}'.encode()).hexdigest()[:32]}.safetensors"
 
-    def _condition(self, texts: Sequence[str]) -> Condition:
-        entries = [cache.read(self._file(text)).tensors for text in texts]
-        padded_ = [padded(self.path, entry["text"], self.max_tokens) for entry in entries]
-        pooled = [entry["pooled"].float() for entry in entries if "pooled" in entry]
-        return Condition(
-            text=torch.stack([text.float() for text, _ in padded_]),
-            text_mask=torch.stack([mask for _, mask in padded_]) if self.mask_text else None,
-            pooled=torch.stack(pooled) if pooled else None,
-        )
+    def _embedding(self, text: str) -> Embedding:
+        return embedding(self._file(text), self.max_tokens)
 
 
 ZEROS = "zeros"  # the name of an embedding of zeros

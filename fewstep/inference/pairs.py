@@ -23,6 +23,7 @@ from fewstep.batch import first_frames
 from fewstep.config import choices, dump
 from fewstep.data.files import arrays
 from fewstep.data.folder.dataset import Folder
+from fewstep.data.folder.parts import stored_embedding
 from fewstep.diffusion import Path as NoisePath
 from fewstep.diffusion import Rng, TeacherSampler
 from fewstep.diffusion.samplers import Trajectory
@@ -323,7 +324,7 @@ class PairFolder:
             negative = self.prompts.negative_text()
             file = self.files.root / "negative.pickle"
             if negative is not None and not file.is_file():
-                arrays.write_pickle(file, [negative.numpy()])
+                arrays.write_pickle(file, stored_embedding(**negative))
         for row, pair in zip(rows, pairs, strict=True):
             self.files.write(self.name(row), pair)
 
@@ -344,7 +345,7 @@ class PairFolder:
             return  # the encoder's fingerprint is in the record
         for row in evenly(there, NUM_COMPARED):
             before, now = self.files.embedding(self.name(row)), self.prompts.text(row)
-            now = arrays.read_one(now, "text") if isinstance(now, Path) else now
+            now = arrays.read_one(now, "text") if isinstance(now, Path) else None if now is None else now["text"]
             if before is not None and now is not None and hash_of(before) != hash_of(now):
                 raise UserError(
                     f"{self.files.root}: the pair {self.name(row)} was made of another text embedding than "

@@ -12,16 +12,16 @@ import hashlib
 import pickle
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fewstep.data.files.arrays import write_pickle
 from fewstep.data.files.packs import Label, Writer, has_packs
-from fewstep.data.folder import layout
+from fewstep.data.folder import layout, parts
 from fewstep.data.folder.layout import Layout
 from fewstep.data.folder.samples import captions_of
 from fewstep.errors import UserError
 from fewstep.files import read_json, some, write_bytes, write_json, write_text
-from fewstep.networks.encoders.text import TextEncoder, stored_embedding
+from fewstep.networks.encoders.text import TextEncoder, stored_embedding, stored_pooled
 from fewstep.prepare.ledger import NAME, Ledger
 from fewstep.prepare.summary import Summary
 from fewstep.progress import track
@@ -42,9 +42,13 @@ def write(
         _write_prompt(place, prompt)
     texts = captions(place)
     made_from = {"encoder": encoder.fingerprint, "dtype": "float16"}
-    embed = lru_cache(maxsize=64)(lambda text: stored_embedding(encoder, text))
     named = track(texts.items(), len(texts), f"embedding into {folder}")
     if form == "packed":
+        if stored_pooled(encoder, "") is not None:
+            raise UserError(
+                "--format packed: holds tokens only, and this encoder also gives pooled vectors of texts. Take --format pickle"
+            )
+        embed = lru_cache(maxsize=64)(lambda text: stored_embedding(encoder, text))
         if place.files(part):
             raise UserError(
                 f"{place.root / folder}: holds single files, which packs would hide. Remove them, or --format pickle"
@@ -57,15 +61,16 @@ def write(
         return Summary(len(texts), writer.new)
     if has_packs(place.root / folder):
         raise UserError(f"{place.root / folder}: holds packs, which would hide single files. Remove them, or --format packed")
+    content = lru_cache(maxsize=64)(lambda text: _content(encoder, text))
     new = foreign = 0
     with Ledger(_ledger(place, folder), made_from, lambda stem: place.file(part, stem)) as ledger:
         for stem, text in named:
             state = ledger.state(stem, hash_of(text))
             foreign += state == "foreign"
             if state == "todo":
-                tokens = embed(text)
+                value = content(text)
                 ledger.begin(stem, hash_of(text))
-                write_pickle(place.file(part, stem), [tokens.numpy()])
+                write_pickle(place.file(part, stem), value)
                 new += 1
     return Summary(len(texts), new, foreign)
 
@@ -103,7 +108,11 @@ def _negative_record(folder: Path, into: str) -> Path:
 
 
 def _negative_bytes(encoder: TextEncoder, text: str) -> bytes:
-    return pickle.dumps([stored_embedding(encoder, text).numpy()], protocol=4)  # as arrays.write_pickle
+    return pickle.dumps(_content(encoder, text), protocol=4)  # as arrays.write_pickle
+
+
+def _content(encoder: TextEncoder, text: str) -> Any:  # plain data
+    return parts.stored_embedding(stored_embedding(encoder, text), stored_pooled(encoder, text))
 
 
 def captions(place: Layout) -> dict[str, str]:

@@ -11,8 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.data.files import cache
+from fewstep.data.files.arrays import write_pickle
+from fewstep.data.folder.dataset import Folder
+from fewstep.data.folder.texts import Texts
 from fewstep.export.to_diffusers import PIPELINE
+from fewstep.files import write_text
 from fewstep.networks.encoders.text import Clip, PooledClip, open_text_encoder
+from fewstep.prepare import text as prepare
 
 PROMPTS = ["a red ball rolls", "", "the the the ball &amp;amp;  rolls \n down and down and down and down"]
 SPECIAL = ["<pad>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
@@ -133,6 +139,37 @@ def test_a_pair_of_clips_embeds_as_sdxl(tmp_path: Path) -> None:
     wanted, _, pooled, _ = encode(pipeline, PROMPTS, device=CPU, do_classifier_free_guidance=False)
     equal(encoder.encode(PROMPTS)[0], wanted)
     equal(encoder.pooled(PROMPTS), pooled)
+
+
+@torch.no_grad()
+def test_a_data_set_holds_what_sdxl_encodes(tmp_path: Path) -> None:
+    """Tokens, pooled vectors and the zeros of an empty negative, from `prepare text` to the condition of a batch."""
+    from diffusers import StableDiffusionXLPipeline
+
+    parts = {"text_encoder": clip_text(False, 16), "text_encoder_2": clip_text(True, 20)}
+    parts |= {"tokenizer": tokenizer(12), "tokenizer_2": tokenizer(12)}
+    encoder = open_text_encoder(saved(tmp_path / "pipeline", "StableDiffusionXLPipeline", **parts))
+    texts, data = ["a red ball rolls", "the ball"], tmp_path / "data"
+    for n, caption in enumerate(texts):
+        write_text(data / "metas" / f"{n}.txt", caption)
+        cache.write(data / "latents" / f"{n}.safetensors", {"latents": torch.zeros(4, 1, 2, 2)})
+    prepare.write(data, encoder)
+    prepare.write_negative(data, "t5_xxl", encoder, "a red down")
+    pipeline = SimpleNamespace(**parts, _execution_device=CPU, config=SimpleNamespace(force_zeros_for_empty_prompt=True))
+    encode: Any = StableDiffusionXLPipeline.encode_prompt
+    for name, text in (("zeros", None), ("negative.pickle", ["a red down"] * 2)):
+        tokens, no_tokens, pooled, no_pooled = encode(pipeline, texts, device=CPU, negative_prompt=text)
+        spec = Folder(str(data), x0="latents", max_tokens=12, negative=name)
+        batch = spec.open().batch(torch.tensor([0, 1]))
+        for cond, negative in (Texts.open(spec).conditions([0, 1]), (batch.cond, batch.negative)):
+            assert cond.text is not None and cond.pooled is not None and negative is not None
+            torch.testing.assert_close(cond.text, tokens, rtol=0, atol=2e-3)  # stored in float16
+            torch.testing.assert_close(cond.pooled, pooled, rtol=0, atol=1e-6)
+            torch.testing.assert_close(negative.text, no_tokens, rtol=0, atol=2e-3)
+            torch.testing.assert_close(negative.pooled, no_pooled, rtol=0, atol=1e-6)
+    write_pickle(data / "negative.pickle", [torch.zeros(3, 36).numpy()])
+    with pytest.raises(ValueError, match="lacks a pooled vector"):
+        Folder(str(data), x0="latents", max_tokens=12, negative="negative.pickle").open()
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ import torch
 from fewstep.config import ConfigError, build_recipe, recipes
 from fewstep.data.files import arrays, cache
 from fewstep.data.folder.dataset import Folder
+from fewstep.data.folder.parts import stored_embedding
 from fewstep.data.mock import Mock
 from fewstep.inference.synthetic import TeacherPairs
 from fewstep.inference.teacher import path_of
@@ -49,7 +50,8 @@ def shrink(run: Run, root: Path) -> Run:
     if isinstance(data, Folder):
         twin = TWINS.get(type(run.networks.teacher))
         reader: Any = networks.teacher or networks.spec_of("student")
-        write_parts(root, LATENTS if twin is None else twin.mock.shape, data.text or "t5_xxl", _text_channels(reader))
+        shape, pooled = (LATENTS, None) if twin is None else (twin.mock.shape, twin.mock.pooled)
+        write_parts(root, shape, data.text or "t5_xxl", _text_channels(reader), pooled)
         states = {"path_times": _times(run.method, networks.teacher)} if "path" in data.pairs else {}
         data = replace(data, dataset_dir=str(root), max_tokens=TOKENS if twin is None else twin.mock.text[0], **states)  # type: ignore[index]
     elif isinstance(data, TeacherPairs):
@@ -108,7 +110,7 @@ def _short(optim: Any) -> Any:
     return None if optim is None else replace(optim, warmup_iters=min(optim.warmup_iters, 1))
 
 
-def write_parts(root: Path, shape: tuple[int, ...], text: str, channels: int) -> None:
+def write_parts(root: Path, shape: tuple[int, ...], text: str, channels: int, pooled: int | None = None) -> None:
     """Every part that a recipe reads: latents, texts, controls, noise, states."""
     torch.manual_seed(0)
     arrays.write_pickle(root / "negative.pickle", [torch.randn(TOKENS - 1, channels).numpy()])
@@ -116,7 +118,8 @@ def write_parts(root: Path, shape: tuple[int, ...], text: str, channels: int) ->
         facts = {"num_frames": 9 if shape[1] > 1 else 1, "fps": 24.0}
         for part in ("latents", *(f"{control}_latents" for control in ("edge", "vis", "depth", "seg", "keypoint"))):
             cache.write(root / part / f"{n}.safetensors", {"latents": torch.randn(shape)}, facts=facts)
-        arrays.write_pickle(root / text / f"{n}.pickle", [torch.randn(TOKENS - 1, channels).numpy()])
+        vector = None if pooled is None else torch.randn(pooled)
+        arrays.write_pickle(root / text / f"{n}.pickle", stored_embedding(torch.randn(TOKENS - 1, channels), vector))
         arrays.write_pickle(root / "noise" / f"{n}.pickle", torch.randn(shape).numpy())
         cache.write(root / "path" / f"{n}.safetensors", {"path": torch.randn(4, *shape)})
 
@@ -126,9 +129,6 @@ def cases() -> list[Any]:
     names = [name for name, found in recipes().items() if found.module.startswith("fewstep.")]
     again = re.compile("_(vis|depth|seg|keypoint)(_|$)")
     marks = {name: [pytest.mark.slow] for name in names if again.search(name)}
-    marks["SDXL_kd"] = [
-        pytest.mark.xfail(strict=True, reason="a folder holds no pooled vectors of its prompts, which SDXL reads")
-    ]
     return [pytest.param(name, marks=marks.get(name, [])) for name in names]
 
 

@@ -1,4 +1,4 @@
-"""FastGen's KD by its own names: Wan into four steps, Wan and CogVideoX into one, up to diffusers without this package."""
+"""FastGen's KD by its own names: Wan into four steps, Wan, CogVideoX and SDXL into one, up to plain diffusers."""
 
 import contextlib
 import sys
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.batch import Condition
-from fewstep.diffusion import StudentSampler
+from fewstep.diffusion import VP, StudentSampler
 from fewstep.inference.model import open_model
 from fewstep.networks.encoders.text import open_text_encoder
 
@@ -30,26 +30,31 @@ pipe = DiffusionPipeline.from_pretrained("student")
 assert type(pipe).__name__ == json.loads(Path("pipeline/model_index.json").read_text())["_class_name"]
 torch.manual_seed(7)
 steps = json.loads(Path("student/student.json").read_text())["num_inference_steps"]
-frames = pipe({PROMPT!r}, num_inference_steps=steps, guidance_scale=1.0, num_frames=9, height=32, width=32,
-              output_type="latent").frames
-save_file({{"latents": frames.contiguous()}}, "plain.safetensors")
+is_picture = "unet" in pipe.components
+shape = {{"height": 32, "width": 32}} | ({{}} if is_picture else {{"num_frames": 9}})
+made = pipe({PROMPT!r}, num_inference_steps=steps, guidance_scale=1.0, output_type="latent", **shape)
+save_file({{"latents": (made.images[:, :, None] if is_picture else made.frames).contiguous()}}, "plain.safetensors")
 """
 STORIES = {
     "WanT2V_kd_path": ("wan", "WanT2V/config_kd_path.py", "wan_kd", [1.0, 0.9375, 5 / 6, 0.625]),
     "CogVideoX_kd": ("cogvideox", "CogVideoX/config_kd.py", "CogVideoX_kd", [1.0]),
+    "SDXL_kd": ("sdxl", "SDXL/config_kd.py", "sdxl_kd", [1.0]),
     "WanT2V_kd": ("wan", "WanT2V/config_kd.py", "wan_kd", [1.0]),
 }
+SHAPES = {"wan": (1, 4, 3, 4, 4), "cogvideox": (1, 3, 4, 4, 4), "sdxl": (1, 4, 1, 4, 4)}  # of the noise that a pipeline draws
 
 
 @IN_BOTH_FORMS
-@pytest.mark.parametrize("name", [*list(STORIES)[:2], pytest.param("WanT2V_kd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [*list(STORIES)[:3], pytest.param("WanT2V_kd", marks=pytest.mark.slow)])
 def test_a_student_of_kd_reaches_plain_diffusers(name: str, tmp_path: Path, real: bool) -> None:
     kind, config, group, times = STORIES[name]
     tiny_pipelines.PIPELINES[kind](tmp_path / "pipeline")
-    tiny_pipelines.clips(tmp_path / "clips", num=4)
+    is_picture = kind == "sdxl"
+    (tiny_pipelines.pictures if is_picture else tiny_pipelines.clips)(tmp_path / "clips", num=4)
+    shot = "" if is_picture else "--num-frames 9 --height 32 --width 32"
     (tmp_path / "plain.py").write_text(ALONE + PLAIN)
     plain = "python plain.py" if real else "true"
-    walk("fastgen.sh", tmp_path, real=real, NAME=name, CONFIG=config, GROUP=group, PLAIN=plain)
+    walk("fastgen.sh", tmp_path, real=real, NAME=name, CONFIG=config, GROUP=group, PLAIN=plain, SHOT=shot)
     if not real:  # a process of its own takes as long as all the rest
         with contextlib.chdir(tmp_path):
             exec(PLAIN, {})
@@ -62,7 +67,7 @@ def test_a_student_of_kd_reaches_plain_diffusers(name: str, tmp_path: Path, real
     assert list(model.sampler.times) == pytest.approx(times, abs=1e-12)
     theirs = load_file(tmp_path / "plain.safetensors")["latents"]
     text, mask = encoder.encode([PROMPT])
-    cond = Condition(text=text, text_mask=mask if encoder.uses_mask else None)
+    cond = Condition(text=text, text_mask=mask if encoder.uses_mask else None, pooled=encoder.pooled([PROMPT]))
     drawn = Drawn(kind)
     with torch.no_grad():
         ours = model.sampler(model.network, drawn.normal_like(None), cond, drawn)  # type: ignore[arg-type]
@@ -72,13 +77,17 @@ def test_a_student_of_kd_reaches_plain_diffusers(name: str, tmp_path: Path, real
 
 
 class Drawn:
-    """An Rng that draws what these pipelines draw after torch.manual_seed; CogVideoX has frames before channels."""
+    """An Rng that draws what these pipelines draw after torch.manual_seed; CogVideoX has frames before channels.
+
+    SDXL's pipeline starts from the noise itself, a student here from s(1) times it, and its table has s(1) = 0.9977.
+    """
 
     def __init__(self, kind: str):
         torch.manual_seed(7)
-        self.swaps = kind == "cogvideox"
+        self.kind = kind
 
     def normal_like(self, like: Any) -> Tensor:
-        shape = (1, 3, 4, 4, 4) if self.swaps else (1, 4, 3, 4, 4)
-        drawn = torch.randn(shape)
-        return drawn.transpose(1, 2) if self.swaps else drawn
+        drawn = torch.randn(SHAPES[self.kind])
+        if self.kind == "sdxl":
+            return drawn / float(VP("scaled_linear").coefficients(torch.tensor(1.0, dtype=torch.float64))[1])
+        return drawn.transpose(1, 2) if self.kind == "cogvideox" else drawn

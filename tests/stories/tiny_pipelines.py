@@ -1,8 +1,9 @@
 """Tiny random pipelines of diffusers' own classes, each with its tokenizer, text encoder, autoencoder and scheduler, and clips.
 
-wan(folder)  cogvideox(folder)  predict1(folder)  predict2(folder)  predict25(folder)
+wan(folder)  cogvideox(folder)  predict1(folder)  predict2(folder)  predict25(folder)  sdxl(folder)
 python tests/stories/tiny_pipelines.py wan FOLDER
 clips(folder, num)        moving squares with captions, no file of which this package writes
+pictures(folder, num)     their first frames
 """
 
 from __future__ import annotations
@@ -128,7 +129,42 @@ def cogvideox(folder: Path) -> Path:
     return _saved(folder, "CogVideoXPipeline", network, vae, scheduler, _t5("T5EncoderModel"), _tokenizer())
 
 
-PIPELINES = {"wan": wan, "cogvideox": cogvideox, "predict1": predict1, "predict2": predict2, "predict25": predict25}
+def sdxl(folder: Path) -> Path:
+    """Stable Diffusion XL: two CLIPs, eps on a scaled linear table; 32 x 32 pixels to latents of 4 x 4 x 4."""
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+
+    torch.manual_seed(7)
+    network = UNet2DConditionModel(
+        sample_size=4, block_out_channels=(8, 16), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=1, norm_num_groups=4, cross_attention_dim=36,
+        attention_head_dim=(2, 2), transformer_layers_per_block=(1, 1), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 12,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4), layers_per_block=1, latent_channels=4, norm_num_groups=2, scaling_factor=0.13025,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    _saved(folder, "StableDiffusionXLPipeline", network, vae, scheduler, _clip("CLIPTextModel", 16), _tokenizer(most=77))
+    second = {"text_encoder_2": _clip("CLIPTextModelWithProjection", 20), "tokenizer_2": _tokenizer(most=77)}
+    index = json.loads((folder / "model_index.json").read_text()) | {"force_zeros_for_empty_prompt": True}
+    for name, part in second.items():
+        part.save_pretrained(folder / name)
+        index[name] = ["transformers", type(part).__name__]
+    (folder / "transformer").rename(folder / "unet")
+    index["unet"] = index.pop("transformer")
+    (folder / "model_index.json").write_text(json.dumps(index, indent=1))
+    return folder
+
+
+PIPELINES = {
+    "wan": wan,
+    "cogvideox": cogvideox,
+    "predict1": predict1,
+    "predict2": predict2,
+    "predict25": predict25,
+    "sdxl": sdxl,
+}
 
 
 def clips(folder: Path, num: int = 8, frames: int = 9, side: int = 32, fps: int = 16) -> Path:
@@ -154,6 +190,18 @@ def clips(folder: Path, num: int = 8, frames: int = 9, side: int = 32, fps: int 
         pace = "quickly" if speed == 2 else "slowly"
         text = f"a {colour} square moves {pace} to the {way} over a {ground} ground"
         (folder / "metas" / f"clip_{number:03d}.txt").write_text(text + "\n")
+    return folder
+
+
+def pictures(folder: Path, num: int = 4, side: int = 32) -> Path:
+    """images/*.png and metas/*.txt: the first frames of `clips`."""
+    clips(folder, num, 1, side)
+    (folder / "images").mkdir()
+    for file in sorted((folder / "videos").iterdir()):
+        with av.open(str(file)) as container:
+            next(container.decode(video=0)).to_image().save(folder / "images" / f"{file.stem}.png")
+        file.unlink()
+    (folder / "videos").rmdir()
     return folder
 
 
@@ -186,7 +234,18 @@ def _t5(cls: str) -> Any:
     return getattr(transformers, cls)(config(**TEXT, vocab_size=len(WORDS) + len(SPECIAL)))
 
 
-def _tokenizer(ends: bool = True) -> Any:
+def _clip(cls: str, width: int) -> Any:
+    import transformers
+
+    torch.manual_seed(width)
+    config = transformers.CLIPTextConfig(
+        hidden_size=width, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, projection_dim=12,
+        vocab_size=len(WORDS) + len(SPECIAL), max_position_embeddings=77, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )  # fmt: skip
+    return getattr(transformers, cls)(config)
+
+
+def _tokenizer(ends: bool = True, most: int = 512) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -196,7 +255,7 @@ def _tokenizer(ends: bool = True) -> Any:
     if ends:
         core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])  # type: ignore[assignment]
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=512, chat_template=TEMPLATE, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=most, chat_template=TEMPLATE, **names)
 
 
 def _saved(folder: Path, pipeline: str, network: Any, vae: Any, scheduler: Any, encoder: Any, tokens: Any) -> Path:

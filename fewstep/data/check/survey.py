@@ -274,8 +274,9 @@ def _look(held: _Files, stem: str) -> _Look:
         if name in files or name in rows:
             with _collected(look, f"unreadable-{name}"):
                 found = _array(held, stem, name, files, rows)
-                _, mask = parts.padded(_path_of(held, stem, name, files), found, max(len(found), 1) if found.ndim == 2 else 1)
-                tokens[name], shapes[name] = int(mask.sum()), (found.shape[-1],)
+                num = max(len(found), 1) if found.ndim == 2 else 1
+                tokens[name] = int(parts.padded(_path_of(held, stem, name, files), found, num).mask.sum())
+                shapes[name] = (found.shape[-1],)
     shapes |= _look_at_pair(look, held, stem, files, rows, header)
     look.sample = Sample(stem, num_tokens=tokens, shapes=shapes, **known)
     return look

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -32,8 +32,10 @@ from fewstep.data.files.sizes import Fit, fit, nearest_shape
 from fewstep.data.folder import layout, parts
 from fewstep.data.folder.encoding import Encoder
 from fewstep.data.folder.layout import Layout
+from fewstep.data.folder.parts import Embedding
 from fewstep.data.folder.samples import Sample, buckets_of, captions_of, each, packs_of, refuse, samples_of
 from fewstep.data.folder.settings import FolderSettings
+from fewstep.data.folder.texts import negative_of
 from fewstep.errors import UserError
 from fewstep.files import read_json
 
@@ -127,14 +129,14 @@ class FolderData:
         cond = Condition(
             text=_optional(columns.get("text"), torch.Tensor.float),
             text_mask=columns.get("text_mask") if self.spec.mask_text else None,
+            pooled=_optional(columns.get("pooled"), torch.Tensor.float),
             control={} if self.spec.control is None else {self.spec.control.folder: _floats(columns["control"])},
             fps=columns.get("fps"),
             padding=columns.get("padding"),
         )
         negative = None
         if self._negative is not None:
-            text, mask = (part.expand(len(rows), *part.shape).contiguous() for part in self._negative)
-            negative = replace(cond, text=text.float(), text_mask=mask if self.spec.mask_text else None)
+            negative = negative_of(cond, self._negative)
         return Batch(
             x0=_floats(columns["x0"]),
             noise=columns.get("noise"),
@@ -199,7 +201,9 @@ class FolderData:
             record |= {"fps": torch.tensor(rate)} if rate else {}
             record |= {"padding": torch.from_numpy(self._fit(sample).padding())} if spec.resize == "pad" else {}
         if spec.text is not None:
-            record["text"], record["text_mask"] = self._embedding(sample)
+            embedding = self._embedding(sample)
+            record |= {"text": embedding.text, "text_mask": embedding.mask}
+            record |= {} if embedding.pooled is None else {"pooled": embedding.pooled}
         like = {"frames" if spec.x0 == "pixels" else "latents": record["x0"]}
         if "noise" in spec.pairs:
             record["noise"] = parts.noise(sample.files["noise"])
@@ -216,7 +220,7 @@ class FolderData:
             return parts.checked_latents(packs.folder / sample.stem, packs.read(row)), packs.rows[row].facts.get("fps")
         return parts.latents(sample.files[folder]), parts.fact(sample.files[folder], "fps")
 
-    def _embedding(self, sample: Sample) -> tuple[Tensor, Tensor]:
+    def _embedding(self, sample: Sample) -> Embedding:
         folder = self.spec.text
         assert folder is not None
         if folder in self.packs:
@@ -290,23 +294,15 @@ class FolderData:
         """A file of the data set that belongs to no sample."""
         yield self.layout.root / name
 
-    def _read_negative(self) -> tuple[Tensor, Tensor] | None:
+    def _read_negative(self) -> Embedding | None:
         spec = self.spec
         if spec.negative is None:
             return None
-        assert spec.text is not None
-        text, mask = self._embedding(self.samples[0])
+        like = self._embedding(self.samples[0])
         if spec.negative == "zeros":
-            # Every token counts: a network that masks its padding would have nothing left to attend to.
-            return torch.zeros_like(text), torch.ones_like(mask)
+            return like.zeros()
         with self._file(spec.negative) as path:
-            other, other_mask = parts.embedding(path, spec.max_tokens)
-        if other.shape != text.shape:
-            raise UserError(
-                f"{self.layout.root / spec.negative}: embeds in {other.shape[1]} numbers, but {spec.text}/ in {text.shape[1]}: "
-                "embed it with the same encoder"
-            )
-        return other, other_mask
+            return parts.negative_embedding(path, like, str(spec.text))
 
 
 class _Memory:

@@ -5,7 +5,9 @@ Every error names the file and what to do. Shapes are of one sample; a first axi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +66,8 @@ def refuse_foreign_noise(path: Path, noise: Tensor, *, latents: Tensor | None = 
 
 def array(path: Path) -> Tensor:
     """The array of a file of latents or text, whatever its name in the file."""
-    return arrays.read_one(path, "latents")
+    entries = arrays.read(path)
+    return entries["text"] if "text" in entries else arrays.read_one(path, "latents")
 
 
 def states(path: Path, default_times: tuple[float, ...] = (), *, unknown_times: bool = False) -> tuple[Tensor, Tensor]:
@@ -102,12 +105,51 @@ def states(path: Path, default_times: tuple[float, ...] = (), *, unknown_times: 
     return value, times
 
 
-def embedding(path: Path, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """(max_tokens, D), cut or padded with zeros, in the precision of the file, and which rows are tokens (max_tokens,)."""
-    return padded(path, arrays.read_one(path, "text"), max_tokens)
+@dataclass(frozen=True)
+class Embedding:
+    """The embedding of one text."""
+
+    text: Tensor  # max_tokens D, cut or padded with zeros, in the precision of the file
+    mask: Tensor  # max_tokens, true where a token is
+    pooled: Tensor | None = None  # P, of the whole text: SDXL and Flux
+
+    def zeros(self) -> Embedding:
+        """No text. Every token counts: a network that masks its padding would have nothing left to attend to."""
+        pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
+        return Embedding(torch.zeros_like(self.text), torch.ones_like(self.mask), pooled)
 
 
-def padded(path: Path, embedding: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
+def embedding(path: Path, max_tokens: int) -> Embedding:
+    """The embedding in a file: its tokens, or "text" and "pooled"."""
+    entries = arrays.read(path)
+    pooled = entries.get("pooled")
+    if pooled is None:
+        return padded(path, arrays.read_one(path, "text"), max_tokens)
+    if "text" not in entries:
+        raise UserError(f"{path}: holds {', '.join(sorted(entries))}, but no 'text'. Embed it again: fewstep prepare text")
+    return padded(path, entries["text"], max_tokens, pooled)
+
+
+def stored_embedding(text: Tensor, pooled: Tensor | None = None) -> Any:  # plain data
+    """What the pickle of an embedding holds: a list of one array, as Cosmos writes it, or "text" and "pooled"."""
+    return [text.numpy()] if pooled is None else {"text": text.numpy(), "pooled": pooled.numpy()}
+
+
+def negative_embedding(path: Path, like: Embedding, folder: str) -> Embedding:
+    """The embedding in a file, of the same tokens and channels as `like`, that of a caption in `folder`."""
+    other = embedding(path, len(like.text))
+    if other.text.shape != like.text.shape:
+        raise UserError(
+            f"{path}: embeds in {other.text.shape[1]} numbers, but {folder}/ in {like.text.shape[1]}: embed it with the same "
+            "encoder"
+        )
+    if (other.pooled is None) != (like.pooled is None):
+        which = "lacks" if other.pooled is None else "has"
+        raise UserError(f"{path}: {which} a pooled vector, unlike {folder}/: embed it with the same encoder")
+    return other
+
+
+def padded(path: Path, embedding: Tensor, max_tokens: int, pooled: Tensor | None = None) -> Embedding:
     """The same for tokens (N, D) that are in memory; `path` names them in messages."""
     tokens = _checked(path, embedding, 2, "tokens, D")
     if not len(tokens):
@@ -115,7 +157,7 @@ def padded(path: Path, embedding: Tensor, max_tokens: int) -> tuple[Tensor, Tens
     text = torch.zeros(max_tokens, tokens.shape[1], dtype=tokens.dtype)
     num = min(len(tokens), max_tokens)
     text[:num] = tokens[:num]
-    return text, torch.arange(max_tokens) < num
+    return Embedding(text, torch.arange(max_tokens) < num, None if pooled is None else _checked(path, pooled, 1, "P"))
 
 
 def _checked(path: Path, tensor: Tensor, axes: int, names: str) -> Tensor:

@@ -20,6 +20,7 @@ from fewstep.data.files import arrays
 from fewstep.data.files.packs import Packs, has_packs, open_packs
 from fewstep.data.folder import layout, parts
 from fewstep.data.folder.layout import Layout
+from fewstep.data.folder.parts import Embedding
 from fewstep.data.folder.samples import captions_of, refuse
 from fewstep.data.folder.settings import FolderSettings
 from fewstep.errors import UserError
@@ -76,34 +77,43 @@ class Texts:
 
     def conditions(self, rows: Sequence[int]) -> tuple[Condition, Condition | None]:
         """The text of these captions, and what guidance pushes away from."""
-        if self.spec.text is None:
-            return Condition(), None
-        padded = [parts.padded(self.place.root / self.stems[row], self.tokens(row), self.spec.max_tokens) for row in rows]
-        text = torch.stack([text.float() for text, _ in padded])
-        mask = torch.stack([mask for _, mask in padded]) if self.spec.mask_text else None
-        cond = Condition(text=text, text_mask=mask)
-        if self.spec.negative is None:
-            return cond, None
-        other, other_mask = self._negative(text[0])
-        negative = replace(
-            cond,
-            text=other.float().expand_as(text).contiguous(),
-            text_mask=None if mask is None else other_mask.expand_as(mask).contiguous(),
-        )
-        return cond, negative
-
-    def _negative(self, like: Tensor) -> tuple[Tensor, Tensor]:
         spec = self.spec
-        assert spec.negative is not None
+        if spec.text is None:
+            return Condition(), None
+        embeddings = [self._embedding(row) for row in rows]
+        cond = condition_of(embeddings, spec.mask_text)
+        if spec.negative is None:
+            return cond, None
+        like = embeddings[0]
         if spec.negative == "zeros":
-            return torch.zeros_like(like), torch.ones(len(like), dtype=torch.bool)
-        other, mask = parts.embedding(self.place.root / spec.negative, spec.max_tokens)
-        if other.shape != like.shape:
-            raise UserError(
-                f"{self.place.root / spec.negative}: embeds in {other.shape[1]} numbers, but {spec.text}/ in {like.shape[1]}: "
-                "embed it with the same encoder"
-            )
-        return other, mask
+            return cond, negative_of(cond, like.zeros())
+        return cond, negative_of(cond, parts.negative_embedding(self.place.root / spec.negative, like, spec.text))
+
+    def _embedding(self, row: int) -> Embedding:
+        most = self.spec.max_tokens
+        if self.packs is None:
+            return parts.embedding(self.files[self.stems[row]], most)
+        return parts.padded(self.place.root / self.stems[row], self.tokens(row), most)
+
+
+def condition_of(embeddings: Sequence[Embedding], uses_mask: bool) -> Condition:
+    """The texts of a batch, in float32."""
+    pooled = [embedding.pooled.float() for embedding in embeddings if embedding.pooled is not None]
+    return Condition(
+        text=torch.stack([embedding.text.float() for embedding in embeddings]),
+        text_mask=torch.stack([embedding.mask for embedding in embeddings]) if uses_mask else None,
+        pooled=torch.stack(pooled) if pooled else None,
+    )
+
+
+def negative_of(cond: Condition, negative: Embedding) -> Condition:
+    """`cond` with another text, the same for every row."""
+
+    def rows(value: Tensor | None, like: Tensor | None) -> Tensor | None:
+        return None if value is None or like is None else value.to(like.dtype).expand_as(like).contiguous()
+
+    text, mask = rows(negative.text, cond.text), rows(negative.mask, cond.text_mask)
+    return replace(cond, text=text, text_mask=mask, pooled=rows(negative.pooled, cond.pooled))
 
 
 def opened(root: str | Path) -> Layout:

@@ -33,6 +33,7 @@ from fewstep.errors import UserError
 from fewstep.networks.encoders.codecs import fingerprint_of
 from fewstep.networks.files import hub
 
+WORDS = ["config.json", "tokenizer*", "*.model", "special_tokens_map.json", "*.txt", "vocab.json"]  # files of a tokenizer
 SAMPLED = 4096  # entries of each weight that the fingerprint of a text encoder looks at: T5-11b whole would take minutes
 PROMPTS_AT_ONCE = 8
 REASON1_SYSTEM = "You are a helpful assistant who will provide prompts to an image generator."
@@ -349,6 +350,12 @@ def stored_embedding(encoder: TextEncoder, text: str) -> Tensor:
     return tokens
 
 
+def stored_pooled(encoder: TextEncoder, text: str) -> Tensor | None:
+    """float32 (P,): the pooled vector of one text, beside its tokens; None for encoders without one."""
+    pooled = encoder.pooled([text])
+    return None if pooled is None else pooled[0].cpu()
+
+
 # ---- opening -------------------------------------------------------------------------------------------------------
 
 
@@ -398,7 +405,7 @@ def _tokenizer_text(tokenizer: Any) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
-_MODELS = {
+MODELS = {
     "T5EncoderModel": "T5EncoderModel",
     "T5ForConditionalGeneration": "T5EncoderModel",  # the encoder half of google-t5/t5-11b
     "T5Model": "T5EncoderModel",
@@ -451,10 +458,10 @@ class Source:
     def model(self, part: str, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
         import transformers
 
-        name = next((_MODELS[name] for name in self.config(part).get("architectures") or () if name in _MODELS), None)
+        name = next((MODELS[name] for name in self.config(part).get("architectures") or () if name in MODELS), None)
         if name is None:
             names = self.config(part).get("architectures")
-            raise UserError(f"{self.address}: its {part} is a {names}; there are {', '.join(_MODELS)}")
+            raise UserError(f"{self.address}: its {part} is a {names}; there are {', '.join(MODELS)}")
         where = {"subfolder": part} if self.is_pipeline else {}
         module, info = getattr(transformers, name).from_pretrained(self.address, dtype=dtype, output_loading_info=True, **where)
         wrong = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
@@ -465,4 +472,6 @@ class Source:
     def tokenizer(self, part: str) -> Any:  # Any: as above
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.address, **({"subfolder": part} if self.is_pipeline else {}))
+        # From a folder, of the hub's cache too: for a name transformers looks for files that a tokenizer need not have.
+        folder = hub.folder_of(self.address, [f"{part}/*"] if self.is_pipeline else WORDS, "tokenizer")
+        return AutoTokenizer.from_pretrained(folder / part if self.is_pipeline else folder)

@@ -106,6 +106,7 @@ class UnetSpec(DiffusersSpec):
 
     diffusers_class: ClassVar[str] = "UNet2DConditionModel"
     pipeline_part: ClassVar[str] = "unet"
+    in_force: ClassVar[tuple[str, ...]] = ("predicts", "zero_terminal_snr", "pooled_dim")
     predicts: Literal["eps", "v"] = "eps"
     zero_terminal_snr: bool = False  # some descendants of SD 2.1 and SDXL, with predicts=v
     latent_channels: int = 4
@@ -131,7 +132,8 @@ class UnetSpec(DiffusersSpec):
         if name not in kinds or table != "scaled_linear":
             raise UserError(f"{folder.address}: its UNet predicts '{name}' on a table '{table}', for which there is no adapter")
         zero_snr = bool(scheduler.get("rescale_betas_zero_snr"))
-        return cls(pretrained=folder.address, predicts=kinds[name], zero_terminal_snr=zero_snr)
+        pooled = cls.pooled_dim if folder.denoiser.get("addition_embed_type") == "text_time" else None
+        return cls(pretrained=folder.address, predicts=kinds[name], zero_terminal_snr=zero_snr, pooled_dim=pooled)
 
     @property
     def path(self) -> Path:
@@ -139,7 +141,8 @@ class UnetSpec(DiffusersSpec):
 
     @property
     def distillation(self) -> Distillation:
-        return Distillation(guidance=8.0, lr=5e-5, critic_lr=5e-5)  # FastGen, SDXL
+        negative = "empty" if self.pooled_dim is None else "zeros"  # force_zeros_for_empty_prompt of SDXL's pipeline
+        return Distillation(guidance=8.0, negative=negative, lr=5e-5, critic_lr=5e-5)  # FastGen, SDXL
 
     def build(self) -> Unet:
         from diffusers import UNet2DConditionModel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,17 @@ def asking(address: str) -> Iterator[None]:
         if message is None:
             raise
         raise UserError(message) from error
+
+
+def folder_of(address: str, patterns: Sequence[str], what: str) -> Path:
+    """A local folder, or the hub's files that match `patterns`, in its cache."""
+    from huggingface_hub import snapshot_download
+
+    if Path(address).is_dir():
+        return Path(address)
+    expect_id(address, what)
+    with asking(address):
+        return Path(snapshot_download(address, allow_patterns=list(patterns)))
 
 
 def has_file(address: str, name: str) -> bool:

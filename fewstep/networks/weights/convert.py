@@ -155,19 +155,11 @@ def _pieces(source: str | None, base: str | None, control: Sequence[str]) -> lis
         raise UserError("convert: --base wants the --control to put beside it")
     address = source if source is not None else "+".join([base or "", *control])
     if hub.is_hub_id(address) and Path(address).suffix not in SUFFIXES and not Path(address).parent.is_dir():
-        address = _downloaded(address)
+        address = str(hub.folder_of(address, ["*.safetensors", "*.json"], "weights"))
     pieces = pieces_of(address)
     if pieces is None:
         raise UserError(f"convert: '{address}' is no file or folder of weights, and no run")
     return pieces
-
-
-def _downloaded(name: str) -> str:
-    """The folder of a model of the hub, in the hub's own cache."""
-    import huggingface_hub
-
-    with hub.asking(name):
-        return huggingface_hub.snapshot_download(name, allow_patterns=["*.safetensors", "*.json"])
 
 
 # --- one file
