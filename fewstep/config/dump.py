@@ -1,8 +1,11 @@
-"""Writes a configuration as plain data. Reading it back gives an equal configuration."""
+"""Writes a configuration as plain data. Reading it back gives an equal configuration.
+
+Settings without effect are left out where they have their defaults (`Idle`): what is written is what counts.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from fewstep.config.reader import parse
 from fewstep.config.text import read_text, read_yaml_mapping, write_yaml
@@ -11,9 +14,22 @@ from fewstep.config.types import Choice, Either, Items, Leaf, Record, Shape, Tab
 T = TypeVar("T")
 
 
+@runtime_checkable
+class Idle(Protocol):
+    """A configuration some of whose settings have no effect beside others."""
+
+    @property
+    def idle(self) -> frozenset[str]: ...
+
+
 def dump(config: object) -> dict[str, Any]:
     """Nested dicts, lists and scalars such that parse(type(config), dump(config)) == config."""
-    return {name: _plain(setting.declared, getattr(config, name), name) for name, setting in settings_of(type(config)).items()}
+    idle = config.idle if isinstance(config, Idle) else frozenset[str]()
+    return {
+        name: _plain(setting.declared, getattr(config, name), name)
+        for name, setting in settings_of(type(config)).items()
+        if name not in idle or setting.default is None or getattr(config, name) != setting.default()
+    }
 
 
 def to_yaml(config: object) -> str:

@@ -61,6 +61,8 @@ def settings_help(word: str, arguments: Sequence[str] = ()) -> list[Row]:
 def _rows(config: object, plain: Mapping[str, Any], prefix: str) -> Iterator[Row]:
     comments = _comments(type(config))
     for name, setting in settings_of(type(config)).items():
+        if name not in plain:
+            continue
         value, data = getattr(config, name), plain[name]
         key, text, comment = join(prefix, name), type_text(setting.declared), comments.get(name, "")
         if is_dataclass(value):

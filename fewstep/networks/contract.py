@@ -11,7 +11,7 @@ Wrappers (adapters over a shared backbone, weights kept on the CPU) inherit from
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
@@ -274,7 +274,15 @@ AnyNetwork = Annotated[NetworkSpec, OneOf("network")]  # a field that holds the 
 class DiffusersSpec(NetworkSpec):
     """The configuration of a network whose module is one of diffusers' own classes."""
 
+    in_force: ClassVar[tuple[str, ...]] = ()  # settings that count beside `pretrained`; the sizes are those of its files
+
     pretrained: str | None = None  # folder with config.json and weights, or of a whole pipeline; or a hub id. None: random
+
+    @property
+    def idle(self) -> frozenset[str]:
+        """Settings without effect, which are not written where they have their defaults."""
+        names = frozenset(f.name for f in fields(self)) - {"pretrained", *self.in_force}
+        return frozenset() if self.pretrained is None else names
 
     @property
     def source(self) -> str | None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fewstep.config import ConfigError, to_yaml
+from fewstep.config import ConfigError, dump, parse, to_yaml
 from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.errors import UserError
 from fewstep.files import read_json, some, write_text
@@ -95,9 +96,12 @@ def changes_in(folder: Path, run: Run) -> tuple[Change, ...]:
     if not path.is_file():
         return ()
     try:
-        before = dict(_flat(read_yaml_mapping(read_text(path), str(path)), ""))
+        written = read_yaml_mapping(read_text(path), str(path))
     except ConfigError as error:
         return (Change(CONFIG, f"cannot be read ({error})", "this run's"),)
+    with suppress(ConfigError):  # of another version; as this one would write it
+        written = dump(parse(type(run), written))
+    before = dict(_flat(written, ""))
     after = dict(_flat(read_yaml_mapping(to_yaml(run), "the run"), ""))
     changes = [
         Change(key, before.get(key, ABSENT), after.get(key, ABSENT))

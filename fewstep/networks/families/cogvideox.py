@@ -130,6 +130,7 @@ class CogVideoXSpec(DiffusersSpec):
     """A CogVideoXTransformer3DModel: from a diffusers folder or hub id, or random of the size given. The defaults are 2B."""
 
     diffusers_class: ClassVar[str] = "CogVideoXTransformer3DModel"
+    in_force: ClassVar[tuple[str, ...]] = ("snr_shift",)
     snr_shift: float = 3.0  # 5B and 1.5: 1
     latent_channels: int = 16
     has_picture: bool = False  # I2V: reads as many channels again

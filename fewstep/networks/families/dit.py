@@ -75,6 +75,7 @@ class DitSpec(DiffusersSpec):
     """A DiTTransformer2DModel: from a diffusers folder or hub id, or random of the size given; that of DiT-XL/2 at 256."""
 
     diffusers_class: ClassVar[str] = "DiTTransformer2DModel"
+    in_force: ClassVar[tuple[str, ...]] = ("family",)
     family: Literal["ddpm", "flow"] = "ddpm"  # flow: SiT
     latent_channels: int = 4
     learned_variance: bool = True

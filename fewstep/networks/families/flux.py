@@ -102,6 +102,7 @@ class FluxSpec(DiffusersSpec):
     """A FluxTransformer2DModel: from a diffusers folder or hub id, or random of the size given; that of Flux.1-dev."""
 
     diffusers_class: ClassVar[str] = "FluxTransformer2DModel"
+    in_force: ClassVar[tuple[str, ...]] = ("guidance",)
     guidance: float = 3.5  # input of Flux.1-dev; schnell has none
     guidance_input: bool = True  # dev; schnell False
     latent_channels: int = 16

@@ -87,6 +87,10 @@ class CosmosControlSpec(CosmosSpec):
     """A CosmosTransformer3DModel with control branches; `pretrained` is the base's."""
 
     diffusers_class: ClassVar[str] = "CosmosTransformer3DModel"  # with branches beside it or not
+    in_force: ClassVar[tuple[str, ...]] = (
+        *CosmosSpec.in_force, "style", "controls", "weights", "branches", "train", "num_layers", "num_control_blocks",
+        "hint_channels",
+    )  # fmt: skip
 
     style: Literal["transfer2_5", "transfer1"] = "transfer2_5"
     controls: tuple[str, ...] = ("edge",)  # one branch each: names in cond.control

@@ -96,6 +96,7 @@ class AnyFlowSpec(DiffusersSpec):
 
     diffusers_class: ClassVar[str] = "AnyFlowTransformer3DModel"
     starts_as_teacher: ClassVar[bool] = True
+    in_force: ClassVar[tuple[str, ...]] = ("text_tokens",)
 
     latent_channels: int = 16
     num_heads: int = 12  # those of Wan 2.1 T2V 1.3B; 14B 40

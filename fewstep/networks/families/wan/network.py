@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -194,6 +194,8 @@ def start_from(latents: Tensor, *, last: bool = False) -> Tensor:
 @dataclass(frozen=True)
 class WanSpec(DiffusersSpec):
     """A WanTransformer3DModel: from a diffusers folder or hub id, or random of the size given; that of 2.1 T2V 1.3B."""
+
+    in_force: ClassVar[tuple[str, ...]] = ("subfolder", "whole_times", "text_tokens")
 
     subfolder: str = "transformer"  # of a pipeline's folder; the low-noise expert of A14B lies in transformer_2
     whole_times: bool = False
