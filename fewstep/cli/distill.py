@@ -30,6 +30,14 @@ def distill(
         str | None, option("--control", f"Control that the student follows: {', '.join(CONTROLS)}.", callback=one_of(*CONTROLS))
     ] = None,
     guidance: Annotated[float | None, GUIDANCE] = None,
+    negative: Annotated[
+        str | None,
+        option(
+            "--negative",
+            "What guidance pushes away from: zeros, or empty, the empty text. Default: as published.",
+            callback=one_of("zeros", "empty"),
+        ),
+    ] = None,
     shift: Annotated[float | None, option("--shift", "Shift of the student's times. Default: as published.")] = None,
     teacher_steps: Annotated[
         int | None, option("--teacher-steps", "Steps of the teacher's solver for its pairs. Default: as published.")
@@ -64,9 +72,11 @@ def distill(
     from fewstep.distill.request import DistillRequest
 
     request = DistillRequest(
-        teacher, dataset, out, steps, method, rank or (RANK if lora else 0), control, guidance, shift, teacher_steps, num_pairs,
-        kd_iters, iters, num_frames, size or size_of(height, width), prompt, text_encoder, codec, heldout, num_eval, processes,
-        precision, calls_per_s, work, strict, tuple(context.args),
+        teacher, dataset, out, steps, method, rank or (RANK if lora else 0), control, guidance, shift=shift, negative=negative,
+        teacher_steps=teacher_steps, num_pairs=num_pairs, kd_iters=kd_iters, iters=iters, num_frames=num_frames,
+        size=size or size_of(height, width), prompt=prompt, text_encoder=text_encoder, codec=codec, heldout=heldout,
+        num_eval=num_eval, processes=processes, precision=precision, calls_per_s=calls_per_s, work=work, strict=strict,
+        settings=tuple(context.args),
     )  # fmt: skip
     with imports():
         from fewstep.distill.run import distill as run

@@ -19,7 +19,11 @@ def export(
     out: Annotated[Path, option("--out", "Folder to write.", callback=folder_to_write)],
     form: Annotated[str, option("--format", f"Form of the files: {', '.join(FORMS)}.", callback=one_of(*FORMS))] = "auto",
     base: Annotated[
-        Path | None, option("--base", "Folder of a pipeline whose vae and text encoder complete the student.")
+        str | None, option("--base", "Folder or hub id of a pipeline whose vae and text encoder complete the student.")
+    ] = None,
+    codec: Annotated[str | None, option("--codec", "Folder or hub id of another vae than that of --base.")] = None,
+    text_encoder: Annotated[
+        str | None, option("--text-encoder", "Folder or hub id of another text encoder than that of --base.")
     ] = None,
     config: Annotated[Path | None, OWN] = None,
 ) -> None:
@@ -29,6 +33,6 @@ def export(
         from fewstep.export.export import checked_form
         from fewstep.export.export import export as write
 
-    for path in write(run, out, checked_form(form), base):
+    for path in write(run, out, checked_form(form), base, codec=codec, text_encoder=text_encoder):
         print(path)
     next_step("fewstep", "generate", out, "--prompt", "...")

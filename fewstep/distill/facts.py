@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +71,14 @@ class Facts:
         return self.teacher.published.shift if self.request.shift is None else self.request.shift
 
     @property
+    def form_of_student(self) -> str:
+        """The form of its export: diffusers, where diffusers has its network."""
+        return self.teacher.spec.export_format()[0]
+
+    @property
     def negative(self) -> str:
         """The unconditional prompt: zeros, or a file of the data set."""
-        return "zeros" if self.teacher.published.negative == "zeros" else "negative.pickle"
+        return "zeros" if (self.request.negative or self.teacher.published.negative) == "zeros" else "negative.pickle"
 
     @property
     def num_pairs(self) -> int:
@@ -103,14 +108,16 @@ def facts_of(request: DistillRequest) -> Facts:
     teacher = teacher_at(request.teacher, () if request.control is None else (request.control,))
     base = teacher.base
     codec, text_encoder = request.codec or base, request.text_encoder or base
-    if codec is None or text_encoder is None or base is None:
-        raise UserError(
-            f"{request.teacher}: has no pipeline with a codec and a text encoder beside it. Make it one: fewstep export RUN "
-            "--out FOLDER --base PIPELINE, or fewstep convert FILE FOLDER"
-        )
+    if codec is None or text_encoder is None:
+        raise UserError(f"{request.teacher}: has no pipeline beside it. Add --codec FOLDER and --text-encoder FOLDER")
     branches = teacher.spec.control_branches
     if request.control is not None and request.control not in branches:
         raise UserError(f"--control {request.control}: {request.teacher} has no branch for it; it has {branches or 'none'}")
+    if (len(branches) > 1 and request.control is not None) or (branches and request.control is None):
+        raise UserError(
+            f"{request.teacher}: has control branches ({', '.join(branches)}). One is distilled at a time: give a teacher with "
+            "one branch, and its name, --control NAME"
+        )
     clips, form = clips_of(request.dataset), form_of(codec)
     if not clips.num_captions and request.prompt is None:
         raise UserError(
@@ -125,7 +132,9 @@ def facts_of(request: DistillRequest) -> Facts:
             f"{2 * request.steps}"
         )
     _refuse_foreign(request.out)
-    network = PipelineFolder(base).denoiser
+    network = _sizes(teacher)
+    if network.get("latent_channels", form.channels) != form.channels:
+        raise UserError(f"--codec {codec}: makes {form.channels} channels, and this teacher has {network['latent_channels']}")
     frames, size = _frames(request, clips, form, network), _size(request, clips, form, network)
     return Facts(request, teacher, sampler, clips, codec, text_encoder, _text(teacher, text_encoder), form, frames, size)
 
@@ -178,15 +187,23 @@ def _size(request: DistillRequest, clips: Clips, form: Form, network: Mapping[st
     return height, width
 
 
+def _sizes(teacher: Teacher) -> Mapping[str, Any]:
+    """The sizes of the network: those of the folder that its weights are from, or of its specification."""
+    if teacher.spec.source is not None:
+        return PipelineFolder(teacher.spec.source).denoiser
+    spec: Any = teacher.spec  # a dataclass with fields of its own
+    return {name: value for name, value in asdict(spec).items() if name in ("latent_channels", "patch_size", "max_size")}
+
+
 def _patches(network: Mapping[str, Any]) -> tuple[int, ...]:
     patch = network.get("patch_size", 1)
-    return tuple(patch) if isinstance(patch, list) else (1, patch, patch) if isinstance(patch, int) else (1, 1, 1)
+    return tuple(patch) if isinstance(patch, list | tuple) else (1, patch, patch) if isinstance(patch, int) else (1, 1, 1)
 
 
 def _most(network: Mapping[str, Any], axis: int) -> int | None:
     """Positions that the network has along an axis of the latents (Cosmos); None: as many as one wants."""
     sizes = network.get("max_size")
-    return int(sizes[axis]) if isinstance(sizes, list) else None
+    return int(sizes[axis]) if isinstance(sizes, list | tuple) else None
 
 
 def _text(teacher: Teacher, encoder: str) -> TextForm:

@@ -23,6 +23,7 @@ class DistillRequest:
     rank: int = 0  # of adapters; 0: all weights
     control: str | None = None
     guidance: float | None = None  # None: as students of the family are published
+    negative: str | None = None  # zeros or empty: what guidance pushes away from; None: the same
     shift: float | None = None  # of the student's times; None: the same
     teacher_steps: int | None = None  # None: as published
     num_pairs: int | None = None  # None: one for each clip, up to MOST_PAIRS
@@ -39,6 +40,7 @@ class DistillRequest:
     precision: str | None = None  # None: as the recipes have it
     calls_per_s: float | None = None  # network calls per second, for the hours of --dryrun
     work: Path | None = None  # None: beside `out`
+    name: str = "student"  # of the group of its runs, below `work`
     strict: bool = False
     settings: tuple[str, ...] = ()  # kd.KEY=VALUE and dmd2.KEY=VALUE
 

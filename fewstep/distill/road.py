@@ -3,7 +3,7 @@
     check -> memory -> text -> (controls) -> latents -> pairs -> kd -> dmd2 -> export -> scores -> report
 
 Below `work` lie runs/student/kd, runs/student/dmd2, pairs/ and the record of each stage; the student is written to `out`, and
-its scores and its report beside it.
+its scores and its report beside it. The demo (toyworld/demo/stages.py) takes the stages that make a student from here.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ SCORED = {  # who is scored, in the order of the table
     "kd": "student after KD",
     "student": "student",
 }
+EXPORTED = {
+    "diffusers": "a folder of diffusers",
+    "pt-original": "a file under the names of the original code, which `fewstep generate` reads: diffusers has no class for it",
+    "safetensors": "a file that `fewstep generate` reads: diffusers has no class for it",
+}
 
 
 def stages(facts: Facts) -> list[Stage]:
@@ -35,10 +40,14 @@ def stages(facts: Facts) -> list[Stage]:
             advice="A text encoder that does not know the words of the captions can be replaced: --text-encoder FOLDER "
             "(`fewstep prepare words` trains a small one)",
         ),
-        *([Stage.of("controls", "the control is made from the clips", _controls(facts))] if _is_made(request.control) else []),
+        *(
+            [Stage("controls", "the control is made from the clips", (tuple(_controls(facts)),))]
+            if _is_made(request.control)
+            else []
+        ),
         Stage.of("latents", "clips become latents of the video tokenizer", *_latents(facts)),
         *_trainings(facts),
-        Stage("export", "the student becomes a folder of diffusers", (tuple(_export(facts)),)),
+        Stage.of("export", f"the student becomes {EXPORTED[facts.form_of_student]}", _export(facts)),
         Stage(
             "scores",
             "clips of the teacher and of the student, against the data set's",
@@ -52,7 +61,7 @@ def stages(facts: Facts) -> list[Stage]:
 
 def run_of(facts: Facts, training: str) -> str:
     """The run folder of a training."""
-    return str(facts.request.work_dir / "runs" / "student" / training)
+    return str(facts.request.work_dir / "runs" / facts.request.name / training)
 
 
 def score_files(facts: Facts) -> dict[str, Path]:
@@ -74,19 +83,25 @@ def _plan(facts: Facts) -> Command:
 
 def _text(facts: Facts) -> Iterator[Command]:
     request = facts.request
-    sets = [request.dataset] if request.heldout is None else [request.dataset, request.heldout]
-    for folder in sets:
+    for folder in _sets(facts):
         negative = () if facts.negative == "zeros" else ("--negative-prompt", "")
         prompt = () if request.prompt is None else ("--prompt", request.prompt)
         yield ("fewstep", "prepare", "text", str(folder), "--text-encoder", facts.text_encoder, *negative, *prompt)
+
+
+def _sets(facts: Facts) -> tuple[Path, ...]:
+    """The data set, and the one whose prompts are scored."""
+    request = facts.request
+    return (request.dataset,) if request.heldout is None else (request.dataset, request.heldout)
 
 
 def _is_made(control: str | None) -> bool:
     return control in ("edge", "vis")  # of the clips alone; the others come from files (fewstep prepare controls --from)
 
 
-def _controls(facts: Facts) -> Command:
-    return ("fewstep", "prepare", "controls", str(facts.request.dataset), "--type", str(facts.request.control))
+def _controls(facts: Facts) -> Iterator[Command]:
+    for folder in _sets(facts):
+        yield ("fewstep", "prepare", "controls", str(folder), "--type", str(facts.request.control))
 
 
 def _latents(facts: Facts) -> Iterator[Command]:
@@ -141,8 +156,9 @@ def _recipe(facts: Facts, training: str, *more: str) -> tuple[str, ...]:
     if training == "dmd2":
         words += (f"guidance={facts.sampler.guidance:g}",)
         words += (f"networks.student.init={run_of(facts, 'kd')}",) if "kd" in request.trainings else ()
+        words += () if request.negative is None else (f"data.negative={facts.negative}",)
     data = str(request.work_dir / "pairs") if training == "kd" else str(request.dataset)
-    words += (f"data.dataset_dir={data}", "job.project=runs", "job.group=student", f"job.name={training}")
+    words += (f"data.dataset_dir={data}", "job.project=runs", f"job.group={request.name}", f"job.name={training}")
     if facts.text != facts.teacher.text:
         words += (f"data.max_tokens={facts.text.max_tokens}", f"data.mask_text={str(facts.text.uses_mask).lower()}")
     words += () if request.precision is None else (f"trainer.precision={request.precision}",)
@@ -151,21 +167,14 @@ def _recipe(facts: Facts, training: str, *more: str) -> tuple[str, ...]:
     return (*(word for word in (*words, *more) if word.partition("=")[0] not in keys), *own)
 
 
-def _export(facts: Facts) -> Iterator[Command]:
-    request, base = facts.request, str(facts.teacher.base)
-    if facts.codec != base or facts.text_encoder != base:  # a pipeline of the parts that were used
-        parts = {facts.codec: ["vae"], facts.text_encoder: ["text_encoder", "tokenizer"]}
-        target = request.work_dir / "base"
-        yield ("mkdir", "-p", str(target))
-        yield ("cp", f"{base}/model_index.json", str(target))
-        for folder, names in parts.items():
-            for name in names:
-                source = Path(folder) / name
-                if source.is_dir() or name != "tokenizer":
-                    yield ("cp", "-r", str(source if source.is_dir() else folder), str(target / name))
-        base = str(target)
-    where = ("--out", str(request.out), "--format", "diffusers", "--base", base)
-    yield (_root(facts), "fewstep", "export", run_of(facts, request.trainings[-1]), *where)
+def _export(facts: Facts) -> Command:
+    request, base = facts.request, facts.teacher.base
+    where: tuple[str, ...] = ("--out", str(request.out), "--format", facts.form_of_student)
+    if facts.form_of_student == "diffusers":
+        where += () if base is None else ("--base", base)
+        where += () if facts.codec == base else ("--codec", facts.codec)
+        where += () if facts.text_encoder == base else ("--text-encoder", facts.text_encoder)
+    return (_root(facts), "fewstep", "export", run_of(facts, request.trainings[-1]), *where)
 
 
 def _scores(facts: Facts) -> Iterator[Command]:
@@ -180,7 +189,7 @@ def _scores(facts: Facts) -> Iterator[Command]:
         "teacher": (request.teacher, *codec, *many),
         "teacher_few": (request.teacher, *codec, *few),
         "kd": (run_of(facts, "kd"), "--codec", facts.codec),
-        "student": (str(request.out),),
+        "student": (str(request.out), *(() if facts.form_of_student == "diffusers" else ("--codec", facts.codec))),
     }
     for name, file in score_files(facts).items():
         yield ("fewstep", "evaluate", *what[name], *common, *shape, *_conditions(facts), "--out", str(file))

@@ -1,18 +1,23 @@
-"""The parts of a pipeline that a student takes from its base: codec, text encoders, tokenizers.
+"""The parts of a pipeline that a student takes with it: codec, text encoders, tokenizers.
 
-A base is a folder from somewhere else, and what is exported from it may be published. Only parts and kinds of file that are
-data are copied, under classes of diffusers and transformers; links are not followed; nothing is shared with the base.
+They come from folders from somewhere else, and what is exported from them may be published. Only parts and kinds of file that
+are data are copied, under classes of diffusers and transformers; links are not followed; nothing is shared with them.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fewstep.errors import UserError
-from fewstep.files import read_json
+from fewstep.files import read_json, write_json
+from fewstep.networks.encoders.codecs import read_statistics
+from fewstep.networks.encoders.text import MODELS as TEXT_MODELS
+from fewstep.networks.files import hub
 
 PARTS = (
     *("vae", "image_encoder", "feature_extractor", "image_processor"),
@@ -20,23 +25,57 @@ PARTS = (
 )
 LIBRARIES = ("diffusers", "transformers")
 SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")  # configurations, weights, vocabularies, chat templates
+FILES = ["model_index.json", *(f"{part}/*{suffix}" for part in (*PARTS, "scheduler") for suffix in SUFFIXES)]  # of a pipeline
+CODEC_FILES = ["config.json", "diffusion_pytorch_model*.safetensors", "vae/*"]
+TEXT_FILES = ["config.json", "model*", "text_encoder*/*", "tokenizer*", "spiece.model", "special_tokens_map.json", "*.txt"]
+DENOISERS = ("transformer", "unet")  # of which the configuration is read
 ADVICE = "Copy that folder again"
 
 
-def copy_parts(base: Path, out: Path, index: dict[str, Any]) -> str:
-    """Copies the base's parts into `out`, enters them and the pipeline's settings in `index`; returns the pipeline's class.
+@dataclass(frozen=True)
+class Base:
+    """Local folders that the parts come from; `codec` and `text_encoder` replace those of the pipeline."""
 
-    The class is "" where it is none of diffusers. Raises UserError for links, and for parts that ask for code of their own.
-    """
-    base = base.resolve()
+    pipeline: Path | None = None
+    codec: Path | None = None
+    text_encoder: Path | None = None
+
+    @classmethod
+    def of(cls, pipeline: str | Path | None, codec: str | None = None, text_encoder: str | None = None) -> Base:
+        """The folders at these addresses; those of the hub are downloaded into its cache, without the denoiser."""
+        configs = [f"{part}/config.json" for part in DENOISERS]
+        base = cls(
+            None if pipeline is None else hub.folder_of(str(pipeline), [*FILES, *configs], "pipeline"),
+            None if codec is None else hub.folder_of(codec, CODEC_FILES, "codec"),
+            None if text_encoder is None else hub.folder_of(text_encoder, TEXT_FILES, "text encoder"),
+        )
+        if base.pipeline is not None and not (base.pipeline / "model_index.json").is_file():
+            raise UserError(f"--base {pipeline}: is no folder of a diffusers pipeline, it has no model_index.json")
+        return base
+
+    def copy_parts(self, out: Path, index: dict[str, Any]) -> str:
+        """Copies the parts into `out`, enters them and the pipeline's settings in `index`; returns the pipeline's class.
+
+        The class is "" where it is none of diffusers. Raises UserError for links, and for parts that ask for code of their own.
+        """
+        if self.codec is not None:
+            _copy_codec(self.codec.resolve(), out, index)
+        if self.text_encoder is not None:
+            _copy_text_encoder(self.text_encoder.resolve(), out, index)
+        return "" if self.pipeline is None else _copy_pipeline(self.pipeline.resolve(), out, index)
+
+
+def _copy_pipeline(base: Path, out: Path, index: dict[str, Any]) -> str:
+    """Copies the parts of a pipeline that are not in `out`, and returns its class."""
     entries = read_json(base / "model_index.json", ADVICE)
     if not isinstance(entries, dict):
         raise UserError(f"{base / 'model_index.json'}: expected a mapping. {ADVICE}")
     for name, entry in entries.items():
         if not name.startswith("_") and name.isidentifier() and isinstance(entry, bool | int | float):
             index[name] = entry  # a setting of the pipeline
+    has_own_text = (out / "text_encoder").exists()
     for name in PARTS:
-        if not (base / name).is_dir() or (out / name).exists():
+        if not (base / name).is_dir() or (out / name).exists() or (has_own_text and name.startswith(("text_", "tokenizer"))):
             continue
         entry = entries.get(name)
         if _is_class(entry):
@@ -45,6 +84,56 @@ def copy_parts(base: Path, out: Path, index: dict[str, Any]) -> str:
             continue
         _copy(base, base / name, out / name)
     return _pipeline_class(entries.get("_class_name"))
+
+
+def _copy_codec(folder: Path, out: Path, index: dict[str, Any]) -> None:
+    source = folder / "vae" if (folder / "vae").is_dir() else folder
+    _copy(folder, source, out / "vae", needs_weights=True)
+    config = read_json(out / "vae" / "config.json", ADVICE)
+    index["vae"] = ["diffusers", config["_class_name"]]
+    statistics = source / "mean_std.pt"
+    if (
+        statistics.is_file() and config.get("latents_mean") is None
+    ):  # of an original tokenizer; diffusers has them in the config
+        mean, std = read_statistics(statistics, int(config["latent_channels"]))
+        write_json(out / "vae" / "config.json", config | {"latents_mean": _flat(mean), "latents_std": _flat(std)})
+
+
+def _flat(values: Any) -> list[float]:  # a tensor
+    return [float(value) for value in values.flatten()]
+
+
+def _copy_text_encoder(folder: Path, out: Path, index: dict[str, Any]) -> None:
+    """Copies an encoder with its tokenizer, which lies beside it in a folder of its own, or among its files."""
+    is_pipeline = (folder / "text_encoder").is_dir()
+    parts = (
+        [name for name in PARTS if name.startswith("text_") and (folder / name).is_dir()] if is_pipeline else ["text_encoder"]
+    )
+    for part in parts:
+        source = folder / part if is_pipeline else folder
+        names = read_json(source / "config.json", ADVICE).get("architectures") or ()
+        cls = next((TEXT_MODELS[name] for name in names if name in TEXT_MODELS), None)
+        _copy(folder, source, out / part, needs_weights=True)
+        tokenizer = part.replace("text_encoder", "tokenizer")
+        if cls is None:  # read by pipeline.py, and so are its words
+            continue
+        index[part] = ["transformers", cls]
+        words = folder / tokenizer if is_pipeline else folder
+        _copy(
+            folder,
+            words,
+            out / tokenizer,
+            without=() if is_pipeline else ("config.json", "generation_config.json", ".safetensors"),
+        )
+        index[tokenizer] = ["transformers", _tokenizer_class(out / tokenizer)]
+
+
+def _tokenizer_class(folder: Path) -> str:
+    import transformers
+
+    config = folder / "tokenizer_config.json"
+    name = read_json(config, ADVICE).get("tokenizer_class") if config.is_file() else None
+    return name if isinstance(name, str) and hasattr(transformers, name) else "PreTrainedTokenizerFast"
 
 
 def copy_scheduler(base: Path, out: Path, index: dict[str, Any]) -> bool:
@@ -70,19 +159,21 @@ def _pipeline_class(name: Any) -> str:
     return name if isinstance(name, str) and name.endswith("Pipeline") and hasattr(diffusers, name) else ""
 
 
-def _copy(base: Path, part: Path, target: Path) -> None:
+def _copy(base: Path, part: Path, target: Path, *, without: Sequence[str] = (), needs_weights: bool = False) -> None:
+    """Copies the files of a part that are data; those whose names end in one of `without` stay."""
     if part.is_symlink():
         raise UserError(f"--base {part}: is a symbolic link; copy the folder itself there")
     target.mkdir()
-    files = [file for file in sorted(part.iterdir()) if file.suffix in SUFFIXES]
+    files = [file for file in sorted(part.iterdir()) if file.suffix in SUFFIXES and not file.name.endswith(tuple(without))]
     for file in files:
         source = _target_of(base, file)
         if file.suffix == ".json":
             _refuse_own_code(source, file)
         shutil.copyfile(source, target / file.name)
-    has_weights = any(file.suffix == ".bin" for file in part.iterdir())
-    if has_weights and not any(file.suffix == ".safetensors" for file in files):
-        raise UserError(f"--base {part}: has its weights as a pickle only. Save it again with save_pretrained, as safetensors")
+    has_pickle = any(file.suffix == ".bin" for file in part.iterdir())
+    if (needs_weights or (has_pickle and not without)) and not any(file.suffix == ".safetensors" for file in files):
+        state = "its weights as a pickle only" if has_pickle else "no weights"
+        raise UserError(f"--base {part}: has {state}. Save it again with save_pretrained, as safetensors")
 
 
 def _target_of(base: Path, file: Path) -> Path:

@@ -23,6 +23,7 @@ from torch import Tensor
 from fewstep.config import ConfigError
 from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.errors import UserError
+from fewstep.export.base import Base
 from fewstep.export.model_card import model_card
 from fewstep.files import read_json, whole_folder, write_text
 from fewstep.inference.card import FILE as CARD
@@ -41,14 +42,21 @@ def checked_form(name: str) -> Form:
     return cast(Form, name)
 
 
-def export(address: str, out: Path, form: Form = "auto", base: Path | None = None) -> list[Path]:
+def export(
+    address: str,
+    out: Path,
+    form: Form = "auto",
+    base: str | Path | None = None,
+    *,
+    codec: str | None = None,
+    text_encoder: str | None = None,
+) -> list[Path]:
     """Writes the export, whole or not at all, and returns its files. An earlier export in `out` is replaced; other files stay.
 
-    base: a pipeline's folder; the diffusers form takes its vae, text encoder and tokenizer, which the run does not have.
+    base: a pipeline, folder or hub id; the diffusers form takes its vae, text encoder and tokenizer, which no run has.
+    codec, text_encoder: others than those of the base, or where there is none.
     """
     folder, role = locate(address)
-    if base is not None and not (base / "model_index.json").is_file():
-        raise UserError(f"--base {base}: is no folder of a diffusers pipeline, it has no model_index.json")
     usual, why = _usual_form(folder.parent.parent)
     if form == "diffusers" and usual != "diffusers" and why:
         raise UserError(f"--format diffusers: {why}. Take --format {usual}")
@@ -56,16 +64,19 @@ def export(address: str, out: Path, form: Form = "auto", base: Path | None = Non
         form = usual
         if why:
             print(f"note: --format {form}, because {why}", file=sys.stderr)
-    if base is not None and form != "diffusers":
-        raise UserError(f"--base has no effect with --format {form}: only a diffusers folder holds a pipeline")
+    given = {"--base": base, "--codec": codec, "--text-encoder": text_encoder}
+    unused = [name for name, value in given.items() if value is not None]
+    if unused and form != "diffusers":
+        raise UserError(f"{unused[0]} has no effect with --format {form}: only a diffusers folder holds a pipeline")
+    parts = Base.of(base, codec, text_encoder)
     files = _files_beside(out)
     with whole_folder(out, replaces=True) as partial:
-        _write(f"{folder}:{role}", folder, role, partial, form, base)
+        _write(f"{folder}:{role}", folder, role, partial, form, parts)
         _keep(files, out, partial)
     return sorted(path for path in out.rglob("*") if path.is_file() and path.relative_to(out) not in files)
 
 
-def _write(address: str, checkpoint: Path, role: str, out: Path, form: Form, base: Path | None) -> None:
+def _write(address: str, checkpoint: Path, role: str, out: Path, form: Form, base: Base) -> None:
     run = checkpoint.parent.parent
     if not (run / CARD).is_file():
         raise UserError(f"{run}: has no {CARD}: its method makes nothing that is sampled, a tokenizer for instance")

@@ -22,7 +22,7 @@ from fewstep import registry
 from fewstep.diffusion import EDM, Sampler, StudentSampler, TeacherSampler
 from fewstep.diffusion.path import floats
 from fewstep.errors import UserError
-from fewstep.export.base import ADVICE, copy_parts, copy_scheduler
+from fewstep.export.base import ADVICE, Base, copy_scheduler
 from fewstep.export.schedulers import Fit, scheduler_of
 from fewstep.files import read_json
 from fewstep.inference.card import StudentCard
@@ -36,7 +36,7 @@ GUARDED = (
 PIPELINE = Path(__file__).with_name("student_pipeline.py.txt")
 
 
-def write_folder(model: Model, card: StudentCard, out: Path, base: Path | None) -> StudentCard:
+def write_folder(model: Model, card: StudentCard, out: Path, base: Base) -> StudentCard:
     """Writes the folder; returns the card with what the folder's own pipeline.py reads."""
     network, traits = model.network, model.network.traits
     sampler = as_student(model.sampler, network)
@@ -45,11 +45,12 @@ def write_folder(model: Model, card: StudentCard, out: Path, base: Path | None) 
     for name, part in parts.items():
         part.save_pretrained(str(out / name))
         index[name] = ["diffusers", type(part).__name__]
-    base_class = "" if base is None else copy_parts(base, out, index)
+    base_class = base.copy_parts(out, index)
     if _standalone(out) is not None:
         index.pop("text_encoder", None)  # no class of transformers: pipeline.py reads it
-    if base is not None and base_class and _is_teacher_of(base, model, index) and copy_scheduler(base, out, index):
-        return _teacher_folder(model, card, out, base, base_class, index)
+    whole = base.pipeline
+    if whole is not None and base_class and _is_teacher_of(whole, model, index) and copy_scheduler(whole, out, index):
+        return _teacher_folder(model, card, out, whole, base_class, index)
     base_class = traits.pipeline_class or base_class
     fit = scheduler_of(sampler, network.path, traits.scheduling)
     if fit is not None:
@@ -58,7 +59,7 @@ def write_folder(model: Model, card: StudentCard, out: Path, base: Path | None) 
     settings = traits.pipeline_settings
     if settings is not None:
         (out / "pipeline.py").write_text(_pipeline(out))
-    why = _why_own_loop(sampler, base, base_class, traits.scheduling, fit)
+    why = _why_own_loop(sampler, whole, base_class, traits.scheduling, fit)
     if not why and fit is not None:
         index["_class_name"] = base_class
         rounded = f", whose times differ from the student's by at most {fit.offset:.1g}" if fit.offset else ""

@@ -6,6 +6,7 @@ distill` read here what `generate` and `pairs` read there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from fewstep.inference.model import is_export, is_run, networks_of, outline_of, 
 from fewstep.networks.contract import Distillation, NetworkSpec
 from fewstep.networks.encoders.text import TextForm, text_form
 from fewstep.networks.lora import Lora
-from fewstep.networks.weights.addresses import checkpoint_of
+from fewstep.networks.weights.addresses import checkpoint_of, collect, pieces_of
 
 SMALL = 100_000_000  # weights; a network of fewer is trained with the learning rates of the toy world
 
@@ -72,13 +73,13 @@ def teacher_at(address: str, controls: Sequence[str] = ()) -> Teacher:
     spec, folder = outline.spec, Path(address)
     sampler = outline.sampler or published_sampler(path_of(spec), outline.pipeline)
     sampler = replace(sampler, boundary=spec.expert_boundary)
-    init = _weights_of_run(address) if is_run(address) else None
+    init, num = _weights_of_run(address) if is_run(address) else None, _num_weights(folder)
     base = spec.source if is_run(address) else None if outline.folder is None else str(outline.folder)
     if is_export(folder) and (folder / "student.safetensors").is_file():
         init, base = str(folder / "student.safetensors"), None
     elif outline.folder is None and not is_run(address):  # files of published weights
-        init = address
-    return Teacher(address, spec, sampler, init, base, _num_weights(folder))
+        init, num = address, sum(math.prod(tensor.shape) for tensor in collect(pieces_of(address) or ()).tensors.values())
+    return Teacher(address, spec, sampler, init, base, num)
 
 
 def _weights_of_run(address: str) -> str | None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "stories"))
+import materials
 from tiny_pipelines import clips
 
 from fewstep import TOY
@@ -20,6 +22,7 @@ from fewstep.distill import cost, gate
 from fewstep.distill.facts import facts_of
 from fewstep.distill.request import DistillRequest
 from fewstep.distill.road import stages
+from fewstep.networks.families.cosmos.models import MODELS, transfer1_7b
 
 WAN_VAE = {"_class_name": "AutoencoderKLWan", "z_dim": 16, "temperal_downsample": [False, True, True]}
 COSMOS_VAE = {"_class_name": "AutoencoderKLCosmos", "latent_channels": 16, "temporal_compression_ratio": 8}
@@ -104,8 +107,39 @@ def test_the_toy_teacher_has_a_mask_and_a_branch(world: Path) -> None:
     assert road["controls"] == [f"fewstep prepare controls {world / 'clips'} --type edge"]
     assert all("--control edge" in road[name][0] for name in ("latents", "pairs", "scores"))
     assert "data.max_tokens=512" in road["kd"][0] and "data.mask_text=false" in road["kd"][0]  # those of the other encoder
-    copies = [line.rpartition("/")[2] for line in road["export"] if line.startswith("cp -r")]
-    assert copies == ["vae", "text_encoder"] and road["export"][-1].endswith(f"--base {world / 'toy.work' / 'base'}")
+    assert road["export"][0].endswith(f"--format diffusers --base {TOY} --text-encoder {world / 'wan'}")
+
+
+@pytest.mark.parametrize(("control", "form"), [("edge", "pt-original"), (None, "diffusers")])
+def test_a_teacher_in_files_of_the_original_code(world: Path, tmp_path: Path, control: str | None, form: str) -> None:
+    sizes: dict[str, Any] = {
+        "latent_channels": 16, "num_heads": 2, "head_dim": 12, "num_layers": 2, "mlp_ratio": 2.0, "text_dim": 8,
+        "adaln_lora_dim": 4, "max_size": [4, 8, 8],
+    }  # fmt: skip
+    own = {"num_control_blocks": 1, "hint_channels": 16} if control else {}
+    spec = replace(transfer1_7b("edge") if control else MODELS["predict1_7b_text2world"], **sizes, **own)
+    torch.save(materials.original_weights(spec, "1"), tmp_path / "model.pt")
+    described = {f.name: getattr(spec, f.name) for f in fields(spec) if getattr(spec, f.name) != f.default}
+    materials.settings(tmp_path / "network.yaml", {"kind": "cosmos_control" if control else "cosmos", **described})
+    teacher, parts = str(tmp_path / "model.pt"), str(world / "predict1")
+    asked = DistillRequest(teacher, world / "clips", tmp_path / "student", control=control, codec=parts, text_encoder=parts)
+    facts = facts_of(asked)
+    assert facts.batch == 16 and facts.form_of_student == form  # small, by the shapes of its weights
+    road = {stage.name: stage.commands for stage in stages(facts)}
+    assert road["latents"][0].count("--scale 0.5") == 1
+    assert f"--codec {parts}" in road["pairs"][0] and f"teacher={teacher}" in road["kd"][0]
+    wanted = f"--format {form}" + (f" --codec {parts} --text-encoder {parts}" if form == "diffusers" else "")
+    assert road["export"][0].endswith(wanted)
+    assert (f"--codec {parts}" in road["scores"][-1]) == (form == "pt-original")
+    if control is not None:
+        assert (
+            all("--control edge" in road[name][0] for name in ("latents", "pairs", "scores"))
+            and "control=edge" in road["kd"][0]
+        )
+        with pytest.raises(ValueError, match="One is distilled at a time"):
+            facts_of(replace(asked, control=None))
+    with pytest.raises(ValueError, match="Add --codec FOLDER and --text-encoder FOLDER"):
+        facts_of(replace(asked, codec=None))
 
 
 def test_iterations_and_costs_follow_from_the_data(world: Path) -> None:

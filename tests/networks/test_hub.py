@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +15,11 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "stories"))
+import materials
+
 from fewstep.cli import main
+from fewstep.export.base import Base
 from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.files.pipeline import PipelineFolder
 
@@ -104,6 +109,21 @@ def test_a_pipelines_name_gives_its_transformer(hub: str, tmp_path: Path) -> Non
     assert PipelineFolder("team/pipeline").scheduler == {}  # it has no scheduler
     assert main(["convert", "team/pipeline", str(tmp_path / "model.pt")]) == 0
     assert len(torch.load(tmp_path / "model.pt", weights_only=True)) == len(wanted)
+
+
+def test_an_export_takes_the_parts_of_a_pipeline_and_not_its_denoiser(hub: str, tmp_path: Path) -> None:
+    """Files in the hub's cache are links to its blobs; no other link is followed."""
+    materials.t5(tmp_path / "hub/text_encoder")
+    (tmp_path / "hub/model_index.json").write_text(
+        json.dumps({"_class_name": "WanPipeline", "text_encoder": ["transformers", "T5EncoderModel"]})
+    )
+    base, index = Base.of("team/pipeline"), dict[str, Any]()
+    assert base.copy_parts(tmp_path, index) == "WanPipeline" and index == {"text_encoder": ["transformers", "T5EncoderModel"]}
+    for name in ("config.json", "model.safetensors"):
+        copied = tmp_path / "text_encoder" / name
+        assert not copied.is_symlink() and copied.read_bytes() == (tmp_path / "hub/text_encoder" / name).read_bytes()
+    assert not list((tmp_path / "cache").rglob("diffusion_pytorch_model.safetensors"))
+    assert list((tmp_path / "cache").rglob("transformer/config.json"))  # says whether a teacher is of the same class
 
 
 @pytest.mark.parametrize(

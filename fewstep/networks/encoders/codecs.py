@@ -260,7 +260,7 @@ def codec_of(module: nn.Module, *, scale: float = 1.0, tile: int | None = None) 
 def _around(module: nn.Module, form_of: FormOf, scale: float, tile: int | None, statistics: Path | None) -> Autoencoder:
     form, mean, std = form_of(module.config)
     if statistics is not None and statistics.is_file() and module.config.latents_mean is None:  # pyright: ignore[reportAttributeAccessIssue]  # an attribute of a module
-        mean, std = _read_statistics(statistics, form.channels)
+        mean, std = read_statistics(statistics, form.channels)
     return Autoencoder(module.eval().requires_grad_(False), form, mean, std / scale, tile)
 
 
@@ -301,7 +301,7 @@ def _config(address: str) -> tuple[dict[str, Any], str | None]:
     raise UserError(f"no codec at {address}: there is no such folder, and as a hub id: {errors[0]}")
 
 
-def _read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
+def read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
     """mean and std of the original Cosmos tokenizers, beside whose weights they lie as mean_std.pt."""
     mean, std = torch.load(path, map_location="cpu", weights_only=True)
     return tuple(value.float().reshape(1, channels, -1, 1, 1) for value in (mean, std))
