@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "prepare text",
         "prepare latents",
         "pairs",
-        "train experiment=toy_kd_4step",
+        "train experiment=kd",
         "export",
         "evaluate",
     ):

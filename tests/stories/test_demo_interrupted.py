@@ -65,11 +65,20 @@ def _wait(is_so: object, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def test_what_is_printed_is_what_a_shell_would_run() -> None:
+def test_what_is_printed_is_what_a_shell_would_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewstep import TOY
+    from fewstep.cli import main
+    from fewstep.distill.facts import facts_of
     from fewstep.distill.stages import shown
-    from fewstep.toyworld.demo.stages import stages
+    from fewstep.toyworld.demo.stages import beginning, request, students
 
-    for stage in stages(Path("my demo"), "quick", from_scratch=True):
+    monkeypatch.chdir(tmp_path)
+    out, toy = Path("my demo"), str(TOY)
+    for name in ("world", "heldout"):
+        where = ["--out", str(out / name), "--num", "2", "--seed", "1", "--workers", "0", "--only", "videos,metas"]
+        assert main(["prepare", "toyworld", *where]) == 0
+    facts = facts_of(request(out, "quick", toy, "4step"))
+    for stage in [*beginning(out, "quick", "my demo/toy"), *students(out, "quick", facts)]:
         for lane in stage.lanes:
             for command in lane:
                 told = shown(command)

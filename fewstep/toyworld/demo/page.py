@@ -25,16 +25,14 @@ from fewstep.files import write_json
 from fewstep.inference.evaluate import Evaluation, generated, opened, speed
 from fewstep.inference.model import changed, codec_of, open_model
 from fewstep.inference.request import SamplerOptions
-from fewstep.toyworld.demo.stages import GUIDANCE, STEPS, TOY
+from fewstep.toyworld.demo.stages import FEW, GUIDANCE, STEPS, STUDENTS, TOY
 
-STUDENTS = ("4step", "1step")
 NUM_SHOWN = 8
 TEACHER = SamplerOptions(STEPS, "unipc", guidance=GUIDANCE)
 BOUNDS = {  # (ratio to the teacher's distance, share of the gap closed): set before the numbers were known
     "default": {"4step": (1.5, 0.60), "1step": (2.0, 0.50)},
     "long": {"4step": (1.2, 0.85), "1step": (1.5, 0.75)},
 }
-FEW = {"4step": "teacher_4calls", "1step": "teacher_1call"}  # what a student has to beat
 TITLES = {
     "real": "real clips",
     "tokenizer": "tokenizer",
@@ -236,9 +234,8 @@ def _read(path: Path) -> np.ndarray:
 
 
 def charts(out: Path) -> list[Chart]:
-    runs = out / "toyworld" / "basic"
-    names = ("toy_kd_4step", "toy_kd_1step", "toy_dmd2_4step", "toy_dmd2_1step")
-    return [chart for name in names for chart in curves_of(runs / name, name)]
+    runs = [(name, training) for training in ("kd", "dmd2") for name in STUDENTS]
+    return [chart for name, training in runs for chart in curves_of(out / "runs" / name / training, f"{name} {training}")]
 
 
 def ran(out: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,9 @@
 """The stages of the demo: each is public commands, printed before they run; finished ones are not run again.
 
-    world  ->  latents  ->  teacher's pairs  ->  KD  ->  DMD2  ->  export  ->  plain diffusers  ->  scores  ->  report
+    world  ->  text  ->  latents  ->  teacher's pairs  ->  KD  ->  DMD2  ->  export  ->  plain diffusers  ->  scores  ->  report
+
+From text to export they are the stages of `fewstep distill` for a student of four steps and one of one step (distill/road.py),
+side by side, with pairs that both share.
 
 Each command has one thread: on two cores two lanes are faster than one command on two threads. The lanes are cut to end
 together.
@@ -12,11 +15,15 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import fewstep
+from fewstep.distill import gate, road
+from fewstep.distill.facts import Facts, facts_of
+from fewstep.distill.request import DistillRequest
 from fewstep.distill.stages import Command, Stage, run
 from fewstep.errors import UserError
 from fewstep.files import read_json, write_json
@@ -73,48 +80,52 @@ PLANS: dict[Size, Plan] = {
     ),
 }
 STEPS = 35  # of the teacher's solver
+STUDENTS = {"4step": 4, "1step": 1}
+FEW = {"4step": "teacher_4calls", "1step": "teacher_1call"}  # what a student has to beat
+# Settings of the trainings in which the toy world differs from the recipes of any teacher. With them each training is that of
+# toy_kd_4step, toy_kd_1step, toy_dmd2_4step or toy_dmd2_1step (tests/toyworld/test_demo_settings.py).
+COMMON = ("ema.profile=constant", "ema.beta=0.98", "optim.schedule=cosine", "trainer.num_threads=1")
+KD = (*COMMON, "optim.warmup_iters=20")
+DMD2 = (*COMMON, "optim.warmup_iters=10", "method.student_update_freq=2", "method.times.shift=1")
 
 
-def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
-    plan, toy, root = PLANS[size], str(out / "toy" if from_scratch else TOY), f"OUTPUT_ROOT={out}"
-    world, held, real, pairs = (str(out / name) for name in ("world", "heldout", "real", "pairs"))
+def stages(out: Path, size: Size, from_scratch: bool) -> Iterator[Stage]:
+    """All stages. The world is rendered when the first of `students` is asked for: their commands follow from it."""
+    toy = str(out / "toy" if from_scratch else TOY)
+    yield from beginning(out, size, toy if from_scratch else None)
+    yield from students(out, size, facts_of(request(out, size, toy, "4step")))
+
+
+def request(out: Path, size: Size, toy: str, student: str) -> DistillRequest:
+    """What `fewstep distill` is asked for to make this student."""
+    plan, number = PLANS[size], list(STUDENTS).index(student)
+    kd, dmd2 = plan.kd[number], plan.dmd2[number]
+    settings = [*_settings("kd", KD, kd), *_settings("dmd2", DMD2, dmd2), f"kd.data.dataset_dir={out / 'pairs'}"]
+    return DistillRequest(
+        toy, out / "world", out / "students" / student, STUDENTS[student], guidance=GUIDANCE, negative="zeros",
+        shift=STUDENT_SHIFT, teacher_steps=STEPS, num_pairs=plan.num_pairs, kd_iters=kd.iters, iters=dmd2.iters,
+        heldout=out / "heldout", num_eval=plan.num_eval, work=out, name=student, settings=tuple(settings),
+    )  # fmt: skip
+
+
+def _settings(training: str, settings: Sequence[str], much: Learning) -> list[str]:
+    shown = max(1, min(640 // much.batch_size, much.iters // 4))
+    sizes = (f"trainer.batch_size={much.batch_size}", f"trainer.log_every={shown}")
+    sizes += (f"checkpoint.save_iter={min(much.iters, 200)}",)
+    return [f"{training}.{word}" for word in (*settings, *much.more, *sizes)]
+
+
+def beginning(out: Path, size: Size, toy: str | None) -> list[Stage]:
+    """The stages before the road of a student. toy: where the stack is to be trained; None: the shipped one is taken."""
+    plan = PLANS[size]
 
     def render(name: str, num: int, *only: str) -> Command:
         extra = ("--only", ",".join(only)) if only else ()
         where = ("--out", str(out / name), "--num", str(num), "--seed", str(SERIES[name]), "--workers", "1")
         return ("fewstep", "prepare", "toyworld", *where, *extra)
 
-    def train(recipe: str, much: Learning) -> Command:
-        sizes = (
-            f"trainer.max_iter={much.iters}",
-            f"trainer.batch_size={much.batch_size}",
-            f"checkpoint.save_iter={min(much.iters, 200)}",
-        )
-        shown = (f"trainer.log_every={max(1, min(640 // much.batch_size, much.iters // 4))}",)
-        other = (f"networks.teacher.pretrained={toy}",) if from_scratch else ()
-        return (root, "fewstep", "train", f"experiment={recipe}", *much.more, *sizes, *shown, *other)
-
-    def score(name: str, what: str, *more: str) -> Command:
-        where = ("--prompts", held, "--real", real, "--out", str(out / "scores" / f"{name}.json"))
-        where = (*where, "--max-tokens", "40", "--mask-text")
-        return ("fewstep", "evaluate", what, *where, "--num", str(plan.num_eval), "--sets", str(plan.sets), *more)
-
-    def few(name: str, calls: int) -> Command:
-        return score(name, toy, "--calls", str(calls), "--guidance", str(GUIDANCE))
-
-    teacher = ("--steps", str(STEPS), "--sampler", "unipc", "--guidance", str(GUIDANCE))
-    students = {name: str(out / "students" / name) for name in ("4step", "1step")}
-
-    def export(name: str) -> Command:
-        where = ("--out", students[name], "--format", "diffusers", "--base", toy)
-        return (root, "fewstep", "export", f"toyworld/basic/toy_dmd2_{name}", *where)
-
-    def sample(name: str) -> Command:
-        alone = os.path.relpath(Path(__file__).with_name("plain_diffusers.py"))
-        return (sys.executable, alone, students[name], str(Path(held) / "metas"), str(out / "samples" / name))
-
     return [
-        *(_scratch(out, toy, plan) if from_scratch else ()),
+        *(_scratch(out, toy, plan) if toy is not None else ()),
         Stage(
             "world",
             "a small world is rendered: prompts to learn from, and clips nobody learns from",
@@ -126,46 +137,39 @@ def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
                 (render("real", plan.num_real, "videos", "metas"),),
             ),
         ),
-        Stage(
-            "latents",
-            "captions become embeddings, clips latents of the video tokenizer; real clips are compared with others",
-            (
-                (
-                    ("fewstep", "prepare", "text", world, "--text-encoder", toy),
-                    ("fewstep", "prepare", "latents", world, "--codec", toy),
-                ),
-                (("fewstep", "prepare", "text", held, "--text-encoder", toy), score("real", held)),
-            ),
-        ),
-        Stage.of(
-            "pairs",
-            f"the teacher makes clips from noise, {STEPS} steps with guidance: {2 * STEPS} network calls each",
-            *(
-                (
-                    *(f"RANK={rank}", "WORLD_SIZE=2", "fewstep", "pairs", toy, world, "--out", pairs),
-                    *("--num", str(plan.num_pairs), *teacher, "--path-times", "4", "--student-shift", str(STUDENT_SHIFT)),
-                    *("--max-tokens", "40", "--mask-text", "--quality", "lossless"),
-                )
-                for rank in range(2)
-            ),
-        ),
-        Stage.of(
-            "kd",
-            "knowledge distillation: students regress onto the teacher's clips",
-            train("toy_kd_4step", plan.kd[0]),
-            train("toy_kd_1step", plan.kd[1]),
-        ),
-        Stage.of(
-            "dmd2",
-            "distribution matching: students learn from the difference of two scores",
-            train("toy_dmd2_4step", plan.dmd2[0]),
-            train("toy_dmd2_1step", plan.dmd2[1]),
-        ),
-        Stage(
-            "export",
-            "students become folders of diffusers, and plain diffusers, without fewstep, samples them",
-            tuple((export(name), sample(name)) for name in students),
-        ),
+    ]
+
+
+def students(out: Path, size: Size, facts: Facts) -> list[Stage]:
+    """The stages of `fewstep distill` for both students, side by side, and what the demo adds: more scores, samples, its page.
+
+    facts: of the request for the student of four steps.
+    """
+    plan, toy = PLANS[size], facts.request.teacher
+    real, held = str(out / "real"), out / "heldout"
+    four = {stage.name: stage for stage in road.stages(facts)}
+    one = {stage.name: stage for stage in road.stages(replace(facts, request=request(out, size, toy, "1step")))}
+
+    def score(name: str, what: str, *more: str) -> Command:
+        where = ("--prompts", str(held), "--real", real, "--out", str(out / "scores" / f"{name}.json"))
+        where = (*where, "--max-tokens", "40", "--mask-text")
+        return ("fewstep", "evaluate", what, *where, "--num", str(plan.num_eval), "--sets", str(plan.sets), *more)
+
+    def few(name: str, calls: int) -> Command:
+        return score(name, toy, "--calls", str(calls), "--guidance", str(GUIDANCE))
+
+    def sample(name: str) -> Command:
+        alone = os.path.relpath(Path(__file__).with_name("plain_diffusers.py"))
+        return (sys.executable, alone, str(out / "students" / name), str(held / "metas"), str(out / "samples" / name))
+
+    exports = [(*stage.lanes[0], sample(name)) for name, stage in (("4step", four["export"]), ("1step", one["export"]))]
+    text, latents, pairs = four["text"], four["latents"], four["pairs"]
+    return [
+        replace(text, lanes=tuple((command,) for lane in text.lanes for command in lane)),
+        replace(latents, lanes=(*latents.lanes, (score("real", str(held)),))),
+        Stage.of("pairs", pairs.about, *(shared(pairs.lanes[0][0], rank) for rank in range(2))),
+        *(replace(four[name], lanes=(*four[name].lanes, *one[name].lanes)) for name in ("kd", "dmd2")),
+        Stage("export", f"{four['export'].about}, and plain diffusers, without fewstep, samples it", tuple(exports)),
         Stage(
             "scores",
             "scores of the students; of their teacher, by its pairs and by the best it can do with few network calls; and of "
@@ -173,8 +177,8 @@ def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
             (
                 (few("teacher_4calls", 4), few("teacher_1call", 1)),
                 (
-                    *(score(name, students[name]) for name in students),
-                    score("teacher", pairs),
+                    *(score(name, str(out / "students" / name)) for name in STUDENTS),
+                    score("teacher", str(out / "pairs")),
                     score("tokenizer", f"codec:{toy}"),
                 ),
             ),
@@ -184,10 +188,15 @@ def stages(out: Path, size: Size, from_scratch: bool) -> list[Stage]:
             "one page to look at",
             (
                 *(sys.executable, "-m", "fewstep.toyworld.demo.page", str(out), "--size", size),
-                *(("--toy", toy) if from_scratch else ()),
+                *(("--toy", toy) if toy != str(TOY) else ()),
             ),
         ),
     ]
+
+
+def shared(pairs: Command, rank: int) -> Command:
+    """The command for one of two processes, which divide the pairs; their clips, which are scored, lose nothing."""
+    return (f"RANK={rank}", "WORLD_SIZE=2", *pairs, "--quality", "lossless")
 
 
 def _scratch(out: Path, toy: str, plan: Plan) -> list[Stage]:
@@ -261,6 +270,9 @@ def demo(out: Path = Path("demo"), size: Size = "default", from_scratch: bool = 
     began = time.monotonic()
     for order, stage in enumerate(stages(out, size, from_scratch)):
         run(stage, out, order, again="fewstep demo", preload=IMPORTS, num_threads=1)
+    for name, few in FEW.items():
+        for verdict in gate.verdicts(out / "scores" / f"{name}.json", out / "scores" / f"{few}.json"):
+            print(f"{name}: {verdict}")
     report = out / "report.html"
     summary = json.loads((out / "summary.json").read_text())
     print(f"\n{json.dumps({k: v for k, v in summary.items() if k in _SHOWN}, indent=1)}")
