@@ -35,7 +35,7 @@ LEAST = {
     "--num": 1, "--num-frames": 1, "--height": 1, "--width": 1, "--batch-size": 1, "--num-steps": 1, "--max-tokens": 1,
     "--tile": 1, "--sets": 1, "--calls": 1, "--threads": 1, "--sequence-interval": 1, "--start-frame-interval": 1,
     "--shard-mib": 1, "--steps": 1, "--rank": 1, "--teacher-steps": 1, "--num-pairs": 1, "--kd-iters": 1, "--iters": 1,
-    "--num-eval": 1, "--dim": 1, "--latent-channels": 1, "--processes": 1,
+    "--num-eval": 1, "--dim": 1, "--latent-channels": 1, "--processes": 1, "--context": 1,
     "--given-frames": 0, "--workers": 0, "--verify": 0, "--latency": 0, "--measure": 0, "--keep": 0, "--seed": 0,
 }  # fmt: skip
 
@@ -109,6 +109,7 @@ DEVICE = option("--device", "Device, for instance cpu or cuda:0. Default: a GPU 
 PRECISION = option("--precision", "Precision of the network and the codec: fp32 or bf16.", callback=one_of("fp32", "bf16"))
 OWN = option("--config", "FILE.py that registers networks, scorers or controls of your own.")
 SHARD = option("--shard", "torchrun's processes hold a part of the weights each, instead of all of them.")
+CONTEXT = option("--context", "Processes of torchrun that make each clip together, for a shorter wait.")
 # A teacher's sampler; what is not given is as published for the model.
 STEPS = option("--num-steps", "Steps of a teacher's solver. Default: as published.")
 SAMPLER = option("--sampler", f"A teacher's solver: {', '.join(SOLVERS)}. Default: auto, as published.", callback=_auto)

@@ -10,6 +10,7 @@ import typer
 from fewstep.cli.app import app
 from fewstep.cli.options import (
     BATCH_SIZE,
+    CONTEXT,
     CONTROLS,
     DEVICE,
     GIVEN_FRAMES,
@@ -94,6 +95,7 @@ def pairs(
     ] = "ours",
     verify: Annotated[int, option("--verify", "Solve this many of the pairs again, and compare.")] = 0,
     shard: Annotated[bool, SHARD] = False,
+    context: Annotated[int, CONTEXT] = 1,
     precision: Annotated[str, PRECISION] = "fp32",
     batch_size: Annotated[int, BATCH_SIZE] = 32,
     device: Annotated[str | None, DEVICE] = None,
@@ -108,7 +110,7 @@ def pairs(
         control=control, codec=codec, text=text, negative=negative, max_tokens=max_tokens, mask_text=mask_text, num=num,
         seed=seed, quality=quality, precision=precision, batch_size=batch_size, device=device,
         sizes=Sizes(num_frames, height, width, fps), prompts=prompts, text_encoder=text_encoder,
-        negative_prompt=negative_prompt, form=form, verify=verify, shard=shard,
+        negative_prompt=negative_prompt, form=form, verify=verify, shard=shard, context=context,
     )  # fmt: skip
     if control is not None and control not in CONTROLS and config is None:
         raise UsageError(f"--control {control}: is none of {', '.join(CONTROLS)}; --config FILE.py may add one of your own.")

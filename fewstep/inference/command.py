@@ -59,6 +59,7 @@ def read_command(arguments: Sequence[str], say: Print | None = None) -> Generate
     if options["num_gpus"] not in (None, processes):
         num = options["num_gpus"]
         raise ConfigError(f"--num_gpus {num}: {processes} process(es) run. Start it with torchrun --nproc_per_node={num}")
+    options["context"] = next((num for num in (options["context"], options["num_gpus"]) if num is not None), 1)
     if options["config"] is not None:
         load_file(options["config"])
     options["guidance"] = guidance_of(options["guidance"], options["guidance_scale"], cosmos, tell)
@@ -266,7 +267,13 @@ def _of_memory(parser: argparse.ArgumentParser) -> None:
     for part, option in OFFLOADED.items():
         add(option, dest=f"offload_{part}", action="store_true", help=f"the same for the {part} alone")
     add("--shard", action="store_true", help="each process of torchrun holds a part of the weights, instead of all of them")
-    add("--num-gpus", type=int, metavar="N", help="must be torchrun's number of processes, which divide the clips")
+    add(
+        "--context",
+        type=int,
+        metavar="N",
+        help="N processes of torchrun make each clip together, for a shorter wait (default: 1)",
+    )
+    add("--num-gpus", type=int, metavar="N", help="torchrun's number of processes, which make each clip together: --context N")
 
 
 def _of_others(parser: argparse.ArgumentParser) -> None:

@@ -41,6 +41,7 @@ class Studio:
     texts: Mapping[str | Path, Text]
     device: torch.device
     waits_on: torch.device  # where the tensors of a clip wait for their next stage
+    decodes: bool = True  # or another process, which has made the same latents, decodes them
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,10 @@ class _Batch:
 
 
 def films(groups: Sequence[Sequence[ClipRequest]], studio: Studio) -> Iterator[Film]:
-    """The film of each batch of clips, in order. The conditions of a batch's clips have the same shapes."""
+    """The film of each batch of clips, in order. The conditions of a batch's clips have the same shapes.
+
+    A process that does not decode yields films without frames.
+    """
     batches = [_Batch(clips) for clips in groups]
     for chunk in studio.plan.chunks:
         _condition(batches, studio, chunk)
@@ -88,7 +92,9 @@ def films(groups: Sequence[Sequence[ClipRequest]], studio: Studio) -> Iterator[F
 
 def _film(batch: _Batch, studio: Studio) -> Film:
     assert batch.noise is not None
-    frames = np.concatenate(batch.frames, 1)[:, : studio.plan.shot.num_frames]
+    shot = studio.plan.shot
+    nothing = np.zeros((len(batch.clips), 0, shot.height, shot.width, 3), np.uint8)
+    frames = np.concatenate(batch.frames, 1)[:, : shot.num_frames] if studio.decodes else nothing
     batch.frames.clear()
     return Film(frames, batch.noise, [one.controls for one in batch.footage], batch.seconds / len(batch.clips))
 
@@ -144,6 +150,9 @@ def _decode(batches: Sequence[_Batch], studio: Studio, chunk: Chunk) -> Iterator
     with studio.codec.loaded() as codec:
         for batch in batches:
             assert batch.latents is not None
+            if not studio.decodes and chunk is plan.chunks[-1]:
+                yield batch
+                continue
             with batch.clock():
                 pixels = codec.decode(batch.latents.to(studio.device))
                 batch.frames.append(to_uint8(pixels[:, :, chunk.overlap :], studio.name))

@@ -26,7 +26,7 @@ from fewstep.inference.conditions import Text, is_origin, texts_of
 from fewstep.inference.films import Film, Studio, films
 from fewstep.inference.fit import Plan, check_text, plan_of
 from fewstep.inference.guardrails import Guardrail, Judge
-from fewstep.inference.model import Outline, codec_of, folder_of, outline_of, place_network
+from fewstep.inference.model import Outline, codec_of, folder_of, outline_of, place_network, refuse_context
 from fewstep.inference.prompts import Blocked, blocks, check_plugins, prepare
 from fewstep.inference.record import differences
 from fewstep.inference.request import ClipRequest, GenerateRequest
@@ -47,11 +47,11 @@ def run(request: GenerateRequest) -> int:
         print(text, file=sys.stderr, flush=True)
 
     own = ranks()
-    if not request.shard or own.size == 1:
+    if own.size == 1 or not (request.shard or request.context > 1):
         return generate(request, own.rank, own.size, say=say)
-    world = join_world("cpu" if request.device == "cpu" else "auto")
+    world = join_world("cpu" if request.device == "cpu" else "auto", context=request.context)
     try:
-        return generate(replace(request, device=str(world.device)), own.rank, own.size, world=world, say=say)
+        return generate(replace(request, device=str(world.device)), world.reader, world.num_readers, world=world, say=say)
     finally:
         leave_world()
 
@@ -66,8 +66,9 @@ def generate(
 ) -> int:
     """Makes this rank's share of the clips and returns how many were new.
 
-    world: the processes that hold a shard of the weights each (--shard). They call the network side by side, so that all make
-    as many clips: one that has none left makes the last clip again, and writes nothing.
+    world: the processes that hold a shard of the weights each (--shard), or make each clip together (--context), which count as
+    one rank and of which one writes. They call the network side by side, so that all make as many clips: one that has none left
+    makes the last clip again, and writes nothing.
     """
     names = [clip.name for clip in request.clips]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -86,6 +87,7 @@ def generate(
     device = torch.device(request.device or (f"cuda:{ranks().local}" if torch.cuda.is_available() else "cpu"))
     controls = sorted({name for clip in request.clips for name in clip.control})
     outline = outline_of(request.model, controls=controls, network=request.network)
+    refuse_context(outline.spec, world, request.model)
     plan = plan_of(request, outline, say if rank == 0 else lambda text: None)
     if request.stream:
         refuse_stream(request, plan, world is not None)
@@ -101,6 +103,7 @@ def generate(
     texts = texts_of(todo, request, folder_of(request.model), device)
     _check_texts(texts, plan, request)
     studio = _studio(request, outline, plan, texts, device, world)
+    writes = world is None or world.writes
     if request.stream:
         return stream_clips(request, todo, studio, records, say)
     batches = _batches(todo, texts, request.batch_size, world)
@@ -108,7 +111,7 @@ def generate(
     for group in [batches] if request.offload else [[rows] for rows in batches]:
         for rows, film in zip(group, films([[todo[i] for i in rows] for rows in group], studio), strict=True):
             for n, place in enumerate(rows):
-                if place >= num_new:
+                if place >= num_new or not writes:
                     continue
                 clip, number = todo[place], number + 1
                 reason = _reason(film.frames[n], judges)
@@ -120,7 +123,7 @@ def generate(
                 say(f"{number} of {num_new}: {file} ({film.seconds:.1f} s)")
     if blocked:
         raise Blocked(blocked, num_asked)
-    return num_new
+    return num_new if writes else 0
 
 
 def _judges(request: GenerateRequest, device: torch.device) -> list[tuple[Guardrail, Component[Judge]]]:
@@ -154,11 +157,11 @@ def _studio(
     world: World | None,
 ) -> Studio:
     if world is not None and "network" in request.offload:
-        raise UserError("--offload-diffusion-transformer: with --shard each process holds a part of the network throughout")
+        raise UserError("--offload-diffusion-transformer: with --shard and --context each process keeps its network throughout")
 
     def network() -> Network:
         model = outline.open()
-        place_network(model, device, request.precision, world)
+        place_network(model, device, request.precision, world, shard=request.shard)
         return model.network
 
     def codec() -> Autoencoder:
@@ -173,6 +176,7 @@ def _studio(
         texts,
         device,
         torch.device("cpu") if request.offload else device,
+        world is None or world.writes,
     )
 
 
@@ -211,7 +215,8 @@ def _pictures(request: GenerateRequest, plan: Plan, device: torch.device) -> Cli
 
 def _record(request: GenerateRequest, clip: ClipRequest) -> dict[str, Any]:
     """The settings that decide the clip."""
-    left_out = {"out", "clips", "device", "force", "save_noise", "student_only", "shard", "batch_size", "offload", "stream"}
+    left_out = {"out", "clips", "device", "force", "save_noise", "student_only", "shard", "context", "batch_size"}
+    left_out |= {"offload", "stream"}
     left_out |= set() if request.published_guidance else {"published_guidance"}
     left_out |= {"guardrails", "upsampler", "save_controls"}
     settings: dict[str, Any] = {f.name: getattr(request, f.name) for f in fields(request) if f.name not in left_out}

@@ -27,7 +27,7 @@ from fewstep.errors import UserError
 from fewstep.inference.card import Envelope, StudentCard
 from fewstep.inference.request import SamplerOptions
 from fewstep.networks.causal import Causal
-from fewstep.networks.contract import Network, NetworkSpec
+from fewstep.networks.contract import NOT_SHARED, Network, NetworkSpec
 from fewstep.networks.encoders.codecs import Autoencoder, open_codec
 from fewstep.networks.files import hub
 from fewstep.networks.files.folders import on_meta
@@ -274,11 +274,22 @@ def changed(sampler: TeacherSampler, options: SamplerOptions) -> TeacherSampler:
     return replace(sampler, **options.values())
 
 
-def place_network(model: Model, device: torch.device, precision: str, world: World | None = None) -> None:
-    """Moves the network to its device, or to its shards in `world`, in the precision in which it computes."""
+def place_network(
+    model: Model, device: torch.device, precision: str, world: World | None = None, *, shard: bool = False
+) -> None:
+    """Moves the network to its device, whole or as this process's shard, in the precision in which it computes; where
+    processes of `world` share clips, it computes this one's share of their tokens."""
     network, compute = model.network, torch.bfloat16 if precision == "bf16" else torch.float32
-    alone = World(0, 1, device, None)
-    place(network.module, network.blocks, world or alone, mode="fsdp", compute=compute, trained=False)
+    mode = "fsdp" if shard else "ddp"
+    place(network.module, network.blocks, world or World(0, 1, device, None), mode=mode, compute=compute, trained=False)
+    if world is not None and world.context is not None:
+        network.share_tokens(world.context)
+
+
+def refuse_context(spec: NetworkSpec | None, world: World | None, name: str) -> None:
+    """Refuses a network without a plan for sharing tokens, before its weights are read."""
+    if world is not None and world.context is not None and spec is not None and not spec.shares_tokens:
+        raise UserError(f"--context {world.context.size}: {name} {NOT_SHARED}")
 
 
 def codec_of(

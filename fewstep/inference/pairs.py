@@ -134,7 +134,8 @@ def write(
 
     `name` is the teacher's in pairs.json; `record` is what else decides a clip, and the
     fingerprint of weights that are divided. world: the processes that hold a shard of the
-    weights each; they call the network side by side, as often as each other.
+    weights each, or make each clip together, one of which writes; they call the network side
+    by side, as often as each other.
     """
     settings.check(teacher.path)
     solver = Solver(teacher, codec, settings, branches_of(teacher, prompts, name), device, name)
@@ -155,7 +156,8 @@ def write(
     for rows in track(batches, len(batches), f"pairs {out}, batches of {batch_size}"):
         material = prompts.material(rows)
         solved, noise = solver.solve(material, folder.numbers(rows), shape)
-        folder.write(rows, _pairs(solver, prompts, rows, material, solved, noise))
+        if world is None or world.writes:
+            folder.write(rows, _pairs(solver, prompts, rows, material, solved, noise))
     for _ in range(extra):
         solver.solve(prompts.material(todo[-1:]), folder.numbers(todo[-1:]), shape)
     return len(mine)
@@ -359,9 +361,9 @@ class PairFolder:
 def run(request: PairsRequest, track: Track) -> str:
     """What `fewstep pairs` does: opens everything, makes this rank's share, and reports it in one line."""
     own = ranks()
-    if not request.shard or own.size == 1:
+    if own.size == 1 or not (request.shard or request.context > 1):
         return _run(request, track, own, None)
-    world = join_world("cpu" if request.device == "cpu" else "auto")
+    world = join_world("cpu" if request.device == "cpu" else "auto", context=request.context)
     try:
         return _run(replace(request, device=str(world.device)), track, own, world)
     finally:
@@ -369,7 +371,7 @@ def run(request: PairsRequest, track: Track) -> str:
 
 
 def _run(request: PairsRequest, track: Track, own: Ranks, world: World | None) -> str:
-    from fewstep.inference.model import changed, codec_of, open_model, place_network, sampler_before_loading
+    from fewstep.inference.model import changed, codec_of, open_model, place_network, refuse_context, sampler_before_loading
 
     device = request.device or (f"cuda:{own.local}" if torch.cuda.is_available() else "cpu")
     controls = [] if request.control is None else [request.control]
@@ -381,6 +383,7 @@ def _run(request: PairsRequest, track: Track, own: Ranks, world: World | None) -
     if request.prompts is not None:
         alone = _of_file(request, shot_of(request.sizes, teacher=shot, source=str(request.prompts)), device, own)
     model = open_model(request.model, controls=controls)
+    refuse_context(model.spec, world, request.model)
     if not isinstance(model.sampler, TeacherSampler):
         raise UserError(f"{request.model}: is a student; pairs are made by a teacher")
     settings = _settings(request, changed(model.sampler, request.sampling), model.network.path)
@@ -392,7 +395,7 @@ def _run(request: PairsRequest, track: Track, own: Ranks, world: World | None) -
     if len(branches_of(teacher, prompts, request.model)) > 1 and request.control is not None:
         teacher = teacher.with_control_weights({request.control: 1.0})
     weights = fingerprint_of(teacher.module, {}, sampled=4096)  # before they are divided
-    place_network(model, torch.device(device), request.precision, world)
+    place_network(model, torch.device(device), request.precision, world, shard=request.shard)
     new = write(
         request.out,
         teacher,
@@ -403,8 +406,8 @@ def _run(request: PairsRequest, track: Track, own: Ranks, world: World | None) -
         record={"precision": request.precision, WEIGHTS: weights},
         num=request.num,
         batch_size=request.batch_size,
-        rank=own.rank,
-        world_size=own.size,
+        rank=own.rank if world is None else world.reader,
+        world_size=own.size if world is None else world.num_readers,
         world=world,
         device=device,
         track=track,

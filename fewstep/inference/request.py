@@ -105,6 +105,7 @@ class GenerateRequest:
     image_encoder: str | None = None
     network: str | None = None  # which published one the weights of MODEL are; None: as their shapes say
     shard: bool = False  # each process holds a part of the weights
+    context: int = 1  # processes that make a clip together, each a share of its tokens
     stream: bool = False  # a causal student's clip grows while it is made
     batch_size: int = 1  # clips that go through the network together
     published_guidance: bool = False  # a teacher without --guidance takes what the original tools take
@@ -118,7 +119,7 @@ class GenerateRequest:
             raise ConfigError(f"--quality is 'lossless' or a CRF from 0 to 51, not {self.quality!r}")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"--precision is one of {', '.join(PRECISIONS)}, not {self.precision!r}")
-        for name in ("num_frames", "height", "width", "chunk_frames", "batch_size", "max_tokens", "tile"):
+        for name in ("num_frames", "height", "width", "chunk_frames", "batch_size", "max_tokens", "tile", "context"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: at least 1")
@@ -198,6 +199,7 @@ class PairsRequest:
     form: str = "ours"
     verify: int = 0  # pairs that are solved again and compared
     shard: bool = False  # each process holds a part of the weights
+    context: int = 1  # processes that make a clip together, each a share of its tokens
 
     def __post_init__(self) -> None:
         if (self.dataset is None) == (self.prompts is None):
@@ -216,7 +218,14 @@ class PairsRequest:
             raise ConfigError(f"--quality is 'lossless' or a CRF from 0 to 51, not {self.quality!r}")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"--precision is one of {', '.join(PRECISIONS)}, not {self.precision!r}")
-        for name, least in (("batch_size", 1), ("num", 1), ("given_frames", 0), ("verify", 0), ("max_tokens", 1)):
+        for name, least in (
+            ("batch_size", 1),
+            ("num", 1),
+            ("given_frames", 0),
+            ("verify", 0),
+            ("max_tokens", 1),
+            ("context", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: at least {least}")

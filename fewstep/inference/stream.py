@@ -86,12 +86,14 @@ def frames_of(
         yield frames
 
 
-def refuse_stream(request: GenerateRequest, plan: Plan, is_sharded: bool) -> None:
+def refuse_stream(request: GenerateRequest, plan: Plan, is_divided: bool) -> None:
     """Raises UserError for what cannot stream, before any weights are read."""
     if not isinstance(plan.sampler, StudentSampler) or plan.sampler.by_chunk is None:
         raise UserError(f"--stream: {request.model} generates all frames of a clip at once; a causal student streams")
-    if request.guardrails or request.save_noise or request.save_controls or is_sharded:
-        raise UserError("--stream: guardrails, --save-noise, --save-controls and --shard do not go with it: leave them out")
+    if request.guardrails or request.save_noise or request.save_controls or is_divided:
+        raise UserError(
+            "--stream: guardrails, --save-noise, --save-controls, --shard and --context do not go with it: leave them out"
+        )
     StreamingDecoder(plan.codec)
 
 

@@ -23,7 +23,7 @@ from fewstep import TOY
 from fewstep.batch import Condition
 from fewstep.cli import main as cli
 from fewstep.config import ConfigError, dump
-from fewstep.data.files import arrays, video
+from fewstep.data.files import arrays, cache, video
 from fewstep.diffusion import Rng, StudentSampler, TeacherSampler, guided, samplers, times
 from fewstep.inference.command import read_command
 from fewstep.inference.fit import sampler_of
@@ -233,20 +233,17 @@ def test_a_longer_clip_is_made_chunk_after_chunk(student: Path, tmp_path: Path) 
         made(tmp_path, *asked, "--save-noise", "--name", "b")
 
 
-def test_two_processes_divide_the_clips_or_the_weights_and_make_the_same_files(student: Path, tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("a ball\na red ball\nrolls\n")
-    asked = [str(student), "--prompts", str(tmp_path / "p.txt"), "--quality", "lossless"]
-    assert made(tmp_path / "one", *asked[:-2]) == 3
+def on_processes(num: int, *commands: list[str]) -> list[str]:
+    """Runs these commands on `num` processes, one after the other; what each process printed."""
     code = (
-        "import sys, torch; torch.set_num_threads(1); from fewstep.cli import main;"
-        f"asked = ['generate', *{asked!r}, '--device', 'cpu', '--out'];"
-        f"bad = main([*asked, {str(tmp_path / 'divided')!r}]) or main([*asked, {str(tmp_path / 'sharded')!r}, '--shard']);"
-        "sys.exit(bad)"
+        "import os, sys, torch; torch.set_num_threads(1); from fewstep.cli import main\n"
+        f"for port, words in {list(zip(free_ports(len(commands)), commands, strict=True))!r}:\n"
+        "    os.environ['MASTER_PORT'] = str(port)\n"  # gloo cannot meet a second time under the same address
+        "    code = main(words)\n"
+        "    if code:\n"
+        "        sys.exit(code)\n"
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    place = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(num), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", code],
@@ -255,15 +252,71 @@ def test_two_processes_divide_the_clips_or_the_weights_and_make_the_same_files(s
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(num)
     ]
     said = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
-    for folder in ("divided", "sharded"):
-        assert sorted(path.name for path in (tmp_path / folder).glob("*.mp4")) == [f"p_{i:04d}.mp4" for i in range(3)]
-        for path in (tmp_path / "one").glob("*.mp4"):
-            assert (tmp_path / folder / path.name).read_bytes() == path.read_bytes(), (folder, path.name)
+    assert [rank.returncode for rank in ranks] == [0] * num, "\n".join(said)
+    return said
+
+
+def free_ports(num: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(num)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def assert_same_files(root: Path, folder: str, num: int = 3) -> None:
+    assert sorted(path.name for path in (root / folder).glob("*.mp4")) == [f"p_{i:04d}.mp4" for i in range(num)]
+    for path in (root / "one").glob("*.mp4"):
+        assert (root / folder / path.name).read_bytes() == path.read_bytes(), (folder, path.name)
+
+
+def test_two_processes_divide_the_clips_the_weights_or_the_tokens_and_make_the_same_files(
+    student: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "p.txt").write_text("a ball\na red ball\nrolls\n")
+    asked = [str(student), "--prompts", str(tmp_path / "p.txt"), "--quality", "lossless"]
+    assert made(tmp_path / "one", *asked[:-2]) == 3
+    ways = {"divided": (), "sharded": ("--shard",), "together": ("--context", "2")}
+    words = [["generate", *asked, *how, "--device", "cpu", "--out", str(tmp_path / name)] for name, how in ways.items()]
+    said = on_processes(2, *words)
+    for folder in ways:
+        assert_same_files(tmp_path, folder)
     assert [text.count(" of 1: ") + text.count(" of 2: ") for text in said] == [4, 2]  # each file by one process, once
+    assert [text.count(" of 3: ") for text in said] == [3, 0]  # those that two made together
+
+
+@pytest.mark.slow
+def test_four_processes_divide_clips_and_weights_over_pairs_that_share_tokens(student: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a ball\na red ball\nrolls\n")
+    asked = [str(student), "--prompts", str(tmp_path / "p.txt"), "--quality", "lossless"]
+    assert made(tmp_path / "one", *asked[:-2]) == 3
+    ways = {"together": (), "sharded": ("--shard",)}
+    options = ("--context", "2", "--device", "cpu", "--out")
+    said = on_processes(4, *(["generate", *asked, *how, *options, str(tmp_path / name)] for name, how in ways.items()))
+    for folder in ways:
+        assert_same_files(tmp_path, folder)
+    assert [text.count(" of 1: ") + text.count(" of 2: ") for text in said] == [4, 0, 2, 0]
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_tokens_make_the_pairs_of_one(teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a ball\na red ball\nrolls\n")
+    command = ["pairs", str(teacher), "--prompts", str(tmp_path / "p.txt"), *SIZE, "--num-steps", "4", "--path-times", "2"]
+    command += ["--batch-size", "2", "--device", "cpu", "--verify", "2", "--out"]
+    assert cli([*command, str(tmp_path / "one")]) == 0
+    said = on_processes(2, [*command, str(tmp_path / "together"), "--context", "2"])
+    assert "3 pairs made" in said[0]
+    one, together = (sorted(path for path in (tmp_path / f).rglob("*.safetensors")) for f in ("one", "together"))
+    assert [path.name for path in one] == [path.name for path in together] and len(one) >= 3
+    for path, other in zip(one, together, strict=True):
+        tensors = [cache.read(file).tensors for file in (path, other)]
+        for name, tensor in tensors[0].items():
+            assert float((tensors[1][name] - tensor).abs().max()) <= 1e-5 * float(tensor.abs().max())
 
 
 def test_a_killed_command_goes_on_and_another_one_does_not_mix_in(student: Path, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--video_save_name v": {".name": "v"},
     "--video_save_folder o": {"out": Path("o")},
     "-o o": {"out": Path("o")},
-    "--num_gpus 1": {"shard": False},
+    "--num_gpus 1": {"shard": False, "context": 1},
     "--use_distilled": {"student_only": True},
     "--save_input_noise": {"save_noise": True},
     "--inference-type=text2world": {".num_input_frames": 0},

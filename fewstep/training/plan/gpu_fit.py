@@ -11,7 +11,7 @@ from fewstep.data.loader import first_batch
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full
 from fewstep.training.plan.ledger import PASSING
-from fewstep.training.plan.plan import GIB, Measurement, measure, mock_batch
+from fewstep.training.plan.plan import GIB, Measurement, measure, mock_batch, plan, without_context
 from fewstep.training.plan.request import PlanRequest, memory_of
 from fewstep.training.run import Run
 
@@ -48,7 +48,7 @@ def advice(run: Run, batch: Batch, measurement: Measurement, gpus: int, gib: flo
             sentences.append("no setting alone makes it fit")
     sharded = replace(measurement, run=replace(run, parallel=replace(run.parallel, mode="fsdp", num_replicas=None)))
     for more in (2, 4, 8, 16, 32, 64, 128):
-        if more > gpus and sharded.on(more).needed_gib <= gib:
+        if more > gpus and more % run.parallel.context == 0 and sharded.on(more).needed_gib <= gib:
             sentences.append(f"as it is, it fits on {more} GPUs with parallel.mode=fsdp")
             break
     return "; ".join(sentences)
@@ -100,6 +100,7 @@ def answer(run: Run, request: PlanRequest, say: Say = _quiet) -> tuple[dict[str,
             note = (
                 f"ASSUMED, because the data cannot be opened ({reason}); shape=CxTxHxW and text=TOKENSxCHANNELS say otherwise"
             )
+    run = run if gpus > 1 else without_context(run)
     measurement = measure(run, batch, say)
     share = measurement.on(gpus)
     other = replace(run, trainer=replace(run.trainer, checkpointing=not run.trainer.checkpointing))
@@ -127,9 +128,7 @@ def answer(run: Run, request: PlanRequest, say: Say = _quiet) -> tuple[dict[str,
 def dryrun(run: Run) -> str:
     """The plan of one GPU, for --dryrun; why there is none, where the shapes of its batches cannot be told."""
     try:
-        return (
-            f"memory on 1 GPU (more: fewstep plan):\n{measure(run, first_batch(run.data.open(), run.trainer.batch_size)).on(1)}"
-        )
+        return f"memory on 1 GPU (more: fewstep plan):\n{plan(run)}"
     except (ValueError, OSError) as error:
         said = str(error).strip().splitlines()[0]
         return f"memory is not planned, because the data cannot be opened: {said} (fewstep plan takes shape=CxTxHxW)"

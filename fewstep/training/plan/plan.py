@@ -5,8 +5,10 @@ given the run's own optimisers and averages; then the method's own `losses` take
 ledger keeps what is alive. So what a network saves for its backward, what checkpointing spares and which role keeps no graph is
 found, not estimated.
 
-Several GPUs: DDP holds everything on each. FSDP holds a share of each weight, gradient, optimiser state and average, and while
-a block is at work its gathered weights and unreduced gradients; those of two blocks and of what lies outside blocks are added.
+Several GPUs that share the tokens of a clip (parallel.context): the step is taken with one share of them, so that activations
+are those of one GPU. DDP holds everything else on each. FSDP holds a share of each weight, gradient, optimiser state and
+average, and while a block is at work its gathered weights and unreduced gradients; those of two blocks and of what lies outside
+blocks are added.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from fewstep.networks.files.folders import unread
 from fewstep.networks.frozen import Offloaded
 from fewstep.networks.lora import Lora, Shared
 from fewstep.networks.roles import Full, Networks, Whole, build
-from fewstep.parallel import World
+from fewstep.parallel import Context, World
 from fewstep.training import iteration
 from fewstep.training.crew import COMPUTE, Crew, assemble
 from fewstep.training.plan.ledger import HOST, PASSING, Ledger
@@ -96,8 +98,9 @@ class Measurement:
         """The plan for one of `gpus` GPUs."""
         sharded = self.run.parallel.mode == "fsdp"
         replicas = (self.run.parallel.num_replicas or 1) if sharded else gpus
-        if gpus % replicas:
-            raise UserError(f"parallel.num_replicas={replicas} does not divide gpus={gpus}")
+        for key, parts in (("num_replicas", replicas), ("context", self.run.parallel.context)):
+            if gpus % parts:
+                raise UserError(f"parallel.{key}={parts} does not divide gpus={gpus}")
         shards = gpus // replicas
         if shards == 1:
             return Plan(gpus, self.at_peak, self.turns, self.batch)
@@ -110,6 +113,7 @@ class Measurement:
 
 def plan(run: Run, gpus: int = 1, batch: Batch | None = None) -> Plan:
     """What `run` needs on each of `gpus` GPUs; `batch`: tensors of the real shapes, None: the first of the run's data."""
+    run = run if gpus > 1 else without_context(run)
     return measure(run, first_batch(run.data.open(), run.trainer.batch_size) if batch is None else batch).on(gpus)
 
 
@@ -117,7 +121,7 @@ def measure(run: Run, batch: Batch, say: Callable[[str], None] = lambda text: No
     """Takes one step of every turn on tensors without contents, and records what is held. say: hears of every stage."""
     say("networks, optimisers and averages on tensors without contents")
     run = replace(run, trainer=replace(run.trainer, compile=False))
-    ledger, world = Ledger(), World(0, 1, torch.device("cpu"), None)
+    ledger, world = Ledger(), _one_of(run.parallel.context)
     with _fake() as fake, _unread(run):
         networks = _built(run, fake)
         with fake:
@@ -162,6 +166,16 @@ def mock_batch(run: Run, shape: tuple[int, ...] | None, text: tuple[int, int] | 
     times = method.times_on(method.path or path) if isinstance(method, (KD, CausalKD)) else ()  # of states on the teacher's way
     spec = Mock(shape, text, controls=tuple(getattr(teacher, "controls", ())), path_times=times)
     return spec.open().batch(torch.arange(run.trainer.batch_size))
+
+
+def without_context(run: Run) -> Run:
+    """The run as one process alone does it."""
+    return replace(run, parallel=replace(run.parallel, context=1))
+
+
+def _one_of(context: int) -> World:
+    """A process alone, or one of those that share the tokens of a clip, which sends nothing."""
+    return World(0, context, torch.device("cpu"), None, None, Context(0, context) if context > 1 else None)
 
 
 # --- fakes ------------------------------------------------------------------------------------------------------------
