@@ -81,7 +81,8 @@ class Step:
             part = iteration.Part(self.batch, Rng(0, step, (0,), DEVICE), 1.0)
             for _ in iteration.gradients(self.run, self.crew, turn, [part]):
                 pass
-            iteration.step(self.run, self.crew, iteration.norms(self.crew, turn, self.world), step, step)
+            sizes = {name: float(norm) for name, norm in iteration.norms(self.crew, turn, self.world).items()}
+            iteration.step(self.run, self.crew, sizes, step, step)
 
     def held(self) -> int:
         """Bytes of all tensors there are between two turns, each storage once."""

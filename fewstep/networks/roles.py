@@ -145,25 +145,29 @@ class Whole:
     remember: Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]] | None = None
     waits: bool = True  # every micro-batch reaches the same weights, so that only the last one must sum over replicas
     share_tokens: Callable[[Context], None] | None = None  # see the contract of networks; None: it has no tokens of its own
+    roles: frozenset[str] = frozenset()  # that it serves
 
 
 def wholes(nets: Mapping[str, Network]) -> list[Whole]:
     """Every module of these roles once."""
     found: list[Whole] = []
     seen: set[int] = set()
+    sharing = frozenset(role for role, network in nets.items() if isinstance(network, Shared))
     for role, network in nets.items():
         if not isinstance(network, Shared):
             if role == "head":  # which reads features of all tokens
-                found.append(Whole(network.module, network.blocks, True))
+                found.append(Whole(network.module, network.blocks, True, roles=frozenset({role})))
                 continue
             waits = network.traits.boundary is None  # of two experts a micro-batch may ask one
-            found.append(Whole(network.module, network.blocks, role not in FROZEN, (), None, waits, network.share_tokens))
+            own, trained = frozenset({role}), role not in FROZEN
+            found.append(Whole(network.module, network.blocks, trained, (), None, waits, network.share_tokens, own))
         elif id(network.backbone) not in seen:
             seen.add(id(network.backbone))
             backbone, inner = network.backbone, network.backbone.network
             adapters = tuple(backbone.adapters.values())
             waits = inner.traits.boundary is None
-            found.append(Whole(inner.module, inner.blocks, False, adapters, backbone.remember, waits, inner.share_tokens))
+            share = inner.share_tokens
+            found.append(Whole(inner.module, inner.blocks, False, adapters, backbone.remember, waits, share, sharing))
     return found
 
 

@@ -1,7 +1,7 @@
 """Processes and shards. It imports torch only, so that inference on several devices needs no trainer."""
 
 from fewstep.parallel.context import Context
-from fewstep.parallel.mesh import World, is_joined, join_world, leave_world
+from fewstep.parallel.mesh import World, is_joined, is_lost_process, join_world, leave_world
 from fewstep.parallel.shard import (
     average_gradients,
     has_unreduced,
@@ -18,6 +18,7 @@ __all__ = [
     "average_gradients",
     "has_unreduced",
     "is_joined",
+    "is_lost_process",
     "is_sharded",
     "join_world",
     "kept_in_fp32",

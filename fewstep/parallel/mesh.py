@@ -124,6 +124,14 @@ def join_world(
     return World(own.rank, own.size, place, mesh, aside, sharing, weights)
 
 
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an error came out of a collective because another process has ended or does not answer."""
+    if isinstance(error, dist.DistError):
+        return True
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def is_joined() -> bool:
     """True between join_world and leave_world of a run of several processes."""
     return dist.is_initialized()

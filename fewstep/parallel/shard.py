@@ -6,9 +6,10 @@ Checkpointing wraps a block, compile sees the wrapped block, FSDP2 shards the re
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Literal, TypeGuard
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,7 @@ def place(
     adapters: Sequence[nn.Module] = (),
     remember: Contexts | None = None,
     checkpointing: bool = False,
+    selective: bool = False,
     compiled: bool = False,
 ) -> None:
     """Changes `module` in place: on its device, sharded or whole; frozen weights in `compute`, trained ones in fp32.
@@ -43,6 +45,8 @@ def place(
     adapters: parts of a frozen module that are trained all the same.
     remember: called at the forward of a block; returns a context for that forward and for its recomputation in backward, for
     modules whose output depends on a mode.
+    checkpointing: a block runs again in backward instead of being kept; with `selective` all of it but its matrix products
+    and attention.
     """
     module.requires_grad_(trained).train(trained)
     for part in adapters:
@@ -52,10 +56,11 @@ def place(
         if not parameter.requires_grad and name not in kept:  # all of a frozen one, and what a trained one keeps frozen
             parameter.data = parameter.data.to(compute)
     if checkpointing:
-        from torch.distributed._composable import checkpoint as recompute
+        from torch.distributed._composable import checkpoint
 
+        contexts = partial(_keep_products, remember) if selective else remember
         for block in blocks:
-            recompute(block, **({} if remember is None else {"context_fn": remember}))
+            checkpoint(block, **({} if contexts is None else {"context_fn": contexts}))
     if compiled:
         for block in blocks:
             block.compile()
@@ -77,6 +82,34 @@ def place(
     # FSDP fixes the precision of gradients at the first forward, from the weights that require one then. A critic is first
     # asked in the student's turn: its gradients would stay bf16 for ever. So it is done here, while all of them do.
     module._get_fsdp_state()._lazy_init()  # pyright: ignore[reportCallIssue]  # there is no public way; torch 2.6 .. 2.13
+
+
+def _keep_products(
+    remember: Contexts | None,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For the forward of a block, and for the one in backward, which takes products and attention from the first."""
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    aten: Any = torch.ops.aten  # filled at import
+    products = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution)
+
+    def policy(context: Any, function: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        packet = function._overloadpacket
+        is_dear = packet in products or ("attention" in function.name() and "backward" not in function.name())
+        return CheckpointPolicy.MUST_SAVE if is_dear else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(policy)  # modes, whose entries torch does not annotate
+    first, again = contexts
+    if remember is None:
+        return first, again
+    modes = remember()
+    return _both(modes[0], first), _both(modes[1], again)
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[None], inner: AbstractContextManager[None]) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 def reduce_over_replicas(module: nn.Module, now: bool) -> None:

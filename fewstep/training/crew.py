@@ -69,6 +69,7 @@ def assemble(run: Run, networks: Mapping[str, Network], world: World) -> Crew:
     networks = dict(networks)
     modules = tuple(wholes(networks))
     compute = COMPUTE[run.trainer.precision]
+    recomputed = frozenset(run.trainer.recompute_roles)
     for whole in modules:
         place(
             whole.module,
@@ -79,7 +80,8 @@ def assemble(run: Run, networks: Mapping[str, Network], world: World) -> Crew:
             trained=whole.trained,
             adapters=whole.adapters,
             remember=whole.remember,
-            checkpointing=run.trainer.checkpointing,
+            checkpointing=run.trainer.checkpointing and (not recomputed or bool(recomputed & whole.roles)),
+            selective=run.trainer.recompute == "selective",
             compiled=run.trainer.compile,
         )
         if world.context is not None and whole.share_tokens is not None:

@@ -1,7 +1,11 @@
-"""Stops the run before the optimiser step if a loss term or a gradient is NaN or infinite."""
+"""Stops the run before the optimiser step if a loss term or a gradient is NaN or infinite.
+
+This is where an iteration waits for the device, once: nothing else in it reads a number before the log line.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -22,17 +26,21 @@ def refuse_non_finite(
     step: int,
     world: World,
     checkpoints: Checkpoints,
-) -> None:
-    """Raises TrainingError if a loss term or a gradient norm of this iteration is not finite on some rank."""
-    numbers = torch.stack([number.double().to(world.device) for number in (*norms.values(), *terms.values())])
-    if not world.any(not bool(torch.isfinite(numbers).all()))[0]:
-        return
-    problems = [f"loss term '{name}' is {float(value)}" for name, value in terms.items() if not bool(torch.isfinite(value))]
+) -> dict[str, float]:
+    """The gradient norms, as numbers. Raises TrainingError if a loss term or a gradient of this iteration is not finite on some
+    rank."""
+    values: list[float] = torch.stack(
+        [number.double().to(world.device) for number in (*norms.values(), *terms.values())]
+    ).tolist()
+    sizes, losses = dict(zip(norms, values, strict=False)), dict(zip(terms, values[len(norms) :], strict=True))
+    if not world.any(not all(map(math.isfinite, values)))[0]:
+        return sizes
+    problems = [f"loss term '{name}' is {value}" for name, value in losses.items() if not math.isfinite(value)]
     if not problems:
-        for name, norm in norms.items():
-            if not bool(torch.isfinite(norm)):  # of all ranks together; the entries are problems where they are
+        for name, size in sizes.items():
+            if not math.isfinite(size):  # of all ranks together; the entries are problems where they are
                 weights = crew.trained[name].non_finite_gradients() or ["another rank"]
-                problems.append(f"the gradient of role '{name}' is {float(norm)}, first in {weights[0]}")
+                problems.append(f"the gradient of role '{name}' is {size}, first in {weights[0]}")
     where = " (rank {})" if world.size > 1 else ""
     messages = [text + where.format(rank) for rank, text in enumerate(world.gather("; ".join(problems))) if text]
     checkpoints.finish()

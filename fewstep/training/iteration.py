@@ -52,7 +52,7 @@ def norms(crew: Crew, turn: Turn, world: World) -> dict[str, Tensor]:
     return {name: crew.trained[name].gradient_norm(world) for name in turn.trains}
 
 
-def step(run: Run, crew: Crew, norms: Mapping[str, Tensor], num_steps: int, num_updates: int) -> dict[str, float]:
+def step(run: Run, crew: Crew, norms: Mapping[str, float], num_steps: int, num_updates: int) -> dict[str, float]:
     """Clips and steps each role in `norms`, updates the student's average, and returns each role's learning rate.
 
     num_steps: finished iterations of the run. num_updates: earlier steps of the student.

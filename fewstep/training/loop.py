@@ -27,10 +27,10 @@ from fewstep.files import write_json
 from fewstep.networks.contract import Network
 from fewstep.networks.roles import FROZEN, build
 from fewstep.networks.weights.addresses import load_into, locate, read
-from fewstep.parallel import World, is_joined, leave_world
+from fewstep.parallel import World, is_joined, is_lost_process, leave_world
 from fewstep.training import iteration
 from fewstep.training.alone import alone_in
-from fewstep.training.checkpoint import Checkpoints, Progress
+from fewstep.training.checkpoint import POINTER, Checkpoints, Progress
 from fewstep.training.crew import Crew, assemble
 from fewstep.training.errors import Interrupted, TrainingError
 from fewstep.training.guard import refuse_non_finite
@@ -66,7 +66,11 @@ def train(run: Run) -> dict[str, Any]:
         keep_freed_memory()
     try:
         with alone_in(run.job.folder()) if world.is_main else nullcontext():
-            return _train(run, world)
+            return _train(run.on_readers(world.num_readers), world)
+    except RuntimeError as error:
+        if isinstance(error, TrainingError) or world.mesh is None or not is_lost_process(error):
+            raise
+        raise TrainingError(_lost(run, world, error)) from error
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
@@ -136,11 +140,11 @@ def _train(run: Run, world: World) -> dict[str, Any]:
 
             # --- a look at all numbers, then each role's own step
             norms = iteration.norms(crew, turn, world)
-            refuse_non_finite(norms, meter.terms, crew, turn, progress.step, world, checkpoints)
-            rates = iteration.step(run, crew, norms, progress.step, progress.updates)
+            sizes = refuse_non_finite(norms, meter.terms, crew, turn, progress.step, world, checkpoints)
+            rates = iteration.step(run, crew, sizes, progress.step, progress.updates)
             meter.add_step(norms, rates)
-            if monitor is not None and "student" in norms:
-                monitor.add_gradient_norm(float(norms["student"]))
+            if monitor is not None and "student" in sizes:
+                monitor.add_gradient_norm(sizes["student"])
             progress = replace(
                 progress,
                 step=progress.step + 1,
@@ -199,6 +203,17 @@ def _train(run: Run, world: World) -> dict[str, Any]:
 
 
 # --- parts of the above, in its order ---------------------------------------------------------------------------------
+
+
+def _lost(run: Run, world: World, error: RuntimeError) -> str:
+    folder = run.job.folder() / "checkpoints"
+    pointer = folder / POINTER
+    latest = folder / pointer.read_text(errors="replace").strip() if pointer.is_file() else "none"
+    return (
+        f"{run.job.folder()}: process {world.rank} of {world.size} ends because another one has ended or does not answer; that "
+        f"one's messages say why ({str(error).splitlines()[0][:200]}). The last complete checkpoint is {latest}. The same "
+        "command goes on from there; torchrun --max-restarts=3 does so by itself"
+    )
 
 
 def _check_data(run: Run, data: Dataset) -> Batch:

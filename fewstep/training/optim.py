@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -79,30 +79,32 @@ class AdamW:
         # The learning rate is a tensor: changing it never recompiles.
         self.param_groups: list[dict[str, Any]] = [{"params": parameters, "lr": torch.tensor(options.lr)}]
         self.state: dict[Tensor, dict[str, Tensor]] = {parameter: {} for parameter in parameters}
+        self._stepped: list[bool] = []  # which parameters took part in the last step, and their tensors
+        self._tensors: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] = ([], [], [], [])
 
     @torch.no_grad()
     def step(self) -> None:
         """One step of all parameters that have a gradient."""
         (group,) = self.param_groups
-        trained = [parameter for parameter in group["params"] if parameter.grad is not None]
-        states = [self.state_of(parameter) for parameter in trained]
+        stepped = [parameter.grad is not None for parameter in group["params"]]
+        if stepped != self._stepped:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            states = [self.state_of(parameter) for parameter in parameters]
+            averages, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+            self._stepped, self._tensors = stepped, (parameters, averages, squares, steps)
+        parameters, averages, squares, steps = self._tensors
+        gradients = [cast("Tensor", parameter.grad) for parameter in parameters]
         options = self.options
-        adamw(
-            trained,
-            [parameter.grad for parameter in trained],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=self.defaults["fused"],
-            amsgrad=False,
-            beta1=options.betas[0],
-            beta2=options.betas[1],
-            lr=group["lr"],
-            weight_decay=options.weight_decay,
-            eps=options.eps,
-            maximize=False,
-        )
+        settings: dict[str, Any] = {
+            "amsgrad": False, "beta1": options.betas[0], "beta2": options.betas[1], "lr": group["lr"],
+            "weight_decay": options.weight_decay, "eps": options.eps, "maximize": False,
+        }  # fmt: skip
+        if self.defaults["fused"] and parameters and parameters[0].device.type == "cpu":
+            # What `adamw` does after it has sorted the tensors by device and type: here all are alike.
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(parameters, gradients, averages, squares, [], steps, **settings)
+        else:
+            adamw(parameters, gradients, averages, squares, [], steps, fused=self.defaults["fused"], **settings)
 
     def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """The number of its steps and its two moments, made as zeros where there was no step yet."""

@@ -77,10 +77,10 @@ class TrainedRole:
         return [n for n, gradient in gradients.items() if not bool(torch.isfinite(local(gradient)).all())]
 
     @torch.no_grad()
-    def step(self, lr: float, norm: Tensor, updates: int) -> None:
+    def step(self, lr: float, norm: float, updates: int) -> None:
         """Clipping, one optimiser step, then the average; `updates` counts the steps of this role before this one."""
-        if self.optim.clip is not None and float(norm) > self.optim.clip:  # the norm was waited for when it was checked
-            nn.utils.clip_grads_with_norm_(self.weights.values(), self.optim.clip, norm)
+        if self.optim.clip is not None and norm > self.optim.clip:
+            nn.utils.clip_grads_with_norm_(self.weights.values(), self.optim.clip, torch.tensor(norm))
         for group in self.optimizer.param_groups:
             group["lr"].fill_(lr)
         self.optimizer.step()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from fewstep.config import OneOf
+from fewstep.config import ConfigError, OneOf
 from fewstep.data.contract import AnyData
 from fewstep.data.loader import Loader
 from fewstep.environment import output_root
@@ -48,12 +48,17 @@ class Trainer:
     max_iter: int = 1000  # iterations; each is one turn of one or more roles
     batch_size: int = 64  # samples per process (or per context of several) and micro-batch
     grad_accum: int = 1  # micro-batches per iteration; the global batch is batch_size * grad_accum * processes / context
+    global_batch: int | None = None  # samples of an iteration on all processes: decides grad_accum; none: grad_accum decides it
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"  # of compute; weights, optimiser and EMA are fp32 always
     log_every: int = 100  # iterations between two lines of metrics.jsonl
     num_threads: int | None = None  # CPU threads of torch; None: torch's choice. 1 is fastest for the analytic recipes
     compile: bool = False  # torch.compile on every block
-    checkpointing: bool = False  # recompute blocks in backward instead of keeping their activations
+    checkpointing: bool = False  # run blocks again in backward instead of keeping their activations
+    recompute: Literal["blocks", "selective"] = (
+        "blocks"  # with checkpointing: whole blocks; selective: all but their matrix products and attention
+    )
+    recompute_roles: tuple[str, ...] = ()  # with checkpointing: of these roles only; (): of all
     frozen: Literal["compute", "8bit"] = "compute"  # precision frozen weights are kept in; 8bit: Linear layers, needs torchao
     offload_teacher: bool = (
         False  # its weights lie on the CPU between its calls; for a teacher that shares its weights with none
@@ -102,6 +107,22 @@ class Run:
     preview: AnyPreview | None = None
     health: Health = Health()
 
+    def on_readers(self, num: int) -> Run:
+        """The run with the number of micro-batches that its global batch needs on so many processes (or contexts of several).
+
+        So it goes on with the same batches, in the same order and with the same noise, wherever it is resumed.
+        """
+        trainer = self.trainer
+        if trainer.global_batch is None:
+            return self
+        if trainer.global_batch % (trainer.batch_size * num):
+            raise ConfigError(
+                f"trainer.global_batch={trainer.global_batch} cannot be divided among {num} processes with "
+                f"trainer.batch_size={trainer.batch_size}: give a divisor of {trainer.global_batch / num:g} as batch_size, or "
+                "another number of processes"
+            )
+        return replace(self, trainer=replace(trainer, grad_accum=trainer.global_batch // (trainer.batch_size * num)))
+
     def optim_of(self, role: str) -> Optim:
         own = {"critic": self.critic_optim, "head": self.head_optim or self.critic_optim}
         return own.get(role) or self.optim
@@ -111,6 +132,13 @@ class Run:
         for name in ("max_iter", "batch_size", "grad_accum", "log_every"):
             if getattr(trainer, name) < 1:
                 yield f"trainer.{name}", f"must be at least 1, not {getattr(trainer, name)}"
+        unknown = sorted(set(trainer.recompute_roles) - set(self.method.roles))
+        if unknown:
+            yield "trainer.recompute_roles", f"names {', '.join(unknown)}; this method has {', '.join(self.method.roles)}"
+        if not trainer.checkpointing and (trainer.recompute_roles or trainer.recompute != "blocks"):
+            yield "warn:trainer.recompute", "and trainer.recompute_roles have no effect without trainer.checkpointing=true"
+        if trainer.global_batch is not None and trainer.global_batch % trainer.batch_size:
+            yield "trainer.global_batch", f"is {trainer.global_batch}, no multiple of trainer.batch_size={trainer.batch_size}"
         missing = sorted(self.method.needs - self.data.fields)
         if missing:
             yield (

@@ -1,14 +1,22 @@
 """What is done to a network before it is used changes memory and speed, and no gradient."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.batch import Condition
+from fewstep.data.mock import Mock
+from fewstep.methods import DMD2
+from fewstep.networks.lora import Lora
+from fewstep.networks.roles import Full, Networks, build
 from fewstep.networks.tiny import Tiny, TinySpec
 from fewstep.parallel import World, average_gradients, join_world, place
+from fewstep.training.crew import assemble
+from fewstep.training.run import Run, Trainer
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 
@@ -32,6 +40,11 @@ def gradients(net: Tiny, architecture: str) -> dict[str, Tensor]:
 
 
 def saved_bytes(net: Tiny, architecture: str) -> int:
+    x = torch.randn(3, 2, 2, 3, 3) if architecture == "dit" else torch.randn(3, 2)
+    return saved_bytes_of(lambda: net(x, torch.tensor([0.2, 0.6, 0.9]), Condition()))
+
+
+def saved_bytes_of(forward: Callable[[], Any]) -> int:
     """What autograd keeps of one forward for its backward."""
     total = 0
 
@@ -41,8 +54,7 @@ def saved_bytes(net: Tiny, architecture: str) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        x = torch.randn(3, 2, 2, 3, 3) if architecture == "dit" else torch.randn(3, 2)
-        net(x, torch.tensor([0.2, 0.6, 0.9]), Condition())
+        forward()
     return total
 
 
@@ -54,6 +66,59 @@ def test_recomputed_blocks_give_the_same_gradients(architecture: Any) -> None:
     assert saved_bytes(recomputed, architecture) < 0.7 * saved_bytes(plain, architecture)
     want, got = gradients(plain, architecture), gradients(recomputed, architecture)
     assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_selective_recomputation_repeats_no_product_and_keeps_less_than_all() -> None:
+    """The gradients of plain blocks; matrix products and attention run once, as often as without any recomputation."""
+    plain, whole, selective = network("dit"), network("dit"), network("dit")
+    place(plain.module, plain.blocks, ALONE, mode="ddp", compute=torch.float32, trained=True)
+    place(whole.module, whole.blocks, ALONE, mode="ddp", compute=torch.float32, trained=True, checkpointing=True)
+    place(
+        selective.module, selective.blocks, ALONE,
+        mode="ddp", compute=torch.float32, trained=True, checkpointing=True, selective=True,
+    )  # fmt: skip
+    found: list[dict[str, Tensor]] = []
+    counts: list[int] = []
+    for each in (plain, selective, whole):
+        with CountProducts() as counted:
+            found.append(gradients(each, "dit"))
+        counts.append(counted.num)
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in found[0])
+    assert counts[0] == counts[1] < counts[2]
+
+
+@pytest.mark.parametrize(
+    ("roles", "adapters", "expected"),
+    [((), False, {"student", "critic", "teacher"}), (("student",), False, {"student"}), (("critic",), True, {"teacher"})],
+)
+def test_blocks_of_the_roles_that_are_named_run_again(roles: tuple[str, ...], adapters: bool, expected: set[str]) -> None:
+    """Of a backbone that roles share, the blocks do if one of them is named; it is counted by what autograd keeps."""
+    spec = TinySpec("dit", width=24, depth=2, num_heads=2)
+    method, parts = DMD2(), (Lora(rank=2), Lora(rank=2)) if adapters else (Full(), Full())
+    kept: dict[bool, dict[str, int]] = {}
+    for on in (False, True):
+        trainer = Trainer(checkpointing=on, recompute_roles=roles if on else ())
+        run = Run(method, Networks(spec, *parts), Mock((2, 2, 4, 4), None), trainer=trainer)
+        crew = assemble(run, build(run.networks, method.roles, 0), ALONE)
+        modules = {"teacher": crew.modules[0]} if adapters else dict(zip(("student", "teacher", "critic"), crew.modules))
+        sizes = kept[on] = {}
+        for name, whole in modules.items():
+            for parameter in whole.module.parameters():
+                parameter.requires_grad_(True)
+            network = crew.networks["student" if adapters else name]
+            sizes[name] = saved_bytes_of(
+                lambda network=network: network(torch.randn(1, 2, 2, 4, 4), torch.tensor([0.5]), Condition())
+            )
+    assert {name for name in kept[True] if kept[True][name] < 0.8 * kept[False][name]} == expected
+
+
+class CountProducts(TorchDispatchMode):
+    num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        words = ("aten::mm", "aten::addmm", "aten::bmm", "attention")
+        self.num += any(word in func.name() for word in words)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.slow

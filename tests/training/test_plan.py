@@ -63,7 +63,7 @@ def measured(run: Run) -> int:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             for _ in iteration.gradients(run, crew, turn, [part]):
                 pass
-            iteration.step(run, crew, iteration.norms(crew, turn, ALONE), step, 0)
+            iteration.step(run, crew, {name: float(norm) for name, norm in iteration.norms(crew, turn, ALONE).items()}, step, 0)
         assert seen.profiler is not None and seen.profiler.kineto_results is not None
         events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
         level = peak = 0

@@ -306,7 +306,7 @@ def _iterate(run: Run, crew: Crew, turn: Turn, step: int, batch: Batch, ledger: 
             ledger.hold(grads, f"{name}.gradients")
     norms = iteration.norms(crew, turn, world)
     # Of eight bits, the step is compiled, and holds one weight's temporaries. The norm of fakes has no value: 1e9 is clipped.
-    stepped = {name: torch.tensor(1e9) for name in norms if crew.trained[name].optim.states == "fp32"}
+    stepped = {name: 1e9 for name in norms if crew.trained[name].optim.states == "fp32"}
     iteration.step(run, crew, stepped, step, 0)
 
 
