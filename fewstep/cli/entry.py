@@ -17,6 +17,9 @@ from fewstep.errors import UserError, printable
 VERBS = (
     "distill",
     "train",
+    "sweep",
+    "compare",
+    "launch",
     "plan",
     "export",
     "convert",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,15 +25,24 @@ LISTS = {
 
 @app.command(name="ls")
 def list_names(
-    what: Annotated[str, typer.Argument(help=f"One of {', '.join(LISTS)}, settings.")] = "recipes",
+    what: Annotated[str, typer.Argument(help=f"One of {', '.join(LISTS)}, settings, runs.")] = "recipes",
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="GROUP=NAME", help="With settings: method=dmd2, experiment=NAME, ..")
+        list[str] | None,
+        typer.Argument(metavar="GROUP=NAME", help="With settings: method=dmd2, experiment=NAME, ..; with runs: a folder."),
     ] = None,
+    by: Annotated[str | None, option("--by", "With runs: score to sort by. Default: the first that previews measure.")] = None,
+    highest: Annotated[bool, option("--highest", "With runs: the highest score is the best.")] = False,
     as_json: Annotated[bool, option("--json", JSON)] = False,
 ) -> None:
-    """List the names that a configuration can use, or every setting of one of them: fewstep ls settings method=dmd2."""
+    """List the names that a configuration can use, or every setting of one of them: fewstep ls settings method=dmd2.
+
+    fewstep ls runs [FOLDER] --by SCORE  lists the run folders below OUTPUT_ROOT, the best first
+    """
+    if what == "runs":
+        _print_runs(names or [], by, highest, as_json)
+        return
     if what not in (*LISTS, "settings"):
-        raise UsageError(f"there is no list of {what!r}; there are {', '.join(LISTS)} and settings.")
+        raise UsageError(f"there is no list of {what!r}; there are {', '.join(LISTS)}, settings and runs.")
     if (what == "settings") != bool(names):
         raise UsageError("fewstep ls settings GROUP=NAME, for instance method=dmd2 or experiment=analytic_kd.")
     from fewstep.config import choices, presets, settings_help
@@ -62,6 +72,35 @@ def list_names(
         print(json.dumps([{"name": name, "about": about} for name, about in rows.items()]))
         return
     _print_rows(rows)
+
+
+def _print_runs(places: Sequence[str], by: str | None, highest: bool, as_json: bool) -> None:
+    """Run folders with their method, progress and first scores, sorted by one."""
+    if len(places) > 1 or (places and not Path(places[0]).is_dir()):
+        raise UsageError(f"fewstep ls runs [FOLDER]: {' '.join(places)} is no folder.")
+    from fewstep.environment import output_root
+    from fewstep.training.records import best_first, find_runs, number, score_of, table
+
+    root = Path(places[0]) if places else output_root()
+    records = list(find_runs(root))
+    score = score_of(records, by)
+    ordered = best_first(records, score, highest) if score else records
+    if as_json:
+        rows = [
+            {"folder": str(r.folder), "state": r.state, "step": r.step, "settings": dict(r.settings), "values": dict(r.values)}
+            for r in ordered
+        ]
+        print(json.dumps(rows))
+        return
+    if not records:
+        print(f"no runs in {root}")
+        return
+    columns: list[str] = list(dict.fromkeys([score or "", *(name for r in records for name in r.scores)]))[:3]
+    lines = [("run", "method", "step", "state", *columns)]
+    for record in ordered:
+        cells = (record.name, record.settings.get("method.kind", "-"), str(record.step), record.state)
+        lines.append((*cells, *(number(record.values.get(name)) for name in columns)))
+    print(table(lines))
 
 
 def _print_rows(rows: Mapping[str, str], indent: str = "") -> None:

@@ -66,17 +66,10 @@ def run(
         return True
     began = time.monotonic()
     lanes = [
-        _Lane(lane, f"[{n + 1}] " if len(stage.lanes) > 1 else "", preload, num_threads) for n, lane in enumerate(stage.lanes)
+        _Lane(iter(lane), f"[{n + 1}] " if len(stage.lanes) > 1 else "", preload, num_threads)
+        for n, lane in enumerate(stage.lanes)
     ]
-    with _ended_like_ctrl_c():
-        try:
-            for lane in lanes:
-                lane.start()
-            for lane in lanes:
-                lane.ended.wait()
-        except BaseException:
-            _end(lanes)
-            raise
+    _run(lanes)
     if any(lane.failed for lane in lanes):
         advice = f". {stage.advice}" if stage.advice else ""
         if stage.is_optional:
@@ -92,6 +85,26 @@ def run(
     write_json(marker, about | {"about": stage.about})
     print(f"    {about['seconds']} s", flush=True)
     return True
+
+
+def run_each(commands: Sequence[Iterator[Command]], preload: str = IMPORTS, num_threads: int | None = None) -> list[Command]:
+    """Runs the commands of each iterator, one after the other, beside those of the others. Returns those that failed."""
+    marks = [f"[{number + 1}] " if len(commands) > 1 else "" for number in range(len(commands))]
+    lanes = [_Lane(each, mark, preload, num_threads, ends_at_failure=False) for each, mark in zip(commands, marks, strict=True)]
+    _run(lanes)
+    return [command for lane in lanes for command in lane.failed]
+
+
+def _run(lanes: Sequence[_Lane]) -> None:
+    with _ended_like_ctrl_c():
+        try:
+            for lane in lanes:
+                lane.start()
+            for lane in lanes:
+                lane.ended.wait()
+        except BaseException:
+            _end(lanes)
+            raise
 
 
 @contextmanager
@@ -130,11 +143,14 @@ def _say(text: str) -> None:
 class _Lane(threading.Thread):
     """Runs its commands one after the other, up to the first that fails, and passes on what they say."""
 
-    def __init__(self, commands: Sequence[Command], mark: str, preload: str, num_threads: int | None):
+    def __init__(
+        self, commands: Iterator[Command], mark: str, preload: str, num_threads: int | None, ends_at_failure: bool = True
+    ):
         super().__init__()
         self.commands, self.mark = commands, mark
-        self.preload, self.num_threads = preload, num_threads
-        self.failed, self._stopped = False, False
+        self.preload, self.num_threads, self.ends_at_failure = preload, num_threads, ends_at_failure
+        self.failed: list[Command] = []
+        self._stopped = False
         self.ended = threading.Event()  # to be waited for: a join() that Ctrl-C breaks takes the thread for ended (Python 3.11)
         self._running: subprocess.Popen[str] | Copy | None = None
 
@@ -157,8 +173,9 @@ class _Lane(threading.Thread):
                 for line in process.stdout:
                     _say(f"    {self.mark}{line.rstrip()}")
             if process.wait() != 0:
-                self.failed = True
-                return
+                self.failed.append(command)
+                if self.ends_at_failure:
+                    return
 
     def stop(self, number: int) -> None:
         self._stopped = True

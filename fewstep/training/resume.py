@@ -6,8 +6,6 @@ Refused is what the weights of a checkpoint were not trained for: another method
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +16,9 @@ from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.errors import UserError
 from fewstep.files import read_json, some, write_text
 from fewstep.training.checkpoint import POINTER, read_progress
+from fewstep.training.records import CONFIG, flat
 from fewstep.training.run import Run
 
-CONFIG = "config.yaml"
 ABSENT = "(not there)"
 # Settings of networks that say where weights come from; the other ones say what network it is.
 ADDRESSES = ("init", "teacher_init", "pretrained", "branches", "text_projection_from")
@@ -101,8 +99,8 @@ def changes_in(folder: Path, run: Run) -> tuple[Change, ...]:
         return (Change(CONFIG, f"cannot be read ({error})", "this run's"),)
     with suppress(ConfigError):  # of another version; as this one would write it
         written = dump(parse(type(run), written))
-    before = dict(_flat(written, ""))
-    after = dict(_flat(read_yaml_mapping(to_yaml(run), "the run"), ""))
+    before = dict(flat(written))
+    after = dict(flat(read_yaml_mapping(to_yaml(run), "the run")))
     changes = [
         Change(key, before.get(key, ABSENT), after.get(key, ABSENT))
         for key in (after | before)
@@ -124,11 +122,3 @@ def write_config(folder: Path, run: Run) -> Path | None:
         path.rename(kept)
     write_text(path, text)
     return kept
-
-
-def _flat(value: Any, key: str) -> Iterator[tuple[str, str]]:  # Any: plain data, as YAML has them
-    if isinstance(value, Mapping) and value:
-        for name, item in value.items():
-            yield from _flat(item, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, "none" if value is None else value if isinstance(value, str) else json.dumps(value)
