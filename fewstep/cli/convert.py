@@ -29,6 +29,10 @@ def convert(
         str,
         option("--dtype", "Type of the tensors: keep, fp32, bf16 or fp16.", callback=one_of("keep", "fp32", "bf16", "fp16")),
     ] = "keep",
+    add: Annotated[
+        list[str] | None,
+        option("--add", "Add a delta of `fewstep export --format delta`, or adapters: FILE or FILE:SCALE; may be repeated."),
+    ] = None,
     lora_scale: Annotated[
         float | None, option("--lora-scale", "Add adapters in the file to its weights, multiplied by this number.")
     ] = None,
@@ -49,5 +53,7 @@ def convert(
     with imports():
         from fewstep.networks.weights.convert import from_words
 
-    for written in from_words(source, out, base, control or [], ctrl_type, checkpoint_dir, model, dtype, lora_scale, parts):
+    for written in from_words(
+        source, out, base, control or [], ctrl_type, checkpoint_dir, model, dtype, lora_scale, parts, add or ()
+    ):
         print(written)

@@ -10,7 +10,7 @@ import typer
 from fewstep.cli.app import app
 from fewstep.cli.options import OWN, folder_to_write, imports, load, next_step, one_of, option
 
-FORMS = ("auto", "diffusers", "safetensors", "pt-original", "lora")
+FORMS = ("auto", "diffusers", "safetensors", "pt-original", "lora", "delta")
 
 
 @app.command()
@@ -25,6 +25,10 @@ def export(
     text_encoder: Annotated[
         str | None, option("--text-encoder", "Folder or hub id of another text encoder than that of --base.")
     ] = None,
+    add: Annotated[
+        list[str] | None, option("--add", "Add a delta or adapters to the weights, FILE or FILE:SCALE; may be repeated.")
+    ] = None,
+    rank: Annotated[int | None, option("--rank", "With --format delta: also write it as adapters of this rank.")] = None,
     config: Annotated[Path | None, OWN] = None,
 ) -> None:
     """Write the student of a run (its moving average) as plain diffusers or in another form, with a model card."""
@@ -33,6 +37,7 @@ def export(
         from fewstep.export.export import checked_form
         from fewstep.export.export import export as write
 
-    for path in write(run, out, checked_form(form), base, codec=codec, text_encoder=text_encoder):
+    pipeline = {"codec": codec, "text_encoder": text_encoder}
+    for path in write(run, out, checked_form(form), base, **pipeline, add=add or (), rank=rank):
         print(path)
     next_step("fewstep", "generate", out, "--prompt", "...")

@@ -34,6 +34,13 @@ def prepare_toyworld(
     seed: Annotated[int, option("--seed", "Seed of the series of clips.")] = 0,
     height: Annotated[int, option("--height", "Height of a clip in pixels.")] = 32,
     width: Annotated[int, option("--width", "Width of a clip in pixels.")] = 32,
+    gravity: Annotated[float, option("--gravity", "Gravity of every clip, in units of the world's own.")] = 1.0,
+    palette: Annotated[
+        str,
+        option(
+            "--palette", "Colours of the objects: bright, or deep (the same hues, darker).", callback=one_of("bright", "deep")
+        ),
+    ] = "bright",
     workers: Annotated[int, option("--workers", "Number of processes that render; 0 renders in this one.")] = 2,
     only: Annotated[str | None, option("--only", "Write only these folders, separated by commas: videos,metas,edge.")] = None,
     text_encoder: Annotated[
@@ -44,7 +51,8 @@ def prepare_toyworld(
     from fewstep.toyworld.dataset import write
     from fewstep.toyworld.physics import World
 
-    world, names = World(height=height, width=width), only.split(",") if only is not None else None
+    world = World(height=height, width=width, gravity_scale=(gravity, gravity), palette=palette)  # pyright: ignore[reportArgumentType]  # one of the two, which the option checks
+    names = only.split(",") if only is not None else None
     num_new = write(out, num, seed, world, workers, names, text_encoder or TOY)
     print(f"{out}: {num} clips, {num_new} of them new")
     next_step("fewstep", "check", "data", out)

@@ -4,6 +4,7 @@
     safetensors   student.safetensors, for any network
     pt-original   model.pt (and its fp32 and bf16 moving averages) in the names of the original Cosmos code
     lora          adapters in the names of diffusers/peft and of kohya/ComfyUI
+    delta         the weights less the teacher's, and with a rank the adapters nearest to that
 
 Beside each lie student.json and README.md: the schedule, and the envelope that it was trained in.
 """
@@ -13,12 +14,12 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.config import ConfigError
 from fewstep.config.text import read_text, read_yaml_mapping
@@ -32,7 +33,7 @@ from fewstep.inference.model import networks_of, of_run
 from fewstep.networks.weights.addresses import locate, read
 from fewstep.training.checkpoint import read_progress
 
-Form = Literal["auto", "diffusers", "safetensors", "pt-original", "lora"]
+Form = Literal["auto", "diffusers", "safetensors", "pt-original", "lora", "delta"]
 
 
 def checked_form(name: str) -> Form:
@@ -50,11 +51,14 @@ def export(
     *,
     codec: str | None = None,
     text_encoder: str | None = None,
+    add: Sequence[str] = (),
+    rank: int | None = None,
 ) -> list[Path]:
     """Writes the export, whole or not at all, and returns its files. An earlier export in `out` is replaced; other files stay.
 
     base: a pipeline, folder or hub id; the diffusers form takes its vae, text encoder and tokenizer, which no run has.
     codec, text_encoder: others than those of the base, or where there is none.
+    add: files of deltas or adapters, FILE or FILE:SCALE, that are added to the weights. rank: of the adapters beside a delta.
     """
     folder, role = locate(address)
     usual, why = _usual_form(folder.parent.parent)
@@ -68,15 +72,21 @@ def export(
     unused = [name for name, value in given.items() if value is not None]
     if unused and form != "diffusers":
         raise UserError(f"{unused[0]} has no effect with --format {form}: only a diffusers folder holds a pipeline")
+    if rank is not None and form != "delta":
+        raise UserError(f"--rank has no effect with --format {form}: it is of the adapters beside a delta")
+    if add and form in ("lora", "pt-original"):
+        raise UserError(f"--add cannot be written with --format {form}: take diffusers, safetensors or delta")
     parts = Base.of(base, codec, text_encoder)
     files = _files_beside(out)
     with whole_folder(out, replaces=True) as partial:
-        _write(f"{folder}:{role}", folder, role, partial, form, parts)
+        _write(f"{folder}:{role}", folder, role, partial, form, parts, add, rank)
         _keep(files, out, partial)
     return sorted(path for path in out.rglob("*") if path.is_file() and path.relative_to(out) not in files)
 
 
-def _write(address: str, checkpoint: Path, role: str, out: Path, form: Form, base: Base) -> None:
+def _write(
+    address: str, checkpoint: Path, role: str, out: Path, form: Form, base: Base, add: Sequence[str], rank: int | None
+) -> None:
     run = checkpoint.parent.parent
     if not (run / CARD).is_file():
         raise UserError(f"{run}: has no {CARD}: its method makes nothing that is sampled, a tokenizer for instance")
@@ -84,7 +94,9 @@ def _write(address: str, checkpoint: Path, role: str, out: Path, form: Form, bas
     card = StudentCard.read(run, "It is written anew when the run goes on")
     card = replace(card, source=run.name, role=role, step=read_progress(checkpoint).step)
     config = read_yaml_mapping(read_text(run / "config.yaml"), str(run / "config.yaml"))
-    if form == "safetensors" and not _is_lora(config):
+    if add:
+        card = replace(card, notes=(f"To the weights of the run were added: {', '.join(Path(file).name for file in add)}.",))
+    if form == "safetensors" and not _is_lora(config) and not add:
         _save(read(address), out / "student.safetensors", card)
     else:
         try:
@@ -94,6 +106,7 @@ def _write(address: str, checkpoint: Path, role: str, out: Path, form: Form, bas
                 f"{run}: cannot be built here, which --format {form} needs ({error}). If its network is your own, "
                 "take --format safetensors"
             ) from None
+        _add(model.network.module, add)
         if form == "safetensors":
             _save(model.network.module.state_dict(), out / "student.safetensors", card)
         elif form == "diffusers":
@@ -108,6 +121,10 @@ def _write(address: str, checkpoint: Path, role: str, out: Path, form: Form, bas
             from fewstep.export.lora import write_lora
 
             card = replace(card, notes=write_lora(address, networks, out))
+        elif form == "delta":
+            from fewstep.export.delta import write_delta
+
+            card = replace(card, notes=(*card.notes, *write_delta(model, networks, out, rank)))
     index = out / "model_index.json"
     runs_code = index.is_file() and isinstance(read_json(index, "Export it again").get("_class_name"), list)
     summary = run / "summary.json"
@@ -117,6 +134,15 @@ def _write(address: str, checkpoint: Path, role: str, out: Path, form: Form, bas
     card = replace(card, files=tuple(sorted(names | {CARD, "README.md"})))
     write_text(out / "README.md", model_card(card, config, scores, form, runs_code))
     card.write(out)
+
+
+def _add(module: nn.Module, files: Sequence[str]) -> None:
+    from fewstep.networks.files.stored import Stored
+    from fewstep.networks.weights.deltas import added
+
+    for file in files:
+        weights = {name: Stored.of(tensor) for name, tensor in module.state_dict().items()}
+        module.load_state_dict({name: stored.read() for name, stored in added(weights, file).items()}, strict=True)
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, card: StudentCard) -> None:

@@ -21,6 +21,7 @@ _OPENS = {
     "safetensors": "`student.safetensors` holds the weights; `student.json` tells what they are the weights of.",
     "pt-original": "`model.pt` and its moving averages are in the names of the original Cosmos code.",
     "lora": "`pytorch_lora_weights.safetensors` is for diffusers and peft, `kohya_lora.safetensors` for ComfyUI and others.",
+    "delta": "`delta.safetensors` is what distillation changed, for `fewstep convert TUNED OUT --add delta.safetensors`.",
 }
 
 

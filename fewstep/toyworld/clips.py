@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fewstep.errors import UserError
 from fewstep.toyworld import raycast
 from fewstep.toyworld.captions import caption
-from fewstep.toyworld.physics import COLOURS, Event, Scene, Trajectory, World, simulate
+from fewstep.toyworld.physics import Event, Scene, Trajectory, World, simulate
 from fewstep.toyworld.raycast import Camera
 from fewstep.toyworld.scenes import specification
 from fewstep.toyworld.workers import spawned
@@ -86,7 +86,7 @@ def _job(arguments: tuple[World, int, int, float | None]) -> Clip:
 def render(world: World, scene: Scene, *, seed: int = -1, index: int = -1) -> Clip:
     """The clip of a scene of your own; `seed` and `index` are only noted in it."""
     path = simulate(world, scene)
-    solids = [raycast.Solid(b.shape, b.size_m, COLOURS[b.colour]) for b in scene.bodies]
+    solids = [raycast.Solid(b.shape, b.size_m, world.paint(b.colour)) for b in scene.bodies]
     frames = raycast.render(world.stage, solids, path.positions)
     return Clip(
         rgb=frames.rgb,
@@ -111,7 +111,7 @@ def _keypoints(world: World, scene: Scene, path: Trajectory) -> NDArray[np.float
     offsets = np.array([np.concatenate([np.zeros((1, 3)), signs * b.size_m * (b.shape == "box")]) for b in scene.bodies])
     points = path.positions[:, :, None] + offsets  # (T, N, 9, 3)
     num_frames, num = points.shape[:2]
-    solids = [raycast.Solid(b.shape, b.size_m, COLOURS[b.colour]) for b in scene.bodies]
+    solids = [raycast.Solid(b.shape, b.size_m, world.paint(b.colour)) for b in scene.bodies]
     owner, depth = raycast.first_hit(world.stage, solids, path.positions, points.reshape(num_frames, num * 9, 3))
     owner, depth = owner.reshape(num_frames, num, 9), depth.reshape(num_frames, num, 9)
     image = world.camera.project(points)

@@ -122,7 +122,9 @@ def _claimed(out: Path, num: int, seed: int, world: World) -> tuple[Layout, _Lab
         try:
             before = json.loads(path.read_text())
             num_before, labels = int(before["num"]), {int(label["index"]): label for label in before["clips"]}
-            other = [key for key, value in _plain({"seed": seed, "world": asdict(world)}).items() if before[key] != value]
+            played = asdict(World()) | before["world"]  # a setting that its version did not have was at its default
+            wanted = _plain({"seed": seed, "world": asdict(world)})
+            other = [key for key in wanted if _plain({"seed": before["seed"], "world": played})[key] != wanted[key]]
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path}: damaged ({error!r}). Remove {out} and prepare it again") from None
         if other:

@@ -38,6 +38,9 @@ COLOURS: dict[Colour, raycast.RGB] = {  # hues at least 44 degrees apart, and no
 }
 
 
+Palette = Literal["bright", "deep"]
+
+
 class SceneError(UserError):
     """A scene this world cannot play: objects that start inside one another, or come to lie on one another."""
 
@@ -67,6 +70,7 @@ class World:
     lanes_m: tuple[float, ...] = (4.6, 5.8, 7.0)  # z of the lanes; further apart than any two objects are wide
     sphere_sizes_m: tuple[float, float] = (0.36, 0.50)  # radius
     box_sizes_m: tuple[float, float] = (0.32, 0.42)  # half of an edge
+    palette: Palette = "bright"  # of the objects; deep: the same hues, darker
 
     def __post_init__(self) -> None:
         problems = []
@@ -110,6 +114,12 @@ class World:
             ambient=0.55,
             supersample=self.supersample,
         )
+
+    def paint(self, colour: Colour) -> raycast.RGB:
+        """How an object of this colour looks in full light."""
+        red, green, blue = COLOURS[colour]
+        share = 1.0 if self.palette == "bright" else 0.72
+        return share * red, share * green, share * blue
 
     @property
     def duration_s(self) -> float:

@@ -21,6 +21,11 @@ class Stored:
         None  # by offsets and sizes; of distributed checkpoints
     )
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> Stored:
+        """A tensor that is in memory."""
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize

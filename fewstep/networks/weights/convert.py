@@ -41,6 +41,7 @@ from fewstep.networks.files import hub
 from fewstep.networks.files.stored import Stored
 from fewstep.networks.files.tensor_files import SUFFIXES, open_tensors, split, write_safetensors
 from fewstep.networks.weights.addresses import Collected, Piece, collect, of_run, pieces_of, tell
+from fewstep.networks.weights.deltas import added
 
 SHARD_BYTES = 5 * 10**9
 SIZES = "network.yaml"  # beside weights of sizes never published: their network, as a configuration has it
@@ -69,6 +70,7 @@ def convert(
     dtype: Dtype = "keep",
     lora_scale: float | None = None,
     parts: int | None = None,
+    add: Sequence[str] = (),
 ) -> list[Written]:
     """What was written. `source`, or `base` and `control` which are put together; `out` says by its ending into what."""
     if parts is not None and (parts < 2 or out is None or out.suffix not in (".pt", ".pth")):
@@ -78,7 +80,7 @@ def convert(
         if out is None:
             raise UserError("convert: say what to write: OUT.pt, OUT.safetensors or OUT/")
         tell(run)
-        return _write(out, run, model, dtype, parts)
+        return _write(out, _with(run, add), model, dtype, parts)
     pieces = _pieces(source, base, control)
     if out is None:
         if len(pieces) != 2:
@@ -88,7 +90,7 @@ def convert(
         out = Path(pieces[0][1]).parent / "checkpoints_teacher" / Path(pieces[1][1]).name
     if out.exists() and any(Path(place).resolve() == out.resolve() for _, place, _ in pieces):
         raise UserError(f"convert: '{out}' is what is read; write it elsewhere")
-    if out.suffix in (".pt", ".pth") and len(pieces) > 1 and lora_scale is None:
+    if out.suffix in (".pt", ".pth") and len(pieces) > 1 and lora_scale is None and not add:
         union = _union(pieces)
         if union is not None:
             _keep_sizes(pieces, out)
@@ -98,7 +100,13 @@ def convert(
     for file in found.files:
         _refuse_odd(file.tensors, file.source)
     tell(found)
-    return _write(out, found, model, dtype, parts)
+    return _write(out, _with(found, add), model, dtype, parts)
+
+
+def _with(weights: Collected, add: Sequence[str]) -> Collected:
+    for file in add:
+        weights = replace(weights, tensors=added(weights.tensors, file))
+    return weights
 
 
 def _write(out: Path, weights: Collected, model: str | None, dtype: Dtype, parts: int | None) -> list[Written]:
@@ -125,6 +133,7 @@ def from_words(
     dtype: str,
     lora_scale: float | None = None,
     parts: int | None = None,
+    add: Sequence[str] = (),
 ) -> list[Written]:
     """What the words of the command line ask for."""
     if dtype not in ("keep", *DTYPES):
@@ -139,7 +148,9 @@ def from_words(
             raise UserError(f"convert: there is no {' and no '.join(lacking)}")
     if base is not None and source is not None and out is None:
         source, out = None, Path(source)  # one word beside --base is what to write
-    return convert(source, out, base=base, control=control, model=model, dtype=dtype, lora_scale=lora_scale, parts=parts)  # pyright: ignore[reportArgumentType]  # words, which convert checks
+    return convert(
+        source, out, base=base, control=control, model=model, dtype=dtype, lora_scale=lora_scale, parts=parts, add=add
+    )  # pyright: ignore[reportArgumentType]  # words, which convert checks
 
 
 def teacher_pieces(ctrl_type: str, checkpoint_dir: str) -> tuple[str, str]:
