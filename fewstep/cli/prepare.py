@@ -13,6 +13,7 @@ from fewstep.cli.options import (
     CONTROLS,
     DEVICE,
     PRESETS,
+    UsageError,
     crf,
     folder_to_read,
     folder_to_write,
@@ -48,6 +49,8 @@ def prepare_toyworld(
     ] = None,
 ) -> None:
     """Render the toy world: videos, captions and their embeddings, edge, vis, depth, seg and keypoint files."""
+    if not 0 < gravity < float("inf"):
+        raise UsageError(f"--gravity {gravity:g}: give a number above 0, in units of the world's own gravity.")
     from fewstep.toyworld.dataset import write
     from fewstep.toyworld.physics import World
 
