@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fewstep.config import ConfigError, dump, parse, to_yaml
+from fewstep.config import ConfigError, parse, to_yaml
 from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.errors import UserError
 from fewstep.files import read_json, some, write_text
@@ -98,7 +98,7 @@ def changes_in(folder: Path, run: Run) -> tuple[Change, ...]:
     except ConfigError as error:
         return (Change(CONFIG, f"cannot be read ({error})", "this run's"),)
     with suppress(ConfigError):  # of another version; as this one would write it
-        written = dump(parse(type(run), written))
+        written = read_yaml_mapping(to_yaml(parse(type(run), written)), str(path))
     before = dict(flat(written))
     after = dict(flat(read_yaml_mapping(to_yaml(run), "the run")))
     changes = [
