@@ -21,7 +21,8 @@ PAGE = Path(__file__).parent / "options.md"
 HEAD = """# Options
 
 One thing has one name in every verb. The first spelling is the one of the documents; the others are understood everywhere, and
-so is an underscore for a dash (`--num_steps`). If an option is given twice, the last value counts. The `--help` of a verb says
+so is an underscore for a dash (`--num_steps`). If an option is given twice, the last value counts, and a
+note says so. The `--help` of a verb says
 what its options mean there; settings of a run (`optim.lr=1e-5`) are in [configuration.md](configuration.md). This page is
 written by `python docs/list_options.py`.
 

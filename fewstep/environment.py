@@ -9,6 +9,8 @@ from pathlib import Path
 
 from fewstep.errors import UserError
 
+DEVICES = r"(cpu|cuda|mps|xpu)(:\d{1,3})?"  # names of devices, as torch has them
+
 
 @dataclass(frozen=True)
 class Ranks:

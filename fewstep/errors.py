@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any
+
+_BARS = re.compile(r"\r[^\x00-\x1f\x7f-\x9f]*|(\n|\x1b\[A)*")  # what bars of other libraries write: a line anew, lines up
+
 
 class UserError(ValueError):
     """Raised on purpose, with a message for the user; the command line prints it as one line, without a traceback.
 
     Any other ValueError is a fault of ours and keeps its traceback.
     """
+
+
+class Terminal:
+    """A stream of text through which no name of a file, or other text from elsewhere, commands a terminal."""
+
+    def __init__(self, stream: Any):  # Any: what stands for a terminal, under pytest for instance
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self.stream.write(text if _BARS.fullmatch(text) else printable(text))
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def plain_streams() -> Iterator[None]:
+    """Within, all that this process prints goes through `printable`, whoever prints it."""
+    with redirect_stdout(Terminal(sys.stdout)), redirect_stderr(Terminal(sys.stderr)):  # pyright: ignore[reportArgumentType]  # as is written to
+        yield
+
+
+def unfiltered(stream: Any) -> Any:  # Any: as above
+    """The terminal itself, for bars that are drawn with its commands; their text is made printable before."""
+    return stream.stream if isinstance(stream, Terminal) else stream
 
 
 def printable(text: str) -> str:

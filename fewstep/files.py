@@ -2,11 +2,15 @@
 
     with whole_file(path) as partial: ...      write to `partial`; it takes the place of `path` when the block ends
     with whole_folder(path) as partial: ...    the same for a folder
-    write_text(path, text)   write_json(path, data)   read_json(path, advice)
+    write_text(path, text)   write_json(path, data)   write_tensors(path, tensors)   write_torch(path, value)
     with lock(path): ...                       one process at a time
+    Lines(path)                                a log, to which lines are added
+    read_json(path, advice)
 
-A file is whole or not there: it is written beside its place under a hidden name, flushed to the disk, and renamed. That hidden
-file is always a new one: a link that stands in its place, or in the place of a lock, is never followed.
+No other module creates, renames or removes a file (tests/test_files.py). A file is whole or not there: it is written beside its
+place under a hidden name, flushed to the disk, and renamed. That hidden file is always a new one: a link that stands in its
+place, or in the place of a lock or a log, is never followed. What cannot be written is one UserError with the path and what to
+do.
 """
 
 from __future__ import annotations
@@ -18,30 +22,44 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from fewstep.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of file systems that have none
+_WORDS_OF_FULL = ("No space left", "Disk quota exceeded", "File too large")  # of libraries whose errors carry no number
+_ADVICE = {  # what to do about an error of the file system
+    **dict.fromkeys(FULL, "Free some space and run the same command again"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Change its permissions, or choose another place"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "A file stands where a folder is needed: choose another name, or move it"),
+    **dict.fromkeys((errno.EISDIR, errno.ENOTEMPTY), "A folder stands there: choose another name, or move it"),
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.ELOOP: "Links are not followed here: remove it",
+    errno.EIO: "The disk failed: choose another place",
+}
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)  # of file systems that have none
 _MAX_TEXT_BYTES = 2**28  # of a text file or a JSON file
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class DiskFull(UserError, OSError):  # noqa: N818  # reads as what it is
-    """A file could not be written whole because the disk, the quota or the inodes are used up."""
+class WriteError(UserError, OSError):
+    """A file or folder could not be written; what stood there before is as it was."""
 
-    def __init__(self, message: str):
+    def __init__(self, message: str, number: int):
         super().__init__(message)
-        self.errno = errno.ENOSPC
+        self.errno = number
 
 
 class Locked(UserError):  # noqa: N818  # reads as what it is
     """Another process holds the lock of a folder; `owner` is what it wrote into the lock's file."""
 
-    def __init__(self, folder: Path, owner: str):
+    def __init__(self, folder: Path, owner: str = ""):
         super().__init__(f"{folder}: another process writes here. Wait for it, or end it")
         self.owner = owner
 
@@ -50,22 +68,20 @@ class Locked(UserError):  # noqa: N818  # reads as what it is
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike[str], shared: bool = False) -> Iterator[Path]:
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """The hidden path to write to, as an empty file; it takes the place of `path` when the block ends without an error.
 
-    A kill leaves at most the hidden file, which no reader of this package sees and the next writer replaces.
-    shared: several processes may write the same content to `path` at once; each gets a hidden path of its own.
-    Raises DiskFull if there is no room for it.
+    A kill leaves at most the hidden file, which no reader of this package sees and the next writer replaces. Two processes that
+    write `path` at once have a hidden file each.
     """
     target = Path(path)
-    partial = _beside(target, shared)
-    with _tidy(target, partial):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove(partial)
-        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
+    reason = unfit(target, is_folder=False) if target.exists() else None
+    if reason is not None:
+        raise UserError(f"{target}: {reason}")
+    with _beside(target) as partial, writing(target, partial):
         yield partial
         _flush(partial)
-        partial.replace(target)
+        _rename(partial, target)
 
 
 @contextmanager
@@ -73,41 +89,124 @@ def whole_folder(path: str | os.PathLike[str], replaces: bool = False) -> Iterat
     """The hidden folder to write into; it takes the place of `path` when the block ends without an error.
 
     replaces: a folder at `path` is removed at that moment; without it `path` must be an empty folder, or none.
-    Raises DiskFull if there is no room for it.
+    Raises Locked if another process is at it.
     """
     target = Path(path)
-    partial = _beside(target)
-    with _tidy(target, partial):
-        remove(partial)
-        partial.mkdir(parents=True)
+    with _beside(target, is_folder=True) as partial, writing(target, partial):
+        former = restore(target)
         yield partial
         for file in partial.rglob("*"):
             if file.is_file() and not file.is_symlink():
                 _flush(file)
-        former = target.with_name(f".{target.name}.former.partial")
         remove(former)
         if target.is_dir() and not replaces:
             target.rmdir()
         elif target.is_dir():
-            target.replace(former)
-        partial.replace(target)
+            _rename(target, former)
+        _rename(partial, target)
         remove(former)
 
 
-def write_bytes(path: str | os.PathLike[str], content: bytes, shared: bool = False) -> None:
+def restore(path: Path) -> Path:
+    """Puts a folder back that a kill left beside its place, between the two renames that replace it; returns where it was."""
+    former = path.with_name(f".{path.name}.former.partial")
+    if former.is_dir() and not former.is_symlink() and not path.exists():
+        move(former, path)
+    return former
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that must not be there yet, open for writing; on the disk when the block ends. For folders not yet in place."""
+    with writing(path), os.fdopen(_open(path, _NEW), "w+b") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Writes a file, whole or not at all."""
-    with whole_file(path, shared) as partial:
+    with whole_file(path) as partial:
         partial.write_bytes(content)
 
 
-def write_text(path: str | os.PathLike[str], text: str, shared: bool = False) -> None:
+def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a text file in UTF-8, whole or not at all."""
-    write_bytes(path, text.encode(), shared)
+    write_bytes(path, text.encode())
 
 
-def write_json(path: str | os.PathLike[str], data: Any, indent: int | None = 1, shared: bool = False) -> None:
+def write_json(path: str | os.PathLike[str], data: Any, indent: int | None = 1) -> None:
     """Writes plain data as JSON, whole or not at all."""
-    write_text(path, json.dumps(data, indent=indent) + "\n", shared)
+    write_text(path, json.dumps(data, indent=indent) + "\n")
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes tensors as safetensors, whole or not at all."""
+    from safetensors.torch import save_file
+
+    with whole_file(path) as partial:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+
+
+def write_torch(path: str | os.PathLike[str], value: object) -> None:
+    """Writes tensors in plain containers as torch.save does, whole or not at all."""
+    import torch
+
+    with whole_file(path) as partial, partial.open("wb") as file:  # by name, torch does not say why it fails
+        torch.save(value, file)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Writes the content of a file to another place, whole or not at all; the two share nothing."""
+    with whole_file(target) as partial:
+        shutil.copyfile(source, partial)
+
+
+def copy_entry(source: Path, target: Path) -> None:
+    """Copies a file with its times and permissions, and a link as a link, into a folder that is not in place yet."""
+    make_folder(target.parent)
+    with writing(target):
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def unfit(path: Path, is_folder: bool) -> str | None:
+    """Why a file or a folder cannot be written at `path`, before anything is; None: it can, as far as one sees."""
+    if path.is_symlink() and not path.exists():
+        return "is a link to nothing"
+    if is_folder and path.exists() and not path.is_dir():
+        return "is a file, where a folder is needed. Choose another name, or move it"
+    if not is_folder and path.is_dir():
+        return f"is a folder: give the name of a file in it, {path.name}.json for instance"
+    if not is_folder and path.exists() and not path.is_file():
+        return "is a device or a pipe, where a file is to be written. Choose another name"
+    above = next((place for place in path.parents if place.exists()), path)
+    return None if above.is_dir() or above == path else f"{str(above)!r} is a file, where a folder is needed"
+
+
+def make_folder(path: Path) -> Path:
+    """`path`, a folder, made with its parents if it is not there."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def own_folder(path: Path) -> Path:
+    """The same, of a folder that this package alone writes into. Raises UserError if it is a link."""
+    if path.is_symlink():
+        raise UserError(f"{path}: is a link, which is not followed. Remove it, or make the folder that it is in the link")
+    return make_folder(path)
+
+
+def new_folder(path: Path) -> Path:
+    """`path`, an empty folder; what was there is removed."""
+    remove(path)
+    return make_folder(path)
+
+
+def move(path: Path, target: Path) -> None:
+    """Gives a file or a folder another name on the same disk; a file or an empty folder of that name is replaced."""
+    with writing(target, path):
+        _rename(path, target)
 
 
 def remove(path: Path) -> None:
@@ -115,41 +214,101 @@ def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with writing(path):
+            path.unlink(missing_ok=True)
 
 
-def open_own(path: Path) -> IO[bytes]:
-    """A file that a process keeps open beside its data, for reading and appending; made if it is not there.
+class Lines:
+    """A file of text to which lines are added, each at once and whole: a log, a ledger. It is made if it is not there.
 
     Raises UserError if it is a link or anything else than a file.
     """
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with writing(path):
+                self._descriptor = _open(
+                    path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                )
+            is_file = stat.S_ISREG(os.fstat(self._descriptor).st_mode)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+                raise
+            is_file = False
+        if not is_file:
+            raise UserError(f"{path}: must be a file, and no link. Remove it")
+
+    def add(self, line: str) -> None:
+        """On a full disk the file stays as it was, without a part of the line."""
+        end, rest = os.fstat(self._descriptor).st_size, memoryview(line.encode() + b"\n")
+        try:
+            with writing(self.path):
+                while rest:
+                    rest = rest[_write(self._descriptor, rest) :]
+        except WriteError:
+            self.cut(end)
             raise
-        raise UserError(f"{path}: must be a file, and no link. Remove it") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise UserError(f"{path}: must be a file, and no link. Remove it")
-    return os.fdopen(descriptor, "a+b")
+
+    def content(self) -> bytes:
+        return os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
+
+    def cut(self, size: int) -> None:
+        """Drops what follows the first `size` bytes."""
+        os.ftruncate(self._descriptor, size)
+
+    def is_locked(self) -> bool:
+        """Whether this process has, or now takes, the lock of the file."""
+        return _locks(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[IO[bytes]]:
-    """Holds an exclusive lock on the file at `path`; the lock ends with the block, or with the process however that ends.
+def lock(path: Path) -> Iterator[Lines]:
+    """Holds an exclusive lock on the file at `path`. It ends with the block, or with the process however that ends.
 
     Raises Locked if another process holds it. On a file system that has no locks nothing is locked.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open_own(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                file.seek(0)
-                raise Locked(path.parent, file.read().decode(errors="replace").strip()) from error
+    make_folder(path.parent)
+    with closing(Lines(path)) as file:
+        if not file.is_locked():
+            raise Locked(path.parent, file.content().decode(errors="replace").strip())
         yield file
+
+
+@contextmanager
+def writing(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Makes one UserError, with the path and what to do, of the errors of a file system at `path`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = _number_of_full(error)
+        if number is None and isinstance(error, OSError) and error.errno in _ADVICE:
+            places = {os.fspath(place) for place in (path, partial, *path.parents) if place is not None}
+            number = error.errno if error.filename is None or os.fspath(error.filename) in places else None
+        if number is None:
+            raise
+        raise WriteError(_message(path, number), number) from error
+
+
+def explain(error: OSError) -> str:
+    """The message of an error of the file system: the path, the reason, what to do."""
+    if isinstance(error, UserError) or error.errno is None:
+        return str(error)
+    place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    advice = f". {_ADVICE[error.errno]}" if error.errno in _ADVICE else ""
+    return f"{place}{error.strerror or os.strerror(error.errno)}{advice}"
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that can still be written near `path`; 0 if no file can be made for want of inodes."""
+    folder = next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
+    usage = os.statvfs(folder)
+    return 0 if usage.f_files and not usage.f_favail else usage.f_bavail * usage.f_frsize
 
 
 # --- reading
@@ -182,9 +341,14 @@ def read_json(path: str | os.PathLike[str], advice: str) -> Any:
 
 def plain_name(name: object, what: str = "name") -> str:
     """`name`, if it is one component of a path: not hidden, no separators, no control characters. Raises UserError if not."""
-    if not isinstance(name, str) or not name or name.startswith(".") or any(c in "/\\" or c < " " or c == "\x7f" for c in name):
+    if not isinstance(name, str) or not is_plain(name):
         raise UserError(f"{what} {name!r}: must be a plain file name, without / and without . at its start")
     return name
+
+
+def is_plain(name: str) -> bool:
+    """Whether it is one component of a path: not hidden, no separators, nothing that commands a terminal."""
+    return bool(name) and not name.startswith(".") and name.isprintable() and not set(name) & set("/\\")
 
 
 def some(names: Sequence[str], num: int = 5, separator: str = ", ") -> str:
@@ -198,50 +362,116 @@ def some(names: Sequence[str], num: int = 5, separator: str = ", ") -> str:
 # --- parts of the above
 
 
-def _beside(target: Path, shared: bool = False) -> Path:
-    own = f".{uuid.uuid4().hex[:8]}" if shared else ""
-    return target.with_name(f".{target.name}{own}.partial")
+@contextmanager
+def _beside(target: Path, is_folder: bool = False) -> Iterator[Path]:
+    """A new hidden file or folder beside `target`, which no other process takes while this one is at it; removed at the end."""
+    make_folder(target.parent)
+    partial = target.with_name(f".{target.name}.partial")
+    with writing(target, partial):
+        descriptor = _reserved(partial, is_folder)
+        if descriptor is None and is_folder:
+            raise Locked(target)
+        if descriptor is None:
+            partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+            descriptor = _open(partial, _NEW)
+    try:
+        yield partial
+    except BaseException:
+        with suppress(OSError):
+            remove(partial)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _reserved(partial: Path, is_folder: bool) -> int | None:
+    """A descriptor that locks the file or folder `partial`, a new one; None if a living process has one there.
+
+    What a killed process left there is removed.
+    """
+    while True:
+        try:
+            if is_folder:
+                partial.mkdir()
+                descriptor = _open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            else:
+                descriptor = _open(partial, _NEW)
+        except FileExistsError:
+            if not _removed(partial):
+                return None
+            continue
+        if _locks(descriptor) and _is(partial, descriptor):
+            return descriptor
+        os.close(descriptor)  # another process took it between the two lines, for one that was left there
+
+
+def _removed(partial: Path) -> bool:
+    """Removes what stands at `partial`, unless a living process is at it."""
+    try:
+        descriptor = _open(partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    except OSError:  # a link, a socket
+        partial.unlink(missing_ok=True)
+        return True
+    try:
+        if not _locks(descriptor):
+            return False
+        if _is(partial, descriptor):
+            remove(partial)
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _locks(descriptor: int) -> bool:
+    """Whether the file is locked for this process; always, where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in _NO_LOCKS
+    return True
+
+
+def _is(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _open(path: Path, flags: int) -> int:
+    return os.open(path, flags, 0o666)
+
+
+def _write(descriptor: int, content: memoryview) -> int:
+    return os.write(descriptor, content)
 
 
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = _open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-@contextmanager
-def _tidy(target: Path, partial: Path) -> Iterator[None]:
-    """Removes `partial` after an error; turns the errors of a full disk, which libraries word differently, into one."""
-    try:
-        yield
-    except BaseException as error:
-        free = _free_bytes(target)
-        full = not isinstance(error, DiskFull) and _is_full(error, free)
-        remove(partial)
-        if full:
-            raise DiskFull(
-                f"{target}: cannot be written: No space left on device ({free / 2**20:.0f} MiB are free). Free some space and "
-                "run the same command again"
-            ) from error
-        raise
+def _rename(path: Path, target: Path) -> None:
+    path.replace(target)
 
 
-def _free_bytes(path: Path) -> int:
-    """Bytes that can still be written near `path`; 0 if no file can be made for want of inodes."""
-    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
-    usage = os.statvfs(folder)
-    return 0 if usage.f_files and not usage.f_favail else usage.f_bavail * usage.f_frsize
+def _message(path: Path, number: int) -> str:
+    free = f" ({free_bytes(path) / 2**20:.0f} MiB are free)" if number in FULL else ""
+    return f"{path}: cannot be written: {os.strerror(number)}{free}. {_ADVICE[number]}"
 
 
-def _is_full(error: BaseException | None, free: int) -> bool:
+def _number_of_full(error: BaseException | None) -> int | None:
+    """Which error of a full disk this one is or comes from: libraries word them differently."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL:
-            return True
-        if isinstance(error, Exception) and any(words in str(error) for words in ("No space left", "Disk quota exceeded")):
-            return True
-        if isinstance(error, RuntimeError) and free < 2**16:  # torch's zip writer does not say why
-            return True
+            return error.errno
+        for words, number in zip(_WORDS_OF_FULL, FULL, strict=True):
+            if words in str(error):
+                return number
         error = error.__cause__ or error.__context__
-    return False
+    return None

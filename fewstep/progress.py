@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from fewstep.environment import has_terminal
+from fewstep.errors import printable, unfiltered
 
 _Item = TypeVar("_Item")
 _EVERY_S = 5.0  # between plain lines
@@ -19,7 +20,7 @@ def track(items: Iterable[_Item], total: int, title: str) -> Iterator[_Item]:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        console = Console(stderr=True, highlight=False)
+        console, title = Console(file=unfiltered(sys.stderr), highlight=False), printable(title)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as bar:
             yield from bar.track(items, total=total, description=title)

@@ -51,7 +51,7 @@ WRONG = {  # a use of a verb that is wrong: what the answer names
     "generate model --prompt x --height -2 --width 2": "--height -2: at least 1",
     "generate model --prompt x --overlap -1": "--overlap -1: at least 0",
     "generate model --prompt x --seed -1": "--seed -1: at least 0",
-    "generate model --prompt x --fps nan": "--fps nan: above 0",
+    "generate model --prompt x --fps nan": "argument --fps: nan is no finite number",
     "generate model --prompt x --shift -1": "--shift -1: above 0",
     "generate model --prompt x --quality 99": "--quality is 'lossless' or a CRF from 0 to 51, not '99'",
     "generate model --prompt x --precision fp8": "--precision: invalid choice: 'fp8'",
@@ -73,13 +73,14 @@ WRONG = {  # a use of a verb that is wrong: what the answer names
     "pairs model EMPTY --out x --height 32": "--height and --width go together",
     "pairs model EMPTY --out x --path-times 1,2": "--path-times 1,2: times descend",
     "pairs model EMPTY --out x --control nothing": "--control nothing: is none of",
-    "pairs model EMPTY --out x --config nothing.py": "nothing.py: cannot be read",
+    "pairs model EMPTY --out x --config nothing.py": "'--config': 'nothing.py': there is no such file",
     "evaluate": "Missing argument 'WHAT'",
     "evaluate model": "Missing option '--out'",
+    "evaluate model --out x": "'x' has no suffix: write x.json",
     "evaluate model --out EMPTY": "EMPTY' is a folder: give the name of a file",
-    "evaluate model --out x --sampler y": "'y' is not one of auto, euler",
-    "evaluate model --out x --sets 0": "'--sets': 0: the value should be greater",
-    "evaluate model --out x --height 3": "--height and --width go together",
+    "evaluate model --out x.json --sampler y": "'y' is not one of auto, euler",
+    "evaluate model --out x.json --sets 0": "'--sets': 0: the value should be greater",
+    "evaluate model --out x.json --height 3": "--height and --width go together",
     "evaluate --compare a": "--compare needs two files or more",
     "demo --quick --long": "choose one of --quick and --long",
     "demo --out FILE": "FILE' is a file, where a folder is needed",
@@ -101,11 +102,17 @@ WRONG = {  # a use of a verb that is wrong: what the answer names
     "check data": "Missing argument 'DIR'",
     "check data FILE": "FILE': is a file, where a folder is needed",
     "check data EMPTY --threads 0": "'--threads': 0: the value should be greater",
+    "convert a.pt b.pt --device cpu": "No such option: --device",
+    "pairs model EMPTY --out x --device gpu0": "'gpu0' is no device",
+    "pairs model EMPTY --out FILE/x": "'FILE' is a file, where a folder is needed",
+    "generate model --prompt x --input nothing.png": "--input nothing.png: no such file",
+    "generate model --prompt x --input_video_path nothing.mp4": "--input_video_path (here --input) nothing.mp4: no such file",
     "nothing": "No such command 'nothing'",
     "--nothing": "No such option: --nothing",
 }
 WITHOUT_TORCH = """
-import contextlib, io, json, sys
+import contextlib, functools, io, json, sys, typer.main
+typer.main.get_command = functools.cache(typer.main.get_command)  # otherwise every command builds the tree of all verbs
 sys.modules["torch"] = None  # whoever imports it fails
 from fewstep.cli import main
 found = {}
@@ -196,3 +203,31 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr("fewstep.prepare.commands.shards", fail)
     with pytest.raises(ValueError, match=r"zip\(\) argument"):
         main(["prepare", "shards", str(tmp_path), "--out", "x"])
+
+
+def test_no_name_of_a_file_commands_a_terminal_whoever_prints_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def hostile(*args: object) -> str:
+        print("note: a\x1b[31mb\x9b1m", file=sys.stderr)
+        sys.stderr.write("\r 3 of 4: |###| 75%")  # a bar of another library, which draws its line anew
+        return "made a\rdone\x07 of 3"
+
+    monkeypatch.setattr("fewstep.prepare.commands.controls", hostile)
+    assert main(["prepare", "controls", str(tmp_path), "--type", "edge"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "made a\\rdone\\x07 of 3\n"
+    assert shown.err == "note: a\\x1b[31mb\\x9b1m\n\r 3 of 4: |###| 75%"
+
+
+def test_an_option_that_is_given_twice_is_noted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fewstep.prepare.commands.controls", lambda *args: str(args[1:3]))
+    assert main(["prepare", "controls", str(tmp_path), "--type", "edge", "--preset=low", "--preset", "high", "--type=vis"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "('vis', 'high')\n"
+    assert (
+        shown.err
+        == "note: --type is given 2 times; the last one counts\nnote: --preset is given 2 times; the last one counts\n"
+    )

@@ -1,14 +1,62 @@
-"""The command itself, which each verb adds itself to."""
+"""The command itself, which each verb adds itself to, and what is checked of the words of every verb."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from fewstep import __version__
 
-app = typer.Typer(
+TEXTS = ("--prompt", "--negative-prompt", "--negative", "--title")  # options whose value may be empty, and of several lines
+
+
+class Verb(TyperCommand):
+    """Refuses empty values and numbers that are none by the name of the option; notes an option that is given twice."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # Any: typer's Context
+        words = list(args)
+        problem = _unfit(words)
+        if problem is not None:
+            ctx.fail(problem)
+        rest = super().parse_args(ctx, args)
+        for param in self.params:
+            value = ctx.params.get(str(param.name))
+            if isinstance(value, float) and not math.isfinite(value):
+                raise typer.BadParameter(f"{value}: the value should be a finite number.", ctx=ctx, param=param)
+            names = (*param.opts, *param.secondary_opts)
+            num = sum(word.partition("=")[0].replace("_", "-") in names for word in words)
+            if num > 1 and names[0].startswith("-") and not getattr(param, "multiple", False):
+                print(f"note: {names[0]} is given {num} times; the last one counts", file=sys.stderr)
+        return rest
+
+
+class Verbs(typer.Typer):
+    """A command whose verbs are checked as `Verb` does."""
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:  # Any: typer's own
+        return super().command(name, cls=Verb, **settings)
+
+
+def _unfit(words: Sequence[str]) -> str | None:
+    """What is wrong with a word of a command: an empty value, or one that would command a terminal; None for nothing."""
+    for word, before in zip(words, ("", *words), strict=False):
+        name, equals, value = word.partition("=") if word.startswith("--") else (before, before.startswith("-"), word)
+        if (equals and name.replace("_", "-") in TEXTS) or ("=" in word and not word.startswith("-")):
+            continue
+        name = name if equals else "an argument"
+        if not value and (equals or not word):
+            return f"{name}: the value is empty. Give one, or leave it out."
+        if not value.isprintable():
+            return f"{name} {value!r}: has characters that command a terminal, or a line break. Choose another name."
+    return None
+
+
+app = Verbs(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -7,19 +7,19 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.app import app
-from fewstep.cli.options import FREE, JSON, folder_to_read, next_step, option
+from fewstep.cli.app import Verbs, app
+from fewstep.cli.options import JSON, file_to_write, folder_to_read, next_step, option
 
-check = typer.Typer(no_args_is_help=True, help="Check a data set before a run is spent on it.")
+check = Verbs(no_args_is_help=True, help="Check a data set before a run is spent on it.")
 app.add_typer(check, name="check")
 
 
-@check.command(name="data", context_settings=FREE)
+@check.command(name="data", context_settings={"allow_extra_args": True})
 def check_data(
     context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="The data set.", metavar="DIR", callback=folder_to_read)],
     as_json: Annotated[bool, option("--json", JSON)] = False,
-    page: Annotated[Path | None, option("--html", "Write a contact sheet to this file.")] = None,
+    page: Annotated[Path | None, option("--html", "Write a contact sheet to this file.", callback=file_to_write)] = None,
     threads: Annotated[
         int | None, option("--threads", "Number of samples to read at once. Default: the number of cores.")
     ] = None,

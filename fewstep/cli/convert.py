@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fewstep.cli.app import app
 from fewstep.cli.options import UsageError, imports, one_of, option
+from fewstep.files import unfit
+
+RELEASED = "nvidia/Cosmos-Transfer1-7B"  # where the download of Cosmos-Transfer1 puts its base and its controls
+SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # of files of weights
 
 
 @app.command()
@@ -44,16 +49,44 @@ def convert(
     ] = None,
 ) -> None:
     """Convert weights between forms (original Cosmos, FastGen, distributed, diffusers), or join a base and its control."""
-    if ctrl_type is not None and (base is not None or control):
-        raise UsageError("--ctrl-type names both files; leave --base and --control out.")
-    if ctrl_type is None and source is None and base is None:
+    if ctrl_type is not None:
+        if base is not None or control:
+            raise UsageError("--ctrl-type names both files; leave --base and --control out.")
+        folder = Path(checkpoint_dir) / RELEASED
+        base, control = str(folder / "base_model.pt"), [str(folder / f"{ctrl_type}_control.pt")]
+    if base is not None and source is not None and out is None:
+        source, out = None, Path(source)  # one word beside --base is what to write
+    if (source is None) == (base is None):
         raise UsageError("give either SRC, or --base with --control.")
-    if base is not None and not control and ctrl_type is None:
+    if base is not None and not control:
         raise UsageError("--base wants the --control to put beside it.")
+    if base is None and out is None:
+        raise UsageError("Missing argument 'OUT': OUT.pt, OUT.safetensors, or a folder.")
+    if out is not None and out.suffix not in ("", ".pt", ".pth", ".safetensors"):
+        raise UsageError(f"OUT {str(out)!r}: must end in .pt or .safetensors, or be a folder for diffusers.")
+    if parts is not None and (out is None or out.suffix not in (".pt", ".pth")):
+        raise UsageError("--parts N: are of OUT.pt, as OUT_model_mp_0.pt, .. for N processes.")
+    reason = None if out is None else unfit(out, is_folder=not out.suffix)
+    if reason is not None:
+        raise UsageError(f"OUT {str(out)!r} {reason}.")
+    _refuse_lacking([source] if base is None else [base, *(control or ())])
     with imports():
-        from fewstep.networks.weights.convert import from_words
+        from fewstep.networks.weights.convert import convert as write
 
-    for written in from_words(
-        source, out, base, control or [], ctrl_type, checkpoint_dir, model, dtype, lora_scale, parts, add or ()
-    ):
+    form: Any = dtype  # Any: one of the four names
+    joined: dict[str, Any] = {"base": base, "control": control or (), "add": add or ()}  # Any: words, which convert checks
+    for written in write(source, out, **joined, model=model, dtype=form, lora_scale=lora_scale, parts=parts):
         print(written)
+
+
+def _refuse_lacking(addresses: Sequence[str | None]) -> None:
+    """Refuses files of weights that are not there; of other addresses only their reader knows."""
+    files = [Path(part.partition("=")[2] or part) for address in addresses if address for part in address.split("+")]
+    lacking = [str(file) for file in files if file.suffix in SUFFIXES and not file.exists() and not _is_split(file)]
+    if lacking:
+        raise UsageError(f"there is no {' and no '.join(lacking)}.")
+
+
+def _is_split(file: Path) -> bool:
+    """Whether it stands for parts of tensor parallelism."""
+    return file.with_name(f"{file.stem.partition('_model_mp_')[0]}_model_mp_0.pt").is_file()

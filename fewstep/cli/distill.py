@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.app import app
-from fewstep.cli.options import CONTROLS, GUIDANCE, imports, one_of, option, size_of
+from fewstep.cli.options import CONTROLS, GUIDANCE, folder_to_read, folder_to_write, imports, one_of, option, positive, size_of
 
 METHODS = ("kd", "dmd2", "kd+dmd2")
 RANK = 32  # of the adapters of --lora
@@ -18,8 +18,12 @@ RANK = 32  # of the adapters of --lora
 def distill(
     context: typer.Context,
     teacher: Annotated[str, typer.Argument(help="The teacher: a pipeline's folder, or a run or export of a post-trained one.")],
-    dataset: Annotated[Path, typer.Argument(help="Folder of clips: videos/*.mp4, with captions in metas/*.txt.")],
-    out: Annotated[Path, option("--out", "Folder of the student; what it is made of goes to OUT.work.")],
+    dataset: Annotated[
+        Path, typer.Argument(help="Folder of clips: videos/*.mp4, with captions in metas/*.txt.", callback=folder_to_read)
+    ],
+    out: Annotated[
+        Path, option("--out", "Folder of the student; what it is made of goes to OUT.work.", callback=folder_to_write)
+    ],
     steps: Annotated[int, option("--steps", "Network calls of the student for a clip.")] = 4,
     method: Annotated[
         str, option("--method", "How it is distilled: kd, dmd2, or one after the other.", callback=one_of(*METHODS))
@@ -38,7 +42,9 @@ def distill(
             callback=one_of("zeros", "empty"),
         ),
     ] = None,
-    shift: Annotated[float | None, option("--shift", "Shift of the student's times. Default: as published.")] = None,
+    shift: Annotated[
+        float | None, option("--shift", "Shift of the student's times. Default: as published.", callback=positive)
+    ] = None,
     teacher_steps: Annotated[
         int | None, option("--teacher-steps", "Steps of the teacher's solver for its pairs. Default: as published.")
     ] = None,
@@ -52,16 +58,20 @@ def distill(
     prompt: Annotated[str | None, option("--prompt", "Caption of every clip, for a folder without metas/.")] = None,
     text_encoder: Annotated[str | None, option("--text-encoder", "Folder of another text encoder than the teacher's.")] = None,
     codec: Annotated[str | None, option("--codec", "Folder of another autoencoder than the teacher's.")] = None,
-    heldout: Annotated[Path | None, option("--heldout", "Clips with captions for the scores. Default: DATASET.")] = None,
+    heldout: Annotated[
+        Path | None, option("--heldout", "Clips with captions for the scores. Default: DATASET.", callback=folder_to_read)
+    ] = None,
     num_eval: Annotated[int | None, option("--num-eval", "Clips of an evaluation. Default: all, at most 512.")] = None,
     processes: Annotated[int, option("--processes", "Processes of torchrun, one for each GPU.")] = 1,
     precision: Annotated[
         str | None, option("--precision", "fp32 or bf16. Default: by the size of the network.", callback=one_of("fp32", "bf16"))
     ] = None,
     calls_per_s: Annotated[
-        float | None, option("--calls-per-s", "Network calls per second, for the hours of --dryrun.")
+        float | None, option("--calls-per-s", "Network calls per second, for the hours of --dryrun.", callback=positive)
     ] = None,
-    work: Annotated[Path | None, option("--work", "Folder of pairs, runs and records. Default: OUT.work.")] = None,
+    work: Annotated[
+        Path | None, option("--work", "Folder of pairs, runs and records. Default: OUT.work.", callback=folder_to_write)
+    ] = None,
     strict: Annotated[bool, option("--strict", "Fail if the student is worse than its teacher's own few steps.")] = False,
     dryrun: Annotated[bool, option("--dryrun", "Print the commands, their sizes and costs; run nothing.")] = False,
 ) -> None:

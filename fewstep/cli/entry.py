@@ -11,7 +11,8 @@ import typer
 
 from fewstep.cli.app import app
 from fewstep.cli.options import UsageError
-from fewstep.errors import UserError, printable
+from fewstep.errors import UserError, plain_streams
+from fewstep.files import explain
 
 # A file each, in the order of --help. Each imports what it needs when it runs, so that --help answers at once.
 VERBS = (
@@ -42,6 +43,11 @@ def main(argv: list[str] | None = None) -> int:
 
     Errors that are meant for the user become one line; any other keeps its traceback.
     """
+    with plain_streams():
+        return _run(argv)
+
+
+def _run(argv: list[str] | None) -> int:
     from fewstep.config import ConfigError
     from fewstep.training.errors import TrainingError
 
@@ -55,12 +61,10 @@ def main(argv: list[str] | None = None) -> int:
         return end.exit_code
     except (typer.Abort, KeyboardInterrupt):
         return _fail("aborted", 1)
-    except (FileExistsError, NotADirectoryError) as error:
-        if not error.filename:
-            return _fail(str(error), 1)
-        return _fail(f"{error.filename}: is a file, where a folder is needed. Choose another name, or move it", 1)
-    except (UserError, TrainingError, OSError) as error:
+    except (UserError, TrainingError) as error:
         return _fail(str(error), 1)
+    except OSError as error:
+        return _fail(explain(error), 1)
     # typer returns the status of its Exit; 130 is what it makes of Ctrl-C.
     return _fail("aborted", 1) if status == 130 else status if isinstance(status, int) else 0
 
@@ -75,7 +79,7 @@ def _wrong_use(error: Any) -> str:  # Any: UsageError
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"fewstep: {printable(message)}", file=sys.stderr)
+    print(f"fewstep: {message}", file=sys.stderr)
     return status
 
 

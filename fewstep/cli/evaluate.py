@@ -24,11 +24,13 @@ from fewstep.cli.options import (
     STEPS,
     TEXT,
     UsageError,
-    file_to_write,
+    clips_to_read,
+    folder_to_read,
     imports,
     load,
     next_step,
     option,
+    scores_to_write,
     size_of,
 )
 
@@ -42,14 +44,20 @@ def evaluate(
     ] = None,
     out: Annotated[
         Path | None,
-        option("--out", "JSON file to write; the first clips go into a folder of that name.", callback=file_to_write),
+        option("--out", "JSON file to write; the first clips go into a folder of that name.", callback=scores_to_write),
     ] = None,
     prompts: Annotated[
-        Path | None, option("--prompts", "Data set with captions, text, controls and real clips of the same scenes.")
+        Path | None,
+        option(
+            "--prompts", "Data set with captions, text, controls and real clips of the same scenes.", callback=folder_to_read
+        ),
     ] = None,
-    real: Annotated[str | None, option("--real", "Real clips of other scenes: a data set, or a folder of mp4.")] = None,
+    real: Annotated[
+        str | None, option("--real", "Real clips of other scenes: a data set, or a folder of mp4.", callback=clips_to_read)
+    ] = None,
     truth: Annotated[
-        Path | None, option("--truth", "Clips that each one should equal, by file name, for PSNR and SSIM.")
+        Path | None,
+        option("--truth", "Clips that each one should equal, by file name, for PSNR and SSIM.", callback=clips_to_read),
     ] = None,
     scorer: Annotated[
         str | None,

@@ -13,7 +13,7 @@ def generate(context: typer.Context) -> None:
     """Make videos with a run, an exported student or a teacher: fewstep generate MODEL --prompt TEXT."""
     from fewstep.inference.command import read_command
 
-    request = read_command(context.args)
+    request = read_command(context.args, checks_files=True)
     with imports():
         from fewstep.inference.generate import run
 

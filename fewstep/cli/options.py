@@ -6,6 +6,7 @@ Verbs differ in the sentence of --help alone. An underscore for a dash is unders
 from __future__ import annotations
 
 import gc
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from typing import Any
 
 import typer
 
+from fewstep.environment import DEVICES
+from fewstep.files import unfit
 from fewstep.solvers import SOLVERS
 
 UsageError: Any = typer.BadParameter.__base__  # of all wrong use; typer has no public name for it
@@ -73,17 +76,57 @@ def folder_to_read(value: Path | None) -> Path | None:
     return value
 
 
+def clips_to_read(value: Any) -> Any:  # Any: a path or a text, or None
+    """Refuses clips that are not there: a folder; of a pattern like clips/*.mp4 only its reader knows."""
+    if value is not None and "*" not in str(value):
+        folder_to_read(Path(value))
+    return value
+
+
 def folder_to_write(value: Path | None) -> Path | None:
     """Refuses a folder in whose place a file stands."""
-    if value is not None and value.exists() and not value.is_dir():
-        raise typer.BadParameter(f"{str(value)!r} is a file, where a folder is needed. Choose another name, or move it.")
+    return _to_write(value, is_folder=True)
+
+
+def store_to_write(value: str | None) -> str | None:
+    """The same, of a folder or of an address elsewhere."""
+    if value is not None and "://" not in value:
+        folder_to_write(Path(value))
     return value
 
 
 def file_to_write(value: Path | None) -> Path | None:
     """Refuses a file in whose place a folder stands."""
-    if value is not None and value.is_dir():
-        raise typer.BadParameter(f"{str(value)!r} is a folder: give the name of a file in it, {value.name}.json for instance.")
+    return _to_write(value, is_folder=False)
+
+
+def scores_to_write(value: Path | None) -> Path | None:
+    """The same, of a file beside which a folder of its name is written."""
+    value = file_to_write(value)
+    if value is not None and not value.suffix:
+        raise typer.BadParameter(f"{str(value)!r} has no suffix: write {value.name}.json; clips go into a folder {value.name}.")
+    return value
+
+
+def file_to_read(value: Path | None) -> Path | None:
+    """Refuses a file that is not there."""
+    if value is not None and not value.is_file():
+        reason = "is a folder, where a file is needed" if value.is_dir() else "there is no such file"
+        raise typer.BadParameter(f"{str(value)!r}: {reason}.")
+    return value
+
+
+def device(value: str | None) -> str | None:
+    """Refuses what is no name of a device."""
+    if value is not None and not re.fullmatch(DEVICES, value):
+        raise typer.BadParameter(f"{value!r} is no device: cpu, cuda, cuda:1, mps ..")
+    return value
+
+
+def _to_write(value: Path | None, is_folder: bool) -> Path | None:
+    reason = None if value is None else unfit(value, is_folder)
+    if reason is not None:
+        raise typer.BadParameter(f"{str(value)!r} {reason}.")
     return value
 
 
@@ -105,9 +148,9 @@ def _auto(value: str | None) -> str | None:
     return None if value == "auto" else one_of("auto", *SOLVERS)(value)
 
 
-DEVICE = option("--device", "Device, for instance cpu or cuda:0. Default: a GPU if there is one.")
+DEVICE = option("--device", "Device, for instance cpu or cuda:0. Default: a GPU if there is one.", callback=device)
 PRECISION = option("--precision", "Precision of the network and the codec: fp32 or bf16.", callback=one_of("fp32", "bf16"))
-OWN = option("--config", "FILE.py that registers networks, scorers or controls of your own.")
+OWN = option("--config", "FILE.py that registers networks, scorers or controls of your own.", callback=file_to_read)
 SHARD = option("--shard", "torchrun's processes hold a part of the weights each, instead of all of them.")
 CONTEXT = option("--context", "Processes of torchrun that make each clip together, for a shorter wait.")
 # A teacher's sampler; what is not given is as published for the model.

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fewstep import TOY
-from fewstep.cli.app import app
+from fewstep.cli.app import Verbs, app
 from fewstep.cli.options import (
     CONTROLS,
     DEVICE,
@@ -22,9 +22,10 @@ from fewstep.cli.options import (
     option,
     positive,
     size_of,
+    store_to_write,
 )
 
-prepare = typer.Typer(no_args_is_help=True, help="Make data sets and what they need; a killed command resumes.")
+prepare = Verbs(no_args_is_help=True, help="Make data sets and what they need; a killed command resumes.")
 app.add_typer(prepare, name="prepare")
 
 
@@ -150,7 +151,9 @@ def prepare_controls(
         str, option("--preset", f"Strength of edge and vis: {', '.join(PRESETS)}.", callback=one_of(*PRESETS))
     ] = "medium",
     model: Annotated[str | None, option("--model", "Folder or hub id of a Depth-Anything model (for depth).")] = None,
-    files: Annotated[Path | None, option("--from", "Folder with a file for each clip (docs/prepare.md).")] = None,
+    files: Annotated[
+        Path | None, option("--from", "Folder with a file for each clip (docs/prepare.md).", callback=folder_to_read)
+    ] = None,
     metric: Annotated[bool, option("--metric", "Depth in --from is in metres, not inverse.")] = False,
     quality: Annotated[
         str | None,
@@ -168,7 +171,9 @@ def prepare_controls(
 @prepare.command(name="shards")
 def prepare_shards(
     folder: Annotated[Path, typer.Argument(help="The data set.", metavar="DIR", callback=folder_to_read)],
-    out: Annotated[str, option("--out", "Folder, or URL of any store that fsspec reaches: s3://bucket/set.")],
+    out: Annotated[
+        str, option("--out", "Folder, or URL of any store that fsspec reaches: s3://bucket/set.", callback=store_to_write)
+    ],
     parts: Annotated[str | None, option("--parts", "Write only these folders, separated by commas: videos,metas,edge.")] = None,
     shard_mib: Annotated[int, option("--shard-mib", "Size in MiB at which a shard ends.")] = 1024,
 ) -> None:

@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.app import app
-from fewstep.cli.options import option
+from fewstep.cli.options import file_to_write, option
 
 
 @app.command()
 def report(
     what: Annotated[list[Path], typer.Argument(help="Run folders, and files of scores that fewstep evaluate wrote.")],
-    out: Annotated[Path, option("--out", "HTML file to write.")],
+    out: Annotated[Path, option("--out", "HTML file to write.", callback=file_to_write)],
     title: Annotated[str | None, option("--title", "Title of the page. Default: the names of the models.")] = None,
     bound: Annotated[
         list[str] | None, option("--bound", "Threshold that students are to keep, NAME<=VALUE or NAME>=VALUE; several times.")
@@ -24,7 +24,7 @@ def report(
     """One HTML page of models and runs: clips in step, scores with spreads, curves, thresholds. It opens offline."""
     missing = [str(path) for path in what if not path.exists()]
     if missing:
-        raise typer.BadParameter(f"there is no {', '.join(missing)}.")
+        raise typer.BadParameter(f"{', '.join(missing)}: there is no such file or folder.", param_hint="'WHAT'")
     from fewstep.evaluation.report.of_files import Bound, report_of
     from fewstep.evaluation.report.page import write
 

@@ -10,7 +10,7 @@ from fewstep.distill.request import DistillRequest
 from fewstep.distill.road import SCORED, score_files, stages
 from fewstep.distill.stages import Stage, marker_of, run
 from fewstep.errors import UserError
-from fewstep.files import read_json, write_json
+from fewstep.files import lock, read_json, remove, write_json
 
 AGAIN = "fewstep distill"
 
@@ -23,9 +23,10 @@ def distill(request: DistillRequest, dryrun: bool = False) -> None:
     if dryrun:
         _print(facts, road)
         return
-    _claim(facts, road)
-    for order, stage in enumerate(road):
-        run(stage, request.work_dir, order, again=AGAIN)
+    with lock(request.work_dir / ".lock"):
+        _claim(facts, road)
+        for order, stage in enumerate(road):
+            run(stage, request.work_dir, order, again=AGAIN)
     _judge(facts)
 
 
@@ -61,13 +62,13 @@ def _claim(facts: Facts, road: Sequence[Stage]) -> None:
     for stage in road:
         marker = marker_of(work, stage.name)
         if stage.is_optional and is_stale:
-            marker.unlink(missing_ok=True)
+            remove(marker)
         if not marker.is_file():
             is_stale = True
             continue
         before = read_json(marker, f"Remove {marker}: the stage is run again").get("commands")
         if before != stage.commands and stage.is_optional:
-            marker.unlink()
+            remove(marker)
             is_stale = True
         elif before != stage.commands:
             old = next((line for line in before or () if line not in stage.commands), "?")

@@ -35,7 +35,7 @@ from fewstep.evaluation.features.efficientnet import EfficientNet
 from fewstep.evaluation.features.random_network import RandomNetwork
 from fewstep.evaluation.features.transnet import TransNet
 from fewstep.evaluation.score import Clip, ClipSet, Need, Record, Score, Scorer, Value, mean_over_clips
-from fewstep.files import whole_file
+from fewstep.files import write_tensors
 
 _BATCH = 16  # clips that go through a feature network together
 _PIXELS = 1 << 26  # of such a batch, at the most
@@ -179,8 +179,9 @@ class AnyClips(Scorer):
         settings = repr((self.num_frames, dict(self.protocol()), content_hash(files), _VERSION))
         fingerprint = hashlib.sha256(settings.encode()).hexdigest()[:16]
         path = None if cache is None else Path(cache) / f"clips-{fingerprint}.safetensors"
-        if path is not None and path.is_file():
-            return Reference(_read(path), fps, fingerprint)
+        known = None if path is None or not path.is_file() else _read(path)
+        if known is not None:
+            return Reference(known, fps, fingerprint)
         measured = self.measured(ClipSet(Files(files)))
         if path is not None:
             _write(path, measured)
@@ -257,27 +258,28 @@ def _of_rates(fps: float | None, real: Sequence[float]) -> list[str]:
 
 
 def _write(path: Path, measured: Measured) -> None:
-    from safetensors.torch import save_file
-
     tensors: dict[str, torch.Tensor] = {}
     for name, features in measured.features.items():
-        tensors |= {f"{name}/{key}": tensor.contiguous() for key, tensor in features.state_dict().items()}
+        tensors |= {f"{name}/{key}": tensor for key, tensor in features.state_dict().items()}
     scores = {str(number): row for number, row in measured.per_clip.items()}
-    with whole_file(path, shared=True) as beside:  # models are scored side by side
-        save_file(tensors, beside, {"per_clip": json.dumps(scores)})
+    write_tensors(path, tensors, {"per_clip": json.dumps(scores)})
 
 
-def _read(path: Path) -> Measured:
-    from safetensors import safe_open
+def _read(path: Path) -> Measured | None:
+    """What `_write` wrote; None where it is damaged, and is to be measured again."""
+    from safetensors import SafetensorError, safe_open
 
     parts: dict[str, dict[str, torch.Tensor]] = {}
-    with safe_open(path, "pt") as file:
-        for key in file.keys():  # noqa: SIM118  # no mapping
-            name, _, rest = key.partition("/")
-            parts.setdefault(name, {})[rest] = file.get_tensor(key)
-        scores = json.loads(file.metadata()["per_clip"])
-    features = {name: FeatureSet.of_state(state) for name, state in parts.items()}
-    return Measured(features, {int(number): row for number, row in scores.items()})
+    try:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118  # no mapping
+                name, _, rest = key.partition("/")
+                parts.setdefault(name, {})[rest] = file.get_tensor(key)
+            scores = json.loads(file.metadata()["per_clip"])
+        features = {name: FeatureSet.of_state(state) for name, state in parts.items()}
+        return Measured(features, {int(number): row for number, row in scores.items()})
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        return None
 
 
 class Files(Sequence[Clip]):
@@ -305,11 +307,20 @@ def clip_files(where: Path | str) -> dict[str, Path]:
             raise UserError(f"{where}: there is no such file")
         return {file.stem: file for file in found}
     if not any((folder / part.folder).is_dir() for part in (VIDEOS, IMAGES)):
-        plain = sorted(file for file in folder.glob("*.mp4") if not file.name.startswith("."))
+        plain = video_files(folder)
         if plain:
             return {file.stem: file for file in plain}
     place = Layout.open(folder)
     return place.files(VIDEOS) or place.files(IMAGES)
+
+
+def video_files(folder: Path) -> list[Path]:
+    """The videos that lie in a folder itself, in the order of their names."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        file for file in folder.iterdir() if file.suffix.lower() in (".mp4", ".mov") and not file.name.startswith(".")
+    )
 
 
 def content_hash(files: Sequence[Path]) -> str:

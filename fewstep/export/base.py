@@ -7,14 +7,13 @@ are data are copied, under classes of diffusers and transformers; links are not 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fewstep.errors import UserError
-from fewstep.files import read_json, write_json
+from fewstep.files import copy_file, make_folder, read_json, write_json
 from fewstep.networks.encoders.codecs import read_statistics
 from fewstep.networks.encoders.text import MODELS as TEXT_MODELS
 from fewstep.networks.files import hub
@@ -163,13 +162,13 @@ def _copy(base: Path, part: Path, target: Path, *, without: Sequence[str] = (), 
     """Copies the files of a part that are data; those whose names end in one of `without` stay."""
     if part.is_symlink():
         raise UserError(f"--base {part}: is a symbolic link; copy the folder itself there")
-    target.mkdir()
+    make_folder(target)
     files = [file for file in sorted(part.iterdir()) if file.suffix in SUFFIXES and not file.name.endswith(tuple(without))]
     for file in files:
         source = _target_of(base, file)
         if file.suffix == ".json":
             _refuse_own_code(source, file)
-        shutil.copyfile(source, target / file.name)
+        copy_file(source, target / file.name)
     has_pickle = any(file.suffix == ".bin" for file in part.iterdir())
     if (needs_weights or (has_pickle and not without)) and not any(file.suffix == ".safetensors" for file in files):
         state = "its weights as a pickle only" if has_pickle else "no weights"

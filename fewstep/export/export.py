@@ -12,7 +12,6 @@ Beside each lie student.json and README.md: the schedule, and the envelope that 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.errors import UserError
 from fewstep.export.base import Base
 from fewstep.export.model_card import model_card
-from fewstep.files import read_json, whole_folder, write_text
+from fewstep.files import copy_entry, read_json, restore, whole_folder, write_tensors, write_text
 from fewstep.inference.card import FILE as CARD
 from fewstep.inference.card import StudentCard
 from fewstep.inference.model import networks_of, of_run
@@ -146,10 +145,8 @@ def _add(module: nn.Module, files: Sequence[str]) -> None:
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, card: StudentCard) -> None:
-    from safetensors.torch import save_file
-
     metadata = {"format": "pt", "fewstep": json.dumps(card.as_json())}
-    save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, path, metadata=metadata)
+    write_tensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, metadata)  # two may share their memory
 
 
 def _usual_form(run: Path) -> tuple[Form, str]:
@@ -172,6 +169,7 @@ def _files_beside(out: Path) -> list[Path]:
 
     Raises UserError if `out` is no earlier export.
     """
+    restore(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return []
     if not out.is_dir():
@@ -191,5 +189,4 @@ def _keep(files: Iterable[Path], out: Path, partial: Path) -> None:
         target = partial / file
         if target.exists() or target.is_symlink():
             raise UserError(f"--out {out}: would replace {file}, which no export wrote; choose a new folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(out / file, target, follow_symlinks=False)
+        copy_entry(out / file, target)

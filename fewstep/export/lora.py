@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from fewstep.errors import UserError
+from fewstep.files import write_tensors
 from fewstep.networks.lora import Lora, as_diffusers, as_kohya, at_scale_one
 from fewstep.networks.roles import Networks
 from fewstep.networks.weights.addresses import read
@@ -30,9 +29,9 @@ def write_lora(address: str, networks: Networks, out: Path) -> tuple[str, ...]:
         file = f"{stem}pytorch_lora_weights.safetensors"
         is_branch = part.startswith("controlnet")  # of no class that takes adapters by itself
         prefix = "" if is_branch else spec.pipeline_part
-        save_file(as_diffusers(adapters, prefix=prefix), out / file, metadata={"format": "pt"})
+        write_tensors(out / file, as_diffusers(adapters, prefix=prefix), {"format": "pt"})
         if not is_branch:
-            save_file(as_kohya(adapters), out / f"{stem}kohya_lora.safetensors", metadata={"format": "pt"})
+            write_tensors(out / f"{stem}kohya_lora.safetensors", as_kohya(adapters), {"format": "pt"})
         if stem:
             notes.append((BRANCH if is_branch else LOW_NOISE_EXPERT).format(file=file))
     return tuple(notes)

@@ -24,7 +24,7 @@ from fewstep.diffusion.path import floats
 from fewstep.errors import UserError
 from fewstep.export.base import ADVICE, Base, copy_scheduler
 from fewstep.export.schedulers import Fit, scheduler_of
-from fewstep.files import read_json
+from fewstep.files import read_json, write_json, write_text
 from fewstep.inference.card import StudentCard
 from fewstep.inference.model import Model, teacher_sampler
 from fewstep.networks.contract import Network, Scheduling
@@ -58,7 +58,7 @@ def write_folder(model: Model, card: StudentCard, out: Path, base: Base) -> Stud
         index["scheduler"] = ["diffusers", type(fit.scheduler).__name__]
     settings = traits.pipeline_settings
     if settings is not None:
-        (out / "pipeline.py").write_text(_pipeline(out))
+        write_text(out / "pipeline.py", _pipeline(out))
     why = _why_own_loop(sampler, whole, base_class, traits.scheduling, fit)
     if not why and fit is not None:
         index["_class_name"] = base_class
@@ -75,7 +75,7 @@ def write_folder(model: Model, card: StudentCard, out: Path, base: Base) -> Stud
     settings_of_steps["denoising_timesteps"] = [round(1000 * step["flow_time"]) for step in steps]
     if sampler is model.sampler and sampler.shift is None:  # a teacher and a flow map are sampled with other steps, too
         index["dmd2_config"] = settings_of_steps
-    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_json(out / "model_index.json", index, indent=2)
     envelope = card.envelope.with_codec(_codec_form(out)) if "vae" in index else card.envelope
     channels = next(iter(parts.values())).config.out_channels if envelope.latent_shape is None else envelope.latent_shape[0]
     scale = network.path.sigma_data if isinstance(network.path, EDM) else 1.0  # an EDM network's state has its data's spread
@@ -109,7 +109,7 @@ def _teacher_folder(
     """Completes a folder of the base's own class, with the base's scheduler; returns the card with its sampler."""
     assert isinstance(model.sampler, TeacherSampler)
     index["_class_name"] = base_class
-    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_json(out / "model_index.json", index, indent=2)
     sampler = replace(teacher_sampler(model.network, str(base)), num_steps=model.sampler.num_steps)
     envelope = card.envelope.with_codec(_codec_form(out)) if "vae" in index else card.envelope
     notes = (GUARDED.format(cls=base_class),) if base_class.startswith("Cosmos") else ()

@@ -11,6 +11,7 @@ a teacher without it takes the default of the original command (`Traits.guidance
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ ALIASES = {  # theirs, and those of diffusers and FastGen: ours. An underscore f
     "tokenizer_dir": "codec", "save_input_noise": "save-noise",
 }  # fmt: skip
 ALWAYS = ("offload_text_encoder_model", "offload_prompt_upsampler")  # prompts are read first, and what reads them is released
+OF_THE_USER = ("config", "out", "output-file", "o")  # what runs code, and where files go: not taken from a file of a clip
 WITHOUT_EFFECT = {"benchmark": "every clip's seconds are in its .json"}
 COSMOS_ONLY = {
     "checkpoint_dir", "diffusion_transformer_dir", "tokenizer_dir", "input_image_or_video_path", "video_save_name",
@@ -73,9 +75,22 @@ def in_our_words(arguments: Sequence[str], options: Container[str], tell: Print)
             tell(f"warning: --{name} has no effect: {WITHOUT_EFFECT[theirs]}")
         if not name or theirs in (*ALWAYS, *WITHOUT_EFFECT):
             continue
-        known = ALIASES.get(theirs, name.replace("_", "-"))
+        known = _ours(name)
         ours.append(f"--{known if f'--{known}' in options else name}{equals}{value}")
     return ours, cosmos
+
+
+def as_typed(message: str, arguments: Sequence[str]) -> str:
+    """The message with the names of options that were typed, where they are other tools' names of ours."""
+    for argument in arguments:
+        name = argument.removeprefix("--").partition("=")[0]
+        if argument.startswith("--") and name.replace("-", "_") in ALIASES:
+            message = re.sub(rf"--{_ours(name)}(?![\w-])", f"--{name} (here --{_ours(name)})", message, count=1)
+    return message
+
+
+def _ours(name: str) -> str:
+    return ALIASES.get(name.replace("-", "_"), name.replace("_", "-"))
 
 
 def guidance_of(guidance: float | None, scale: float | None, cosmos: Sequence[str], tell: Print) -> float | None:
@@ -160,8 +175,11 @@ def read_specs(path: Path, option: str, tell: Print) -> tuple[list[str], dict[st
     """The options that the file stands for, each as --name=value, and its controls by name."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{option} {path}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{option} {path}: {getattr(error, 'strerror', None) or error}") from None
+    own = [name for name in entries if _ours(name) in OF_THE_USER] if isinstance(entries, dict) else []
+    if own:
+        raise ConfigError(f"{option} {path}: has {own[0]!r}, which no file of a clip may set. Give it on the command line")
     if not isinstance(entries, dict):
         raise ConfigError(f"{option} {path}: is no json object")
     controls: dict[str, Control] = {}

@@ -8,6 +8,7 @@ dashes or underscores (coming_from_cosmos.py); and --help shows its sixty option
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,12 +17,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fewstep.config import ConfigError, apply_overrides, choices, load_file, parse
-from fewstep.environment import ranks
+from fewstep.environment import DEVICES, ranks
 from fewstep.errors import UserError
-from fewstep.files import plain_name
+from fewstep.files import plain_name, unfit
 from fewstep.inference.coming_from_cosmos import (
     Control,
     Print,
+    as_typed,
     check_prompt,
     codec_in,
     control_of,
@@ -38,8 +40,18 @@ from fewstep.inference.upsamplers import AnyUpsampler, Upsampler
 from fewstep.solvers import SOLVERS
 
 
-def read_command(arguments: Sequence[str], say: Print | None = None) -> GenerateRequest:
-    """The request of a `generate` command; ConfigError for what it does not know."""
+def read_command(arguments: Sequence[str], say: Print | None = None, checks_files: bool = False) -> GenerateRequest:
+    """The request of a `generate` command; ConfigError for what it does not know, and for files that are not there."""
+    try:
+        request = _request(arguments, say)
+        if checks_files:
+            request.check_files()
+        return request
+    except ConfigError as error:
+        raise ConfigError(as_typed(str(error), arguments)) from None
+
+
+def _request(arguments: Sequence[str], say: Print | None) -> GenerateRequest:
     tell = say or (lambda text: print(text, file=sys.stderr))
     parser = _parser()
     words, cosmos = in_our_words(arguments, parser.options(), tell)
@@ -47,7 +59,7 @@ def read_command(arguments: Sequence[str], say: Print | None = None) -> Generate
     specs: dict[str, Control] = {}
     for option in ("controlnet_specs", "spec"):
         if options[option] is not None:
-            more, specs = read_specs(options[option], "-i" if option == "spec" else f"--{option}", tell)
+            more, specs = read_specs(options[option], "-i" if option == "spec" else "--controlnet-specs", tell)
             more, names = in_our_words(more, parser.options(), tell)
             options = vars(parser.parse_args([*more, *words]))  # the command itself comes last and counts
             cosmos += names
@@ -56,9 +68,11 @@ def read_command(arguments: Sequence[str], say: Print | None = None) -> Generate
     if options["inference_type"] is not None and options["num_input_frames"] is None:
         options["num_input_frames"] = given_of(options["inference_type"])
     processes = ranks().size
-    if options["num_gpus"] not in (None, processes):
-        num = options["num_gpus"]
-        raise ConfigError(f"--num_gpus {num}: {processes} process(es) run. Start it with torchrun --nproc_per_node={num}")
+    num = options["num_gpus"]
+    if num is not None and num < 1:
+        raise ConfigError(f"--num-gpus {num}: at least 1")
+    if num not in (None, processes):
+        raise ConfigError(f"--num-gpus {num}: {processes} process(es) run. Start it with torchrun --nproc_per_node={num}")
     options["context"] = next((num for num in (options["context"], options["num_gpus"]) if num is not None), 1)
     if options["config"] is not None:
         load_file(options["config"])
@@ -126,6 +140,34 @@ def _plugin(group: str, text: str, without: str) -> Any:  # Any: a guardrail or 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
+def _number(text: str) -> float:
+    """A finite number, as `type` of an option."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    return value
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(DEVICES, text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device: cpu, cuda, cuda:1, mps ..")
+    return text
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text}: {'is no file' if path.exists() else 'no such file'}")
+    return path
+
+
+def _folder(text: str) -> Path:
+    reason = unfit(Path(text), is_folder=True)
+    if reason is not None:
+        raise argparse.ArgumentTypeError(f"{text!r} {reason}")
+    return Path(text)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"generate: {message} (fewstep generate --help)")
@@ -158,7 +200,7 @@ def _of_model(parser: argparse.ArgumentParser) -> None:
     add(
         "--max-tokens", type=int, metavar="N", help="cut texts to N tokens; embeddings are also padded (default: the encoder's)"
     )
-    add("--config", type=Path, metavar="FILE.py", help="file that registers networks, guardrails or controls of your own")
+    add("--config", type=_file, metavar="FILE.py", help="file that registers networks, guardrails or controls of your own")
     add("--use-distilled", dest="student_only", action="store_true", help="refuse a model that is no student")
 
 
@@ -196,7 +238,7 @@ def _of_clip(parser: argparse.ArgumentParser) -> None:
     add("--num-frames", type=int, metavar="N", help="number of frames")
     add("--height", type=int, metavar="N", help="pixels")
     add("--width", type=int, metavar="N", help="pixels")
-    add("--fps", type=float, metavar="RATE", help="frames per second (default: the student's own, or 24)")
+    add("--fps", type=_number, metavar="RATE", help="frames per second (default: the student's own, or 24)")
     add("--chunk-frames", type=int, metavar="N", help="frames made at once; a longer clip is made chunk after chunk")
     add("--overlap", type=int, metavar="N", help="frames that a chunk takes from the one before (default: 1)")
 
@@ -215,14 +257,14 @@ def _of_sampler(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--guidance",
-        type=float,
+        type=_number,
         metavar="W",
         help="w in uncond + w (cond - uncond); 1 is off (default); beside Cosmos' names g",
     )
-    add("--guidance-scale", type=float, metavar="W", help="w, as diffusers and FastGen have it")
-    add("--guidance-low", type=float, metavar="W", help="w of Wan A14B's low-noise expert; --guidance is the other's")
-    add("--shift", type=float, metavar="X", help="shift of a grid in flow time")
-    add("--sigma-max", type=float, metavar="X", help="where the grid of an EDM teacher begins")
+    add("--guidance-scale", type=_number, metavar="W", help="w, as diffusers and FastGen have it")
+    add("--guidance-low", type=_number, metavar="W", help="w of Wan A14B's low-noise expert; --guidance is the other's")
+    add("--shift", type=_number, metavar="X", help="shift of a grid in flow time")
+    add("--sigma-max", type=_number, metavar="X", help="where the grid of an EDM teacher begins")
     add("--force", action="store_true", help="use steps or a guidance that a student was not trained for")
 
 
@@ -239,7 +281,7 @@ def _of_output(parser: argparse.ArgumentParser) -> None:
         "--out",
         "-o",
         "--output-file",
-        type=Path,
+        type=_folder,
         default=Path("outputs"),
         metavar="FOLDER",
         help="folder to write (default: outputs)",
@@ -253,7 +295,7 @@ def _of_output(parser: argparse.ArgumentParser) -> None:
 
 def _of_memory(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Memory and devices").add_argument
-    add("--device", metavar="NAME", help="cpu, cuda:0, .. (default: a GPU if there is one)")
+    add("--device", type=_device, metavar="NAME", help="cpu, cuda:0, .. (default: a GPU if there is one)")
     add(
         "--precision",
         choices=PRECISIONS,

@@ -36,16 +36,17 @@ from fewstep.data.folder.layout import CAPTIONS, IMAGES, VIDEOS, Layout
 from fewstep.diffusion import Rng, TeacherSampler
 from fewstep.diffusion.sampling import Sampler
 from fewstep.errors import UserError
-from fewstep.evaluation.clips import AnyClips, Files, clip_files, content_hash
+from fewstep.evaluation.clips import AnyClips, Files, clip_files, content_hash, video_files
 from fewstep.evaluation.features.contract import resized
 from fewstep.evaluation.fidelity import ControlFidelity
 from fewstep.evaluation.score import AnyScorer, Clip, ClipSet, Record, Scorer, Signals, Value, over_sets
-from fewstep.files import whole_file, write_json
+from fewstep.files import write_json, write_tensors, write_text
 from fewstep.inference import latency
 from fewstep.inference.card import Envelope
 from fewstep.inference.model import Model, changed, codec_of, open_model, place_network
 from fewstep.inference.request import SamplerOptions
 from fewstep.networks.encoders.codecs import Codec, open_codec, to_uint8
+from fewstep.parallel import device_of
 from fewstep.solvers import SolverName
 
 SEEDS = 1000  # noise of evaluation set k has seed SEEDS + k: never that of training or of pairs
@@ -94,8 +95,7 @@ def run(task: Evaluation) -> dict[str, Any]:
         if (value := getattr(task, name)) is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}")
     torch.set_num_threads(1)
-    if Path(task.what).is_dir() and task.out.with_suffix("").resolve() == Path(task.what).resolve():
-        raise UserError(f"--out {task.out}: clips to look at would go into {task.what}, which is scored. Choose another name")
+    _claim(task)
     task = replace(task, num=_num(task))
     scorers = _scorers_of(task)
     ranks_by = scorers[0]
@@ -121,8 +121,9 @@ def run(task: Evaluation) -> dict[str, Any]:
             _refuse_options(task, f"is a student, which takes the {len(sampler.times)} steps it was trained for")
         if task.calls is not None and (names := [name for name in task.sampling.names() if name != "--guidance"]):
             raise UserError(f"--calls: finds steps, sampler and shift by itself; leave out {', '.join(names)}")
-        place_network(model, torch.device(_device(task)), task.precision)
         codec = codec_of(model, task.what, task.codec, precision=task.precision, device=_device(task))
+        _refuse_all_given(task, codec, data)
+        place_network(model, torch.device(_device(task)), task.precision)
         references = [_reference(task, scorer) for scorer in scorers]
         candidates: list[dict[str, Any]] = []
         if isinstance(sampler, TeacherSampler):
@@ -152,6 +153,20 @@ def run(task: Evaluation) -> dict[str, Any]:
     _write_features(task, records)
     write_json(task.out, results)
     return results
+
+
+_MARK = ".of_scores"  # in the folder of the clips to look at
+
+
+def _claim(task: Evaluation) -> None:
+    """Makes the folder of the clips to look at; refuses one that holds something else, the user's own clips for instance."""
+    folder = task.out.with_suffix("")
+    if folder == task.out:
+        raise UserError(f"--out {task.out}: give a file with the suffix .json; clips to look at go into a folder of that name")
+    is_ours = (folder / _MARK).is_file() or task.out.is_file()
+    if folder.is_dir() and any(folder.iterdir()) and not is_ours:
+        raise UserError(f"--out {task.out}: clips to look at would go into {folder}, which holds others. Choose another name")
+    write_text(folder / _MARK, f"{task.out.name}\n")
 
 
 @dataclass(frozen=True)
@@ -236,12 +251,9 @@ def _anchors(records: Sequence[Record]) -> dict[str, Any]:
 
 def _write_features(task: Evaluation, records: Sequence[Record]) -> None:
     """Features of the clips, from which differences between two models are computed clip by clip."""
-    from safetensors.torch import save_file
-
-    tensors = {f"{k}/{name}": rows.contiguous() for k, record in enumerate(records) for name, rows in record.features.items()}
+    tensors = {f"{k}/{name}": rows for k, record in enumerate(records) for name, rows in record.features.items()}
     if tensors:
-        with whole_file(task.out.with_suffix("") / "features.safetensors") as beside:
-            save_file(tensors, beside)
+        write_tensors(task.out.with_suffix("") / "features.safetensors", tensors)
 
 
 @dataclass(frozen=True)
@@ -312,7 +324,7 @@ def _num(task: Evaluation) -> int:
 
 
 def _device(task: Evaluation) -> str:
-    return task.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device_of(task.device)
 
 
 def _within(task: Evaluation, envelope: Envelope) -> Evaluation:
@@ -332,6 +344,14 @@ def _refuse_options(task: Evaluation, why: str) -> None:
     names = ["--calls"] * (task.calls is not None) + task.sampling.names()
     if names:
         raise UserError(f"{', '.join(names)}: {task.what} {why}. Leave it out: it is for a teacher")
+
+
+def _refuse_all_given(task: Evaluation, codec: Codec, data: FolderData) -> None:
+    """Refuses so many given frames that nothing is left to generate."""
+    x0 = data.batch(torch.tensor([0])).x0 if task.given_frames else None
+    if x0 is not None and task.given_frames >= codec.shape(*x0.shape[2:])[1]:
+        num = codec.shape(*x0.shape[2:])[1]
+        raise ConfigError(f"--given-frames {task.given_frames}: a clip has {num} latent frames, one of which must be generated")
 
 
 def _few_sets(task: Evaluation, num: int) -> list[str]:
@@ -518,7 +538,7 @@ def _is_data_set(folder: Path) -> bool:
 def _is_clips(what: str) -> bool:
     """Whether this is no model: a data set, a folder of mp4, or a pattern like clips/*.mp4."""
     folder = Path(what)
-    return _is_data_set(folder) or "*" in what or (not (folder / "model_index.json").is_file() and any(folder.glob("*.mp4")))
+    return _is_data_set(folder) or "*" in what or (not (folder / "model_index.json").is_file() and bool(video_files(folder)))
 
 
 def _set_of(clips: Sequence[Clip], data: FolderData, task: Evaluation, truth: Layout | None = None) -> ClipSet:

@@ -29,13 +29,13 @@ from fewstep.inference.guardrails import Guardrail, Judge
 from fewstep.inference.model import Outline, codec_of, folder_of, outline_of, place_network, refuse_context
 from fewstep.inference.prompts import Blocked, blocks, check_plugins, prepare
 from fewstep.inference.record import differences
-from fewstep.inference.request import ClipRequest, GenerateRequest
+from fewstep.inference.request import ClipRequest, GenerateRequest, files_of
 from fewstep.inference.stages import Component
 from fewstep.inference.stream import refuse_stream, stream_clips
 from fewstep.networks.contract import Network
 from fewstep.networks.encoders.codecs import Autoencoder
 from fewstep.networks.encoders.vision import ClipVision
-from fewstep.parallel import World, join_world, leave_world
+from fewstep.parallel import World, device_of, join_world, leave_world
 
 Print = Callable[[str], None]
 
@@ -78,13 +78,13 @@ def generate(
     mine = request.clips if world is not None else request.clips[rank::world_size]
     todo = [clip for clip in mine if not _is_done(request.out, clip.name, records[clip.name])]
     for clip in todo:
-        _check_files(clip)
+        clip.check_files()
     if not todo:
         return 0
     check_plugins(request)
     if world is not None:
         world.barrier()  # all have looked at what is there, before one writes
-    device = torch.device(request.device or (f"cuda:{ranks().local}" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device_of(request.device))
     controls = sorted({name for clip in request.clips for name in clip.control})
     outline = outline_of(request.model, controls=controls, network=request.network)
     refuse_context(outline.spec, world, request.model)
@@ -232,12 +232,8 @@ def _named(plugin: Any) -> dict[str, Any]:  # Any: a frozen dataclass, registere
     return {"kind": plugin.kind, **dump(plugin)}
 
 
-def _files(out: Path, name: str) -> tuple[Path, Path]:
-    return out / f"{name}.mp4", out / f"{name}.png"
-
-
 def _is_done(out: Path, name: str, record: Mapping[str, Any]) -> bool:
-    if not any(path.is_file() for path in _files(out, name)):
+    if not any(path.is_file() for path in files_of(out, name)):
         return False
     file = out / f"{name}.json"
     advice = "Remove it and its clip, or choose another --out or --name"
@@ -249,22 +245,10 @@ def _is_done(out: Path, name: str, record: Mapping[str, Any]) -> bool:
     raise UserError(f"{out / name}: is there and was made {how}. Choose another --out or --name, or remove it")
 
 
-def _check_files(clip: ClipRequest) -> None:
-    """Refuses files that are not there, before anything large is read."""
-    files = {"--embedding": clip.embedding, "--negative-embedding": clip.negative_embedding, "--input": clip.source}
-    files |= {f"--control {name}": control.source for name, control in clip.control.items()}
-    if clip.num_input_frames and clip.source is None:
-        raise UserError(f"clip '{clip.name}' begins with {clip.num_input_frames} given frame(s): give the file, --input FILE")
-    for name, path in files.items():
-        if path is not None and not path.is_file():
-            raise UserError(f"{name} {path}: no such file (for clip '{clip.name}')")
-
-
 def _write(request: GenerateRequest, clip: ClipRequest, film: Film, number: int, plan: Plan, record: Mapping[str, Any]) -> Path:
     """Writes clip `number` of a film; returns the file of its frames."""
     frames, fps = film.frames[number], plan.shot.fps
     quality = "lossless" if request.quality == "lossless" else int(request.quality)
-    request.out.mkdir(parents=True, exist_ok=True)
     if request.save_noise:
         arrays.write_pickle(request.out / "noise" / f"{clip.name}.pickle", film.noise[number].numpy())
     for name, control in film.controls[number].items() if request.save_controls else ():
@@ -278,7 +262,7 @@ def _write(request: GenerateRequest, clip: ClipRequest, film: Film, number: int,
         "fps": fps,
     }
     write_json(request.out / f"{clip.name}.json", {**about, "frames": len(frames)})
-    path, picture = _files(request.out, clip.name)
+    path, picture = files_of(request.out, clip.name)
     if len(frames) == 1:
         import cv2
 

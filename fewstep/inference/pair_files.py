@@ -10,14 +10,12 @@ A pair is whole when its mp4 is there, which is written last.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fewstep.data.files import arrays, cache, video
@@ -25,7 +23,7 @@ from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout, Part
 from fewstep.data.folder.parts import stored_embedding
 from fewstep.errors import UserError
-from fewstep.files import whole_file, write_text
+from fewstep.files import copy_file, write_text, write_torch
 
 Form = Literal["ours", "fastgen"]
 Quality = int | Literal["lossless"]
@@ -125,7 +123,7 @@ class PairFiles:
         tensors = {"txt_emb": next(iter(entries.values()), None), "path": pair.states, "noise": pair.noise, "latent": pair.x0}
         for file, tensor in tensors.items():
             if tensor is not None:
-                _save(tensor, folder / f"{file}.pth")
+                write_torch(folder / f"{file}.pth", tensor.detach().cpu().clone())
         video.write(folder / "video.mp4", pair.frames, pair.fps, quality=self.quality)
 
 
@@ -142,11 +140,6 @@ def evenly(names: Sequence[int], num: int) -> list[int]:
     return [names[round(i * (len(names) - 1) / max(num - 1, 1))] for i in range(num)]
 
 
-def _save(tensor: Tensor, path: Path) -> None:
-    with whole_file(path) as partial:
-        torch.save(tensor.detach().cpu().clone(), partial)
-
-
 def _store(text: Path | Mapping[str, Tensor], target: Path) -> None:
     if isinstance(text, Path):
         _copy(text, target)
@@ -156,7 +149,5 @@ def _store(text: Path | Mapping[str, Tensor], target: Path) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     target = target.with_name(target.name.removesuffix(target.suffix) + source.suffix)
-    if target.is_file():
-        return
-    with whole_file(target) as beside:
-        shutil.copyfile(source, beside)
+    if not target.is_file():
+        copy_file(source, target)

@@ -10,7 +10,6 @@ killed command goes on where it was, ranks divide the work, and one rank or eigh
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fewstep.batch import first_frames
-from fewstep.config import choices, dump
+from fewstep.config import ConfigError, choices, dump
 from fewstep.data.files import arrays
 from fewstep.data.folder.dataset import Folder
 from fewstep.data.folder.parts import stored_embedding
@@ -29,7 +28,7 @@ from fewstep.diffusion import Rng, TeacherSampler
 from fewstep.diffusion.samplers import Trajectory
 from fewstep.environment import Ranks, ranks
 from fewstep.errors import UserError
-from fewstep.files import read_json, some, write_json
+from fewstep.files import read_json, remove, some, write_json
 from fewstep.inference.conditions import Shot
 from fewstep.inference.pair_files import Form, Pair, PairFiles, Quality, check_form, evenly
 from fewstep.inference.pair_prompts import (
@@ -49,7 +48,7 @@ from fewstep.inference.record import differences
 from fewstep.inference.request import PairsRequest
 from fewstep.networks.contract import Network
 from fewstep.networks.encoders.codecs import Codec, fingerprint_of, to_uint8
-from fewstep.parallel import World, join_world, leave_world
+from fewstep.parallel import World, device_of, join_world, leave_world
 
 RECORD = "pairs.json"
 WEIGHTS = "teacher_weights"  # of pairs.json: a fingerprint
@@ -145,6 +144,9 @@ def write(
     folder = PairFolder.of(out, prompts, settings, decisive)
     num = folder.checked_num(num)
     shape = codec.shape(prompts.shot.num_frames, prompts.shot.height, prompts.shot.width)
+    if settings.given_frames >= shape[1]:
+        given = settings.given_frames
+        raise ConfigError(f"--given-frames {given}: a clip has {shape[1]} latent frames, one of which must be generated")
     todo = folder.todo(num)
     mine = todo[rank::world_size] if world is not None else [row for row in range(rank, num, world_size) if row in set(todo)]
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
@@ -321,7 +323,7 @@ class PairFolder:
     def write(self, rows: Sequence[int], pairs: Sequence[Pair]) -> None:
         """Writes pairs; before the first of them pairs.json, which every rank does with the same content."""
         if self.record is not None and (not (self.files.root / RECORD).is_file() or self._has_new_stems()):
-            write_json(self.files.root / RECORD, self.record, shared=True)
+            write_json(self.files.root / RECORD, self.record)
         if isinstance(self.prompts, FilePrompts):
             negative = self.prompts.negative_text()
             file = self.files.root / "negative.pickle"
@@ -373,7 +375,7 @@ def run(request: PairsRequest, track: Track) -> str:
 def _run(request: PairsRequest, track: Track, own: Ranks, world: World | None) -> str:
     from fewstep.inference.model import changed, codec_of, open_model, place_network, refuse_context, sampler_before_loading
 
-    device = request.device or (f"cuda:{own.local}" if torch.cuda.is_available() else "cpu")
+    device = device_of(request.device)
     controls = [] if request.control is None else [request.control]
     early = sampler_before_loading(request.model, controls)
     if early is not None:
@@ -430,7 +432,7 @@ def _run(request: PairsRequest, track: Track, own: Ranks, world: World | None) -
         )
         line += f"; {request.verify} of them solved again differ by {far:.2g} of their spread at most"
     if isinstance(prompts, FilePrompts):
-        shutil.rmtree(prompts.waiting, ignore_errors=True)
+        remove(prompts.waiting)
     return line
 
 

@@ -10,6 +10,7 @@ The option names of the original tools are translated first: coming_from_cosmos.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,10 @@ class SamplerOptions:
             raise ConfigError(f"--sampler is one of {', '.join(SOLVERS)}, not {self.solver!r}")
         if self.num_steps is not None and self.num_steps < 1:
             raise ConfigError(f"--num-steps {self.num_steps}: at least 1")
+        for name in ("guidance", "guidance_low"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ConfigError(f"{self.SPELLED[name]} {value}: is no finite number")
         for name in ("shift", "sigma_max"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -76,6 +81,18 @@ class ClipRequest:
     control: Mapping[str, Control] = field(default_factory=dict[str, Control])
     seed: int = 0
     label: int | None = None  # of a class-conditional network
+
+    def check_files(self) -> None:
+        """Refuses files that are not there, before anything large is read."""
+        files = {"--embedding": self.embedding, "--negative-embedding": self.negative_embedding, "--input": self.source}
+        files |= {f"--control {name}": control.source for name, control in self.control.items()}
+        if self.num_input_frames and self.source is None:
+            raise ConfigError(
+                f"clip '{self.name}' begins with {self.num_input_frames} given frame(s): give the file, --input FILE"
+            )
+        for name, path in files.items():
+            if path is not None and not path.is_file():
+                raise ConfigError(f"{name} {path}: {'is no' if path.exists() else 'no such'} file (for clip '{self.name}')")
 
 
 @dataclass(frozen=True)
@@ -114,6 +131,12 @@ class GenerateRequest:
     guardrails: tuple[Guardrail, ...] = ()  # what they block is not written
     upsampler: Upsampler | None = None  # rewrites the prompts
 
+    def check_files(self) -> None:
+        """Refuses files that are not there, of clips that are not made yet."""
+        for clip in self.clips:
+            if not any(path.is_file() for path in files_of(self.out, clip.name)):
+                clip.check_files()
+
     def __post_init__(self) -> None:
         if self.quality != "lossless" and not (self.quality.isdigit() and int(self.quality) <= 51):
             raise ConfigError(f"--quality is 'lossless' or a CRF from 0 to 51, not {self.quality!r}")
@@ -133,6 +156,11 @@ class GenerateRequest:
             if clip.num_input_frames < 0:
                 raise ConfigError(f"--num-input-frames {clip.num_input_frames}: at least 0")
             plain_name(clip.name, "the name of a clip")
+
+
+def files_of(out: Path, name: str) -> tuple[Path, Path]:
+    """Where a clip is written: of several frames, of one."""
+    return out / f"{name}.mp4", out / f"{name}.png"
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,6 @@ def stream_clips(
     quality: video.Quality = "lossless" if request.quality == "lossless" else int(request.quality)
     for number, clip in enumerate(clips, 1):
         clock = Clock()
-        request.out.mkdir(parents=True, exist_ok=True)
         write_text(request.out / f"{clip.name}.txt", clip.prompt + "\n")
         path = request.out / f"{clip.name}.mp4"
         with studio.codec.loaded() as codec, studio.pictures.loaded() as pictures, studio.network.loaded() as network:

@@ -17,6 +17,7 @@ from fewstep.errors import UserError
 from fewstep.networks.causal import Causal, CausalSpec
 from fewstep.networks.causal_attention import Causality
 from fewstep.networks.contract import AnyNetwork, Network
+from fewstep.networks.files.folders import Configurations, noting
 from fewstep.networks.heads import AnyHead
 from fewstep.networks.lora import Backbone, Lora, Shared, as_adapters
 from fewstep.networks.weights.addresses import load_into, read
@@ -85,10 +86,13 @@ class Networks:
         refuse_contradictions([("networks.teacher", self.teacher), *((f"networks.{role}.network", spec) for role, spec in own)])
 
 
-def build(config: Networks, roles: Iterable[str], seed: int, resumes: bool = False) -> dict[str, Network]:
+def build(
+    config: Networks, roles: Iterable[str], seed: int, resumes: bool = False, noted: Configurations | None = None
+) -> dict[str, Network]:
     """The networks of `roles`, on the CPU, with their weights.
 
     resumes: a checkpoint will fill the trained roles, so that the weights they started from are not read (`init`).
+    noted: the configurations of their models, added to here; of a run that resumes, they stand for the folders.
     """
     teacher = None if config.teacher is None else _built(config.teacher, "teacher", seed)
     if teacher is not None and config.teacher_init:
@@ -108,7 +112,8 @@ def build(config: Networks, roles: Iterable[str], seed: int, resumes: bool = Fal
                 raise UserError("networks.head: this method trains a discriminator, but none is configured")
             nets[role] = _built(config.head, role, seed)  # no Denoiser, but with a module to place, train and save
         else:
-            nets[role] = _role(getattr(config, role), config, teacher, role, seed, resumes)
+            with noting({} if noted is None else noted, resumes):
+                nets[role] = _role(getattr(config, role), config, teacher, role, seed, resumes)
     if adapted:
         if teacher is None:
             raise UserError(f"networks.{adapted[0]}: adapters lie over the teacher's weights, and there is no teacher")

@@ -1,7 +1,7 @@
 """Processes and shards. It imports torch only, so that inference on several devices needs no trainer."""
 
 from fewstep.parallel.context import Context
-from fewstep.parallel.mesh import World, is_joined, is_lost_process, join_world, leave_world
+from fewstep.parallel.mesh import World, device_of, is_joined, is_lost_process, join_world, leave_world
 from fewstep.parallel.shard import (
     average_gradients,
     has_unreduced,
@@ -16,6 +16,7 @@ __all__ = [
     "Context",
     "World",
     "average_gradients",
+    "device_of",
     "has_unreduced",
     "is_joined",
     "is_lost_process",

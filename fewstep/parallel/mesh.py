@@ -132,6 +132,18 @@ def is_lost_process(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
+def device_of(name: str | None) -> str:
+    """The device of this name, or by default this process's GPU where there is one. Raises UserError if it is not there."""
+    if name is None:
+        return f"cuda:{ranks().local}" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    num = counts[kind] if kind in counts else torch.xpu.device_count()
+    if int(number or 0) >= num:
+        raise UserError(f"--device {name}: this machine has {num} devices of this kind. Take --device cpu, or leave it out")
+    return name
+
+
 def is_joined() -> bool:
     """True between join_world and leave_world of a run of several processes."""
     return dist.is_initialized()

@@ -6,11 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
 from fewstep.config import ConfigError
 from fewstep.data.folder import layout
 from fewstep.data.folder.dataset import Folder
+from fewstep.parallel import device_of
 from fewstep.prepare import latents as latents_
 from fewstep.prepare import text as text_
 
@@ -28,7 +27,7 @@ def text(
     from fewstep.networks.encoders.text import open_text_encoder
 
     _check_into(folder, into, "t5_xxl")
-    opened = open_text_encoder(encoder, max_tokens=max_tokens, device=device or _best_device())
+    opened = open_text_encoder(encoder, max_tokens=max_tokens, device=device_of(device))
     if negative is not None:
         text_.check_negative(folder, into, opened, negative)
     summary = text_.write(folder, opened, folder=into, prompt=prompt, form=cast(text_.Form, form))
@@ -56,7 +55,7 @@ def latents(
     from fewstep.prepare.reconstruction import measured
 
     _check_into(folder, into, "latents")
-    place = device or _best_device()
+    place = device_of(device)
     named = None if control is None else latents_.control_named(control)
     if windows.get("start_frame_interval") is None:
         windows["start_frame_interval"] = latents_.side_by_side(windows.get("num_frames"), windows["sequence_interval"])
@@ -89,7 +88,7 @@ def controls(
     elif type == "edge" or type == "vis":
         maker = controls_.OfFrames(type, cast(Any, preset), best)
     elif type == "depth" and model is not None:
-        maker = controls_.OfDepthModel(model, device or _best_device(), quality=best)
+        maker = controls_.OfDepthModel(model, device_of(device), quality=best)
     else:
         ways = {"depth": "--model with a Depth-Anything model of transformers, or --from", "keypoint": "--from"}
         raise ConfigError(f"--type {type} needs {ways.get(type, '--from')} with a folder of files, one for each clip")
@@ -115,7 +114,3 @@ def _quality(text: str | None) -> Any:  # crf, "lossless" or None
     if not text.isdigit() or int(text) > 51:
         raise ConfigError(f"--quality is lossless, or a crf from 0 (best) to 51, not {text!r}")
     return int(text)
-
-
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,7 +6,6 @@ Rows are made one at a time, so that no batch size changes a bit of them, and ke
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,7 +22,7 @@ from fewstep.data.folder.dataset import Folder, FolderData, layout
 from fewstep.data.folder.encoding import hash_of, origin_of
 from fewstep.data.folder.samples import Sample
 from fewstep.errors import UserError
-from fewstep.files import some
+from fewstep.files import free_bytes, some
 from fewstep.networks.encoders.codecs import Codec
 from fewstep.prepare.summary import Summary
 from fewstep.progress import track
@@ -176,7 +175,7 @@ def _pixels_of_first(data: FolderData) -> tuple[int, int, int]:
 def _refuse_full_disk(root: Path, num: int, shape: Sequence[int]) -> None:
     """Refuses a disk without room for twice the rows: they wait one by one before they are packed."""
     needed = num * 2 * 2 * torch.Size(shape).numel()
-    free = shutil.disk_usage(root).free
+    free = free_bytes(root)
     if needed > free:
         raise UserError(f"{root}: {num} latents of {tuple(shape)} need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
 

@@ -14,10 +14,9 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 from fewstep.errors import UserError
-from fewstep.files import lock
+from fewstep.files import Lines, lock, remove
 
 NAME = ".made.jsonl"
 
@@ -28,7 +27,7 @@ class Ledger:
     def __init__(self, path: Path, made_from: Mapping[str, str], file_of: Callable[[str], Path]):
         self.path, self.made_from, self.file_of = path, dict(made_from), file_of
         self._lines: dict[str, str] = {}
-        self._file: IO[bytes] | None = None
+        self._file: Lines | None = None
         self._lock = ExitStack()
 
     def __enter__(self) -> Ledger:
@@ -50,15 +49,14 @@ class Ledger:
 
     def begin(self, name: str, content: str) -> None:
         """Call this right before writing the file."""
-        self.file_of(name).unlink(missing_ok=True)
+        remove(self.file_of(name))
         if self._lines.get(name) != content:  # else a kill came between this line and the file
             self._append({"name": name, "content": content})
             self._lines[name] = content
 
     def _read(self) -> None:
         assert self._file is not None
-        self._file.seek(0)
-        whole = self._file.read()
+        whole = self._file.content()
         end = whole.rfind(b"\n") + 1  # what follows is a line that a kill cut off; its file was not begun
         try:
             rows = [json.loads(line) for line in whole[:end].splitlines()]
@@ -76,12 +74,11 @@ class Ledger:
                 f"{self.path.parent}: {len(there)} files were made with {differences}. Use those settings, write to "
                 "another folder, or remove them"
             )
-        self._file.truncate(end if there else 0)
+        self._file.cut(end if there else 0)
         self._lines = lines if there else {}
         if not there:
             self._append({"made_from": self.made_from})
 
     def _append(self, row: Mapping[str, object]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(row).encode() + b"\n")
-        self._file.flush()
+        self._file.add(json.dumps(row))

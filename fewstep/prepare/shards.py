@@ -24,7 +24,7 @@ from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout, Part
 from fewstep.data.shards import FORMAT, INDEX, filesystem
 from fewstep.errors import UserError
-from fewstep.files import some, whole_file, write_bytes
+from fewstep.files import make_folder, remove, some, whole_file, write_bytes, writing
 from fewstep.prepare.summary import Summary
 from fewstep.progress import track
 
@@ -62,10 +62,7 @@ class _Source:
         packs, number = self.row
         label = packs.rows[number]
         name = "latents" if self.part == "latents" or self.part.endswith("_latents") else "text"
-        with tempfile.TemporaryDirectory(prefix="fewstep-") as place:
-            path = Path(place) / "row.safetensors"
-            cache.write(path, {name: packs.read(number)}, made_from=packs.made_from, facts=label.facts)
-            return path.read_bytes()
+        return cache.encoded({name: packs.read(number)}, made_from=packs.made_from, facts=label.facts)
 
 
 def write(dataset_dir: str | Path, url: str, *, parts: Sequence[str] | None = None, shard_bytes: int = 2**30) -> Summary:
@@ -89,7 +86,7 @@ def write(dataset_dir: str | Path, url: str, *, parts: Sequence[str] | None = No
         raise UserError(f"{url}: holds shards with {differences}. Choose another --out, or remove them")
     if before is None and fs.exists(f"{root}/000000.tar"):
         raise UserError(f"{url}: holds tars that this command did not write. Choose another --out")
-    fs.makedirs(root, exist_ok=True)
+    make_folder(Path(root)) if _is_local(fs) else fs.makedirs(root, exist_ok=True)
     groups = list(_grouped(samples, shard_bytes))
     shards = [f"{number:06d}" for number in range(len(groups))]
     new = 0
@@ -192,41 +189,39 @@ def _plan(stems: Sequence[str], samples: dict[str, list[_Source]]) -> str:
 
 
 def _write_tar(fs: Any, path: str, stems: Sequence[str], samples: dict[str, list[_Source]]) -> list[dict[str, Any]]:
-    """Writes the tar on this machine, sends it whole, and returns the place of each member."""
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="fewstep-") as own:
-        beside = Path(own) / "shard.tar"
-        with tarfile.open(beside, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for stem in stems:
-                members: dict[str, Any] = {}
-                for source in samples[stem]:
-                    content = source.read()
-                    entry = tarfile.TarInfo(f"{stem}.{source.part}{source.suffix}")  # time 0, nobody's: the same bytes again
-                    entry.size = len(content)
-                    try:
-                        tar.addfile(entry, io.BytesIO(content))
-                    except ValueError:
-                        raise UserError(f"{stem}: the name is too long for a tar; shorten it") from None
-                    begin = tar.offset - (len(content) + 511) // 512 * 512
-                    members[source.part] = {"offset": begin, "size": len(content), "crc": zlib.crc32(content)}
-                    members[source.part]["suffix"] = source.suffix
-                    if source.suffix == ".mp4":
-                        header = video.probe(source.path)
-                        members[source.part]["header"] = [header.num_frames, header.fps, header.height, header.width]
-                rows.append({"stem": stem, "members": members})
-        _send(fs, path, beside)
-    return rows
-
-
-def _send(fs: Any, path: str, file: Path) -> None:
+    """Writes the tar, whole or not at all, and returns the place of each member."""
     if _is_local(fs):
         with whole_file(path) as beside:
-            beside.write_bytes(b"")
-            with beside.open("wb") as out, file.open("rb") as content:
-                while block := content.read(2**20):
-                    out.write(block)
-    else:
-        fs.put_file(str(file), path)
+            return _tar(beside, stems, samples)
+    with tempfile.TemporaryDirectory(prefix="fewstep-") as own:
+        beside = Path(own) / "shard.tar"
+        with writing(beside):
+            rows = _tar(beside, stems, samples)
+        fs.put_file(str(beside), path)
+        return rows
+
+
+def _tar(path: Path, stems: Sequence[str], samples: dict[str, list[_Source]]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for stem in stems:
+            members: dict[str, Any] = {}
+            for source in samples[stem]:
+                content = source.read()
+                entry = tarfile.TarInfo(f"{stem}.{source.part}{source.suffix}")  # time 0, nobody's: the same bytes again
+                entry.size = len(content)
+                try:
+                    tar.addfile(entry, io.BytesIO(content))
+                except ValueError:
+                    raise UserError(f"{stem}: the name is too long for a tar; shorten it") from None
+                begin = tar.offset - (len(content) + 511) // 512 * 512
+                members[source.part] = {"offset": begin, "size": len(content), "crc": zlib.crc32(content)}
+                members[source.part]["suffix"] = source.suffix
+                if source.suffix == ".mp4":
+                    header = video.probe(source.path)
+                    members[source.part]["header"] = [header.num_frames, header.fps, header.height, header.width]
+            rows.append({"stem": stem, "members": members})
+    return rows
 
 
 def _put(fs: Any, path: str, content: bytes) -> None:
@@ -241,7 +236,9 @@ def _is_local(fs: Any) -> bool:
 
 
 def _remove(fs: Any, path: str) -> None:
-    if fs.exists(path):
+    if _is_local(fs):
+        remove(Path(path))
+    elif fs.exists(path):
         fs.rm_file(path)
 
 

@@ -11,7 +11,6 @@ latents have unit spread.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +20,7 @@ import typer
 
 from fewstep.data.folder.dataset import Folder
 from fewstep.errors import UserError
+from fewstep.files import whole_folder, write_json
 from fewstep.networks.weights.addresses import load_into, read
 from fewstep.toyworld.tokenizer import TokenizerSpec
 
@@ -121,13 +121,14 @@ def _save(module: Any, out: Path) -> None:
 
 
 def save(module: Any, out: Path) -> None:
-    """Writes a model of diffusers in half precision."""
-    shutil.rmtree(out, ignore_errors=True)
-    module.half().save_pretrained(str(out))
-    config = {name: value for name, value in json.loads((out / "config.json").read_text()).items() if name != "_name_or_path"}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # where it lay on this machine is nobody's business
-    for path in out.iterdir():
-        path.chmod(0o644)
+    """Writes a model of diffusers in half precision, whole or not at all; one that is there is replaced."""
+    with whole_folder(out, replaces=True) as partial:
+        module.half().save_pretrained(str(partial))
+        config = json.loads((partial / "config.json").read_text())
+        config.pop("_name_or_path", None)  # where it lay on this machine is nobody's business
+        write_json(partial / "config.json", config, indent=2)
+        for path in partial.iterdir():
+            path.chmod(0o644)
 
 
 def _index(pipeline: Path) -> None:
@@ -138,10 +139,9 @@ def _index(pipeline: Path) -> None:
     index = {"_class_name": "DiffusionPipeline", "_diffusers_version": version}
     index |= {name: ["diffusers", config["_class_name"]] for name, config in configs.items()}
     index["scheduler"] = ["diffusers", SCHEDULER["_class_name"]]
-    (pipeline / "scheduler").mkdir(exist_ok=True)
     scheduler = {**SCHEDULER, "_diffusers_version": version}
-    (pipeline / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
-    (pipeline / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_json(pipeline / "scheduler" / "scheduler_config.json", scheduler, indent=2)
+    write_json(pipeline / "model_index.json", index, indent=2)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -35,6 +36,7 @@ from fewstep.evaluation.frechet import FrechetLimit, Remembered, frechet_distanc
 from fewstep.evaluation.mmd import SubsetMMD
 from fewstep.evaluation.neighbours import SubsetNeighbours, num_zero_balls, precision_recall
 from fewstep.evaluation.score import Clip, ClipSet, Need, Record, Score, Scorer, Value, over_sets
+from fewstep.files import write_tensors
 from fewstep.toyworld import clips, features, physics, probes, raycast
 from fewstep.toyworld.features import Clips, FeatureNet, as_clips
 from fewstep.toyworld.legend import LEGEND
@@ -113,16 +115,15 @@ def reference(source: Source, cache: Path | None = None, net: FeatureNet | None 
     net = features.shipped() if net is None else net
     if cache is None:
         return _reference(read_clips(source, net.size[0]), net)
-    from safetensors.torch import load_file, save_file
-
-    from fewstep.files import whole_file
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     path = Path(cache) / f"toyworld-{content_hash(source, net)}.safetensors"
     if path.is_file():
-        return Reference(**load_file(path))
+        with suppress(SafetensorError, TypeError):  # damaged: it is made again
+            return Reference(**load_file(path))
     made = _reference(read_clips(source, net.size[0]), net)
-    with whole_file(path, shared=True) as beside:  # models are scored side by side
-        save_file({f.name: getattr(made, f.name).contiguous() for f in fields(made)}, beside)
+    write_tensors(path, {f.name: getattr(made, f.name) for f in fields(made)})
     return made
 
 
@@ -174,10 +175,9 @@ def read_clips(source: Source, num_frames: int = 17) -> Tensor:
 
 def video_files(folder: Path | str) -> list[Path]:
     """The mp4 files of a folder, or of the data set it is, in the order of their names."""
-    from fewstep.data.folder.layout import VIDEOS, Layout
+    from fewstep.evaluation.clips import clip_files
 
-    plain = sorted(file for file in Path(folder).glob("*.mp4") if not file.name.startswith("."))
-    files = plain or list(Layout.open(folder).files(VIDEOS).values())
+    files = list(clip_files(Path(folder)).values())
     if not files:
         raise UserError(f"{folder}: no mp4 files. Give a folder of them, or a data set with videos/")
     return files

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fewstep.files import write_tensors
 from fewstep.toyworld import features, probes
 from fewstep.toyworld.clips import Clip, stream
 from fewstep.toyworld.features import SHIPPED, WIDTHS, FeatureNet
@@ -265,14 +266,11 @@ def statistics(net: FeatureNet, clips: Tensor) -> FeatureNet:
 
 def save(path: Path, net: FeatureNet, witness: FeatureNet, shapes: probes.ShapeNet, notes: dict[str, str]) -> None:
     """Writes what `features.load`, `features.random_net` and `probes.shape_net` read."""
-    from safetensors.torch import save_file
-
     tensors = {key: value.half() if key.startswith("convs") else value for key, value in net.state_dict().items()}
     tensors |= {"random.mean": witness.mean.clone(), "random.std": witness.std.clone()}
     tensors |= {f"shape.{key}": value.half() for key, value in shapes.state_dict().items()}
     frames, height, width = net.size
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, notes | {"frames": str(frames), "height": str(height), "width": str(width)})
+    write_tensors(path, tensors, notes | {"frames": str(frames), "height": str(height), "width": str(width)})
 
 
 def main(arguments: list[str]) -> None:

@@ -17,9 +17,8 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Holds the folder's lock, which ends with the process however that ends. Raises TrainingError if another one holds it."""
     try:
         with lock(folder / ".lock") as file:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-            file.flush()
+            file.cut(0)
+            file.add(f"process {os.getpid()} on {socket.gethostname()}")
             yield
     except Locked as error:
         raise TrainingError(

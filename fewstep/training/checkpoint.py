@@ -11,7 +11,6 @@ at any moment costs the new checkpoint at most, never the one before.
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from fewstep.config import ConfigError, parse
 from fewstep.errors import UserError
-from fewstep.files import read_json, remove, some, write_json, write_text
+from fewstep.files import free_bytes, move, new_folder, own_folder, read_json, remove, some, write_json, write_text
 from fewstep.networks.files.distributed import open_distributed, write_distributed
 from fewstep.networks.files.stored import Stored
 from fewstep.parallel import World
@@ -55,7 +54,7 @@ class Checkpoints:
         self.keep_last, self.keep_every = keep_last, keep_every
         self._pending: tuple[Future[Any], Path, Progress] | None = None
         if world.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
+            own_folder(folder)
             for leftover in folder.glob("*.partial"):  # a process died while it wrote or removed
                 remove(leftover)
             latest = self.latest()
@@ -94,8 +93,7 @@ class Checkpoints:
         partial = self.folder / f"iter_{progress.step:09d}.partial"
         try:
             if self.world.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
+                new_folder(partial)
             self.world.barrier()
             future = self._write(partial, state)
             if future is None:
@@ -184,7 +182,7 @@ class Checkpoints:
             final = partial.with_suffix("")
             if final.exists():  # newer than the pointer says: written, but for the pointer, before a kill
                 _discard(final)
-            partial.replace(final)
+            move(partial, final)
             write_text(self.folder / POINTER, final.name)
             self._prune(final)
         self.world.barrier()
@@ -215,8 +213,8 @@ class Checkpoints:
         return (path / ".metadata").is_file() and (path / "trainer.json").is_file()
 
     def _failed(self, partial: Path, error: BaseException) -> TrainingError:
-        shutil.rmtree(partial, ignore_errors=True)
-        kept, free = self.latest(), shutil.disk_usage(self.folder).free
+        remove(partial)
+        kept, free = self.latest(), free_bytes(partial)
         return TrainingError(
             f"could not write the checkpoint {partial.with_suffix('')}: {_first_line(error)} ({free / 2**20:.0f} MiB are free "
             f"without it). The last complete checkpoint is {kept or 'none'}. Free some space and run the same command again: "
@@ -250,9 +248,9 @@ def _failures() -> tuple[type[BaseException], ...]:
 def _discard(path: Path) -> None:
     """Removes a checkpoint; half removed, it is no checkpoint any more."""
     doomed = path.with_name(path.name + ".old.partial")
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.replace(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove(doomed)
+    move(path, doomed)
+    remove(doomed)
 
 
 def _fill(tensor: Tensor, stored: Stored) -> None:

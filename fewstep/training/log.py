@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fewstep.environment import has_terminal
-from fewstep.files import write_text
+from fewstep.errors import printable, unfiltered
+from fewstep.files import Lines, own_folder, write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +38,7 @@ class RunLog:
         self._pictures: list[tuple[int, str, NDArray[np.uint8]]] = []  # likewise
         if folder is None:
             return
-        self._text = (folder / "log.txt").open("a")
+        self._text = Lines(folder / "log.txt")
         self._open(folder, first)
         if watch and has_terminal():
             from rich.console import Console
@@ -47,9 +48,9 @@ class RunLog:
             self._bar = Bar(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                 TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[about]}"),
-                console=Console(stderr=True, highlight=False),
+                console=Console(file=unfiltered(sys.stderr), highlight=False),
             )  # fmt: skip
-            self._task = self._bar.add_task(title, total=last, completed=first, about="")
+            self._task = self._bar.add_task(printable(title), total=last, completed=first, about="")
             self._bar.start()
 
     def __enter__(self) -> RunLog:
@@ -81,8 +82,8 @@ class RunLog:
         if self.folder is None:
             return
         stamp = time.strftime("%H:%M:%S")
-        self._text.write(f"{stamp} {text}\n")
-        self._text.flush()
+        text = printable(text)
+        self._text.add(f"{stamp} {text}")
         if self._bar is not None:
             self._bar.console.print(text, markup=False, soft_wrap=True)
         else:
@@ -99,8 +100,7 @@ class RunLog:
             self.at_start = dict(values)
         if self.folder is None:
             return
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
-        self._metrics.flush()
+        self._metrics.add(json.dumps({"step": step, **values}))
         self._unwritten.append((step, values))
         if step > self._first:
             self._write_board()
@@ -137,7 +137,7 @@ class RunLog:
             values = {name: value for name, value in record.items() if name != "step"}
             self.at_start = values if record["step"] == 0 else self.at_start
             self.last |= values
-        self._metrics = path.open("a")
+        self._metrics = Lines(path)
         self._begins = first
 
     def _write_board(self) -> None:
@@ -147,7 +147,7 @@ class RunLog:
 
             assert self.folder is not None
             purge = self._begins + 1 if self._begins else None
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
+            self._board = SummaryWriter(str(own_folder(self.folder / "tensorboard")), purge_step=purge)
         for step, values in self._unwritten:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)

@@ -5,7 +5,6 @@ for each iteration:  whose turn?  ->  micro-batches: losses, backward  ->  check
 
 from __future__ import annotations
 
-import errno
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,7 @@ from fewstep.data.contract import Dataset
 from fewstep.data.loader import Batches, first_batch
 from fewstep.diffusion import Rng, Sampler
 from fewstep.errors import UserError
-from fewstep.files import write_json
+from fewstep.files import FULL, explain, write_json
 from fewstep.networks.contract import Network
 from fewstep.networks.roles import FROZEN, build
 from fewstep.networks.weights.addresses import load_into, locate, read
@@ -43,6 +42,7 @@ from fewstep.training.original_files import write_original_files
 from fewstep.training.resume import Resumption
 from fewstep.training.run import Run
 from fewstep.training.run_folder import (
+    noted_in,
     other_shapes,
     peak_memory_gib,
     refuse_untrained_span,
@@ -51,8 +51,6 @@ from fewstep.training.run_folder import (
     write_records,
 )
 from fewstep.training.signals import Signals
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -72,11 +70,10 @@ def train(run: Run) -> dict[str, Any]:
             raise
         raise TrainingError(_lost(run, world, error)) from error
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno not in FULL:
             raise
         raise TrainingError(
-            f"{run.job.folder()}: {error}. The run ended; its last checkpoint is whole. Free some space and run the same "
-            "command again: it goes on from there"
+            f"{run.job.folder()}: the run ended. {explain(error)}: it goes on from its last checkpoint, which is whole"
         ) from error
     finally:
         if not joined_before:
@@ -105,15 +102,16 @@ def _train(run: Run, world: World) -> dict[str, Any]:
     refuse_untrained_span(run, first)
 
     # --- networks, on their device, sharded; then the trained ones with their weights, optimisers and average
-    networks = build(run.networks, method.roles, run.trainer.seed, resumes=latest is not None)
+    noted = noted_in(folder) if latest is not None else {}
+    networks = build(run.networks, method.roles, run.trainer.seed, latest is not None, noted)
     if latest is None and options.load_path is not None:
         _load_weights(options.load_path, networks)
     crew = assemble(run, networks, world)
-    sampler = sampler_of(run, crew.student.network)
+    sampler = sampler_of(run, crew.student.network, folder if latest is not None else None)
 
     progress = Progress() if latest is None else _restore(checkpoints, latest, crew)
     earlier_s = progress.wall_s
-    old_config = write_records(run, folder, sampler, first) if world.is_main else None
+    old_config = write_records(run, folder, sampler, first, noted) if world.is_main else None
     world.barrier()
     monitor = _monitor(run, crew, data, sampler, world)
 

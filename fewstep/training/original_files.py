@@ -11,10 +11,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from fewstep.files import whole_file
+from fewstep.files import remove, write_torch
 from fewstep.inference.model import networks_of, of_run
 from fewstep.networks.files.distributed import open_distributed
 from fewstep.networks.lora import Lora
@@ -35,7 +34,7 @@ def write_original_files(checkpoint: Path) -> list[Path]:
     for file in folder.glob("iter_*_*model.pt"):
         found = NAME.fullmatch(file.name)
         if found and not (folder / found[1]).is_dir():
-            file.unlink()
+            remove(file)
     states = original_states(checkpoint)
     if isinstance(networks_of(folder.parent).student, Lora):
         named = {"model": states["weights"]} | ({"ema": states["ema"]} if "ema" in states else {})
@@ -45,6 +44,5 @@ def write_original_files(checkpoint: Path) -> list[Path]:
 
 
 def _write(path: Path, state: object) -> Path:
-    with whole_file(path) as beside:
-        torch.save(state, beside)
+    write_torch(path, state)
     return path

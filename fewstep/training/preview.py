@@ -22,6 +22,7 @@ from fewstep.data.contract import AnyData, Dataset
 from fewstep.diffusion import Denoiser, Rng, Sampler
 from fewstep.evaluation.energy import energy_distance
 from fewstep.evaluation.plot import scatter
+from fewstep.files import write_text
 
 
 @dataclass(frozen=True)
@@ -86,4 +87,4 @@ class PointsPreview:
         svg = scatter(
             {"held-out data": reference[:, :2], f"student, {scene.sampler.num_calls} call(s)": samples[:, :2]}, title=title
         )
-        (scene.folder / f"step_{scene.step:09d}.svg").write_text(svg)
+        write_text(scene.folder / f"step_{scene.step:09d}.svg", svg)

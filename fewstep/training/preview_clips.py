@@ -38,7 +38,7 @@ from fewstep.data.loader import first_batch
 from fewstep.diffusion import Rng, Sampler, TeacherSampler
 from fewstep.evaluation import pixels
 from fewstep.evaluation.features.contract import resized
-from fewstep.files import whole_file
+from fewstep.files import write_bytes, write_tensors
 from fewstep.inference.model import teacher_sampler
 from fewstep.networks.encoders.codecs import Codec, open_codec, to_uint8
 from fewstep.training.preview import Scene
@@ -123,8 +123,7 @@ class ClipsPreview:
         picture = sheet(films)
         import cv2
 
-        with whole_file(path.with_suffix(".png")) as beside:
-            beside.write_bytes(cv2.imencode(".png", picture[..., ::-1])[1].tobytes())
+        write_bytes(path.with_suffix(".png"), cv2.imencode(".png", picture[..., ::-1])[1].tobytes())
         scene.picture("preview/clips", picture)
 
 
@@ -155,15 +154,12 @@ class Fixed:
     latents: Tensor | None
 
     def write(self, path: Any, seed: int) -> None:
-        from safetensors.torch import save_file
-
         tensors: dict[str, Tensor] = {}
         for name, column in self.films.items():
             tensors |= {f"{name}/{n}": torch.from_numpy(np.ascontiguousarray(film)) for n, film in enumerate(column)}
         if self.latents is not None:
-            tensors["latents"] = self.latents.contiguous()
-        with whole_file(path) as beside:
-            save_file(tensors, beside, {"seed": str(seed)})
+            tensors["latents"] = self.latents
+        write_tensors(path, tensors, {"seed": str(seed)})
 
     @classmethod
     def read(cls, path: Any, seed: int, num: int) -> Fixed | None:

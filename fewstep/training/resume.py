@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from fewstep.config import ConfigError, parse, to_yaml
 from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.errors import UserError
-from fewstep.files import read_json, some, write_text
+from fewstep.files import move, read_json, some, write_text
 from fewstep.training.checkpoint import POINTER, read_progress
 from fewstep.training.records import CONFIG, flat
 from fewstep.training.run import Run
@@ -119,6 +119,6 @@ def write_config(folder: Path, run: Run) -> Path | None:
     if path.is_file() and path.read_bytes() != text.encode() and (folder / "checkpoints" / POINTER).is_file():
         numbers = [int(name) for old in folder.glob("config.*.yaml") if (name := old.name.split(".")[1]).isdecimal()]
         kept = folder / f"config.{max(numbers, default=0) + 1:03d}.yaml"
-        path.rename(kept)
+        move(path, kept)
     write_text(path, text)
     return kept

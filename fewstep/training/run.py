@@ -11,6 +11,7 @@ from fewstep.config import ConfigError, OneOf
 from fewstep.data.contract import AnyData
 from fewstep.data.loader import Loader
 from fewstep.environment import output_root
+from fewstep.files import is_plain
 from fewstep.methods.contract import ByChunks, Method
 from fewstep.networks.contract import NOT_SHARED
 from fewstep.networks.lora import Lora
@@ -36,7 +37,7 @@ class Job:
     def problems(self) -> Iterable[tuple[str, str]]:
         for key in ("project", "group", "name"):
             path = Path(getattr(self, key))
-            if path.is_absolute() or ".." in path.parts:
+            if path.is_absolute() or not all(is_plain(part) for part in path.parts) or not path.parts:
                 yield key, f"is a folder inside OUTPUT_ROOT, not {str(path)!r}"
 
     def folder(self) -> Path:

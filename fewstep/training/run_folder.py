@@ -18,12 +18,14 @@ from fewstep.batch import Batch
 from fewstep.config import dump
 from fewstep.diffusion import Sampler
 from fewstep.errors import UserError
-from fewstep.files import write_json
+from fewstep.files import own_folder, read_json, write_json
+from fewstep.inference.card import FILE as CARD
 from fewstep.inference.card import Envelope, StudentCard
 from fewstep.inference.model import check_sampler, teacher_sampler
 from fewstep.methods import Finetune, SelfForcing
 from fewstep.networks.causal import CausalSpec
 from fewstep.networks.contract import Network
+from fewstep.networks.files.folders import Configurations
 from fewstep.networks.files.pipeline import is_diffusers_folder
 from fewstep.networks.roles import Full, Networks
 from fewstep.networks.weights.addresses import checkpoint_of
@@ -32,28 +34,48 @@ from fewstep.training.checkpoint import Progress
 from fewstep.training.resume import write_config
 from fewstep.training.run import Run
 
+MODELS = "models.json"
 
-def write_records(run: Run, folder: Path, sampler: Sampler, first: Batch) -> Path | None:
+
+def write_records(run: Run, folder: Path, sampler: Sampler, first: Batch, noted: Configurations) -> Path | None:
     """Writes the run's settings, its environment, and the card of what it trains. first: a batch of its data.
+
+    noted: the configurations of the models that its networks came from.
 
     Returns where settings that changed are kept, as `write_config` does.
     """
-    (folder / "previews").mkdir(parents=True, exist_ok=True)
+    own_folder(folder / "previews")
     old_config = write_config(folder, run)
     write_json(folder / "env.json", environment())
+    if noted:
+        write_json(folder / MODELS, noted)
     network: Any = run.networks.spec_of("student")  # Any: @kind gives it the attribute
     card = StudentCard({"kind": network.kind, **dump(network)}, sampler, envelope(run, first))
     card.write(folder)
     return old_config
 
 
-def sampler_of(run: Run, network: Network) -> Sampler:
-    """How the student is sampled: as its method says; after post-training, as the pipeline that its network came from."""
+def noted_in(folder: Path) -> Configurations:
+    """The configurations of models that a run noted when it began; {} where it read none."""
+    path, advice = folder / MODELS, "Remove it; the folders of its networks are read again"
+    noted = read_json(path, advice) if path.is_file() else {}
+    if not isinstance(noted, dict) or not all(isinstance(value, dict) for value in noted.values()):
+        raise UserError(f"{path}: expected a mapping of mappings. {advice}")
+    return noted
+
+
+def sampler_of(run: Run, network: Network, resumed: Path | None = None) -> Sampler:
+    """How the student is sampled: as its method says; after post-training, as the pipeline that its network came from.
+
+    resumed: the folder of a run that goes on, whose card stands for a pipeline that is gone.
+    """
     sampler = run.method.sampler(network.path)
     check_sampler(sampler, network)
     base = base_of(run.networks)
     if base is None or not isinstance(run.method, Finetune):
         return sampler
+    if resumed is not None and not Path(base).exists() and (resumed / CARD).is_file():
+        return StudentCard.read(resumed, "Remove it, and put the pipeline back").sampler
     return run.method.in_own_steps(teacher_sampler(network, base))
 
 

@@ -59,7 +59,7 @@ def test_what_would_have_no_effect_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("fewstep.inference.evaluate.opened", lambda _task, _control: None)
     here, clips = tmp_path / "x", tmp_path / "clips"
     (clips / "videos").mkdir(parents=True)
-    job = Evaluation("a/student", here, here, here, num=512, scorer=ToyWorld())
+    job = Evaluation("a/student", here, here, here / "x.json", num=512, scorer=ToyWorld())
     with pytest.raises(ValueError, match=r"^--calls: a/student is a student, which takes the 2 steps it was trained for"):
         run(replace(job, calls=4))
     with pytest.raises(ValueError, match=r"^--num-steps, --guidance: a/student is a student"):

@@ -229,7 +229,7 @@ def test_weights_go_out_in_the_parts_of_tensor_parallelism(tmp_path: Path, capsy
     capsys.readouterr()
     assert main(["convert", str(tmp_path / "model.pt"), str(tmp_path / "other.pt"), "--parts", "7"]) == 1
     assert "which 7 parts do not divide" in capsys.readouterr().err
-    assert main(["convert", str(tmp_path / "model.pt"), str(tmp_path / "folder"), "--parts", "8"]) == 1
+    assert main(["convert", str(tmp_path / "model.pt"), str(tmp_path / "folder"), "--parts", "8"]) == 2
     assert "are of OUT.pt" in capsys.readouterr().err
 
 
@@ -259,7 +259,7 @@ def test_a_base_and_its_control_are_joined_as_the_seeds_script_joins_them(tmp_pa
 
 
 def test_a_missing_file_of_the_two_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", "--ctrl_type", "depth", "--checkpoint_dir", str(tmp_path)]) == 1
+    assert main(["convert", "--ctrl_type", "depth", "--checkpoint_dir", str(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert f"there is no {tmp_path}/nvidia/Cosmos-Transfer1-7B/base_model.pt" in told and "depth_control.pt" in told
 
@@ -443,11 +443,11 @@ def test_what_is_written_is_whole_or_not_there(tmp_path: Path, monkeypatch: pyte
     ("words", "told", "status"),
     [
         (["convert"], "give either SRC, or --base with --control", 2),
-        (["convert", "a.pt", "b.pt", "--base", "c.pt", "--control", "d.pt"], "give either SRC", 1),
+        (["convert", "a.pt", "b.pt", "--base", "c.pt", "--control", "d.pt"], "give either SRC", 2),
         (["convert", "--base", "c.pt", "x.pt"], "--base wants the --control", 2),
-        (["convert", "none.pt", "x.pt"], "no weights at 'none.pt': there is no such file", 1),
-        (["convert", "model.pt"], "say what to write", 1),
-        (["convert", "model.pt", "x.zip"], "must end in .pt or .safetensors", 1),
+        (["convert", "none.pt", "x.pt"], "there is no none.pt", 2),
+        (["convert", "model.pt"], "Missing argument 'OUT'", 2),
+        (["convert", "model.pt", "x.zip"], "must end in .pt or .safetensors", 2),
         (["convert", "model.pt", "model.pt"], "is what is read", 1),
         (["convert", "model.pt", "x.pt", "--dtype", "int8"], "not one of keep, fp32, bf16, fp16", 2),
         (["convert", "model.pt", "x", "--model", "huge"], "neither a folder with a config.json nor one of predict1_7b", 1),

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from fewstep.cli import main
 from fewstep.config import ConfigError
+from fewstep.data.mock import Mock
 from fewstep.inference.synthetic import MixtureSamples
 from fewstep.methods import DMD2, Finetune
 from fewstep.networks.analytic import MixtureSpec
+from fewstep.networks.families.wan.network import WanSpec
 from fewstep.networks.roles import Full, Networks
 from fewstep.networks.tiny import TinySpec
 from fewstep.networks.weights.addresses import read
@@ -98,6 +101,30 @@ def test_the_weights_that_a_run_began_with_are_not_needed_again() -> None:
     train(run_of("divided", 4, init="fewstep/default/first"))
     whole, divided = (read(f"fewstep/default/{name}:student.ema") for name in ("whole", "divided"))
     assert whole and all(torch.equal(whole[name], divided[name]) for name in whole)
+
+
+def test_the_pipeline_that_a_network_came_from_is_not_needed_again(tmp_path: Path) -> None:
+    """Its weights are in the checkpoint, its configuration and its sampler in the run folder."""
+    tiny = WanSpec(
+        latent_channels=4, num_heads=2, head_dim=12, num_layers=1, ffn_dim=16, text_dim=8, freq_dim=16, max_positions=32,
+    )  # fmt: skip
+    tiny.build().module.save_pretrained(tmp_path / "wan" / "transformer")  # pyright: ignore[reportCallIssue]  # of diffusers
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(tmp_path / "wan" / "scheduler")
+
+    def run(name: str, last: int) -> Run:
+        networks = Networks(student=Full(WanSpec(pretrained=str(tmp_path / "wan"), text_dim=8), init="random"))
+        data = Mock(shape=(4, 2, 4, 4), text=(3, 8), num=8)
+        trainer = Trainer(max_iter=last, batch_size=2, num_threads=1)
+        return Run(job=Job(name=name), method=Finetune(), networks=networks, data=data, trainer=trainer)
+
+    train(run("whole", 4))
+    train(run("divided", 2))
+    (tmp_path / "wan").rename(tmp_path / "gone")
+    train(run("divided", 4))
+    whole, divided = (read(f"fewstep/default/{name}:student.ema") for name in ("whole", "divided"))
+    assert whole and all(torch.equal(whole[name], divided[name]) for name in whole)
+    cards = [(run(name, 4).job.folder() / "student.json").read_text() for name in ("whole", "divided")]
+    assert cards[0] == cards[1] and '"shift": 3.0' in cards[0]
 
 
 def test_a_dry_run_leaves_the_settings_of_a_run_that_has_begun(

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.files import whole_file
+from fewstep.files import write_tensors
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,18 @@ def write(
     *,
     made_from: Mapping[str, str] | None = None,
     facts: Mapping[str, float] | None = None,
-    shared: bool = False,
 ) -> None:
-    """Writes the tensors, in their dtypes; a file of that name is replaced at once, when the new one is complete.
+    """Writes the tensors, in their dtypes; a file of that name is replaced at once, when the new one is complete."""
+    write_tensors(path, tensors, _metadata(made_from, facts))
 
-    shared: several processes may write the same content at once.
-    """
-    from safetensors.torch import save_file
 
-    metadata = {"made_from": json.dumps(made_from or {}, sort_keys=True), "facts": json.dumps(facts or {}, sort_keys=True)}
-    with whole_file(path, shared) as beside:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata=metadata)
+def encoded(
+    tensors: Mapping[str, Tensor], *, made_from: Mapping[str, str] | None = None, facts: Mapping[str, float] | None = None
+) -> bytes:
+    """The content of the file that `write` makes of the same."""
+    from safetensors.torch import save
+
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, _metadata(made_from, facts))
 
 
 def read(path: str | os.PathLike[str], *, made_from: Mapping[str, str] | None = None) -> Entry:
@@ -80,6 +81,10 @@ def _read(path: Path, made_from: Mapping[str, str], with_tensors: bool) -> Entry
         differences = ", ".join(f"{key} is {entry.made_from.get(key, 'unknown')!r}, not {made_from[key]!r}" for key in wrong)
         raise UserError(f"{path}: made from something else: {differences}. Delete it and prepare it again")
     return entry
+
+
+def _metadata(made_from: Mapping[str, str] | None, facts: Mapping[str, float] | None) -> dict[str, str]:
+    return {"made_from": json.dumps(made_from or {}, sort_keys=True), "facts": json.dumps(facts or {}, sort_keys=True)}
 
 
 def _table(path: Path, metadata: Mapping[str, str], name: str) -> dict[str, Any]:  # strings in made_from, numbers in facts

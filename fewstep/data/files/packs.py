@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from fewstep.data.files import cache
 from fewstep.errors import UserError
-from fewstep.files import lock, whole_file
+from fewstep.files import lock, remove, write_tensors
 
 FOLDER, MAKING, LOCK = "packs", ".making", ".lock"
 _AGAIN = "Delete it and prepare it again"
@@ -151,7 +150,7 @@ class Writer:
             if kind is None:
                 for group in list(self._waiting):
                     self._write(group)
-                shutil.rmtree(self.place / MAKING, ignore_errors=True)
+                remove(self.place / MAKING)
 
     def has(self, label: Label) -> bool:
         """Whether a row is packed, or waits for a full pack."""
@@ -170,7 +169,7 @@ class Writer:
                 rows = [pack.data[slice(*pack.spans[number])].clone() for number in live]
                 _write_pack(file, [pack.labels[number] for number in live], rows, self.made_from, pack.lengths_differ)
             else:
-                file.unlink()
+                remove(file)
         self._packed &= wanted
         return dropped
 
@@ -210,7 +209,7 @@ class Writer:
             self.place / f"{max(numbers, default=-1) + 1:05d}.safetensors", labels, parts, self.made_from, self.lengths_differ
         )
         for label in labels:
-            self._loose(label).unlink()
+            remove(self._loose(label))
 
     def _loose(self, label: Label) -> Path:
         return self.place / MAKING / f"{label.stem}.{label.start}.safetensors"
@@ -255,8 +254,6 @@ def _write_pack(
     path: Path, labels: Sequence[Label], parts: Sequence[Tensor], made_from: Mapping[str, str], lengths_differ: bool
 ) -> None:
     """One file of rows: `parts` are joined along their first axis, equal content once."""
-    from safetensors.torch import save_file
-
     places, spans, kept, end = dict[tuple[str, int], tuple[int, int]](), list[tuple[int, int]](), list[Tensor](), 0
     for label, part in zip(labels, parts, strict=True):
         key = label.content, label.start
@@ -271,8 +268,7 @@ def _write_pack(
         "spans": spans,
         "lengths_differ": lengths_differ,
     }
-    with whole_file(path) as beside:
-        save_file({"data": torch.cat(kept)}, beside, metadata={"pack": json.dumps(header, sort_keys=True)})
+    write_tensors(path, {"data": torch.cat(kept)}, {"pack": json.dumps(header, sort_keys=True)})
 
 
 def _refuse_other(path: Path, origin: Mapping[str, str], expected: Mapping[str, str]) -> None:

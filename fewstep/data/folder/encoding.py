@@ -10,6 +10,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from fewstep.data.files import cache
 from fewstep.data.folder.samples import Sample
 from fewstep.data.folder.settings import FolderSettings
 from fewstep.environment import ranks
+from fewstep.errors import UserError
 
 
 class Encoder:
@@ -53,9 +55,10 @@ class Encoder:
         name = f"{sample.stem}@{sample.span.start}-{self._content(source)[:16]}.safetensors"
         path = Path(self.spec.codec_cache) / f"{part}-{folder}" / name
         if path.is_file():
-            return cache.read(path, made_from=origin).tensors["latents"]
+            with suppress(UserError, KeyError):  # damaged: it is made again
+                return cache.read(path, made_from=origin).tensors["latents"]
         latents = self._encode(pixels())
-        cache.write(path, {"latents": latents}, made_from=origin, shared=True)
+        cache.write(path, {"latents": latents}, made_from=origin)
         return latents
 
     def _encode(self, pixels: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ which exported students carry with them.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import ClassVar
 import torch
 
 from fewstep.errors import UserError
+from fewstep.files import write_json, write_tensors
 from fewstep.networks.encoders import words_alone
 from fewstep.networks.encoders.codecs import fingerprint_of
 from fewstep.networks.encoders.text import Source, TextEncoder, TextForm, text_encoder
@@ -57,12 +57,10 @@ class WordsEncoder(Words, TextEncoder):
         return fingerprint_of(self.module, asdict(self.module.config))
 
     def save(self, folder: Path) -> None:
-        from safetensors.torch import save_file
 
-        folder.mkdir(parents=True, exist_ok=True)
         config = {"model_type": MODEL_TYPE, **asdict(self.module.config)}
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        save_file({name: value.contiguous() for name, value in self.module.state_dict().items()}, folder / "model.safetensors")
+        write_json(folder / "config.json", config)
+        write_tensors(folder / "model.safetensors", self.module.state_dict())
 
 
 open_words = WordsEncoder.read

@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
+from fewstep.files import new_file
 from fewstep.networks.files.stored import SAFETENSORS_NAMES, Stored
 
 _DAMAGE = (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError, KeyError, ValueError, RuntimeError)
@@ -263,15 +263,14 @@ def write_distributed(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         places[place] = _StorageInfo(relative_path=name_of_file, offset=start, length=length)
     keys = {name: (name,) for name in entries}
     metadata = Metadata(state_dict_metadata=entries, planner_data=keys, storage_data=places, storage_meta=None, version="1.0.0")
-    with (folder / ".metadata").open("wb") as file:
+    with new_file(folder / ".metadata") as file:
         _Pickler(file, protocol=4).dump(metadata)
-        _to_disk(file)
 
 
 def write_chunks(path: Path, tensors: Mapping[str, Tensor]) -> list[tuple[str, int, int]]:
     """Writes the tensors one after the other; returns the name, the start and the length of each."""
     places: list[tuple[str, int, int]] = []
-    with path.open("wb") as file:
+    with new_file(path) as file:
         for name, tensor in tensors.items():
             start = file.tell()
             whole = tensor.detach().cpu()
@@ -279,13 +278,7 @@ def write_chunks(path: Path, tensors: Mapping[str, Tensor]) -> list[tuple[str, i
                 whole = whole.clone()  # torch.save writes all of the memory of which a view shows a part
             torch.save(whole, file)
             places.append((name, start, file.tell() - start))
-        _to_disk(file)
     return places
-
-
-def _to_disk(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 _PICKLER: Any = pickle._Pickler  # the one in Python: it can name a class without importing it; typeshed leaves it out

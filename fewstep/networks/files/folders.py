@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,36 @@ import torch
 from fewstep.errors import UserError
 from fewstep.networks.files import hub
 
+Configurations = dict[str, Any]  # of models of diffusers, by where they were read
+_NOTED: ContextVar[tuple[Configurations, bool] | None] = ContextVar("noted", default=None)
 WRONG = ("missing_keys", "mismatched_keys", "unexpected_keys")  # of diffusers' loading info
 
 
 def from_folder(cls: Any, address: str, subfolder: str) -> Any:  # Any: whatever diffusers class it is
     """The diffusers model at a hub id or in a folder; a pipeline holds it in `subfolder`."""
+    noted, resumes = _NOTED.get() or ({}, False)
+    key = f"{cls.__name__} of {address}, {subfolder}"
+    if resumes and key in noted:
+        return cls.from_config(noted[key])
+    module = _opened(cls, address, subfolder)
+    noted[key] = json.loads(module.to_json_string())
+    return module
+
+
+@contextmanager
+def noting(configurations: Configurations, resumes: bool) -> Iterator[None]:
+    """Within, the configuration of each model that `from_folder` reads is noted.
+
+    resumes: a model that is noted is built from that, and its folder, which may be gone, is not looked at.
+    """
+    token = _NOTED.set((configurations, resumes))
+    try:
+        yield
+    finally:
+        _NOTED.reset(token)
+
+
+def _opened(cls: Any, address: str, subfolder: str) -> Any:
     folder = Path(address)
     if folder.is_dir():
         if (folder / "config.json").is_file():

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
+from fewstep.files import whole_file
 from fewstep.networks.files.stored import SAFETENSORS_DTYPES, SAFETENSORS_NAMES, Stored, TensorFile
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -266,7 +267,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored], dtype: torch.dt
         place += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with whole_file(path) as partial, partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for stored in tensors.values():
             tensor = stored.read().detach().to(_written_dtype(stored, dtype)).contiguous()

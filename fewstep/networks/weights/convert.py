@@ -23,7 +23,7 @@ from torch import nn
 from fewstep.config import parse
 from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.errors import UserError
-from fewstep.files import some, whole_file, whole_folder, write_text
+from fewstep.files import some, whole_folder, write_json, write_text, write_torch
 from fewstep.networks.contract import AnyNetwork
 from fewstep.networks.families.cosmos.control import Controlled, CosmosControlSpec
 from fewstep.networks.families.cosmos.keys import (
@@ -114,49 +114,11 @@ def _write(out: Path, weights: Collected, model: str | None, dtype: Dtype, parts
         named, about = _originally_named(weights), "original names"
         return _write_parts(out, named, dtype, about, parts) if parts else [_write_torch(out, named, dtype, about)]
     if out.suffix == ".safetensors":
-        with whole_file(out) as beside:
-            write_safetensors(beside, weights.tensors, _dtype(dtype))
+        write_safetensors(out, weights.tensors, _dtype(dtype))
         return [_written(out, weights.tensors, "our names")]
     if out.suffix:
         raise UserError(f"convert: cannot write '{out}': it must end in .pt or .safetensors, or be a folder for diffusers")
     return _write_folder(out, weights, model, dtype)
-
-
-def from_words(
-    source: str | None,
-    out: Path | None,
-    base: str | None,
-    control: Sequence[str],
-    ctrl_type: str | None,
-    checkpoint_dir: str,
-    model: str | None,
-    dtype: str,
-    lora_scale: float | None = None,
-    parts: int | None = None,
-    add: Sequence[str] = (),
-) -> list[Written]:
-    """What the words of the command line ask for."""
-    if dtype not in ("keep", *DTYPES):
-        raise UserError(f"convert: --dtype {dtype} is none of keep, {', '.join(DTYPES)}")
-    if ctrl_type is not None:
-        if base is not None or control:
-            raise UserError("convert: --ctrl-type names both files; leave --base and --control out")
-        base, branch = teacher_pieces(ctrl_type, checkpoint_dir)
-        control = [branch]
-        lacking = [file for file in (base, branch) if not Path(file).is_file()]
-        if lacking:
-            raise UserError(f"convert: there is no {' and no '.join(lacking)}")
-    if base is not None and source is not None and out is None:
-        source, out = None, Path(source)  # one word beside --base is what to write
-    return convert(
-        source, out, base=base, control=control, model=model, dtype=dtype, lora_scale=lora_scale, parts=parts, add=add
-    )  # pyright: ignore[reportArgumentType]  # words, which convert checks
-
-
-def teacher_pieces(ctrl_type: str, checkpoint_dir: str) -> tuple[str, str]:
-    """Where the download of Cosmos-Transfer1 puts its 7B base and one of its controls."""
-    folder = Path(checkpoint_dir) / "nvidia/Cosmos-Transfer1-7B"
-    return str(folder / "base_model.pt"), str(folder / f"{ctrl_type}_control.pt")
 
 
 def _pieces(source: str | None, base: str | None, control: Sequence[str]) -> list[Piece]:
@@ -222,8 +184,7 @@ def _generation_of_ours(names: Mapping[str, Stored]) -> Generation:
 
 
 def _write_torch(out: Path, tensors: Mapping[str, Stored], dtype: Dtype, about: str) -> Written:
-    with whole_file(out) as beside:
-        torch.save(_read(tensors, dtype), beside)
+    write_torch(out, _read(tensors, dtype))
     return _written(out, tensors, about)
 
 
@@ -234,8 +195,7 @@ def _write_parts(out: Path, tensors: Mapping[str, Stored], dtype: Dtype, about: 
     written: list[Written] = []
     for number, part in enumerate(split(_read(tensors, dtype), num)):
         file = out.with_name(f"{out.stem.partition('_model_mp_')[0]}_model_mp_{number}.pt")
-        with whole_file(file) as beside:
-            torch.save({"model": part}, beside)
+        write_torch(file, {"model": part})
         numbers = sum(tensor.numel() for tensor in part.values())
         written.append(Written(file, len(part), numbers, f"{about}, part {number} of {num}"))
     return written
@@ -284,8 +244,6 @@ def _under(tensors: Mapping[str, Stored], start: str) -> dict[str, Stored]:
 
 
 def _write_shards(folder: Path, tensors: Mapping[str, Stored], dtype: Dtype) -> None:
-    import json
-
     shards: list[dict[str, Stored]] = [{}]
     sizes = [0]
     for name, stored in tensors.items():
@@ -304,7 +262,7 @@ def _write_shards(folder: Path, tensors: Mapping[str, Stored], dtype: Dtype) -> 
         write_safetensors(folder / file, shard, _dtype(dtype))
         places |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_json(folder / f"{stem}.safetensors.index.json", index, indent=2)
 
 
 def model_of(weights: Collected, name: str | None) -> tuple[str, nn.Module]:

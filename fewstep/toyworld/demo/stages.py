@@ -26,7 +26,7 @@ from fewstep.distill.facts import Facts, facts_of
 from fewstep.distill.request import DistillRequest
 from fewstep.distill.stages import Command, Stage, run
 from fewstep.errors import UserError
-from fewstep.files import read_json, write_json
+from fewstep.files import lock, read_json, write_json
 from fewstep.toyworld.recipes import GUIDANCE, STUDENT_SHIFT
 from fewstep.toyworld.train_tokenizer import PERCEPTUAL, tokenizer
 
@@ -266,10 +266,11 @@ def _scratch(out: Path, toy: str, plan: Plan) -> list[Stage]:
 
 def demo(out: Path = Path("demo"), size: Size = "default", from_scratch: bool = False) -> Path:
     """Runs what has not run yet and returns the path of the report. Raises ValueError if a command fails."""
-    _claim(out, size, from_scratch)
     began = time.monotonic()
-    for order, stage in enumerate(stages(out, size, from_scratch)):
-        run(stage, out, order, again="fewstep demo", preload=IMPORTS, num_threads=1)
+    with lock(out / ".lock"):
+        _claim(out, size, from_scratch)
+        for order, stage in enumerate(stages(out, size, from_scratch)):
+            run(stage, out, order, again="fewstep demo", preload=IMPORTS, num_threads=1)
     for name, few in FEW.items():
         for verdict in gate.verdicts(out / "scores" / f"{name}.json", out / "scores" / f"{few}.json"):
             print(f"{name}: {verdict}")
@@ -294,7 +295,6 @@ _SHOWN = tuple(
 
 def _claim(out: Path, size: Size, from_scratch: bool) -> None:
     """One folder is one demo: a quick one does not go on as a long one."""
-    out.mkdir(parents=True, exist_ok=True)
     path, about = out / "demo.json", {"size": size, "from_scratch": from_scratch}
     if path.is_file() and read_json(path, f"Remove {out}, or choose another --out") != about:
         raise UserError(f"{out}: holds another demo ({path.read_text().strip()}). Remove it, or choose another --out")
