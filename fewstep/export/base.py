@@ -7,14 +7,13 @@ are data are copied, under classes of diffusers and transformers; links are not 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fewstep.errors import UserError
 from fewstep.files import copy_file, make_folder, read_json, write_json
-from fewstep.networks.encoders.codecs import read_statistics
+from fewstep.networks.encoders.codecs import form_of, read_statistics
 from fewstep.networks.encoders.text import MODELS as TEXT_MODELS
 from fewstep.networks.files import hub
 
@@ -27,6 +26,7 @@ SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")  # configuratio
 FILES = ["model_index.json", *(f"{part}/*{suffix}" for part in (*PARTS, "scheduler") for suffix in SUFFIXES)]  # of a pipeline
 CODEC_FILES = ["config.json", "diffusion_pytorch_model*.safetensors", "vae/*"]
 TEXT_FILES = ["config.json", "model*", "text_encoder*/*", "tokenizer*", "spiece.model", "special_tokens_map.json", "*.txt"]
+MODEL_CONFIGS = ("config.json", "generation_config.json")
 DENOISERS = ("transformer", "unet")  # of which the configuration is read
 ADVICE = "Copy that folder again"
 
@@ -87,14 +87,14 @@ def _copy_pipeline(base: Path, out: Path, index: dict[str, Any]) -> str:
 
 def _copy_codec(folder: Path, out: Path, index: dict[str, Any]) -> None:
     source = folder / "vae" if (folder / "vae").is_dir() else folder
+    form = form_of(source)  # refuses classes that are not known
     _copy(folder, source, out / "vae", needs_weights=True)
     config = read_json(out / "vae" / "config.json", ADVICE)
     index["vae"] = ["diffusers", config["_class_name"]]
     statistics = source / "mean_std.pt"
-    if (
-        statistics.is_file() and config.get("latents_mean") is None
-    ):  # of an original tokenizer; diffusers has them in the config
-        mean, std = read_statistics(statistics, int(config["latent_channels"]))
+    if statistics.is_file() and config.get("latents_mean") is None:
+        # Of an original tokenizer; diffusers has them in the configuration.
+        mean, std = read_statistics(statistics, form.channels)
         write_json(out / "vae" / "config.json", config | {"latents_mean": _flat(mean), "latents_std": _flat(std)})
 
 
@@ -105,10 +105,8 @@ def _flat(values: Any) -> list[float]:  # a tensor
 def _copy_text_encoder(folder: Path, out: Path, index: dict[str, Any]) -> None:
     """Copies an encoder with its tokenizer, which lies beside it in a folder of its own, or among its files."""
     is_pipeline = (folder / "text_encoder").is_dir()
-    parts = (
-        [name for name in PARTS if name.startswith("text_") and (folder / name).is_dir()] if is_pipeline else ["text_encoder"]
-    )
-    for part in parts:
+    there = [name for name in PARTS if name.startswith("text_") and (folder / name).is_dir()]
+    for part in there if is_pipeline else ["text_encoder"]:
         source = folder / part if is_pipeline else folder
         names = read_json(source / "config.json", ADVICE).get("architectures") or ()
         cls = next((TEXT_MODELS[name] for name in names if name in TEXT_MODELS), None)
@@ -118,12 +116,7 @@ def _copy_text_encoder(folder: Path, out: Path, index: dict[str, Any]) -> None:
             continue
         index[part] = ["transformers", cls]
         words = folder / tokenizer if is_pipeline else folder
-        _copy(
-            folder,
-            words,
-            out / tokenizer,
-            without=() if is_pipeline else ("config.json", "generation_config.json", ".safetensors"),
-        )
+        _copy(folder, words, out / tokenizer, words_only=True)
         index[tokenizer] = ["transformers", _tokenizer_class(out / tokenizer)]
 
 
@@ -158,19 +151,21 @@ def _pipeline_class(name: Any) -> str:
     return name if isinstance(name, str) and name.endswith("Pipeline") and hasattr(diffusers, name) else ""
 
 
-def _copy(base: Path, part: Path, target: Path, *, without: Sequence[str] = (), needs_weights: bool = False) -> None:
-    """Copies the files of a part that are data; those whose names end in one of `without` stay."""
+def _copy(base: Path, part: Path, target: Path, *, words_only: bool = False, needs_weights: bool = False) -> None:
+    """Copies the files of a part that are data; words_only: those of a tokenizer, beside which a model may lie."""
     if part.is_symlink():
         raise UserError(f"--base {part}: is a symbolic link; copy the folder itself there")
     make_folder(target)
-    files = [file for file in sorted(part.iterdir()) if file.suffix in SUFFIXES and not file.name.endswith(tuple(without))]
+    files = [file for file in sorted(part.iterdir()) if file.suffix in SUFFIXES]
+    if words_only:
+        files = [file for file in files if file.suffix != ".safetensors" and file.name not in MODEL_CONFIGS]
     for file in files:
         source = _target_of(base, file)
         if file.suffix == ".json":
             _refuse_own_code(source, file)
         copy_file(source, target / file.name)
     has_pickle = any(file.suffix == ".bin" for file in part.iterdir())
-    if (needs_weights or (has_pickle and not without)) and not any(file.suffix == ".safetensors" for file in files):
+    if (needs_weights or (has_pickle and not words_only)) and not any(file.suffix == ".safetensors" for file in files):
         state = "its weights as a pickle only" if has_pickle else "no weights"
         raise UserError(f"--base {part}: has {state}. Save it again with save_pretrained, as safetensors")
 
