@@ -31,7 +31,8 @@ class _ByRow:
                 return {name: walk(part) for name, part in value.items()}
             return value
 
-        return replace(self, **{f.name: walk(getattr(self, f.name)) for f in fields(self)})  # pyright: ignore[reportArgumentType]  # each field by its own name
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: walk(value) for name, value in values.items() if value is not None})  # pyright: ignore[reportArgumentType]  # each field by its own name
 
     def rows(self: _Rows, index: slice | Tensor) -> _Rows:
         """The same record with only the rows of `index`."""
