@@ -29,6 +29,7 @@ from fewstep.networks.heads import MultiscaleSpec
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks
 from fewstep.recipes import general
+from fewstep.recipes.watched import watched
 from fewstep.training.optim import Optim
 from fewstep.training.run import Checkpoint, Job, Parallel, Run, Trainer
 
@@ -103,7 +104,7 @@ def _job(group: str, name: str) -> Job:
 
 
 def _kd(name: str, teacher: NetworkSpec, weights: str | None, causality: Causality, negative: str, lr: float) -> Run:
-    return Run(
+    run = Run(
         job=_job(name, f"{name}_kd_causal"),
         method=CausalKD(t_list=T_LIST),
         networks=Networks(teacher=teacher, teacher_init=weights, student=Full(causal=causality)),
@@ -113,6 +114,7 @@ def _kd(name: str, teacher: NetworkSpec, weights: str | None, causality: Causali
         checkpoint=Checkpoint(save_iter=1000),
         parallel=Parallel(mode="fsdp"),
     )
+    return watched(run)
 
 
 def _toy(run: Run, teacher: NetworkSpec, width: int) -> Run:
@@ -139,7 +141,7 @@ def _sf(run: Run, method: SelfForcing, head: MultiscaleSpec, lr: float) -> Run:
     data = run.data
     assert isinstance(data, Folder)
     optim = Optim(lr=lr, betas=(0.0, 0.999), weight_decay=0.01, clip=10.0)
-    return replace(
+    forced = replace(
         run,
         job=_job(name, f"{name}_sf"),
         method=method,
@@ -149,6 +151,7 @@ def _sf(run: Run, method: SelfForcing, head: MultiscaleSpec, lr: float) -> Run:
         critic_optim=optim,
         trainer=replace(run.trainer, max_iter=5000, batch_size=1),
     )
+    return watched(forced)
 
 
 @recipe("CosmosPredict2_kd_causal")

@@ -24,6 +24,7 @@ from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.families.cosmos.predict import PREDICT2_5_2B, PREDICT2_5_14B
 from fewstep.networks.heads import QuerySpec
 from fewstep.networks.roles import Networks
+from fewstep.recipes.watched import watched
 from fewstep.training.ema import Ema
 from fewstep.training.optim import Optim
 from fewstep.training.run import Checkpoint, Job, Parallel, Run, Trainer
@@ -34,7 +35,7 @@ GAN = Gan(weight=1.0, features="critic", form="bce", real_noise="same")
 
 
 def _run(name: str, teacher: CosmosSpec, weights: str, critic_lr: float = 2e-7, control: Control | None = None) -> Run:
-    return Run(
+    run = Run(
         job=Job(project="cosmos_predict2_distill", group="predict2_distill", name=name),
         method=METHOD,
         networks=Networks(teacher=teacher, teacher_init=weights),
@@ -46,6 +47,7 @@ def _run(name: str, teacher: CosmosSpec, weights: str, critic_lr: float = 2e-7, 
         checkpoint=Checkpoint(save_iter=500),
         parallel=Parallel(mode="fsdp"),
     )
+    return watched(run)
 
 
 def _optim(lr: float) -> Optim:

@@ -23,6 +23,7 @@ from fewstep.methods import KD, Finetune, transfer1
 from fewstep.networks.families.cosmos.models import transfer1_7b
 from fewstep.networks.heads import Conv3dSpec
 from fewstep.networks.roles import Full, Networks
+from fewstep.recipes.watched import watched
 from fewstep.training.ema import Ema
 from fewstep.training.optim import Optim
 from fewstep.training.run import Checkpoint, Job, Parallel, Run, Trainer
@@ -36,7 +37,7 @@ FILES = "checkpoints/nvidia/Cosmos-Transfer1-7B"  # where their download, and `f
 @recipe("dmd2_cosmos_transfer1_7b_edge")
 def dmd2_cosmos_transfer1_7b_edge() -> Run:
     """DMD2 of Cosmos-Transfer1 7B (edge) into one step: 704 x 1280, 121 frames. Set networks.teacher_init=ADDRESS."""
-    return Run(
+    run = Run(
         job=Job(project="cosmos_transfer1", group="dmd2", name="dmd2_cosmos_transfer1_7b_edge"),
         method=transfer1(),
         networks=Networks(teacher=transfer1_7b("edge"), head=Conv3dSpec(taps=(14,), channels=4096)),
@@ -45,6 +46,7 @@ def dmd2_cosmos_transfer1_7b_edge() -> Run:
         trainer=Trainer(max_iter=24_000, batch_size=1, grad_accum=8, precision="bf16", checkpointing=True),  # 64 on 8 GPUs
         parallel=Parallel(mode="fsdp"),
     )
+    return watched(run)
 
 
 def _distilled(control: str, stage: str) -> Job:
@@ -53,7 +55,7 @@ def _distilled(control: str, stage: str) -> Job:
 
 
 def _kd(control: str) -> Run:
-    return Run(
+    run = Run(
         job=_distilled(control, "kd"),
         method=KD(student_sample_steps=1, t_list=(80.0,), first_frames=FIRST_FRAMES),
         networks=Networks(teacher=transfer1_7b(control), teacher_init=f"{FILES}/checkpoints_teacher/{control}_control.pt"),
@@ -64,11 +66,12 @@ def _kd(control: str) -> Run:
         checkpoint=Checkpoint(save_iter=500),
         parallel=Parallel(mode="fsdp"),
     )
+    return watched(run)
 
 
 def _dmd2(control: str) -> Run:
     run = _kd(control)
-    return replace(
+    distilled = replace(
         run,
         job=_distilled(control, "dmd2"),
         method=replace(transfer1(), first_frames=FIRST_FRAMES),  # its guidance 5, GAN 1e-3; every 5th turn is the student's
@@ -77,6 +80,7 @@ def _dmd2(control: str) -> Run:
         optim=Optim(lr=5e-7, weight_decay=0.01, clip=10.0),  # of all three roles
         trainer=replace(run.trainer, max_iter=24_000),
     )
+    return watched(distilled)
 
 
 def _branch(control: str, stage: str) -> Run:

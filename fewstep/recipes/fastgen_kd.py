@@ -28,6 +28,7 @@ from fewstep.networks.families.cogvideox import COGVIDEOX_2B, CogVideoXSpec
 from fewstep.networks.families.unet import SDXL, UnetSpec
 from fewstep.networks.families.wan.network import T2V_1_3B, WanSpec
 from fewstep.networks.roles import Networks
+from fewstep.recipes.watched import watched
 from fewstep.training.ema import Ema
 from fewstep.training.health import Health
 from fewstep.training.optim import Optim
@@ -138,7 +139,7 @@ def _run(
     elif teacher:
         networks = Networks(teacher=replace(family.published, pretrained=teacher))
     pairs: tuple[Literal["noise", "path"], ...] = ("noise",) if method.student_sample_steps == 1 else ("path",)
-    return Run(
+    run = Run(
         job=Job("fastgen", group, name),
         method=method,
         networks=networks,
@@ -149,6 +150,7 @@ def _run(
         checkpoint=Checkpoint(save_iter=1000),
         parallel=Parallel(mode="fsdp"),
     )
+    return watched(run)
 
 
 # ---- the same, small -------------------------------------------------------------------------------------------------

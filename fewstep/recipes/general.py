@@ -29,6 +29,7 @@ from fewstep.networks.families.wan.anyflow import AnyFlowSpec
 from fewstep.networks.families.wan.network import WanSpec
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks
+from fewstep.recipes.watched import watched
 from fewstep.training.ema import Ema
 from fewstep.training.optim import Optim
 from fewstep.training.run import Checkpoint, Job, Parallel, Run, Trainer
@@ -56,7 +57,7 @@ def kd(teacher: str = "", steps: int = 4, shift: float | None = None, control: C
     """KD of any teacher into a student of `steps` steps, on its pairs (`fewstep pairs`); rank=32: adapters."""
     source = _opened(teacher, control)
     _refuse_steps(steps)
-    return Run(
+    run = Run(
         job=_job(source, f"kd_{steps}step"),
         method=KD(student_sample_steps=steps, t_list=source.times(steps, shift)),
         networks=_networks(source, rank),
@@ -67,6 +68,7 @@ def kd(teacher: str = "", steps: int = 4, shift: float | None = None, control: C
         checkpoint=Checkpoint(save_iter=500),
         parallel=_parallel(source),
     )
+    return watched(run)
 
 
 @recipe("dmd2")
@@ -83,7 +85,7 @@ def dmd2(
     _refuse_steps(steps)
     published = source.published
     networks = _networks(source, rank)
-    return Run(
+    run = Run(
         job=_job(source, f"dmd2_{steps}step"),
         method=_dmd2(source, steps, shift, published.guidance if guidance is None else guidance),
         networks=replace(networks, critic=Lora(rank=rank)) if rank else networks,
@@ -95,6 +97,7 @@ def dmd2(
         checkpoint=Checkpoint(save_iter=500),
         parallel=_parallel(source),
     )
+    return watched(run)
 
 
 @recipe("scm")
@@ -200,7 +203,7 @@ def _from_clips(source: Teacher, name: str, method: Method, networks: Networks, 
     """A run on clips with the learning rates of DMD2."""
     published = source.published
     critic = Optim(lr=_lr(source, published.critic_lr, 4e-4, rank), betas=(0.0, 0.99), clip=1.0)
-    return Run(
+    run = Run(
         job=_job(source, name),
         method=method,
         networks=networks,
@@ -212,6 +215,7 @@ def _from_clips(source: Teacher, name: str, method: Method, networks: Networks, 
         checkpoint=Checkpoint(save_iter=500),
         parallel=_parallel(source),
     )
+    return watched(run)
 
 
 def _init(source: Teacher) -> str:

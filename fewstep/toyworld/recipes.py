@@ -30,6 +30,7 @@ from fewstep.networks.families.cosmos.control import CosmosControlSpec
 from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks
+from fewstep.recipes.watched import watched
 from fewstep.toyworld.train_tokenizer import LATENT_CHANNELS
 from fewstep.training.ema import Ema
 from fewstep.training.health import Health
@@ -107,7 +108,7 @@ def _pairs(*pairs: Literal["noise", "path"]) -> Folder:
 
 def _kd(name: str, num_steps: int) -> Run:
     t_list = tuple(floats(shifted(num_steps, STUDENT_SHIFT)))
-    return Run(
+    run = Run(
         job=_job(name),
         method=KD(student_sample_steps=num_steps, t_list=t_list),
         networks=Networks(teacher=replace(TEACHER, pretrained=SHIPPED)),
@@ -116,8 +117,8 @@ def _kd(name: str, num_steps: int) -> Run:
         ema=Ema(beta=0.98),
         trainer=Trainer(max_iter=400, batch_size=32, num_threads=1, log_every=20),
         checkpoint=Checkpoint(save_iter=200),
-        health=Health(every=None),
     )
+    return watched(run, every=100, num=32)
 
 
 @recipe("toy_kd_4step")
@@ -135,7 +136,7 @@ def toy_kd_1step() -> Run:
 def _dmd2(name: str, num_steps: int, start: str) -> Run:
     teacher = replace(TEACHER, pretrained=SHIPPED)
     kd = f"toyworld/basic/{start}@latest:student.ema"
-    return Run(
+    run = Run(
         job=_job(name, start),
         method=DMD2(
             student=StudentSample(t_list=tuple(floats(shifted(num_steps, STUDENT_SHIFT)))),
@@ -150,8 +151,8 @@ def _dmd2(name: str, num_steps: int, start: str) -> Run:
         ema=Ema(beta=0.98),
         trainer=Trainer(max_iter=600, batch_size=32, num_threads=1, log_every=20),
         checkpoint=Checkpoint(save_iter=200),
-        health=Health(every=None),
     )
+    return watched(run, every=100, num=32)
 
 
 @recipe("toy_dmd2_4step")

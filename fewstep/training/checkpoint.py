@@ -44,6 +44,8 @@ class Progress:
     healthy: bool = True  # no alarm had rung when this was written
     wall_s: float = 0.0  # over all sessions of the run, counted to its checkpoints
     score: float | None = None  # the newest value of checkpoint.best_metric, negative where the highest is best
+    best: float | None = None  # the lowest of them
+    stale: int = 0  # values since then
 
 
 class Checkpoints:

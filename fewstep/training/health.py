@@ -1,7 +1,8 @@
 """Is the run still healthy? Distribution matching fails quietly: its losses look alike at the start, the end and in collapse.
 
-Every `every` iterations the student generates for a fixed set of conditions and noises, and is held against its teacher (or,
-without one, against the data). Each monitor is a number with a limit, and a limit that is passed rings an alarm by name:
+Every `every` iterations the student generates for a fixed set of conditions and noises, and is held against its teacher, or
+against the data where there is no teacher or where the data are pairs, which the teacher made. Each monitor is a number with a
+limit, and a limit that is passed rings an alarm by name:
 
     collapse    mean distance between two of the student's samples, as a share of the reference's        rings below its limit
     drift       largest shift of a channel's mean, in the reference's spreads, or |log| of the spreads' ratio   rings above
@@ -130,7 +131,7 @@ class Monitor:
     def _make_reference(self, rows: Tensor) -> Tensor:
         part = self.conditions.rows(rows)
         assert part.x0 is not None
-        if self.teacher is None:
+        if self.teacher is None or part.noise is not None:  # pairs: what the teacher made, with its guidance
             return part.x0.float()
         noise = self._rng(rows, part.x0.device).normal_like(part.x0)  # that of the student's sample
         sampler = TeacherSampler.for_path(self.teacher.path)

@@ -56,6 +56,7 @@ class Looks:
                 None if rate is None else float(rate[0]),
                 lambda name, picture: self._log.picture(step, name, picture),
                 lambda flag: self._world.any(flag)[0],
+                self._log.say,
             )
             numbers = dict(run.preview.show(scene))
         seconds = time.monotonic() - began

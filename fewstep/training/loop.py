@@ -173,13 +173,17 @@ def _train(run: Run, world: World) -> dict[str, Any]:
             if rings and rings[-1].action in ("stop", "rollback"):
                 progress, meter = _stop_or_return(run, rings[-1], progress, crew, checkpoints, log), Meter()
                 continue
+            progress = _with_score(run, progress, record)
+            if options.is_over(progress.stale) and not ended:
+                log.say(f"{options.best_metric} was not better for {progress.stale} values: the run ends at iteration {step}")
+                last, ended = step, True
 
             # --- saves
             interrupted, writing = world.any(stop.requested, checkpoints.is_writing)
             if not writing:
                 checkpoints.finish()
             if step % options.save_iter == 0 or ended or interrupted:
-                checkpoints.save(crew.state(), replace(progress, score=_score(run, log)))
+                checkpoints.save(crew.state(), progress)
                 if options.original:
                     checkpoints.finish()
                     if world.is_main:
@@ -274,10 +278,16 @@ def _data_metrics(batches: Batches, world: World) -> dict[str, float]:
     return values
 
 
-def _score(run: Run, log: RunLog) -> float | None:
-    """The newest value of checkpoint.best_metric, the lower the better; None where it was never logged."""
-    value = None if run.checkpoint.best_metric is None else log.last.get(run.checkpoint.best_metric)
-    return -value if value is not None and run.checkpoint.best_is == "highest" else value
+def _with_score(run: Run, progress: Progress, record: Mapping[str, float]) -> Progress:
+    """With the value of checkpoint.best_metric, the lower the better, if this iteration has one."""
+    value = None if run.checkpoint.best_metric is None else record.get(run.checkpoint.best_metric)
+    if value is None:
+        return progress
+    score = -value if run.checkpoint.best_is == "highest" else value
+    is_better = progress.best is None or score < progress.best
+    return replace(
+        progress, score=score, best=score if is_better else progress.best, stale=0 if is_better else progress.stale + 1
+    )
 
 
 def _is_due(every: int | None, step: int) -> bool:

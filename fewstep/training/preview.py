@@ -43,6 +43,7 @@ class Scene:
     fps: float | None = None
     picture: Callable[[str, NDArray[np.uint8]], None] = lambda name, picture: None  # shows an image H W 3 in TensorBoard
     agree: Callable[[bool], bool] = lambda flag: flag  # whether it is true on any process
+    say: Callable[[str], None] = lambda text: None  # prints a line for people, kept in log.txt
 
 
 class Preview(Protocol):

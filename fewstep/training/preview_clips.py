@@ -1,5 +1,7 @@
 """`preview=clips`: what the student makes of fixed prompts and noises while it trains, beside its teacher and the truth.
 
+The recipes of students have it; a run without a codec to decode its clips says so and goes on without.
+
     RUN/previews/step_000000500.mp4     all clips of the preview in one film, a row for each sample
     RUN/previews/step_000000500.png     first, middle and last frames of the same; in TensorBoard, too
     RUN/previews/fixed.safetensors      the columns that never change, made once: teacher and truth
@@ -73,8 +75,14 @@ class ClipsPreview:
         batch = first_batch(scene.data if self.data is None else self.data.open(), self.num)
         if batch.x0 is None or batch.x0.ndim != 5:
             return {}  # no clips: points, or data without answers
+        codec = _codec(self.codec or scene.base, scene.latent_scale)
+        if codec is None and batch.x0.shape[1] != 3:
+            if scene.step == 0:
+                beside = f" beside {scene.base}" if scene.base else ""
+                scene.say(f"no previews: there is no codec{beside} to decode clips. Set preview.codec=FOLDER, or preview=none")
+            return {}
         noise = batch.noise if batch.noise is not None else self._rng(batch, "cpu").normal(batch.x0.shape[1:])
-        decode = _decoder(_codec(self.codec or scene.base, scene.latent_scale), batch.x0.shape[1])
+        decode = Decoder(None if batch.x0.shape[1] == 3 else codec)
         fixed = self._fixed(scene, batch, noise, decode)
         latents = torch.cat([self._sample(scene.student, scene.sampler, scene, batch, noise, n) for n in range(len(noise))])
         films = {STUDENT: [decode(one) for one in latents.split(1)], **fixed.films}
@@ -189,7 +197,7 @@ class Fixed:
 
 
 class Decoder:
-    """Latents (1, C, T, h, w) to a film of a preview's size."""
+    """Latents (1, C, T, h, w), or pixels if there is no codec, to a film of a preview's size."""
 
     def __init__(self, codec: Codec | None) -> None:
         self._codec = codec
@@ -197,9 +205,6 @@ class Decoder:
     def __call__(self, latents: Tensor) -> Film:
         if self._codec is not None:
             latents = self._codec.decode(latents).float().cpu()
-        elif latents.shape[1] != 3:  # no codec: the first three channels, stretched to the range of colours
-            latents = latents[:, [0, min(1, latents.shape[1] - 1), min(2, latents.shape[1] - 1)]]
-            latents = latents / latents.abs().amax().clamp(min=1e-6)
         clip = to_uint8(latents.clamp(-1, 1), "preview")[0]
         long = max(clip.shape[1:3])
         if long < _LEAST:
@@ -207,10 +212,6 @@ class Decoder:
             return clip.repeat(factor, axis=1).repeat(factor, axis=2)
         scale = min(1.0, _MOST / long)
         return resized(clip, 2 * max(1, round(clip.shape[1] * scale / 2)), 2 * max(1, round(clip.shape[2] * scale / 2)))
-
-
-def _decoder(codec: Codec | None, channels: int) -> Decoder:
-    return Decoder(None if channels == 3 else codec)
 
 
 @functools.lru_cache(maxsize=1)

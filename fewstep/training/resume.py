@@ -50,6 +50,7 @@ class Resumption:
     checkpoint: Path
     step: int
     changes: tuple[Change, ...]
+    is_over: bool = False  # checkpoint.patience has ended it
 
     @classmethod
     def of(cls, run: Run, checkpoint: Path) -> Resumption:
@@ -62,7 +63,8 @@ class Resumption:
         refused = [(change.key, f"{change.before} -> {change.after}: {advice}") for change in changes if change.is_refused]
         if refused:
             raise ConfigError(refused)
-        return cls(checkpoint, read_progress(checkpoint).step, changes)
+        progress = read_progress(checkpoint)
+        return cls(checkpoint, progress.step, changes, run.checkpoint.is_over(progress.stale))
 
     def said(self) -> str:
         """The changes, for people; "" if there are none."""
@@ -71,7 +73,7 @@ class Resumption:
     def results(self, last: int) -> dict[str, Any] | None:
         """summary.json, if the run has finished; None while there is something to do."""
         path = self.checkpoint.parent.parent / "summary.json"
-        if self.step < last or not path.is_file():
+        if (self.step < last and not self.is_over) or not path.is_file():
             return None
         try:
             return read_json(path, "")
@@ -82,9 +84,10 @@ class Resumption:
         """Why nothing is trained, for people."""
         folder = self.checkpoint.parent.parent
         ignored = f" Settings that differ from {folder / CONFIG} have no effect: {self.said()}." if self.changes else ""
+        longer = "larger checkpoint.patience" if self.is_over else "larger trainer.max_iter"
         return (
             f"{folder}: nothing to do, iteration {self.step} of {last}.{ignored} "
-            "Train longer with a larger trainer.max_iter, or anew with another job.name"
+            f"Train longer with a {longer}, or anew with another job.name"
         )
 
 

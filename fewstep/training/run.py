@@ -86,9 +86,14 @@ class Checkpoint:
     keep_every: int | None = None  # .. those whose iteration is a multiple of this
     best_metric: str | None = None  # .. and the one at which this number of metrics.jsonl was best so far: RUN@best
     best_is: Literal["lowest", "highest"] = "lowest"  # which value of it is best
+    patience: int | None = None  # end the run after so many values of best_metric none of which was better; none: never
     load_path: str | None = None  # weights to start from (a run, RUN@ITER, or a checkpoint folder); not used when resuming
     original: bool = False  # beside each its weights as files of the original Cosmos code (training/original_files.py)
     async_write: bool = False  # write while training goes on; costs a copy in memory
+
+    def is_over(self, stale: int) -> bool:
+        """Whether `patience` ends the run after so many values that were not better."""
+        return self.patience is not None and stale >= self.patience
 
 
 @dataclass(frozen=True)
@@ -179,6 +184,8 @@ class Run:
         network = self.networks.student.network or self.networks.teacher
         if checkpoint.original and network is not None and not network.has_original_names:
             yield "checkpoint.original", "is for networks of Cosmos: this one has no names in the files of the original code"
+        if checkpoint.patience is not None and (checkpoint.patience < 1 or checkpoint.best_metric is None):
+            yield "checkpoint.patience", "is a number of values, at least 1, of checkpoint.best_metric: set that, too"
         if self.loader.num_workers is not None and self.loader.num_workers < 0:
             yield "loader.num_workers", f"must be at least 0, not {self.loader.num_workers}"
         if self.loader.ahead < 1:

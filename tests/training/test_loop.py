@@ -385,6 +385,25 @@ def test_a_finished_run_started_again_says_the_same() -> None:
     assert metrics(run) == lines
 
 
+def test_a_run_ends_when_its_best_metric_is_not_better_for_its_patience() -> None:
+    """The score of ConstantScore grows with the iteration: the first one, of iteration 2, stays the lowest."""
+    patient = Checkpoint(save_iter=2, best_metric="score", patience=2)
+    trainer = Trainer(max_iter=20, batch_size=8, num_threads=1, log_every=2)
+    run = run_of("patient", preview=ConstantScore(), checkpoint=patient, trainer=trainer)
+    said = train(run)
+    assert said["step"] == 6 and said["score"] == 6  # 2 is the best, 4 and 6 are not better
+    checkpoints = run.job.folder() / "checkpoints"
+    assert (checkpoints / "best_checkpoint.txt").read_text() == "iter_000000002"
+    assert "score was not better for 2 values" in (run.job.folder() / "log.txt").read_text()
+    assert train(run)["step"] == 6  # there is nothing to do
+    longer = replace(run, checkpoint=replace(patient, patience=3))
+    assert train(longer)["step"] == 8  # goes on, with what it has counted
+    rising = replace(patient, best_is="highest")
+    assert train(run_of("rising", preview=ConstantScore(), checkpoint=rising, trainer=trainer))["step"] == 20
+    with pytest.raises(ConfigError, match=r"checkpoint\.patience"):
+        train(run_of("unmeasured", checkpoint=Checkpoint(patience=2)))
+
+
 def test_samples_per_second_counts_an_iteration_once_however_many_roles_it_trains() -> None:
     run = run_of("rate", method=Poisoned(at=99), trainer=Trainer(max_iter=30, batch_size=8, num_threads=1, log_every=30))
     said = train(run)

@@ -30,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = ("--steps", "2", "--max-tokens", "40", "--mask-text", "--quality", "lossless")
         assert main(["pairs", TOY, str(root / "world"), "--out", str(root / "pairs"), *words]) == 0
         settings = ("trainer.max_iter=4", "trainer.batch_size=4", "checkpoint.save_iter=2", "trainer.log_every=2")
-        shown = ("preview=clips", "preview.num=2", "preview.every=2", "preview.max_share=1", "optim.warmup_iters=1")
+        shown = ("preview.num=2", "preview.every=2", "preview.max_share=1", "optim.warmup_iters=1")
         best = ("checkpoint.best_metric=preview/truth_mse", "checkpoint.keep_last=1")
         assert main(["train", "experiment=toy_kd_1step", *settings, *shown, *best]) == 0
     return root / "toyworld" / "basic" / "toy_kd_1step"
