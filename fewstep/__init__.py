@@ -23,7 +23,10 @@ provide("method", "fewstep.methods")
 provide("network", "fewstep.networks.analytic", "fewstep.networks.tiny", "fewstep.networks.causal", "fewstep.networks.families")
 provide("role", "fewstep.networks.roles", "fewstep.networks.lora")
 provide("head", "fewstep.networks.heads")
-provide("scorer", "fewstep.toyworld.scores", "fewstep.evaluation.fidelity", "fewstep.evaluation.clips")
+provide(
+    "scorer", "fewstep.toyworld.scores", "fewstep.evaluation.fidelity", "fewstep.evaluation.clips", "fewstep.evaluation.judges"
+)
+provide("judge", "fewstep.evaluation.judges", "fewstep.toyworld.judge")
 provide("features", "fewstep.evaluation.features", "fewstep.toyworld.extractor")
 provide("text_encoder", "fewstep.networks.encoders.text", "fewstep.networks.encoders.words")
 provide("codec", "fewstep.networks.encoders.codecs")

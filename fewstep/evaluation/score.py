@@ -125,6 +125,7 @@ class ClipSet:
     truth: Sequence[Path | None] = ()  # the clip that each one should equal, for PSNR and SSIM; (): there is none
     sources: Sequence[Path | None] = ()  # the real clip whose caption and controls each one was made for; (): not known
     fps: float | None = None
+    num_given: int = 0  # frames of its source that each clip begins with: the model received them
 
 
 class Scorer(ABC):

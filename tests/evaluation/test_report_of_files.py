@@ -65,6 +65,18 @@ def words(files: Path, *more: str) -> list[str]:
     return ["report", *(str(files / name) for name in ("teacher.json", "student.json", "run")), *more]
 
 
+def test_clips_of_other_samples_stand_in_a_gallery_of_their_own(files: Path, tmp_path: Path) -> None:
+    record = json.loads((files / "student.json").read_text())
+    record["sets"][0]["prompts"] = ["four", "five", "six"]
+    (tmp_path / "other.json").write_text(json.dumps(record))
+    for path in (files / "student").iterdir():
+        video.write(tmp_path / "other" / path.name, video.read(path).frames, 8.0, quality="lossless")
+    report = report_of([files / "teacher.json", files / "student.json", tmp_path / "other.json"])
+    titles = {gallery.title: [row.prompt for row in gallery.rows] for gallery in report.galleries}
+    assert titles["The same prompts, side by side"] == ["one", "two", "three"]
+    assert titles["Clips of other"] == ["four", "five", "six"]
+
+
 def test_the_page_has_every_model_every_row_and_what_limits_them(files: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     assert main(words(files, "--out", str(out), "--bound", "mmd_x<=0.3", "--title", "A page")) == 0

@@ -15,7 +15,8 @@ from fewstep.data.files import video
 from fewstep.diffusion import StudentSampler, TeacherSampler
 from fewstep.evaluation.score import Value, over_sets
 from fewstep.inference import latency
-from fewstep.inference.evaluate import Evaluation, line, run
+from fewstep.inference.evaluate import line, run
+from fewstep.inference.evaluation import Evaluation
 from fewstep.inference.model import Model, codec_of, open_model
 from fewstep.inference.request import SamplerOptions
 from fewstep.toyworld.scores import ToyWorld
@@ -59,7 +60,7 @@ def test_what_would_have_no_effect_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("fewstep.inference.evaluate.opened", lambda _task, _control: None)
     here, clips = tmp_path / "x", tmp_path / "clips"
     (clips / "videos").mkdir(parents=True)
-    job = Evaluation("a/student", here, here, here / "x.json", num=512, scorer=ToyWorld())
+    job = Evaluation("a/student", here, here, here / "x.json", num=512, scorers=(ToyWorld(),))
     with pytest.raises(ValueError, match=r"^--calls: a/student is a student, which takes the 2 steps it was trained for"):
         run(replace(job, calls=4))
     with pytest.raises(ValueError, match=r"^--num-steps, --guidance: a/student is a student"):
@@ -97,6 +98,7 @@ def test_clips_in_which_nothing_falls_are_scored_all_the_same(tmp_path: Path) ->
             (tmp_path / where / "metas" / f"{n}.txt").write_text("a red sphere is dropped.")
     out = tmp_path / "scores.json"
     told = run(Evaluation(str(tmp_path / "grey"), tmp_path / "grey", tmp_path / "real", out, num=12, sets=3))
+    assert told is not None
     assert told["notes"][0].startswith("2 of 3 sets: ")
 
     def refuse(constant: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from fewstep.evaluation.compare import compare
 from fewstep.evaluation.features.descriptors import Descriptors
 from fewstep.evaluation.features.random_network import RandomNetwork
 from fewstep.inference import evaluate
-from fewstep.inference.evaluate import Evaluation
+from fewstep.inference.evaluation import Evaluation
 from fewstep.inference.model import Model, open_model
 from fewstep.inference.request import SamplerOptions
 
@@ -32,7 +33,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         words = ("--out", str(root / name), "--num", str(num), "--seed", str(seed), "--workers", "1")
         assert main(["prepare", "toyworld", *words]) == 0
 
-    def score(name: str, damage: Callable[[Model], None] = lambda model: None, guidance: float = 2.0) -> Path:
+    def score(name: str, damage: Callable[[Model], None] = lambda model: None, guidance: float = 2.0, **sampling: Any) -> Path:
         out = root / f"{name}.json"
         with pytest.MonkeyPatch.context() as patch:
 
@@ -42,10 +43,20 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 return model
 
             patch.setattr(evaluate, "open_model", opened)
+            sampler = SamplerOptions(8, guidance=guidance, **sampling)
+            scorer = AnyClips((Descriptors(), RandomNetwork()))
             task = Evaluation(
-                TOY, root / "held", root / "real", out, 32, 1, sampling=SamplerOptions(8, guidance=guidance), max_tokens=40,
-                mask_text=True, scorer=AnyClips((Descriptors(), RandomNetwork())),
-            )  # fmt: skip
+                TOY,
+                root / "held",
+                root / "real",
+                out,
+                32,
+                1,
+                sampling=sampler,
+                max_tokens=40,
+                mask_text=True,
+                scorers=(scorer,),
+            )
             evaluate.run(replace(task, keep=0))
         return out
 
@@ -59,11 +70,14 @@ def noised(model: Model) -> None:
             tensor.data += 0.7 * tensor.data.std().nan_to_num(0) * torch.randn(tensor.shape, generator=generator)
 
 
-def test_noised_weights_and_doubled_guidance_are_called_worse(scored: Callable[..., Path]) -> None:
+def test_noised_weights_too_much_guidance_and_a_wrong_schedule_are_called_worse(scored: Callable[..., Path]) -> None:
     intact = scored("intact")
     again = scored("again")
     assert {row.verdict for row in compare([intact, again])} <= {"no difference", "not measured"}
-    for name, path in (("noised", scored("noised", noised)), ("guided", scored("guided", guidance=8.0))):
+    damaged = {
+        "noised": scored("noised", noised), "guided": scored("guided", guidance=8.0), "schedule": scored("schedule", shift=0.1),
+    }  # fmt: skip
+    for name, path in damaged.items():
         worse = {row.score: row for row in compare([intact, path]) if row.verdict == "worse"}
         reasons = {"sharpness", "motion", "flicker", "warping_error"} & worse.keys()  # what the damage did to the clips
         assert reasons and all(worse[score].low > 0 and worse[score].how == "clip by clip" for score in reasons), (name, worse)

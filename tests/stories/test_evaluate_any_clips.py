@@ -1,4 +1,4 @@
-"""A user's own clips, 64 x 64, of two lengths and without captions, scored against others of theirs. No toy anything."""
+"""A user's own clips, 64 x 64 and 320 x 176, of two lengths and without captions, scored against others, to the report."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fewstep.data.files import video
 NUM = 20
 
 
-def scene(seed: int, num_frames: int = 9, size: int = 64) -> np.ndarray:
+def scene(seed: int, num_frames: int = 9, size: tuple[int, int] = (64, 64)) -> np.ndarray:
     """Two textured discs that drift over a textured ground."""
     rng = np.random.default_rng(seed)
-    ground = cv2.GaussianBlur(rng.uniform(0, 255, (size, size, 3)), (0, 0), 3)
+    ground = cv2.GaussianBlur(rng.uniform(0, 255, (*size, 3)), (0, 0), 3)
     ground = 60 + 120 * (ground - ground.min()) / np.ptp(ground)
-    y, x = np.mgrid[:size, :size]
+    y, x = np.mgrid[: size[0], : size[1]]
     clip = np.repeat(ground[None], num_frames, axis=0)
     for _ in range(2):
-        place, speed = rng.uniform(16, size - 16, 2), rng.uniform(-2, 2, 2)
+        place, speed = rng.uniform(16, np.array(size) - 16, 2), rng.uniform(-2, 2, 2)
         colour, radius = rng.uniform(0, 255, 3), rng.uniform(6, 12)
         for frame in range(num_frames):
             top, left = place + frame * speed
@@ -130,3 +130,37 @@ def test_a_comparison_says_which_differences_are_real_and_refuses_unlike_protoco
     assert main(["evaluate", "--compare", str(scores / "good.json"), str(scores / "bad_more.json")]) == 1
     text = capsys.readouterr().err
     assert "unlike protocols" in text and "frames_height_width is [[7, 64, 64]], not [[9, 64, 64]]" in text
+
+
+def test_clips_of_320_x_176_and_their_report(tmp_path: Path) -> None:
+    """From a fresh data set to a page that says what differs: two models, one of which makes damaged clips."""
+    for n in range(6):
+        clip = scene(2000 + n, 5, (176, 320))
+        video.write(tmp_path / "real" / f"{n}.mp4", scene(n, 5, (176, 320)), 24.0)
+        video.write(tmp_path / "good" / "videos" / f"{n}.mp4", clip, 24.0)
+        video.write(tmp_path / "bad" / "videos" / f"{n}.mp4", damaged(clip, n), 24.0)
+    for name in ("good", "bad"):
+        where = (
+            "--real",
+            str(tmp_path / "real"),
+            "--out",
+            str(tmp_path / "scores" / f"{name}.json"),
+            "--sets",
+            "1",
+            "--keep",
+            "2",
+        )
+        assert main(["evaluate", str(tmp_path / name), *where, "--features", "descriptors"]) == 0
+    good, bad = (json.loads((tmp_path / "scores" / f"{name}.json").read_text()) for name in ("good", "bad"))
+    assert good["protocol"]["frames_height_width"] == [[5, 176, 320]]
+    for name in ("mmd_descriptors", "niqe_like"):
+        assert good["scores"][name]["interval"][1] < bad["scores"][name]["interval"][0], name
+    page = tmp_path / "report.html"
+    files = (str(tmp_path / "scores" / "good.json"), str(tmp_path / "scores" / "bad.json"))
+    assert main(["report", *files, "--out", str(page), "--bound", "niqe_like<=1000"]) == 0
+    text = page.read_text()
+    for score in ("mmd_descriptors", "niqe_like"):
+        for name, record in (("good", good), ("bad", bad)):
+            value = record["scores"][score]["value"]
+            assert f'value="{value!r}" data-of="{name}|{score}"' in text  # every number stands there as it is in the file
+    assert text.count("<video") == 2 * 2 and page.stat().st_size < 5_000_000

@@ -2,7 +2,9 @@
 
 FILE holds the weights trained on Kinetics-400 as PyTorch's state dict, `i3d_pretrained_400.pt` (VideoGPT, cd-fvd) or
 `rgb_imagenet.pt` (pytorch-i3d). The TorchScript file of StyleGAN-V is a program and is refused. All frames of a clip, at least
-10, are scaled to 224 x 224 (bilinear) and to -1..1; features are the 400 logits. Variants of FVD differ by a tenth: name the
+10, are scaled to 224 x 224 (bilinear, whatever their shape: VideoGPT cuts a square first) and to -1..1; features are the 400
+logits. Batch normalisation divides by sqrt(var + eps): eps is 1e-5 for VideoGPT's file and 1e-3 for that of pytorch-i3d (a name
+that begins with rgb_), as in the code of each. Variants of FVD differ by a tenth: name the
 weights beside a number, and compare at equal numbers of clips, frames and frames per second. FVD sees content more than motion.
 """
 
@@ -65,7 +67,11 @@ def scaled(clip: Tensor) -> Tensor:
 def _network(path: Path) -> tuple[Network, str]:
     network = unset(Network)
     load(network, weights(path, ADVICE), path, ADVICE)
-    fingerprint = hash_of(network.state_dict(), "224 bilinear")
+    eps = 1e-3 if path.name.startswith("rgb_") else 1e-5
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm3d):
+            module.eps = eps
+    fingerprint = hash_of(network.state_dict(), "224 bilinear", eps)
     return network.to(device()), fingerprint
 
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,8 +70,19 @@ class _Scored:
         path = self.path.with_suffix("") / "00.mp4"
         return video.probe(path).fps if path.is_file() else 16.0
 
+    def first(self, key: Literal["prompts", "stems"]) -> Sequence[str]:
+        """The prompts or names of the samples of the first set."""
+        return self.record["sets"][0].get(key) or []
+
+    def has_samples_of(self, other: _Scored) -> bool:
+        """Whether both begin with the same samples; a prompt that is not known may be any."""
+        pairs = zip(self.first("prompts")[:2], other.first("prompts")[:2])
+        return list(self.first("stems")[:2]) == list(other.first("stems")[:2]) and all(
+            a == b or not (a and b) for a, b in pairs
+        )
+
     def prompt(self, number: int) -> str:
-        prompts, stems = (self.record["sets"][0].get(key) or [] for key in ("prompts", "stems"))
+        prompts, stems = self.first("prompts"), self.first("stems")
         texts = [part[number] for part in (prompts, stems) if number < len(part) and part[number]]
         return texts[0] if texts else f"clip {number}"
 
@@ -189,6 +200,18 @@ def _gates(scored: Sequence[_Scored], bounds: Sequence[Bound]) -> list[Gate]:
 
 
 def _pairs(scored: Sequence[_Scored]) -> list[Gallery]:
+    """Galleries of the kept clips. Files of the same samples share one: only their clips are of the same prompt and noise."""
+    groups: list[list[_Scored]] = []
+    for one in scored:
+        same = next((group for group in groups if group[0].has_samples_of(one)), None)
+        if same is None:
+            groups.append([one])
+        else:
+            same.append(one)
+    return [gallery for gallery in map(_gallery, groups) if gallery.rows]
+
+
+def _gallery(scored: Sequence[_Scored]) -> Gallery:
     """A row for each kept clip number: the real clip, the control, and every model's clip, with the control over it."""
     rows: list[Row] = []
     for number in range(100):
@@ -208,13 +231,12 @@ def _pairs(scored: Sequence[_Scored]) -> list[Gallery]:
             films += [Film(f"{one.name}, {n} over it", overlaid(clip, s), one.kind) for n, s in controls.items()]
         difference = mean_difference(clips[0][1], clips[-1][1]) if len(clips) > 1 else None
         rows.append(Row(first.prompt(number), films, difference))
-    if not rows:
-        return []
     names = [one.name for one in scored]
-    about = "Generated clips of one row come from the same noise." if len(names) > 1 else ""
-    if len(names) > 1:
-        about += f" The difference of a row is that of {names[-1]} from {names[0]}, in grey values."
-    return [Gallery("The same prompts, side by side", rows, scored[0].fps, about)]
+    if len(names) == 1:
+        return Gallery(f"Clips of {names[0]}", rows, scored[0].fps, "")
+    about = "Generated clips of one row come from the same noise."
+    about += f" The difference of a row is that of {names[-1]} from {names[0]}, in grey values."
+    return Gallery("The same prompts, side by side", rows, scored[0].fps, about)
 
 
 def _controls(one: _Scored) -> list[str]:

@@ -22,7 +22,9 @@ from fewstep.data.files import video
 from fewstep.diffusion import TeacherSampler
 from fewstep.evaluation.report import Chart, Film, Gallery, Gate, Model, Report, Row, Score, Stage, Value, curves_of, write
 from fewstep.files import write_json
-from fewstep.inference.evaluate import Evaluation, generated, opened, speed
+from fewstep.inference.clip_sets import Source, opened
+from fewstep.inference.evaluate import speed
+from fewstep.inference.evaluation import Evaluation
 from fewstep.inference.model import changed, codec_of, open_model
 from fewstep.inference.request import SamplerOptions
 from fewstep.toyworld.demo.stages import FEW, GUIDANCE, STEPS, STUDENTS, TOY
@@ -179,7 +181,8 @@ def show_teacher(out: Path, toy: str) -> None:
     job = _job(out, toy, out / "scores" / "teacher_shown.json", num=NUM_SHOWN)
     model = open_model(toy)
     assert isinstance(model.sampler, TeacherSampler)
-    clips = generated(model, changed(model.sampler, TEACHER), codec_of(model, toy), opened(job), job, NUM_SHOWN, 0)
+    source = Source(model, changed(model.sampler, TEACHER), codec_of(model, toy), opened(job))
+    clips = source.generated(job.batched(), NUM_SHOWN, 0)
     for n, clip in enumerate(clips):
         video.write(folder / f"{n:02d}.mp4", clip, 16.0, quality="lossless")
 
