@@ -108,7 +108,7 @@ def report_of(paths: Sequence[Path], *, title: str | None = None, bounds: Sequen
         gates=_gates(scored, bounds),
         models=models,
         scores=legend,
-        quality=next((score.name for score in legend if score.is_headline and score.better == "lower"), ""),
+        quality=_quality(legend),
         charts=charts,
         stages=[_stage(run) for run in runs],
         limits=_limits(scored, runs),
@@ -182,6 +182,15 @@ def _legend(scored: Sequence[_Scored], names: set[str]) -> list[Score]:
     return [*rows.values(), *others]
 
 
+def _quality(legend: Sequence[Score]) -> str:
+    """The headline score that is drawn against network calls: a distance, if there is one."""
+    for better in ("lower", "higher"):
+        for score in legend:
+            if score.is_headline and score.better == better:
+                return score.name
+    return ""
+
+
 def _gates(scored: Sequence[_Scored], bounds: Sequence[Bound]) -> list[Gate]:
     out: list[Gate] = []
     for bound in bounds:
@@ -228,7 +237,7 @@ def _gallery(scored: Sequence[_Scored]) -> Gallery:
         for one, clip in clips:
             calls = one.record.get("num_calls")
             films.append(Film(one.name, clip, one.kind, f"{calls} call{'s' * (calls != 1)}" if calls else ""))
-            films += [Film(f"{one.name}, {n} over it", overlaid(clip, s), one.kind) for n, s in controls.items()]
+            films += [Film(f"{one.name}, {n} over it", overlaid(clip, s), one.kind) for n, s in controls.items() if is_drawn(s)]
         difference = mean_difference(clips[0][1], clips[-1][1]) if len(clips) > 1 else None
         rows.append(Row(first.prompt(number), films, difference))
     names = [one.name for one in scored]
@@ -274,18 +283,19 @@ def _film(file: Path) -> Film:
     return Film("student, teacher, truth", video.read(file).frames, "student")
 
 
+def is_drawn(control: Frames) -> bool:
+    """Whether a control is lines on black: edges, skeletons. Only these can be read over a clip."""
+    return bool(((control < 32) | (control > 223)).mean() > 0.97 and control.mean() < 96)
+
+
 def overlaid(clip: Frames, control: Frames) -> Frames:
-    """A clip with a control over it: edges in red, everything else half and half."""
+    """A clip with the lines of a control over it, in red."""
     from fewstep.evaluation.features.contract import resized
 
     num = min(len(clip), len(control))
-    signal = resized(control[:num], *clip.shape[1:3])
-    is_drawn = ((signal < 32) | (signal > 223)).mean() > 0.97 and signal.mean() < 96
-    if is_drawn:  # lines on black
-        out = clip[:num].copy()
-        out[signal.max(axis=-1) > 127] = (255, 48, 48)
-        return out
-    return ((clip[:num].astype(np.uint16) + signal) // 2).astype(np.uint8)
+    out = clip[:num].copy()
+    out[resized(control[:num], *clip.shape[1:3]).max(axis=-1) > 127] = (255, 48, 48)
+    return out
 
 
 def mean_difference(first: Frames, other: Frames) -> float:
