@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
@@ -17,7 +17,7 @@ from fewstep.errors import UserError
 from fewstep.networks.causal import Causal, CausalSpec
 from fewstep.networks.causal_attention import Causality
 from fewstep.networks.contract import AnyNetwork, Network
-from fewstep.networks.files.folders import Configurations, noting
+from fewstep.networks.files.folders import Configurations, noting, unread
 from fewstep.networks.heads import AnyHead
 from fewstep.networks.lora import Backbone, Lora, Shared, as_adapters
 from fewstep.networks.weights.addresses import load_into, read
@@ -87,16 +87,26 @@ class Networks:
 
 
 def build(
-    config: Networks, roles: Iterable[str], seed: int, resumes: bool = False, noted: Configurations | None = None
+    config: Networks,
+    roles: Iterable[str],
+    seed: int,
+    resumes: bool = False,
+    noted: Configurations | None = None,
+    *,
+    divided: bool = False,
 ) -> dict[str, Network]:
     """The networks of `roles`, on the CPU, with their weights.
 
     resumes: a checkpoint will fill the trained roles, so that the weights they started from are not read (`init`).
     noted: the configurations of their models, added to here; of a run that resumes, they stand for the folders.
+    divided: FSDP will copy each process's share of the weights before they change. Until then they stay mapped from their
+    files, and roles that begin alike refer to the same ones: no process of a machine holds a network whole.
     """
-    teacher = None if config.teacher is None else _built(config.teacher, "teacher", seed)
+    is_read = divided and config.teacher_init is not None
+    teacher = None if config.teacher is None else _built(config.teacher, "teacher", seed, empty=is_read)
     if teacher is not None and config.teacher_init:
-        load_into(teacher.module, read(config.teacher_init, teacher.module), config.teacher_init)
+        weights = read(config.teacher_init, teacher.module)
+        load_into(teacher.module, weights, config.teacher_init, replaces=divided)
     nets: dict[str, Network] = {}
     roles = tuple(roles)
     adapted = [role for role in roles if isinstance(getattr(config, role), Lora)]
@@ -113,7 +123,7 @@ def build(
             nets[role] = _built(config.head, role, seed)  # no Denoiser, but with a module to place, train and save
         else:
             with noting({} if noted is None else noted, resumes):
-                nets[role] = _role(getattr(config, role), config, teacher, role, seed, resumes)
+                nets[role] = _role(getattr(config, role), config, teacher, role, seed, resumes, divided)
     if adapted:
         if teacher is None:
             raise UserError(f"networks.{adapted[0]}: adapters lie over the teacher's weights, and there is no teacher")
@@ -176,19 +186,22 @@ def wholes(nets: Mapping[str, Network]) -> list[Whole]:
     return found
 
 
-def _role(role: Role, config: Networks, teacher: Network | None, name: str, seed: int, resumes: bool) -> Network:
-    network = _weighted_role(role, config, teacher, name, seed, resumes)
+def _role(role: Role, config: Networks, teacher: Network | None, name: str, seed: int, resumes: bool, divided: bool) -> Network:
+    network = _weighted_role(role, config, teacher, name, seed, resumes, divided)
     return network if role.causal is None else Causal.of(network, role.causal)
 
 
-def _weighted_role(role: Role, config: Networks, teacher: Network | None, name: str, seed: int, resumes: bool) -> Network:
+def _weighted_role(
+    role: Role, config: Networks, teacher: Network | None, name: str, seed: int, resumes: bool, divided: bool
+) -> Network:
     if role.network is None and teacher is None:
         raise UserError(f"networks.{name}: has no network of its own, and there is no teacher to take after")
     if role.network is None and role.init == "teacher":
         assert teacher is not None
-        return twin_of(teacher)
-    network = _built(role.network or config.teacher, name, seed)
-    if role.init == "random" or resumes:
+        return twin_of(teacher, refers=divided)
+    is_read = role.init != "random" and not resumes
+    network = _built(role.network or config.teacher, name, seed, empty=divided and is_read)
+    if not is_read:
         return network
     if role.init != "teacher":
         weights = read(role.init, network.module)
@@ -196,21 +209,34 @@ def _weighted_role(role: Role, config: Networks, teacher: Network | None, name: 
         raise UserError(f"networks.{name}.init: is teacher, and there is none: give a weights address, or random")
     else:
         weights = teacher.module.state_dict()
-    load_into(network.module, network.own_weights(weights), f"{role.init} (networks.{name}.init)")
+    load_into(network.module, network.own_weights(weights), f"{role.init} (networks.{name}.init)", replaces=divided)
     return network
 
 
-def twin_of(network: Network) -> Network:
-    """A second network with weights of its own, equal to those of `network`."""
-    twin = copy.deepcopy(network)
+def twin_of(network: Network, *, refers: bool = False) -> Network:
+    """A second network with weights of its own, equal to those of `network`; refers: its weights are the same memory."""
+    memo: dict[int, Any] = {}
+    if refers:
+        memo = {id(parameter): nn.Parameter(parameter.data) for parameter in network.module.parameters()}
+    twin = copy.deepcopy(network, memo)
     for parameter in twin.module.parameters():
         parameter.requires_grad_(True)
     return twin
 
 
-def _built(spec: Any, role: str, seed: int) -> Network:  # Any: whatever the user registered in group "network"
-    with drawing(role, seed):
+def _built(spec: Any, role: str, seed: int, empty: bool = False) -> Network:  # Any: whatever the user registered as "network"
+    """empty: its parameters have shapes and no numbers, because they will be replaced; its buffers are as they are."""
+    with drawing(role, seed), _without_numbers() if empty else nullcontext():
         return spec.build()
+
+
+@contextmanager
+def _without_numbers() -> Iterator[None]:
+    """Within, parameters of new modules, and of those of diffusers that would read them, are on torch's meta device."""
+    from accelerate import init_empty_weights
+
+    with unread(), init_empty_weights(include_buffers=False):
+        yield
 
 
 @contextmanager

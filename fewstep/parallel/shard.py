@@ -52,9 +52,15 @@ def place(
     for part in adapters:
         part.requires_grad_(True)
     kept = kept_in_fp32(module)
-    for name, parameter in module.named_parameters():  # not module.to(): a rounded buffer (a table) is another network
-        if not parameter.requires_grad and name not in kept:  # all of a frozen one, and what a trained one keeps frozen
-            parameter.data = parameter.data.to(compute)
+    exact_ids = {id(parameter) for name, parameter in module.named_parameters() if name in kept}
+
+    def lower(part: nn.Module) -> None:
+        """Rounds what is frozen: all of a frozen module, and what a trained one keeps so. Not part.to(): a rounded buffer (a
+        table) is another network."""
+        for parameter in part.parameters():
+            if not parameter.requires_grad and not is_sharded(parameter) and id(parameter) not in exact_ids:
+                parameter.data = parameter.data.to(compute)
+
     if checkpointing:
         from torch.distributed._composable import checkpoint
 
@@ -65,6 +71,7 @@ def place(
         for block in blocks:
             block.compile()
     if mode == "ddp" or world.weights is None:
+        lower(module)
         module.to(world.device)
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -78,6 +85,7 @@ def place(
     for part in (*blocks, module):
         # By default the outermost weights stay gathered after a forward, until a backward frees them. Ours are written between
         # (a step, the average) and change requires_grad with the turn, neither of which a gathered copy would see.
+        lower(part)  # one block after the other: the weights may still be in their file, which no process holds whole
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     # FSDP fixes the precision of gradients at the first forward, from the weights that require one then. A critic is first
     # asked in the student's turn: its gradients would stay bf16 for ever. So it is done here, while all of them do.

@@ -24,6 +24,7 @@ from fewstep.diffusion import Rng, Sampler
 from fewstep.errors import UserError
 from fewstep.files import FULL, explain, write_json
 from fewstep.networks.contract import Network
+from fewstep.networks.lora import Shared
 from fewstep.networks.roles import FROZEN, build
 from fewstep.networks.weights.addresses import load_into, locate, read
 from fewstep.parallel import World, is_joined, is_lost_process, leave_world
@@ -103,9 +104,10 @@ def _train(run: Run, world: World) -> dict[str, Any]:
 
     # --- networks, on their device, sharded; then the trained ones with their weights, optimisers and average
     noted = noted_in(folder) if latest is not None else {}
-    networks = build(run.networks, method.roles, run.trainer.seed, latest is not None, noted)
+    divided = world.mesh is not None and run.parallel.mode == "fsdp"
+    networks = build(run.networks, method.roles, run.trainer.seed, latest is not None, noted, divided=divided)
     if latest is None and options.load_path is not None:
-        _load_weights(options.load_path, networks)
+        _load_weights(options.load_path, networks, divided)
     crew = assemble(run, networks, world)
     sampler = sampler_of(run, crew.student.network, folder if latest is not None else None)
 
@@ -239,12 +241,14 @@ def _restore(checkpoints: Checkpoints, path: Path, crew: Crew) -> Progress:
     return progress
 
 
-def _load_weights(address: str, networks: Mapping[str, Network]) -> None:
+def _load_weights(address: str, networks: Mapping[str, Network], divided: bool) -> None:
     """checkpoint.load_path: the weights of every trained role, and nothing else of that run."""
     folder, _ = locate(address)
     for name, network in networks.items():
         if name not in FROZEN:
-            load_into(network.module, read(f"{folder}:{name}"), f"{address} (checkpoint.load_path, {name})")
+            replaces = divided and not isinstance(network, Shared)  # adapters are parts of two modules
+            source = f"{address} (checkpoint.load_path, {name})"
+            load_into(network.module, read(f"{folder}:{name}"), source, replaces=replaces)
 
 
 def _rows(run: Run, world: World, micro: int) -> Tensor:

@@ -11,15 +11,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import socket
 import sys
+import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -61,7 +66,8 @@ METHODS: dict[str, Any] = {
     "finetune": Finetune(),
     "given": Finetune(first_frames=(0.0, 0.5, 0.5)),  # a time for every frame
     "kd": KD(),
-    "dmd2": DMD2(student=StudentSample((1.0, 0.6)), student_update_freq=2, gan=replace(GAN, r1_weight=0.5)),
+    "dmd2": DMD2(student=StudentSample((1.0, 0.6)), student_update_freq=2, gan=GAN),
+    "dmd2_r1": DMD2(student=StudentSample((1.0, 0.6)), student_update_freq=2, gan=replace(GAN, r1_weight=0.5)),
     "dmd2_edm": DMD2(student=StudentSample((80.0, 5.0)), student_update_freq=2, gan=GAN),
     "scm": SCM(),
     "self_forcing": SelfForcing(student_update_freq=2),
@@ -285,7 +291,7 @@ def memory_of(run: Run, world: World, batch: Batch) -> int:
             turn = run.method.turn(step)
             for _ in iteration.gradients(run, crew, turn, [iteration.Part(batch, Rng(7, step, range(1)), 1.0)]):
                 pass
-            norms = iteration.norms(crew, turn, world)
+            norms = {name: float(norm) for name, norm in iteration.norms(crew, turn, world).items()}
             iteration.step(run, crew, norms, step, 0)
     return held.peak
 
@@ -339,11 +345,74 @@ def show_memory() -> None:
         fork(2, work)
 
 
+def show_host() -> None:
+    """Prints how much memory two processes under FSDP take at most while they open a teacher, a student and a critic."""
+    import accelerate  # noqa: F401  # modules are memory, too: all are imported before it is counted
+    import torch.distributed.fsdp
+    from diffusers import CosmosTransformer3DModel  # noqa: F401
+
+    size = {**COSMOS, "num_heads": 2, "head_dim": 128, "num_layers": 8}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def save() -> None:
+            for name in ("teacher", "critic"):
+                module: Any = CosmosSpec(**size).build().module
+                module.save_pretrained(f"{folder}/{name}")
+
+        fork(1, save)  # elsewhere: what this process had and freed, its children would fill without a trace
+        whole = Path(f"{folder}/teacher/diffusion_pytorch_model.safetensors").stat().st_size
+        run = make("dmd2.cosmos.full", LAYOUTS["fsdp"][1])
+        spec = CosmosSpec(pretrained=f"{folder}/teacher")
+        critic = Full(replace(spec, pretrained=f"{folder}/critic"), init=f"{folder}/critic/diffusion_pytorch_model.safetensors")
+        head = replace(HEAD, channels=256)
+        run = replace(
+            run, networks=Networks(spec, Full(), critic, f"{folder}/teacher/diffusion_pytorch_model.safetensors", head)
+        )
+
+        def work() -> None:
+            world = run.parallel.join()
+            before, peak, ended = _anonymous(), [0], threading.Event()
+
+            def watch() -> None:
+                while not ended.wait(0.002):
+                    peak[0] = max(peak[0], _anonymous())
+
+            thread = threading.Thread(target=watch)
+            thread.start()
+            crew = assemble(run, build(run.networks, run.method.roles, 0, divided=True), world)
+            end = _anonymous()
+            ended.set()
+            thread.join()
+            tensors = [p for part in crew.modules for p in (*part.module.parameters(), *part.module.buffers())]
+            storages = {
+                local(t).untyped_storage().data_ptr(): local(t).untyped_storage() for t in (*tensors, *crew.state().values())
+            }
+            kept = sum(storage.nbytes() for storage in storages.values())
+            for role, name in (("student", "teacher"), ("critic", "critic")):
+                wanted = load_file(f"{folder}/{name}/diffusion_pytorch_model.safetensors")
+                weights: dict[str, Any] = crew.trained[role].weights
+                assert weights.keys() == wanted.keys()
+                assert all(torch.equal(weights[n].full_tensor(), wanted[n]) for n in wanted)
+            if world.is_main:
+                print(json.dumps({"whole": whole, "kept": kept, "peak": peak[0] - before, "end": end - before}))
+            leave_world()
+
+        fork(2, work)
+
+
+def _anonymous() -> int:
+    """Bytes of this process's memory that are no pages of files."""
+    match = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    OTHERS = {"reductions": count_reductions, "memory": show_memory, "host": show_host}
     for word in (word for word in sys.argv[1:] if word != "--quick"):
-        if word in ("reductions", "memory"):
-            count_reductions() if word == "reductions" else show_memory()
+        if word in OTHERS:
+            OTHERS[word]()
             continue
         case, _, layouts = word.partition("=")
         want = iterate(make(case, Parallel()), ALONE)

@@ -23,10 +23,10 @@ from fewstep.training.run import Parallel, Run
 
 WORKER = Path(__file__).with_name("context_worker.py")
 BOUND = 1e-5  # relative; rounding of float32 is 1e-7 to 3e-6 of a gradient here
-# METHOD.NETWORK.ROLES; `given` has a time for every frame, `dmd2` a discriminator with its penalty, `self_forcing` caches
+# METHOD.NETWORK.ROLES; `given`: a time for every frame; `dmd2`: a discriminator; `dmd2_r1`: with its penalty
 MATRIX = [
     *(f"{method}.cosmos.{roles}" for method in ("finetune", "kd", "dmd2") for roles in ("full", "lora")),
-    *("dmd2.wan.full", "dmd2.wan.lora", "given.wan.full", "given.cosmos.full"),
+    *("dmd2_r1.cosmos.full", "dmd2.wan.full", "dmd2.wan.lora", "given.wan.full", "given.cosmos.full"),
     *("given.transfer1.full", "dmd2_edm.transfer1.full", "given.transfer25.full", "dmd2.transfer25.lora"),
     *("scm.cosmos.full", "scm.wan.full", "self_forcing.wan.full", "self_forcing.cosmos.lora"),
 ]
@@ -37,7 +37,7 @@ def records(*words: str) -> list[dict[str, Any]]:
     command = [sys.executable, str(WORKER), *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def assert_equal(found: list[dict[str, Any]], num_layouts: int, num_settings: int = 4) -> None:
@@ -49,6 +49,25 @@ def assert_equal(found: list[dict[str, Any]], num_layouts: int, num_settings: in
 def test_two_processes_that_share_a_clip_train_what_one_trains() -> None:
     """27 tokens and 3 heads, given frames, control branches, learned positions."""
     assert_equal(records("given.transfer1.full=context", "--quick"), 1, num_settings=2)
+
+
+@pytest.mark.slow
+def test_no_process_of_a_sharded_run_holds_a_network_whole() -> None:
+    """Teacher, student and critic from files, halved: at no moment more memory than these three halves."""
+    *_, found = records("host")
+    assert 1.4 * found["whole"] < found["peak"] < 1.6 * found["whole"], found
+
+
+@pytest.mark.slow
+def test_memory_is_divided_as_planned() -> None:
+    """DMD2 with full roles: all under FSDP, activations where tokens are shared; and the plan of both within a tenth."""
+    by_layout = {record["layout"]: record for record in records("memory")}
+    fsdp, context = by_layout["fsdp"], by_layout["context"]
+    assert fsdp["two"] <= 0.6 * fsdp["one"], fsdp
+    assert context["saved_of_two"] <= 0.6 * context["saved"], context
+    for record in by_layout.values():
+        for planned, measured in zip(record["planned"], (record["one"], record["two"]), strict=True):
+            assert abs(planned - measured) <= 0.1 * measured, record
 
 
 @pytest.mark.slow

@@ -214,8 +214,11 @@ def _stored(folder: Path, prefix: str, *more: str) -> dict[str, Stored]:
     return {next(n.removeprefix(p) for p in prefixes if n.startswith(p)): stored for n, stored in wanted.items()}
 
 
-def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> int:
-    """Puts every tensor into `module` and returns their number; refuses unless names and shapes match exactly."""
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str, *, replaces: bool = False) -> int:
+    """Puts every tensor into `module` and returns their number; refuses unless names and shapes match exactly.
+
+    replaces: the tensors take the place of the module's own and stay mapped from their file, instead of being copied.
+    """
     own = module.state_dict()
     problems = [f"  missing in the weights: {name}" for name in own if name not in tensors]
     problems += [f"  not in the network: {name}" for name in tensors if name not in own]
@@ -224,13 +227,22 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
         for name in own
         if name in tensors and own[name].shape != tensors[name].shape
     ]
+    names: dict[str, str] = {}  # the second name of a shared tensor, and its first
     first: dict[int, str] = {}  # a tensor that two parts of the network share has two names, and must be one in the file
     for name, parameter in module.named_parameters(remove_duplicate=False):
         other = first.setdefault(id(parameter), name)
+        if other != name:
+            names[name] = other
         if other != name and {name, other} <= tensors.keys() and not torch.equal(tensors[name], tensors[other]):
             problems.append(f"  {name}: is {other} in the network, but another tensor in the weights")
     if problems:
         shown = some(problems, 12, "\n")
         raise UserError(f"the weights at '{source}' do not fit the network:\n{shown}")
-    module.load_state_dict(dict(tensors), strict=True)
+    if not replaces:
+        module.load_state_dict(dict(tensors), strict=True)
+        return len(own)
+    module.load_state_dict({name: tensors[name].to(own[name].dtype) for name in own}, strict=True, assign=True)
+    for name, other in names.items():
+        part, _, leaf = name.rpartition(".")
+        module.get_submodule(part)._parameters[leaf] = module.get_parameter(other)  # one again, as before
     return len(own)
