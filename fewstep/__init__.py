@@ -24,7 +24,12 @@ provide("network", "fewstep.networks.analytic", "fewstep.networks.tiny", "fewste
 provide("role", "fewstep.networks.roles", "fewstep.networks.lora")
 provide("head", "fewstep.networks.heads")
 provide(
-    "scorer", "fewstep.toyworld.scores", "fewstep.evaluation.fidelity", "fewstep.evaluation.clips", "fewstep.evaluation.judges"
+    "scorer",
+    "fewstep.toyworld.scores",
+    "fewstep.evaluation.fidelity",
+    "fewstep.evaluation.clips",
+    "fewstep.evaluation.judges",
+    "fewstep.evaluation.long_run",
 )
 provide("judge", "fewstep.evaluation.judges", "fewstep.toyworld.judge")
 provide("features", "fewstep.evaluation.features", "fewstep.toyworld.extractor")

@@ -17,6 +17,7 @@ from fewstep.files import explain
 # A file each, in the order of --help. Each imports what it needs when it runs, so that --help answers at once.
 VERBS = (
     "distill",
+    "pipeline",
     "train",
     "sweep",
     "compare",

@@ -29,6 +29,10 @@ class CausalDenoiser(Denoiser, Protocol):
         """The chunks of latent frames in which a clip is generated."""
         ...
 
+    def before(self, start: int) -> Sequence[int]:
+        """The finished frames that a chunk which begins at frame `start` attends to."""
+        ...
+
     def new_cache(self, like: Tensor) -> Cache: ...
 
 
@@ -68,28 +72,50 @@ class WithCache:
         return self.inner(x_t, t, cond, taps=taps, cache=self.cache)
 
 
-Solve = Callable[[int, range, Denoiser], Tensor]  # number and frames of a chunk, denoiser with the cache -> its x0
+Solve = Callable[[int, range, Denoiser, Condition], Tensor]  # number and frames of a chunk, denoiser with the cache -> its x0
+Switch = tuple[int, Condition]  # the condition of the whole clip that holds from the first chunk at or after a latent frame on
 
 
 def chunk_by_chunk(
     denoiser_of: Callable[[range], Denoiser],
-    chunks: Sequence[range],
+    network: CausalDenoiser,
+    like: Tensor,
     cond: Condition,
     solve: Solve,
-    cache: Cache,
     settings: ByChunk,
     rng: Rng,
+    *,
+    chunks: Sequence[range] | None = None,
+    switches: Sequence[Switch] = (),
 ) -> Iterator[Tensor]:
-    """x0 of each chunk, as `solve` computes it. Finished chunks enter the cache without gradients.
+    """x0 of each chunk of a clip of the shape of `like`, as `solve` computes it. Finished chunks enter the cache without
+    gradients.
 
     denoiser_of: what is called for a chunk: guidance, for one, has a negative condition with frames of that chunk.
+    switches: where the condition changes, the cache is filled anew, under the new one, from the finished chunks within reach.
+    chunks: None: those of the whole clip.
     """
+    cache, todo = network.new_cache(like), sorted(switches, key=lambda switch: switch[0])
+    chunks = network.chunks(like.shape[2]) if chunks is None else chunks
+    kept = like[:, :, :0]  # finished frames within reach, where a switch is still to come
     for number, frames in enumerate(chunks):
+        due = [switch for switch in todo if switch[0] <= frames.start]
+        if due:
+            todo, cond = todo[len(due) :], due[-1][1]
+            cache = refill(denoiser_of(frames), network, kept, cond, settings, rng)
         denoiser = denoiser_of(frames)
-        x0 = solve(number, frames, WithCache(denoiser, cache))
+        x0 = solve(number, frames, WithCache(denoiser, cache), cond.part(frames))
         yield x0
         if frames is not chunks[-1]:
             store(denoiser, x0.detach(), cond.part(frames), cache, settings.context_noise, rng)
+            kept = _within_reach(network, kept, x0.detach(), frames) if todo else kept[:, :, :0]
+
+
+def _within_reach(network: CausalDenoiser, finished: Tensor, x0: Tensor, frames: range) -> Tensor:
+    """The finished frames that the chunk after `frames` attends to."""
+    before = [*network.before(frames.start), *frames]
+    places = [before.index(frame) for frame in network.before(frames.stop)]
+    return torch.cat([finished.to(x0), x0], 2)[:, :, places]
 
 
 @torch.no_grad()
@@ -100,13 +126,14 @@ def store(denoiser: Denoiser, x0: Tensor, cond: Condition, cache: Cache, context
     denoiser(denoiser.path.add_noise(x0, eps, t), t, cond, cache=cache.store())
 
 
-def refill(network: CausalDenoiser, latents: Tensor, cond: Condition, settings: ByChunk, rng: Rng) -> Cache:
-    """A cache of these finished latents, the beginning of a clip, under `cond`: how a prompt changes in mid-stream.
+def refill(denoiser: Denoiser, network: CausalDenoiser, latents: Tensor, cond: Condition, settings: ByChunk, rng: Rng) -> Cache:
+    """A cache of these finished latents under `cond`, as if they were the beginning of the clip.
 
-    Frames out of the network's reach have to be given too, unless the clip is short: their keys decide those of later ones.
+    They are all that the next chunk attends to: the whole clip while it is short, and then the sink and the last frames. So
+    a switch costs the same at any length. denoiser: what is called, `network` or the network under guidance.
     """
     cache = network.new_cache(latents)
-    for frames in network.chunks(latents.shape[2]):
+    for frames in network.chunks(latents.shape[2]) if latents.shape[2] else ():
         x0 = latents[:, :, frames.start : frames.stop]
-        store(network, x0, cond.part(frames), cache, settings.context_noise, rng)
+        store(denoiser, x0, cond.part(frames), cache, settings.context_noise, rng)
     return cache

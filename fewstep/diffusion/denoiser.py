@@ -56,11 +56,14 @@ def features(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, taps: 
 
 @dataclass(frozen=True)
 class _OnPath:
-    inner: Any  # Denoiser; of a causal one the two methods below are called, which others refuse
+    inner: Any  # Denoiser; of a causal one the three methods below are called, which others refuse
     path: Path
 
     def chunks(self, num_frames: int) -> tuple[range, ...]:
         return self.inner.chunks(num_frames)
+
+    def before(self, start: int) -> Sequence[int]:
+        return self.inner.before(start)
 
     def new_cache(self, like: Tensor) -> Cache:
         return self.inner.new_cache(like)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewstep.batch import Condition
 from fewstep.diffusion import samplers
-from fewstep.diffusion.by_chunk import ByChunk, CausalDenoiser, chunk_by_chunk
+from fewstep.diffusion.by_chunk import ByChunk, CausalDenoiser, Switch, chunk_by_chunk
 from fewstep.diffusion.denoiser import Denoiser, on_path
 from fewstep.diffusion.guidance import guided
 from fewstep.diffusion.path import EDM, VP, AnyPath, Path, RectifiedFlow, floats
@@ -66,20 +66,28 @@ class StudentSampler:
 
     @torch.no_grad()
     def stream(
-        self, denoiser: CausalDenoiser, noise: Tensor, cond: Condition, rng: Rng, negative: Condition | None = None
+        self,
+        denoiser: CausalDenoiser,
+        noise: Tensor,
+        cond: Condition,
+        rng: Rng,
+        negative: Condition | None = None,
+        switches: Sequence[Switch] = (),
     ) -> Iterator[Tensor]:
-        """x0 of one chunk after the other, each as soon as it is finished; joined they are what a call returns."""
+        """x0 of one chunk after the other, each as soon as it is finished; joined they are what a call returns.
+
+        switches: latent frames, and the condition that holds from the first chunk at or after each of them on.
+        """
         settings = self.by_chunk
         assert settings is not None
 
-        def solve(number: int, frames: range, student: Denoiser) -> Tensor:
+        def solve(number: int, frames: range, student: Denoiser, own: Condition) -> Tensor:
             times = settings.times(number, self.times)
             x = start(self.path, noise[:, :, frames.start : frames.stop], times[0])
-            return few_step(student, x, times, cond.part(frames), renoise=self.renoise, rng=rng)
+            return few_step(student, x, times, own, renoise=self.renoise, rng=rng)
 
         student = _per_chunk(denoiser, negative, self.guidance, self.path)
-        chunks, cache = denoiser.chunks(noise.shape[2]), denoiser.new_cache(noise)
-        return chunk_by_chunk(student, chunks, cond, solve, cache, settings, rng)
+        return chunk_by_chunk(student, denoiser, noise, cond, solve, settings, rng, switches=switches)
 
 
 @dataclass(frozen=True)
@@ -172,13 +180,12 @@ class TeacherSampler:
         solver: Solver = getattr(samplers, self.solver)
         grid = self.times(denoiser.path)
 
-        def solve(number: int, frames: range, teacher: Denoiser) -> Tensor:
+        def solve(number: int, frames: range, teacher: Denoiser, own: Condition) -> Tensor:
             x = start(denoiser.path, noise[:, :, frames.start : frames.stop], float(grid[0]))
-            return solver(teacher, x, grid, cond.part(frames))
+            return solver(teacher, x, grid, own)
 
         teacher = _per_chunk(denoiser, negative, self.guidance, denoiser.path)
-        chunks, cache = denoiser.chunks(noise.shape[2]), denoiser.new_cache(noise)
-        return torch.cat(list(chunk_by_chunk(teacher, chunks, cond, solve, cache, settings, rng)), 2)
+        return torch.cat(list(chunk_by_chunk(teacher, denoiser, noise, cond, solve, settings, rng)), 2)
 
     def student_times(self, num_steps: int, path: Path, shift: float) -> tuple[float, ...]:
         """The times of a student of this teacher, which begins where the grid begins: Predict2's at 80 / 81, not at 1."""

@@ -20,6 +20,7 @@ class Verdict:
     student: float
     teacher: float  # at the student's number of steps
     spread: float  # of the difference
+    other: str = "its teacher's own few steps"
 
     @property
     def is_worse(self) -> bool:
@@ -30,16 +31,16 @@ class Verdict:
     def __str__(self) -> str:
         word = "WORSE than" if self.is_worse else "at least as good as"
         numbers = f"{self.student:.4g} against {self.teacher:.4g}, {self.better} is better, spread {self.spread:.2g}"
-        return f"{self.score}: the student is {word} its teacher's own few steps ({numbers})"
+        return f"{self.score}: the student is {word} {self.other} ({numbers})"
 
 
-def verdicts(student: Path, teacher: Path) -> list[Verdict]:
-    """One for each headline score with a better end that both files have."""
+def verdicts(student: Path, teacher: Path, name: str = Verdict.other) -> list[Verdict]:
+    """One for each headline score with a better end that both files have. name: of whom `teacher` has the scores."""
     mine, other = (read_json(path, ADVICE) for path in (student, teacher))
-    return list(_verdicts(mine, other))
+    return list(_verdicts(mine, other, name))
 
 
-def _verdicts(mine: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[Verdict]:
+def _verdicts(mine: Mapping[str, Any], other: Mapping[str, Any], whose: str) -> Iterator[Verdict]:
     for score in mine["legend"]:
         name, better = score["name"], score["better"]
         pair = [record["scores"].get(name) for record in (mine, other)]
@@ -48,7 +49,7 @@ def _verdicts(mine: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[Ver
         if any(entry is None or entry["value"] is None for entry in pair):
             continue
         spread = hypot(*(entry["spread"] or 0.0 for entry in pair))
-        yield Verdict(name, better, pair[0]["value"], pair[1]["value"], spread)
+        yield Verdict(name, better, pair[0]["value"], pair[1]["value"], spread, whose)
 
 
 def table(files: Mapping[str, Path], titles: Mapping[str, str]) -> str:

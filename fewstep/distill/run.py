@@ -8,9 +8,9 @@ from fewstep.distill import cost, gate
 from fewstep.distill.facts import Facts, facts_of
 from fewstep.distill.request import DistillRequest
 from fewstep.distill.road import SCORED, score_files, stages
-from fewstep.distill.stages import Stage, marker_of, run
+from fewstep.distill.stages import Stage, claim, run
 from fewstep.errors import UserError
-from fewstep.files import lock, read_json, remove, write_json
+from fewstep.files import lock, write_json
 
 AGAIN = "fewstep distill"
 
@@ -24,7 +24,9 @@ def distill(request: DistillRequest, dryrun: bool = False) -> None:
         _print(facts, road)
         return
     with lock(request.work_dir / ".lock"):
-        _claim(facts, road)
+        claim(road, request.work_dir)
+        about = {"teacher": request.teacher, "dataset": str(request.dataset)}
+        write_json(request.work_dir / "distill.json", about, indent=None)
         for order, stage in enumerate(road):
             run(stage, request.work_dir, order, again=AGAIN)
     _judge(facts)
@@ -54,30 +56,6 @@ def _print(facts: Facts, road: Sequence[Stage]) -> None:
     if rate is None:
         print("hours: with --calls-per-s, or once the pairs of this distillation are there")
     print("dry run: nothing was written")
-
-
-def _claim(facts: Facts, road: Sequence[Stage]) -> None:
-    """One work folder is one distillation: a stage that is done with another command is refused."""
-    work, is_stale = facts.request.work_dir, False  # scores that are made anew want a new report
-    for stage in road:
-        marker = marker_of(work, stage.name)
-        if stage.is_optional and is_stale:
-            remove(marker)
-        if not marker.is_file():
-            is_stale = True
-            continue
-        before = read_json(marker, f"Remove {marker}: the stage is run again").get("commands")
-        if before != stage.commands and stage.is_optional:
-            remove(marker)
-            is_stale = True
-        elif before != stage.commands:
-            old = next((line for line in before or () if line not in stage.commands), "?")
-            new = next((line for line in stage.commands if line not in (before or ())), "?")
-            raise UserError(
-                f"{work}: its stage '{stage.name}' was done by another command:\n  {old}\nnow it would be\n  {new}\nChoose "
-                f"another --out, or remove {work}"
-            )
-    write_json(work / "distill.json", {"teacher": facts.request.teacher, "dataset": str(facts.request.dataset)}, indent=None)
 
 
 def _judge(facts: Facts) -> None:

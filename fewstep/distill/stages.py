@@ -22,7 +22,7 @@ from typing import Any
 
 from fewstep.distill.worker import IMPORTS, Copy
 from fewstep.errors import UserError
-from fewstep.files import write_json
+from fewstep.files import read_json, remove, write_json
 
 Command = tuple[str, ...]
 
@@ -49,6 +49,30 @@ class Stage:
 def marker_of(out: Path, name: str) -> Path:
     """The file that says that a stage is done, and by which commands."""
     return out / "stages" / f"{name}.json"
+
+
+def claim(stages: Sequence[Stage], out: Path) -> None:
+    """One folder is one road: raises UserError for a stage that was done by another command. What is optional is done anew
+    then, and whatever optional comes after something that is not done."""
+    is_stale = False  # scores that are made anew want a new report
+    for stage in stages:
+        marker = marker_of(out, stage.name)
+        if stage.is_optional and is_stale:
+            remove(marker)
+        if not marker.is_file():
+            is_stale = True
+            continue
+        before = read_json(marker, f"Remove {marker}: the stage is run again").get("commands")
+        if before != stage.commands and stage.is_optional:
+            remove(marker)
+            is_stale = True
+        elif before != stage.commands:
+            old = next((line for line in before or () if line not in stage.commands), "?")
+            new = next((line for line in stage.commands if line not in (before or ())), "?")
+            raise UserError(
+                f"{out}: its stage '{stage.name}' was done by another command:\n  {old}\nnow it would be\n  {new}\nChoose "
+                f"another --out, or remove {out}"
+            )
 
 
 def run(

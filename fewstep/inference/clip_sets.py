@@ -75,7 +75,8 @@ class Source:
         def make(rows: Tensor) -> np.ndarray:
             batch, rng = self.data.batch(rows).to(device), Rng(SEEDS + number, 0, rows, device)
             assert batch.x0 is not None
-            noise = rng.normal(codec.shape(*batch.x0.shape[2:]))
+            num = batch.x0.shape[2] if task.num_frames is None else task.num_frames  # more than those of the data set's clips
+            noise = rng.normal(codec.shape(num, *batch.x0.shape[3:]))
             control = {name: codec.encode(frames) for name, frames in batch.cond.control.items()}
             cond = replace(batch.cond, control=control)
             if task.given_frames:
@@ -115,12 +116,15 @@ class Made(Sequence[Clip]):
 
 
 def opened(task: Evaluation, control: str | None = None) -> FolderData:
-    """The data set of the prompts: the first `num_frames` frames of each clip, at the size of the task.
+    """The data set of the prompts: the first `num_frames` frames of each clip, at the size of the task. Where a model makes
+    longer clips from text alone, nothing but the size of its own matters.
 
     control: what of the data set's the model receives.
     """
     folder = task.prompts_folder
     header = video.probe(next(iter(task.files().values())))
+    needs_frames = control is not None or task.given_frames > 0 or task.what.startswith("codec:")
+    is_whole = task.num_frames in (None, header.num_frames) or (task.num_frames > header.num_frames and not needs_frames)
     data = Folder(
         str(folder),
         text=task.text,
@@ -128,8 +132,8 @@ def opened(task: Evaluation, control: str | None = None) -> FolderData:
         mask_text=task.mask_text,
         negative=task.negative,
         control=None if control is None else control_kinds((control,))[control](),
-        num_frames=None if task.num_frames in (None, header.num_frames) else task.num_frames,
-        start_frame_interval=1 if task.num_frames in (None, header.num_frames) else 1 << 30,  # one window of each clip
+        num_frames=None if is_whole else task.num_frames,
+        start_frame_interval=1 if is_whole else 1 << 30,  # one window of each clip
         video_size=None if task.size in (None, header.size) else task.size,
     ).open()
     if len(data) < task.per_set:

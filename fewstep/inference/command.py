@@ -289,6 +289,7 @@ def _of_output(parser: argparse.ArgumentParser) -> None:
     add("--name", help="name of the file, without .mp4 (default: output); of several clips NAME_0000, ..")
     add("--quality", default="18", metavar="CRF", help="of the mp4: 0 (best) to 51, or lossless (default: 18)")
     add("--stream", action="store_true", help="of a causal student: the clip grows while it is made; frames per second")
+    add("--switch-at", action="append", default=[], metavar="FRAME:PROMPT", help="of --stream: another prompt from a frame on")
     add("--save-noise", action="store_true", help="write OUT/noise/NAME.pickle, of variance 1")
     add("--save-controls", action="store_true", help="write the controls as they were used: OUT/edge/NAME.mp4")
 
@@ -347,6 +348,7 @@ def _clips(options: Mapping[str, Any], specs: Mapping[str, Control]) -> tuple[Cl
         control=control,
         seed=options["seed"] or 0,
         label=options["label"],
+        switches=tuple(_switch(text) for text in options["switch_at"]),
     )
     if options["prompts"] is None:
         return (one,)
@@ -359,6 +361,13 @@ def _clips(options: Mapping[str, Any], specs: Mapping[str, Control]) -> tuple[Cl
     )
 
 
+def _switch(text: str) -> tuple[int, str]:
+    frame, colon, prompt = text.partition(":")
+    if not colon or not frame.strip().isdecimal():
+        raise ConfigError(f'--switch-at {text}: is written FRAME:PROMPT, for instance 81:"the ball stops"')
+    return int(frame), prompt.strip()
+
+
 def _file_name(name: str, option: str) -> str:
     try:
         return plain_name(name, option)
@@ -368,6 +377,7 @@ def _file_name(name: str, option: str) -> str:
 
 _ROW = (
     "prompt", "name", "visual_input", "seed", "negative_prompt", "num_input_frames", "control_overrides", "embedding", "label",
+    "switch_at",
 )  # fmt: skip
 
 
@@ -386,6 +396,11 @@ def _row(clip: ClipRequest, row: Mapping[str, Any], path: Path) -> ClipRequest:
     if "name" in row:
         changes["name"] = _file_name(str(row["name"]), f"--prompts {path}: name")
     changes |= {"embedding": Path(row["embedding"])} if "embedding" in row else {}
+    if "switch_at" in row:
+        rows = row["switch_at"]
+        if not isinstance(rows, dict) or not all(isinstance(prompt, str) for prompt in rows.values()):
+            raise ConfigError(f'--prompts {path}: switch_at of a row is written {{"FRAME": "PROMPT", ..}}, not {rows!r}')
+        changes["switches"] = tuple(_switch(f"{frame}:{prompt}") for frame, prompt in rows.items())
     if "visual_input" in row:
         changes["source"] = Path(row["visual_input"])
         if not clip.control and "num_input_frames" not in row:

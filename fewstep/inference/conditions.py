@@ -55,6 +55,7 @@ def texts_of(
     files = {path for clip in clips for path in (clip.embedding, clip.negative_embedding) if path is not None}
     found: dict[str | Path, Text] = {path: _embedded(path, request.max_tokens, device) for path in files}
     wanted = {clip.prompt for clip in clips if clip.embedding is None}
+    wanted |= {prompt for clip in clips for _, prompt in clip.switches}
     is_guided = request.published_guidance or request.sampling.guidance not in (None, 1.0)
     if is_guided or request.sampling.guidance_low is not None:
         wanted |= {clip.negative for clip in clips if clip.negative_embedding is None and clip.embedding is None}

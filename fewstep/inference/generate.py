@@ -225,7 +225,10 @@ def _record(request: GenerateRequest, clip: ClipRequest) -> dict[str, Any]:
         settings["guardrails"] = [_named(guardrail) for guardrail in request.guardrails]
     if request.upsampler is not None:
         settings["upsampler"] = _named(request.upsampler)
-    return json.loads(json.dumps(settings | {"clip": asdict(clip)}, default=str))
+    own = asdict(clip)
+    if not clip.switches:
+        del own["switches"]
+    return json.loads(json.dumps(settings | {"clip": own}, default=str))
 
 
 def _named(plugin: Any) -> dict[str, Any]:  # Any: a frozen dataclass, registered with @kind

@@ -81,6 +81,7 @@ class ClipRequest:
     control: Mapping[str, Control] = field(default_factory=dict[str, Control])
     seed: int = 0
     label: int | None = None  # of a class-conditional network
+    switches: tuple[tuple[int, str], ...] = ()  # frames of a stream, and the prompt from each of them on
 
     def check_files(self) -> None:
         """Refuses files that are not there, before anything large is read."""
@@ -156,6 +157,10 @@ class GenerateRequest:
             if clip.num_input_frames < 0:
                 raise ConfigError(f"--num-input-frames {clip.num_input_frames}: at least 0")
             plain_name(clip.name, "the name of a clip")
+            if clip.switches and not self.stream:
+                raise ConfigError("--switch-at: the prompt changes in a stream; add --stream")
+            if any(frame < 1 for frame, _ in clip.switches):
+                raise ConfigError("--switch-at FRAME:PROMPT: frames are counted from 0, where --prompt holds; at least 1")
 
 
 def files_of(out: Path, name: str) -> tuple[Path, Path]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -22,10 +23,10 @@ from fewstep.batch import Condition
 from fewstep.config import dump
 from fewstep.data.files import video
 from fewstep.diffusion import Rng, StudentSampler
-from fewstep.diffusion.by_chunk import CausalDenoiser
+from fewstep.diffusion.by_chunk import CausalDenoiser, Switch
 from fewstep.errors import UserError
 from fewstep.files import write_json, write_text
-from fewstep.inference.conditions import Parts, conditions, footage
+from fewstep.inference.conditions import Parts, Text, conditions, footage
 from fewstep.inference.films import Studio
 from fewstep.inference.fit import Plan
 from fewstep.inference.request import ClipRequest, GenerateRequest
@@ -67,12 +68,16 @@ def frames_of(
     rng: Rng,
     negative: Condition | None = None,
     clock: Clock | None = None,
+    switches: Sequence[Switch] = (),
 ) -> Iterator[np.ndarray]:
-    """The frames of one clip, uint8 T H W 3, of each chunk as soon as it is finished."""
+    """The frames of one clip, uint8 T H W 3, of each chunk as soon as it is finished.
+
+    switches: latent frames, and the condition that holds from the first chunk at or after each of them on.
+    """
     if sampler.by_chunk is None:
         raise UserError("this student generates all frames of a clip at once, and cannot stream; a causal one can")
     decode, clock = StreamingDecoder(codec), clock or Clock()
-    latents = sampler.stream(cast(CausalDenoiser, network), noise, cond, rng, negative)
+    latents = sampler.stream(cast(CausalDenoiser, network), noise, cond, rng, negative, switches)
     while True:
         began = _now(noise.device)
         x0 = next(latents, None)
@@ -95,6 +100,10 @@ def refuse_stream(request: GenerateRequest, plan: Plan, is_divided: bool) -> Non
             "--stream: guardrails, --save-noise, --save-controls, --shard and --context do not go with it: leave them out"
         )
     StreamingDecoder(plan.codec)
+    for clip in request.clips:
+        for frame, prompt in clip.switches:
+            if frame >= plan.shot.num_frames:
+                raise UserError(f"--switch-at {frame}:{prompt}: the clip has {plan.shot.num_frames} frames")
 
 
 def stream_clips(
@@ -120,7 +129,8 @@ def stream_clips(
                 cond, negative = conditions(clip, parts, plan.shot, plan.latent_shape, own, plan.chunks[0])
             rng = Rng(0, 0, [clip.seed], studio.device)
             noise = rng.normal(plan.latent_shape)  # that of the whole clip: the frames are those without --stream
-            frames = frames_of(network, sampler, codec, cond, noise, rng, negative, clock)
+            switches = _switches(clip, plan, studio.texts, cond)
+            frames = frames_of(network, sampler, codec, cond, noise, rng, negative, clock, switches)
             with video.growing(path, plan.shot.fps, quality) as append:
                 for some in frames:
                     append(some)
@@ -132,6 +142,17 @@ def stream_clips(
                 write_json(request.out / f"{clip.name}.json", about)
         say(f"{number} of {len(clips)}: {path}\n  {_sentence(figures, filling, request.precision, studio.device)}")
     return len(clips)
+
+
+def _switches(clip: ClipRequest, plan: Plan, texts: Mapping[str | Path, Text], cond: Condition) -> list[Switch]:
+    """The conditions of the clip's other prompts, from latent frames on."""
+    per_latent = (plan.window - 1) // max(1, plan.latent_shape[1] - 1)  # the first latent frame is one frame
+    out: list[Switch] = []
+    for frame, prompt in clip.switches:
+        text = texts[prompt]
+        other = replace(cond, text=text.embedding, text_mask=text.mask, pooled=text.pooled)
+        out.append((1 + -(-(frame - 1) // per_latent), other))
+    return out
 
 
 def _filling(network: Any, num_latents: int) -> int:  # Any: a network that is known to be causal

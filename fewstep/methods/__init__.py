@@ -1,6 +1,7 @@
 """Algorithms, one file each; each a frozen dataclass whose fields are its hyper-parameters."""
 
 from fewstep.methods.average_velocity import AverageVelocity
+from fewstep.methods.causal_consistency import CausalConsistency
 from fewstep.methods.causal_finetune import CausalFinetune
 from fewstep.methods.causal_kd import CausalKD
 from fewstep.methods.causal_sample import CausalSample
@@ -33,6 +34,7 @@ __all__ = [
     "RCM",
     "SCM",
     "AverageVelocity",
+    "CausalConsistency",
     "CausalFinetune",
     "CausalKD",
     "CausalSample",

@@ -15,7 +15,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from fewstep.batch import Batch
+from fewstep.batch import Batch, Condition
 from fewstep.diffusion import Denoiser, Path, Rng, StudentSampler, rollout
 from fewstep.diffusion.by_chunk import ByChunk, CausalDenoiser, chunk_by_chunk
 from fewstep.diffusion.rollout import start
@@ -65,22 +65,23 @@ class CausalSample(StudentSample):
         if noise is None:
             shape = (batch.x0.shape[1], window.stop, *batch.x0.shape[3:])
             noise = rng.normal(shape, batch.x0.dtype).to(batch.x0.device)
-        left = [self._calls_left(rng)] * len(chunks) if self.exits == "clip" else [self._calls_left(rng) for _ in chunks]
+        draws = 1 if self.exits == "clip" else len(chunks)
+        left = [self.calls_left(rng, with_grad) for _ in range(draws)] * (len(chunks) // draws)
 
-        def solve(number: int, frames: range, denoiser: Denoiser) -> Tensor:
+        def solve(number: int, frames: range, denoiser: Denoiser, own: Condition) -> Tensor:
             times = self._by_chunk.times(number, self.t_list)
             return rollout(
                 denoiser,
                 start(denoiser.path, noise[:, :, frames.start : frames.stop], times[0]),
                 times,
-                batch.cond.part(frames),
+                own,
                 renoise=self.renoise,
                 rng=rng,
                 num_calls=max(1, len(times) - left[number]),
                 with_grad=with_grad and frames.start >= self.start_gradient_frame and frames.stop > window.start,
             ).x0
 
-        parts = chunk_by_chunk(lambda frames: student, chunks, batch.cond, solve, student.new_cache(noise), self._by_chunk, rng)
+        parts = chunk_by_chunk(lambda frames: student, student, noise, batch.cond, solve, self._by_chunk, rng, chunks=chunks)
         return torch.cat(list(parts), 2)[:, :, window.start :]
 
     def _from_data(self, student: CausalDenoiser, batch: Batch, rng: Rng, with_grad: bool) -> Tensor:
@@ -91,10 +92,6 @@ class CausalSample(StudentSample):
         t = levels[per_frame(rng.integers(len(levels), (len(chunks),)).to(levels.device), chunks)]
         with torch.set_grad_enabled(with_grad):
             return student(student.path.add_noise(batch.x0, rng.normal_like(batch.x0), t), t, batch.cond).x0
-
-    def _calls_left(self, rng: Rng) -> int:
-        """How many of the last calls are not made."""
-        return 0 if self.exit_step == "last" else rng.shared.integer(len(self.t_list))
 
     def _window(self, student: CausalDenoiser, batch: Batch, rng: Rng) -> tuple[tuple[range, ...], range]:
         """The chunks to roll, and the frames that are trained: all, or as many as the data has, from a random chunk of a

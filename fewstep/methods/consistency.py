@@ -70,9 +70,10 @@ class Grid:
     num: int = 48
     shift: float = 5.0
 
-    def draw(self, rng: Rng, path: Path, step: int) -> tuple[Tensor, Tensor]:
+    def draw(self, rng: Rng, path: Path, step: int, shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        """(rows, *shape) each; a sample has one pair, or one for each of its chunks."""
         grid = torch.cat([on_flow(self.num, path, self.shift), torch.zeros(1, dtype=torch.float64)])
-        place = rng.integers(self.num).to(grid.device)
+        place = rng.integers(self.num, shape).to(grid.device)
         return grid[place], grid[place + 1]
 
     def problems(self) -> Iterable[tuple[str, str]]:

@@ -6,7 +6,8 @@ terms of that turn; the loop does the rest: gradients, clipping, steps, EMA, ran
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
@@ -79,6 +80,7 @@ class Nets:
     """The networks of a method by role. Only the roles that the method lists are there."""
 
     roles: Mapping[str, Any]  # Any: a Denoiser each, but for the head
+    averaged: Callable[[], AbstractContextManager[None]] = nullcontext  # within, the student has its moving average as weights
 
     @property
     def head(self) -> Head:

@@ -23,6 +23,8 @@ class StudentSample:
     t_list: tuple[float, ...] = (1.0, 0.9375, 0.8333333333333334, 0.625)  # its times, without the final 0: shifted(4, 5)
     renoise: Renoise = "fresh"  # between two calls; "same" for Predict2.5
     exit_step: Literal["random", "last"] = "random"  # which of its calls is trained; the same on all ranks
+    # Clips on which the critic is trained: "random", those of all exits together (Self-Forcing, FastGen); "last", finished ones
+    critic_exit: Literal["random", "last"] = "random"
     input: Literal["rollout", "data"] = "rollout"  # data: one call on real data noised to one of t_list, as FastGen
 
     def draw(self, student: Denoiser, batch: Batch, rng: Rng, *, with_grad: bool, noise: Tensor | None = None) -> Tensor:
@@ -37,7 +39,7 @@ class StudentSample:
                 x_t = student.path.add_noise(batch.x0, rng.normal_like(batch.x0), t)
                 sample = student(x_t, t, batch.cond).x0
         else:
-            num_calls = len(self.t_list) if self.exit_step == "last" else 1 + rng.shared.integer(len(self.t_list))
+            num_calls = len(self.t_list) - self.calls_left(rng, with_grad)
             noise = rng.normal_like(batch.x0) if noise is None else noise
             x = start(student.path, noise, self.t_list[0])
             sample = rollout(
@@ -52,6 +54,11 @@ class StudentSample:
             ).x0
         mask = free_mask(batch.cond, sample)
         return sample if mask is None or not with_grad else torch.where(mask.bool(), sample, sample.detach())
+
+    def calls_left(self, rng: Rng, with_grad: bool) -> int:
+        """How many of the last calls are not made; with_grad: in the student's turn."""
+        exits = self.exit_step if with_grad or self.exit_step == "last" else self.critic_exit
+        return 0 if exits == "last" else len(self.t_list) - 1 - rng.shared.integer(len(self.t_list))
 
     @property
     def uses_data(self) -> bool:

@@ -21,7 +21,7 @@ from fewstep.batch import Condition
 from fewstep.config import kind
 from fewstep.diffusion import Cache, FeaturesOnly, Path, Prediction
 from fewstep.errors import UserError
-from fewstep.networks.causal_attention import Causality, CrossAttention, Group, KeysValues, Plan, Rotation, Sites
+from fewstep.networks.causal_attention import Causality, CrossAttention, Group, KeysValues, Plan, Planned, Sites
 from fewstep.networks.contract import AnyNetwork, Distillation, Network, NetworkSpec, Traits, Wrapper
 
 
@@ -104,6 +104,9 @@ class Causal(Wrapper):
     def chunks(self, num_frames: int) -> tuple[range, ...]:
         return self.causality.chunks(num_frames)
 
+    def before(self, start: int) -> Sequence[int]:
+        return self.causality.before(start)
+
     def new_cache(self, like: Tensor) -> Cache:
         return KeyValueCache(self.causality)
 
@@ -166,20 +169,15 @@ class Causal(Wrapper):
     @contextmanager
     def _rotated_by(self, plan: Plan) -> Iterator[None]:
         """Within, the network hands `plan` to its layers in the place of its rotary embedding."""
-        longest = max(len(group.keys) for group in plan.groups)
-
-        def replace_output(rope: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Plan:
-            clip: Tensor = args[0]
-            table = rope.forward(clip.new_empty(1, 1, longest, *clip.shape[3:]), *args[1:], **kwargs)
-            plan.rotation = Rotation(table, self.attention.rotate)
-            plan.tokens_per_frame = table[0].numel() // table[0].shape[-1] // longest
-            return plan
-
-        handle = self.attention.rope.register_forward_hook(replace_output, with_kwargs=True)
+        rope = self.attention.rope
+        own = vars(rope).get("forward")
+        rope.forward = Planned(plan, rope.forward, self.attention.rotate)  # pyright: ignore[reportAttributeAccessIssue]  # a method
         try:
             yield
         finally:
-            handle.remove()
+            del rope.forward
+            if own is not None:
+                rope.forward = own
 
     @contextmanager
     def _memory(self, cache: KeyValueCache, cond: Condition) -> Iterator[None]:

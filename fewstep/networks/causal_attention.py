@@ -176,6 +176,28 @@ class Sites:
                 layer.set_processor(self.cross_processor(layer.processor))
 
 
+@dataclass(frozen=True)
+class Planned:
+    """Takes the place of a rotary embedding's forward during a call: hands out the plan, with a table of the positions that
+    the longest of its groups needs, however many frames the call has."""
+
+    plan: Plan
+    table_of: Callable[..., tuple[Tensor, ...]]
+    rotate: Callable[[Tensor, tuple[Tensor, ...], slice], Tensor]
+
+    def __call__(self, clip: Tensor, *args: Any, **kwargs: Any) -> Plan:
+        longest = max(len(group.keys) for group in self.plan.groups)
+        table = self.table_of(clip.new_empty(1, 1, longest, *clip.shape[3:]), *args, **kwargs)
+        self.plan.rotation = Rotation(table, self.rotate)
+        self.plan.tokens_per_frame = table[0].numel() // table[0].shape[-1] // longest
+        return self.plan
+
+
+def counts_anew(rope: nn.Module) -> bool:
+    """Whether a plan takes the place of this rotary embedding: positions do not follow the length of the clip."""
+    return isinstance(vars(rope).get("forward"), Planned)
+
+
 class CrossAttention:
     """A processor of diffusers that keeps the keys and values of the text in `memory`, if it has one."""
 

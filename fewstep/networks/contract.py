@@ -105,6 +105,10 @@ class NetworkDefaults(Protocol):
         """The chunks of latent frames in which a causal network generates a clip."""
         raise UserError("this network is not causal: it generates all frames at once (networks.student.causal makes it so)")
 
+    def before(self, start: int) -> Sequence[int]:
+        """The finished frames that a causal network attends to from the chunk which begins at frame `start`."""
+        raise UserError("this network is not causal: every frame sees every other")
+
     def sites(self) -> Sites:
         """Where its attention takes place, for networks that can be causal."""
         raise UserError("this network cannot be causal: wan and cosmos can (networks without control branches)")
@@ -191,6 +195,9 @@ class Wrapper(NetworkDefaults):
 
     def chunks(self, num_frames: int) -> tuple[range, ...]:
         return self.inside().chunks(num_frames)
+
+    def before(self, start: int) -> Sequence[int]:
+        return self.inside().before(start)
 
     def begin(self, cond: Condition, beginning: Beginning) -> Condition:
         return self.inside().begin(cond, beginning)

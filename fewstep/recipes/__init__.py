@@ -17,7 +17,7 @@ _OWN = "A teacher and data of your own: teacher=PIPELINE data.dataset_dir=DIR"
 GROUPS: dict[str, tuple[str, ...]] = {  # the most useful first
     _OWN: (
         *("finetune", "lora", "kd", "dmd2", "scm", "rcm", "flow_map"),
-        *("causal_finetune", "causal_kd", "self_forcing"),
+        *("causal_finetune", "causal_consistency", "causal_kd", "self_forcing"),
     ),
     "Cosmos-Predict2.5 and Cosmos-Transfer2.5": (
         *(f"{_PREDICT25}_{size}_bidirectional_TnI2V" for size in ("2B", "14B")),
@@ -39,11 +39,12 @@ GROUPS: dict[str, tuple[str, ...]] = {  # the most useful first
             for stage in ("kd_causal", "sf")
             for toy in ("", "_toy")
         ),
-        *("toy_kd_causal", "toy_sf"),
     ),
     "The toy world of fewstep demo": (
         *("toy_teacher", "toy_edge", "toy_kd_1step", "toy_kd_4step"),
         *("toy_dmd2_1step", "toy_dmd2_4step", "toy_dmd2_1step_lora", "toy_dmd2_4step_lora"),
+        *("toy_kd_causal", "toy_sf"),
+        *("toy_causal_finetune", "toy_causal_consistency", "toy_sf_consistency"),
     ),
     "Points of the plane with an exact teacher, a minute each": (
         *("analytic_finetune", "analytic_kd", "analytic_kd_4step", "analytic_dmd2", "analytic_dmd2_onestep"),

@@ -4,6 +4,7 @@
     fewstep train experiment=causal_kd teacher=TEACHER data.dataset_dir=PAIRS                             CausalKD
     fewstep train experiment=self_forcing teacher=TEACHER data.dataset_dir=DIR networks.student.init=RUN  Self-Forcing
     fewstep train experiment=causal_finetune teacher=TEACHER data.dataset_dir=DIR                         teacher forcing
+    fewstep train experiment=causal_consistency teacher=RUN data.dataset_dir=DIR           without pairs, from the run of that
 
     CosmosPredict2_kd_causal, CosmosPredict2_sf       FastGen's CosmosPredict2/config_kd_causal.py, config_sf.py
     WanT2V_kd_causal, WanT2V_sf                       the same for WanT2V (config_kd_path.py made causal, config_sf.py)
@@ -19,7 +20,20 @@ from dataclasses import fields, replace
 from fewstep.config import recipe
 from fewstep.data.folder.dataset import Folder
 from fewstep.data.mock import Mock
-from fewstep.methods import DMD2, KD, CausalFinetune, CausalKD, CausalSample, Critic, Finetune, Gan, SelfForcing
+from fewstep.inference.teacher import teacher_at
+from fewstep.methods import (
+    DMD2,
+    KD,
+    CausalConsistency,
+    CausalFinetune,
+    CausalKD,
+    CausalSample,
+    Critic,
+    Finetune,
+    Gan,
+    Grid,
+    SelfForcing,
+)  # fmt: skip
 from fewstep.networks.causal_attention import Causality
 from fewstep.networks.contract import NetworkSpec
 from fewstep.networks.families.cosmos.network import CosmosSpec
@@ -30,6 +44,7 @@ from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks
 from fewstep.recipes import general
 from fewstep.recipes.watched import watched
+from fewstep.training.ema import Ema
 from fewstep.training.optim import Optim
 from fewstep.training.run import Checkpoint, Job, Parallel, Run, Trainer
 
@@ -74,7 +89,7 @@ def self_forcing(
     dmd2 = run.method
     assert isinstance(dmd2, DMD2)
     shared = {f.name: getattr(dmd2, f.name) for f in fields(DMD2) if f.name != "student"}
-    run = replace(run, method=SelfForcing(student=CausalSample(t_list=dmd2.student.t_list), **shared))
+    run = replace(run, method=SelfForcing(student=CausalSample(t_list=dmd2.student.t_list, critic_exit="last"), **shared))
     return _causal(run, f"self_forcing_{steps}step", Causality(chunk, span, sink))
 
 
@@ -86,6 +101,28 @@ def causal_finetune(teacher: str = "", chunk: int = 3, span: int = 21, sink: int
     assert isinstance(plain, Finetune)
     shared = {f.name: getattr(plain, f.name) for f in fields(Finetune) if f.name != "per_frame_times"}
     return _causal(replace(run, method=CausalFinetune(**shared)), "causal_finetune", Causality(chunk, span, sink))
+
+
+@recipe("causal_consistency")
+def causal_consistency(
+    teacher: str = "", steps: int = 4, shift: float | None = None, guidance: float | None = None, rank: int = 0
+) -> Run:
+    """Consistency distillation of a causal teacher (a run of causal_finetune) into a streaming student, without pairs."""
+    run = general.dmd2(teacher, steps, shift, guidance)
+    dmd2, spec = run.method, run.networks.teacher
+    assert isinstance(dmd2, DMD2) and spec is not None
+    grid = Grid(shift=spec.distillation.shift if shift is None else shift)
+    method = CausalConsistency(dmd2.student.t_list, grid, dmd2.guidance)
+    student = Lora(rank=rank) if rank else Full()
+    return replace(
+        run,
+        job=replace(run.job, name=f"causal_consistency_{steps}step"),
+        method=method,
+        networks=replace(run.networks, student=student),
+        optim=replace(run.optim, betas=(0.9, 0.99)),
+        critic_optim=None,
+        ema=Ema(beta=0.99),  # of the target, too. Causal-Forcing
+    )
 
 
 def _causal(run: Run, name: str, causality: Causality) -> Run:
@@ -115,6 +152,19 @@ def _kd(name: str, teacher: NetworkSpec, weights: str | None, causality: Causali
         parallel=Parallel(mode="fsdp"),
     )
     return watched(run)
+
+
+def _at(teacher: str, run: Run) -> Run:
+    """The run with the teacher at an address: a pipeline's folder, a run that post-trained it. "": the published weights."""
+    if not teacher:
+        return run
+    source, data = teacher_at(teacher), run.data
+    assert isinstance(data, Folder)
+    return replace(
+        run,
+        networks=replace(run.networks, teacher=source.spec, teacher_init=source.init),
+        data=replace(data, max_tokens=source.text.max_tokens, mask_text=source.text.uses_mask),
+    )
 
 
 def _toy(run: Run, teacher: NetworkSpec, width: int) -> Run:
@@ -155,14 +205,14 @@ def _sf(run: Run, method: SelfForcing, head: MultiscaleSpec, lr: float) -> Run:
 
 
 @recipe("CosmosPredict2_kd_causal")
-def cosmos_kd() -> Run:
+def cosmos_kd(teacher: str = "") -> Run:
     """CausalKD of Cosmos-Predict2.5 2B into a streaming student of four steps (FastGen's CosmosPredict2 stage 2)."""
     weights = "checkpoints/nvidia/Cosmos-Predict2.5-2B/model.pt"
-    return _kd("CosmosPredict2", PREDICT2_5_2B, weights, Causality(3, 24), "zeros", 1e-5)
+    return _at(teacher, _kd("CosmosPredict2", PREDICT2_5_2B, weights, Causality(3, 24), "zeros", 1e-5))
 
 
 @recipe("CosmosPredict2_sf")
-def cosmos_sf() -> Run:
+def cosmos_sf(teacher: str = "") -> Run:
     """Self-Forcing of Cosmos-Predict2.5 2B, from CosmosPredict2_kd_causal (FastGen's CosmosPredict2 stage 3)."""
     method = SelfForcing(
         student=CausalSample(t_list=T_LIST, renoise="ode"),
@@ -170,18 +220,18 @@ def cosmos_sf() -> Run:
         critic=Critic(space="x0"),
         gan=Gan(weight=0.003, real_noise="same"),
     )
-    return _sf(cosmos_kd(), method, MultiscaleSpec(taps=(13, 20, 27), channels=2048), 1e-5)
+    return _sf(cosmos_kd(teacher), method, MultiscaleSpec(taps=(13, 20, 27), channels=2048), 1e-5)
 
 
 @recipe("WanT2V_kd_causal")
-def wan_kd() -> Run:
+def wan_kd(teacher: str = "") -> Run:
     """CausalKD of Wan 2.1 1.3B into a streaming student of four steps (FastGen's WanT2V stage 2)."""
-    teacher = replace(T2V_1_3B, pretrained="checkpoints/Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-    return _kd("WanT2V", teacher, None, Causality(3, 21), "negative.pickle", 7e-5)
+    network = replace(T2V_1_3B, pretrained="checkpoints/Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    return _at(teacher, _kd("WanT2V", network, None, Causality(3, 21), "negative.pickle", 7e-5))
 
 
 @recipe("WanT2V_sf")
-def wan_sf() -> Run:
+def wan_sf(teacher: str = "") -> Run:
     """Self-Forcing of Wan 2.1 1.3B, from WanT2V_kd_causal (FastGen's WanT2V stage 3)."""
     method = SelfForcing(
         student=CausalSample(t_list=T_LIST),
@@ -189,7 +239,7 @@ def wan_sf() -> Run:
         critic=Critic(space="x0"),
         gan=Gan(weight=0.003, real_noise="same"),
     )
-    return _sf(wan_kd(), method, MultiscaleSpec(taps=(15, 22, 29), channels=1536), 5e-6)
+    return _sf(wan_kd(teacher), method, MultiscaleSpec(taps=(15, 22, 29), channels=1536), 5e-6)
 
 
 @recipe("CosmosPredict2_kd_causal_toy")

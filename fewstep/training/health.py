@@ -8,6 +8,8 @@ limit, and a limit that is passed rings an alarm by name:
     drift       largest shift of a channel's mean, in the reference's spreads, or |log| of the spreads' ratio   rings above
     grad_ratio  the student's largest gradient norm since the last look over the median of recent ones   rings above
     critic_lag  the critic's denoising error on student samples over the teacher's                       rings above
+    long_drift  how far the last segment of long clips has moved from the first (long_frames)            rings above
+    sink_rise   how far long clips return to the likeness of their beginning (evaluation/long_run.py)    rings above
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from fewstep.batch import Batch
 from fewstep.diffusion import Denoiser, Rng, Sampler, TeacherSampler, on_path
+from fewstep.evaluation import long_run
 
 Action = Literal["warn", "stop", "rollback", "off"]
 SEVERITY: tuple[Action, ...] = ("off", "warn", "stop", "rollback")
@@ -44,11 +47,16 @@ class Health:
     drift: Alarm = Alarm(0.5)
     grad_ratio: Alarm = Alarm(20.0)
     critic_lag: Alarm = Alarm(2.0)
+    long_frames: int | None = None  # latent frames of a causal student's long clips, 16 at most; none: no look at such
+    long_drift: Alarm = Alarm(1.0)
+    sink_rise: Alarm = Alarm(0.5)
     max_rollbacks: int = 2  # then the run stops
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if self.every is not None and self.every < 1:
             yield "every", f"must be at least 1, or none for no looks, not {self.every}"
+        if self.long_frames is not None and self.long_frames < 4:
+            yield "long_frames", f"is {self.long_frames}: clips longer than those of training, 4 latent frames at least"
         if self.num < 2:
             yield "num", f"is {self.num}: diversity is a distance between samples, and needs two"
 
@@ -98,6 +106,8 @@ class Monitor:
         if len(self._norms) > 10:
             values["grad_ratio"] = self._highest / max(statistics.median(self._norms), 1e-12)
         self._highest = 0.0
+        if self.config.long_frames is not None:
+            values |= self._long(student, self.config.long_frames)
         if self.critic is not None and self.teacher is not None:
             lags = [self._errors(made[rows], rows, self.critic, self.teacher) for rows in parts]
             critic, teacher = (sum(lag[i] for lag in lags) for i in (0, 1))
@@ -111,6 +121,7 @@ class Monitor:
             alarm: Alarm | None = {
                 "collapse": self.config.collapse, "drift": self.config.drift,
                 "grad_ratio": self.config.grad_ratio, "critic_lag": self.config.critic_lag,
+                "long_drift": self.config.long_drift, "sink_rise": self.config.sink_rise,
             }.get(name)  # fmt: skip
             if alarm is None or alarm.action == "off":
                 continue
@@ -127,6 +138,15 @@ class Monitor:
         assert part.x0 is not None
         rng = self._rng(rows, part.x0.device)
         return self.sampler(student, rng.normal_like(part.x0), part.cond, rng).float()
+
+    def _long(self, student: Denoiser, frames: int) -> dict[str, float]:
+        """Monitors of clips of that many latent frames, longer than those of training."""
+        rows = torch.arange(min(16, self.conditions.size()))
+        part = self.conditions.rows(rows)
+        assert part.x0 is not None
+        rng = self._rng(rows, part.x0.device)
+        noise = rng.normal((part.x0.shape[1], frames, *part.x0.shape[3:]), part.x0.dtype).to(part.x0.device)
+        return long_run.monitors(self.sampler(student, noise, part.cond, rng).float(), part.x0.shape[2])
 
     def _make_reference(self, rows: Tensor) -> Tensor:
         part = self.conditions.rows(rows)

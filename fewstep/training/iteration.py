@@ -38,7 +38,7 @@ def gradients(run: Run, crew: Crew, turn: Turn, parts: Iterable[Part]) -> Iterat
     for micro, part in enumerate(parts):
         if num > 1:
             crew.reduce_over_replicas(micro + 1 == num)
-        for terms in run.method.losses(turn, Nets(crew.networks), part.batch, part.rng):
+        for terms in run.method.losses(turn, Nets(crew.networks, crew.student.averaged), part.batch, part.rng):
             (terms.total * part.weight).backward()
             for name in turn.trains:
                 crew.trained[name].absorb()

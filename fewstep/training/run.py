@@ -232,7 +232,8 @@ class Run:
             if spec is None or role not in self.method.roles or spec.is_causal == is_causal:
                 continue
             if is_causal and role == "teacher":
-                yield "networks.teacher", f"must be causal for method {name}: give it kind causal, over the network it is now"
+                text = "take a run of causal_finetune, or give it kind causal, over the network it is now"
+                yield "networks.teacher", f"must be causal for method {name}: {text}"
             elif is_causal:
                 yield (
                     f"networks.{role}.causal",
@@ -240,7 +241,12 @@ class Run:
                 )
             else:
                 yield f"networks.{role}", f"is causal, but with score_teacher=bidirectional method {name} compares whole clips"
+        specs = [networks.spec_of(role) for role in self.method.roles if role in ("student", "teacher", "critic")]
+        if self.trainer.compile and any(spec is not None and spec.is_causal for spec in specs):
+            yield "trainer.compile", "does not go with causal networks yet, whose blocks attend to other frames at each chunk"
         student = networks.spec_of("student")
+        if self.health.long_frames is not None and (student is None or not student.is_causal or not wanted):
+            yield "health.long_frames", f"is for students that generate chunk after chunk, which those of method {name} do not"
         if student is not None and student.is_causal and not wanted:
             yield (
                 "warn:networks.student.causal",

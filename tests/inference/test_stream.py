@@ -12,10 +12,12 @@ import torch
 
 from fewstep.batch import Condition
 from fewstep.cli import main
+from fewstep.config import ConfigError
 from fewstep.data.files import video
 from fewstep.diffusion import RectifiedFlow, Rng, StudentSampler
 from fewstep.diffusion.by_chunk import ByChunk
 from fewstep.errors import UserError
+from fewstep.inference.command import read_command
 from fewstep.inference.stream import Clock, frames_of
 from fewstep.networks.causal import CausalSpec
 from fewstep.networks.encoders.codecs import Autoencoder, codec_of, to_uint8
@@ -67,6 +69,22 @@ def test_frames_of_a_stream_are_those_of_the_clip_and_the_video_plays_while_it_g
     assert seen == [4, 12, 20, 28]  # the muxer holds the last frame back
     figures = clock.figures(2)
     assert figures["chunks_in_rates"] == 2 and figures["denoise_fps"] == round(16 / sum(clock.denoising[2:]), 3)
+
+
+def test_a_switch_is_read_and_what_is_wrong_with_it_is_said(tmp_path: Path) -> None:
+    rows = tmp_path / "clips.jsonl"
+    rows.write_text('{"prompt": "a", "switch_at": {"9": "b: c", "17": "d"}}\n')
+    (clip,) = read_command(["S", "--prompts", str(rows), "--stream"]).clips
+    assert clip.switches == ((9, "b: c"), (17, "d"))
+    (clip,) = read_command(["S", "--prompt", "a", "--stream", "--switch-at", "9:b: c"]).clips
+    assert clip.switches == ((9, "b: c"),)
+    for words, text in (
+        (["--switch-at", "9:b"], "add --stream"),
+        (["--stream", "--switch-at", "b"], "is written FRAME:PROMPT"),
+        (["--stream", "--switch-at", "0:b"], "at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            read_command(["S", "--prompt", "a", *words])
 
 
 def test_what_cannot_stream_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fewstep.batch import Condition
-from fewstep.diffusion import features
+from fewstep.diffusion import RectifiedFlow, Rng, StudentSampler, features
+from fewstep.diffusion.by_chunk import ByChunk
 from fewstep.errors import UserError
 from fewstep.networks.causal import Causal, CausalSpec, KeyValueCache
 from fewstep.networks.causal_attention import Causality, mask_of
@@ -177,6 +178,18 @@ def test_positions_stay_within_the_span_after_a_hundred_chunks_and_so_does_the_c
     assert len(set(sizes[3:])) == 1  # memory is flat once the window is full
 
 
+def test_more_frames_in_a_call_than_the_network_has_positions() -> None:
+    """A packed pass has twice the frames of the clip, and no clip is too long for a causal network."""
+    short, long = (CausalSpec.over(replace(COSMOS, max_size=(frames, 8, 8)), Causality(2, 6)).build() for frames in (8, 32))
+    short.module.load_state_dict(long.module.state_dict())
+    x, t, cond = clip(12), levels(12), text()
+    for seen in (cond, replace(cond, context=clip(12, seed=7))):
+        with torch.no_grad():
+            assert torch.equal(short(x, t, seen).velocity, long(x, t, seen).velocity)
+    with pytest.raises(UserError, match=r"has positions for latents of"):
+        replace(COSMOS, max_size=(8, 8, 8)).build()(x, t[:, 0], cond)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_keys_of_a_text_are_computed_once_and_anew_for_another_text(family: str) -> None:
     network, cond, other = build(family, Causality(chunk=2, span=8)), text(), Condition(text=draw(1, 5, 16, seed=11))
@@ -212,6 +225,27 @@ def test_frames_that_are_given_keep_their_place_in_chunks_and_in_the_cache() -> 
         whole = network(x, t, cond)
     torch.testing.assert_close(by_chunk(network, x, t, cond), whole.velocity, rtol=0, atol=1e-5)
     torch.testing.assert_close(whole.x0[:, :, :3], given_[:, :, :3], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_after_a_switch_a_chunk_sees_the_finished_frames_within_reach_under_the_new_condition(family: str) -> None:
+    """Against one packed pass over those frames: early they are the whole clip, later the sink and the last frames."""
+    network, noise, first, second = build(family, Causality(chunk=2, span=8, sink=2)), clip(16), text(), text()
+    second = replace(second, text=draw(1, 5, 16, seed=11))
+    sampler = StudentSampler((1.0,), RectifiedFlow(), by_chunk=ByChunk())
+
+    def stream(*switches: tuple[int, Condition]) -> Tensor:
+        return torch.cat(list(sampler.stream(network, noise, first, Rng(0, rows=[1]), switches=switches)), 2)
+
+    plain, switched = stream(), stream((12, first), (5, second))  # of any order; 5 lies within the chunk 4, 5
+    assert torch.equal(switched[:, :, :6], plain[:, :, :6])
+    for start, kept, cond in ((6, [*range(6)], second), (12, [0, 1, 8, 9, 10, 11], first)):
+        context = torch.cat([switched[:, :, kept], torch.zeros(1, 4, 2, SIDE, SIDE)], 2)
+        x = torch.cat([context[:, :, :-2], noise[:, :, start : start + 2]], 2)
+        with torch.no_grad():
+            answer = network(x, torch.ones(1, dtype=torch.float64), replace(cond, context=context)).x0[:, :, -2:]
+        torch.testing.assert_close(switched[:, :, start : start + 2], answer, rtol=0, atol=1e-5)
+    torch.testing.assert_close(stream((6, first)), plain, rtol=0, atol=1e-5)  # nothing but the cache is new
 
 
 def test_what_cannot_be_causal_is_refused_by_name() -> None:

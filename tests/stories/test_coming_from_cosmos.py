@@ -39,6 +39,9 @@ ELSEWHERE = {
     "fewstep prepare text D --text-encoder google-t5/t5-11b --prompt P": (
         "prepare/test_text.py::test_one_prompt_for_all_as_the_nemo_assets_want_it"
     ),
+    "fewstep pipeline cosmos_self_forcing": (
+        "stories/test_pipeline.py::test_stage_by_stage_and_all_at_once_it_is_the_same_student"
+    ),
     "fewstep pairs TEACHER --prompts P --out O": "inference/test_pairs.py::test_the_files_of_fastgen_hold_the_same_pairs",
     "fewstep generate FOLDER --input_image_or_video_path": (
         "inference/test_generate.py::test_a_teacher_is_solved_with_guidance_and_led_by_first_frames"

@@ -16,7 +16,7 @@ from fewstep.diffusion import Rng, StudentSampler
 from fewstep.errors import UserError
 from fewstep.export.export import export
 from fewstep.inference.model import open_model
-from fewstep.methods import DMD2, CausalFinetune, CausalKD, CausalSample, Gan, SelfForcing
+from fewstep.methods import DMD2, CausalConsistency, CausalFinetune, CausalKD, CausalSample, Gan, SelfForcing
 from fewstep.methods.contract import Turn
 from fewstep.networks.causal import CausalSpec
 from fewstep.networks.causal_attention import Causality
@@ -27,6 +27,7 @@ from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks, build
 from fewstep.parallel import World
 from fewstep.training.crew import assemble
+from fewstep.training.health import Health
 from fewstep.training.iteration import Part, gradients
 from fewstep.training.loop import train
 from fewstep.training.run import Checkpoint, Job, Run, Trainer
@@ -112,6 +113,7 @@ METHODS = {
     "self_forcing": METHOD,
     "causal_kd": CausalKD(t_list=T_LIST),
     "causal_finetune": CausalFinetune(num_sample_steps=4),
+    "causal_consistency": CausalConsistency(T_LIST),
     "with_gan": replace(METHOD, gan=Gan(features="critic")),
 }
 
@@ -121,6 +123,8 @@ METHODS = {
     [
         (COSMOS, "lora", "self_forcing"),
         (WAN, "full", "causal_finetune"),
+        pytest.param(COSMOS, "full", "causal_consistency", marks=pytest.mark.slow),
+        pytest.param(WAN, "lora", "causal_consistency", marks=pytest.mark.slow),
         pytest.param(COSMOS, "full", "causal_kd", marks=pytest.mark.slow),
         pytest.param(WAN, "lora", "causal_kd", marks=pytest.mark.slow),
         pytest.param(WAN, "full", "self_forcing", marks=pytest.mark.slow),
@@ -133,7 +137,10 @@ def test_a_run_is_opened_exported_and_generates_by_chunks_beyond_its_length(
     monkeypatch.setenv("OUTPUT_ROOT", str(tmp_path))
     width = 24 if spec is WAN else 32
     head = QuerySpec(taps=(1,), channels=width) if name == "with_gan" else None
-    train(run(METHODS[name], networks(spec, role, head=head)))
+    nets = networks(spec, role, head=head)
+    if name == "causal_consistency":
+        nets = Networks(CausalSpec.over(spec, CAUSAL), student=ROLES[role]())
+    train(run(METHODS[name], nets))
     model = open_model("causal/default/run@latest:student")
     assert isinstance(model.spec, CausalSpec) and model.spec.causality == CAUSAL and model.sampler.by_chunk is not None
     export("causal/default/run@latest:student", tmp_path / "out")
@@ -166,5 +173,18 @@ def test_what_does_not_go_together_is_refused_before_anything_is_built() -> None
         with pytest.raises(ConfigError) as error:
             check(run(method, nets))
         assert key in str(error.value) and text in str(error.value), error.value
+    for case, text in (
+        (run(METHOD, networks(WAN, "full"), compile=True), "trainer.compile: does not go with causal networks"),
+        (replace(run(DMD2(), Networks(WAN)), health=Health(long_frames=40)), "generate chunk after chunk"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            check(case)
     check(run(replace(METHOD, score_teacher="causal"), Networks(CausalSpec(WAN, chunk=2, span=6))))
+    for teacher in (WAN, CausalSpec(WAN, chunk=2, span=6)):
+        case = run(CausalConsistency(), Networks(teacher, student=Full(causal=CAUSAL if teacher is WAN else None)))
+        if teacher is WAN:
+            with pytest.raises(ConfigError, match=r"networks.teacher: must be causal for method CausalConsistency"):
+                check(case)
+        else:
+            check(case)
     assert "no effect on how the student generates" in str(check(run(DMD2(), networks(WAN, "full"))))

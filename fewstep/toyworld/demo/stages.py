@@ -11,22 +11,18 @@ together.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import fewstep
-from fewstep.distill import gate, road
+from fewstep.distill import road
 from fewstep.distill.facts import Facts, facts_of
 from fewstep.distill.request import DistillRequest
-from fewstep.distill.stages import Command, Stage, run
-from fewstep.errors import UserError
-from fewstep.files import lock, read_json, write_json
+from fewstep.distill.stages import Command, Stage
 from fewstep.toyworld.recipes import GUIDANCE, STUDENT_SHIFT
 from fewstep.toyworld.train_tokenizer import PERCEPTUAL, tokenizer
 
@@ -262,40 +258,3 @@ def _scratch(out: Path, toy: str, plan: Plan) -> list[Stage]:
             ),
         ),
     ]
-
-
-def demo(out: Path = Path("demo"), size: Size = "default", from_scratch: bool = False) -> Path:
-    """Runs what has not run yet and returns the path of the report. Raises ValueError if a command fails."""
-    began = time.monotonic()
-    with lock(out / ".lock"):
-        _claim(out, size, from_scratch)
-        for order, stage in enumerate(stages(out, size, from_scratch)):
-            run(stage, out, order, again="fewstep demo", preload=IMPORTS, num_threads=1)
-    for name, few in FEW.items():
-        for verdict in gate.verdicts(out / "scores" / f"{name}.json", out / "scores" / f"{few}.json"):
-            print(f"{name}: {verdict}")
-    report = out / "report.html"
-    summary = json.loads((out / "summary.json").read_text())
-    print(f"\n{json.dumps({k: v for k, v in summary.items() if k in _SHOWN}, indent=1)}")
-    print(f"the whole took {time.monotonic() - began:.0f} s this time; every number: {out}/summary.json")
-    print(f"the report: {report.resolve()}")
-    return report
-
-
-_SHOWN = tuple(
-    f"{name}{end}"
-    for name in (
-        *("frechet_real", "frechet_tokenizer", "frechet_teacher", "frechet_teacher_4calls", "frechet_teacher_1call"),
-        *("frechet_4step", "frechet_1step", "frechet_ratio_4step", "frechet_ratio_1step"),
-        *("gap_closed_4step", "gap_closed_1step", "clips_per_s_teacher", "clips_per_s_4step", "clips_per_s_1step"),
-    )
-    for end in ("", "_spread")
-)
-
-
-def _claim(out: Path, size: Size, from_scratch: bool) -> None:
-    """One folder is one demo: a quick one does not go on as a long one."""
-    path, about = out / "demo.json", {"size": size, "from_scratch": from_scratch}
-    if path.is_file() and read_json(path, f"Remove {out}, or choose another --out") != about:
-        raise UserError(f"{out}: holds another demo ({path.read_text().strip()}). Remove it, or choose another --out")
-    write_json(path, about, indent=None)

@@ -28,7 +28,7 @@ from fewstep.diffusion.path import spread, working_dtype
 from fewstep.diffusion.precondition import edm_preconditioning, with_noise
 from fewstep.diffusion.prediction import with_clean_frames
 from fewstep.errors import UserError
-from fewstep.networks.causal_attention import Sites
+from fewstep.networks.causal_attention import Sites, counts_anew
 from fewstep.networks.contract import DiffusersSpec, Distillation, Scheduling, Traits
 from fewstep.networks.families.cosmos.attention import CosmosCrossAttention, CosmosSelfAttention, rotate
 from fewstep.networks.families.cosmos.keys import original_names, refuse_apart
@@ -192,7 +192,8 @@ class Cosmos(Adapter):
         if cond.text is None:
             raise UserError("Cosmos reads its prompt from cond.text (B, tokens, channels), and the batch has none")
         num, _, frames, height, width = scaled.shape
-        _refuse_unfit(config, tuple(scaled.shape[1:]), cond.text)
+        shown = 1 if counts_anew(self.base.rope) else frames  # a causal network counts positions from each chunk's first
+        _refuse_unfit(config, (scaled.shape[1], shown, height, width), cond.text)
         extra: dict[str, Any] = {}
         if config.in_channels > config.out_channels:
             mask = torch.zeros(num, frames, device=x.device) if cond.frame_mask is None else cond.frame_mask

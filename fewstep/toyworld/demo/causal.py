@@ -1,0 +1,115 @@
+"""`fewstep demo --causal`: two chains from the toy teacher to a student that streams, side by side at equal cost.
+
+    pairs -> toy_kd_causal -> toy_sf                                                FastGen's three stages
+    toy_causal_finetune -> toy_causal_consistency -> toy_sf_consistency             without pairs
+    toy_kd_4step -> toy_dmd2_4step                                                  the bidirectional student beside them
+
+Each chain has one core in every stage, and the iterations of the second are cut to what pairs and CausalKD take; the page shows
+the seconds of both.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from fewstep.distill.stages import Command, Stage
+from fewstep.toyworld.demo.stages import PLANS, STEPS, TOY, Size, beginning, shared
+from fewstep.toyworld.recipes import GUIDANCE, STUDENT_SHIFT
+
+NUM_LONG, LONG_FRAMES = 64, 197  # clips of ten times the latent frames of training: 1 + 4 x 49
+STUDENTS = {  # the name of its scores, and its run
+    "kd_causal": "toy_kd_causal",
+    "consistency": "toy_causal_consistency",
+    "sf": "toy_sf",
+    "sf_consistency": "toy_sf_consistency",
+}
+LEARNING: dict[Size, dict[str, int]] = {  # iterations of 32 clips
+    "quick": {"kd": 20, "finetune": 20, "consistency": 20, "sf": 20},
+    "default": {"kd": 1000, "finetune": 400, "consistency": 300, "sf": 900},
+    "long": {"kd": 2000, "finetune": 800, "consistency": 600, "sf": 1800},
+}
+
+
+def stages(out: Path, size: Size) -> list[Stage]:
+    plan, much, toy = PLANS[size], LEARNING[size], str(TOY)
+    world, held, real, pairs = (str(out / name) for name in ("world", "heldout", "real", "pairs"))
+    text = ("--max-tokens", "40", "--mask-text")
+
+    def train(recipe: str, iters: int) -> Command:
+        sizes = (f"trainer.max_iter={iters}", f"checkpoint.save_iter={min(iters, 200)}")
+        sizes += ("trainer.batch_size=8",) if size == "quick" else ()
+        return (f"OUTPUT_ROOT={out}", "fewstep", "train", f"experiment={recipe}", *sizes)
+
+    def run_of(recipe: str) -> str:
+        return str(out / "toyworld" / "basic" / recipe)
+
+    def score(name: str, what: str, *more: str) -> Command:
+        where = ("--prompts", held, "--real", real, "--out", str(out / "scores" / f"{name}.json"), *text)
+        return ("fewstep", "evaluate", what, *where, "--num", str(plan.num_eval), "--sets", str(plan.sets), *more)
+
+    def student(name: str) -> Command:
+        return score(name, run_of(STUDENTS[name]), "--codec", toy)
+
+    def long(name: str) -> Command:
+        words = ("--prompts", held, "--codec", toy, *text, "--scorer", "long_run", "--num-frames", str(LONG_FRAMES))
+        words += ("--num", str(min(NUM_LONG, plan.num_eval)), "--sets", "1")
+        return ("fewstep", "evaluate", run_of(STUDENTS[name]), *words, "--out", str(out / "scores" / f"long_{name}.json"))
+
+    def half_of_the_pairs(rank: int) -> Command:
+        words = ("fewstep", "pairs", toy, world, "--out", pairs, "--num", str(plan.num_pairs), *text)
+        words += ("--steps", str(STEPS), "--sampler", "unipc", "--guidance", str(GUIDANCE))
+        return shared((*words, "--path-times", "4", "--student-shift", str(STUDENT_SHIFT)), rank)
+
+    page = (sys.executable, "-m", "fewstep.toyworld.demo.causal_page", str(out), "--size", size)
+    return [
+        *beginning(out, size, None),
+        Stage(
+            "latents",
+            "captions become embeddings, clips latents of the video tokenizer; real clips are compared with others",
+            (
+                (
+                    ("fewstep", "prepare", "text", world, "--text-encoder", toy),
+                    ("fewstep", "prepare", "latents", world, "--codec", toy),
+                ),
+                (("fewstep", "prepare", "text", held, "--text-encoder", toy), score("real", held)),
+            ),
+        ),
+        Stage.of("pairs", f"the teacher makes clips from noise, {2 * STEPS} calls each", *map(half_of_the_pairs, range(2))),
+        Stage(
+            "begin",
+            "both chains to the student that Self-Forcing begins with, on a core each",
+            (
+                (train("toy_kd_causal", much["kd"]), train("toy_kd_4step", plan.kd[0].iters)),
+                (
+                    train("toy_causal_finetune", much["finetune"]),
+                    train("toy_causal_consistency", much["consistency"]),
+                ),
+            ),
+        ),
+        Stage.of(
+            "sf",
+            "Self-Forcing from both: the students learn on clips that they generate from their own chunks",
+            train("toy_sf", much["sf"]),
+            train("toy_sf_consistency", much["sf"]),
+        ),
+        Stage(
+            "scores",
+            "scores on clips of the length of training; beside them the teacher and a bidirectional student of four steps",
+            (
+                (
+                    train("toy_dmd2_4step", plan.dmd2[0].iters),
+                    score("4step", run_of("toy_dmd2_4step"), "--codec", toy),
+                    student("kd_causal"),
+                    score("teacher", pairs),
+                ),
+                (student("consistency"), student("sf"), student("sf_consistency"), score("tokenizer", f"codec:{toy}")),
+            ),
+        ),
+        Stage(
+            "long",
+            f"clips of {LONG_FRAMES} frames, ten times the length of training: drift, and return to the beginning",
+            ((long("kd_causal"), long("sf")), (long("consistency"), long("sf_consistency"))),
+        ),
+        Stage.of("report", "one page to look at", page),
+    ]

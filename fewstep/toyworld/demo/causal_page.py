@@ -1,0 +1,195 @@
+"""The last stage of `fewstep demo --causal`: writes summary.json and report.html from the files of the other stages.
+
+python -m fewstep.toyworld.demo.causal_page demo --size default
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fewstep
+from fewstep.data.files import video
+from fewstep.evaluation.long_run import LongRun, looks
+from fewstep.evaluation.plot import Series
+from fewstep.evaluation.report import Chart, Film, Gallery, Gate, Model, Report, Row, Score, Stage, Value, curves_of, write
+from fewstep.files import write_json
+from fewstep.toyworld.demo.causal import LONG_FRAMES, STUDENTS
+from fewstep.toyworld.demo.page import NUM_SHOWN, ran
+from fewstep.toyworld.demo.stages import STEPS
+
+TITLES = {
+    "real": "real clips",
+    "tokenizer": "tokenizer",
+    "teacher": f"teacher, {STEPS} steps",
+    "4step": "bidirectional student, 4 steps",
+    "kd_causal": "CausalKD",
+    "consistency": "causal consistency",
+    "sf": "CausalKD, then Self-Forcing",
+    "sf_consistency": "consistency, then Self-Forcing",
+}
+BOUND = 1.3  # distance of the better chain over that of the bidirectional four-step student
+CHAINS = {
+    "sf": ("toy_kd_causal", "toy_sf"),
+    "sf_consistency": ("toy_causal_finetune", "toy_causal_consistency", "toy_sf_consistency"),
+}
+
+
+def main(out: Path, size: str) -> None:
+    records = {name: json.loads((out / "scores" / f"{name}.json").read_text()) for name in TITLES}
+    long = {name: json.loads((out / "scores" / f"long_{name}.json").read_text()) for name in STUDENTS}
+    summary = summarised(out, records, long)
+    write_json(out / "summary.json", summary | {"size": size})
+    scores = [Score(**score) for score in records["real"]["legend"]] + [Score(**score) for score in _named(long)]
+    report = Report(
+        title="Two chains to a student that streams",
+        summary=_summary_text(summary),
+        galleries=galleries(out),
+        gates=[_gate(summary)],
+        models=[_model(name, records[name], long.get(name)) for name in TITLES],
+        scores=scores,
+        charts=[*long_charts(out), *(chart for run in dict.fromkeys(sum(CHAINS.values(), ())) for chart in _curves(out, run))],
+        stages=[Stage(s["name"], "\n".join(s["commands"]), s["seconds"]) for s in ran(out)],
+        limits=LIMITS,
+        environment={
+            "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+            "torch": torch.__version__,
+            "fewstep": fewstep.__version__,
+            "size": size,
+            "feature network": records["real"]["measured_by"],
+        },
+    )
+    write(report, out / "report.html")
+    print(f"{out}/report.html, {out}/summary.json")
+
+
+def summarised(out: Path, records: Mapping[str, Any], long: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of the comparison: distance, adherence, probes; drift and return; seconds of each chain."""
+    numbers: dict[str, Any] = {}
+    for who, record in records.items():
+        for name, score in record["scores"].items():
+            numbers |= {
+                f"{name}_{who}": score["value"],
+                f"{name}_{who}_spread": score["spread"],
+                f"{name}_{who}_n": score["num"],
+            }
+    for who, record in long.items():
+        for name, score in record["scores"].items():
+            numbers |= {f"long_{name}_{who}": score["value"], f"long_{name}_{who}_spread": score["spread"]}
+    pairs = next((stage["seconds"] for stage in ran(out) if stage["name"] == "pairs"), 0.0)
+    for who, runs in CHAINS.items():
+        walls = [json.loads((out / "toyworld" / "basic" / run / "summary.json").read_text())["wall_s"] for run in runs]
+        numbers[f"core_seconds_{who}"] = round(sum(walls) + (2 * pairs if who == "sf" else 0.0), 1)  # pairs: on two cores
+    four = records["4step"]["scores"]["frechet"]
+    for who in CHAINS:
+        mine = records[who]["scores"]["frechet"]
+        ratio = mine["value"] / four["value"]
+        spread = ratio * math.hypot(*(part["spread"] / part["value"] for part in (mine, four)))
+        numbers |= {f"frechet_ratio_{who}": ratio, f"frechet_ratio_{who}_spread": spread}
+    return numbers
+
+
+def _gate(summary: Mapping[str, float]) -> Gate:
+    best = min(CHAINS, key=lambda who: summary[f"frechet_ratio_{who}"])
+    ratio, spread = summary[f"frechet_ratio_{best}"], summary[f"frechet_ratio_{best}_spread"]
+    return Gate("the better chain: distance, as a multiple of the bidirectional student's", ratio, BOUND, "lower", spread)
+
+
+def _named(long: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The legend of the probes of long clips, under names that no score of short ones has."""
+    legend = next(iter(long.values()))["legend"]
+    return [score | {"name": f"long_{score['name']}", "title": f"Long: {score['title'].lower()}"} for score in legend]
+
+
+def _model(name: str, record: Mapping[str, Any], long: Mapping[str, Any] | None) -> Model:
+    kinds: dict[str, Any] = {"real": "real", "tokenizer": "codec", "teacher": "teacher"}
+    own = dict(record["scores"]) | {f"long_{key}": value for key, value in (long or {"scores": {}})["scores"].items()}
+    scores = {
+        key: Value(v["value"], math.nan if v["spread"] is None else v["spread"], v["num"])
+        for key, v in own.items()
+        if v["value"] is not None
+    }
+    calls = 2 * STEPS if name == "teacher" else record.get("num_calls")
+    return Model(kinds.get(name, "student"), TITLES[name], calls, scores=scores, note=record.get("sampler", ""))
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def galleries(out: Path) -> list[Gallery]:
+    captions = [path.read_text().strip() for path in sorted((out / "heldout" / "metas").glob("*.txt"))[:NUM_SHOWN]]
+    short = [
+        Row(caption, [film for name in TITLES if (film := _film(out, name, name, n)) is not None])
+        for n, caption in enumerate(captions)
+    ]
+    long = [
+        Row(caption, [film for name in STUDENTS if (film := _film(out, f"long_{name}", name, n)) is not None])
+        for n, caption in enumerate(captions[:4])
+    ]
+    return [
+        Gallery("Held-out prompts, clips of the length of training", short, fps=16),
+        Gallery(f"Ten times as long: {LONG_FRAMES} frames", long, fps=16, about="Chunk after chunk, four frames each."),
+    ]
+
+
+def _film(out: Path, folder: str, name: str, number: int) -> Film | None:
+    path = out / "scores" / folder / f"{number:02d}.mp4"
+    kinds: dict[str, Any] = {"real": "real", "tokenizer": "codec", "teacher": "teacher"}
+    return Film(TITLES[name], video.read(path).frames, kinds.get(name, "student")) if path.is_file() else None
+
+
+def long_charts(out: Path) -> list[Chart]:
+    """Drift and likeness to the beginning, segment by segment, of the clips that were kept."""
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for name in STUDENTS:
+        files = sorted((out / "scores" / f"long_{name}").glob("*.mp4"))
+        if len(files) > 1:
+            curves[name] = LongRun().curves(looks([video.read(file).frames for file in files]))
+    titles = ("Drift by segments", "Likeness to the beginning by segments")
+    return [
+        Chart(
+            f"{title}, {LONG_FRAMES} frames",
+            [Series(TITLES[name], list(range(1, len(parts[which]) + 1)), parts[which]) for name, parts in curves.items()],
+            x_label="tenth of the clip",
+        )
+        for which, title in enumerate(titles)
+        if curves
+    ]
+
+
+def _curves(out: Path, run: str) -> list[Chart]:
+    return list(curves_of(out / "toyworld" / "basic" / run, run))
+
+
+def _summary_text(s: Mapping[str, float]) -> str:
+    minutes = {who: s[f"core_seconds_{who}"] / 60 for who in CHAINS}
+    return (
+        f"Both chains end in a student of four steps that streams, chunk after chunk. By pairs, CausalKD and Self-Forcing "
+        f"({minutes['sf']:.0f} minutes of a core) it lies {s['frechet_sf']:.1f} from real clips; by teacher forcing, causal "
+        f"consistency and Self-Forcing ({minutes['sf_consistency']:.0f} minutes) {s['frechet_sf_consistency']:.1f}. The "
+        f"bidirectional student of four steps lies {s['frechet_4step']:.1f} away, the teacher {s['frechet_teacher']:.1f}."
+    )
+
+
+LIMITS = (
+    "A toy: clips of 17 frames of 32 x 32 pixels, five latent frames, a chunk of one. One training of each chain, so a "
+    "difference smaller than that of two seeds says nothing.",
+    "Drift and return to the beginning have no real clips beside them: objects of this world leave the picture, and then "
+    "nothing moves.",
+)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--size", default="default")
+    given = parser.parse_args()
+    main(given.out, given.size)
