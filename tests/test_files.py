@@ -77,8 +77,7 @@ def test_no_other_module_writes_renames_or_removes_a_file() -> None:
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).as_posix()
         for node in ast.walk(ast.parse(path.read_text())):
-            call = writes(node) if isinstance(node, ast.Call) and name != "files.py" else None
-            if call is not None:
+            if isinstance(node, ast.Call) and name != "files.py" and (call := writes(node)) is not None:
                 found.setdefault((name, call), node.lineno)
     assert {place: line for place, line in found.items() if place not in EXCEPTIONS} == {}
     assert EXCEPTIONS.keys() - found.keys() == set()

@@ -25,9 +25,10 @@ class Verb(TyperCommand):
             ctx.fail(problem)
         rest = super().parse_args(ctx, args)
         for param in self.params:
+            own: Any = param  # Any: typer's class of parameters, which has no public name
             value = ctx.params.get(str(param.name))
             if isinstance(value, float) and not math.isfinite(value):
-                raise typer.BadParameter(f"{value}: the value should be a finite number.", ctx=ctx, param=param)
+                raise typer.BadParameter(f"{value}: the value should be a finite number.", ctx=ctx, param=own)
             names = (*param.opts, *param.secondary_opts)
             num = sum(word.partition("=")[0].replace("_", "-") in names for word in words)
             if num > 1 and names[0].startswith("-") and not getattr(param, "multiple", False):
