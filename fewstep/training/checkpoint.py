@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fewstep.config import ConfigError, parse
 from fewstep.errors import UserError
-from fewstep.files import free_bytes, move, new_folder, own_folder, read_json, remove, some, write_json, write_text
+from fewstep.files import explain, free_bytes, move, new_folder, own_folder, read_json, remove, some, write_json, write_text
 from fewstep.networks.files.distributed import open_distributed, write_distributed
 from fewstep.networks.files.stored import Stored
 from fewstep.parallel import World
@@ -216,11 +216,14 @@ class Checkpoints:
 
     def _failed(self, partial: Path, error: BaseException) -> TrainingError:
         remove(partial)
-        kept, free = self.latest(), free_bytes(partial)
+        kept, free, root = self.latest(), free_bytes(partial), _root(error)
+        if isinstance(root, OSError) and root.errno is not None:
+            reason = explain(root)
+        else:
+            reason = f"{_first_line(error)}. Free some space and run the same command again"
         return TrainingError(
-            f"could not write the checkpoint {partial.with_suffix('')}: {_first_line(error)} ({free / 2**20:.0f} MiB are free "
-            f"without it). The last complete checkpoint is {kept or 'none'}. Free some space and run the same command again: "
-            "it goes on from there"
+            f"could not write the checkpoint {partial.with_suffix('')}: {reason}. {free / 2**20:.0f} MiB are free without it. "
+            f"The last complete checkpoint is {kept or 'none'}: the same command goes on from there"
         )
 
 
@@ -280,7 +283,13 @@ def _differences(saved: Mapping[str, Stored], state: Mapping[str, Tensor]) -> li
 
 
 def _first_line(error: BaseException) -> str:
-    """What happened, without the traceback: the root of the chain, and of what DCP gathered from the ranks."""
+    """What happened, without the traceback."""
+    root = _root(error)
+    return (str(root).strip().splitlines() or [type(root).__name__])[0][:300]
+
+
+def _root(error: BaseException) -> BaseException:
+    """The root of the chain, and of what DCP gathered from the ranks."""
     while True:
         by_rank = getattr(error, "failures", None)  # of DCP's exception, which may not be imported
         if by_rank:
@@ -293,4 +302,4 @@ def _first_line(error: BaseException) -> str:
     context = error.__context__
     while context is not None:
         error, context = (context if isinstance(context, OSError) else error), context.__context__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return error
