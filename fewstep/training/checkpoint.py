@@ -61,6 +61,7 @@ class Checkpoints:
                 remove(leftover)
             latest = self.latest()
             if latest is not None:
+                self._point_to(latest)  # a kill may have come between it and its pointer, by which others find it
                 self._prune(latest)  # with a smaller keep_last this makes room before the next one needs it
         world.barrier()
 
@@ -172,7 +173,7 @@ class Checkpoints:
         """Makes `path` the newest checkpoint again, from where `progress` goes on; later ones are removed."""
         if self.world.is_main:
             write_json(path / "trainer.json", asdict(progress), indent=None)
-            write_text(self.folder / POINTER, path.name)
+            self._point_to(path)
             for later in self._all():
                 if later.name > path.name:
                     _discard(later)
@@ -185,9 +186,14 @@ class Checkpoints:
             if final.exists():  # newer than the pointer says: written, but for the pointer, before a kill
                 _discard(final)
             move(partial, final)
-            write_text(self.folder / POINTER, final.name)
+            self._point_to(final)
             self._prune(final)
         self.world.barrier()
+
+    def _point_to(self, path: Path) -> None:
+        pointer = self.folder / POINTER
+        if not pointer.is_file() or pointer.read_text(errors="replace").strip() != path.name:
+            write_text(pointer, path.name)
 
     def _prune(self, newest: Path) -> None:
         healthy = self.latest(healthy_only=True)  # what a roll-back needs, however many alarms rang since

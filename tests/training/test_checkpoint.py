@@ -371,3 +371,14 @@ def test_progress_survives_in_json(tmp_path: Path) -> None:
     del old["wall_s"]  # written before there was this field
     file.write_text(json.dumps(old))
     assert read_progress(file.parent).wall_s == 0.0
+
+
+def test_a_whole_checkpoint_without_its_pointer_is_pointed_to_when_the_run_resumes(tmp_path: Path) -> None:
+    """A kill came between the two: the run itself finds it, and export and generate look for the pointer."""
+    checkpoints = open_folder(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(state(float(step)), Progress(step=step))
+    pointer = tmp_path / "checkpoints" / POINTER
+    pointer.unlink()
+    assert open_folder(tmp_path).latest() == tmp_path / "checkpoints" / "iter_000000002"
+    assert pointer.read_text() == "iter_000000002"
