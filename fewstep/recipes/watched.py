@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 from fewstep.training.health import Health
 from fewstep.training.preview_clips import ClipsPreview
@@ -13,5 +14,12 @@ EVERY = 500  # iterations, as the original code of Cosmos-Transfer1 draws sample
 
 def watched(run: Run, every: int = EVERY, num: int = 8) -> Run:
     """The run with previews and monitors every `every` iterations; the monitors look at `num` samples."""
-    guidance = float(getattr(run.method, "guidance", 1.0))  # of methods with a teacher
-    return replace(run, preview=ClipsPreview(every=every), health=Health(every=every, num=num, guidance=guidance))
+    health = Health(every=every, num=num, guidance=_guidance(run.method))
+    return replace(run, preview=ClipsPreview(every=every), health=health)
+
+
+def _guidance(method: Any) -> float:  # Any: a dataclass that is a Method
+    """The guidance of the teacher that the method, or one of its terms, trains with; 1 if there is none."""
+    parts = (method, *(getattr(method, field.name) for field in fields(method)))
+    values = [getattr(part, "guidance", None) for part in parts]
+    return next((float(value) for value in values if isinstance(value, int | float)), 1.0)

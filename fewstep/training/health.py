@@ -155,7 +155,8 @@ class Monitor:
             return part.x0.float()
         noise = self._rng(rows, part.x0.device).normal_like(part.x0)  # that of the student's sample
         sampler = TeacherSampler.for_path(self.teacher.path)
-        sampler = replace(sampler, num_steps=self.config.reference_calls, guidance=self.config.guidance)
+        guidance = self.config.guidance if part.negative is not None else 1.0  # there is nothing to lead away from
+        sampler = replace(sampler, num_steps=self.config.reference_calls, guidance=guidance)
         return sampler(self.teacher, noise, part.cond, negative=part.negative).float()
 
     def _errors(self, samples: Tensor, rows: Tensor, critic: Denoiser, teacher: Denoiser) -> tuple[float, float]:
