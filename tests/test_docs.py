@@ -219,7 +219,7 @@ def settings() -> tuple[set[str], dict[str, set[str]]]:
     ours = {
         name: [f"teacher={TOY}"] if "teacher=" in found.usage else []
         for name, found in recipes().items()
-        if found.module.startswith("fewstep.recipes.") and name != "flow_map"  # not those of tests; the toy teacher is no Wan
+        if found.module.startswith("fewstep.recipes.")  # not those of tests
     }
     groups = {"method": ("method",), "data": ("data",), "networks": ("role", "network")}
     kinds = {room: [cls for group in of for cls in choices(group).values()] for room, of in groups.items()}

@@ -89,7 +89,10 @@ def evaluate(
     ] = None,
     height: Annotated[int | None, option("--height", "Pixels of generated clips. Default: as the model was trained.")] = None,
     width: Annotated[int | None, option("--width", "Pixels of generated clips. Default: as the model was trained.")] = None,
-    calls: Annotated[int | None, option("--calls", "Score a teacher at its best with this many network calls.")] = None,
+    calls: Annotated[
+        int | None,
+        option("--calls", "Score a teacher at its best with this many network calls, a student at times between its own."),
+    ] = None,
     num_steps: Annotated[int | None, STEPS] = None,
     sampler: Annotated[str | None, SAMPLER] = None,
     shift: Annotated[float | None, SHIFT] = None,

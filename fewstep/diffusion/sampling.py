@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,6 +49,19 @@ class StudentSampler:
         if self.shift is None:
             raise UserError(f"this student takes {len(self.times)} steps, at times it was trained for, not {num_steps}")
         return replace(self, times=student_times(num_steps, self.path, self.shift))
+
+    def with_calls(self, num: int) -> StudentSampler:
+        """The same student with `num` calls, to measure it: a flow map on its own grid, any other at times between its own.
+
+        The times of a student of n calls are spread evenly from its first to 0, in flow time, so that a divisor of n takes a
+        part of them, and 1 the first; other numbers lead to times that it was not trained for.
+        """
+        if self.shift is not None or num == len(self.times):
+            return self.with_steps(num)
+        own = [*floats(converted(torch.tensor(self.times, dtype=torch.float64), self.path, RectifiedFlow())), 0.0]
+        places = np.interp(np.arange(1, num) / num, np.linspace(0, 1, len(own)), own).tolist()
+        between = floats(converted(torch.tensor(places, dtype=torch.float64), RectifiedFlow(), self.path)) if places else ()
+        return replace(self, times=(self.times[0], *between))
 
     @property
     def num_calls(self) -> int:

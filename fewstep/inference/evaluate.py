@@ -4,6 +4,7 @@
     fewstep evaluate FOLDER --real real --out scores.json                        clips that are there already, in sets of --num
     fewstep evaluate PIPELINE --steps 35 --guidance 2 ...                        a teacher, by its sampler
     fewstep evaluate PIPELINE --calls 4 --guidance 2 ...                         the best a teacher does with so many calls
+    fewstep evaluate STUDENT --calls 8 ...                                       a student at a number of calls not its own
     fewstep evaluate codec:FOLDER ...                                            what the codec alone does to real clips
     torchrun --nproc_per_node 8 -m fewstep evaluate MODEL ...                    divided over processes
 
@@ -38,7 +39,7 @@ from fewstep.files import remove, write_json, write_tensors, write_text
 from fewstep.inference import latency
 from fewstep.inference.clip_sets import SEEDS, Source, keep, opened, sets_of, through
 from fewstep.inference.evaluation import Evaluation, Protocol, hash_of_texts, hashes_of
-from fewstep.inference.model import changed, codec_of, open_model, place_network
+from fewstep.inference.model import changed, codec_of, open_model, place_network, student_of
 from fewstep.inference.ranking import best_of, named
 from fewstep.inference.scorers import scorers_of
 from fewstep.inference.shares import Job, Seen, Shares
@@ -147,8 +148,8 @@ def _of_model(task: Evaluation) -> Subject:
     data = opened(task, next((name for name in task.controls if name in branches), None))
     sampler: Sampler = model.sampler
     if not isinstance(sampler, TeacherSampler):
-        task.refuse_sampling(f"is a student, which takes the {len(sampler.times)} steps it was trained for")
-    if task.calls is not None and (names := [name for name in task.sampling.names() if name != "--guidance"]):
+        sampler = student_of(sampler, task.sampling, task.calls)
+    elif task.calls is not None and (names := [name for name in task.sampling.names() if name != "--guidance"]):
         raise UserError(f"--calls: finds steps, sampler and shift by itself; leave out {', '.join(names)}")
     task = task.batched()
     fingerprint = fingerprint_of(model.network.module, {}, sampled=4096)

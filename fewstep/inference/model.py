@@ -257,8 +257,9 @@ def check_sampler(sampler: Sampler, network: Network) -> None:
     """Raises UserError if the network cannot be sampled so: a flow map's jumps need a network that reads their end."""
     if isinstance(sampler, StudentSampler) and sampler.renoise == "map" and not network.traits.reads_end:
         raise UserError(
-            "a flow map needs a network that reads where a jump ends, and this one does not. Choose network=anyflow for Wan "
-            "(networks.student.network=anyflow), or a network of your own whose traits say reads_end"
+            "a flow map needs a network that reads where a jump ends, and this one does not. Choose "
+            "networks.student.network=anyflow for Wan, networks.student.network.end_gate=0.25 for Cosmos, or a network of your "
+            "own whose traits say reads_end"
         )
 
 
@@ -272,6 +273,19 @@ def changed(sampler: TeacherSampler, options: SamplerOptions) -> TeacherSampler:
     if options.guidance_low is not None and sampler.boundary is None:
         raise UserError("--guidance-low: this model is no pair of experts, one for high and one for low noise")
     return replace(sampler, **options.values())
+
+
+def student_of(sampler: StudentSampler, options: SamplerOptions, calls: int | None) -> StudentSampler:
+    """The sampler with --num-steps N, which a flow map has, or with --calls N, which measures any student at N calls."""
+    if others := [name for name in options.names() if name != "--num-steps"]:
+        raise UserError(
+            f"{', '.join(others)}: this is a student, whose sampler is saved with it. Leave it out: it is for a teacher"
+        )
+    if calls is not None and options.num_steps is not None:
+        raise UserError("--calls and --num-steps: give one of them")
+    if calls is not None:
+        return sampler.with_calls(calls)
+    return sampler if options.num_steps is None else sampler.with_steps(options.num_steps)
 
 
 def place_network(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewstep.batch import Batch, Condition
 from fewstep.diffusion import Denoiser, Prediction, RectifiedFlow, Rng, guided, on_path, times
-from fewstep.diffusion.derivative import AnyDerivative, Jvp
+from fewstep.diffusion.derivative import Agreement, AnyDerivative, Function, Jvp, disagreement
 from fewstep.diffusion.path import spread
 from fewstep.methods.contract import Nets, Terms, free_mask
 
@@ -38,18 +38,17 @@ class AverageVelocity:
 
     def __call__(self, nets: Nets, batch: Batch, rng: Rng) -> Terms:
         """The term of a student turn."""
-        assert batch.x0 is not None
-        x0, cond, student = batch.x0, batch.cond, on_path(nets.student, FLOW)
-        t, r = (time.to(x0.device) for time in self.draw(rng))
-        truth = Prediction.exact(x0, rng.normal_like(x0), t, FLOW)
+        cond, student = batch.cond, on_path(nets.student, FLOW)
+        truth, r = self._truth(batch, rng)
         velocity = self._velocity(truth, nets, batch)
-        target = self._target(student, truth, r, cond, velocity)
-        answer = ending(student, truth.x_t, t, r, cond)
+        change = self.derivative.along(*_along_velocity(student, truth, r, cond, velocity))
+        target = velocity - spread(truth.t - r, change).to(change.dtype) * change
+        answer = ending(student, truth.x_t, truth.t, r, cond)
         mask = free_mask(cond, answer)
         error = (answer - target) ** 2
         free = torch.ones_like(error) if mask is None else mask.expand_as(error)
         each = (error * free).flatten(1).sum(1) / free.flatten(1).sum(1).clamp(min=1)
-        weight = self._weight(each.detach(), t).to(each.dtype)
+        weight = self._weight(each.detach(), truth.t).to(each.dtype)
         return Terms.of(average_velocity=(weight * each).mean(), watch={"error": each.detach().mean()})
 
     def draw(self, rng: Rng) -> tuple[Tensor, Tensor]:
@@ -66,15 +65,17 @@ class AverageVelocity:
         teacher = guided(on_path(nets.teacher, FLOW), batch.negative, self.guidance)
         return teacher(truth.x_t, truth.t, batch.cond).velocity
 
-    def _target(self, student: Denoiser, truth: Prediction, r: Tensor, cond: Condition, velocity: Tensor) -> Tensor:
-        t = truth.t
+    def _truth(self, batch: Batch, rng: Rng) -> tuple[Prediction, Tensor]:
+        """The data, noised to t; and r."""
+        assert batch.x0 is not None
+        t, r = (time.to(batch.x0.device) for time in self.draw(rng))
+        return Prediction.exact(batch.x0, rng.normal_like(batch.x0), t, FLOW), r
 
-        def average(x: Tensor, time: Tensor) -> Tensor:
-            return ending(student, x, time, r, cond)
-
-        room = (t - r, 1 - t)
-        change = self.derivative.along(average, (truth.x_t, t), (velocity.to(truth.x_t.dtype), torch.ones_like(t)), room)
-        return velocity - spread(t - r, change).to(change.dtype) * change
+    def agreement(self, nets: Nets, batch: Batch, rng: Rng) -> Agreement:
+        """How far the derivative of the student in this loss is from one by differences."""
+        truth, r = self._truth(batch, rng)
+        way = _along_velocity(on_path(nets.student, FLOW), truth, r, batch.cond, self._velocity(truth, nets, batch))
+        return Agreement(self.derivative, disagreement(self.derivative, *way))
 
     def _weight(self, error: Tensor, t: Tensor) -> Tensor:
         if self.weighting == "adaptive":
@@ -86,6 +87,18 @@ class AverageVelocity:
             yield "share_instant", "and share_whole are shares of samples, which sum to at most 1"
         if self.source == "data" and self.guidance != 1.0:
             yield "guidance", "has no effect without a teacher: set source=teacher, or guidance=1"
+
+
+def _along_velocity(
+    student: Denoiser, truth: Prediction, r: Tensor, cond: Condition, velocity: Tensor
+) -> tuple[Function, tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The average velocity down to r, where to take its derivative, the direction (v, 1) in (x_t, t), and the room for t."""
+    x_t, t = truth.x_t, truth.t
+
+    def average(x: Tensor, time: Tensor) -> Tensor:
+        return ending(student, x, time, r, cond)
+
+    return average, (x_t, t), (velocity.to(x_t.dtype), torch.ones_like(t)), (t - r, 1 - t)
 
 
 MEAN_WEIGHT = 4 / 15  # of t sqrt(1 - t) over t in 0..1

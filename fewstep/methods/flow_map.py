@@ -19,7 +19,7 @@ from torch import Tensor
 from fewstep.batch import Batch
 from fewstep.config import kind
 from fewstep.diffusion import Denoiser, Path, RectifiedFlow, Rng, StudentSampler, guided, on_path, times
-from fewstep.diffusion.derivative import Difference
+from fewstep.diffusion.derivative import Agreement, Difference
 from fewstep.diffusion.path import spread
 from fewstep.diffusion.sampling import student_times
 from fewstep.methods.average_velocity import FLOW, AverageVelocity, ending
@@ -89,6 +89,9 @@ class FlowMap:
             with torch.no_grad():
                 sample = self._sample(matching, nets, batch, rng)
             yield from matching.critic.losses(FLOW, nets, sample, batch, rng, matching.times)
+
+    def agreement(self, nets: Nets, batch: Batch, rng: Rng) -> Agreement:
+        return self.velocity.agreement(nets, batch, rng)
 
     def sampler(self, path: Path) -> StudentSampler:
         return map_sampler(self.num_steps, self.shift)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fewstep.batch import Batch
 from fewstep.config import kind
 from fewstep.diffusion import Path, RectifiedFlow, Rng, StudentSampler
+from fewstep.diffusion.derivative import Agreement
 from fewstep.diffusion.sampling import student_times
 from fewstep.methods.average_velocity import AverageVelocity
 from fewstep.methods.contract import Nets, Terms, Turn
@@ -40,6 +41,9 @@ class MeanFlow:
 
     def losses(self, turn: Turn, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Terms]:
         yield self.velocity(nets, with_first_frames(batch, self.first_frames, rng), rng)
+
+    def agreement(self, nets: Nets, batch: Batch, rng: Rng) -> Agreement:
+        return self.velocity.agreement(nets, batch, rng)
 
     def sampler(self, path: Path) -> StudentSampler:
         return map_sampler(self.num_steps, self.shift)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from fewstep.batch import Batch
 from fewstep.config import kind
 from fewstep.diffusion import Path, Rng, StudentSampler, TrigFlow, times
+from fewstep.diffusion.derivative import Agreement
 from fewstep.methods.contract import Nets, Terms, Turn
 from fewstep.methods.critic import Critic
 from fewstep.methods.dmd2 import DMD2
@@ -57,6 +58,9 @@ class RCM:
         if turn.name == "student":  # before the roll-out, so that two large graphs never exist at the same time
             yield self.consistency(turn.step, nets, with_first_frames(batch, self.dmd.first_frames, rng), rng)
         yield from self.dmd.losses(turn, nets, batch, rng)
+
+    def agreement(self, nets: Nets, batch: Batch, rng: Rng) -> Agreement:
+        return self.consistency.agreement(nets, batch, rng)
 
     def sampler(self, path: Path) -> StudentSampler:
         return self.dmd.sampler(path)

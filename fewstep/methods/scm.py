@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from fewstep.batch import Batch
 from fewstep.config import kind
 from fewstep.diffusion import Path, Rng, StudentSampler
+from fewstep.diffusion.derivative import Agreement
 from fewstep.diffusion.rollout import Renoise
 from fewstep.methods.contract import Nets, Terms, Turn
 from fewstep.methods.first_frames import problems_of_shares, with_first_frames
@@ -43,6 +44,9 @@ class SCM:
 
     def losses(self, turn: Turn, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Terms]:
         yield self.consistency(turn.step, nets, with_first_frames(batch, self.first_frames, rng), rng)
+
+    def agreement(self, nets: Nets, batch: Batch, rng: Rng) -> Agreement:
+        return self.consistency.agreement(nets, batch, rng)
 
     def sampler(self, path: Path) -> StudentSampler:
         return StudentSampler(self.t_list, self.consistency.path, self.renoise)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fewstep.batch import Batch, Condition
 from fewstep.diffusion import Denoiser, Prediction, Rng, TrigFlow, guided, on_path, times
-from fewstep.diffusion.derivative import AnyDerivative, Jvp
+from fewstep.diffusion.derivative import Agreement, AnyDerivative, Function, Jvp, disagreement
 from fewstep.diffusion.path import spread
 from fewstep.methods.contract import Nets, Reduction, Terms, free_mask, reduced
 
@@ -81,17 +81,20 @@ class TangentTerm:
 
     def __call__(self, step: int, nets: Nets, batch: Batch, rng: Rng) -> Terms:
         """The term of a student turn; `step` counts student turns from 0."""
-        assert batch.x0 is not None
-        x0, cond, student = batch.x0, batch.cond, on_path(nets.student, self.path)
-        t = self.times.draw(rng, self.path).to(x0.device)
-        truth = Prediction.exact(x0, rng.normal_like(x0), t, self.path)
+        cond, student, truth = batch.cond, on_path(nets.student, self.path), self._truth(batch, rng)
         parts = self._parts(student, truth, cond, self._ode(truth, nets, batch))
         mask = free_mask(cond, truth.x_t)
         g = self.tangent(parts, mask, step)
-        velocity = student(truth.x_t, t, cond).velocity
+        velocity = student(truth.x_t, truth.t, cond).velocity
         target = velocity.detach() + g.to(velocity.dtype)
         loss = reduced((velocity - target) ** 2, mask, self.reduction)
         return Terms.of(scm=(loss, self.weight), watch={"tangent": parts.change.abs().mean()})
+
+    def _truth(self, batch: Batch, rng: Rng) -> Prediction:
+        """The data, noised."""
+        assert batch.x0 is not None
+        t = self.times.draw(rng, self.path).to(batch.x0.device)
+        return Prediction.exact(batch.x0, rng.normal_like(batch.x0), t, self.path)
 
     @torch.no_grad()
     def _ode(self, truth: Prediction, nets: Nets, batch: Batch) -> Tensor:
@@ -102,20 +105,37 @@ class TangentTerm:
         return teacher(truth.x_t, truth.t, batch.cond).velocity
 
     def _parts(self, student: Denoiser, truth: Prediction, cond: Condition, ode: Tensor) -> TangentParts:
-        """The direction is scaled by cos t sin t, which keeps the derivative finite near both ends of the path."""
         x_t, t = truth.x_t, truth.t
-        cos, sin, scale = t.cos(), t.sin(), t.cos() * t.sin()
-
-        def velocity(x: Tensor, time: Tensor) -> Tensor:
-            return student(x, time, cond).velocity
-
-        change = self.derivative.along(velocity, (x_t, t), (spread(scale, x_t).to(x_t.dtype) * ode.to(x_t.dtype), scale), None)
+        change = self.derivative.along(*_along_ode(student, truth, cond, ode), None)
         with torch.no_grad():
-            answer = velocity(x_t, t)
-        return TangentParts(x_t.double(), answer.double(), ode.double(), change.double(), spread(cos, x_t), spread(sin, x_t))
+            answer = student(x_t, t, cond).velocity
+        cos, sin = spread(t.cos(), x_t), spread(t.sin(), x_t)
+        return TangentParts(x_t.double(), answer.double(), ode.double(), change.double(), cos, sin)
+
+    def agreement(self, nets: Nets, batch: Batch, rng: Rng) -> Agreement:
+        """How far the derivative of the student in this loss is from one by differences."""
+        truth = self._truth(batch, rng)
+        way = _along_ode(on_path(nets.student, self.path), truth, batch.cond, self._ode(truth, nets, batch))
+        return Agreement(self.derivative, disagreement(self.derivative, *way))
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if self.source == "data" and self.guidance != 1.0:
             yield "guidance", "has no effect without a teacher: set source=teacher, or guidance=1"
         if self.weight <= 0:
             yield "weight", f"must be above 0, not {self.weight}"
+
+
+def _along_ode(
+    student: Denoiser, truth: Prediction, cond: Condition, ode: Tensor
+) -> tuple[Function, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The student's velocity, where to take its derivative, and the direction (dx/dt, 1) in (x_t, t).
+
+    The direction is scaled by cos t sin t, which keeps the derivative finite near both ends of the path.
+    """
+    x_t, t = truth.x_t, truth.t
+    scale = t.cos() * t.sin()
+
+    def velocity(x: Tensor, time: Tensor) -> Tensor:
+        return student(x, time, cond).velocity
+
+    return velocity, (x_t, t), (spread(scale, x_t).to(x_t.dtype) * ode.to(x_t.dtype), scale)

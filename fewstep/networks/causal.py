@@ -208,7 +208,6 @@ class CausalSpec(NetworkSpec):
     sink: int = 0  # first latent frames of the clip, which stay within reach
 
     is_causal: ClassVar[bool] = True
-    starts_as_teacher: ClassVar[bool] = True
 
     @classmethod
     def over(cls, network: AnyNetwork, causality: Causality) -> CausalSpec:
@@ -220,6 +219,10 @@ class CausalSpec(NetworkSpec):
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from self.causality.problems()
+
+    @property
+    def starts_as_teacher(self) -> bool:
+        return True
 
     @property
     def path(self) -> Path | None:

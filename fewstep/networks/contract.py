@@ -217,7 +217,11 @@ class NetworkSpec:
     # A field or property `path` says the path of the network before it is built; without one only the network knows it.
     has_original_names: ClassVar[bool] = False  # its weights can be named as in the files that were published with it
     is_causal: ClassVar[bool] = False  # what it builds generates chunk after chunk
-    starts_as_teacher: ClassVar[bool] = False  # another network than the teacher, which can begin with its weights
+
+    @property
+    def starts_as_teacher(self) -> bool:
+        """Whether it is another network than the teacher, but one that can begin with the teacher's weights."""
+        return False
 
     @property
     def expert_boundary(self) -> float | None:

@@ -25,6 +25,8 @@ from fewstep.diffusion import EDM, VP
 from fewstep.diffusion.times import LogitNormal, LogNormal, Shifted, Uniform
 from fewstep.inference.teacher import Teacher, teacher_at
 from fewstep.methods import DMD2, KD, RCM, SCM, Finetune, FlowMap, Method, StudentSample, TangentTerm, transfer1
+from fewstep.networks.contract import NetworkSpec
+from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.families.wan.anyflow import AnyFlowSpec
 from fewstep.networks.families.wan.network import WanSpec
 from fewstep.networks.lora import Lora
@@ -124,11 +126,9 @@ def rcm(teacher: str = "", steps: int = 4, guidance: float | None = None, contro
 
 @recipe("flow_map")
 def flow_map(teacher: str = "", steps: int = 4, shift: float | None = None, guidance: float | None = None) -> Run:
-    """A flow map of a Wan teacher: one student for any number of steps (diffusers' AnyFlow), from clips."""
+    """A flow map of a Wan or Cosmos teacher: one student for any number of steps, from clips. Of Wan: diffusers' AnyFlow."""
     source = _opened(teacher, None)
     _refuse_steps(steps)
-    if not isinstance(source.spec, WanSpec):
-        raise ConfigError([("teacher", "a flow map needs a network with a second time, and only Wan has one so far (anyflow)")])
     method, published = FlowMap(), source.published
     method = replace(
         method,
@@ -136,7 +136,7 @@ def flow_map(teacher: str = "", steps: int = 4, shift: float | None = None, guid
         num_steps=steps,
         shift=published.shift if shift is None else shift,
     )
-    networks = replace(_networks(source, 0), student=Full(AnyFlowSpec.like(source.spec)))
+    networks = replace(_networks(source, 0), student=Full(_with_second_time(source.spec)))
     return _from_clips(source, "flow_map", method, networks, None, 0)
 
 
@@ -193,6 +193,16 @@ def _dmd2(source: Teacher, steps: int, shift: float | None, guidance: float) -> 
     if isinstance(source.path, EDM):  # Transfer1, without its GAN
         return replace(transfer1(), student=student, guidance=guidance, gan=None)
     return DMD2(student=student, guidance=guidance, times=Shifted(source.published.shift if shift is None else shift))
+
+
+def _with_second_time(spec: NetworkSpec) -> NetworkSpec:
+    """The network of a flow map that begins with the weights of this one."""
+    if isinstance(spec, WanSpec):
+        return AnyFlowSpec.like(spec)
+    if isinstance(spec, CosmosSpec) and not spec.control_branches:
+        return replace(spec, end_gate=AnyFlowSpec().gate)
+    why = "a flow map needs a network with a second time, which Wan (anyflow) and Cosmos without control branches have"
+    raise ConfigError([("teacher", why)])
 
 
 def _networks(source: Teacher, rank: int) -> Networks:

@@ -22,10 +22,24 @@ import fewstep
 from fewstep.config import recipe
 from fewstep.data.controls import Edge
 from fewstep.data.folder.dataset import Folder
+from fewstep.diffusion import TrigFlow
+from fewstep.diffusion.derivative import Difference
 from fewstep.diffusion.path import floats
-from fewstep.diffusion.times import LogitNormal, Shifted, shifted
+from fewstep.diffusion.sampling import student_times
+from fewstep.diffusion.times import LogitNormal, LogNormal, Shifted, shifted
 from fewstep.environment import output_root
-from fewstep.methods import DMD2, KD, Finetune, StudentSample
+from fewstep.methods import (
+    DMD2,
+    KD,
+    RCM,
+    SCM,
+    AverageVelocity,
+    Finetune,
+    FlowMap,
+    StudentSample,
+    Tangent,
+    TangentTerm,
+)
 from fewstep.networks.families.cosmos.control import CosmosControlSpec
 from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.lora import Lora
@@ -190,3 +204,46 @@ def toy_dmd2_4step_lora() -> Run:
 def toy_dmd2_1step_lora() -> Run:
     """The same for one step."""
     return _dmd2_lora("toy_dmd2_1step_lora", 1)
+
+
+# --- consistency models and flow maps ---------------------------------------------------------------------------------
+# rCM and sCM begin with the student of toy_kd_4step, a consistency function at four times of the teacher's ODE already, so that
+# the tangent counts in full from the first iteration: a warm-up would pull the student back to the teacher.
+
+TRIG_TIMES = student_times(4, TrigFlow(), STUDENT_SHIFT)  # those of toy_kd_4step
+TANGENT = TangentTerm(times=LogNormal(mean=0.7, std=1.6), guidance=GUIDANCE, tangent=Tangent(warmup_iters=0))
+
+
+@recipe("toy_scm")
+def toy_scm() -> Run:
+    """sCM against the toy teacher in four steps, from the student of toy_kd_4step."""
+    return replace(_dmd2("toy_scm", 4, "toy_kd_4step"), method=SCM(TANGENT, TRIG_TIMES), critic_optim=None)
+
+
+@recipe("toy_rcm")
+def toy_rcm() -> Run:
+    """rCM against the toy teacher in four steps, from the student of toy_kd_4step: sCM's term, and DMD2's of toy_dmd2_4step."""
+    run = _dmd2("toy_rcm", 4, "toy_kd_4step")
+    assert isinstance(run.method, DMD2)
+    dmd = replace(run.method, student=StudentSample(TRIG_TIMES), path=TrigFlow())
+    return replace(run, method=RCM(replace(TANGENT, weight=0.2), dmd))
+
+
+@recipe("toy_flow_map")
+def toy_flow_map() -> Run:
+    """A flow map of the toy teacher, from its weights: one student for any number of steps."""
+    run = _dmd2("toy_flow_map", 4, "")
+    velocity = AverageVelocity(
+        times=Shifted(STUDENT_SHIFT), share_whole=0.25, guidance=GUIDANCE, derivative=Difference(), weighting="time"
+    )
+    student = Full(replace(TEACHER, pretrained=SHIPPED, end_gate=0.25))
+    return replace(
+        run,
+        job=_job("toy_flow_map"),
+        method=FlowMap(velocity, shift=STUDENT_SHIFT),
+        networks=Networks(teacher=run.networks.teacher, student=student),
+        optim=replace(run.optim, lr=5e-4, betas=(0.9, 0.99)),
+        critic_optim=None,
+        ema=Ema(beta=0.995),
+        trainer=replace(run.trainer, max_iter=1200),
+    )

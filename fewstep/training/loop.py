@@ -21,8 +21,10 @@ from fewstep.config import check
 from fewstep.data.contract import Dataset
 from fewstep.data.loader import Batches, first_batch
 from fewstep.diffusion import Rng, Sampler
+from fewstep.diffusion.derivative import TOLERANCE
 from fewstep.errors import UserError
 from fewstep.files import FULL, explain, write_json
+from fewstep.methods.contract import Nets
 from fewstep.networks.contract import Network
 from fewstep.networks.lora import Shared
 from fewstep.networks.roles import FROZEN, build
@@ -52,6 +54,8 @@ from fewstep.training.run_folder import (
     write_records,
 )
 from fewstep.training.signals import Signals
+
+CHECKED_ROWS = 8  # samples on which a derivative is compared with differences
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -125,6 +129,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
             log.say(f"settings that changed, the ones before are in {old_config}: {resumption.said()}")
         for warning in other_shapes(run, first) if latest is None else ():
             log.say(f"warning: {warning}")
+        checked = _check_derivative(run, crew, first, world, log)
         looks = Looks(run, crew, sampler, data, world, log)
         if progress.step == 0 and run.preview is not None:
             log.metrics(0, looks.show(0))
@@ -157,7 +162,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
             step, ended = progress.step, progress.step == last
             record, rings = dict[str, float](), list[Ring]()
             if step % run.trainer.log_every == 0 or ended:
-                record |= meter.read(world, global_batch) | _data_metrics(batches, world)
+                record |= meter.read(world, global_batch) | _data_metrics(batches, world) | checked
                 record["memory_gib"] = peak_memory_gib(world.device)
                 log.losses(step, record)
             if run.preview is not None and (ended or (_is_due(run.preview.every, step) and looks.are_cheap())):
@@ -232,6 +237,31 @@ def _check_data(run: Run, data: Dataset) -> Batch:
     if look is not None:
         look(first)
     return first
+
+
+def _check_derivative(run: Run, crew: Crew, first: Batch, world: World, log: RunLog) -> dict[str, float]:
+    """How far the student's derivative, of a method that is trained with one, is from differences on the first samples.
+
+    Raises UserError where an exact one is wrong; differences are what their step makes of them.
+    """
+    # `agreement` is no part of the contract: few methods need it.
+    look = getattr(run.method, "agreement", None)
+    if look is None:
+        return {}
+    batch = first.rows(slice(0, CHECKED_ROWS)).to(world.device)
+    agreement = look(Nets(crew.networks), batch, Rng(run.trainer.seed, 0, range(batch.size()), world.device))
+    record = _mean_over_ranks({"derivative_error": agreement.error}, world)
+    error, most = record["derivative_error"], TOLERANCE[run.trainer.precision]
+    found = (
+        f"the student's derivative (derivative={agreement.derivative.kind}) differs by {error:.2g} (relative) from differences"
+    )
+    if agreement.derivative.is_exact and not error <= most:
+        raise UserError(
+            f"{found} on the first samples, where {most:g} may be rounding: a part of the network, for instance an attention "
+            "kernel, has a wrong tangent. Choose another kernel, or derivative=difference with a step that suits the network"
+        )
+    log.say(f"{found}{'' if agreement.derivative.is_exact else ' of other steps'}")
+    return record
 
 
 def _restore(checkpoints: Checkpoints, path: Path, crew: Crew) -> Progress:

@@ -96,3 +96,18 @@ def test_a_students_first_time_is_where_its_teachers_grid_begins():
     assert karras.student_times(2, flow, 5.0) == pytest.approx((80 / 81, 5 / 6), abs=1e-12)
     assert karras.student_times(2, edm, 5.0) == student_times(2, edm, 5.0)
     assert TeacherSampler().student_times(4, flow, 5.0) == student_times(4, flow, 5.0)
+
+
+@pytest.mark.parametrize("path", [RectifiedFlow(), TrigFlow(), EDM()], ids=str)
+def test_another_number_of_calls_takes_times_between_a_students_own(path: EDM | RectifiedFlow | TrigFlow) -> None:
+    student = StudentSampler(student_times(4, path, 3.0), path, "same")
+    own = torch.tensor(student.times)
+    assert student.with_calls(4) == student and student.with_calls(1).times == student.times[:1]
+    torch.testing.assert_close(torch.tensor(student.with_calls(2).times), own[::2])
+    eight = torch.tensor(student.with_calls(8).times)
+    torch.testing.assert_close(eight[::2], own)
+    assert bool((eight[1:] < eight[:-1]).all()) and float(eight[-1]) > 0
+    if isinstance(path, RectifiedFlow):
+        torch.testing.assert_close(eight[-1], own[-1] / 2)  # in the middle, in flow time
+    flow_map = StudentSampler(student_times(4, path, 3.0), path, "map", shift=3.0)
+    assert flow_map.with_calls(8).times == student_times(8, path, 3.0)

@@ -12,6 +12,7 @@ import pytest
 
 from fewstep.cli import main
 from fewstep.data.files import video
+from fewstep.evaluation.report.curves import quality_plot
 from fewstep.evaluation.report.of_files import is_drawn, mean_difference, report_of
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -75,6 +76,23 @@ def test_clips_of_other_samples_stand_in_a_gallery_of_their_own(files: Path, tmp
     titles = {gallery.title: [row.prompt for row in gallery.rows] for gallery in report.galleries}
     assert titles["The same prompts, side by side"] == ["one", "two", "three"]
     assert titles["Clips of other"] == ["four", "five", "six"]
+
+
+def test_one_student_at_several_numbers_of_calls_is_a_line(files: Path, tmp_path: Path) -> None:
+    record = json.loads((files / "student.json").read_text())
+    for calls in (4, 2, 1):
+        (tmp_path / f"at{calls}.json").write_text(json.dumps({**record, "num_calls": calls}))
+    paths = [tmp_path / f"at{calls}.json" for calls in (4, 2, 1)]
+    assert [model.line for model in report_of([files / "teacher.json", *paths]).models if model.kind == "student"] == [
+        "student"
+    ] * 3
+    assert [model.line for model in report_of(paths[:1]).models if model.kind == "student"] == [""]
+    models = report_of(paths).models
+    wide, _, _ = quality_plot([model for model in models if model.kind == "student"], "mmd_x", "MMD")
+    line = re.search(r'<path d="([^"]*)" fill="none" stroke="[^"]*" stroke-width="2" stroke-linejoin', wide)
+    assert line is not None
+    xs = [float(x) for x in re.findall(r"[ML](-?[\d.]+) ", line[1])]
+    assert len(xs) == 3 and xs == sorted(xs), "joined in the order of calls, not of files"
 
 
 def test_the_page_has_every_model_every_row_and_what_limits_them(files: Path, tmp_path: Path) -> None:

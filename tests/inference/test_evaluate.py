@@ -61,9 +61,11 @@ def test_what_would_have_no_effect_is_refused(tmp_path: Path, monkeypatch: pytes
     here, clips = tmp_path / "x", tmp_path / "clips"
     (clips / "videos").mkdir(parents=True)
     job = Evaluation("a/student", here, here, here / "x.json", num=512, scorers=(ToyWorld(),))
-    with pytest.raises(ValueError, match=r"^--calls: a/student is a student, which takes the 2 steps it was trained for"):
-        run(replace(job, calls=4))
-    with pytest.raises(ValueError, match=r"^--num-steps, --guidance: a/student is a student"):
+    with pytest.raises(ValueError, match=r"^this student takes 2 steps"):
+        run(replace(job, sampling=SamplerOptions(8)))
+    with pytest.raises(ValueError, match=r"^--calls and --num-steps: give one of them"):
+        run(replace(job, sampling=SamplerOptions(2), calls=4))
+    with pytest.raises(ValueError, match=r"^--guidance: this is a student"):
         run(replace(job, sampling=SamplerOptions(8, guidance=2.0)))
     with pytest.raises(ValueError, match=r"^--calls: .*clips holds clips that are made already"):
         run(replace(job, what=str(clips), calls=4))

@@ -3,6 +3,7 @@
 At that function every loss has no gradient: a sign, a factor or a lost tangent leaves one, and the tests plant such faults.
 """
 
+import json
 import math
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from fewstep.batch import Batch, Condition
+from fewstep.config import build_recipe, kind
 from fewstep.diffusion import EDM, Prediction, RectifiedFlow, Rng, StudentSampler, TrigFlow, on_path, times
 from fewstep.diffusion.derivative import Difference, Jvp, disagreement
 from fewstep.errors import UserError
@@ -31,7 +33,9 @@ from fewstep.methods import (
     Truncation,
 )
 from fewstep.networks.analytic import GaussianMixture
+from fewstep.networks.roles import Full
 from fewstep.networks.tiny import TinySpec
+from fewstep.training.loop import train
 
 F64 = torch.float64
 MEAN, STD = torch.tensor([[0.6, -0.4]], dtype=F64), 0.7
@@ -116,6 +120,14 @@ def test_a_function_without_a_tangent_is_refused():
     with pytest.raises(UserError, match="derivative=difference"):
         Jvp().along(lambda x: x.detach().clone(), (torch.ones(2, 1),), (torch.ones(2, 1),))
 
+    class HasNone(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+    with pytest.raises(UserError, match=r"must implement the jvp function.*derivative=difference"):
+        Jvp().along(HasNone.apply, (torch.ones(2, 1),), (torch.ones(2, 1),))
+
 
 def test_a_lost_tangent_is_found():
     class Loses(torch.autograd.Function):
@@ -132,8 +144,65 @@ def test_a_lost_tangent_is_found():
             return torch.zeros_like(change)
 
     x, d = torch.rand(8, 3), torch.rand(8, 3)
-    assert disagreement(lambda x: x.sin() + x, (x,), (d,)) < 1e-3
-    assert disagreement(lambda x: Loses.apply(x) + x, (x,), (d,)) > 0.2
+    assert disagreement(Jvp(), lambda x: x.sin() + x, (x,), (d,)) < 1e-3
+    assert disagreement(Jvp(), lambda x: Loses.apply(x) + x, (x,), (d,)) > 0.2
+
+
+class Forgets(torch.autograd.Function):
+    """The identity, whose tangent is lost."""
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+    @staticmethod
+    def jvp(ctx, change):
+        return torch.zeros_like(change)
+
+
+@kind("forgetful", group="network")
+@dataclass(frozen=True)
+class Forgetful(TinySpec):
+    """The mixture's small network with a kernel that loses the tangent."""
+
+    def build(self):
+        network = super().build()
+        for p in network.module.parameters():  # fresh, it would put out almost nothing, and its tangent would be lost already
+            nn.init.normal_(p, std=0.5)
+        network.module.register_forward_hook(lambda module, inputs, output: (Forgets.apply(output[0]), output[1]))
+        return network
+
+
+@pytest.mark.parametrize("recipe", ["analytic_scm", "analytic_rcm", "analytic_meanflow", "analytic_flow_map"])
+def test_a_kernel_that_loses_the_tangent_stops_a_run_before_its_first_iteration(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OUTPUT_ROOT", str(tmp_path))
+    run = build_recipe(recipe)
+    maps = recipe in ("analytic_meanflow", "analytic_flow_map")
+    part = "velocity" if maps else "consistency"
+    run = replace(run, job=replace(run.job, after=()), preview=None, trainer=replace(run.trainer, max_iter=1, batch_size=16))
+    run = replace(run, optim=replace(run.optim, warmup_iters=0))
+    networks = replace(run.networks, critic=Full(TinySpec(width=8, depth=1), init="random"))
+    spoilt = replace(networks, student=Full(Forgetful(width=8, depth=1, end_time=maps), init="random"))
+    with pytest.raises(UserError, match="wrong tangent") as stopped:
+        train(replace(run, networks=spoilt))
+    assert "\n" not in str(stopped.value)
+    folder = run.job.folder()
+    assert not list((folder / "checkpoints").glob("iter_*")) and (folder / "metrics.jsonl").read_text() == ""
+    # Differences need no tangent, and a network without the fault trains: the agreement is printed and recorded.
+    term = getattr(run.method, part)
+    by_differences = replace(run.method, **{part: replace(term, derivative=Difference(step=1e-4))})
+    train(replace(run, job=replace(run.job, name="other"), networks=spoilt, method=by_differences))
+    assert "derivative (derivative=difference) differs by" in capsys.readouterr().err
+    line = json.loads((run.job.folder().parent / "other" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 < line["derivative_error"] < 0.02
 
 
 # --- hand-written losses -----------------------------------------------------------------------------------------------
@@ -293,6 +362,7 @@ def test_rcm_is_both_terms_of_one_turn():
 class Faulty:
     """A derivative with a planted fault."""
 
+    is_exact = True
     factor: float
 
     def along(self, function, inputs, direction, room=None):

@@ -8,12 +8,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from fewstep.batch import Condition
+from fewstep.cli import main
 from fewstep.diffusion import Rng
 from fewstep.inference.model import open_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 from shell import walk
-from tiny_pipelines import clips, wan
+from tiny_pipelines import clips, predict25, wan
 
 
 def test_a_flow_map_opens_in_upstreams_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,3 +37,32 @@ def test_a_flow_map_opens_in_upstreams_pipeline(tmp_path: Path, monkeypatch: pyt
     student = model.network
     moved = (student(x, t, Condition(text=text)).velocity - plain(x, t, Condition(text=text)).velocity).abs().max()
     assert 1e-5 < float(moved.detach()) < 0.1, "trained, and from the teacher's weights"
+
+
+def test_a_flow_map_of_a_cosmos_pipeline_by_its_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Trained from its teacher's weights, exported, reloaded: the same jumps, for any number of them."""
+    monkeypatch.chdir(tmp_path)
+    predict25(Path("teacher"))
+    clips(Path("clips"), 4)
+    for line in (
+        "prepare text clips --text-encoder teacher",
+        "prepare latents clips --codec teacher",
+        "train experiment=flow_map teacher=teacher data.dataset_dir=clips guidance=1 data.negative=none trainer.max_iter=2 "
+        "trainer.batch_size=2",
+        "export general/teacher/flow_map --out student",
+        "generate student --prompt square --codec teacher --text-encoder teacher --num-steps 3 --num-frames 9 --height 32 "
+        "--width 32 --out made",
+    ):
+        assert main(line.split()) == 0, line
+    model, run = open_model("student"), open_model("checkpoints/general/teacher/flow_map")
+    text = torch.randn(1, 7, model.network.traits.text_channels)
+    noise = torch.randn(1, 4, 3, 4, 4)
+    for num in (1, 5):
+        ours, theirs = (m.sampler.with_steps(num)(m.network, noise, Condition(text=text), Rng(0)) for m in (model, run))
+        assert torch.equal(ours, theirs)
+    plain = open_model("teacher").network
+    t = torch.tensor([0.7], dtype=torch.float64)
+    moved = (
+        (model.network(noise, t, Condition(text=text)).velocity - plain(noise, t, Condition(text=text)).velocity).abs().max()
+    )
+    assert 1e-5 < float(moved) < 0.2, "trained, and from the teacher's weights"

@@ -46,7 +46,8 @@ def colours_of(models: Sequence[Model]) -> dict[str, str]:
 def quality_plot(models: Sequence[Model], score: str, title: str) -> tuple[str, str, list[str]]:
     """`score` against the number of network calls, as SVG for a wide and for a narrow page, and what the plot leaves out.
 
-    Teachers are lines, students points with whiskers, models without calls level lines. Log axes as far as the numbers allow.
+    Models of one line are joined, others are points with whiskers, models without calls are level lines. Log axes as far as
+    the numbers allow.
     """
     at = [(model, model.scores[score]) for model in models if score in model.scores and _is_finite(model.scores[score])]
     placed = [(model, one, model.num_calls) for model, one in at if model.num_calls is not None]
@@ -62,8 +63,9 @@ def quality_plot(models: Sequence[Model], score: str, title: str) -> tuple[str, 
     series: list[Series] = []
     groups: dict[str, list[tuple[Model, Value, int]]] = {}
     for model, one, num in placed:
-        groups.setdefault(model.line if model.kind == "teacher" and model.line else model.name, []).append((model, one, num))
-    for name, members in groups.items():
+        groups.setdefault(model.line or model.name, []).append((model, one, num))
+    for name, unordered in groups.items():
+        members = sorted(unordered, key=lambda member: member[2])
         ys = np.array([one.value for _, one, _ in members])
         spreads = np.nan_to_num([one.spread for _, one, _ in members])
         # A whisker to zero or below has no end on a log axis: it is cut, at half the smallest number of the plot.
@@ -76,7 +78,7 @@ def quality_plot(models: Sequence[Model], score: str, title: str) -> tuple[str, 
                 ys,
                 low,
                 ys + spreads,
-                mark="points" if first.kind != "teacher" or len(members) == 1 else "line",
+                mark="line" if len(members) > 1 else "points",
                 colour=colours[first.name],
             )
         )

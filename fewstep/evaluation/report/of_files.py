@@ -96,7 +96,7 @@ def report_of(paths: Sequence[Path], *, title: str | None = None, bounds: Sequen
             raise UserError(f"{run}: is no run: it has no metrics.jsonl. Give run folders and files of scores")
     if not paths:
         raise UserError("name at least one run folder or file of scores")
-    models = [*_real(scored), *(_model(one) for one in scored)]
+    models = [*_real(scored), *(_model(one, _line(one, scored)) for one in scored)]
     names = {name for model in models for name in model.scores}
     legend = _legend(scored, names)
     galleries = [*_pairs(scored), *_seeds(scored), *(gallery for run in runs for gallery in _previews(run))]
@@ -154,7 +154,15 @@ def _value(row: Mapping[str, Any]) -> Value:
     return Value(number, spread, row["num"])
 
 
-def _model(one: _Scored) -> Model:
+def _line(one: _Scored, scored: Sequence[_Scored]) -> str:
+    """What joins models in the plot of quality against calls: files of one student at several numbers of calls are a line."""
+    if one.kind == "teacher":
+        return "teacher, fewer steps"
+    others = [other for other in scored if other.record["what"] == one.record["what"]]
+    return Path(one.record["what"]).name if one.kind == "student" and len(others) > 1 else ""
+
+
+def _model(one: _Scored, line: str) -> Model:
     latency = one.record.get("latency")
     rate = None if latency is None else Value(latency["clips_per_s_end_to_end"], math.nan, latency["repeats"])
     return Model(
@@ -164,7 +172,7 @@ def _model(one: _Scored) -> Model:
         one.record.get("guidance"),
         {name: _value(row) for name, row in one.record["scores"].items()},
         rate,
-        "teacher, fewer steps" if one.kind == "teacher" else "",
+        line,
         one.record.get("sampler", "") or str(one.record["what"]),
     )
 

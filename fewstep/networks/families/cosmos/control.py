@@ -101,6 +101,8 @@ class CosmosControlSpec(CosmosSpec):
     train: Literal["all", "control"] = "all"  # distillation trains all; a control is taught to a frozen base
 
     def problems(self) -> Iterable[tuple[str, str]]:
+        if self.end_gate is not None:
+            yield "end_gate", "is not there for a network with control branches: leave it out"
         if not self.controls:
             yield "controls", "is empty; a network without controls is the kind 'cosmos'"
         if len(set(self.controls)) < len(self.controls):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -32,6 +32,7 @@ from fewstep.networks.causal_attention import Sites, counts_anew
 from fewstep.networks.contract import DiffusersSpec, Distillation, Scheduling, Traits
 from fewstep.networks.families.cosmos.attention import CosmosCrossAttention, CosmosSelfAttention, rotate
 from fewstep.networks.families.cosmos.keys import original_names, refuse_apart
+from fewstep.networks.families.cosmos.second_time import TwoTimes, both, with_second_time
 from fewstep.networks.families.cosmos.transfer1 import Transfer1Branch
 from fewstep.networks.families.upstream import Adapter, refuse_context
 from fewstep.networks.files.folders import from_folder
@@ -39,6 +40,7 @@ from fewstep.networks.taps import block_outputs
 from fewstep.networks.tokens import Sharing, follow_plans, refuse_heads
 from fewstep.parallel import Context
 
+SMALLEST_SIGMA = 1e-5  # of an EDM network's input
 CLEAN_TIME = 1e-4  # flow time of given frames (Predict2 and 2.5, sigma_conditional)
 # g in cond + g (cond - uncond), by family and whether there are controls: the defaults of the inference commands of Predict1,
 # Transfer1, Predict2 and 2.5, Transfer2.5.
@@ -59,6 +61,7 @@ class Cosmos(Adapter):
     controls: tuple[str, ...] = ()  # which of cond.control a Controlled module reads
     control_weights: Mapping[str, float] | None = None  # of the controls; None: those the module was built with
     frame_noise: float = 0.0  # sigma of the noise on given frames when it is sampled
+    reads_end: bool = False  # has a second time (second_time.py)
 
     @property
     def traits(self) -> Traits:
@@ -74,6 +77,7 @@ class Cosmos(Adapter):
             ),  # as Predict2.5's LoRA post-training
             first_frames="mask" if config.in_channels > config.out_channels else "none",
             controls=self.controls,
+            reads_end=self.reads_end,
             side_multiple=max(config.patch_size[1:]),
             latent_channels=config.out_channels,
             text_channels=config.crossattn_proj_in_channels if config.use_crossattn_projection else config.text_embed_dim,
@@ -112,9 +116,9 @@ class Cosmos(Adapter):
             raw, features = self._ask(x, x, t, cond, taps)
             answer = Prediction(x, t, self.path, raw, features)
         else:
-            c = edm_preconditioning(t.clamp(min=1e-5), self.sigma_data)
+            c = edm_preconditioning(t.clamp(min=SMALLEST_SIGMA), self.sigma_data)
             c_in, c_skip, c_out = (spread(value, x).to(x.dtype) for value in (c.c_in, c.c_skip, c.c_out))
-            raw, features = self._ask(x, c_in * x, c.c_noise, cond, taps)
+            raw, features = self._ask(x, c_in * x, t, cond, taps)
             answer = Prediction.of("x0", c_skip * x + c_out * raw, x, t, self.path, features)
         return with_clean_frames(answer, cond.frames, cond.frame_mask)
 
@@ -178,14 +182,19 @@ class Cosmos(Adapter):
             )
         return {"transformer": module.base, "controlnet": branches[0]}
 
+    def own_weights(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return with_second_time(weights) if self.reads_end else weights
+
     def in_original_names(self) -> dict[str, Tensor]:
+        if self.reads_end:
+            raise UserError("--format pt-original: the original Cosmos code has no second time; take --format safetensors")
         state = self.module.state_dict()
         names = original_names(state, "1" if self.family == "edm" else "2")
         refuse_apart({name: (lambda tensor=tensor: tensor) for name, tensor in state.items()})
         return {names[name]: tensor.contiguous().clone() for name, tensor in state.items() if name in names}
 
     def _ask(
-        self, x: Tensor, scaled: Tensor, time: Tensor, cond: Condition, taps: Sequence[int]
+        self, x: Tensor, scaled: Tensor, t: Tensor, cond: Condition, taps: Sequence[int]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The raw output in x's type, and the tapped blocks' outputs as B C T H W."""
         config = self.base.config
@@ -194,6 +203,7 @@ class Cosmos(Adapter):
         num, _, frames, height, width = scaled.shape
         shown = 1 if counts_anew(self.base.rope) else frames  # a causal network counts positions from each chunk's first
         _refuse_unfit(config, (scaled.shape[1], shown, height, width), cond.text)
+        times = [self._time(t), *([self._time(t if cond.end is None else cond.end)] if self.reads_end else [])]
         extra: dict[str, Any] = {}
         if config.in_channels > config.out_channels:
             mask = torch.zeros(num, frames, device=x.device) if cond.frame_mask is None else cond.frame_mask
@@ -202,8 +212,8 @@ class Cosmos(Adapter):
             if given is not None:
                 scaled = torch.where(is_given[:, None, :, None, None], self._shown(given.to(x)), scaled)
                 if self.clean_time is not None and self.family == "flow":
-                    shown_time = torch.full((), self.clean_time, dtype=time.dtype, device=time.device)
-                    time = torch.where(is_given, shown_time, time if time.ndim == 2 else time[:, None])
+                    clean = torch.full((), self.clean_time, dtype=t.dtype, device=t.device)
+                    times = [torch.where(is_given, clean, time if time.ndim == 2 else time[:, None]) for time in times]
             extra["condition_mask"] = mask[:, None, :, None, None].expand(-1, 1, -1, height, width).to(x.dtype)
         elif cond.frame_mask is not None:
             raise UserError(
@@ -217,12 +227,13 @@ class Cosmos(Adapter):
         if self.controls:
             extra["controls"] = self._controls(cond, scaled)
             extra["control_weights"] = self.control_weights
-        if time.ndim == 2:
-            time = time.expand(num, frames)[:, None, :, None, None]
+        if any(time.ndim == 2 for time in times):
+            times = [(time if time.ndim == 2 else time[:, None]).expand(num, frames)[:, None, :, None, None] for time in times]
+        start, *ends = (time.float() for time in times)  # float32: bf16 would round 0.999 to 1
         with block_outputs(self.module, self.base.transformer_blocks, taps) as outputs:
             raw = self.module(
                 hidden_states=scaled,
-                timestep=time.float(),  # float32: bf16 would round 0.999 to 1
+                timestep=both(start, *ends) if ends else start,
                 encoder_hidden_states=self._context(cond.text, config),
                 attention_mask=self._text_mask(cond.text_mask, config),
                 return_dict=False,
@@ -231,6 +242,10 @@ class Cosmos(Adapter):
         patch_t, patch_h, patch_w = config.patch_size
         grid = (frames // patch_t, height // patch_h, width // patch_w)
         return raw.to(x.dtype), tuple(outputs[i].unflatten(1, grid).permute(0, 4, 1, 2, 3) for i in taps)
+
+    def _time(self, t: Tensor) -> Tensor:
+        """t as the network receives it."""
+        return t if self.family == "flow" else edm_preconditioning(t.clamp(min=SMALLEST_SIGMA), self.sigma_data).c_noise
 
     def _shown(self, frames: Tensor) -> Tensor:
         """Given frames as the network wants to see them: EDM nets see everything at unit spread."""
@@ -271,7 +286,7 @@ class CosmosSpec(DiffusersSpec):
     """A CosmosTransformer3DModel: from a diffusers folder or hub id, or random of the size given."""
 
     has_original_names = True
-    in_force: ClassVar[tuple[str, ...]] = ("family", "sigma_data", "use_fps", "clean_time", "frame_noise")
+    in_force: ClassVar[tuple[str, ...]] = ("family", "sigma_data", "use_fps", "clean_time", "frame_noise", "end_gate")
 
     family: Literal["flow", "edm"] = "flow"
     sigma_data: float = 1.0
@@ -294,6 +309,16 @@ class CosmosSpec(DiffusersSpec):
     frame_mask: bool = True  # the channel that tells given frames; text-to-world networks have none
     image_context_dim: int | None = None  # Transfer2.5 1152: a second cross-attention, to the features of a picture
     image_context_tokens: int = 256
+    # Weight of a second time, where the jump of a flow map ends, beside the first; AnyFlow .25. None: one time
+    end_gate: float | None = None
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if self.end_gate is not None and not 0 < self.end_gate <= 1:
+            yield "end_gate", f"must lie above 0 and be at most 1, not {self.end_gate:g}"
+
+    @property
+    def starts_as_teacher(self) -> bool:
+        return self.end_gate is not None
 
     @property
     def path(self) -> Path:
@@ -310,9 +335,13 @@ class CosmosSpec(DiffusersSpec):
         return Distillation(guidance=4.0, negative="zeros", kd_lr=1e-5, lr=1e-6, critic_lr=2e-7)  # Predict2.5: g 3
 
     def build(self) -> Cosmos:
-        return Cosmos(
-            self.transformer(), self.family, self.sigma_data, self.use_fps, self.clean_time, frame_noise=self.frame_noise
-        )
+        options: dict[str, Any] = {"frame_noise": self.frame_noise, "reads_end": self.end_gate is not None}
+        return Cosmos(self.transformer(), self.family, self.sigma_data, self.use_fps, self.clean_time, **options)
+
+    def export_format(self) -> tuple[str, str]:
+        if self.end_gate is not None:
+            return "safetensors", "diffusers has no Cosmos network with a second time, and so no pipeline for a flow map of it"
+        return super().export_format()
 
     def transformer(self, **more: Any) -> nn.Module:
         """The CosmosTransformer3DModel; `more` are further words of its configuration."""
@@ -344,6 +373,8 @@ class CosmosSpec(DiffusersSpec):
                 img_context_dim_out=self.num_heads * self.head_dim,
                 **more,
             )
+        if self.end_gate is not None:
+            module.add_module("time_embed", TwoTimes(module.time_embed, self.end_gate))
         return framed(module)
 
 

@@ -95,7 +95,6 @@ class AnyFlowSpec(DiffusersSpec):
     """An AnyFlowTransformer3DModel: from a diffusers folder or hub id, or of the size given, to begin as a Wan teacher."""
 
     diffusers_class: ClassVar[str] = "AnyFlowTransformer3DModel"
-    starts_as_teacher: ClassVar[bool] = True
     in_force: ClassVar[tuple[str, ...]] = ("text_tokens",)
 
     latent_channels: int = 16
@@ -108,6 +107,10 @@ class AnyFlowSpec(DiffusersSpec):
     freq_dim: int = 256
     max_positions: int = 1024
     gate: float = 0.25
+
+    @property
+    def starts_as_teacher(self) -> bool:
+        return True
 
     @property
     def path(self) -> Path:

@@ -146,7 +146,6 @@ class ExpertsSpec(NetworkSpec):
     """Two networks on one path, by noise level."""
 
     diffusers_class: ClassVar[str] = "WanTransformer3DModel"  # a pipeline of Wan has two networks, or the one
-    starts_as_teacher: ClassVar[bool] = True
 
     high: AnyNetwork = T2V_14B  # Wan 2.2 T2V A14B
     low: AnyNetwork = replace(T2V_14B, subfolder="transformer_2")
@@ -158,6 +157,10 @@ class ExpertsSpec(NetworkSpec):
         boundary = folder.index.get("boundary_ratio")
         high = WanSpec(pretrained=folder.address)
         return high if boundary is None else cls(high, replace(high, subfolder="transformer_2"), boundary)
+
+    @property
+    def starts_as_teacher(self) -> bool:
+        return True
 
     @property
     def path(self) -> Path:
