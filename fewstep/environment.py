@@ -19,6 +19,7 @@ class Ranks:
     rank: int
     size: int
     local: int  # among the processes of this machine: the number of its GPU
+    attempt: int = 0  # how often torchrun has started all of them anew
 
     @property
     def is_main(self) -> bool:
@@ -27,8 +28,12 @@ class Ranks:
 
 
 def ranks() -> Ranks:
-    """RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets; a process alone where they are not set. Raises UserError."""
-    return Ranks(_number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0))
+    """RANK, WORLD_SIZE, LOCAL_RANK and TORCHELASTIC_RESTART_COUNT, which torchrun sets; a process alone where they are not set.
+
+    Raises UserError.
+    """
+    attempt = _number("TORCHELASTIC_RESTART_COUNT", 0)
+    return Ranks(_number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0), attempt)
 
 
 def has_terminal() -> bool:

@@ -113,7 +113,12 @@ def join_world(
             + ("of this run" if replicas == 1 else f"of each of the {replicas} replicas")
         )
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
+        limit = timedelta(seconds=timeout_s)
+        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        # torchrun 2.13 keeps one store over all its attempts: processes that are started anew would find the addresses of those
+        # that died, and wait for them.
+        store = dist.PrefixStore(f"attempt_{own.attempt}", store)
+        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=limit)
     mesh = init_device_mesh(
         place.type, (replicas, shards // context, context), mesh_dim_names=("replicate", "shard", "context")
     )

@@ -97,6 +97,7 @@ export OUTPUT_ROOT={shlex.quote(str(output))}
 RENDEZVOUS_ID="$SLURM_JOB_ID"
 RENDEZVOUS="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))"
 export RENDEZVOUS RENDEZVOUS_ID
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a new store for every attempt, without the addresses of processes that died
 
 # 300 s before the time is over SIGTERM arrives: the run saves a checkpoint and ends; the same script goes on from there.
 {srun} {torchrun}
@@ -117,6 +118,7 @@ def skypilot(words: Sequence[str], name: str, output: Path, nodes: Nodes, option
     run = f"""\
 export RENDEZVOUS="$(echo "$SKYPILOT_NODE_IPS" | head -n 1):29400"
 export RENDEZVOUS_ID="$SKYPILOT_TASK_ID"
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a new store for every attempt, without the addresses of processes that died
 {torchrun}
 """
     task = {
