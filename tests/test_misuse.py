@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 # A right use of each verb, but for what is misused; FILE and EMPTY are there, nothing else is.
 RIGHT = {
     "distill": "teacher EMPTY --out student",
+    "pipeline": "toy_self_forcing --out pipeline",
     "train": "experiment=analytic_finetune",
     "plan": "experiment=analytic_finetune",
     "sweep": "experiment=analytic_finetune optim.lr=1e-3,1e-4",

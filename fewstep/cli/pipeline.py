@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.app import app
-from fewstep.cli.options import UsageError, folder_to_read, folder_to_write, imports, one_of, option
+from fewstep.cli.options import UsageError, file_to_read, folder_to_read, folder_to_write, imports, one_of, option
 from fewstep.distill.chains import CHAINS, PipelineRequest
 
 
@@ -18,7 +18,9 @@ def pipeline(
     name: Annotated[str, typer.Argument(help=f"Which: {', '.join(CHAINS)}.", callback=one_of(*CHAINS))],
     out: Annotated[Path, option("--out", "Folder of the student; the rest is in OUT.work.", callback=folder_to_write)],
     teacher: Annotated[str | None, option("--teacher", "The teacher: a pipeline's folder. Not needed for toy_.")] = None,
-    prompts: Annotated[Path | None, option("--prompts", "File of prompts, one a line: of a pipeline that makes pairs.")] = None,
+    prompts: Annotated[
+        Path | None, option("--prompts", "File of prompts, one a line: of a pipeline that makes pairs.", callback=file_to_read)
+    ] = None,
     dataset: Annotated[
         Path | None,
         option("--dataset", "Clips in videos/, captions in metas/: of a pipeline without pairs.", callback=folder_to_read),
