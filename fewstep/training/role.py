@@ -80,7 +80,7 @@ class TrainedRole:
     def step(self, lr: float, norm: float, updates: int) -> None:
         """Clipping, one optimiser step, then the average; `updates` counts the steps of this role before this one."""
         if self.optim.clip is not None and norm > self.optim.clip:
-            nn.utils.clip_grads_with_norm_(self.weights.values(), self.optim.clip, torch.tensor(norm))
+            nn.utils.clip_grads_with_norm_(self.weights.values(), self.optim.clip, torch.as_tensor(norm))
         for group in self.optimizer.param_groups:
             group["lr"].fill_(lr)
         self.optimizer.step()
