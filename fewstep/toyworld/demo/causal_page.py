@@ -150,7 +150,7 @@ def long_charts(out: Path) -> list[Chart]:
     """Drift and likeness to the beginning, segment by segment, of the clips that were kept."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for name in STUDENTS:
-        files = sorted((out / "scores" / f"long_{name}").glob("*.mp4"))
+        files = sorted((out / "scores" / f"long_{name}").glob("[0-9][0-9].mp4"))  # not those of the prompts beside them
         if len(files) > 1:
             curves[name] = LongRun().curves(looks([video.read(file).frames for file in files]))
     titles = ("Drift by segments", "Likeness to the beginning by segments")
