@@ -12,7 +12,6 @@ import sys, torch
 from dataclasses import replace
 sys.path.insert(0, sys.argv[1])
 from test_causal import CAUSAL, COSMOS, WAN, METHOD, batch_of, networks, run
-from fewstep.batch import Condition
 from fewstep.diffusion import Rng
 from fewstep.methods import CausalConsistency, Grid
 from fewstep.methods.contract import Turn
@@ -30,7 +29,7 @@ causal = {spec: CausalSpec.over(spec, CAUSAL) for spec in (WAN, COSMOS)}
 cases = [(spec, METHOD, networks(spec, "full")) for spec in causal]
 cases += [(spec, consistency, Networks(causal[spec], student=Full())) for spec in causal]
 batch = batch_of()
-batch = replace(batch, negative=Condition(text=torch.zeros_like(batch.cond.text)))
+batch = replace(batch, negative=replace(batch.cond, text=torch.zeros_like(batch.cond.text)))
 for spec, method, nets in cases:
     found = []
     for where, mode in ((world, "fsdp"), (alone, "ddp")):
