@@ -83,6 +83,7 @@ WRONG = {  # a use of a verb that is wrong: what the answer names
     "evaluate model --out x.json --height 3": "--height and --width go together",
     "evaluate --compare a": "--compare needs two files or more",
     "demo --quick --long": "choose one of --quick and --long",
+    "demo --method sid": "--method sid: is none of rcm, scm, flow_map",
     "demo --out FILE": "FILE' is a file, where a folder is needed",
     "prepare nothing": "No such command 'nothing'",
     "prepare toyworld": "Missing option '--out'",

@@ -20,6 +20,8 @@ from fewstep.diffusion import Rng, StudentSampler
 from fewstep.inference.model import open_model
 from fewstep.networks.encoders.codecs import open_codec
 from fewstep.networks.encoders.text import open_text_encoder
+from fewstep.toyworld.demo import page
+from fewstep.toyworld.demo.stages import CALLS, run_of
 
 TOY, SHAPE = fewstep.TOY, (8, 5, 4, 4)
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -178,6 +180,46 @@ def test_the_page_opens_without_complaint_and_every_clip_is_there(made: Path) ->
         assert page.js("document.querySelectorAll('canvas.live').length") == 8 * 7 + 4 * 2
         before = page.js(FRAMES)
         page.wait(f"JSON.stringify({FRAMES}) !== '{json.dumps(before, separators=(',', ':'))}'")
+
+
+def test_the_page_has_further_methods_over_the_number_of_calls(made: Path, tmp_path: Path) -> None:
+    """With scores written by hand: what the next test makes by its commands."""
+    out = Path(shutil.copytree(made, tmp_path / "demo"))
+    record = json.loads((out / "scores" / "4step.json").read_text())
+    for method in ("rcm", "flow_map"):
+        shutil.copytree(out / "runs" / "4step" / "dmd2", run_of(out, method))
+    for number, name in enumerate(("kd", "dmd2", "rcm", "flow_map")):
+        for calls in CALLS:
+            record["scores"]["frechet"]["value"] = 10.0 + number + 8 / calls
+            (out / "scores" / f"{name}_{calls}calls.json").write_text(json.dumps(record))
+    page.main(out, "quick", str(TOY), ["rcm", "flow_map"])
+    summary, text = json.loads((out / "summary.json").read_text()), (out / "report.html").read_text()
+    assert summary["frechet_rcm_4calls"] == 14.0 and summary["train_s_rcm"] == summary["train_s_dmd2"] > 0
+    assert all(name in text for name in ("rCM, 4 calls", "flow map, 16 calls", "DMD2, 1 call", "KD, 8 calls"))
+    gates = {gate.name: gate for gate in page.gates_of_methods(summary, ["rcm", "flow_map"])}
+    assert [gate.is_met for gate in gates.values()] == [True, True, True, True, summary["frechet_teacher"] * 1.15 >= 14.0]
+    assert gates["rCM, 4 calls: distance, as a multiple of DMD2's"].value == 14 / 13
+    assert gates["flow map, 8 calls: distance, as a multiple of its own at 4"].value == 14 / 15
+
+
+@pytest.mark.slow
+def test_further_methods_join_a_finished_demo(made: Path, tmp_path: Path) -> None:
+    """Trained, scored at 1 to 16 calls beside KD and DMD2, and in the report; what was done before is not done again."""
+    shutil.copytree(made, tmp_path / "demo")
+    done = quick(tmp_path, "--method", "flow_map", "--method", "rcm")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("done earlier") == len(list((made / "stages").glob("*.json"))) - 1  # all but the report
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    for student in ("kd", "dmd2", "rcm", "flow_map"):
+        assert summary[f"train_s_{student}"] > 0
+        for calls in (1, 2, 4, 8, 16):
+            for score in ("frechet", "recall", "adherence"):
+                name = f"{score}_{student}_{calls}calls"
+                assert math.isfinite(summary[name]) and summary[f"{name}_n"] > 0
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert all(name in page for name in ("rCM, 4 calls", "flow map, 16 calls", "DMD2, 1 call", "KD, 8 calls"))
+    # DMD2 at its own number of calls is the student that the demo scored before, on the same noise.
+    assert summary["frechet_dmd2_4calls"] == pytest.approx(summary["frechet_4step"], rel=1e-3)
 
 
 @pytest.mark.slow

@@ -68,9 +68,13 @@ def _wait(is_so: object, seconds: float = 60) -> None:
 def test_what_is_printed_is_what_a_shell_would_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fewstep import TOY
     from fewstep.cli import main
+    from fewstep.cli.demo import METHODS
     from fewstep.distill.facts import facts_of
     from fewstep.distill.stages import shown
+    from fewstep.toyworld.demo.stages import METHODS as TITLES
     from fewstep.toyworld.demo.stages import beginning, request, students
+
+    assert tuple(TITLES) == METHODS
 
     monkeypatch.chdir(tmp_path)
     out, toy = Path("my demo"), str(TOY)
@@ -78,7 +82,7 @@ def test_what_is_printed_is_what_a_shell_would_run(tmp_path: Path, monkeypatch: 
         where = ["--out", str(out / name), "--num", "2", "--seed", "1", "--workers", "0", "--only", "videos,metas"]
         assert main(["prepare", "toyworld", *where]) == 0
     facts = facts_of(request(out, "quick", toy, "4step"))
-    for stage in [*beginning(out, "quick", "my demo/toy"), *students(out, "quick", facts)]:
+    for stage in [*beginning(out, "quick", "my demo/toy"), *students(out, "quick", facts, METHODS)]:
         for lane in stage.lanes:
             for command in lane:
                 told = shown(command)

@@ -10,7 +10,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from fewstep.inference.evaluate import speed
 from fewstep.inference.evaluation import Evaluation
 from fewstep.inference.model import changed, codec_of, open_model
 from fewstep.inference.request import SamplerOptions
-from fewstep.toyworld.demo.stages import FEW, GUIDANCE, STEPS, STUDENTS, TOY
+from fewstep.toyworld.demo.stages import CALLS, FEW, GUIDANCE, METHODS, STEPS, STUDENTS, TOY, run_of
 
+STUDENT_TITLES = {"kd": "KD", "dmd2": "DMD2", **METHODS}  # of those scored at several numbers of calls
 NUM_SHOWN = 8
 TEACHER = SamplerOptions(STEPS, "unipc", guidance=GUIDANCE)
 BOUNDS = {  # (ratio to the teacher's distance, share of the gap closed): set before the numbers were known
@@ -46,21 +48,25 @@ TITLES = {
 }
 
 
-def main(out: Path, size: str, toy: str) -> None:
+def main(out: Path, size: str, toy: str, methods: Sequence[str] = ()) -> None:
     records = {name: json.loads((out / "scores" / f"{name}.json").read_text()) for name in TITLES}
     torch.set_num_threads(1)
     rates = measured_speed(out, toy)
     show_teacher(out, toy)
-    summary = summarised(records, rates) | {"size": size, "seconds": seconds(out)}
+    curves = curves_over_calls(out, methods)
+    summary = summarised(records, rates) | of_curves(curves, out) | {"size": size, "seconds": seconds(out)}
     write_json(out / "summary.json", summary)
     report = Report(
         title="A many-step world model becomes a one-step and a four-step student",
         summary=_summary_text(summary),
         galleries=galleries(out),
-        gates=gates(summary, size),
-        models=[model_of(name, records[name], rates.get(name)) for name in TITLES],
+        gates=[*gates(summary, size), *gates_of_methods(summary, methods)],
+        models=[
+            *(model_of(name, records[name], rates.get(name)) for name in TITLES),
+            *(point_of(name, num, record, summary) for name, curve in curves.items() for num, record in curve.items()),
+        ],
         scores=[Score(**score) for score in records["real"]["legend"]],
-        charts=charts(out),
+        charts=charts(out, methods),
         stages=[Stage(s["name"], "\n".join(s["commands"]), s["seconds"]) for s in ran(out)],
         limits=LIMITS,
         environment={
@@ -145,6 +151,63 @@ def _student_gates(name: str, summary: dict[str, float], bounds: tuple[float, fl
         yield f"{who}: {key}, as a share of the teacher's", share, 0.85, "higher"
     points = 100 * (summary["adherence_teacher"] - summary[f"adherence_{name}"])
     yield f"{who}: adherence, points below the teacher's", points, 10.0, "lower"
+
+
+# ---- further methods, and scores over the number of calls ------------------------------------------------------------
+
+
+def curves_over_calls(out: Path, methods: Sequence[str]) -> dict[str, dict[int, Any]]:
+    """The records of each student at each number of calls; of KD and DMD2, too, if there are further methods."""
+    names = ("kd", "dmd2", *methods) if methods else ()
+    return {
+        name: {num: json.loads((out / "scores" / f"{name}_{num}calls.json").read_text()) for num in CALLS} for name in names
+    }
+
+
+def of_curves(curves: Mapping[str, Mapping[int, Any]], out: Path) -> dict[str, Any]:
+    """SCORE_STUDENT_NUMcalls with its spread and n, and train_s_STUDENT: seconds of its own training, on one thread."""
+    summary: dict[str, Any] = {}
+    for name, curve in curves.items():
+        summary[f"train_s_{name}"] = json.loads((run_of(out, name) / "summary.json").read_text())["wall_s"]
+        for num, record in curve.items():
+            for score, value in record["scores"].items():
+                key = f"{score}_{name}_{num}calls"
+                summary |= {key: value["value"], f"{key}_spread": value["spread"], f"{key}_n": value["num"]}
+    return summary
+
+
+def point_of(name: str, num: int, record: Mapping[str, Any], summary: Mapping[str, Any]) -> Model:
+    title = STUDENT_TITLES[name]
+    model = model_of("4step", {**record, "num_calls": num}, None)
+    return replace(
+        model,
+        name=f"{title}, {num} {'call' if num == 1 else 'calls'}",
+        line=title,
+        note=f"its own training took {summary[f'train_s_{name}']:.0f} s on one thread",
+        is_featured=num == 4,
+    )
+
+
+def gates_of_methods(summary: Mapping[str, Any], methods: Sequence[str]) -> Iterable[Gate]:
+    """The bounds of the further methods: set before the numbers were known."""
+
+    def ratio(one: str, other: str) -> tuple[float, float]:
+        both = [{"value": summary[f"frechet_{who}"], "spread": summary[f"frechet_{who}_spread"]} for who in (one, other)]
+        value = both[0]["value"] / both[1]["value"]
+        return value, value * math.hypot(*map(_rel, both))
+
+    if "rcm" in methods:
+        value, spread = ratio("rcm_4calls", "dmd2_4calls")
+        yield Gate("rCM, 4 calls: distance, as a multiple of DMD2's", value, 1.1, "lower", spread)
+        spread = math.hypot(*(summary[f"recall_{name}_4calls_spread"] for name in ("rcm", "dmd2")))
+        gained = summary["recall_rcm_4calls"] - summary["recall_dmd2_4calls"]
+        yield Gate("rCM, 4 calls: recall beyond DMD2's", gained, 0.0, "higher", spread)
+    if "flow_map" in methods:
+        for more, fewer in ((8, 4), (4, 2)):
+            value, spread = ratio(f"flow_map_{more}calls", f"flow_map_{fewer}calls")
+            yield Gate(f"flow map, {more} calls: distance, as a multiple of its own at {fewer}", value, 1.0, "lower", spread)
+        value, spread = ratio("flow_map_8calls", "teacher")
+        yield Gate("flow map, 8 calls: distance, as a multiple of the teacher's", value, 1.15, "lower", spread)
 
 
 # ---- page ------------------------------------------------------------------------------------------------------------
@@ -236,9 +299,10 @@ def _read(path: Path) -> np.ndarray:
     return video.read(path).frames
 
 
-def charts(out: Path) -> list[Chart]:
-    runs = [(name, training) for training in ("kd", "dmd2") for name in STUDENTS]
-    return [chart for name, training in runs for chart in curves_of(out / "runs" / name / training, f"{name} {training}")]
+def charts(out: Path, methods: Sequence[str]) -> list[Chart]:
+    runs = {f"{name} {training}": out / "runs" / name / training for training in ("kd", "dmd2") for name in STUDENTS}
+    runs |= {METHODS[name]: run_of(out, name) for name in methods}
+    return [chart for name, run in runs.items() for chart in curves_of(run, name)]
 
 
 def ran(out: Path) -> list[dict[str, Any]]:
@@ -276,5 +340,6 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", default="default")
     parser.add_argument("--toy", default=str(TOY))
+    parser.add_argument("--methods", default="", help="further methods, separated by commas")
     given = parser.parse_args()
-    main(given.out, given.size, given.toy)
+    main(given.out, given.size, given.toy, [name for name in given.methods.split(",") if name])

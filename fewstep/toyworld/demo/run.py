@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from fewstep.distill import gate
@@ -11,15 +12,25 @@ from fewstep.distill.stages import run
 from fewstep.errors import UserError
 from fewstep.files import lock, read_json, write_json
 from fewstep.toyworld.demo import causal as chains
-from fewstep.toyworld.demo.stages import FEW, IMPORTS, Size, stages
+from fewstep.toyworld.demo.stages import FEW, IMPORTS, METHODS, Size, stages
 
 
-def demo(out: Path = Path("demo"), size: Size = "default", from_scratch: bool = False, causal: bool = False) -> Path:
-    """Runs what has not run yet and returns the path of the report. Raises ValueError if a command fails."""
+def demo(
+    out: Path = Path("demo"),
+    size: Size = "default",
+    from_scratch: bool = False,
+    causal: bool = False,
+    methods: Sequence[str] = (),
+) -> Path:
+    """Runs what has not run yet and returns the path of the report. Raises ValueError if a command fails.
+
+    methods: further ones of METHODS. A finished demo goes on with them; its other stages are not run again.
+    """
+    methods = [name for name in METHODS if name in methods]  # in one order, each once
     began = time.monotonic()
     with lock(out / ".lock"):
         _claim(out, size, from_scratch, causal)
-        for order, stage in enumerate(chains.stages(out, size) if causal else stages(out, size, from_scratch)):
+        for order, stage in enumerate(chains.stages(out, size) if causal else stages(out, size, from_scratch, methods)):
             run(stage, out, order, again="fewstep demo", preload=IMPORTS, num_threads=1)
     for name, few in () if causal else FEW.items():
         for verdict in gate.verdicts(out / "scores" / f"{name}.json", out / "scores" / f"{few}.json"):

@@ -3,7 +3,8 @@
     world  ->  text  ->  latents  ->  teacher's pairs  ->  KD  ->  DMD2  ->  export  ->  plain diffusers  ->  scores  ->  report
 
 From text to export they are the stages of `fewstep distill` for a student of four steps and one of one step (distill/road.py),
-side by side, with pairs that both share.
+side by side, with pairs that both share. With --method, before the report: the training of each further method, and the scores
+of its student, of KD's and of DMD2's four-step student at 1, 2, 4, 8 and 16 calls.
 
 Each command has one thread: on two cores two lanes are faster than one command on two threads. The lanes are cut to end
 together.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -30,6 +31,10 @@ TOY = Path(os.path.relpath(fewstep.TOY))  # short in the commands one reads
 Size = Literal["quick", "default", "long"]
 IMPORTS = "fewstep.toyworld.demo.imports"
 SERIES = {"world": 7_400_000, "heldout": 7_400_001, "real": 7_400_002, "train": 11}  # no clip is in two of them
+
+
+METHODS = {"rcm": "rCM", "scm": "sCM", "flow_map": "flow map"}  # of --method, with their titles; their recipes are toy_NAME
+CALLS = (1, 2, 4, 8, 16)  # at which their students are scored, and those of KD and DMD2
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Plan:
     sets: int
     kd: tuple[Learning, Learning]  # of four steps and of one
     dmd2: tuple[Learning, Learning]  # the same; one step is asked less often: as many iterations as take the same time
+    methods: Mapping[str, Learning]  # of --method
     num_train: int = 24_000  # clips of --from-scratch; its iterations are the recipes' own, or as many as this
     scratch_iters: int | None = None
 
@@ -61,6 +67,7 @@ PLANS: dict[Size, Plan] = {
         *(256, 128, 512, 128, 1),
         kd=(Learning(60, 16), Learning(60, 16)),
         dmd2=(Learning(60, 16), Learning(60, 16)),
+        methods=dict.fromkeys(METHODS, Learning(20, 16)),
         num_train=256,
         scratch_iters=40,
     ),
@@ -68,11 +75,13 @@ PLANS: dict[Size, Plan] = {
         *(1024, 1024, 2048, 512, 3),
         kd=(Learning(250), Learning(250)),
         dmd2=(Learning(290), Learning(670, 16, ("method.guidance=3", "optim.lr=3e-4", "critic_optim.lr=6e-4"))),
+        methods={"rcm": Learning(200), "scm": Learning(200), "flow_map": Learning(700)},
     ),
     "long": Plan(
         *(3072, 3072, 2048, 512, 3),
         kd=(Learning(800), Learning(800)),
         dmd2=(Learning(1700), Learning(2300)),
+        methods={"rcm": Learning(1200), "scm": Learning(1200), "flow_map": Learning(4000)},
     ),
 }
 STEPS = 35  # of the teacher's solver
@@ -85,11 +94,11 @@ KD = (*COMMON, "optim.warmup_iters=20")
 DMD2 = (*COMMON, "optim.warmup_iters=10", "method.student_update_freq=2", "method.times.shift=1")
 
 
-def stages(out: Path, size: Size, from_scratch: bool) -> Iterator[Stage]:
+def stages(out: Path, size: Size, from_scratch: bool, methods: Sequence[str] = ()) -> Iterator[Stage]:
     """All stages. The world is rendered when the first of `students` is asked for: their commands follow from it."""
     toy = str(out / "toy" if from_scratch else TOY)
     yield from beginning(out, size, toy if from_scratch else None)
-    yield from students(out, size, facts_of(request(out, size, toy, "4step")))
+    yield from students(out, size, facts_of(request(out, size, toy, "4step")), methods)
 
 
 def request(out: Path, size: Size, toy: str, student: str) -> DistillRequest:
@@ -136,7 +145,7 @@ def beginning(out: Path, size: Size, toy: str | None) -> list[Stage]:
     ]
 
 
-def students(out: Path, size: Size, facts: Facts) -> list[Stage]:
+def students(out: Path, size: Size, facts: Facts, methods: Sequence[str] = ()) -> list[Stage]:
     """The stages of `fewstep distill` for both students, side by side, and what the demo adds: more scores, samples, its page.
 
     facts: of the request for the student of four steps.
@@ -158,6 +167,20 @@ def students(out: Path, size: Size, facts: Facts) -> list[Stage]:
         alone = os.path.relpath(Path(__file__).with_name("plain_diffusers.py"))
         return (sys.executable, alone, str(out / "students" / name), str(held / "metas"), str(out / "samples" / name))
 
+    def method(name: str) -> list[Stage]:
+        at = curve(name)
+        scored = Stage(f"curve_{name}", f"the {METHODS[name]} student at {CALLS} calls", (at[:2], at[2:]))
+        return [Stage.of(name, f"{METHODS[name]}: a further student", trained(out, name, plan.methods[name], toy)), scored]
+
+    def curve(name: str) -> tuple[Command, ...]:
+        run = run_of(out, name)
+        return tuple(score(f"{name}_{num}calls", str(run), "--codec", toy, "--calls", str(num)) for num in CALLS)
+
+    further = [stage for name in methods for stage in method(name)]
+    if methods:
+        further.insert(
+            0, Stage("curves", f"the four-step students of KD and DMD2 at {CALLS} calls", (curve("kd"), curve("dmd2")))
+        )
     exports = [(*stage.lanes[0], sample(name)) for name, stage in (("4step", four["export"]), ("1step", one["export"]))]
     text, latents, pairs = four["text"], four["latents"], four["pairs"]
     return [
@@ -179,15 +202,32 @@ def students(out: Path, size: Size, facts: Facts) -> list[Stage]:
                 ),
             ),
         ),
+        *further,
         Stage.of(
-            "report",
+            "_".join(("report", *methods)),
             "one page to look at",
             (
                 *(sys.executable, "-m", "fewstep.toyworld.demo.page", str(out), "--size", size),
                 *(("--toy", toy) if toy != str(TOY) else ()),
+                *(("--methods", ",".join(methods)) if methods else ()),
             ),
         ),
     ]
+
+
+def run_of(out: Path, student: str) -> Path:
+    """The run of a student that is scored at several numbers of calls."""
+    return out / "runs" / "4step" / student if student in ("kd", "dmd2") else out / "runs" / "methods" / student
+
+
+def trained(out: Path, method: str, much: Learning, toy: str) -> Command:
+    """The training of a further method; all but the flow map begin with KD's student."""
+    start = () if method == "flow_map" else (f"networks.student.init={run_of(out, 'kd')}",)
+    run = (*start, "job.project=runs", "job.group=methods", f"job.name={method}", "job.after=[]")
+    sizes = (f"trainer.max_iter={much.iters}", f"trainer.batch_size={much.batch_size}")
+    other = (f"networks.teacher.pretrained={toy}",) if toy != str(TOY) else ()
+    other += (f"networks.student.network.pretrained={toy}",) if toy != str(TOY) else ()
+    return (f"OUTPUT_ROOT={out}", "fewstep", "train", f"experiment=toy_{method}", *run, *much.more, *sizes, *other)
 
 
 def shared(pairs: Command, rank: int) -> Command:
