@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fewstep"
 PICTURE = ROOT / "docs" / "pictures" / "rooms.svg"
 # Each room may import these.
-GROUND = ("errors", "environment", "files", "progress", "registry", "solvers")
+GROUND = ("errors", "environment", "files", "untrusted", "progress", "registry", "solvers")
 # Entry points: they only call `cli`.
 LEFT_OUT = ("__init__", "__main__", "train")
 

@@ -50,3 +50,9 @@ def unfiltered(stream: Any) -> Any:  # Any: as above
 def printable(text: str) -> str:
     """The text without characters that command a terminal: a name of a file may hold some."""
     return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
+
+
+def show(value: object) -> str:
+    """A value as it is quoted in a message: short enough for one line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"

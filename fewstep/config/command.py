@@ -140,8 +140,8 @@ def originals(command: Command) -> tuple[str, ...]:
 
 def _text(file: str) -> str:
     try:
-        return Path(file).read_text()
-    except (OSError, UnicodeDecodeError):
+        return read_text(Path(file))
+    except ConfigError:
         return ""
 
 

@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from fewstep.config.problems import show
 from fewstep.config.types import split, type_text
-from fewstep.errors import UserError
+from fewstep.errors import UserError, show
 
 # pydantic sees values that have their type already; it checks the constraints, and that floats are finite unless the
 # field says Annotated[float, AllowInfNan()].

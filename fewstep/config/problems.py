@@ -49,12 +49,6 @@ def join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
-def show(value: object) -> str:
-    """A value as it is quoted in a message: short enough for one line."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
-
-
 def hint(name: str, names: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest existing name, and the first twelve of them."""
     existing = sorted(names)

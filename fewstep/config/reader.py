@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar, cast
 
 from fewstep import registry
 from fewstep.config.leaf import obey_rules, read_leaf
-from fewstep.config.problems import ConfigError, Problem, hint, join, nearest_keys, show
+from fewstep.config.problems import ConfigError, Problem, hint, join, nearest_keys
 from fewstep.config.text import Text, read_yaml
 from fewstep.config.types import (
     Choice,
@@ -27,6 +27,7 @@ from fewstep.config.types import (
     split,
     type_text,
 )
+from fewstep.errors import show
 
 T = TypeVar("T")
 Layers = list[Any]  # Any: what users write has no type before it is read

@@ -15,13 +15,20 @@ from typing import Any, cast
 
 import yaml
 
-from fewstep.config.problems import ConfigError, show
-from fewstep.errors import UserError
+from fewstep import files
+from fewstep.config.problems import ConfigError
+from fewstep.errors import UserError, show
 
 _MERGE, _STR, _MAP, _SEQ = (f"tag:yaml.org,2002:{name}" for name in ("merge", "str", "map", "seq"))
 _PLAIN = re.compile(
     r"(?!(?:none|null|true|false|yes|no|on|off|y|n|inf|nan|infinity)$)[A-Za-z_/][\w./@-]*", re.ASCII | re.IGNORECASE
 )
+
+
+# PyYAML reads some 100 kB a second; a configuration has a few.
+_MAX_BYTES = 2**18
+_MAX_NODES = 100_000  # once aliases are written out
+_MAX_DEPTH = 50
 
 
 class Text(str):
@@ -33,7 +40,12 @@ class Text(str):
 def read_yaml(text: str) -> Any:
     """Mappings, lists, None, str (quoted) and Text (unquoted); ValueError with the line for what is not YAML."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is not None:
+            _measure(node, {}, 0)
+        document: Any = None if node is None else loader.construct_document(node)
+        return document
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f" at line {error.problem_mark.line + 1}"
         raise UserError(f"not YAML{line}: {error.problem or error.context}") from error
@@ -41,6 +53,22 @@ def read_yaml(text: str) -> Any:
         raise UserError(f"not YAML: {error}") from error
     except RecursionError as error:
         raise UserError("not YAML for this tool: nested too deep") from error
+
+
+def _measure(node: yaml.Node, measures: dict[int, tuple[int, int]], depth: int) -> tuple[int, int]:
+    """The number and the depth of the nodes of `node`, each alias counted as what it stands for; refuses too many."""
+    if id(node) not in measures:
+        measures[id(node)] = _MAX_NODES, 0  # until it is known: an alias inside of what it stands for has no end
+        pairs: list[Any] = node.value if isinstance(node, yaml.CollectionNode) else []
+        inner: list[Any] = [child for pair in pairs for child in (pair if isinstance(pair, tuple) else (pair,))]
+        below = [_measure(child, measures, depth + 1) for child in inner]
+        measures[id(node)] = 1 + sum(size for size, _ in below), 1 + max((height for _, height in below), default=0)
+    size, height = measures[id(node)]
+    if size > _MAX_NODES:
+        raise yaml.YAMLError("its aliases stand for too much")
+    if depth + height > _MAX_DEPTH:
+        raise yaml.YAMLError("nested too deep")
+    return size, height
 
 
 def read_yaml_mapping(text: str, where: str) -> Mapping[str, Any]:
@@ -57,13 +85,14 @@ def read_yaml_mapping(text: str, where: str) -> Mapping[str, Any]:
 def read_text(path: Path) -> str:
     """The text of a file; ConfigError that names it and what lies nearest."""
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        return files.read_text(path, _MAX_BYTES)
+    except UserError as error:
+        raise ConfigError([("", str(error))]) from error
+    except OSError as error:
         beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         near = get_close_matches(path.name, set(beside) - {path.name}, n=1)
         advice = f"; did you mean {path.parent / near[0]}?" if near else f" (looked in {path.parent.resolve()})"
-        raise ConfigError([(str(path), f"cannot be read: {reason}{advice}")]) from error
+        raise ConfigError([(str(path), f"cannot be read: {error.strerror}{advice}")]) from error
 
 
 def write_yaml(data: Any) -> str:
@@ -91,6 +120,8 @@ class _Dumper(yaml.SafeDumper):
 
 def _read_scalar(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str | None:
     value = loader.construct_scalar(node)
+    if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value):
+        raise yaml.MarkedYAMLError(problem="holds a character that is no text", problem_mark=node.start_mark)
     if node.style is not None:
         return value
     return Text(value) if value not in ("", "~") else None

@@ -14,15 +14,15 @@ the tars.
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from fewstep.config import kind
@@ -32,9 +32,10 @@ from fewstep.data.folder.layout import Layout
 from fewstep.data.folder.parts import Embedding
 from fewstep.data.folder.samples import Sample, parts_of, size_problems, spans_of
 from fewstep.errors import UserError
-from fewstep.files import plain_name, some, write_bytes
+from fewstep.files import MAX_JSON_BYTES, parse_json, plain_name, some, write_bytes
 
 INDEX, FORMAT = "index.json", 1
+T = TypeVar("T")
 _AGAIN = "Write it again: fewstep prepare shards"
 
 
@@ -58,6 +59,42 @@ class Index:
     samples: Mapping[str, Mapping[str, Member]]  # by stem, then by part
 
 
+_Whole = Annotated[int, Ge(0), Le(2**53)]
+
+
+@dataclass(frozen=True)
+class _Index:
+    """index.json."""
+
+    format: int
+    num: _Whole
+    shards: list[str]
+    parts: tuple[str, ...]
+    whole: bool = True
+
+
+@dataclass(frozen=True)
+class _Member:
+    offset: _Whole
+    size: _Whole
+    crc: _Whole
+    suffix: str
+    header: tuple[Annotated[int, Ge(1), Le(video.MAX_FRAMES)], float, _Whole, _Whole] | None = None
+
+
+@dataclass(frozen=True)
+class _Row:
+    stem: str
+    members: dict[str, _Member]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """000000.json."""
+
+    samples: list[_Row]
+
+
 @kind("shards", group="data")
 @dataclass(frozen=True)
 class Shards(Folder):
@@ -75,6 +112,7 @@ class ShardsData(FolderData):
 
     def __init__(self, spec: Shards):
         self._fs, self._root = filesystem(spec.dataset_dir)
+        self._sizes: dict[str, int] = {}  # of tars
         self._index = read_index(spec.dataset_dir)
         self._cache = Path(spec.cache_dir).absolute() / hash_of(spec.dataset_dir) if spec.cache_dir else None
         super().__init__(spec, Layout(Path(spec.dataset_dir)), _samples(spec, self._index))
@@ -125,7 +163,12 @@ class ShardsData(FolderData):
         member = self._index.samples[stem][part]
         path = f"{self._root}/{member.shard}.tar"
         try:
-            found = self._fs.cat_file(path, start=member.offset, end=member.offset + member.size)
+            if path not in self._sizes:
+                if not self._fs.isfile(path):
+                    raise FileNotFoundError
+                self._sizes[path] = self._fs.size(path)  # what is asked for beyond it would be made room for
+            end = min(member.offset + member.size, self._sizes[path])
+            found = self._fs.cat_file(path, start=member.offset, end=end) if end > member.offset else b""
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such file, but the index has it. {_AGAIN}") from None
         if len(found) != member.size or zlib.crc32(found) != member.crc:
@@ -149,33 +192,27 @@ def filesystem(url: str) -> tuple[Any, str]:  # Any: fsspec carries no types
 def read_index(url: str) -> Index:
     """The index of a set of shards; refuses a damaged one, and names with a path in them."""
     fs, root = filesystem(url)
-    index = _read_json(fs, f"{root}/{INDEX}", f"Write it: fewstep prepare shards DIR --out {url}")
-    if isinstance(index, dict) and index.get("whole") is False:
+    index = read_json(fs, f"{root}/{INDEX}", f"Write it: fewstep prepare shards DIR --out {url}", _Index)
+    if index.format != FORMAT:
+        raise UserError(f"{root}/{INDEX}: has the format {index.format}, where {FORMAT} is read. {_AGAIN}")
+    if not index.whole:
         raise UserError(f"{root}: is not whole, its writing was interrupted. Run fewstep prepare shards again")
-    try:
-        if index["format"] != FORMAT:
-            raise UserError(f"format {index['format']!r}, where {FORMAT} is read")
-        names, parts = [str(name) for name in index["shards"]], tuple(str(part) for part in index["parts"])
-        samples: dict[str, dict[str, Member]] = {}
-        for name in names:
-            for row in _read_json(fs, f"{root}/{plain_name(name)}.json", _AGAIN)["samples"]:
-                members = {plain_name(part): member_of(name, value) for part, value in row["members"].items()}
-                if samples.setdefault(plain_name(row["stem"]), members) is not members:
-                    raise UserError(f"two samples called {row['stem']}")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{root}/{INDEX}: damaged ({str(error)[:200]}). {_AGAIN}") from None
-    if len(samples) != index["num"]:
-        raise UserError(f"{root}/{INDEX}: says {index['num']} samples, its shards hold {len(samples)}. {_AGAIN}")
-    return Index(parts, samples)
+    samples: dict[str, dict[str, Member]] = {}
+    for name in index.shards:
+        path = f"{root}/{plain_name(name, f'{root}/{INDEX}: shard')}.json"
+        for row in read_json(fs, path, _AGAIN, _Shard).samples:
+            members = {plain_name(part, f"{path}: part"): _member_of(name, one) for part, one in row.members.items()}
+            if samples.setdefault(plain_name(row.stem, f"{path}: stem"), members) is not members:
+                raise UserError(f"{path}: damaged, two samples called {row.stem}. {_AGAIN}")
+    if len(samples) != index.num:
+        raise UserError(f"{root}/{INDEX}: says {index.num} samples, its shards hold {len(samples)}. {_AGAIN}")
+    return Index(index.parts, samples)
 
 
-def member_of(shard: str, value: Mapping[str, Any]) -> Member:
-    numbers = {name: int(value[name]) for name in ("offset", "size", "crc")}
-    if min(numbers.values()) < 0 or not str(value["suffix"]).startswith(".") or "/" in value["suffix"]:
-        raise UserError(f"a member with {numbers} and suffix {value['suffix']!r}")
-    header = value.get("header")
-    found = None if header is None else video.Header(int(header[0]), float(header[1]), int(header[2]), int(header[3]))
-    return Member(shard, **numbers, suffix=str(value["suffix"]), header=found)
+def _member_of(shard: str, one: _Member) -> Member:
+    plain_name(f"stem{one.suffix}", f"shard {shard}: damaged, a name with its suffix")
+    header = None if one.header is None else video.Header(*one.header)
+    return Member(shard, one.offset, one.size, one.crc, one.suffix, header)
 
 
 def hash_of(text: str) -> str:
@@ -211,10 +248,11 @@ def _samples(spec: Shards, index: Index) -> tuple[Sample, ...]:
     return tuple(Sample(stem, parts, span, headers[stem]) for stem, parts in files.items() for span in spans.get(stem, ()))
 
 
-def _read_json(fs: Any, path: str, remedy: str) -> Any:  # what the file holds
+def read_json(fs: Any, path: str, remedy: str, kind: type[T]) -> T:  # fs: of fsspec, which carries no types
+    """As `files.read_json`, from any store. Raises FileNotFoundError where there is no such file."""
     try:
-        return json.loads(fs.cat_file(path))
+        if not fs.isfile(path):  # a pipe would be read for ever
+            raise FileNotFoundError
+        return parse_json(fs.cat_file(path, end=MAX_JSON_BYTES), f"{path}: damaged", remedy, kind)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file. {remedy}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}). {remedy}") from None

@@ -25,7 +25,9 @@ from fewstep.errors import UserError
 from fewstep.evaluation.bootstrap import half_sampled, resampled
 from fewstep.evaluation.mmd import SubsetMMD
 from fewstep.evaluation.neighbours import SubsetNeighbours
-from fewstep.files import read_json, write_json
+from fewstep.evaluation.score_files import read_scores
+from fewstep.files import fault_of, write_json
+from fewstep.untrusted.safe_tensors import read_safetensors
 
 How = Literal["clip by clip", "same halves", "independent"]
 Verdict = Literal["better", "worse", "no difference", "not measured"]
@@ -57,15 +59,13 @@ class _Scores:
 
     @classmethod
     def read(cls, path: Path) -> _Scores:
-        record = read_json(path, "Evaluate the model again")
-        if "protocol" not in record or "scores" not in record:
+        record = read_scores(path)
+        if record.get("protocol") is None:
             raise UserError(f"{path}: is no file of scores with a protocol. Evaluate the model again")
         features = path.with_suffix("") / "features.safetensors"
         if not features.is_file():
             return cls(path, record, {})
-        from safetensors.torch import load_file
-
-        return cls(path, record, load_file(features))
+        return cls(path, record, read_safetensors(features, "Evaluate the model again")[0])
 
     def per_clip(self, name: str) -> Tensor | None:
         columns = [part["per_clip"].get(name) for part in self.record["sets"]]
@@ -81,7 +81,9 @@ def compare(files: Sequence[Path]) -> list[Difference]:
     if problems:
         raise UserError(f"scores of unlike protocols do not compare with {parts[0].path}:\n" + "\n".join(problems))
     legend = {row["name"]: row for row in parts[0].record["legend"]}
-    return [_difference(row, parts[0], other) for other in parts[1:] for row in legend.values() if _both(row, parts[0], other)]
+    rows = [(row, other) for other in parts[1:] for row in legend.values() if _both(row, parts[0], other)]
+    with fault_of(f"{parts[0].path} and what it is compared with", "Evaluate the models again"):
+        return [_difference(row, parts[0], other) for row, other in rows]
 
 
 def unlike(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -33,6 +33,7 @@ from fewstep.evaluation.features.contract import device, evenly, hash_of
 from fewstep.evaluation.fidelity import of_anchor, split_anchors
 from fewstep.evaluation.measured import Divisible, Measured
 from fewstep.evaluation.score import Clip, ClipSet, Need, Record, Score, mean_over_clips
+from fewstep.files import fault_of
 
 OTHERS = "the prompts of other clips"
 _BATCH = 8  # clips that a judge receives together
@@ -88,8 +89,11 @@ def _opened(folder: Path) -> tuple[Any, Any, str]:
 
     if not (folder / "config.json").is_file():
         raise UserError(f"judge.folder: {folder} holds no CLIP. Give the folder that CLIPModel and CLIPProcessor were saved in")
-    model: Any = CLIPModel.from_pretrained(folder, local_files_only=True)
-    return model.eval().to(device()), CLIPProcessor.from_pretrained(folder, local_files_only=True), hash_of(model.state_dict())
+    with fault_of(folder):
+        own: dict[str, Any] = {"local_files_only": True}
+        model: Any = CLIPModel.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, **own)
+        processor = CLIPProcessor.from_pretrained(folder, trust_remote_code=False, **own)
+    return model.eval().to(device()), processor, hash_of(model.state_dict())
 
 
 @kind("adherence", group="scorer")

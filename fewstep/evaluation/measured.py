@@ -19,7 +19,8 @@ import torch
 from fewstep.errors import UserError
 from fewstep.evaluation.feature_set import FeatureSet
 from fewstep.evaluation.score import ClipSet, Record, Scorer
-from fewstep.files import write_tensors
+from fewstep.files import parse_json, write_tensors
+from fewstep.untrusted.safe_tensors import read_safetensors
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,14 @@ class Part:
     @classmethod
     def read(cls, path: Path) -> Part | None:
         """None where there is no file, or a damaged one, whose clips are to be measured again."""
-        from safetensors import SafetensorError, safe_open
-
         states: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
         try:
-            with safe_open(path, "pt") as file:
-                about = json.loads(file.metadata()["about"])
-                for name in file.keys():  # noqa: SIM118  # no mapping
-                    if name.count("/") == 2:
-                        scorer, network, key = name.split("/")
-                        states.setdefault(scorer, {}).setdefault(network, {})[key] = file.get_tensor(name)
+            tensors, metadata = read_safetensors(path, "")
+            about = parse_json(metadata.get("about", ""), str(path), "")
+            for name, tensor in tensors.items():
+                if name.count("/") == 2:
+                    scorer, network, key = name.split("/")
+                    states.setdefault(scorer, {}).setdefault(network, {})[key] = tensor
             by_scorer = {
                 scorer: Measured(
                     {network: FeatureSet.of_state(state) for network, state in states.get(scorer, {}).items()},
@@ -93,7 +92,7 @@ class Part:
                 for scorer, rows in about["per_clip"].items()
             }
             return cls(frozenset(about["numbers"]), frozenset(map(tuple, about["shapes"])), by_scorer)
-        except (SafetensorError, FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
             return None
 
 

@@ -6,13 +6,12 @@ are data are copied, under classes of diffusers and transformers; links are not 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fewstep.errors import UserError
-from fewstep.files import copy_file, make_folder, read_json, write_json
+from fewstep.files import MAX_JSON_BYTES, copy_file, make_folder, parse_json, read_bytes, read_json, write_json
 from fewstep.networks.encoders.codecs import form_of, read_statistics
 from fewstep.networks.encoders.text import MODELS as TEXT_MODELS
 from fewstep.networks.files import hub
@@ -67,8 +66,6 @@ class Base:
 def _copy_pipeline(base: Path, out: Path, index: dict[str, Any]) -> str:
     """Copies the parts of a pipeline that are not in `out`, and returns its class."""
     entries = read_json(base / "model_index.json", ADVICE)
-    if not isinstance(entries, dict):
-        raise UserError(f"{base / 'model_index.json'}: expected a mapping. {ADVICE}")
     for name, entry in entries.items():
         if not name.startswith("_") and name.isidentifier() and isinstance(entry, bool | int | float):
             index[name] = entry  # a setting of the pipeline
@@ -182,9 +179,6 @@ def _target_of(base: Path, file: Path) -> Path:
 
 
 def _refuse_own_code(source: Path, file: Path) -> None:
-    try:
-        config = json.loads(source.read_text())
-    except ValueError:
-        raise UserError(f"--base {file}: damaged, no JSON. {ADVICE}") from None
-    if isinstance(config, dict) and ("auto_map" in config or "custom_pipelines" in config):
+    config = parse_json(read_bytes(source, MAX_JSON_BYTES), f"--base {file}", ADVICE)
+    if "auto_map" in config or "custom_pipelines" in config:
         raise UserError(f"--base {file}: asks for code of its own (auto_map), which is not exported. Remove that entry")

@@ -9,7 +9,6 @@ folder is that loop; it imports torch and diffusers only.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -140,7 +139,7 @@ def schedule(sampler: StudentSampler, network: Network) -> list[dict[str, float]
 def _standalone(out: Path) -> Path | None:
     """The source of the folder's text encoder, if neither diffusers nor transformers has its class."""
     config = out / "text_encoder" / "config.json"
-    model_type = json.loads(config.read_text()).get("model_type") if config.is_file() else None
+    model_type = read_json(config, ADVICE).get("model_type") if config.is_file() else None
     encoder = registry.find("text_encoder", str(model_type))
     return None if encoder is None else encoder.standalone
 

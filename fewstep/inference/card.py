@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fewstep.config import ConfigError, dump, parse
-from fewstep.config.problems import show
 from fewstep.diffusion import Sampler, StudentSampler, TeacherSampler
 from fewstep.diffusion.by_chunk import ByChunk
 from fewstep.diffusion.path import AnyPath
@@ -102,8 +101,6 @@ class StudentCard:
         """The card in `folder`. Raises UserError, which ends with `advice`, if it is missing, damaged or incomplete."""
         path = folder / FILE
         data = read_json(path, advice)
-        if not isinstance(data, dict):
-            raise UserError(f"{path}: expected a mapping, got {show(data)}. {advice}")
         pipeline = {name: data.pop(name) for name in OF_THE_PIPELINE if name in data}
         network = data.pop("network", None)
         data.pop("num_inference_steps", None)

@@ -22,6 +22,7 @@ from fewstep.data.files import video
 from fewstep.data.folder import layout
 from fewstep.data.folder.dataset import Folder, FolderData
 from fewstep.data.folder.layout import CAPTIONS, VIDEOS, Layout
+from fewstep.data.folder.samples import read_caption
 from fewstep.diffusion import Rng
 from fewstep.diffusion.sampling import Sampler
 from fewstep.errors import UserError
@@ -197,7 +198,7 @@ def sets_of(task: Evaluation, needs_captions: bool) -> Iterator[ClipSet]:
     stems = list(files)
     for k in range(min(task.sets, len(files) // task.per_set)):
         part = stems[k * task.per_set : (k + 1) * task.per_set]
-        prompts = [captions[stem].read_text().strip() if stem in captions else "" for stem in part]
+        prompts = [read_caption(captions[stem]) if stem in captions else "" for stem in part]
         controls = {} if theirs is None else _signals(part, theirs, own if theirs != own else None, task.controls)
         clips = Files([files[stem] for stem in part], task.num_frames)
         fps = round(video.probe(files[part[0]]).fps, 3) or None

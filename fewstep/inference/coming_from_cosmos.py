@@ -10,7 +10,6 @@ a teacher without it takes the default of the original command (`Traits.guidance
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.config import ConfigError
+from fewstep.errors import UserError
+from fewstep.files import read_json, read_text
 
 Print = Callable[[str], None]
 ALIASES = {  # theirs, and those of diffusers and FastGen: ours. An underscore for a dash is understood everywhere
@@ -31,7 +32,10 @@ ALIASES = {  # theirs, and those of diffusers and FastGen: ours. An underscore f
     "tokenizer_dir": "codec", "save_input_noise": "save-noise",
 }  # fmt: skip
 ALWAYS = ("offload_text_encoder_model", "offload_prompt_upsampler")  # prompts are read first, and what reads them is released
-OF_THE_USER = ("config", "out", "output-file", "o")  # what runs code, and where files go: not taken from a file of a clip
+OF_THE_USER = (  # what runs code, where files go, what judges: not taken from a file of a clip
+    *("config", "out", "output-file", "o", "guardrail", "disable-guardrail", "upsampler", "prompt-upsampler-dir"),
+    *("spec", "i", "controlnet-specs"),
+)
 WITHOUT_EFFECT = {"benchmark": "every clip's seconds are in its .json"}
 COSMOS_ONLY = {
     "checkpoint_dir", "diffusion_transformer_dir", "tokenizer_dir", "input_image_or_video_path", "video_save_name",
@@ -174,14 +178,12 @@ def check_prompt(cosmos: Sequence[str], has_upsampler: bool, tell: Print) -> Non
 def read_specs(path: Path, option: str, tell: Print) -> tuple[list[str], dict[str, Control]]:
     """The options that the file stands for, each as --name=value, and its controls by name."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{option} {path}: {getattr(error, 'strerror', None) or error}") from None
-    own = [name for name in entries if _ours(name) in OF_THE_USER] if isinstance(entries, dict) else []
+        entries: dict[str, Any] = read_json(path, f"It is what {option} reads: a JSON object of options")
+    except UserError as error:
+        raise ConfigError(f"{option} {error}") from None
+    own = [name for name in entries if _ours(name) in OF_THE_USER]
     if own:
         raise ConfigError(f"{option} {path}: has {own[0]!r}, which no file of a clip may set. Give it on the command line")
-    if not isinstance(entries, dict):
-        raise ConfigError(f"{option} {path}: is no json object")
     controls: dict[str, Control] = {}
     arguments: list[str] = []
     if option == "-i":
@@ -244,15 +246,16 @@ def control_of(name: str, entries: Mapping[str, Any], before: Control, tell: Pri
     )
 
 
+@dataclass(frozen=True)
+class _Prompt:
+    prompt: str
+
+
 def _prompt(path: Path, option: str) -> str:
     """The text of a file, or of a json file the one under "prompt"."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{option}: prompt_path {path}: {error}") from None
-    if path.suffix != ".json":
-        return text.strip()
-    entries = json.loads(text)
-    if not isinstance(entries, dict) or not isinstance(entries.get("prompt"), str):
-        raise ConfigError(f"{option}: prompt_path {path}: holds no 'prompt'")
-    return entries["prompt"]
+        if path.suffix == ".json":
+            return read_json(path, "Give it a 'prompt', a text", _Prompt).prompt
+        return read_text(path).strip()
+    except (OSError, UserError) as error:
+        raise ConfigError(f"{option}: prompt_path {error}") from None

@@ -16,11 +16,11 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from fewstep.config import OneOf, kind
 from fewstep.errors import UserError
+from fewstep.files import read_text
 from fewstep.inference import pretrained
 
 Judge = Callable[[Any], "str | None"]  # of a prompt (str) or of frames (uint8 T H W 3): why it is blocked; None: it passes
@@ -66,8 +66,8 @@ class Blocklist(Guardrail):
 
     def _words(self) -> list[str]:
         try:
-            lines = Path(self.path).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = read_text(self.path).splitlines()
+        except (OSError, UserError) as error:
             raise UserError(f"the guardrail's list of words {self.path} cannot be read: {error}") from None
         words = [word for line in lines if (word := _plain(line.partition("#")[0]))]
         if not words:
@@ -170,8 +170,10 @@ class FrameClassifier(_Classifier):
         import torch
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+        from fewstep.networks.files.folders import load_reader
+
         self.check()
-        processor = AutoImageProcessor.from_pretrained(self.model, backend="pil")  # the other one needs torchvision
+        processor = load_reader(AutoImageProcessor, self.model, backend="pil")  # the other one needs torchvision
         model = pretrained.load(AutoModelForImageClassification, self.model, device)
         dtype = next(model.parameters()).dtype
 

@@ -22,6 +22,7 @@ from fewstep.data.files import arrays, cache, video
 from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout, Part
 from fewstep.data.folder.parts import stored_embedding
+from fewstep.data.folder.samples import read_caption
 from fewstep.errors import UserError
 from fewstep.files import copy_file, write_text, write_torch
 
@@ -73,8 +74,7 @@ class PairFiles:
         return all(self.place.file(part, name).is_file() for part in wanted)
 
     def caption(self, name: str) -> str:
-        file = self.place.file(layout.CAPTIONS, name)
-        return file.read_text(encoding="utf-8").strip()
+        return read_caption(self.place.file(layout.CAPTIONS, name))
 
     def embedding(self, name: str) -> Tensor | None:
         """(tokens, D): the embedding that was stored with a pair."""

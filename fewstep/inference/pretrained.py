@@ -31,29 +31,18 @@ def expect(address: str, what: str, file: str = "config.json") -> dict[str, Any]
 
 def load(cls: Any, address: str, device: Any) -> Any:  # Any: one of transformers' Auto classes, and its model; torch.device
     """The model, frozen and in eval mode, in the precision of its files. Refuses one whose files lack weights of its class."""
-    from fewstep.networks.files import hub
+    from fewstep.networks.files.folders import load_transformer
 
-    try:
-        with hub.asking(address):
-            model, info = cls.from_pretrained(address, dtype="auto", output_loading_info=True)
-    except UserError:
-        raise
-    except Exception as error:  # of safetensors, of torch, of transformers: whatever it is, the model is not there
-        raise UserError(f"{address}: cannot be opened: {(str(error).splitlines() or [''])[0]}. Copy it again, whole") from error
-    wrong = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
-    if wrong:
-        raise UserError(f"{address}: its weights lack {', '.join(map(str, wrong[:4]))}, which {type(model).__name__} needs")
-    return model.eval().requires_grad_(False).to(device)
+    return load_transformer(cls, address, dtype="auto").to(device)
 
 
 def tokenizer(address: str) -> Any:  # Any: transformers' tokenizers have no common type
     """The tokenizer beside the model."""
     from transformers import AutoTokenizer
 
-    from fewstep.networks.files import hub
+    from fewstep.networks.files.folders import load_reader
 
-    with hub.asking(address):
-        return AutoTokenizer.from_pretrained(address)
+    return load_reader(AutoTokenizer, address)
 
 
 def continuation(model: Any, tokenizer: Any, ids: Any, max_new_tokens: int) -> str:

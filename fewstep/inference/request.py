@@ -9,7 +9,6 @@ The option names of the original tools are translated first: coming_from_cosmos.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fewstep.config import ConfigError
-from fewstep.files import plain_name
+from fewstep.errors import UserError
+from fewstep.files import parse_json, plain_name, read_text
 from fewstep.inference.coming_from_cosmos import Control
 from fewstep.inference.guardrails import Guardrail
 from fewstep.inference.upsamplers import Upsampler
@@ -288,18 +288,16 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     """The rows of a file of prompts: lines of text, or of json."""
     if not path.is_file():
         raise ConfigError(f"--prompts {path}: no such file")
-    lines = [(i, line.strip()) for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+    try:
+        text = read_text(path)
+    except UserError as error:
+        raise ConfigError(f"--prompts {error}") from None
+    lines = [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
         raise ConfigError(f"--prompts {path}: is empty")
     if path.suffix != ".jsonl":
         return [{"prompt": line} for _, line in lines]
-    rows: list[dict[str, Any]] = []
-    for number, line in lines:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"--prompts {path}, line {number}: is no json ({error})") from None
-        if not isinstance(row, dict):
-            raise ConfigError(f"--prompts {path}, line {number}: is no json object")
-        rows.append(row)
-    return rows
+    try:
+        return [parse_json(line, f"--prompts {path}, line {number}: is no json object", "") for number, line in lines]
+    except UserError as error:
+        raise ConfigError(str(error)) from None

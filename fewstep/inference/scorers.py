@@ -10,6 +10,7 @@ from typing import Any
 from fewstep.config import ConfigError, apply_overrides, choices, parse
 from fewstep.data.files import video
 from fewstep.data.folder.layout import CAPTIONS, Layout
+from fewstep.data.folder.samples import read_caption
 from fewstep.errors import UserError
 from fewstep.evaluation.clips import AnyClips
 from fewstep.evaluation.fidelity import ControlFidelity
@@ -65,6 +66,6 @@ def _suitable(task: Evaluation) -> Scorer:
     stem, first = next(iter(files.items()))
     folder = Path(task.what) if task.is_of_clips else task.prompts_folder
     captions = Layout.open(folder).files(CAPTIONS) if is_data_set(folder) else {}
-    texts = (captions[stem].read_text().strip(),) if stem in captions else ()
+    texts = (read_caption(captions[stem]),) if stem in captions else ()
     kinds: dict[str, Any] = choices("scorer")
     return next((kind() for kind in kinds.values() if kind().suits(video.probe(first), texts)), AnyClips())

@@ -20,6 +20,7 @@ from fewstep.networks.contract import Distillation, NetworkSpec
 from fewstep.networks.encoders.text import TextForm, text_form
 from fewstep.networks.lora import Lora
 from fewstep.networks.weights.addresses import checkpoint_of, collect, pieces_of
+from fewstep.untrusted.safe_tensors import safetensors
 
 SMALL = 100_000_000  # weights; a network of fewer is trained with the learning rates of the toy world
 
@@ -96,13 +97,11 @@ def _weights_of_run(address: str) -> str | None:
 
 def _num_weights(folder: Path) -> int | None:
     """The number of weights in the safetensors files of a local folder's denoiser."""
-    from safetensors import safe_open
-
     parts = [part for part in (folder / "transformer", folder / "unet", folder) if part.is_dir()]
     files = next((found for part in parts if (found := sorted(part.glob("*.safetensors")))), [])
     num = 0
     for file in files:
-        with safe_open(file, "pt") as tensors:
+        with safetensors(file, "Copy it again") as tensors:
             for name in tensors.keys():  # noqa: SIM118  # no mapping
                 shape = tensors.get_slice(name).get_shape()
                 size = 1

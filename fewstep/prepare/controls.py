@@ -27,7 +27,7 @@ from fewstep.data.folder import layout
 from fewstep.data.folder.encoding import hash_of
 from fewstep.data.folder.layout import Layout
 from fewstep.errors import UserError
-from fewstep.files import some, write_bytes
+from fewstep.files import ANY_SIZE, read_bytes, some, write_bytes
 from fewstep.prepare.latents import ahead_of
 from fewstep.prepare.ledger import NAME, Ledger
 from fewstep.prepare.summary import Summary
@@ -132,12 +132,12 @@ class OfDepthModel:
         from transformers import AutoModelForDepthEstimation
 
         from fewstep.networks.encoders.codecs import fingerprint_of
+        from fewstep.networks.files.folders import load_transformer
 
         try:
-            model = AutoModelForDepthEstimation.from_pretrained(address)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{address}: no depth model of transformers: {str(error).splitlines()[0]}") from None
-        self.model: nn.Module = model.to(device).eval().requires_grad_(False)
+            self.model: nn.Module = load_transformer(AutoModelForDepthEstimation, address).to(device)
+        except UserError as error:
+            raise UserError(f"no depth model of transformers: {error}") from error
         self.processor, self.device, self.at_once = _depth_processor(address), device, at_once
         self.quality: video.Quality | None = quality
         print_ = fingerprint_of(self.model, json.loads(self.processor.to_json_string()))
@@ -203,7 +203,7 @@ class OfFiles:
             return video.read(path)
         if path.suffix == ".pickle":
             self._refuse_other_pickle(path, header)
-            return path.read_bytes()
+            return read_bytes(path, ANY_SIZE)
         array = arrays.read_one(path, self.type).numpy()
         _refuse_other_length(path, len(array), header)
         if self.type == "keypoint":
@@ -281,5 +281,7 @@ def _depth_processor(address: str) -> Any:  # an image processor: they have no c
     """Upstream's own preparation of pictures, in its variant without torchvision."""
     import transformers
 
+    from fewstep.networks.files.folders import load_reader
+
     processor = getattr(transformers, "DPTImageProcessorPil", None) or transformers.DPTImageProcessor
-    return processor.from_pretrained(address)
+    return load_reader(processor, address)

@@ -12,13 +12,25 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from fewstep.errors import UserError
-from fewstep.files import Lines, lock, remove
+from fewstep.files import Lines, lock, parse_json, remove
 
 NAME = ".made.jsonl"
+
+
+@dataclass(frozen=True)
+class _First:
+    made_from: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Line:
+    name: str
+    content: str
 
 
 class Ledger:
@@ -58,14 +70,10 @@ class Ledger:
         assert self._file is not None
         whole = self._file.content()
         end = whole.rfind(b"\n") + 1  # what follows is a line that a kill cut off; its file was not begun
-        try:
-            rows = [json.loads(line) for line in whole[:end].splitlines()]
-            lines = {str(row["name"]): str(row["content"]) for row in rows[1:]}
-            made_from = dict(rows[0]["made_from"]) if rows else self.made_from
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{self.path}: damaged ({error!r}). Remove it: files that are there are then kept as yours"
-            ) from None
+        advice, rows = "Remove it: files that are there are then kept as yours", whole[:end].splitlines()
+        made_from = parse_json(rows[0], str(self.path), advice, _First).made_from if rows else self.made_from
+        read = [parse_json(row, str(self.path), advice, _Line) for row in rows[1:]]
+        lines = {line.name: line.content for line in read}
         there = [name for name in lines if self.file_of(name).is_file()]
         if rows and made_from != self.made_from and there:
             keys = sorted(key for key in made_from | self.made_from if made_from.get(key) != self.made_from.get(key))

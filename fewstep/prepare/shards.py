@@ -22,9 +22,9 @@ from fewstep.data.files import cache, video
 from fewstep.data.files.packs import Packs, has_packs, open_packs
 from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout, Part
-from fewstep.data.shards import FORMAT, INDEX, filesystem
+from fewstep.data.shards import FORMAT, INDEX, filesystem, read_json
 from fewstep.errors import UserError
-from fewstep.files import make_folder, remove, some, whole_file, write_bytes, writing
+from fewstep.files import ANY_SIZE, make_folder, read_bytes, remove, some, whole_file, write_bytes, writing
 from fewstep.prepare.summary import Summary
 from fewstep.progress import track
 
@@ -58,7 +58,7 @@ class _Source:
 
     def read(self) -> bytes:
         if self.row is None:
-            return self.path.read_bytes()
+            return read_bytes(self.path, ANY_SIZE)
         packs, number = self.row
         label = packs.rows[number]
         name = "latents" if self.part == "latents" or self.part.endswith("_latents") else "text"
@@ -112,7 +112,7 @@ def write(dataset_dir: str | Path, url: str, *, parts: Sequence[str] | None = No
         _remove(fs, f"{root}/{name}.tar")
     for path in sorted(place.root.iterdir()):
         if path.is_file() and path.suffix in _SUFFIXES and not path.name.startswith("."):
-            _put(fs, f"{root}/{path.name}", path.read_bytes())
+            _put(fs, f"{root}/{path.name}", read_bytes(path))
     write_index(whole=True, names=shards)
     return Summary(len(samples), new, shards=len(groups))
 
@@ -245,7 +245,6 @@ def _remove(fs: Any, path: str) -> None:
 def _known(fs: Any, path: str) -> dict[str, Any] | None:
     """The JSON table of an earlier command; None if there is none, or only a damaged one."""
     try:
-        found = json.loads(fs.cat_file(path))
-    except (FileNotFoundError, ValueError):
+        return read_json(fs, path, "", dict[str, Any])
+    except (FileNotFoundError, UserError):
         return None
-    return found if isinstance(found, dict) else None

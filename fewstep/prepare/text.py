@@ -18,9 +18,9 @@ from fewstep.data.files.arrays import write_pickle
 from fewstep.data.files.packs import Label, Writer, has_packs
 from fewstep.data.folder import layout, parts
 from fewstep.data.folder.layout import Layout
-from fewstep.data.folder.samples import captions_of
+from fewstep.data.folder.samples import captions_of, read_caption
 from fewstep.errors import UserError
-from fewstep.files import read_json, some, write_bytes, write_json, write_text
+from fewstep.files import read_bytes, read_json, some, write_bytes, write_json, write_text
 from fewstep.networks.encoders.text import TextEncoder, stored_embedding, stored_pooled
 from fewstep.prepare.ledger import NAME, Ledger
 from fewstep.prepare.summary import Summary
@@ -86,7 +86,7 @@ def check_negative(folder: Path, into: str, encoder: TextEncoder, text: str) -> 
     if not file.is_file():
         return
     before = read_json(record, f"Remove {file} and embed it again").get("encoder") if record.is_file() else None
-    if before == encoder.fingerprint or (before is None and file.read_bytes() == _negative_bytes(encoder, text)):
+    if before == encoder.fingerprint or (before is None and read_bytes(file) == _negative_bytes(encoder, text)):
         return
     whose = (
         "was not written by this command" if before is None else f"is of the encoder {before!r}, not {encoder.fingerprint!r}"
@@ -147,7 +147,7 @@ def _write_prompt(place: Layout, prompt: str) -> None:
     prompt, files = prompt.strip(), place.files(layout.CAPTIONS)
     if not prompt:
         raise UserError("--prompt is empty: give the text that all clips have")
-    other = [stem for stem, path in files.items() if path.read_text(encoding="utf-8", errors="replace").strip() != prompt]
+    other = [stem for stem, path in files.items() if read_caption(path) != prompt]
     if other:
         raise UserError(
             f"{place.root}: {len(other)} captions in {place.named(layout.CAPTIONS)} say something else than --prompt: "

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from fewstep.data.files import keypoints, masks, video
 from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout, Part
 from fewstep.errors import UserError
-from fewstep.files import write_text
+from fewstep.files import read_json, write_text
 from fewstep.networks.encoders.text import open_text_encoder
 from fewstep.prepare import text
 from fewstep.progress import track
@@ -111,6 +111,16 @@ def _parts_of(only: Iterable[str] | None) -> tuple[tuple[Part, ...], bool]:
     return tuple(part for part in PARTS if part.folder in names or (embeds and part is layout.CAPTIONS)), embeds
 
 
+@dataclass(frozen=True)
+class _Index:
+    """What is read of INDEX again."""
+
+    num: int
+    seed: int
+    world: dict[str, Any]
+    clips: list[dict[str, Any]]
+
+
 def _claimed(out: Path, num: int, seed: int, world: World) -> tuple[Layout, _Labels]:
     """The folder, after marking it as this series' own, and the labels of the clips that it has already."""
     if num < 1:
@@ -119,14 +129,12 @@ def _claimed(out: Path, num: int, seed: int, world: World) -> tuple[Layout, _Lab
         raise UserError(f"--seed must not be negative, as {seed} is")
     path, num_before, labels = out / INDEX, 0, _Labels()
     if path.is_file():
-        try:
-            before = json.loads(path.read_text())
-            num_before, labels = int(before["num"]), {int(label["index"]): label for label in before["clips"]}
-            played = asdict(World()) | before["world"]  # a setting that its version did not have was at its default
-            wanted = _plain({"seed": seed, "world": asdict(world)})
-            other = [key for key in wanted if _plain({"seed": before["seed"], "world": played})[key] != wanted[key]]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}: damaged ({error!r}). Remove {out} and prepare it again") from None
+        before = read_json(path, f"Remove {out} and prepare it again", _Index)
+        num_before = before.num
+        labels = {label["index"]: label for label in before.clips if isinstance(label.get("index"), int)}
+        played = asdict(World()) | before.world  # a setting that its version did not have was at its default
+        wanted = _plain({"seed": seed, "world": asdict(world)})
+        other = [key for key in wanted if _plain({"seed": before.seed, "world": played})[key] != wanted[key]]
         if other:
             raise UserError(f"{out}: holds clips of another {' and '.join(other)}. Choose another --out, or remove that folder")
         if num_before > num:

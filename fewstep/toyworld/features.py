@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewstep.errors import UserError
+from fewstep.untrusted.safe_tensors import read_safetensors
 
 SHIPPED = Path(__file__).parent / "weights" / "toyfeatures.safetensors"
 WIDTHS = (20, 40, 64, 96)  # channels; the last is the number of features
@@ -156,17 +157,14 @@ def load(path: Path) -> FeatureNet:
     return net.eval().requires_grad_(False)
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_weights(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """The tensors and the metadata of a weights file; a missing file is a UserError that names the command to train it."""
-    from safetensors import safe_open
-
     if not path.is_file():
         raise UserError(f"{path} is missing. Make it with: python -m fewstep.toyworld.train_features --out {path}")
-    with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    return read_safetensors(path, "Train it again")
 
 
-def _size(metadata: dict[str, str]) -> tuple[int, int, int]:
+def _size(metadata: Mapping[str, str]) -> tuple[int, int, int]:
     frames, height, width = (int(metadata[key]) for key in ("frames", "height", "width"))
     return frames, height, width
 

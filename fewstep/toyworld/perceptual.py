@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewstep.errors import UserError
+from fewstep.files import fault_of
+from fewstep.untrusted.safe_tensors import read_safetensors
 
 STRIDES = ((1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 1, 1))  # t, h, w, of the feature network of the toy world
 DIFFERENCES = 3.0  # times those of neighbouring frames, which are a third of the colours' own deviation
@@ -64,18 +66,16 @@ class PerceptualSpec:
     weights: str
 
     def build(self) -> PerceptualNetwork:
-        from safetensors import safe_open
-
         if not Path(self.weights).is_file():
             raise UserError(
                 f"no perceptual network at {self.weights}. Train it with: python -m fewstep.toyworld.train_features --seed 1 "
                 f"--out {self.weights}"
             )
-        with safe_open(self.weights, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith("convs.")]  # noqa: SIM118
-            tensors: dict[str, Any] = {name: file.get_tensor(name).float() for name in names}
+        whole, _ = read_safetensors(self.weights, "Train it again")
+        tensors: dict[str, Any] = {name: tensor.float() for name, tensor in whole.items() if name.startswith("convs.")}
         if len(tensors) != 2 * len(STRIDES):
             raise UserError(f"{self.weights}: {len(tensors) // 2} convolutions, where a perceptual network has {len(STRIDES)}")
-        module = _Convolutions([tensors[f"convs.{i}.weight"] for i in range(len(STRIDES))])
-        module.load_state_dict(tensors)
+        with fault_of(self.weights, "Train it again"):
+            module = _Convolutions([tensors[f"convs.{i}.weight"] for i in range(len(STRIDES))])
+            module.load_state_dict(tensors)
         return PerceptualNetwork(module)

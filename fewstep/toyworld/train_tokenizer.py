@@ -157,7 +157,7 @@ def _train(run: TokenizerRun, world: World) -> dict[str, Any]:
     # --- where to begin: this run's latest checkpoint, or the beginning
     checkpoints = Checkpoints(folder / "checkpoints", world, keep_last=2, keep_every=None, async_write=False)
     latest = checkpoints.latest()
-    progress = Progress() if latest is None else checkpoints.load(latest, crew.state())
+    progress = Progress(step=0) if latest is None else checkpoints.load(latest, crew.state())
     for role in roles.values():
         role.loaded()
     earlier_s = progress.wall_s

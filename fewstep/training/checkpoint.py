@@ -18,29 +18,42 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge, Le
 from torch import Tensor
 
-from fewstep.config import ConfigError, parse
 from fewstep.errors import UserError
-from fewstep.files import explain, free_bytes, move, new_folder, own_folder, read_json, remove, some, write_json, write_text
+from fewstep.files import (
+    explain,
+    free_bytes,
+    move,
+    new_folder,
+    own_folder,
+    read_bytes,
+    read_json,
+    remove,
+    some,
+    write_json,
+    write_text,
+)
+from fewstep.networks.files.checkpoints import BEST, POINTER, newest_in, whole_ones
 from fewstep.networks.files.distributed import open_distributed, write_distributed
 from fewstep.networks.files.stored import Stored
 from fewstep.parallel import World
 from fewstep.training.errors import TrainingError
 
-POINTER, BEST = "latest_checkpoint.txt", "best_checkpoint.txt"
+Count = Annotated[int, Ge(0), Le(2**53)]
 
 
 @dataclass(frozen=True)
 class Progress:
     """Where a run stands; with the configuration, all that is needed besides the tensors."""
 
-    step: int = 0  # finished iterations
-    samples: int = 0  # drawn from the data so far, over all ranks
-    updates: int = 0  # of the student
-    rollbacks: int = 0  # each gives the run new noise, or it would fail in the same way again
+    step: Count  # finished iterations
+    samples: Count = 0  # drawn from the data so far, over all ranks
+    updates: Count = 0  # of the student
+    rollbacks: Count = 0  # each gives the run new noise, or it would fail in the same way again
     healthy: bool = True  # no alarm had rung when this was written
     wall_s: float = 0.0  # over all sessions of the run, counted to its checkpoints
     score: float | None = None  # the newest value of checkpoint.best_metric, negative where the highest is best
@@ -80,15 +93,10 @@ class Checkpoints:
     def latest(self, healthy_only: bool = False) -> Path | None:
         """The newest complete checkpoint."""
         if healthy_only:
-            records = [(path, _progress_or_none(path)) for path in self._all()]
+            records = [(path, _progress_or_none(path)) for path in whole_ones(self.folder)]
             good = [path for path, progress in records if progress is not None and progress.healthy]
             return good[-1] if good else None
-        pointer = self.folder / POINTER
-        name = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
-        if name.startswith("iter_") and Path(name).name == name and self._is_whole(self.folder / name):
-            return self.folder / name
-        # The pointer is the last thing written: a checkpoint without it may still be whole.
-        return self._all()[-1] if self._all() else None
+        return newest_in(self.folder)
 
     def save(self, state: Mapping[str, Tensor], progress: Progress) -> None:
         """Writes one checkpoint; with `async_write` it returns as soon as the tensors are copied."""
@@ -145,7 +153,7 @@ class Checkpoints:
 
     def load(self, path: Path, state: Mapping[str, Tensor]) -> Progress:
         """Fills the tensors of `state` in place; refuses, by name, a checkpoint with other tensors than these."""
-        progress = Progress()
+        progress = Progress(step=0)
         problems: list[str] = []
         damage = ""
         try:
@@ -174,7 +182,7 @@ class Checkpoints:
         if self.world.is_main:
             write_json(path / "trainer.json", asdict(progress), indent=None)
             self._point_to(path)
-            for later in self._all():
+            for later in whole_ones(self.folder):
                 if later.name > path.name:
                     _discard(later)
         self.world.barrier()
@@ -192,13 +200,13 @@ class Checkpoints:
 
     def _point_to(self, path: Path) -> None:
         pointer = self.folder / POINTER
-        if not pointer.is_file() or pointer.read_text(errors="replace").strip() != path.name:
+        if not pointer.is_file() or read_bytes(pointer).decode("utf-8", "replace").strip() != path.name:
             write_text(pointer, path.name)
 
     def _prune(self, newest: Path) -> None:
         healthy = self.latest(healthy_only=True)  # what a roll-back needs, however many alarms rang since
         best = self._best()
-        for path in self._all()[: -self.keep_last]:
+        for path in whole_ones(self.folder)[: -self.keep_last]:
             progress = _progress_or_none(path)
             is_kept = progress is not None and bool(self.keep_every) and progress.step % (self.keep_every or 1) == 0
             if not is_kept and path not in (newest, healthy, best):
@@ -206,19 +214,13 @@ class Checkpoints:
 
     def _best(self) -> Path | None:
         """The checkpoint with the lowest score, the first of several, to which the pointer BEST is set; None without scores."""
-        records = [(path, _progress_or_none(path)) for path in self._all()]
+        records = [(path, _progress_or_none(path)) for path in whole_ones(self.folder)]
         scores = {path: p.score for path, p in records if p is not None and p.score is not None and math.isfinite(p.score)}
         if not scores:
             return None
         best = min(scores, key=lambda path: scores[path])
         write_text(self.folder / BEST, best.name)
         return best
-
-    def _all(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("iter_*") if path.suffix != ".partial" and self._is_whole(path))
-
-    def _is_whole(self, path: Path) -> bool:
-        return (path / ".metadata").is_file() and (path / "trainer.json").is_file()
 
     def _failed(self, partial: Path, error: BaseException) -> TrainingError:
         remove(partial)
@@ -235,11 +237,7 @@ class Checkpoints:
 
 def read_progress(path: Path) -> Progress:
     """What trainer.json of a checkpoint says. Raises UserError if it is damaged."""
-    advice = "Remove this checkpoint to resume from the one before"
-    try:
-        return parse(Progress, read_json(path / "trainer.json", advice))
-    except ConfigError as error:
-        raise UserError(f"{path / 'trainer.json'} is damaged: {'; '.join(str(error).splitlines())}. {advice}") from None
+    return read_json(path / "trainer.json", "Remove this checkpoint to resume from the one before", Progress)
 
 
 def _progress_or_none(path: Path) -> Progress | None:

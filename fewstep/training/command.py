@@ -9,8 +9,8 @@ from pathlib import Path
 from fewstep.config import Command, build_recipe, check, compose, originals, to_yaml
 from fewstep.environment import ranks
 from fewstep.files import write_text
+from fewstep.networks.files.checkpoints import POINTER
 from fewstep.parallel import leave_world
-from fewstep.training.checkpoint import POINTER
 from fewstep.training.loop import train
 from fewstep.training.resume import changes_in
 from fewstep.training.run import Run

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep.environment import has_terminal
 from fewstep.errors import printable, unfiltered
-from fewstep.files import Lines, own_folder, write_text
+from fewstep.files import Lines, own_folder, read_json_lines, write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -165,12 +165,5 @@ class RunLog:
 
 def _records(path: Path, first: int) -> list[dict[str, Any]]:
     """The lines up to the iteration a run goes on from; later ones will be written again, and so will all of a run from 0."""
-    kept: list[dict[str, Any]] = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() and first else []:
-        try:
-            record: Any = json.loads(line)
-        except (ValueError, RecursionError):  # the process died within the line
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= first:
-            kept.append(record)
-    return kept
+    records = read_json_lines(path) if first else ()
+    return [record for record in records if isinstance(record.get("step"), int) and record["step"] <= first]

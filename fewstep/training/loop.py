@@ -26,13 +26,14 @@ from fewstep.errors import UserError
 from fewstep.files import FULL, explain, write_json
 from fewstep.methods.contract import Nets
 from fewstep.networks.contract import Network
+from fewstep.networks.files.checkpoints import newest_in
 from fewstep.networks.lora import Shared
 from fewstep.networks.roles import FROZEN, build
 from fewstep.networks.weights.addresses import load_into, locate, read
 from fewstep.parallel import World, is_joined, is_lost_process, leave_world
 from fewstep.training import iteration
 from fewstep.training.alone import alone_in
-from fewstep.training.checkpoint import POINTER, Checkpoints, Progress
+from fewstep.training.checkpoint import Checkpoints, Progress
 from fewstep.training.crew import Crew, assemble
 from fewstep.training.errors import Interrupted, TrainingError
 from fewstep.training.guard import refuse_non_finite
@@ -115,7 +116,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
     crew = assemble(run, networks, world)
     sampler = sampler_of(run, crew.student.network, folder if latest is not None else None)
 
-    progress = Progress() if latest is None else _restore(checkpoints, latest, crew)
+    progress = Progress(step=0) if latest is None else _restore(checkpoints, latest, crew)
     earlier_s = progress.wall_s
     old_config = write_records(run, folder, sampler, first, noted) if world.is_main else None
     world.barrier()
@@ -215,9 +216,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
 
 
 def _lost(run: Run, world: World, error: RuntimeError) -> str:
-    folder = run.job.folder() / "checkpoints"
-    pointer = folder / POINTER
-    latest = folder / pointer.read_text(errors="replace").strip() if pointer.is_file() else "none"
+    latest = newest_in(run.job.folder() / "checkpoints") or "none"
     return (
         f"{run.job.folder()}: process {world.rank} of {world.size} ends because another one has ended or does not answer; that "
         f"one's messages say why ({str(error).splitlines()[0][:200]}). The last complete checkpoint is {latest}. The same "

@@ -44,6 +44,7 @@ from fewstep.files import write_bytes, write_tensors
 from fewstep.inference.model import teacher_sampler
 from fewstep.networks.encoders.codecs import Codec, open_codec, to_uint8
 from fewstep.training.preview import Scene
+from fewstep.untrusted.safe_tensors import read_safetensors
 
 Film = NDArray[np.uint8]  # T H W 3
 _LEAST, _MOST = 64, 256  # pixels of the long side of a clip in a preview
@@ -172,21 +173,17 @@ class Fixed:
     @classmethod
     def read(cls, path: Any, seed: int, num: int) -> Fixed | None:
         """None where the file is of another preview, or damaged."""
-        from safetensors import SafetensorError, safe_open
-
         films: dict[str, dict[int, Film]] = {}
         latents: Tensor | None = None
         try:
-            with safe_open(path, "pt") as file:
-                if file.metadata().get("seed") != str(seed):
-                    return None
-                for key in file.keys():  # noqa: SIM118  # no mapping
-                    if key == "latents":
-                        latents = file.get_tensor(key)
-                        continue
-                    name, _, number = key.rpartition("/")
-                    films.setdefault(name, {})[int(number)] = file.get_tensor(key).numpy()
-        except (SafetensorError, OSError, ValueError):
+            tensors, metadata = read_safetensors(path, "")
+            latents = tensors.pop("latents", None)
+            for key, tensor in tensors.items():
+                name, _, number = key.rpartition("/")
+                films.setdefault(name, {})[int(number)] = tensor.numpy()
+        except (OSError, ValueError):
+            return None
+        if metadata.get("seed") != str(seed):
             return None
         columns = {name: [rows[n] for n in sorted(rows)] for name, rows in films.items()}
         order = sorted(columns, key=lambda name: (name == TRUTH, -int(name.split()[1]) if name != TRUTH else 0))

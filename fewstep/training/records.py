@@ -13,7 +13,7 @@ from typing import Any, Literal
 from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.environment import output_root
 from fewstep.errors import UserError
-from fewstep.files import read_json
+from fewstep.files import read_json, read_json_lines
 
 CONFIG, SUMMARY, METRICS = "config.yaml", "summary.json", "metrics.jsonl"
 _COSTS = ("step", "samples", "student_updates", "rollbacks", "wall_s", "peak_memory_gib", "num_processes")
@@ -120,12 +120,8 @@ def flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:  # Any: plain 
 
 def metrics_of(path: Path) -> Iterator[dict[str, float]]:
     """The lines of a metrics.jsonl; one that a killed process left unfinished is skipped."""
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        try:
-            record: Any = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and _is_number(record.get("step")):
+    for record in read_json_lines(path):
+        if _is_number(record.get("step")):
             yield {name: float(value) for name, value in record.items() if _is_number(value)}
 
 
@@ -150,4 +146,4 @@ def number(value: float | None) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)

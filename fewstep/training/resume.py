@@ -15,7 +15,8 @@ from fewstep.config import ConfigError, parse, to_yaml
 from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.errors import UserError
 from fewstep.files import move, read_json, some, write_text
-from fewstep.training.checkpoint import POINTER, read_progress
+from fewstep.networks.files.checkpoints import POINTER
+from fewstep.training.checkpoint import read_progress
 from fewstep.training.records import CONFIG, flat
 from fewstep.training.run import Run
 

@@ -99,7 +99,7 @@ def test_statistics_of_the_original_tokenizer_are_read_from_beside_its_weights(t
     torch.testing.assert_close(codec.encode(clip(9, 16, 16)), (raw - mean) / std * 0.5, rtol=0, atol=1e-6)
     assert codec.fingerprint != plain.fingerprint
     torch.save((torch.zeros(3), {"a": print}), tmp_path / "mean_std.pt")
-    with pytest.raises(Exception, match=r"weights_only|Weights only"):
+    with pytest.raises(Exception, match=r"asks for '__builtin__.print'"):
         open_codec(tmp_path)
 
 

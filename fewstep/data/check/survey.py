@@ -10,7 +10,6 @@ sheet.py.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from fewstep.data.folder.dataset import Folder, layout, parts
 from fewstep.data.folder.layout import Layout, Part
 from fewstep.data.folder.samples import odd_ones, read_caption
 from fewstep.errors import UserError
-from fewstep.files import some
+from fewstep.files import digest_of, some
 
 Level = Literal["error", "warning"]
 Watch = Callable[[Iterable[Any], int, str], Iterable[Any]]  # shows how far a long loop is: fewstep.progress.track
@@ -256,7 +255,7 @@ def _look(held: _Files, stem: str) -> _Look:
         with _collected(look, f"unreadable-{held.lead.folder}"):
             header = video.probe(clip)
             known |= {"num_frames": header.num_frames, "size": header.size, "fps": header.fps or None}
-            look.content = _hash(clip)
+            look.content = digest_of(clip)
             known["motion"] = _watch_clip(look, clip, header)
     for part in _control_parts():
         if part.folder in files:
@@ -387,11 +386,6 @@ def _watch_clip(look: _Look, path: Path, header: video.Header) -> float:
     look.print = np.concatenate(cells)
     look.change = change if header.num_frames > 1 else None
     return total / max(header.num_frames - 1, 1)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---- all samples -----------------------------------------------------------------------------------------------------

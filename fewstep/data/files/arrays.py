@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from tokenize import TokenError
@@ -25,7 +24,9 @@ from torch import Tensor
 from fewstep.data.files import cache
 from fewstep.data.safe_pickle import load as load_pickle
 from fewstep.errors import UserError
-from fewstep.files import write_bytes
+from fewstep.files import opened, write_bytes
+from fewstep.untrusted.pickles import UnsafePickle
+from fewstep.untrusted.torch_files import load_torch
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -34,6 +35,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return cache.read(path).tensors
     if path.suffix == ".npy":
+        opened(path).close()  # refuses what is no file
         try:
             # Mapped first: a header that claims more than the file holds is refused before memory is taken for it.
             return {"": torch.from_numpy(np.array(np.load(path, mmap_mode="r", allow_pickle=False)))}
@@ -80,11 +82,6 @@ def _tensor(value: Any) -> Tensor | None:  # whatever a file held
 
 def _torch_file(path: Path) -> Any:  # as the file has it: tensors and plain containers
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's advice on its own file formats
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch passes on whatever its readers raise: RuntimeError, UnpicklingError, KeyError, ...
-        why = str(error).split("\n")[0][:120]
-        raise UserError(f"{path}: not tensors that can be read without running code ({why}). Write it again") from None
+        return load_torch(path)
+    except UnsafePickle as error:
+        raise UserError(f"{path}: not tensors that can be read without running code ({error}). Write it again") from None

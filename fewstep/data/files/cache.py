@@ -18,7 +18,10 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.files import write_tensors
+from fewstep.files import parse_json, write_tensors
+from fewstep.untrusted.safe_tensors import safetensors
+
+_AGAIN = "Delete it and prepare it again"
 
 
 @dataclass(frozen=True)
@@ -62,36 +65,21 @@ def header(path: str | os.PathLike[str], *, made_from: Mapping[str, str] | None 
 
 
 def _read(path: Path, made_from: Mapping[str, str], with_tensors: bool) -> Entry:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            # Any: safetensors carries no types
-            parts: dict[str, Any] = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-            shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
-            tensors = {name: file.get_tensor(name) for name in parts} if with_tensors else {}
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged or no safetensors file ({error}). Delete it and prepare it again") from None
-    entry = Entry(shapes, _table(path, metadata, "made_from"), _table(path, metadata, "facts"), tensors)
+    with safetensors(path, _AGAIN) as file:
+        metadata = file.metadata() or {}
+        # Any: safetensors carries no types
+        parts: dict[str, Any] = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+        shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
+        tensors = {name: file.get_tensor(name) for name in parts} if with_tensors else {}
+    tables = {"made_from": dict[str, str], "facts": dict[str, float]}
+    read = {name: parse_json(metadata.get(name, "{}"), f"{path}: its {name}", _AGAIN, kind) for name, kind in tables.items()}
+    entry = Entry(shapes, tensors=tensors, **read)
     wrong = [key for key, value in made_from.items() if entry.made_from.get(key) != value]
     if wrong:
         differences = ", ".join(f"{key} is {entry.made_from.get(key, 'unknown')!r}, not {made_from[key]!r}" for key in wrong)
-        raise UserError(f"{path}: made from something else: {differences}. Delete it and prepare it again")
+        raise UserError(f"{path}: made from something else: {differences}. {_AGAIN}")
     return entry
 
 
 def _metadata(made_from: Mapping[str, str] | None, facts: Mapping[str, float] | None) -> dict[str, str]:
     return {"made_from": json.dumps(made_from or {}, sort_keys=True), "facts": json.dumps(facts or {}, sort_keys=True)}
-
-
-def _table(path: Path, metadata: Mapping[str, str], name: str) -> dict[str, Any]:  # strings in made_from, numbers in facts
-    try:
-        value = json.loads(metadata.get(name, "{}"))
-    except json.JSONDecodeError:
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: its {name!r} is not a table. Delete it and prepare it again")
-    return value

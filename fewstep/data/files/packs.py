@@ -25,16 +25,19 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from pydantic import with_config
 from torch import Tensor
 
 from fewstep.data.files import cache
 from fewstep.errors import UserError
-from fewstep.files import lock, remove, write_tensors
+from fewstep.files import lock, parse_json, remove, write_tensors
+from fewstep.untrusted.safe_tensors import safetensors
 
 FOLDER, MAKING, LOCK = "packs", ".making", ".lock"
 _AGAIN = "Delete it and prepare it again"
 
 
+@with_config({"extra": "forbid"})  # a row of a file with other keys is refused
 @dataclass(frozen=True)
 class Label:
     """The sample of a row, and the content it was made from."""
@@ -233,21 +236,25 @@ class _Pack:
 
     @classmethod
     def open(cls, path: Path) -> _Pack:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                entries = json.loads((file.metadata() or {})["pack"])
-                data = file.get_tensor("data")  # mapped, not read
-            labels = tuple(Label(**row) for row in entries["rows"])
-            spans = tuple((int(begin), int(end)) for begin, end in entries["spans"])
-            made_from, lengths = {str(k): str(v) for k, v in entries["made_from"].items()}, bool(entries["lengths_differ"])
-        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: damaged or no pack ({str(error)[:120] or type(error).__name__}). {_AGAIN}") from None
+        with safetensors(path, _AGAIN) as file:
+            header = (file.metadata() or {}).get("pack", "")
+            data = file.get_tensor("data")  # mapped, not read
+        entries = parse_json(header, f"{path}: damaged or no pack", _AGAIN, _Header)
+        labels, spans, made_from, lengths = entries.rows, entries.spans, entries.made_from, entries.lengths_differ
         right = len(spans) == len(labels) and all(0 <= begin < end <= len(data) for begin, end in spans)
         if not right or not (lengths or all(end == begin + 1 for begin, end in spans)) or not data.is_floating_point():
             raise UserError(f"{path}: damaged, its index does not fit its data {tuple(data.shape)}. {_AGAIN}")
         return cls(path, made_from, labels, spans, data, lengths)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The metadata of a pack."""
+
+    made_from: dict[str, str]
+    rows: tuple[Label, ...]
+    spans: tuple[tuple[int, int], ...]
+    lengths_differ: bool
 
 
 def _write_pack(

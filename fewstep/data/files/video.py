@@ -48,6 +48,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
 _VIDEO_FORMATS = {"format_whitelist": "mov,mp4,matroska,webm,avi,mpeg,mpegts,gif,flv,ogg", "protocol_whitelist": "file"}
 _MAX_SIDE = 16384  # px; H.264 ends there, and a header that claims more would be believed before anything is decoded
+MAX_FRAMES = 2**22  # of a clip: two days at 24 frames a second
 _MAX_PIXELS = 2**26  # of a picture: twice 8K
 _SMPTE170M, _LIMITED = 6, 1  # ffmpeg's numbers of BT.601 and of the range 16..235, which its RGB conversion uses by default
 

@@ -24,6 +24,7 @@ from fewstep.data.folder.samples import Sample
 from fewstep.data.folder.settings import FolderSettings
 from fewstep.environment import ranks
 from fewstep.errors import UserError
+from fewstep.files import digest_of
 
 
 class Encoder:
@@ -91,5 +92,4 @@ def origin_of(spec: FolderSettings, part: str, codec: str, dtype: str) -> dict[s
 
 def hash_of(path: Path) -> str:
     """32 hex digits over the bytes of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    return digest_of(path)[:32]

@@ -24,7 +24,7 @@ from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout, Part
 from fewstep.data.folder.settings import FolderSettings
 from fewstep.errors import UserError
-from fewstep.files import read_bytes, some
+from fewstep.files import read_text, some
 
 _PROBE_THREADS = 8  # headers are small reads from disk: waiting, not work
 _MAX_CAPTION_BYTES = 2**20
@@ -203,10 +203,8 @@ def captions_of(place: Layout, stems: Sequence[str]) -> tuple[dict[str, str], li
     for stem in stems:
         try:
             texts[stem] = read_caption(files[stem])
-        except UnicodeDecodeError:
-            problems.append(f"the caption of {stem} is not UTF-8 text")
         except UserError as error:
-            problems.append(f"the caption of {stem}: {error}")
+            problems.append(f"the caption of {stem} {str(error).removeprefix(f'{files[stem]}: ')}")
     empty = [stem for stem, text in texts.items() if not text]
     if empty:
         problems.append(f"{len(empty)} of {len(stems)} captions are empty: {some(empty)}. Write one, or remove the clip")
@@ -214,8 +212,8 @@ def captions_of(place: Layout, stems: Sequence[str]) -> tuple[dict[str, str], li
 
 
 def read_caption(path: Path) -> str:
-    """The text of a file, of at most 1 MiB. UserError for a device, a pipe or more; UnicodeDecodeError for other bytes."""
-    return read_bytes(path, _MAX_CAPTION_BYTES).decode("utf-8").strip()
+    """The text of a file, of at most 1 MiB. UserError for a device, a pipe, more, or other bytes than UTF-8."""
+    return read_text(path, _MAX_CAPTION_BYTES).strip()
 
 
 def _headers(files: Mapping[str, Path]) -> tuple[dict[str, video.Header], dict[str, str]]:

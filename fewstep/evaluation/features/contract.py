@@ -31,6 +31,9 @@ from torch import Tensor
 
 from fewstep.config import OneOf
 from fewstep.errors import UserError
+from fewstep.untrusted.pickles import UnsafePickle
+from fewstep.untrusted.safe_tensors import read_safetensors
+from fewstep.untrusted.torch_files import load_torch
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -77,13 +80,11 @@ def weights(path: Path, advice: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{path}: no such file. {advice}")
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
+        return read_safetensors(path, advice)[0]
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path}: holds no plain weights ({str(error).splitlines()[0]}). {advice}") from error
+        tensors = load_torch(path)
+    except UnsafePickle as error:
+        raise UserError(f"{path}: holds no plain weights ({error}). {advice}") from error
     tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else tensors
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path}: holds no dictionary of tensors. {advice}")

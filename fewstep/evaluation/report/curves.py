@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fewstep.config.text import read_yaml_mapping
 from fewstep.evaluation.plot import PALETTE, Series, lines
 from fewstep.evaluation.report.contents import Chart, Kind, Model, Value
+from fewstep.files import fault_of, read_json_lines, read_text
 
 _NUM_POINTS = 120  # of a curve; what was logged more often is binned
 _LOSS, _HEALTH = "loss/", "health/"
@@ -153,26 +154,28 @@ def _is_finite(one: Value) -> bool:
 def _columns(path: Path) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """Steps and values of each name, as far as they are finite numbers."""
     found: dict[str, tuple[list[float], list[float]]] = {}
-    for line in path.read_text().splitlines():
-        try:
-            record: dict[str, Any] = json.loads(line)
-        except json.JSONDecodeError:
+    for record in read_json_lines(path):
+        step: object = record.get("step")
+        if not _is_number(step):
             continue
         for name, value in record.items():
-            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
+            if name != "step" and _is_number(value):
                 xs, ys = found.setdefault(name, ([], []))
-                xs.append(float(record["step"]))
+                xs.append(float(step))
                 ys.append(float(value))
     return {name: (np.array(xs), np.array(ys)) for name, (xs, ys) in found.items()}
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and -1e300 < value < 1e300  # neither NaN nor a number that is no float
 
 
 def _limits(path: Path) -> dict[str, float]:
     if not path.is_file():
         return {}
-    import yaml
-
-    health = (yaml.safe_load(path.read_text()) or {}).get("health") or {}
-    return {name: float(alarm["limit"]) for name, alarm in health.items() if isinstance(alarm, dict) and "limit" in alarm}
+    with fault_of(path, "It is written anew when the run goes on"):
+        health = read_yaml_mapping(read_text(path), str(path)).get("health") or {}
+        return {name: float(alarm["limit"]) for name, alarm in health.items() if isinstance(alarm, dict) and "limit" in alarm}
 
 
 def _binned(name: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> Series:

@@ -23,7 +23,8 @@ from fewstep.data.files import video
 from fewstep.errors import UserError
 from fewstep.evaluation.report.contents import Chart, Film, Gallery, Gate, Kind, Model, Report, Row, Score, Stage, Value
 from fewstep.evaluation.report.curves import curves_of
-from fewstep.files import read_json
+from fewstep.evaluation.score_files import read_scores
+from fewstep.files import read_bytes, read_json
 
 Frames = NDArray[np.uint8]
 _BOUND = re.compile(r"\s*([A-Za-z_0-9]+)\s*(<=|>=)\s*([-+.\deE]+)\s*")
@@ -119,9 +120,7 @@ def report_of(paths: Sequence[Path], *, title: str | None = None, bounds: Sequen
 def _scored(paths: Sequence[Path]) -> list[_Scored]:
     out: list[_Scored] = []
     for path in paths:
-        record = read_json(path, "Evaluate the model again")
-        if not {"scores", "legend", "what", "sets"} <= record.keys():
-            raise UserError(f"{path}: is no file of scores. Write one with: fewstep evaluate MODEL --out {path}")
+        record = read_scores(path)
         name = path.stem if all(other.stem != path.stem for other in paths if other != path) else str(path)
         out.append(_Scored(path, name, record))
     return out
@@ -317,12 +316,17 @@ def mean_difference(first: Frames, other: Frames) -> float:
 # ---- what the page says about itself ---------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Progress:
+    wall_s: float = 0.0
+
+
 def _stage(run: Path) -> Stage:
-    env = read_json(run / "env.json", "") if (run / "env.json").is_file() else {}
+    env = read_json(run / "env.json", "Remove it") if (run / "env.json").is_file() else {}
     command = env.get("command") or f"fewstep train --config {run / 'config.yaml'}"
     command = command if isinstance(command, str) else " ".join(map(str, command))
     seconds = [
-        float(read_json(path / "trainer.json", "").get("wall_s", 0.0))
+        read_json(path / "trainer.json", "Remove that checkpoint", _Progress).wall_s
         for path in sorted((run / "checkpoints").glob("iter_*"))
         if (path / "trainer.json").is_file()
     ]
@@ -339,9 +343,13 @@ def _limits(scored: Sequence[_Scored], runs: Sequence[Path]) -> list[str]:
         out.append("These scores have different protocols: their numbers do not compare.")
     for run in runs:
         path = run / "log.txt"
-        alarms = [line for line in path.read_text(errors="replace").splitlines() if "ALARM" in line] if path.is_file() else []
+        alarms = [line for line in _text(path).splitlines() if "ALARM" in line] if path.is_file() else []
         out += [f"{run.name}: {line}" for line in alarms[-5:]]
     return out
+
+
+def _text(path: Path) -> str:
+    return read_bytes(path, 2**28).decode("utf-8", "replace")
 
 
 def _provenance(scored: Sequence[_Scored], runs: Sequence[Path]) -> dict[str, str]:

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from fewstep import registry
 from fewstep.errors import UserError
-from fewstep.files import read_json
+from fewstep.files import fault_of, read_json
 from fewstep.networks.files import hub
 from fewstep.networks.files.folders import load
+from fewstep.untrusted.torch_files import load_torch
 
 FRAMES_AT_ONCE = 8  # pictures that an image autoencoder sees at once; they do not see each other
 
@@ -246,7 +247,8 @@ def form_of(address: str | Path) -> Form:
     name = config.get("_class_name")
     if name not in _FORMS:
         raise UserError(f"{address}: no codec of ours, its _class_name is {name}; known are {', '.join(sorted(_FORMS))}")
-    return _FORMS[name](config)[0]
+    with fault_of(f"{address}: config.json"):
+        return _FORMS[name](config)[0]
 
 
 def codec_of(module: nn.Module, *, scale: float = 1.0, tile: int | None = None) -> Autoencoder:
@@ -258,7 +260,8 @@ def codec_of(module: nn.Module, *, scale: float = 1.0, tile: int | None = None) 
 
 
 def _around(module: nn.Module, form_of: FormOf, scale: float, tile: int | None, statistics: Path | None) -> Autoencoder:
-    form, mean, std = form_of(module.config)
+    with fault_of("config.json" if statistics is None else statistics.with_name("config.json")):
+        form, mean, std = form_of(module.config)
     if statistics is not None and statistics.is_file() and module.config.latents_mean is None:  # pyright: ignore[reportAttributeAccessIssue]  # an attribute of a module
         mean, std = read_statistics(statistics, form.channels)
     return Autoencoder(module.eval().requires_grad_(False), form, mean, std / scale, tile)
@@ -303,8 +306,9 @@ def _config(address: str) -> tuple[dict[str, Any], str | None]:
 
 def read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
     """mean and std of the original Cosmos tokenizers, beside whose weights they lie as mean_std.pt."""
-    mean, std = torch.load(path, map_location="cpu", weights_only=True)
-    return tuple(value.float().reshape(1, channels, -1, 1, 1) for value in (mean, std))
+    with fault_of(path):
+        mean, std = load_torch(path)
+        return mean.float().reshape(1, channels, -1, 1, 1), std.float().reshape(1, channels, -1, 1, 1)
 
 
 def _listed(config: Any, channels: int, factor: float = 1.0, shift: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import html
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,8 +30,11 @@ from torch import Tensor, nn
 
 from fewstep import registry
 from fewstep.errors import UserError
+from fewstep.files import fault_of
 from fewstep.networks.encoders.codecs import fingerprint_of
 from fewstep.networks.files import hub
+from fewstep.networks.files.folders import load_reader, load_transformer
+from fewstep.networks.files.pipeline import PipelineFolder
 
 WORDS = ["config.json", "tokenizer*", "*.model", "special_tokens_map.json", "*.txt", "vocab.json"]  # files of a tokenizer
 SAMPLED = 4096  # entries of each weight that the fingerprint of a text encoder looks at: T5-11b whole would take minutes
@@ -374,7 +377,10 @@ def open_text_encoder(
 def text_form(address: str | Path) -> TextForm:
     """The form of the embeddings of the text encoder in a folder or hub id; that of T5 for a pipeline without one."""
     source = Source.of(str(address))
-    return TextForm() if source.is_pipeline and not source.has("text_encoder") else _class_of(source).form(source)
+    if source.is_pipeline and not source.has("text_encoder"):
+        return TextForm()
+    with fault_of(f"{address}: config.json of its text encoder"):
+        return _class_of(source).form(source)
 
 
 def _class_of(source: Source) -> type[TextEncoder]:
@@ -421,57 +427,51 @@ MODELS = {
 class Source:
     """A folder or hub id with either a pipeline in it or one encoder beside its tokenizer."""
 
-    address: str
+    files: PipelineFolder
     is_pipeline: bool
-    pipeline: str  # class of the pipeline, or ""
 
     @classmethod
     def of(cls, address: str) -> Source:
-        folder = Path(address)
-        if not folder.is_dir():
+        files = PipelineFolder(address)
+        if not files.path.is_dir():
             hub.expect_id(address, "text encoder")
-            index = hub.read_json(address, "model_index.json")
-            return cls(address, index is not None, (index or {}).get("_class_name", ""))
-        index = folder / "model_index.json"
-        is_pipeline = index.is_file() or (folder / "text_encoder").is_dir()
-        name = json.loads(index.read_text()).get("_class_name", "") if index.is_file() else ""
-        return cls(address, is_pipeline, name if isinstance(name, str) else name[-1])
+        return cls(files, bool(files.index) or (files.path / "text_encoder").is_dir())
+
+    @property
+    def address(self) -> str:
+        return self.files.address
+
+    @property
+    def pipeline(self) -> str:
+        """Class of the pipeline, or "" where there is none, or one with code of its own."""
+        return self.files.pipeline
 
     def folder(self, part: str) -> Path:
-        return Path(self.address) / part if self.is_pipeline else Path(self.address)
+        return self.files.path / part if self.is_pipeline else self.files.path
 
     def has(self, part: str) -> bool:
-        if Path(self.address).is_dir():
-            return self.is_pipeline and (Path(self.address) / part / "config.json").is_file()
-        return self.is_pipeline and hub.read_json(self.address, f"{part}/config.json") is not None
+        return self.is_pipeline and bool(self.files.read(f"{part}/config.json"))
 
-    def config(self, part: str) -> dict[str, Any]:
-        if Path(self.address).is_dir():
-            path = self.folder(part) / "config.json"
-            config = json.loads(path.read_text()) if path.is_file() else None
-        else:
-            config = hub.read_json(self.address, f"{part}/config.json" if self.is_pipeline else "config.json")
-        if config is None:
-            raise UserError(f"no text encoder at {self.address}: it has no {part + '/' if self.is_pipeline else ''}config.json")
+    def config(self, part: str) -> Mapping[str, Any]:
+        name = f"{part}/config.json" if self.is_pipeline else "config.json"
+        config = self.files.read(name)
+        if not config:
+            raise UserError(f"no text encoder at {self.address}: it has no {name}")
         return config
 
     def model(self, part: str, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
         import transformers
 
-        name = next((MODELS[name] for name in self.config(part).get("architectures") or () if name in MODELS), None)
+        names = self.config(part).get("architectures")
+        name = next((MODELS[str(name)] for name in names if str(name) in MODELS), None) if isinstance(names, list) else None
         if name is None:
-            names = self.config(part).get("architectures")
             raise UserError(f"{self.address}: its {part} is a {names}; there are {', '.join(MODELS)}")
-        where = {"subfolder": part} if self.is_pipeline else {}
-        module, info = getattr(transformers, name).from_pretrained(self.address, dtype=dtype, output_loading_info=True, **where)
-        wrong = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
-        if wrong:
-            raise UserError(f"{self.address}: the weights of its {part} lack {', '.join(map(str, wrong[:4]))}")
-        return _frozen(module.to(device))
+        cls, subfolder = getattr(transformers, name), part if self.is_pipeline else None
+        return load_transformer(cls, self.address, subfolder, dtype=dtype).to(device)
 
     def tokenizer(self, part: str) -> Any:  # Any: as above
         from transformers import AutoTokenizer
 
         # From a folder, of the hub's cache too: for a name transformers looks for files that a tokenizer need not have.
         folder = hub.folder_of(self.address, [f"{part}/*"] if self.is_pipeline else WORDS, "tokenizer")
-        return AutoTokenizer.from_pretrained(folder / part if self.is_pipeline else folder)
+        return load_reader(AutoTokenizer, str(folder / part if self.is_pipeline else folder))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
+from fewstep.networks.files.folders import load_reader, load_transformer
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +44,6 @@ def open_image_encoder(
         )
     # Resizes with PIL, as CLIP was taught; transformers' other one needs torchvision. Before 5.0 there was one class only.
     reader = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
-    processor = reader.from_pretrained(str(address), subfolder="image_processor")
-    loaded: Any = transformers.CLIPVisionModel.from_pretrained(  # Any: a pair, as the loading info is asked for
-        str(address), subfolder="image_encoder", dtype=dtype, output_loading_info=True
-    )
-    module, info = loaded
-    wrong = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
-    if wrong:
-        raise UserError(f"{address}: the weights of its image_encoder lack {', '.join(map(str, wrong[:4]))}")
-    return ClipVision(module.to(device).eval().requires_grad_(False), processor)
+    processor = load_reader(reader, str(address), "image_processor")
+    module = load_transformer(transformers.CLIPVisionModel, str(address), "image_encoder", dtype=dtype)
+    return ClipVision(module.to(device), processor)

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 
 from fewstep.errors import UserError
-from fewstep.files import write_json, write_tensors
+from fewstep.files import fault_of, read_json, write_json, write_tensors
 from fewstep.networks.encoders import words_alone
 from fewstep.networks.encoders.codecs import fingerprint_of
 from fewstep.networks.encoders.text import Source, TextEncoder, TextForm, text_encoder
@@ -36,12 +36,15 @@ class WordsEncoder(Words, TextEncoder):
 
     @classmethod
     def open(cls, source: Source, max_tokens: int | None, dtype: torch.dtype, device: torch.device | str) -> WordsEncoder:
-        return cls.read(source.folder("text_encoder"))
+        folder = source.folder("text_encoder")
+        read_json(folder / "config.json", "Copy that folder again", WordsConfig)
+        with fault_of(folder):
+            return cls.read(folder)
 
     @classmethod
     def form(cls, source: Source) -> TextForm:
-        config = source.config("text_encoder")
-        return TextForm(int(config["max_tokens"]), uses_mask=True, dim=int(config["dim"]))
+        config = read_json(source.folder("text_encoder") / "config.json", "Copy that folder again", WordsConfig)
+        return TextForm(config.max_tokens, uses_mask=True, dim=config.dim)
 
     @property
     def dim(self) -> int:

@@ -4,14 +4,15 @@
     FOLDER/__0_0.distcp   chunks, one after the other, each as torch.save writes it; one file or more for each process
 
 Importing DCP takes as long as importing torch (it imports DTensor, which imports sympy), and its reader unpickles whatever
-`.metadata` says. Here the pickle goes through an unpickler that admits the dozen record classes of the format and nothing else;
-the records become plain objects that hold their fields.
+`.metadata` says. Here the pickle is read by fewstep/untrusted/pickles.py, which admits the dozen record classes of the format
+and nothing else, as plain data.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import os
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +25,23 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.files import new_file
+from fewstep.files import fault_of, new_file, opened, read_bytes
 from fewstep.networks.files.stored import SAFETENSORS_NAMES, Stored
+from fewstep.untrusted.arrays import data_symbols, shape_of
+from fewstep.untrusted.pickles import (
+    Budget,
+    Constant,
+    Object,
+    Pending,
+    Reader,
+    Symbols,
+    UnsafePickle,
+    check_result,
+    exactly,
+)
+from fewstep.untrusted.torch_files import load_torch_bytes
 
-_DAMAGE = (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError, KeyError, ValueError, RuntimeError)
+_MAX_METADATA_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -46,40 +60,34 @@ def open_distributed(folder: Path, only_tensors: bool = False) -> dict[str, Stor
 
     Entries that are no tensors are pickles; they are left out, or with `only_tensors` refused. Raises UserError.
     """
-    metadata = read_metadata(folder)
-    try:
-        others = [name for name, entry in metadata.state_dict_metadata.items() if not isinstance(entry, TensorStorageMetadata)]
-        if only_tensors and others:
-            raise UserError(f"'{folder}': its entry {others[0]} is no tensor, and is not read")
-        return _entries(folder, metadata)
-    except (AttributeError, TypeError, KeyError) as error:
-        raise UserError(f"'{folder / '.metadata'}' is not read: {error}") from error
+    table = read_metadata(folder)
+    others = [name for name, entry in table.tensors.items() if not entry]
+    if only_tensors and others:
+        raise UserError(f"'{folder}': its entry {others[0]} is no tensor, and is not read")
+    with fault_of(folder / ".metadata"):
+        return _entries(folder, table)
 
 
-def _entries(folder: Path, metadata: Any) -> dict[str, Stored]:
+def _entries(folder: Path, table: Table) -> dict[str, Stored]:
+    tensors = {name: entry for name, entry in table.tensors.items() if entry}
+    sizes = {(name, shape_of(c["offsets"])): shape_of(c["sizes"]) for name, entry in tensors.items() for c in entry["chunks"]}
     chunks: dict[str, list[Chunk]] = {}
-    sizes = {
-        (name, tuple(chunk.offsets)): tuple(chunk.sizes)
-        for name, about in metadata.state_dict_metadata.items()
-        if isinstance(about, TensorStorageMetadata)
-        for chunk in about.chunks
-    }
-    for index, info in (metadata.storage_data or {}).items():
-        if Path(info.relative_path).name != info.relative_path:
-            raise UserError(f"'{folder}': its table of contents names a file outside of it, {info.relative_path}")
-        at = tuple(index.offset or ())
-        if (index.fqn, at) in sizes:
-            if getattr(info, "transform_descriptors", None):
-                raise UserError(f"'{folder}' is compressed ({', '.join(info.transform_descriptors)}), which is not read here")
-            chunk = Chunk(at, sizes[index.fqn, at], folder / info.relative_path, info.offset, info.length)
-            chunks.setdefault(index.fqn, []).append(chunk)
-    tensors: dict[str, Stored] = {}
-    for name, about in metadata.state_dict_metadata.items():
-        if isinstance(about, TensorStorageMetadata):
-            shape, dtype = tuple(about.size), about.properties.dtype
-            read_part = partial(_read, folder, name, shape, dtype, chunks.get(name, []))
-            tensors[name] = Stored(shape, dtype, partial(read_part, [0] * len(shape), shape), read_part)
-    return tensors
+    for (name, offsets), info in table.places.items():
+        if Path(info["relative_path"]).name != info["relative_path"]:
+            raise UserError(f"'{folder}': its table of contents names a file outside of it, {info['relative_path']}")
+        if (name, offsets) in sizes:
+            if info.get("transform_descriptors"):
+                raise UserError(
+                    f"'{folder}' is compressed ({', '.join(info['transform_descriptors'])}), which is not read here"
+                )
+            chunk = Chunk(offsets, sizes[name, offsets], folder / info["relative_path"], info["offset"], info["length"])
+            chunks.setdefault(name, []).append(chunk)
+    result: dict[str, Stored] = {}
+    for name, entry in tensors.items():
+        shape, dtype = shape_of(tuple(entry["size"])), entry["properties"]
+        read_part = partial(_read, folder, name, shape, dtype, chunks.get(name, []))
+        result[name] = Stored(shape, dtype, partial(read_part, [0] * len(shape), shape), read_part)
+    return result
 
 
 def _read(
@@ -101,16 +109,25 @@ def _read(
             ends = [min(a + n, b + m) for a, n, b, m in zip(chunk.offsets, chunk.sizes, offsets, sizes, strict=True)]
             if any(end <= start for start, end in zip(starts, ends, strict=True)):
                 continue
-            with chunk.file.open("rb") as file:
-                file.seek(chunk.start)
-                whole: Tensor = torch.load(io.BytesIO(file.read(chunk.length)), map_location="cpu", weights_only=True)
-            if whole.shape != chunk.sizes:
-                raise ValueError(f"a chunk has the shape {tuple(whole.shape)}, where the table of contents says {chunk.sizes}")
+            whole: Tensor = exactly(load_torch_bytes(_bytes_of(chunk), name), Tensor)
+            if whole.shape != chunk.sizes or whole.dtype != dtype:
+                raise ValueError(
+                    f"a chunk is {whole.dtype} {tuple(whole.shape)}, where the table of contents says {dtype} {chunk.sizes}"
+                )
             source = whole.detach()[tuple(map(slice, _less(starts, chunk.offsets), _less(ends, chunk.offsets)))]
             result[tuple(map(slice, _less(starts, offsets), _less(ends, offsets)))] = source
-    except (*_DAMAGE, OSError) as error:
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
         raise UserError(f"'{folder}' cannot be read at {name}: {error}") from error
     return result
+
+
+def _bytes_of(chunk: Chunk) -> bytes:
+    with opened(chunk.file) as file:
+        size = os.fstat(file.fileno()).st_size
+        if not 0 <= chunk.start <= chunk.start + chunk.length <= size:
+            raise UserError(f"{chunk.file.name} has {size:,} bytes, and its last one here is {chunk.start + chunk.length:,}")
+        file.seek(chunk.start)
+        return file.read(chunk.length)
 
 
 def _less(places: Sequence[int], offsets: Sequence[int]) -> list[int]:
@@ -136,15 +153,67 @@ def _meet(a: Chunk, b: Chunk) -> bool:
     return all(start < other + length and other < start + size for start, size, other, length in extents)
 
 
-def read_metadata(folder: Path) -> Any:  # Any: a record of the format, whose fields are what the file says
+@dataclass(frozen=True)
+class Table:
+    """The table of contents of a checkpoint, as plain data."""
+
+    tensors: Mapping[str, Mapping[str, Any]]  # size, properties (the type), chunks; {} for what is no tensor
+    places: Mapping[tuple[str, tuple[int, ...]], Mapping[str, Any]]  # by name and offsets: relative_path, offset, length
+
+
+def read_metadata(folder: Path) -> Table:
     """The table of contents of a distributed checkpoint, without running it."""
+    path = folder / ".metadata"
     try:
-        return _Unpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
-    except _DAMAGE as error:
-        raise UserError(f"'{folder / '.metadata'}' is not read: {error}") from error
+        content = read_bytes(path, _MAX_METADATA_BYTES)
+        budget = Budget(len(content), 4 * len(content))
+        metadata = Reader(str(path), budget, {**data_symbols(budget), **_SYMBOLS}).run(io.BytesIO(content))
+        check_result(metadata, str(path))
+        return Table(exactly(metadata["state_dict_metadata"], dict), metadata["storage_data"] or {})
+    except UnsafePickle as error:
+        reason = f"it wants to load {error.wants}, which a table of contents has no use for" if error.wants else str(error)
+        raise UserError(f"'{path}' is not read: {reason}") from None
+    except (KeyError, TypeError) as error:
+        raise UserError(f"'{path}' is not read: it lacks {error}") from None
 
 
-# --- the records of the format, by the names that they have there
+def _record() -> Pending:
+    """An object whose fields follow; as plain data, a mapping of them."""
+    return Pending(lambda fields: exactly(fields, dict))
+
+
+def _properties() -> Pending:
+    return Pending(lambda state: exactly(exactly(state, tuple)[0], torch.dtype))
+
+
+def _index() -> Pending:
+    return Pending(lambda fields: (exactly(fields["fqn"], str), tuple(fields.get("offset") or ())))
+
+
+def _plain(*values: Any) -> Any:
+    return values[0] if len(values) == 1 else values
+
+
+_METADATA, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
+_SYMBOLS: Symbols = {
+    **{
+        f"{_METADATA}.{name}": Object(_record)
+        for name in ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "StorageMeta")
+    },
+    f"{_FILES}._StorageInfo": Object(_record),
+    f"{_METADATA}.BytesStorageMetadata": Object(dict),
+    f"{_METADATA}.TensorProperties": Object(_properties),
+    f"{_METADATA}.MetadataIndex": Object(_index),
+    f"{_METADATA}._MEM_FORMAT_ENCODING": _plain,
+    "torch.Size": lambda sizes: shape_of(sizes),
+    "torch.serialization._get_layout": _plain,
+    "pathlib.PosixPath": _plain,
+    "pathlib._local.PosixPath": _plain,
+    **{str(dtype): Constant(dtype) for dtype in SAFETENSORS_NAMES},
+}
+
+
+# --- writing: the records of the format, by the names that they have there
 
 
 class Record:
@@ -156,24 +225,16 @@ class Record:
         self.__dict__.update(fields)
 
 
-class Metadata(Record):
-    state_dict_metadata: Mapping[str, Any]
-    storage_data: Mapping[Any, Any] | None = None
+class Metadata(Record): ...
 
 
-class TensorStorageMetadata(Record):
-    properties: TensorProperties
-    size: torch.Size
-    chunks: Sequence[ChunkStorageMetadata]
+class TensorStorageMetadata(Record): ...
 
 
-class BytesStorageMetadata(Record):
-    pass
+class ChunkStorageMetadata(Record): ...
 
 
-class ChunkStorageMetadata(Record):
-    offsets: torch.Size
-    sizes: torch.Size
+class MetadataIndex(Record): ...
 
 
 class TensorProperties(Record):
@@ -182,70 +243,14 @@ class TensorProperties(Record):
     def __getstate__(self) -> tuple[Any, ...]:
         return self.state
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.state = state
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.state[0]
-
-
-class MetadataIndex(Record):
-    fqn: str
-    offset: torch.Size | None = None
-    index: int | None = None
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, MetadataIndex) and (self.fqn, self.offset) == (other.fqn, other.offset)
-
-    def __hash__(self) -> int:
-        return hash((self.fqn, self.offset))
-
-
-class StorageMeta(Record):
-    pass
-
 
 class _StorageInfo(Record):
     module = "torch.distributed.checkpoint.filesystem"
-    relative_path: str
-    offset: int
-    length: int
 
 
 class _MEM_FORMAT_ENCODING(Record):  # noqa: N801  # the name that torch gives it
-    value: int
-
-    def __init__(self, value: int):
-        super().__init__(value=value)
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.value,)
-
-
-_RECORDS = {(record.module, record.__name__): record for record in Record.__subclasses__()}
-_GLOBALS = frozenset(
-    [
-        ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),
-        ("collections", "OrderedDict"),
-        *(("torch", str(dtype).removeprefix("torch.")) for dtype in SAFETENSORS_NAMES),
-        ("pathlib", "PosixPath"),
-        ("pathlib._local", "PosixPath"),
-    ]
-)
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _RECORDS:
-            return _RECORDS[module, name]
-        if (module, name) not in _GLOBALS:
-            raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which a table of contents has no use for")
-        return super().find_class(module, name)
-
-
-# --- writing
+        return type(self), (self.__dict__["value"],)
 
 
 def write_distributed(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -256,7 +261,7 @@ def write_distributed(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, start, length in write_chunks(folder / name_of_file, tensors):
         tensor = tensors[name]
         origin = torch.Size([0] * tensor.ndim)
-        properties = TensorProperties(state=(tensor.dtype, torch.strided, False, _MEM_FORMAT_ENCODING(0), False))
+        properties = TensorProperties(state=(tensor.dtype, torch.strided, False, _MEM_FORMAT_ENCODING(value=0), False))
         chunk = ChunkStorageMetadata(offsets=origin, sizes=tensor.shape)
         entries[name] = TensorStorageMetadata(properties=properties, size=tensor.shape, chunks=[chunk])
         place = MetadataIndex(fqn=name, offset=origin, index=0)

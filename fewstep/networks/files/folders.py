@@ -1,9 +1,9 @@
-"""A model of diffusers, in a folder or on the hub. Errors name the file and what to do."""
+"""Models of diffusers and transformers, in a folder or on the hub. Errors name the file and what to do."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from fewstep.errors import UserError
+from fewstep.files import fault_of
 from fewstep.networks.files import hub
+from fewstep.untrusted.safe_tensors import safetensors
 
 Configurations = dict[str, Any]  # of models of diffusers, by where they were read
 _NOTED: ContextVar[tuple[Configurations, bool] | None] = ContextVar("noted", default=None)
@@ -57,18 +59,44 @@ def _opened(cls: Any, address: str, subfolder: str) -> Any:
 
 
 def load(cls: Any, address: str, subfolder: str | None = None, **how: Any) -> Any:
-    """`cls.from_pretrained`, which alone would give fresh random values to weights that the files lack."""
-    place = {"subfolder": subfolder} if subfolder else {}
+    """`from_pretrained` of a class of diffusers, which alone would give fresh random values to weights that the files lack."""
     try:
-        module, info = cls.from_pretrained(address, output_loading_info=True, **place, **how)
-    except (OSError, ValueError):
+        module, wrong = _load(cls, address, subfolder, how)
+    except UserError:
         _look(Path(address) / (subfolder or ""))
         raise
-    problems = [f"{what.replace('_', ' ')}: {', '.join(map(str, list(info[what])[:4]))}" for what in WRONG if info.get(what)]
-    if problems:
+    if wrong:
         where = f"{address}/{subfolder}" if subfolder else address
-        raise UserError(f"{where}: its weights do not fit its config.json: {'; '.join(problems)}")
+        problems = "; ".join(f"{what.replace('_', ' ')}: {names}" for what, names in wrong.items())
+        raise UserError(f"{where}: its weights do not fit its config.json: {problems}")
     return module
+
+
+def load_transformer(cls: Any, address: str, subfolder: str | None = None, **how: Any) -> Any:
+    """The same of a class of transformers, frozen and in eval mode. Code in its folder is not run."""
+    module, wrong = _load(cls, address, subfolder, {"trust_remote_code": False, **how})
+    lacking = ", ".join(names for what, names in wrong.items() if what != "unexpected_keys")
+    if lacking:
+        where = f"{address}/{subfolder}" if subfolder else address
+        raise UserError(f"{where}: its weights lack {lacking}, which {cls.__name__} needs")
+    return module.eval().requires_grad_(False)
+
+
+def load_reader(cls: Any, address: str, subfolder: str | None = None, **how: Any) -> Any:
+    """A tokenizer or a processor of pictures of transformers. Code in its folder is not run."""
+    place = {"subfolder": subfolder} if subfolder else {}
+    with fault_of(f"{address}/{subfolder}" if subfolder else address), hub.asking(address):
+        return cls.from_pretrained(address, trust_remote_code=False, **place, **how)
+
+
+def _load(cls: Any, address: str, subfolder: str | None, how: Mapping[str, Any]) -> tuple[Any, dict[str, str]]:
+    """The model, and the names of weights that do not fit, by what is wrong with them."""
+    where, place = (f"{address}/{subfolder}", {"subfolder": subfolder}) if subfolder else (address, {})
+    # A pickle beside safetensors is never opened; where it is all there is, both libraries read its tensors alone.
+    only_safe = True if any(Path(where).glob("*.safetensors*")) else None
+    with fault_of(where), hub.asking(address):
+        module, info = cls.from_pretrained(address, output_loading_info=True, use_safetensors=only_safe, **place, **how)
+    return module, {what: ", ".join(map(str, list(info[what])[:4])) for what in WRONG if info.get(what)}
 
 
 @contextmanager
@@ -100,8 +128,6 @@ def on_meta() -> Iterator[None]:
 
 def _look(folder: Path) -> None:
     """ValueError for a folder without weights, or with a file of them that was cut short."""
-    from safetensors import SafetensorError, safe_open
-
     if not folder.is_dir():
         return
     files = sorted(folder.glob("*.safetensors"))
@@ -110,6 +136,7 @@ def _look(folder: Path) -> None:
         raise UserError(f"{folder}: its weights are missing ({name}). Copy that folder again, whole")
     for file in files:
         try:
-            safe_open(file, "pt")
-        except (SafetensorError, OSError) as error:
+            with safetensors(file, ""):
+                pass
+        except UserError as error:
             raise UserError(f"{file}: damaged, perhaps cut short ({error}). Copy it again") from None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fewstep import files
 from fewstep.errors import UserError
 
 
@@ -68,7 +68,7 @@ def read_json(address: str, name: str) -> dict[str, Any] | None:
 
     with asking(address):
         try:
-            return json.loads(Path(hf_hub_download(address, name)).read_text())
+            return files.read_json(hf_hub_download(address, name), "Download it again")
         except LocalEntryNotFoundError:  # a subclass of the next, but without an answer of the hub
             raise
         except EntryNotFoundError:

@@ -32,12 +32,12 @@ class PipelineFolder:
     @cached_property
     def index(self) -> Mapping[str, Any]:
         """model_index.json; {} for a network alone."""
-        return self._read("model_index.json")
+        return self.read("model_index.json")
 
     @cached_property
     def scheduler(self) -> Mapping[str, Any]:
         """The configuration of the pipeline's scheduler; {} where there is none."""
-        return self._read("scheduler/scheduler_config.json")
+        return self.read("scheduler/scheduler_config.json")
 
     @cached_property
     def denoiser(self) -> Mapping[str, Any]:
@@ -45,13 +45,14 @@ class PipelineFolder:
         if self.path.is_dir():
             for part in ("transformer", "unet", ""):
                 if (self.path / part / "config.json").is_file():
-                    return read_json(self.path / part / "config.json", _ADVICE)
+                    return self.read(f"{part}/config.json")
             raise UserError(f"no model at {self.address}: it has no transformer/, no unet/ and no config.json")
         hub.expect_id(self.address, "model")
         part = "transformer" if "transformer" in self.index else "unet"
-        return self._read(f"{part}/config.json") or self._read("config.json")
+        return self.read(f"{part}/config.json") or self.read("config.json")
 
-    def _read(self, name: str) -> Mapping[str, Any]:
+    def read(self, name: str) -> Mapping[str, Any]:
+        """A JSON file; {} where there is none."""
         if self.path.is_dir():
             return read_json(self.path / name, _ADVICE) if (self.path / name).is_file() else {}
         return hub.read_json(self.address, name) or {}

@@ -6,17 +6,16 @@
     iter_N_model_mp_0.pt .. _7.pt      parts of tensor parallelism: given by any one of them, or as iter_N.pt
     FOLDER with .metadata              torch.distributed.checkpoint, sharded or not
 
-torch.load is asked for weights only; distributed.py reads the last.
+distributed.py reads the last.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import pickle
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,17 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.files import whole_file
+from fewstep.files import read_json, whole_file
 from fewstep.networks.files.stored import SAFETENSORS_DTYPES, SAFETENSORS_NAMES, Stored, TensorFile
+from fewstep.untrusted.pickles import UnsafePickle
+from fewstep.untrusted.safe_tensors import safetensors
+from fewstep.untrusted.torch_files import load_torch
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 MODEL = "model.pt"  # in the folder of an original model
 
+_INCOMPLETE = "Is the download complete?"
 # Of several sets of weights in one file these are taken first: the moving average is the model, the rest is training.
 _PREFERRED = ("ema", "model.ema", "model_ema", "net_ema", "model", "model.net", "module", "state_dict", "net")
 _NETS = ("net", "net_ema", "net_fake_score", "net_discriminator_head")  # Predict2.5 keeps them under these starts, in one set
@@ -41,6 +44,13 @@ _STARTS = ("module.", "model.", "transformer.")  # one word before every name: D
 # Tensor parallelism splits these along their outputs and their inputs; everything else is whole in every part (Transfer1).
 _BY_OUTPUT = ("to_q.0.weight", "to_k.0.weight", "to_v.0.weight", "block.layer1.weight")
 _BY_INPUT = ("to_out.0.weight", "block.layer2.weight")
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What is read of model.safetensors.index.json."""
+
+    weight_map: dict[str, str]
 
 
 def is_tensor_file(place: str) -> bool:
@@ -53,7 +63,7 @@ def is_tensor_file(place: str) -> bool:
     if (path / ".metadata").is_file():
         from fewstep.networks.files.distributed import read_metadata
 
-        return not any(re.match(r"\w+\.(weights|ema)\.", name) for name in read_metadata(path).state_dict_metadata)
+        return not any(re.match(r"\w+\.(weights|ema)\.", name) for name in read_metadata(path).tensors)
     return bool(_safetensors_in(path)) or (path / MODEL).is_file()
 
 
@@ -173,7 +183,7 @@ def _chosen_set(sets: Mapping[str, Mapping[str, Any]], part: str | None, source:
 
 
 def _torch_file(path: Path, part: str | None) -> TensorFile:
-    tree = load_torch(path)
+    tree = _saved(path)
     sets = _sets(tree)
     at = _chosen_set(sets, part, str(path))
     entries = sets[at]
@@ -187,51 +197,35 @@ def _held(tensor: Tensor) -> Stored:
     return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
-def load_torch(path: Path) -> Any:  # Any: whatever was saved, out of tensors and plain containers
+def _saved(path: Path) -> Any:  # Any: whatever was saved, out of tensors and plain containers
     """What torch.save wrote, its tensors mapped from the file; refuses whatever would run code."""
     try:
-        with torch.serialization.safe_globals([io.BytesIO]):  # what Transformer Engine keeps beside its weights; inert
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap" not in str(error):
-                    raise
-                return torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6 cannot be mapped
-    except pickle.UnpicklingError as error:
-        wants = re.search(r"GLOBAL ([\w.]+)", str(error))
-        named = f"it wants to load {wants.group(1)}" if wants else "it holds more than tensors, numbers and containers"
+        return load_torch(path)
+    except UnsafePickle as error:
+        named = f"it wants to load {error.wants}" if error.wants else str(error)
         raise UserError(
-            f"'{path}' is not read: {named}, and weights are data. If you trust the file, load it where it was made and save "
-            "its tensors alone"
+            f"'{path}' is not read: {named}, and weights are data. Is the download complete? If you trust the file, load it "
+            "where it was made and save its tensors alone"
         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError) as error:
-        raise UserError(f"'{path}' cannot be read as torch.save wrote it: {error}. Is the download complete?") from error
 
 
 # --- safetensors
 
 
 def _safetensors(path: Path) -> dict[str, Stored]:
-    from safetensors import SafetensorError, safe_open
-
     found: dict[str, Stored] = {}
-    try:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  # no mapping
-                entry = file.get_slice(name)
-                dtype = SAFETENSORS_DTYPES.get(entry.get_dtype())
-                if dtype is None:
-                    raise UserError(f"'{path}': {name} is of type {entry.get_dtype()}, which is not known here")
-                found[name] = Stored(tuple(entry.get_shape()), dtype, partial(_from_safetensors, path, name))
-    except SafetensorError as error:
-        raise UserError(f"'{path}' is no safetensors file: {error}. Is the download complete?") from error
+    with safetensors(path, _INCOMPLETE) as file:
+        for name in file.keys():  # noqa: SIM118  # no mapping
+            entry = file.get_slice(name)
+            dtype = SAFETENSORS_DTYPES.get(entry.get_dtype())
+            if dtype is None:
+                raise UserError(f"'{path}': {name} is of type {entry.get_dtype()}, which is not known here")
+            found[name] = Stored(tuple(entry.get_shape()), dtype, partial(_from_safetensors, path, name))
     return found
 
 
 def _from_safetensors(path: Path, name: str) -> Tensor:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
+    with safetensors(path, _INCOMPLETE) as file:
         return file.get_tensor(name)
 
 
@@ -239,7 +233,7 @@ def _safetensors_in(folder: Path) -> list[Path]:
     """The files of one model: those its index names, or all; of a pipeline's folder, those of its transformer."""
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
-        names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        names = sorted(set(read_json(indices[0], "Copy that folder again", _Index).weight_map.values()))
         odd = [name for name in names if Path(name).name != name]
         if odd:
             raise UserError(f"{indices[0]}: names a file outside its folder, {odd[0]}")

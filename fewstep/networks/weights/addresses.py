@@ -26,6 +26,7 @@ from fewstep.errors import UserError
 from fewstep.files import some
 from fewstep.networks.families.cosmos.keys import Generation, match, num_branches, repeated
 from fewstep.networks.families.cosmos.lora_files import adapters, merged
+from fewstep.networks.files.checkpoints import best_in, newest_in
 from fewstep.networks.files.stored import Stored, TensorFile
 from fewstep.networks.files.tensor_files import is_tensor_file, open_tensors
 
@@ -167,20 +168,18 @@ def checkpoint_of(place: str) -> Path:
         return run
     checkpoints = run / "checkpoints" if (run / "checkpoints").is_dir() else run
     if iteration and iteration != "latest":
-        best = checkpoints / "best_checkpoint.txt"
-        if iteration == "best" and not best.is_file():
+        name = f"iter_{int(iteration):09d}" if iteration.isdecimal() and len(iteration) < 20 else iteration
+        chosen = best_in(checkpoints) if iteration == "best" else checkpoints / name
+        if chosen is None:
             raise UserError(f"no weights at '{address}': {run} was trained without checkpoint.best_metric")
-        name = best.read_text().strip() if iteration == "best" else iteration
-        name = f"iter_{int(iteration):09d}" if iteration.isdigit() else name
     else:
-        pointer = checkpoints / "latest_checkpoint.txt"
-        if not pointer.is_file():
+        chosen = newest_in(checkpoints)
+        if chosen is None:
             raise UserError(f"no weights at '{address}': {run} holds no finished checkpoint yet")
-        name = pointer.read_text().strip()
-    if not (checkpoints / name / ".metadata").is_file():
+    if not (chosen / ".metadata").is_file():
         have = sorted(path.name for path in checkpoints.glob("iter_*") if path.is_dir())
-        raise UserError(f"no weights at '{address}': {checkpoints} has no {name}; it has {', '.join(have) or 'none'}")
-    return checkpoints / name
+        raise UserError(f"no weights at '{address}': {checkpoints} has no {chosen.name}; it has {', '.join(have) or 'none'}")
+    return chosen
 
 
 def read_tensors(folder: Path, prefix: str, *more: str) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from torch import nn
 from fewstep.config import parse
 from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.errors import UserError
-from fewstep.files import some, whole_folder, write_json, write_text, write_torch
+from fewstep.files import fault_of, read_json, some, whole_folder, write_json, write_text, write_torch
 from fewstep.networks.contract import AnyNetwork
 from fewstep.networks.families.cosmos.control import Controlled, CosmosControlSpec
 from fewstep.networks.families.cosmos.keys import (
@@ -159,7 +159,7 @@ def _keep_sizes(pieces: Sequence[Piece], out: Path) -> None:
     """Copies the file that describes the network from beside the base to beside `out`."""
     beside = Path(pieces[0][1]).parent / SIZES
     if beside.is_file() and beside.parent.resolve() != out.parent.resolve():
-        write_text(out.parent / SIZES, beside.read_text(encoding="utf-8"))
+        write_text(out.parent / SIZES, read_text(beside))
 
 
 def _originally_named(weights: Collected) -> dict[str, Stored]:
@@ -361,8 +361,8 @@ def _of_folder(folder: Path, controls: Sequence[str]) -> nn.Module:
     def empty(cls: Any, place: Path) -> Any:  # Any: diffusers' classes
         if not (place / "config.json").is_file():
             raise UserError(f"convert: --model {folder} is neither a folder with a config.json nor one of {', '.join(MODELS)}")
-        with torch.device("meta"):
-            return cls.from_config(cls.load_config(str(place)))
+        with fault_of(place / "config.json"), torch.device("meta"):
+            return cls.from_config(read_json(place / "config.json", "Copy it again"))
 
     if not controls:
         return empty(CosmosTransformer3DModel, folder)

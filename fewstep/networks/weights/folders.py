@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fewstep.config import ConfigError, choices
+from fewstep.config import ConfigError, choices, dump
 from fewstep.errors import UserError
+from fewstep.files import fault_of
 from fewstep.networks.contract import NetworkSpec
 from fewstep.networks.files import hub
 from fewstep.networks.files.pipeline import PipelineFolder, is_diffusers_folder
@@ -16,14 +17,17 @@ from fewstep.networks.files.pipeline import PipelineFolder, is_diffusers_folder
 def spec_of(address: str, controls: Sequence[str] = ()) -> NetworkSpec:
     """The configuration of the network in a diffusers folder or hub id, by the class of its denoiser."""
     folder = PipelineFolder(address)
-    if folder.path.is_dir() and "StudentPipeline" in folder.index.get("_class_name", ""):
+    if folder.path.is_dir() and "StudentPipeline" in str(folder.index.get("_class_name")):
         raise UserError(f"{folder.path}: a student without its student.json, which says how it is sampled. Export it again")
     name = folder.denoiser.get("_class_name")
     known = _by_class()
-    if not name or name not in known:
+    if not isinstance(name, str) or name not in known:
         kinds = ", ".join(choices("network"))
         raise UserError(f"{address}: its denoiser is a {name}, for which there is no adapter; there are {kinds}")
-    return known[name].of(folder, controls)
+    with fault_of(f"{address}: config.json of its denoiser"):
+        spec = known[name].of(folder, controls)
+        dump(spec)  # refuses values of other types than those of its settings
+        return spec
 
 
 def refuse_contradictions(specs: Iterable[tuple[str, NetworkSpec | None]]) -> None:
@@ -42,7 +46,8 @@ def _problems(key: str, spec: NetworkSpec) -> Iterable[tuple[str, str]]:
         return  # no folder of diffusers, or none yet
     folder = PipelineFolder(place)
     cls: Any = _by_class().get(str(folder.denoiser.get("_class_name")))
-    facts = {} if cls is None else cls.facts(folder)
+    with fault_of(f"{place}: config.json of its denoiser"):
+        facts = {} if cls is None else cls.facts(folder)
     wrong = {name: value for name, value in facts.items() if getattr(spec, name, value) != value}  # of another family: unknown
     for name, value in wrong.items():
         words = " ".join(f"{key}.{other}={_word(facts[other])}" for other in wrong)

@@ -6,7 +6,6 @@ python -m fewstep.toyworld.demo.causal_page demo --size default
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import platform
@@ -21,7 +20,7 @@ from fewstep.data.files import video
 from fewstep.evaluation.long_run import LongRun, looks
 from fewstep.evaluation.plot import Series
 from fewstep.evaluation.report import Chart, Film, Gallery, Gate, Model, Report, Row, Score, Stage, Value, curves_of, write
-from fewstep.files import write_json
+from fewstep.files import read_json, read_text, write_json
 from fewstep.toyworld.demo.causal import LONG_FRAMES, STUDENTS
 from fewstep.toyworld.demo.page import NUM_SHOWN, ran
 from fewstep.toyworld.demo.stages import STEPS
@@ -44,8 +43,8 @@ CHAINS = {
 
 
 def main(out: Path, size: str) -> None:
-    records = {name: json.loads((out / "scores" / f"{name}.json").read_text()) for name in TITLES}
-    long = {name: json.loads((out / "scores" / f"long_{name}.json").read_text()) for name in STUDENTS}
+    records = {name: read_json(out / "scores" / f"{name}.json", "Remove it, and run fewstep demo again") for name in TITLES}
+    long = {name: read_json(out / "scores" / f"long_{name}.json", "Remove it, and run fewstep demo again") for name in STUDENTS}
     summary = summarised(out, records, long)
     write_json(out / "summary.json", summary | {"size": size})
     scores = [Score(**score) for score in records["real"]["legend"]] + [Score(**score) for score in _named(long)]
@@ -86,7 +85,10 @@ def summarised(out: Path, records: Mapping[str, Any], long: Mapping[str, Any]) -
             numbers |= {f"long_{name}_{who}": score["value"], f"long_{name}_{who}_spread": score["spread"]}
     pairs = next((stage["seconds"] for stage in ran(out) if stage["name"] == "pairs"), 0.0)
     for who, runs in CHAINS.items():
-        walls = [json.loads((out / "toyworld" / "basic" / run / "summary.json").read_text())["wall_s"] for run in runs]
+        walls = [
+            read_json(out / "toyworld" / "basic" / run / "summary.json", "Remove it, and run fewstep demo again")["wall_s"]
+            for run in runs
+        ]
         numbers[f"core_seconds_{who}"] = round(sum(walls) + (2 * pairs if who == "sf" else 0.0), 1)  # pairs: on two cores
     four = records["4step"]["scores"]["frechet"]
     for who in CHAINS:
@@ -125,7 +127,7 @@ def _model(name: str, record: Mapping[str, Any], long: Mapping[str, Any] | None)
 
 
 def galleries(out: Path) -> list[Gallery]:
-    captions = [path.read_text().strip() for path in sorted((out / "heldout" / "metas").glob("*.txt"))[:NUM_SHOWN]]
+    captions = [read_text(path).strip() for path in sorted((out / "heldout" / "metas").glob("*.txt"))[:NUM_SHOWN]]
     short = [
         Row(caption, [film for name in TITLES if (film := _film(out, name, name, n)) is not None])
         for n, caption in enumerate(captions)

@@ -6,7 +6,6 @@ python -m fewstep.toyworld.demo.page demo --size default
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import platform
@@ -22,7 +21,7 @@ import fewstep
 from fewstep.data.files import video
 from fewstep.diffusion import TeacherSampler
 from fewstep.evaluation.report import Chart, Film, Gallery, Gate, Model, Report, Row, Score, Stage, Value, curves_of, write
-from fewstep.files import write_json
+from fewstep.files import read_json, read_text, write_json
 from fewstep.inference.clip_sets import Source, opened
 from fewstep.inference.evaluate import speed
 from fewstep.inference.evaluation import Evaluation
@@ -31,6 +30,7 @@ from fewstep.inference.request import SamplerOptions
 from fewstep.toyworld.demo.stages import CALLS, FEW, GUIDANCE, METHODS, STEPS, STUDENTS, TOY, run_of
 
 STUDENT_TITLES = {"kd": "KD", "dmd2": "DMD2", **METHODS}  # of those scored at several numbers of calls
+AGAIN = "Remove it, and run fewstep demo again"
 NUM_SHOWN = 8
 TEACHER = SamplerOptions(STEPS, "unipc", guidance=GUIDANCE)
 BOUNDS = {  # (ratio to the teacher's distance, share of the gap closed): set before the numbers were known
@@ -49,7 +49,7 @@ TITLES = {
 
 
 def main(out: Path, size: str, toy: str, methods: Sequence[str] = ()) -> None:
-    records = {name: json.loads((out / "scores" / f"{name}.json").read_text()) for name in TITLES}
+    records = {name: read_json(out / "scores" / f"{name}.json", AGAIN) for name in TITLES}
     torch.set_num_threads(1)
     rates = measured_speed(out, toy)
     show_teacher(out, toy)
@@ -125,7 +125,7 @@ def measured_speed(out: Path, toy: str) -> dict[str, Value]:
             name: speed(_job(out, address, Path("-"), sampling=sampling))[:3] for name, (address, sampling) in models.items()
         }
         write_json(path, rates, indent=None)
-    return {name: Value(*row) for name, row in json.loads(path.read_text()).items()}
+    return {name: Value(*row) for name, row in read_json(path, AGAIN).items()}
 
 
 def gates(summary: dict[str, float], size: str) -> list[Gate]:
@@ -159,16 +159,14 @@ def _student_gates(name: str, summary: dict[str, float], bounds: tuple[float, fl
 def curves_over_calls(out: Path, methods: Sequence[str]) -> dict[str, dict[int, Any]]:
     """The records of each student at each number of calls; of KD and DMD2, too, if there are further methods."""
     names = ("kd", "dmd2", *methods) if methods else ()
-    return {
-        name: {num: json.loads((out / "scores" / f"{name}_{num}calls.json").read_text()) for num in CALLS} for name in names
-    }
+    return {name: {num: read_json(out / "scores" / f"{name}_{num}calls.json", AGAIN) for num in CALLS} for name in names}
 
 
 def of_curves(curves: Mapping[str, Mapping[int, Any]], out: Path) -> dict[str, Any]:
     """SCORE_STUDENT_NUMcalls with its spread and n, and train_s_STUDENT: seconds of its own training, on one thread."""
     summary: dict[str, Any] = {}
     for name, curve in curves.items():
-        summary[f"train_s_{name}"] = json.loads((run_of(out, name) / "summary.json").read_text())["wall_s"]
+        summary[f"train_s_{name}"] = read_json(run_of(out, name) / "summary.json", AGAIN)["wall_s"]
         for num, record in curve.items():
             for score, value in record["scores"].items():
                 key = f"{score}_{name}_{num}calls"
@@ -256,7 +254,7 @@ def _job(out: Path, what: str, file: Path, **more: Any) -> Evaluation:
 
 
 def galleries(out: Path) -> list[Gallery]:
-    captions = [path.read_text().strip() for path in sorted((out / "heldout" / "metas").glob("*.txt"))[:NUM_SHOWN]]
+    captions = [read_text(path).strip() for path in sorted((out / "heldout" / "metas").glob("*.txt"))[:NUM_SHOWN]]
     shown = ("real", "tokenizer", "teacher_shown", "teacher_4calls", "4step", "teacher_1call", "1step")
     kinds: dict[str, Any] = {"real": "real", "tokenizer": "codec", "4step": "student", "1step": "student"}
     rows = [
@@ -279,7 +277,7 @@ def galleries(out: Path) -> list[Gallery]:
     ]
     plain = [
         Row(
-            (out / "samples" / "4step" / f"{n:02d}.txt").read_text().strip(),
+            read_text(out / "samples" / "4step" / f"{n:02d}.txt").strip(),
             [
                 Film(
                     TITLES.get(name, TITLES["teacher"]),
@@ -306,7 +304,7 @@ def charts(out: Path, methods: Sequence[str]) -> list[Chart]:
 
 
 def ran(out: Path) -> list[dict[str, Any]]:
-    stages = [json.loads(path.read_text()) for path in (out / "stages").glob("*.json")]
+    stages = [read_json(path, AGAIN) for path in (out / "stages").glob("*.json")]
     return sorted(stages, key=lambda stage: stage.get("order", 0))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from fewstep.distill import gate
 from fewstep.distill.stages import run
 from fewstep.errors import UserError
-from fewstep.files import lock, read_json, write_json
+from fewstep.files import lock, read_json, read_text, write_json
 from fewstep.toyworld.demo import causal as chains
 from fewstep.toyworld.demo.stages import FEW, IMPORTS, METHODS, Size, stages
 
@@ -36,7 +36,7 @@ def demo(
         for verdict in gate.verdicts(out / "scores" / f"{name}.json", out / "scores" / f"{few}.json"):
             print(f"{name}: {verdict}")
     report = out / "report.html"
-    summary = json.loads((out / "summary.json").read_text())
+    summary = read_json(out / "summary.json", "Remove it, and run fewstep demo again")
     print(f"\n{json.dumps({k: v for k, v in summary.items() if k in (_SHOWN_CAUSAL if causal else _SHOWN)}, indent=1)}")
     print(f"the whole took {time.monotonic() - began:.0f} s this time; every number: {out}/summary.json")
     print(f"the report: {report.resolve()}")
@@ -64,5 +64,5 @@ def _claim(out: Path, size: Size, from_scratch: bool, causal: bool) -> None:
     """One folder is one demo: a quick one does not go on as a long one."""
     path, about = out / "demo.json", {"size": size, "from_scratch": from_scratch} | ({"causal": True} if causal else {})
     if path.is_file() and read_json(path, f"Remove {out}, or choose another --out") != about:
-        raise UserError(f"{out}: holds another demo ({path.read_text().strip()}). Remove it, or choose another --out")
+        raise UserError(f"{out}: holds another demo ({read_text(path).strip()}). Remove it, or choose another --out")
     write_json(path, about, indent=None)

@@ -9,7 +9,6 @@ several branches put out is added, each times its weight; weights that sum to mo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fewstep.config import kind
+from fewstep.files import read_json
 from fewstep.networks.families.cosmos.keys import SHARED
 from fewstep.networks.families.cosmos.network import Cosmos, CosmosSpec, framed, supply_resize
 from fewstep.networks.families.cosmos.predict import PREDICT
@@ -127,13 +127,13 @@ class CosmosControlSpec(CosmosSpec):
             return CosmosSpec(pretrained=address, clean_time=None, frame_noise=0.001, **cls.facts(folder))
         branches = _branches(folder, controls)
         if branches:
-            branch = json.loads((next(iter(branches.values())) / "config.json").read_text())
+            branch = read_json(next(iter(branches.values())) / "config.json", "Copy that folder again", _Branch)
             return cls(
                 pretrained=address,
                 latent_channels=config["out_channels"],
                 num_layers=config["num_layers"],
-                num_control_blocks=branch["n_controlnet_blocks"],
-                hint_channels=branch["in_channels"] - 2,  # beside the masks of given frames and of padding
+                num_control_blocks=branch.n_controlnet_blocks,
+                hint_channels=branch.in_channels - 2,  # beside the masks of given frames and of padding
                 controls=tuple(branches),
                 branches=tuple(map(str, branches.values())),
             )
@@ -221,6 +221,14 @@ class CosmosControlSpec(CosmosSpec):
             encoder_hidden_states_channels=config.encoder_hidden_states_channels,
         )
         return _fresh(branch, base)
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """What is read of the config.json of a control branch."""
+
+    n_controlnet_blocks: int
+    in_channels: int
 
 
 def _branches(folder: PipelineFolder, controls: Sequence[str]) -> dict[str, Path]:

@@ -1,0 +1,141 @@
+"""The builders of plain data and of numpy arrays, as Python 2 and 3 and numpy 1 and 2 write them in pickles.
+
+Each takes what the stream gives and trusts none of it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fewstep.errors import UserError
+from fewstep.untrusted.pickles import Budget, Entry, Pending, RefusalError, Symbol, exactly, short
+
+_SIMPLE_DTYPE = re.compile(r"[biufcSU]\d{1,9}")
+
+
+def data_symbols(budget: Budget) -> dict[str, Entry]:
+    """The names plain data may use, as Python 2 and 3, numpy 1 and 2 and torch write them."""
+
+    def encode(text: str, encoding: str = "latin1") -> bytes:
+        if encoding not in ("latin1", "latin-1"):
+            raise RefusalError(f"the text encoding {short(encoding)}")
+        budget.charge(len(exactly(text, str)))
+        return text.encode("latin1")
+
+    def plain(kind: type, accepts: tuple[type, ...]) -> Callable[..., Any]:
+        def build(*args: Any) -> Any:
+            if len(args) > 1 or (args and type(args[0]) not in accepts):
+                raise RefusalError(f"{kind.__name__}() of {', '.join(type(arg).__name__ for arg in args)[:80]}")
+            if args:
+                budget.charge(len(args[0]))
+            is_hashed = kind in (set, frozenset)
+            return kind(budget.key(item) for item in args[0]) if args and is_hashed else kind(*args)
+
+        return build
+
+    def complex_of(real: float, imaginary: float) -> complex:
+        return complex(exactly(real, float), exactly(imaginary, float))
+
+    def ordered(*args: Any) -> OrderedDict[Any, Any]:
+        out: OrderedDict[Any, Any] = OrderedDict()
+        for pairs in args[:1]:  # only Python 2 passes the pairs here
+            budget.charge(len(exactly(pairs, list)))
+            for key, value in pairs:
+                out[budget.key(key)] = value
+        return out
+
+    def dtype(code: Any, *flags: Any) -> Pending:
+        code = code.decode("ascii") if type(code) is bytes else code
+        if type(code) is str and code.startswith("O"):
+            raise RefusalError("a numpy array of Python objects")
+        if type(code) is not str or not _SIMPLE_DTYPE.fullmatch(code):
+            raise RefusalError(f"the numpy dtype {short(code)}")
+        return Pending(lambda state: _dtype(code, state))
+
+    def reconstruct(kind: Any, shape: Any, code: Any) -> Pending:
+        if not isinstance(kind, Symbol) or kind.name != "numpy.ndarray":
+            raise RefusalError("a numpy array of a foreign class")
+
+        def build(state: Any) -> np.ndarray:
+            _, shape, element, is_fortran, raw = exactly(state, tuple)
+            raw = raw.encode("latin1") if type(raw) is str else raw  # text: written by Python 2
+            return _array(raw, element, shape, "F" if is_fortran is True else "C", budget)
+
+        return Pending(build)
+
+    def frombuffer(raw: Any, element: Any, shape: Any, order: Any, axes: Any = None) -> np.ndarray:
+        if order == "K":  # numpy 2.3 and later: C order of the axes as they lie in memory
+            array = _array(raw, element, shape, "C", budget)
+            if axes is None or len(shape_of(axes)) != array.ndim:
+                raise UserError("the order of axes does not fit the shape")
+            return array.transpose(axes)
+        if order not in ("C", "F"):
+            raise UserError("unknown memory order")
+        return _array(raw, element, shape, order, budget)
+
+    def scalar(element: Any, raw: Any) -> Any:  # the numpy scalar of whichever type
+        raw = raw.encode("latin1") if type(raw) is str else raw
+        return _array(raw, element, (), "C", budget)[()]
+
+    symbols: dict[str, Entry] = {
+        "_codecs.encode": encode,
+        "collections.OrderedDict": ordered,
+        "numpy.ndarray": None,
+        "numpy.dtype": dtype,
+    }
+    for module in ("builtins", "__builtin__"):
+        symbols[f"{module}.complex"] = complex_of
+        symbols[f"{module}.bytes"] = plain(bytes, (bytes,))
+        symbols[f"{module}.bytearray"] = plain(bytearray, (bytes,))
+        symbols[f"{module}.set"] = plain(set, (list,))
+        symbols[f"{module}.frozenset"] = plain(frozenset, (list,))
+    for module in ("numpy.core", "numpy._core"):
+        symbols[f"{module}.multiarray._reconstruct"] = reconstruct
+        symbols[f"{module}.multiarray.scalar"] = scalar
+        symbols[f"{module}.numeric._frombuffer"] = frombuffer
+    return symbols
+
+
+def _dtype(code: str, state: Any) -> np.dtype:
+    """The dtype of a code such as 'f4' in the byte order its state names; a state that says more is refused."""
+    order, subdtype, names, fields, itemsize = exactly(state, tuple)[1:6]
+    metadata = state[8:]
+    if order not in ("<", ">", "|", "=") or any(part is not None for part in (subdtype, names, fields, *metadata)):
+        raise RefusalError("a numpy dtype with fields, sub-arrays or metadata")
+    dtype = np.dtype(code)
+    if itemsize not in (-1, dtype.itemsize):
+        raise UserError("a dtype whose size contradicts its code")
+    return dtype.newbyteorder(order) if order in "<>" else dtype
+
+
+def shape_of(shape: Any) -> tuple[int, ...]:
+    if type(shape) is not tuple or len(shape) > 64 or any(type(num) is not int or num < 0 for num in shape):
+        raise UserError("not a shape")
+    return shape
+
+
+def _array(raw: Any, dtype: Any, shape: Any, order: str, budget: Budget) -> np.ndarray:
+    """A writable array of its own memory, of exactly the bytes given: the shape is checked before anything is allocated."""
+    if not isinstance(dtype, np.dtype):
+        raise TypeError("an array without a dtype")
+    if type(raw) not in (bytes, bytearray):
+        raise RefusalError("a numpy array of Python objects")
+    num = math.prod(shape_of(shape))
+    if num * dtype.itemsize != len(raw):
+        raise RefusalError(f"an array of shape {shape!s:.80} of {dtype} from {len(raw):,} bytes")
+    budget.charge(max(len(raw), 4 * num))  # empty strings take no bytes in the file, but some in memory
+    if not raw:
+        return np.zeros(shape, dtype, order="F" if order == "F" else "C")
+    flat = np.frombuffer(raw, dtype)
+    if dtype.kind == "U" and flat.view(dtype.str[0] + "u4").max() > 0x10FFFF:
+        raise UserError("text beyond Unicode")
+    if dtype.kind == "b":
+        flat = flat.view(np.uint8) != 0  # a bool must not hold 2
+    native = flat.dtype.newbyteorder("=")  # torch takes no other
+    return flat.reshape(shape, order="F" if order == "F" else "C").astype(native, order="K", copy=True)
