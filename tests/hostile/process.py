@@ -74,6 +74,8 @@ class Guard:
         if isinstance(path, int):
             return
         name = Path(os.fsdecode(path))
+        if event == "os.mkdir" and name.is_dir():  # it is there
+            return
         if name != Path(os.devnull) and not f"{name.parent.resolve()}/{name.name}/".startswith(self.places):
             self.events.append(f"{event} {name!s:.200}")
 
@@ -156,7 +158,7 @@ class Runner:
                 shutil.copytree(entry, home / entry.name, symlinks=True)
             else:
                 shutil.copy(entry, home / entry.name)
-        os.environ["OUTPUT_ROOT"] = str(home)
+        os.environ["OUTPUT_ROOT"] = str(self.place.parent)  # home is its run case/home
         os.chdir(out)
         return home, out
 
@@ -187,6 +189,7 @@ class Runner:
             self.failed(what, "succeeded with another result", damaged)
         if draw.number(0, 39) == 0:
             grammar.remove(file)
+            file.parent.mkdir(parents=True, exist_ok=True)  # an older checkpoint may have been removed
             file.write_bytes(whole)
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()

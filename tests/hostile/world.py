@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,7 +250,7 @@ def build(home: Path) -> None:
     def run(command: str) -> None:
         assert main(command.split()) == 0, command
 
-    os.environ["OUTPUT_ROOT"] = str(home)
+    os.environ["OUTPUT_ROOT"] = str(home.parent)
     rng = np.random.default_rng(0)
     for number in range(3):
         name = f"clip_{number}"
@@ -268,9 +269,11 @@ def build(home: Path) -> None:
     run(f"prepare shards {home}/set --out {home}/shards")
     run(f"prepare controls {home}/set --type edge")
     run(
-        "train experiment=analytic_kd job.project= job.group= job.name=run trainer.max_iter=4 trainer.batch_size=8 data.num=16 "
+        "train experiment=analytic_kd job.project=case job.group=home job.name=run trainer.max_iter=4 trainer.batch_size=8 "
+        "data.num=16 "
         "checkpoint.save_iter=2 checkpoint.keep_last=2 trainer.log_every=1 optim.warmup_iters=1 preview=none"
     )
+    shutil.move(home.parent / "case/home/run", home / "run")  # where a copy of it is resumed
     weights = {"net.a.weight": torch.arange(6.0).reshape(2, 3), "net.b.bias": torch.ones(4)}
     torch.save(weights, home / "weights.pt")
     torch.save({"model": weights, "iteration": 3}, home / "old.pt", _use_new_zipfile_serialization=False)

@@ -31,6 +31,12 @@ def best_in(folder: Path) -> Path | None:
     return _pointed(folder, BEST)
 
 
+def damaged_after(checkpoint: Path) -> Path | None:
+    """A newer checkpoint that lost a file; None where there is none."""
+    newer = (path for path in checkpoint.parent.glob("iter_*") if path.suffix != ".partial" and path.name > checkpoint.name)
+    return next((path for path in newer if path.is_dir() and not _is_whole(path)), None)
+
+
 def _pointed(folder: Path, pointer: str) -> Path | None:
     try:
         path = folder / plain_name(read_text(folder / pointer, 4096).strip())

@@ -26,7 +26,7 @@ from fewstep.errors import UserError
 from fewstep.files import some
 from fewstep.networks.families.cosmos.keys import Generation, match, num_branches, repeated
 from fewstep.networks.families.cosmos.lora_files import adapters, merged
-from fewstep.networks.files.checkpoints import best_in, newest_in
+from fewstep.networks.files.checkpoints import best_in, damaged_after, newest_in
 from fewstep.networks.files.stored import Stored, TensorFile
 from fewstep.networks.files.tensor_files import is_tensor_file, open_tensors
 
@@ -176,6 +176,11 @@ def checkpoint_of(place: str) -> Path:
         chosen = newest_in(checkpoints)
         if chosen is None:
             raise UserError(f"no weights at '{address}': {run} holds no finished checkpoint yet")
+        damaged = damaged_after(chosen)
+        if damaged is not None:
+            raise UserError(
+                f"no weights at '{address}': {damaged} is not whole. Remove it, or name another: {place}@{chosen.name}"
+            )
     if not (chosen / ".metadata").is_file():
         have = sorted(path.name for path in checkpoints.glob("iter_*") if path.is_dir())
         raise UserError(f"no weights at '{address}': {checkpoints} has no {chosen.name}; it has {', '.join(have) or 'none'}")
