@@ -217,6 +217,7 @@ class NetworkSpec:
     # A field or property `path` says the path of the network before it is built; without one only the network knows it.
     has_original_names: ClassVar[bool] = False  # its weights can be named as in the files that were published with it
     is_causal: ClassVar[bool] = False  # what it builds generates chunk after chunk
+    in_force: ClassVar[tuple[str, ...]] = ()  # settings that count beside `pretrained`; the sizes are those of its files
 
     @property
     def starts_as_teacher(self) -> bool:
@@ -284,8 +285,6 @@ AnyNetwork = Annotated[NetworkSpec, OneOf("network")]  # a field that holds the 
 @dataclass(frozen=True)
 class DiffusersSpec(NetworkSpec):
     """The configuration of a network whose module is one of diffusers' own classes."""
-
-    in_force: ClassVar[tuple[str, ...]] = ()  # settings that count beside `pretrained`; the sizes are those of its files
 
     pretrained: str | None = None  # folder with config.json and weights, or of a whole pipeline; or a hub id. None: random
 

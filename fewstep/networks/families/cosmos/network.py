@@ -15,7 +15,7 @@ import math
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -286,7 +286,7 @@ class CosmosSpec(DiffusersSpec):
     """A CosmosTransformer3DModel: from a diffusers folder or hub id, or random of the size given."""
 
     has_original_names = True
-    in_force: ClassVar[tuple[str, ...]] = ("family", "sigma_data", "use_fps", "clean_time", "frame_noise", "end_gate")
+    in_force = ("family", "sigma_data", "use_fps", "clean_time", "frame_noise", "end_gate")
 
     family: Literal["flow", "edm"] = "flow"
     sigma_data: float = 1.0
