@@ -17,7 +17,7 @@ from fewstep.toyworld.demo.stages import GUIDANCE, PLANS, STEPS, STUDENTS, reque
 from fewstep.toyworld.recipes import TEACHER
 from fewstep.training.run import Run
 
-SAME = ("method", "optim", "critic_optim", "head_optim", "ema", "trainer", "checkpoint", "health", "preview", "parallel")
+SAME = ("method", "optim", "critic_optim", "head_optim", "ema", "trainer", "checkpoint", "parallel")  # not what only watches
 SIZES = (
     "latent_channels",
     "num_heads",

@@ -90,6 +90,7 @@ FEW = {"4step": "teacher_4calls", "1step": "teacher_1call"}  # what a student ha
 # Settings of the trainings in which the toy world differs from the recipes of any teacher. With them each training is that of
 # toy_kd_4step, toy_kd_1step, toy_dmd2_4step or toy_dmd2_1step (tests/toyworld/test_demo_settings.py).
 COMMON = ("ema.profile=constant", "ema.beta=0.98", "optim.schedule=cosine", "trainer.num_threads=1")
+COMMON += ("health.every=none", "preview=none")  # the demo looks at its students in its last stages
 KD = (*COMMON, "optim.warmup_iters=20")
 DMD2 = (*COMMON, "optim.warmup_iters=10", "method.student_update_freq=2", "method.times.shift=1")
 
