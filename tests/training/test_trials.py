@@ -151,7 +151,8 @@ def test_a_sweep_that_was_killed_ends_with_six_results_and_runs_none_twice(root:
     """The whole group is killed while two trials are at work; then the same command."""
     command = [sys.executable, "-m", "fewstep", "sweep", *SIX, "trainer.max_iter=400", "trainer.log_every=20", "--workers", "2"]
     settings = ["checkpoint.save_iter=100", "checkpoint.keep_last=9"]
-    first = subprocess.Popen([*command, *settings], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    quiet = subprocess.DEVNULL
+    first = subprocess.Popen([*command, *settings], stdout=quiet, stderr=quiet, start_new_session=True)
     trials = [trial.folder for trial in swept(*SIX).trials]
 
     def finished() -> list[Path]:
