@@ -31,7 +31,8 @@ class _ByRow:
                 return {name: walk(part) for name, part in value.items()}
             return value
 
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        record: Any = self  # Any: that every class of these is a dataclass is not in their common base
+        values = {f.name: getattr(self, f.name) for f in fields(record)}
         return replace(self, **{name: walk(value) for name, value in values.items() if value is not None})  # pyright: ignore[reportArgumentType]  # each field by its own name
 
     def rows(self: _Rows, index: slice | Tensor) -> _Rows:

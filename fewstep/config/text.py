@@ -8,7 +8,7 @@ like words of the command line, and the writer quotes every text that could be t
 # The stubs of PyYAML leave the types of its nodes and values out.
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -40,12 +40,11 @@ class Text(str):
 def read_yaml(text: str) -> Any:
     """Mappings, lists, None, str (quoted) and Text (unquoted); ValueError with the line for what is not YAML."""
     try:
-        loader = _Loader(text)
+        loader: Any = _Loader(text)  # Any: PyYAML has no types
         node = loader.get_single_node()
         if node is not None:
             _measure(node, {}, 0)
-        document: Any = None if node is None else loader.construct_document(node)
-        return document
+        return None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f" at line {error.problem_mark.line + 1}"
         raise UserError(f"not YAML{line}: {error.problem or error.context}") from error
@@ -55,12 +54,18 @@ def read_yaml(text: str) -> Any:
         raise UserError("not YAML for this tool: nested too deep") from error
 
 
+def _nodes_of(entry: Any) -> Sequence[yaml.Node]:  # Any: PyYAML has no types
+    """The nodes of one entry of a list, or of a mapping: its key and its value."""
+    return [entry] if isinstance(entry, yaml.Node) else entry
+
+
 def _measure(node: yaml.Node, measures: dict[int, tuple[int, int]], depth: int) -> tuple[int, int]:
     """The number and the depth of the nodes of `node`, each alias counted as what it stands for; refuses too many."""
     if id(node) not in measures:
         measures[id(node)] = _MAX_NODES, 0  # until it is known: an alias inside of what it stands for has no end
-        pairs: list[Any] = node.value if isinstance(node, yaml.CollectionNode) else []
-        inner: list[Any] = [child for pair in pairs for child in (pair if isinstance(pair, tuple) else (pair,))]
+        value: Any = node.value  # Any: text, nodes, or pairs of them
+        pairs: list[Any] = value if isinstance(node, yaml.CollectionNode) else []
+        inner = [child for pair in pairs for child in _nodes_of(pair)]
         below = [_measure(child, measures, depth + 1) for child in inner]
         measures[id(node)] = 1 + sum(size for size, _ in below), 1 + max((height for _, height in below), default=0)
     size, height = measures[id(node)]

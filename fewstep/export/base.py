@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from fewstep.errors import UserError
 from fewstep.files import MAX_JSON_BYTES, copy_file, make_folder, parse_json, read_bytes, read_json, write_json
@@ -136,7 +136,7 @@ def copy_scheduler(base: Path, out: Path, index: dict[str, Any]) -> bool:
     return True
 
 
-def _is_class(entry: Any) -> bool:
+def _is_class(entry: Any) -> TypeGuard[list[str]]:
     if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
         return False
     return entry[0] in LIBRARIES and entry[1].isidentifier()

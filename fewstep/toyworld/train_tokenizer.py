@@ -187,10 +187,10 @@ def _train(run: TokenizerRun, world: World) -> dict[str, Any]:
 
             # --- each role's own step
             norms = iteration.norms(crew, turn, world)
-            refuse_non_finite(norms, meter.terms, crew, turn, progress.step, world, checkpoints)
+            sizes = refuse_non_finite(norms, meter.terms, crew, turn, progress.step, world, checkpoints)
             rates = {name: run.optim_of(name).lr_at(progress.step, trainer.max_iter) for name in norms}
-            for name, norm in norms.items():
-                roles[name].step(rates[name], norm, progress.updates)
+            for name, size in sizes.items():
+                roles[name].step(rates[name], size, progress.updates)
             meter.add_step(norms, rates)
             step = progress.step + 1
             wall_s = earlier_s + time.monotonic() - began
