@@ -18,7 +18,7 @@ LISTS = {
     "recipes": "recipe", "methods": "method", "networks": "network", "data": "data", "roles": "role", "heads": "head",
     "controls": "control", "paths": "path", "times": "times", "previews": "preview", "scorers": "scorer",
     "features": "features", "text_encoders": "text_encoder", "codecs": "codec", "rewards": "reward",
-    "sample_weights": "sample_weight", "guardrails": "guardrail", "upsamplers": "upsampler",
+    "sample_weights": "sample_weight", "guardrails": "guardrail", "upsamplers": "upsampler", "judges": "judge",
     "consistency_schedules": "consistency_schedule", "derivatives": "derivative",
 }  # fmt: skip
 
