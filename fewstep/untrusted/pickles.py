@@ -231,6 +231,9 @@ class Reader:
             stack.append(symbol.build(*exactly(args, tuple)))
         elif name == "BUILD":
             state, pending = stack.pop(), stack.pop()
+            if type(pending) is OrderedDict and type(state) is dict:  # a module's state_dict: versions, which are no weights
+                stack.append(pending)
+                return
             if not isinstance(pending, Pending):
                 raise RefusalError(f"it sets the state of a {type(pending).__name__}")
             value = pending.build(state)

@@ -40,6 +40,7 @@ from fewstep.errors import UserError
 MARGIN = 3 << 30  # bytes of memory that all cases together may take
 SECONDS, WALL_S = 10, 120  # of one case: of computing, and in all, on a busy machine
 PROGRAMS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.spawn", "subprocess.Popen", "pty.spawn", "socket.connect")
+BELOW = ("os.remove", "os.rmdir", "os.mkdir")  # their last argument may be an open folder that the path begins in
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown")
 
 
@@ -67,8 +68,10 @@ class Guard:
             if isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND):
                 self._changes(event, path)
         elif event in CHANGES:
-            for path in args[:2] if event in ("os.rename", "os.link") else args[1:2] if event == "os.symlink" else args[:1]:
-                self._changes(event, path)
+            paths = args[:2] if event in ("os.rename", "os.link") else args[1:2] if event == "os.symlink" else args[:1]
+            folder = args[-1] if isinstance(args[-1], int) and args[-1] >= 0 and event in BELOW else None
+            for path in paths:
+                self._changes(event, path if folder is None else Path(f"/proc/self/fd/{folder}").readlink() / os.fsdecode(path))
 
     def _changes(self, event: str, path: Any) -> None:
         if isinstance(path, int):
@@ -221,6 +224,7 @@ class Runner:
 
     def command_case(self, draw: grammar.Draw) -> None:
         home, out = self.prepared(None)
+        os.environ["OUTPUT_ROOT"] = str(out)
         words = [word.replace("{home}", str(home)).replace("{out}", str(out)) for word in grammar.command(draw, self.verbs)]
         self.watched(words, " ".join(words)[:400].replace(str(self.place), ""), (home, out), b"")
 
@@ -312,7 +316,7 @@ def cases(num: int, seed: int, is_deep: bool, folder: Path) -> dict[str, Any]:
     @given(st.data())
     def attack(data: Any) -> None:
         draw = Drawn(data.draw, st)
-        draw.pick((*[runner.reader_case] * 38, runner.command_case, runner.file_case))(draw)
+        draw.pick((*[runner.reader_case] * (38 if is_deep else 78), runner.command_case, runner.file_case))(draw)
 
     began = time.process_time()
     attack()

@@ -131,3 +131,12 @@ def test_compressed_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="compressed"):
         load_torch(tmp_path / "b.pth")
     assert torch.equal(load_torch(tmp_path / "a.pth")["a"], torch.zeros(2**20))
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_the_state_of_a_module_is_read_as_it_was_saved(is_zip: bool, tmp_path: Path) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    torch.save(module.state_dict(), tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
+    loaded = load_torch(tmp_path / "a.pt")
+    assert loaded.keys() == module.state_dict().keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in module.state_dict().items())

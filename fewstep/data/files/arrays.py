@@ -38,7 +38,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         opened(path).close()  # refuses what is no file
         try:
             # Mapped first: a header that claims more than the file holds is refused before memory is taken for it.
-            return {"": torch.from_numpy(np.array(np.load(path, mmap_mode="r", allow_pickle=False)))}
+            return {"": torch.from_numpy(np.array(np.lib.format.open_memmap(path, mode="r")))}
         except FileNotFoundError:
             raise
         except (ValueError, EOFError, TypeError, TokenError, SyntaxError, OverflowError, OSError) as error:

@@ -227,7 +227,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with av.open(str(path), options=_VIDEO_FORMATS) as container:
+        with av.open(str(path), options=_VIDEO_FORMATS, metadata_errors="replace") as container:
             if not container.streams.video:
                 others = ", ".join(sorted({stream.type for stream in container.streams}))
                 raise UserError(f"{path}: has no {f'video, only {others}' if others else 'frames'}. Remove or replace it")

@@ -204,7 +204,10 @@ def captions_of(place: Layout, stems: Sequence[str]) -> tuple[dict[str, str], li
         try:
             texts[stem] = read_caption(files[stem])
         except UserError as error:
-            problems.append(f"the caption of {stem} {str(error).removeprefix(f'{files[stem]}: ')}")
+            about = str(error).removeprefix(f"{files[stem]}: ")
+            problems.append(
+                f"the caption of {stem} {about}" if about.startswith("is not UTF-8") else f"the caption of {stem}: {error}"
+            )
     empty = [stem for stem, text in texts.items() if not text]
     if empty:
         problems.append(f"{len(empty)} of {len(stems)} captions are empty: {some(empty)}. Write one, or remove the clip")
