@@ -29,6 +29,9 @@ class Words:
         self.fingerprint, self.pads_with, self.factor = fingerprint, pads_with, factor
         self.asked: list[str] = []
 
+    def pooled(self, prompts: Sequence[str]) -> None:
+        return None
+
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         self.asked += prompts
         out = torch.full((len(prompts), self.max_tokens, self.dim), self.pads_with)
