@@ -72,7 +72,9 @@ def test_what_is_wrong_is_said_before_anything_is_opened(tmp_path: Path, capsys:
         with pytest.raises(ConfigError, match=text):
             PipelineRequest(**right | more)
     assert main(["pipeline", "self_forced", "--out", "s"]) == 2 and "is not one of self_forcing" in capsys.readouterr().err
-    assert main(["pipeline", "toy_self_forcing", "--prompts", "p", "--out", "s", "--bound", "frechet"]) == 2
+    (tmp_path / "p.txt").write_text("a ball\n")
+    prompts = str(tmp_path / "p.txt")
+    assert main(["pipeline", "toy_self_forcing", "--prompts", prompts, "--out", "s", "--bound", "frechet"]) == 2
     assert "is written SCORE=VALUE" in capsys.readouterr().err
 
 

@@ -190,8 +190,7 @@ def test_wrong_use_and_a_dry_run_by_the_command(world: Path, tmp_path: Path, cap
 
 
 def test_a_stage_that_was_done_otherwise_is_refused_and_scores_are_made_anew(world: Path, tmp_path: Path) -> None:
-    from fewstep.distill.run import _claim
-    from fewstep.distill.stages import marker_of
+    from fewstep.distill.stages import claim, marker_of
 
     asked = request(world, work=tmp_path / "work")
     facts = facts_of(asked)
@@ -199,12 +198,12 @@ def test_a_stage_that_was_done_otherwise_is_refused_and_scores_are_made_anew(wor
     for stage in road:
         marker_of(asked.work_dir, stage.name).parent.mkdir(parents=True, exist_ok=True)
         marker_of(asked.work_dir, stage.name).write_text(json.dumps({"commands": stage.commands}))
-    _claim(facts, road)
+    claim(road, asked.work_dir)
     other = facts_of(replace(asked, iters=7, num_eval=2))
     with pytest.raises(ValueError, match="its stage 'dmd2' was done by another command"):
-        _claim(other, stages(other))
+        claim(stages(other), asked.work_dir)
     more = facts_of(replace(asked, num_eval=2))
-    _claim(more, stages(more))
+    claim(stages(more), asked.work_dir)
     there = {stage.name for stage in road if marker_of(asked.work_dir, stage.name).exists()}
     assert there == {stage.name for stage in road} - {"scores", "report"}
 

@@ -31,7 +31,7 @@ def test_each_family_is_known_by_its_class(tmp_path: Path) -> None:
     cog = folder(tmp_path / "c", "CogVideoXTransformer3DModel", {}, {"snr_shift_scale": 1.0})
     assert spec_of(cog) == CogVideoXSpec(pretrained=cog, snr_shift=1.0)
     unet = folder(tmp_path / "d", "UNet2DConditionModel", {}, {"prediction_type": "v_prediction"})
-    assert spec_of(unet) == UnetSpec(pretrained=unet, predicts="v")
+    assert spec_of(unet) == UnetSpec(pretrained=unet, predicts="v", pooled_dim=None)
     flux = folder(tmp_path / "e", "FluxTransformer2DModel", {}, {})
     assert spec_of(flux) == FluxSpec(pretrained=flux)
     dit = folder(tmp_path / "f", "DiTTransformer2DModel", {}, {})

@@ -86,6 +86,10 @@ class Log(Rng):
         self.ints.append(super().integers(high, shape))
         return self.ints[-1]
 
+    def integer(self, high):
+        self.ints.append(super().integer(high))
+        return self.ints[-1]
+
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))

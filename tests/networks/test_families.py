@@ -189,6 +189,8 @@ def test_the_scheduler_of_a_pipeline_tells_how_the_table_of_cogvideox_is_shifted
 
 
 def test_the_scheduler_of_a_pipeline_tells_what_its_unet_predicts(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text(json.dumps({"addition_embed_type": "text_time"}))
     address = scheduler(tmp_path, prediction_type="v_prediction", rescale_betas_zero_snr=True, beta_schedule="scaled_linear")
     spec = UnetSpec.of(address)
     assert spec.predicts == "v" and spec.path == VP("scaled_linear", zero_terminal_snr=True)

@@ -84,7 +84,7 @@ def test_a_family_and_a_scorer_of_ones_own_walk_from_training_to_a_score(
     # As a teacher: found by the class in its folder. It refuses first frames, and blocks behind a tap do not run.
     model = open_model(base_with(student, base))
     net: Any = model.network
-    assert model.is_teacher and main(["generate", str(base), *clip, "--input", "x.mp4", "--device", "cpu", *config]) == 1
+    assert model.is_teacher and main(["generate", str(base), *clip, "--input", "x.mp4", "--device", "cpu", *config]) == 2
     assert "x.mp4" in capsys.readouterr().err
     x, t = torch.randn(1, 2, 3, 4, 4), torch.tensor([0.4], dtype=torch.float64)
     from fewstep.batch import Condition

@@ -45,7 +45,7 @@ class PipelineFolder:
         if self.path.is_dir():
             for part in ("transformer", "unet", ""):
                 if (self.path / part / "config.json").is_file():
-                    return self.read(f"{part}/config.json")
+                    return self.read(f"{part}/config.json" if part else "config.json")
             raise UserError(f"no model at {self.address}: it has no transformer/, no unet/ and no config.json")
         hub.expect_id(self.address, "model")
         part = "transformer" if "transformer" in self.index else "unet"
