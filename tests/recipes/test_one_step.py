@@ -23,6 +23,7 @@ from fewstep.data.mock import Mock
 from fewstep.inference.synthetic import TeacherPairs
 from fewstep.inference.teacher import path_of
 from fewstep.methods import KD
+from fewstep.networks.causal import CausalSpec
 from fewstep.networks.contract import DiffusersSpec
 from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.roles import FROZEN, Full, Networks
@@ -67,6 +68,7 @@ def shrink(run: Run, root: Path) -> Run:
 
 def _text_channels(spec: Any) -> int:
     """Of the embeddings that a network reads."""
+    spec = spec.network if isinstance(spec, CausalSpec) else spec
     projects = isinstance(spec, CosmosSpec) and spec.text_projection_from is not None
     return spec.text_projection_from if projects else spec.text_dim
 
@@ -86,6 +88,8 @@ def _networks(nets: Networks) -> Networks:
 
 
 def _network(spec: Any) -> Any:
+    if isinstance(spec, CausalSpec):
+        return replace(spec, network=_network(spec.network), span=min(spec.span, LATENTS[1]))
     if not isinstance(spec, DiffusersSpec):
         return spec  # of points: small already
     if type(spec) in TWINS:
