@@ -102,7 +102,7 @@ def test_the_error_of_the_adapters_is_the_one_that_is_said(student: Path, teache
 def test_adapters_are_added_as_diffusers_fuses_them(tmp_path: Path) -> None:
     spec = WanSpec(latent_channels=2, num_heads=2, head_dim=12, num_layers=2, ffn_dim=16, text_dim=8)
     torch.manual_seed(0)
-    module = spec.build().module
+    module: Any = spec.build().module  # a class of diffusers
     adapters = {}
     for block in range(2):
         for layer in ("attn1.to_q", "attn2.to_k", "ffn.net.2"):
