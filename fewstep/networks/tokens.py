@@ -9,6 +9,7 @@ its forward. Cross-attention, to texts that every process has, stays as it is.
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,17 +24,17 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values B N
 Rotate = Callable[[Tensor, tuple[Tensor, ...], slice], Tensor]  # B N H D, the table, rows of the table -> B N H D
 
 
-class AttentionPlan:
+class AttentionPlan(ABC):
     """What a self-attention layer follows, if it receives one in the place of its rotary embedding."""
 
     @property
+    @abstractmethod
     def num_tokens(self) -> int:
         """Tokens of the whole clip."""
-        raise NotImplementedError
 
+    @abstractmethod
     def attention(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, attend: Attend) -> Tensor:
         """Self-attention, B N H D; queries and keys before rotation."""
-        raise NotImplementedError
 
 
 class SelfAttention:
