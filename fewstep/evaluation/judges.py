@@ -78,8 +78,8 @@ class ClipJudge(Judge):
             pictures = list(clip[evenly(self.frames, len(clip))])
             inputs = processor(text=[prompt], images=pictures, return_tensors="pt", padding=True, truncation=True).to(device())
             with torch.inference_mode():
-                found = model(**inputs)
-            out.append(float((found.image_embeds @ found.text_embeds.T).mean()))
+                embeddings = model(**inputs)
+            out.append(float((embeddings.image_embeds @ embeddings.text_embeds.T).mean()))
         return out
 
 
