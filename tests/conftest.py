@@ -4,6 +4,11 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same generated cases in every run; `make test-all` takes hypothesis' own profile and so new ones.
+settings.register_profile("same_cases", derandomize=True)
+settings.load_profile("same_cases")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,6 +20,7 @@ from fewstep.config.problems import ConfigError
 from fewstep.errors import UserError, show
 
 _MERGE, _STR, _MAP, _SEQ = (f"tag:yaml.org,2002:{name}" for name in ("merge", "str", "map", "seq"))
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # no file name, no UTF-8
 _PLAIN = re.compile(
     r"(?!(?:none|null|true|false|yes|no|on|off|y|n|inf|nan|infinity)$)[A-Za-z_/][\w./@-]*", re.ASCII | re.IGNORECASE
 )
@@ -125,7 +126,7 @@ class _Dumper(yaml.SafeDumper):
 
 def _read_scalar(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str | None:
     value = loader.construct_scalar(node)
-    if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value):
+    if _NO_TEXT.search(value):
         raise yaml.MarkedYAMLError(problem="holds a character that is no text", problem_mark=node.start_mark)
     if node.style is not None:
         return value
@@ -133,6 +134,8 @@ def _read_scalar(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str | None:
 
 
 def _write_str(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    if _NO_TEXT.search(value):
+        raise ConfigError([("", f"{value!r} holds a character that is no text: no file of settings can hold it")])
     return dumper.represent_scalar(_STR, value, style=None if _PLAIN.fullmatch(value) else '"')
 
 

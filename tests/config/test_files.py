@@ -59,8 +59,9 @@ LOOKALIKES = [
     "- a",
     "#",
 ]
-WORDS = st.text() | st.sampled_from(LOOKALIKES)
-PATHS = st.text(st.characters(exclude_characters="\0"), min_size=1).map(Path)
+CHARACTERS = st.characters(exclude_characters="\0", exclude_categories=["Cs"])  # what a setting may hold
+WORDS = st.text(CHARACTERS) | st.sampled_from(LOOKALIKES)
+PATHS = st.text(CHARACTERS, min_size=1).map(Path)
 RUNS = st.builds(
     Run,
     method=METHODS,
@@ -90,6 +91,12 @@ def test_what_is_dumped_is_read_back_equal(made: Run) -> None:
     assert from_yaml(Run, text) == made
     assert yaml.safe_load(text) == plain  # another reader understands the file alike
     assert text.isascii()
+
+
+@pytest.mark.parametrize("character", ["\0", "\ud800"])
+def test_a_character_that_no_file_of_settings_can_hold_is_refused_when_written(character: str) -> None:
+    with pytest.raises(ConfigError, match="no text"):
+        to_yaml(replace(toy(), weights=f"a{character}b"))
 
 
 @pytest.mark.parametrize("word", [*LOOKALIKES, 1, 1.0, 10**30, 1e30, -0.0, None])
