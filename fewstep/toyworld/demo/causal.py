@@ -26,8 +26,8 @@ STUDENTS = {  # the name of its scores, and its run
 }
 LEARNING: dict[Size, dict[str, int]] = {  # iterations of 32 clips
     "quick": {"kd": 20, "finetune": 20, "consistency": 20, "sf": 20},
-    "default": {"kd": 1000, "finetune": 400, "consistency": 300, "sf": 900},
-    "long": {"kd": 2000, "finetune": 800, "consistency": 600, "sf": 1800},
+    "default": {"kd": 600, "finetune": 300, "consistency": 150, "sf": 300},
+    "long": {"kd": 2000, "finetune": 800, "consistency": 500, "sf": 1200},
 }
 
 
