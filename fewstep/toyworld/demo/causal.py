@@ -37,7 +37,7 @@ def stages(out: Path, size: Size) -> list[Stage]:
     text = ("--max-tokens", "40", "--mask-text")
 
     def train(recipe: str, iters: int) -> Command:
-        sizes = (f"trainer.max_iter={iters}", f"checkpoint.save_iter={min(iters, 200)}")
+        sizes = (f"trainer.max_iter={iters}", f"checkpoint.save_iter={min(iters, 50)}", "health.every=none", "preview=none")
         sizes += ("trainer.batch_size=8",) if size == "quick" else ()
         return (f"OUTPUT_ROOT={out}", "fewstep", "train", f"experiment={recipe}", *sizes)
 
@@ -78,9 +78,13 @@ def stages(out: Path, size: Size) -> list[Stage]:
         Stage.of("pairs", f"the teacher makes clips from noise, {2 * STEPS} calls each", *map(half_of_the_pairs, range(2))),
         Stage(
             "begin",
-            "both chains to the student that Self-Forcing begins with, on a core each",
+            "both chains to the student that Self-Forcing begins with, on a core each; beside them the bidirectional student",
             (
-                (train("toy_kd_causal", much["kd"]), train("toy_kd_4step", plan.kd[0].iters)),
+                (
+                    train("toy_kd_causal", much["kd"]),
+                    train("toy_kd_4step", plan.kd[0].iters),
+                    train("toy_dmd2_4step", plan.dmd2[0].iters),
+                ),
                 (
                     train("toy_causal_finetune", much["finetune"]),
                     train("toy_causal_consistency", much["consistency"]),
@@ -98,7 +102,6 @@ def stages(out: Path, size: Size) -> list[Stage]:
             "scores on clips of the length of training; beside them the teacher and a bidirectional student of four steps",
             (
                 (
-                    train("toy_dmd2_4step", plan.dmd2[0].iters),
                     score("4step", run_of("toy_dmd2_4step"), "--codec", toy),
                     student("kd_causal"),
                     score("teacher", pairs),
