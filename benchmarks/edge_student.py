@@ -49,7 +49,7 @@ def measure() -> None:
     for name, (address, *more) in models.items():
         out = root / "scores" / f"{name}.json"
         where = ("--prompts", held, "--control", "edge,vis", "--out", str(out), "--sets", "1", *TEXT)
-        run("evaluate", address, *more, *where, "--scorer", "control", "preset=medium", "vis=very_low")
+        run("evaluate", address, *more, *where)
         record = json.loads(out.read_text())
         values[name] = record["scores"]["edge_f1"]["value"]
         chance[name] = record["anchors"][UNRELATED]["edge_f1"]["value"]

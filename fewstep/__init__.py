@@ -31,6 +31,7 @@ provide(
     "fewstep.evaluation.judges",
     "fewstep.evaluation.long_run",
 )
+provide("annotator", "fewstep.toyworld.annotator")
 provide("judge", "fewstep.evaluation.judges", "fewstep.toyworld.judge")
 provide("features", "fewstep.evaluation.features", "fewstep.toyworld.extractor")
 provide("text_encoder", "fewstep.networks.encoders.text", "fewstep.networks.encoders.words")

@@ -19,7 +19,7 @@ LISTS = {
     "controls": "control", "paths": "path", "times": "times", "previews": "preview", "scorers": "scorer",
     "features": "features", "text_encoders": "text_encoder", "codecs": "codec", "rewards": "reward",
     "sample_weights": "sample_weight", "guardrails": "guardrail", "upsamplers": "upsampler", "judges": "judge",
-    "consistency_schedules": "consistency_schedule", "derivatives": "derivative",
+    "annotators": "annotator", "consistency_schedules": "consistency_schedule", "derivatives": "derivative",
 }  # fmt: skip
 
 

@@ -2,12 +2,13 @@
 
     edge      F1 of edge pixels: Canny of the clip against the edges it was conditioned on
     vis       SSIM of the clip's blur and the blur it was conditioned on
-    depth     scale-invariant RMSE of two depth videos; the clips' own must be beside them (`fewstep prepare controls`)
-    seg       mean IoU of matched objects; the clips' own masks must be beside them
-    keypoint  mean distance of matched keypoints; the clips' own must be beside them
+    depth     scale-invariant RMSE of two depth videos
+    seg       mean IoU of matched objects
+    keypoint  mean distance of matched keypoints
 
-A control of the user's own that has `fidelity(clip, signal) -> float`, 0 to 1, is scored as NAME_fidelity. The measures are
-those of control.py, which has their sources and their limits for small clips.
+Depth, objects and keypoints of a clip come from the files beside it (`fewstep prepare controls`), or from an annotator
+(annotators.py). A control of the user's own that has `fidelity(clip, signal) -> float`, 0 to 1, is scored as NAME_fidelity. The
+measures are those of control.py, which has their sources and their limits for small clips.
 
 A raw score says little: at 32 x 32 an unrelated clip keeps .4 of the edges. So three anchors stand beside it, of the same
 signals: a clip that equals the signal's own measurement (the best there is), the real clip measured anew (what the annotator
@@ -16,23 +17,25 @@ and the files lose), and an unrelated clip (chance).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+import functools
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
 from fewstep.config import choices, kind
-from fewstep.data.controls import Control, Pixels, Span, Strength, made_of
+from fewstep.data.controls import Control, Edge, Pixels, Span, Strength, Vis, made_of
 from fewstep.data.files import keypoints, masks, video
 from fewstep.errors import UserError
+from fewstep.evaluation.annotators import Annotator, AnyAnnotator, Figures, Masks, suitable
 from fewstep.evaluation.control import depth_rmse, edge_scores, keypoint_scores, match_masks, ssim
 from fewstep.evaluation.measured import Divisible, Measured
 from fewstep.evaluation.score import Clip, ClipSet, Need, Record, Score, Value, mean_over_clips
 
-Measure = Callable[[Clip, Path, Path | None], dict[str, float]]  # of a clip, the file it was conditioned on, and its own
-OF_FILES = ("depth", "seg", "keypoint")  # not to be had from pixels alone: the clips' own are files beside them
+OF_FILES = ("depth", "seg", "keypoint")  # of a clip they come from files beside it, or from an annotator
 
 
 @runtime_checkable
@@ -62,9 +65,9 @@ SAME, ANNOTATED, UNRELATED = "the signal itself", "the real clips, measured anew
 class ControlFidelity(Divisible):
     """How well clips keep the edges, blur, depth and objects they were conditioned on."""
 
-    preset: Strength = "medium"  # of edge and vis, with which the signals were made
-    vis: Strength | None = None  # of vis, where it is another: very_low in the toy world
+    preset: Strength | None = None  # of edge and vis; none: the one with which the signals of the real clips were made
     tolerance: int = 0  # pixels by which an edge may be misplaced; published scores use 0
+    annotators: tuple[AnyAnnotator, ...] = ()  # of depth, seg and keypoint; (): the registered ones that suit the clips
 
     needs: ClassVar[frozenset[Need]] = frozenset({"controls"})
 
@@ -75,99 +78,95 @@ class ControlFidelity(Divisible):
 
     def measured(self, samples: ClipSet, numbers: Sequence[int]) -> Measured:
         """Scores of each clip, and of its anchors as ANCHOR|SCORE."""
-        measures = self._measures(samples)
-        num = len(samples.clips)
+        controls = self._controls(samples)
         per_clip: dict[int, dict[str, float]] = {}
         for number in numbers:
             clip, row = samples.clips[number], dict[str, float]()
             source = samples.sources[number] if samples.sources else None
             real = None if source is None else video.read(source, count=len(clip)).frames
-            for name, measure in measures.items():
-                signals = samples.controls[name]
-                target, own = signals.conditioned[number], signals.measured[number]
-                if measure is None or target is None or (own is None and name in OF_FILES):
-                    continue
-                row |= measure(clip, target, own)
-                row |= of_anchor(SAME, measure(clip, target, target) if name in OF_FILES else _best(name))
-                if real is not None and name not in OF_FILES:
-                    row |= of_anchor(ANNOTATED, measure(real, target, None))
-                if (other := signals.conditioned[(number + max(1, num // 2)) % num]) is not None and num > 1:
-                    row |= of_anchor(UNRELATED, measure(clip, other, own))
+            annotators = self.annotators or suitable(clip, samples.prompts[number] if samples.prompts else "")
+            for name, control in controls.items():
+                row |= self._of_control(name, control, samples, number, clip, real, annotators)
             per_clip[number] = row
         return Measured(per_clip=per_clip)
 
+    def _of_control(
+        self,
+        name: str,
+        control: Control,
+        samples: ClipSet,
+        number: int,
+        clip: Clip,
+        real: Clip | None,
+        annotators: Sequence[Annotator],
+    ) -> dict[str, float]:
+        signals, num = samples.controls[name], len(samples.clips)
+        path, file = signals.conditioned[number], signals.measured[number]
+        if path is None:
+            return {}
+        own = _of_clip(name, control, clip, file, annotators)
+        if own is None:
+            return {}
+        target, size = _of_file(name, control, path, clip), (clip.shape[1], clip.shape[2])
+        scores = self._compared(name, control, own, target, size)
+        row = scores | of_anchor(SAME, {score: _BEST.get(score, 1.0) for score in scores})
+        again = None if real is None else _of_clip(name, control, real, None, annotators)
+        if again is not None:
+            row |= of_anchor(ANNOTATED, self._compared(name, control, again, target, size))
+        other = signals.conditioned[(number + max(1, num // 2)) % num] if num > 1 else None
+        if other is not None:
+            with suppress(UserError):  # it has fewer frames
+                row |= of_anchor(UNRELATED, self._compared(name, control, own, _of_file(name, control, other, clip), size))
+        return row
+
     def summary(self, measured: Measured, samples: ClipSet, reference: Any) -> Record:
         columns, anchors = split_anchors(measured.columns())
+        notes = _notes(samples, measured)
         if not columns:
-            raise UserError("; ".join(self._notes(samples)) or "no control was found to score")
+            raise UserError("; ".join(notes) or "no control was found to score")
         scores = {name: mean_over_clips(values) for name, values in columns.items()}
-        return Record(f"control fidelity, preset {self.preset}", scores, 0, self._notes(samples), anchors, columns)
+        presets = ", ".join(f"{name} {c.preset}" for name, c in self._controls(samples).items() if isinstance(c, (Edge, Vis)))
+        return Record(f"control fidelity ({presets})" if presets else "control fidelity", scores, 0, notes, anchors, columns)
 
-    def _measures(self, samples: ClipSet) -> dict[str, Measure | None]:
-        return {name: self._measure(name, signals.control) for name, signals in samples.controls.items()}
-
-    def _notes(self, samples: ClipSet) -> tuple[str, ...]:
-        """Which controls were not scored, and of how many clips."""
-        out: list[str] = []
-        num = len(samples.clips)
-        for name, measure in self._measures(samples).items():
-            if measure is None:
-                out.append(f"{name}: there is no measure of its fidelity.")
+    def _controls(self, samples: ClipSet) -> dict[str, Control]:
+        """The controls by name, edge and vis with the preset of the files."""
+        out: dict[str, Control] = {}
+        for name, signals in samples.controls.items():
+            control = signals.control
+            if not _is_measured(name, control):
                 continue
-            signals = samples.controls[name]
-            pairs = zip(signals.conditioned, signals.measured, strict=True)
-            count = sum(target is not None and (own is not None or name not in OF_FILES) for target, own in pairs)
-            if count < num:
-                advice = f"; measure theirs with: fewstep prepare controls DIR --type {name}" if name in OF_FILES else ""
-                out.append(f"{name}: {num - count} of {num} clips have no file to compare{advice}.")
-        return tuple(out)
+            if isinstance(control, (Edge, Vis)):
+                pairs = zip(samples.sources or (), signals.conditioned, strict=False)
+                known = next(((real, file) for real, file in pairs if real is not None and file is not None), None)
+                found = "medium" if known is None else _preset_of(control, *known)
+                control = replace(control, preset=self.preset or found)
+            out[name] = control
+        return out
 
-    def _measure(self, name: str, control: Control) -> Measure | None:
-        """What computes the scores of a clip from the file it was conditioned on and, where needed, its own."""
+    def _compared(self, name: str, control: Control, own: Any, target: Any, size: tuple[int, int]) -> dict[str, float]:
+        """The scores of one signal, or of the clip itself, against the one it was conditioned on; none if that is empty."""
         if isinstance(control, Comparable):
-            return lambda clip, target, _: {f"{name}_fidelity": control.fidelity(clip, _read(control, target, clip))}
-        if is_dataclass(control) and "preset" in {field.name for field in fields(control)}:
-            control = replace(control, preset=self.vis if name == "vis" and self.vis is not None else self.preset)
-
-        def edge(clip: Clip, target: Path, _: Path | None) -> dict[str, float]:
-            signal = _read(control, target, clip)[..., 0] > 127
-            if not signal.any():
-                return {}  # no edge to keep
-            overlap = edge_scores(made_of(control, clip, 0)[..., 0], 255 * signal.astype(np.uint8), self.tolerance)
+            return {f"{name}_fidelity": control.fidelity(own, target)}
+        if name == "edge":
+            edges = 255 * (target[..., 0] > 127).astype(np.uint8)
+            if not edges.any():
+                return {}
+            overlap = edge_scores(own[..., 0] > 127, edges, self.tolerance)
             return {"edge_f1": overlap.f1, "edge_recall": overlap.recall}
-
-        def vis(clip: Clip, target: Path, _: Path | None) -> dict[str, float]:
-            return {"vis_ssim": ssim(made_of(control, clip, 0), _read(control, target, clip))}
-
-        def depth(clip: Clip, target: Path, own: Path | None) -> dict[str, float]:
-            assert own is not None
-            depths, signal = (_read(control, path, clip)[..., 0] / 255 for path in (own, target))
-            return {"depth_rmse": depth_rmse(depths, signal)}
-
-        def seg(clip: Clip, target: Path, own: Path | None) -> dict[str, float]:
-            assert own is not None
-            objects = _objects(target, clip)
-            if not objects:
-                return {}
-            match = match_masks(_objects(own, clip), objects)
-            return {"seg_iou": match.mean_iou, "seg_recall": match.recall}
-
-        def keypoint(clip: Clip, target: Path, own: Path | None) -> dict[str, float]:
-            assert own is not None
-            figures, wanted = (
-                [[f.points for f in frame] for frame in keypoints.read(p, range(len(clip)))] for p in (own, target)
-            )
-            if not any((figure[:, 2] >= 0.6).any() for frame in wanted for figure in frame):
-                return {}
-            found = keypoint_scores(figures, wanted, (clip.shape[1], clip.shape[2]))
-            return {"keypoint_distance": found.distance, "keypoint_pck": found.within}
-
-        return {"edge": edge, "vis": vis, "depth": depth, "seg": seg, "keypoint": keypoint}.get(name)
+        if name == "vis":
+            return {"vis_ssim": ssim(own, target)}
+        if name == "depth":
+            return {"depth_rmse": depth_rmse(own[..., 0] / 255, target[..., 0] / 255)}
+        if name == "seg":
+            match = match_masks(own, target) if target else None
+            return {} if match is None else {"seg_iou": match.mean_iou, "seg_recall": match.recall}
+        if not any((figure[:, 2] >= 0.6).any() for frame in target for figure in frame):
+            return {}
+        points = keypoint_scores(own, target, size)
+        return {"keypoint_distance": points.distance, "keypoint_pck": points.within}
 
 
-def _best(name: str) -> dict[str, float]:
-    """What a clip gets whose own signal is the one it was conditioned on."""
-    return {"edge": {"edge_f1": 1.0, "edge_recall": 1.0}, "vis": {"vis_ssim": 1.0}}.get(name, {f"{name}_fidelity": 1.0})
+_BEST = {"depth_rmse": 0.0, "keypoint_distance": 0.0}  # of a signal against itself; 1 for all others
 
 
 def of_anchor(title: str, scores: Mapping[str, float]) -> dict[str, float]:
@@ -190,9 +189,66 @@ def _legend_of(control: Any) -> Score:  # Any: a class that @kind registered
     return Score(f"{control.folder}_fidelity", f"{control.folder} fidelity", meaning, "higher", True)
 
 
-def _read(control: Any, path: Path, clip: Clip) -> Pixels:  # Any: a Control, also one that is Comparable
+def _is_measured(name: str, control: Control) -> bool:
+    return name in ("edge", "vis", *OF_FILES) or isinstance(control, Comparable)
+
+
+def _of_file(name: str, control: Control, path: Path, clip: Clip) -> Any:  # Any: pixels, masks or figures, by name
     """The signal in a file, as many frames as the clip has, at the clip's size."""
+    if name == "seg":
+        return _objects(path, clip)
+    if name == "keypoint":
+        return [[figure.points for figure in frame] for frame in keypoints.read(path, range(len(clip)))]
     return control.read(path, Span(0, len(clip)), (clip.shape[1], clip.shape[2]))
+
+
+def _of_clip(
+    name: str, control: Control, clip: Clip, file: Path | None, annotators: Sequence[Annotator]
+) -> Any:  # Any: likewise
+    """The signal of a clip: computed, from its own file, or measured; None where nothing measures it."""
+    if isinstance(control, Comparable):
+        return clip
+    if name not in OF_FILES:
+        return made_of(control, clip, 0)
+    if file is not None:
+        return _of_file(name, control, file, clip)
+    for one in annotators:
+        found: Pixels | Masks | Figures | None = {"depth": one.depth, "seg": one.seg, "keypoint": one.keypoint}[name](clip)
+        if found is not None:
+            return found
+    return None
+
+
+_PRESETS: tuple[Strength, ...] = ("medium", "low", "very_low", "high", "very_high", "none")  # of equal ones the first is named
+
+
+@functools.lru_cache(maxsize=64)
+def _preset_of(control: Edge | Vis, real: Path, file: Path) -> Strength:
+    """The preset with which the file was most likely made from the real clip, by the first frame."""
+    frame = video.read(real, count=1).frames
+    signal = control.read(file, Span(), (frame.shape[1], frame.shape[2])).astype(np.float64)
+    errors: dict[Strength, float] = {}
+    for preset in _PRESETS:
+        with suppress(UserError):  # the frames are too small for it
+            errors[preset] = float(np.abs(made_of(replace(control, preset=preset), frame, 0) - signal).mean())
+    return min(errors, key=errors.__getitem__, default="medium")
+
+
+def _notes(samples: ClipSet, measured: Measured) -> tuple[str, ...]:
+    """Which controls were not scored, and of how many clips."""
+    out: list[str] = []
+    for name, signals in samples.controls.items():
+        if not _is_measured(name, signals.control):
+            out.append(f"{name}: there is no measure of its fidelity.")
+            continue
+        num, files = len(samples.clips), list(zip(signals.conditioned, signals.measured, strict=True))
+        scored = {n for n, row in measured.per_clip.items() if any(key.startswith(f"{name}_") for key in row)}
+        needs_file = name in OF_FILES and not any(files[n][1] is None for n in scored)  # no annotator measured it
+        count = sum(target is not None and (own is not None or not needs_file) for target, own in files)
+        if count < num:
+            advice = f"; measure theirs with: fewstep prepare controls DIR --type {name}" if name in OF_FILES else ""
+            out.append(f"{name}: {num - count} of {num} clips have no file to compare{advice}.")
+    return tuple(out)
 
 
 def _objects(path: Path, clip: Clip) -> list[tuple[str, np.ndarray]]:

@@ -7,7 +7,7 @@ noise, and neither the size of a batch nor the number of processes changes a cli
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.batch import first_frames
+from fewstep.batch import Batch, first_frames
 from fewstep.config import choices
 from fewstep.data.controls import Span
 from fewstep.data.files import video
@@ -32,6 +32,7 @@ from fewstep.evaluation.measured import Divisible
 from fewstep.evaluation.score import Clip, ClipSet, Signals
 from fewstep.inference.evaluation import Evaluation, is_data_set
 from fewstep.inference.model import Model
+from fewstep.networks.contract import Network
 from fewstep.networks.encoders.codecs import Codec, to_uint8
 
 SEEDS = 1000  # noise of evaluation set k has seed SEEDS + k: never that of training or of pairs
@@ -46,6 +47,24 @@ class Source:
     sampler: Sampler
     codec: Codec
     data: FolderData
+    controls: Mapping[str, FolderData] = field(default_factory=dict[str, FolderData])  # that the model receives, by name
+
+    @property
+    def network(self) -> Network:
+        """The model's network, whose branches without a control count nothing."""
+        network = self.model.network
+        if set(self.controls) == set(network.traits.controls):
+            return network
+        return network.with_control_weights(dict.fromkeys(self.controls, 1.0))
+
+    def batch(self, rows: Tensor) -> Batch:
+        """Samples of the data set, with every control that the network reads: black for one that it does not receive."""
+        batch = self.data.batch(rows)
+        control = {name: data.batch(rows).cond.control[name] for name, data in self.controls.items()}
+        if control:
+            black = torch.full_like(next(iter(control.values())), -1.0)
+            control = {name: control.get(name, black) for name in self.model.network.traits.controls}
+        return replace(batch, cond=replace(batch.cond, control=control))
 
     def clips(self, task: Evaluation, num: int, number: int) -> ClipSet:
         """The first `num` clips of evaluation set `number`, generated when they are asked for."""
@@ -70,11 +89,11 @@ class Source:
 
     def _maker(self, task: Evaluation, number: int) -> Callable[[Tensor], np.ndarray]:
         """What generates rows of evaluation set `number`."""
-        model, codec, device = self.model, self.codec, task.where
+        network, codec, device = self.network, self.codec, task.where
 
         @torch.no_grad()
         def make(rows: Tensor) -> np.ndarray:
-            batch, rng = self.data.batch(rows).to(device), Rng(SEEDS + number, 0, rows, device)
+            batch, rng = self.batch(rows).to(device), Rng(SEEDS + number, 0, rows, device)
             assert batch.x0 is not None
             num = batch.x0.shape[2] if task.num_frames is None else task.num_frames  # more than those of the data set's clips
             noise = rng.normal(codec.shape(num, *batch.x0.shape[3:]))
@@ -82,11 +101,11 @@ class Source:
             cond = replace(batch.cond, control=control)
             if task.given_frames:
                 mask = first_frames(torch.full((len(rows),), task.given_frames, device=device), noise.shape[2]).to(noise.dtype)
-                cond = model.network.given(cond, codec.encode(batch.x0), mask)
+                cond = network.given(cond, codec.encode(batch.x0), mask)
             negative = (
                 None if batch.negative is None else replace(cond, text=batch.negative.text, text_mask=batch.negative.text_mask)
             )
-            return to_uint8(codec.decode(self.sampler(model.network, noise, cond, rng, negative)), task.what)
+            return to_uint8(codec.decode(self.sampler(network, noise, cond, rng, negative)), task.what)
 
         return make
 
@@ -116,15 +135,15 @@ class Made(Sequence[Clip]):
         return self._batches[number][row]
 
 
-def opened(task: Evaluation, control: str | None = None) -> FolderData:
+def opened(task: Evaluation, *, reads_frames: bool = False, control: str | None = None) -> FolderData:
     """The data set of the prompts: the first `num_frames` frames of each clip, at the size of the task. Where a model makes
     longer clips from text alone, nothing but the size of its own matters.
 
-    control: what of the data set's the model receives.
+    reads_frames: whether the model receives controls. control: one that is read from the data set.
     """
     folder = task.prompts_folder
     header = video.probe(next(iter(task.files().values())))
-    needs_frames = control is not None or task.given_frames > 0 or task.what.startswith("codec:")
+    needs_frames = reads_frames or task.given_frames > 0 or task.what.startswith("codec:")
     is_whole = task.num_frames in (None, header.num_frames) or (task.num_frames > header.num_frames and not needs_frames)
     data = Folder(
         str(folder),

@@ -142,10 +142,14 @@ def _of_codec(task: Evaluation) -> Subject:
 
 
 def _of_model(task: Evaluation) -> Subject:
-    model = open_model(task.what, controls=task.controls[:1])
+    model = open_model(task.what, controls=task.controls)
     task = task.within(model.envelope)
     branches = model.network.traits.controls
-    data = opened(task, next((name for name in task.controls if name in branches), None))
+    given = [name for name in task.controls if name in branches]
+    if branches and not given:
+        raise UserError(f"--control: {task.what} is conditioned on {', '.join(branches)}; name those that it is to receive")
+    data = opened(task, reads_frames=bool(given))
+    controls = {name: opened(task, reads_frames=True, control=name) for name in given}
     sampler: Sampler = model.sampler
     if not isinstance(sampler, TeacherSampler):
         sampler = student_of(sampler, task.sampling, task.calls)
@@ -162,9 +166,9 @@ def _of_model(task: Evaluation) -> Subject:
         if task.calls is not None:
             ranks_by = task.scorers[0]
             reference = ranks_by.reference(task.real, _cache(task)) if task.real is not None else ranks_by.reference(None)
-            source = Source(model, sampler, codec, data)
+            source = Source(model, sampler, codec, data, controls)
             sampler, candidates = best_of(source, sampler, task, ranks_by, reference)
-    source = Source(model, sampler, codec, data)
+    source = Source(model, sampler, codec, data, controls)
     facts: dict[str, Any] = {"num_calls": sampler.num_calls, "candidates": candidates, "guidance": sampler.guidance}
     facts |= {"sampler": named(sampler)} if isinstance(sampler, TeacherSampler) else {}
     sets = [source.clips(task, task.per_set, k) for k in range(task.sets)]
@@ -172,8 +176,8 @@ def _of_model(task: Evaluation) -> Subject:
     def timed() -> Mapping[str, Any]:
         if not task.latency:
             return {}
-        batch = data.batch(torch.tensor([0])).to(task.where)
-        return {"latency": latency.measure(model, sampler, codec, batch, data.captions()[0], task.latency, str(task.where))}
+        batch, own = source.batch(torch.tensor([0])).to(task.where), replace(model, network=source.network)
+        return {"latency": latency.measure(own, sampler, codec, batch, data.captions()[0], task.latency, str(task.where))}
 
     fingerprint = f"{fingerprint} {codec.fingerprint} {sampler}"
     return Subject(task, sets, fingerprint, facts, timed, lambda k: source.clips(task, min(2, task.per_set), k))

@@ -83,8 +83,8 @@ class Outline:
 def open_model(address: str | Path, *, controls: Sequence[str] = (), network: str | None = None) -> Model:
     """The model at `address`, in eval mode and frozen.
 
-    controls: the control of a branch whose files do not name it. network: which published one files of weights hold; None: as
-    their shapes say.
+    controls: those that are used; the first is that of a branch whose files do not name it. network: which published one files
+    of weights hold; None: as their shapes say.
     """
     return outline_of(address, controls=controls, network=network).open()
 
@@ -335,7 +335,7 @@ def _of_files(pieces: Sequence[Piece], controls: Sequence[str], name: str | None
     from fewstep.networks.families.cosmos.models import FIRST_CLIPS, SECOND_CLIPS
     from fewstep.networks.weights.convert import published_spec
 
-    if len(controls) == 1 and not any(control for control, _, _ in pieces):
+    if controls and not any(control for control, _, _ in pieces):
         pieces = [*pieces[:-1], (controls[0], *pieces[-1][1:])]
     found = collect(pieces)
     published, spec = published_spec(found, name)

@@ -419,7 +419,7 @@ def flights(parsed: Parsed, fps: float = 16.0) -> Flights:
         other = parsed.box[:, k : k + 1]
         touches = ((parsed.box[..., :2] < other[..., 2:] + 1) & (parsed.box[..., 2:] > other[..., :2] - 1)).all(-1)
         whole &= ~(touches & (np.arange(NUM)[:, None] != k))
-    depth = _depth(parsed)
+    depth = lane_depths(parsed)
     taken = np.zeros_like(whole)
     parts: list[Flights] = []
     camera = World().camera
@@ -446,7 +446,7 @@ def flights(parsed: Parsed, fps: float = 16.0) -> Flights:
     return Flights(*(np.concatenate([getattr(p, name) for p in parts])[order] for name in Flights._fields))
 
 
-def _depth(parsed: Parsed) -> Floats:
+def lane_depths(parsed: Parsed) -> Floats:
     """(n, K): depth in m of the lane on whose floor the object is seen to bounce or to come to rest; nan for others."""
     world = World()
     camera, lanes = world.camera, np.array(world.lanes_m)

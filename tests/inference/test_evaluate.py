@@ -57,7 +57,7 @@ def test_what_would_have_no_effect_is_refused(tmp_path: Path, monkeypatch: pytes
     whole = open_model(TOY)
     student = replace(whole, sampler=StudentSampler((1.0, 0.5), whole.network.path, "fresh"))
     monkeypatch.setattr("fewstep.inference.evaluate.open_model", lambda _, controls: student)
-    monkeypatch.setattr("fewstep.inference.evaluate.opened", lambda _task, _control: None)
+    monkeypatch.setattr("fewstep.inference.evaluate.opened", lambda _task, **_more: None)
     here, clips = tmp_path / "x", tmp_path / "clips"
     (clips / "videos").mkdir(parents=True)
     job = Evaluation("a/student", here, here, here / "x.json", num=512, scorers=(ToyWorld(),))

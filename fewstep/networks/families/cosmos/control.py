@@ -239,7 +239,7 @@ def _branches(folder: PipelineFolder, controls: Sequence[str]) -> dict[str, Path
     place = folder.path
     found = {path.name.removeprefix("controlnet_"): path for path in sorted(place.glob("controlnet_*")) if path.is_dir()}
     if not found and (place / "controlnet").is_dir():
-        found = {controls[0] if len(controls) == 1 else "control": place / "controlnet"}
+        found = {controls[0] if controls else "control": place / "controlnet"}
     if not folder.index or any(part.startswith("controlnet") for part in folder.index):
         return found
     return {name: path for name, path in found.items() if name in controls}
