@@ -146,6 +146,24 @@ def test_shards_share_what_is_held_and_not_what_passes() -> None:
         measure(replace(case, parallel=Parallel("fsdp", num_replicas=3)), batch_of(case)).on(8)
 
 
+def test_a_share_in_bf16_passes_less_than_one_in_fp32_and_shares_its_gradients() -> None:
+    """On one GPU the worst moment in bf16 is that of its fp32 gradients; of those a shard has a share, of activations none."""
+    wide = replace(DIT, width=192, depth=4)
+    for method, networks in ((Finetune(), Networks(wide)), (DMD2(student_update_freq=2), Networks(wide, Full(), Full()))):
+        whole, half = (
+            measure(
+                replace(run(method, networks, precision=precision), parallel=Parallel("fsdp")),
+                DATA.open().batch(torch.arange(1)),
+            )
+            for precision in ("fp32", "bf16")
+        )
+        size = sum(p.nbytes for p in wide.build().module.parameters())
+        assert 0.4 < half.on(64).parts["activations"] / whole.on(64).parts["activations"] < 0.75
+        assert half.on(1).parts["activations"] < 0.1 * size
+        grads = [half.on(1).parts.get(f"{role}.gradients", 0) for role in ("student", "critic")]
+        assert size <= max(grads) < 1.1 * size  # of fp32, and those of bf16 that were last added to them
+
+
 def test_a_network_that_copies_its_parts_is_planned_and_leaves_the_heap_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """A weak reference to a storage holds a bare address: a copy of one frees what the first has freed."""
 

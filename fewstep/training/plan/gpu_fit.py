@@ -106,7 +106,7 @@ def answer(run: Run, request: PlanRequest, say: Say = _quiet) -> tuple[dict[str,
     other = replace(run, trainer=replace(run.trainer, checkpointing=not run.trainer.checkpointing))
     say("the same with the other value of trainer.checkpointing")
     activations = {run.trainer.checkpointing: measurement, other.trainer.checkpointing: measure(other, batch)}
-    with_, without = (activations[key].at_peak.get(PASSING, 0) / GIB for key in (True, False))
+    with_, without = (activations[key].on(gpus).parts.get(PASSING, 0) / GIB for key in (True, False))
     fits = share.needed_gib <= gib
     more = "" if fits else advice(run, batch, measurement, gpus, gib, say)
     record = share.as_json() | {

@@ -1,4 +1,4 @@
-"""Who holds how much memory, op by op: every storage that exists while the ledger is open, by label, and the worst moment.
+"""Who holds how much memory, op by op: every storage that exists while the ledger is open, by label, and the worst moments.
 
 It counts what torch allocates for tensors, fake ones (shapes without contents) exactly as real ones. It does not see what lies
 outside tensors: libraries' workspaces, the device's context, and what an allocator loses to rounding and gaps.
@@ -7,7 +7,8 @@ outside tensors: libraries' workspaces, the device's context, and what an alloca
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ class Ledger(TorchDispatchMode):
         self._known: Any = WeakIdKeyDictionary()  # storage -> its line
         self.now: dict[str, int] = {PASSING: 0}  # bytes by label
         self.total = 0
-        self.peak, self.at_peak = 0, dict[str, int]()
+        self._label = PASSING
+        self._worst = [0, 0]
+        self._moments: list[Mapping[str, int]] = [{}, {}]
 
     def hold(self, tensors: Iterable[Tensor], label: str) -> None:
         """Enters what these tensors hold under `label`, whoever held it before."""
@@ -44,9 +47,22 @@ class Ledger(TorchDispatchMode):
         self._look()
 
     def begin(self) -> None:
-        """Forgets the peak: the next one counts from now."""
-        self.peak = 0
+        """Forgets the worst moments: the next ones count from now."""
+        self._worst = [0, 0]
         self._look()
+
+    def moments(self) -> list[Mapping[str, int]]:
+        """Bytes by label when most was held, and when most was held that no one claimed."""
+        return list(self._moments)
+
+    @contextmanager
+    def entering(self, label: str) -> Iterator[None]:
+        """Within, what is allocated is held under `label`."""
+        self._label = label
+        try:
+            yield
+        finally:
+            self._label = PASSING
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -55,7 +71,7 @@ class Ledger(TorchDispatchMode):
                 for part in _parts(tensor):
                     storage = part.untyped_storage()
                     if storage not in self._known:
-                        self._enter(storage, PASSING)
+                        self._enter(storage, self._label)
         self._look()
         return out
 
@@ -71,8 +87,10 @@ class Ledger(TorchDispatchMode):
         self.total -= line[1] * (line[0] != HOST)
 
     def _look(self) -> None:
-        if self.total > self.peak:
-            self.peak, self.at_peak = self.total, {name: size for name, size in self.now.items() if size and name != HOST}
+        for order, size in enumerate((self.total, self.now[PASSING])):
+            if size > self._worst[order]:
+                self._worst[order] = size
+                self._moments[order] = {name: size for name, size in self.now.items() if size and name != HOST}
 
 
 def _parts(tensor: Tensor) -> Iterable[Tensor]:

@@ -8,14 +8,15 @@ found, not estimated.
 Several GPUs that share the tokens of a clip (parallel.context): the step is taken with one share of them, so that activations
 are those of one GPU. DDP holds everything else on each. FSDP holds a share of each weight, gradient, optimiser state and
 average, and while a block is at work its gathered weights and unreduced gradients; those of two blocks and of what lies outside
-blocks are added.
+blocks are added. The worst moment of one GPU that holds everything need not be that of a share, so two are kept of every turn:
+when most is held, and when activations hold most.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,8 +88,7 @@ class Measurement:
     """Bytes that one step holds on a GPU that holds everything; the share of each of several GPUs is computed from it."""
 
     run: Run
-    at_peak: Mapping[str, int]
-    turns: Mapping[str, int]
+    turns: Mapping[str, Sequence[Mapping[str, int]]]  # bytes by label at the moments of each turn that may be its worst
     held: Mapping[str, int]  # what stays between two steps
     rounded: tuple[str, ...]  # roles whose module holds a bf16 copy of its fp32 weights: under FSDP only the gathered ones are
     gathered: int  # weights and gradients of the blocks at work, whole, under FSDP
@@ -101,14 +101,20 @@ class Measurement:
         for key, parts in (("num_replicas", replicas), ("context", self.run.parallel.context)):
             if gpus % parts:
                 raise UserError(f"parallel.{key}={parts} does not divide gpus={gpus}")
-        shards = gpus // replicas
+        share = self._share(gpus // replicas)
+        worst = {turn: max(map(share, moments), key=lambda parts: sum(parts.values())) for turn, moments in self.turns.items()}
+        sizes = {turn: sum(parts.values()) for turn, parts in worst.items()}
+        return Plan(gpus, worst[max(sizes, key=lambda turn: sizes[turn])], sizes, self.batch)
+
+    def _share(self, shards: int) -> Callable[[Mapping[str, int]], Mapping[str, int]]:
+        """From bytes of a GPU that holds everything to those of one that holds a share."""
         if shards == 1:
-            return Plan(gpus, self.at_peak, self.turns, self.batch)
+            return lambda parts: parts
         copies = {f"{role}.weights" for role in self.rounded}
-        parts = {name: size if name == PASSING else math.ceil(size / shards) for name, size in self.at_peak.items()}
-        parts = {name: size for name, size in parts.items() if name not in copies} | {"gathered": self.gathered}
-        less = sum(self.at_peak.values()) - sum(parts.values())
-        return Plan(gpus, parts, {name: size - less for name, size in self.turns.items()}, self.batch)
+        return lambda parts: (
+            {name: size if name == PASSING else math.ceil(size / shards) for name, size in parts.items() if name not in copies}
+            | {"gathered": self.gathered}
+        )
 
 
 def plan(run: Run, gpus: int = 1, batch: Batch | None = None) -> Plan:
@@ -127,7 +133,8 @@ def measure(run: Run, batch: Batch, say: Callable[[str], None] = lambda text: No
         with fake:
             crew = assemble(run, networks, world)
             _enter(ledger, crew)
-            for role in crew.trained.values():
+            for name, role in crew.trained.items():
+                role.absorb = _entering(ledger, f"{name}.gradients", role.absorb)
                 # A fused step is in place and adds nothing; torch has no fake of it, and would run it on real zeros as large
                 # as weights, gradients and states.
                 if role.optimizer.defaults.get("fused"):
@@ -135,20 +142,17 @@ def measure(run: Run, batch: Batch, say: Callable[[str], None] = lambda text: No
             batch = _faked(batch, fake)
         held = dict(ledger.now)
         gathered = _gathered(crew.modules, COMPUTE[run.trainer.precision])  # while all that is trained asks for gradients
-        turns: dict[str, int] = {}
-        worst: dict[str, int] = {}
+        turns: dict[str, list[Mapping[str, int]]] = {}
         for step, turn in _turns(run).items():
             ledger.begin()
             say(f"one iteration of the {turn.label} turn")
             with ledger:
                 _iterate(run, crew, turn, step, batch, ledger, world)
-            turns[turn.label] = max(ledger.peak, turns.get(turn.label, 0))
-            if ledger.peak > sum(worst.values()):
-                worst = {name: size for name, size in ledger.at_peak.items() if size}
+            turns.setdefault(turn.label, []).extend(ledger.moments())
             for role in crew.trained.values():
                 role.take_turn(False)
     rounded = tuple(name for name, role in crew.trained.items() if role.rounds)
-    return Measurement(run, worst, turns, held, rounded, gathered, _shapes(batch))
+    return Measurement(run, turns, held, rounded, gathered, _shapes(batch))
 
 
 def mock_batch(run: Run, shape: tuple[int, ...] | None, text: tuple[int, int] | None) -> Batch:
@@ -283,6 +287,14 @@ def _enter(ledger: Ledger, crew: Crew) -> None:
             live.register_post_accumulate_grad_hook(note)
     if isinstance(crew.teacher, Offloaded):
         ledger.hold(crew.teacher.at_home(), HOST)
+
+
+def _entering(ledger: Ledger, label: str, function: Callable[[], None]) -> Callable[[], None]:
+    def call() -> None:
+        with ledger.entering(label):
+            function()
+
+    return call
 
 
 def _no_step(closure: Any = None) -> Any:
