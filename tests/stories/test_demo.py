@@ -233,3 +233,28 @@ def test_from_scratch_it_makes_every_part_of_the_stack_and_uses_it(tmp_path: Pat
     assert codec != (shipped / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
     assert (tmp_path / "demo" / "students" / "1step" / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == codec
     assert json.loads((tmp_path / "demo" / "summary.json").read_text())["frechet_tokenizer"] > 50  # of 40 steps
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(chromium.found() is None, reason="no Chromium here: apt-get install chromium")
+def test_both_chains_to_a_causal_student(tmp_path: Path) -> None:
+    """`--causal`: every number with its spread, the gate, the films of training's length and ten times as long."""
+    done = quick(tmp_path, "--causal")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    for who in ("sf", "sf_consistency"):
+        for name in ("frechet", "frechet_ratio", "adherence", "long_drift", "long_sink_rise"):
+            assert math.isfinite(summary[f"{name}_{who}"]) and math.isfinite(summary[f"{name}_{who}_spread"]), name
+            assert summary[f"{name}_{who}_n"] >= 64
+        ratio = summary[f"frechet_{who}"] / summary["frechet_4step"]
+        assert summary[f"frechet_ratio_{who}"] == pytest.approx(ratio) and summary[f"core_seconds_{who}"] > 1
+    text = (tmp_path / "demo" / "report.html").read_text()
+    assert "the better chain: distance, as a multiple of the bidirectional student" in text
+    with chromium.browser() as page:
+        page.open(tmp_path / "demo" / "report.html", 360, 800)
+        page.wait("document.documentElement.dataset.ready === 'yes'")
+        assert page.errors == [] and page.js("document.documentElement.scrollWidth") <= 360
+        # Eight prompts by real, tokenizer, teacher and five students; four long ones by the four causal students.
+        assert page.js("document.querySelectorAll('canvas.live').length") == 8 * 8 + 4 * 4
+    again = quick(tmp_path, "--causal")
+    assert again.returncode == 0 and again.stdout.count("done earlier") == 8

@@ -6,24 +6,28 @@ python -m fewstep.toyworld.demo.causal_page demo --size default
 from __future__ import annotations
 
 import argparse
-import math
-import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import fewstep
 from fewstep.data.files import video
 from fewstep.evaluation.long_run import LongRun, looks
 from fewstep.evaluation.plot import Series
-from fewstep.evaluation.report import Chart, Film, Gallery, Gate, Model, Report, Row, Score, Stage, Value, curves_of, write
-from fewstep.files import read_json, read_text, write_json
+from fewstep.evaluation.report import Chart, Gallery, Gate, Model, Report, Row, Score, curves_of
+from fewstep.files import read_json, write_json
 from fewstep.toyworld.demo.causal import LONG_FRAMES, STUDENTS
-from fewstep.toyworld.demo.page import NUM_SHOWN, ran
-from fewstep.toyworld.demo.stages import STEPS
+from fewstep.toyworld.demo.page import (
+    captions,
+    films,
+    kind_of,
+    numbered,
+    numbers_of,
+    ran,
+    ratio_of,
+    values_of,
+    write_with_origin,
+)
+from fewstep.toyworld.demo.stages import AGAIN, STEPS
 
 TITLES = {
     "real": "real clips",
@@ -40,62 +44,41 @@ CHAINS = {
     "sf": ("toy_kd_causal", "toy_sf"),
     "sf_consistency": ("toy_causal_finetune", "toy_causal_consistency", "toy_sf_consistency"),
 }
+RUNS = [run for runs in CHAINS.values() for run in runs]
 
 
 def main(out: Path, size: str) -> None:
-    records = {name: read_json(out / "scores" / f"{name}.json", "Remove it, and run fewstep demo again") for name in TITLES}
-    long = {name: read_json(out / "scores" / f"long_{name}.json", "Remove it, and run fewstep demo again") for name in STUDENTS}
+    records = {name: read_json(out / "scores" / f"{name}.json", AGAIN) for name in TITLES}
+    long = {name: read_json(out / "scores" / f"long_{name}.json", AGAIN) for name in STUDENTS}
     summary = summarised(out, records, long)
     write_json(out / "summary.json", summary | {"size": size})
-    scores = [Score(**score) for score in records["real"]["legend"]] + [Score(**score) for score in _named(long)]
     report = Report(
         title="Two chains to a student that streams",
         summary=_summary_text(summary),
         galleries=galleries(out),
         gates=[_gate(summary)],
         models=[_model(name, records[name], long.get(name)) for name in TITLES],
-        scores=scores,
-        charts=[*long_charts(out), *(chart for run in dict.fromkeys(sum(CHAINS.values(), ())) for chart in _curves(out, run))],
-        stages=[Stage(s["name"], "\n".join(s["commands"]), s["seconds"]) for s in ran(out)],
+        scores=[Score(**score) for score in (*records["real"]["legend"], *_named(long))],
+        charts=[*long_charts(out), *(chart for run in RUNS for chart in curves_of(out / "toyworld" / "basic" / run, run))],
         limits=LIMITS,
-        environment={
-            "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-            "torch": torch.__version__,
-            "fewstep": fewstep.__version__,
-            "size": size,
-            "feature network": records["real"]["measured_by"],
-        },
     )
-    write(report, out / "report.html")
-    print(f"{out}/report.html, {out}/summary.json")
+    write_with_origin(report, out, size, records["real"])
 
 
 def summarised(out: Path, records: Mapping[str, Any], long: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of the comparison: distance, adherence, probes; drift and return; seconds of each chain."""
     numbers: dict[str, Any] = {}
     for who, record in records.items():
-        for name, score in record["scores"].items():
-            numbers |= {
-                f"{name}_{who}": score["value"],
-                f"{name}_{who}_spread": score["spread"],
-                f"{name}_{who}_n": score["num"],
-            }
+        numbers |= numbers_of(record, who)
     for who, record in long.items():
-        for name, score in record["scores"].items():
-            numbers |= {f"long_{name}_{who}": score["value"], f"long_{name}_{who}_spread": score["spread"]}
+        numbers |= numbers_of(record, who, "long_")
     pairs = next((stage["seconds"] for stage in ran(out) if stage["name"] == "pairs"), 0.0)
-    for who, runs in CHAINS.items():
-        walls = [
-            read_json(out / "toyworld" / "basic" / run / "summary.json", "Remove it, and run fewstep demo again")["wall_s"]
-            for run in runs
-        ]
-        numbers[f"core_seconds_{who}"] = round(sum(walls) + (2 * pairs if who == "sf" else 0.0), 1)  # pairs: on two cores
     four = records["4step"]["scores"]["frechet"]
-    for who in CHAINS:
+    for who, runs in CHAINS.items():
+        walls = [read_json(out / "toyworld" / "basic" / run / "summary.json", AGAIN)["wall_s"] for run in runs]
+        numbers[f"core_seconds_{who}"] = round(sum(walls) + (2 * pairs if who == "sf" else 0.0), 1)  # pairs: on two cores
         mine = records[who]["scores"]["frechet"]
-        ratio = mine["value"] / four["value"]
-        spread = ratio * math.hypot(*(part["spread"] / part["value"] for part in (mine, four)))
-        numbers |= {f"frechet_ratio_{who}": ratio, f"frechet_ratio_{who}_spread": spread}
+        numbers |= numbered(f"frechet_ratio_{who}", *ratio_of(mine, four), mine["num"])
     return numbers
 
 
@@ -112,63 +95,53 @@ def _named(long: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _model(name: str, record: Mapping[str, Any], long: Mapping[str, Any] | None) -> Model:
-    kinds: dict[str, Any] = {"real": "real", "tokenizer": "codec", "teacher": "teacher"}
     own = dict(record["scores"]) | {f"long_{key}": value for key, value in (long or {"scores": {}})["scores"].items()}
-    scores = {
-        key: Value(v["value"], math.nan if v["spread"] is None else v["spread"], v["num"])
-        for key, v in own.items()
-        if v["value"] is not None
-    }
     calls = 2 * STEPS if name == "teacher" else record.get("num_calls")
-    return Model(kinds.get(name, "student"), TITLES[name], calls, scores=scores, note=record.get("sampler", ""))
+    return Model(kind_of(name), TITLES[name], calls, scores=values_of(own), note=record.get("sampler", ""))
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
 def galleries(out: Path) -> list[Gallery]:
-    captions = [read_text(path).strip() for path in sorted((out / "heldout" / "metas").glob("*.txt"))[:NUM_SHOWN]]
-    short = [
-        Row(caption, [film for name in TITLES if (film := _film(out, name, name, n)) is not None])
-        for n, caption in enumerate(captions)
-    ]
-    long = [
-        Row(caption, [film for name in STUDENTS if (film := _film(out, f"long_{name}", name, n)) is not None])
-        for n, caption in enumerate(captions[:4])
-    ]
+    def rows(names: Mapping[str, str], num: int | None = None) -> list[Row]:
+        """names: folders of clips, and who made them."""
+        titles = {folder: TITLES[who] for folder, who in names.items()}
+        return [
+            Row(caption, films({folder: out / "scores" / folder / f"{n:02d}.mp4" for folder in names}, titles))
+            for n, caption in enumerate(captions(out)[:num])
+        ]
+
     return [
-        Gallery("Held-out prompts, clips of the length of training", short, fps=16),
-        Gallery(f"Ten times as long: {LONG_FRAMES} frames", long, fps=16, about="Chunk after chunk, four frames each."),
+        Gallery("Held-out prompts, clips of the length of training", rows({name: name for name in TITLES}), fps=16),
+        Gallery(
+            f"Ten times as long: {LONG_FRAMES} frames",
+            rows({f"long_{name}": name for name in STUDENTS}, 4),
+            fps=16,
+            about="Chunk after chunk, four frames each.",
+        ),
     ]
-
-
-def _film(out: Path, folder: str, name: str, number: int) -> Film | None:
-    path = out / "scores" / folder / f"{number:02d}.mp4"
-    kinds: dict[str, Any] = {"real": "real", "tokenizer": "codec", "teacher": "teacher"}
-    return Film(TITLES[name], video.read(path).frames, kinds.get(name, "student")) if path.is_file() else None
 
 
 def long_charts(out: Path) -> list[Chart]:
     """Drift and likeness to the beginning, segment by segment, of the clips that were kept."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
+    num = 0
     for name in STUDENTS:
         files = sorted((out / "scores" / f"long_{name}").glob("[0-9][0-9].mp4"))  # not those of the prompts beside them
-        if len(files) > 1:
+        num = len(files)
+        if num > 1:
             curves[name] = LongRun().curves(looks([video.read(file).frames for file in files]))
     titles = ("Drift by segments", "Likeness to the beginning by segments")
     return [
         Chart(
-            f"{title}, {LONG_FRAMES} frames",
+            f"{title}, {LONG_FRAMES} frames, {num} clips",
             [Series(TITLES[name], list(range(1, len(parts[which]) + 1)), parts[which]) for name, parts in curves.items()],
             x_label="tenth of the clip",
         )
         for which, title in enumerate(titles)
         if curves
     ]
-
-
-def _curves(out: Path, run: str) -> list[Chart]:
-    return list(curves_of(out / "toyworld" / "basic" / run, run))
 
 
 def _summary_text(s: Mapping[str, float]) -> str:

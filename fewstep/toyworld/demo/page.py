@@ -14,23 +14,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import fewstep
 from fewstep.data.files import video
 from fewstep.diffusion import TeacherSampler
 from fewstep.evaluation.report import Chart, Film, Gallery, Gate, Model, Report, Row, Score, Stage, Value, curves_of, write
+from fewstep.evaluation.report.contents import Kind
 from fewstep.files import read_json, read_text, write_json
 from fewstep.inference.clip_sets import Source, opened
 from fewstep.inference.evaluate import speed
 from fewstep.inference.evaluation import Evaluation
 from fewstep.inference.model import changed, codec_of, open_model
 from fewstep.inference.request import SamplerOptions
-from fewstep.toyworld.demo.stages import CALLS, FEW, GUIDANCE, METHODS, STEPS, STUDENTS, TOY, run_of
+from fewstep.toyworld.demo.stages import AGAIN, CALLS, FEW, GUIDANCE, METHODS, STEPS, STUDENTS, TOY, run_of
 
 STUDENT_TITLES = {"kd": "KD", "dmd2": "DMD2", **METHODS}  # of those scored at several numbers of calls
-AGAIN = "Remove it, and run fewstep demo again"
 NUM_SHOWN = 8
 TEACHER = SamplerOptions(STEPS, "unipc", guidance=GUIDANCE)
 BOUNDS = {  # (ratio to the teacher's distance, share of the gap closed): set before the numbers were known
@@ -67,18 +66,23 @@ def main(out: Path, size: str, toy: str, methods: Sequence[str] = ()) -> None:
         ],
         scores=[Score(**score) for score in records["real"]["legend"]],
         charts=charts(out, methods),
-        stages=[Stage(s["name"], "\n".join(s["commands"]), s["seconds"]) for s in ran(out)],
         limits=LIMITS,
-        environment={
-            "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "fewstep": fewstep.__version__,
-            "size": size,
-            "feature network": records["real"]["measured_by"],
-        },
     )
-    write(report, out / "report.html")
+    write_with_origin(report, out, size, records["real"])
+
+
+def write_with_origin(report: Report, out: Path, size: str, real: Mapping[str, Any]) -> None:
+    """Writes report.html, with the stages that have run, their seconds, and the machine. real: the record of real clips."""
+    stages = [Stage(s["name"], "\n".join(s["commands"]), s["seconds"]) for s in ran(out)]
+    environment = {
+        "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fewstep": fewstep.__version__,
+        "size": size,
+        "feature network": real["measured_by"],
+    }
+    write(replace(report, stages=stages, environment=environment), out / "report.html")
     print(f"{out}/report.html, {out}/summary.json")
 
 
@@ -87,19 +91,15 @@ def main(out: Path, size: str, toy: str, methods: Sequence[str] = ()) -> None:
 
 def summarised(records: dict[str, Any], rates: dict[str, Value]) -> dict[str, Any]:
     """Every number with NAME_spread and NAME_n; None if it could not be measured (no free flight, no gravity)."""
-    out: dict[str, Any] = {}
+    out = {key: number for who in TITLES for key, number in numbers_of(records[who], who).items()}
 
-    def put(name: str, value: float | None, spread: float | None, num: int) -> None:
-        out.update({name: value, f"{name}_spread": spread, f"{name}_n": num})
+    def put(name: str, value: float, spread: float, num: int) -> None:
+        out.update(numbered(name, value, spread, num))
 
-    for who in TITLES:
-        for name, score in records[who]["scores"].items():
-            put(f"{name}_{who}", score["value"], score["spread"], score["num"])
     teacher = records["teacher"]["scores"]["frechet"]
     for name in STUDENTS:
         mine, few = records[name]["scores"]["frechet"], records[FEW[name]]["scores"]["frechet"]
-        ratio = mine["value"] / teacher["value"]
-        put(f"frechet_ratio_{name}", ratio, ratio * math.hypot(_rel(mine), _rel(teacher)), mine["num"])
+        put(f"frechet_ratio_{name}", *ratio_of(mine, teacher), mine["num"])
         gap = few["value"] - teacher["value"]
         closed = (few["value"] - mine["value"]) / gap
         # Derivatives of (f - s) / (f - t) by s, f and t.
@@ -112,8 +112,22 @@ def summarised(records: dict[str, Any], rates: dict[str, Value]) -> dict[str, An
     return out
 
 
-def _rel(score: dict[str, Any]) -> float:
-    return score["spread"] / score["value"]
+def numbered(name: str, value: float | None, spread: float | None, num: int) -> dict[str, Any]:
+    return {name: value, f"{name}_spread": spread, f"{name}_n": num}
+
+
+def numbers_of(record: Mapping[str, Any], who: str, prefix: str = "") -> dict[str, Any]:
+    """The scores of a record as numbers of the summary: SCORE_WHO with its spread and n."""
+    out: dict[str, Any] = {}
+    for name, score in record["scores"].items():
+        out |= numbered(f"{prefix}{name}_{who}", score["value"], score["spread"], score["num"])
+    return out
+
+
+def ratio_of(one: Mapping[str, float], other: Mapping[str, float]) -> tuple[float, float]:
+    """One score over another, with its spread."""
+    ratio = one["value"] / other["value"]
+    return ratio, ratio * math.hypot(*(score["spread"] / score["value"] for score in (one, other)))
 
 
 def measured_speed(out: Path, toy: str) -> dict[str, Value]:
@@ -168,9 +182,7 @@ def of_curves(curves: Mapping[str, Mapping[int, Any]], out: Path) -> dict[str, A
     for name, curve in curves.items():
         summary[f"train_s_{name}"] = read_json(run_of(out, name) / "summary.json", AGAIN)["wall_s"]
         for num, record in curve.items():
-            for score, value in record["scores"].items():
-                key = f"{score}_{name}_{num}calls"
-                summary |= {key: value["value"], f"{key}_spread": value["spread"], f"{key}_n": value["num"]}
+            summary |= numbers_of(record, f"{name}_{num}calls")
     return summary
 
 
@@ -191,8 +203,7 @@ def gates_of_methods(summary: Mapping[str, Any], methods: Sequence[str]) -> Iter
 
     def ratio(one: str, other: str) -> tuple[float, float]:
         both = [{"value": summary[f"frechet_{who}"], "spread": summary[f"frechet_{who}_spread"]} for who in (one, other)]
-        value = both[0]["value"] / both[1]["value"]
-        return value, value * math.hypot(*map(_rel, both))
+        return ratio_of(*both)
 
     if "rcm" in methods:
         value, spread = ratio("rcm_4calls", "dmd2_4calls")
@@ -212,26 +223,34 @@ def gates_of_methods(summary: Mapping[str, Any], methods: Sequence[str]) -> Iter
 
 
 def model_of(name: str, record: dict[str, Any], rate: Value | None) -> Model:
-    kinds: dict[str, Any] = {"real": "real", "tokenizer": "codec"}
-    scores = {
-        key: Value(v["value"], math.nan if v["spread"] is None else v["spread"], v["num"])
-        for key, v in record["scores"].items()
-        if v["value"] is not None  # no flight, no gravity
-    }
     calls, guidance = record.get("num_calls"), record.get("guidance")
     if name == "teacher":
         calls, guidance = 2 * STEPS, GUIDANCE
     return Model(
-        kind=kinds.get(name, "teacher" if name.startswith("teacher") else "student"),
+        kind=kind_of(name),
         name=TITLES[name],
         num_calls=calls,
         guidance=guidance,
-        scores=scores,
+        scores=values_of(record["scores"]),
         clips_per_s=rate,
         line="teacher, best sampler" if name.startswith("teacher") else "",
         note=record.get("sampler", "unipc, guidance baked in pairs" if name == "teacher" else ""),
         is_featured=name in ("tokenizer", "teacher", *STUDENTS),
     )
+
+
+def kind_of(name: str) -> Kind:
+    kinds: dict[str, Kind] = {"real": "real", "tokenizer": "codec"}
+    return kinds.get(name, "teacher" if name.startswith("teacher") else "student")
+
+
+def values_of(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Value]:
+    """Scores as the report shows them, without what could not be measured: no flight, no gravity."""
+    return {
+        key: Value(v["value"], math.nan if v["spread"] is None else v["spread"], v["num"])
+        for key, v in scores.items()
+        if v["value"] is not None
+    }
 
 
 def show_teacher(out: Path, toy: str) -> None:
@@ -253,48 +272,35 @@ def _job(out: Path, what: str, file: Path, **more: Any) -> Evaluation:
     return Evaluation(what, out / "heldout", out / "real", file, max_tokens=40, mask_text=True, **more)
 
 
+def captions(out: Path) -> list[str]:
+    """Of the held-out prompts whose clips are shown."""
+    return [read_text(path).strip() for path in sorted((out / "heldout" / "metas").glob("*.txt"))[:NUM_SHOWN]]
+
+
+def films(files: Mapping[str, Path], titles: Mapping[str, str], about: str = "") -> list[Film]:
+    """The clips that are there, by the names of those that made them."""
+    there = {name: video.read(path).frames for name, path in files.items() if path.is_file()}
+    return [Film(titles[name], frames, kind_of(name), about) for name, frames in there.items()]
+
+
 def galleries(out: Path) -> list[Gallery]:
-    captions = [read_text(path).strip() for path in sorted((out / "heldout" / "metas").glob("*.txt"))[:NUM_SHOWN]]
     shown = ("real", "tokenizer", "teacher_shown", "teacher_4calls", "4step", "teacher_1call", "1step")
-    kinds: dict[str, Any] = {"real": "real", "tokenizer": "codec", "4step": "student", "1step": "student"}
-    rows = [
-        Row(
-            caption,
-            [
-                Film(
-                    TITLES.get(name, TITLES["teacher"]),
-                    _read(out / "scores" / name / f"{n:02d}.mp4"),
-                    kinds.get(name, "teacher"),
-                )
-                for name in shown
-                if (out / "scores" / name / f"{n:02d}.mp4").is_file()
-            ],
-        )
-        for n, caption in enumerate(captions)
-    ]
+    titles = TITLES | {"teacher_shown": TITLES["teacher"]}
     held_out = [
-        Gallery("Held-out prompts, the same noise for all", rows, fps=16, about="No model was trained on these prompts.")
+        Row(caption, films({name: out / "scores" / name / f"{n:02d}.mp4" for name in shown}, titles))
+        for n, caption in enumerate(captions(out))
     ]
     plain = [
         Row(
             read_text(out / "samples" / "4step" / f"{n:02d}.txt").strip(),
-            [
-                Film(
-                    TITLES.get(name, TITLES["teacher"]),
-                    _read(out / "samples" / name / f"{n:02d}.mp4"),
-                    "student",
-                    about="plain diffusers",
-                )
-                for name in STUDENTS
-            ],
+            films({name: out / "samples" / name / f"{n:02d}.mp4" for name in STUDENTS}, TITLES, "plain diffusers"),
         )
         for n in range(4)
     ]
-    return [*held_out, Gallery("Exported, and sampled by plain diffusers", plain, fps=16)]
-
-
-def _read(path: Path) -> np.ndarray:
-    return video.read(path).frames
+    return [
+        Gallery("Held-out prompts, the same noise for all", held_out, fps=16, about="No model was trained on these prompts."),
+        Gallery("Exported, and sampled by plain diffusers", plain, fps=16),
+    ]
 
 
 def charts(out: Path, methods: Sequence[str]) -> list[Chart]:

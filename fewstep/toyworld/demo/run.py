@@ -12,7 +12,7 @@ from fewstep.distill.stages import run
 from fewstep.errors import UserError
 from fewstep.files import lock, read_json, read_text, write_json
 from fewstep.toyworld.demo import causal as chains
-from fewstep.toyworld.demo.stages import FEW, IMPORTS, METHODS, Size, stages
+from fewstep.toyworld.demo.stages import AGAIN, FEW, IMPORTS, METHODS, Size, stages
 
 
 def demo(
@@ -36,7 +36,7 @@ def demo(
         for verdict in gate.verdicts(out / "scores" / f"{name}.json", out / "scores" / f"{few}.json"):
             print(f"{name}: {verdict}")
     report = out / "report.html"
-    summary = read_json(out / "summary.json", "Remove it, and run fewstep demo again")
+    summary = read_json(out / "summary.json", AGAIN)
     print(f"\n{json.dumps({k: v for k, v in summary.items() if k in (_SHOWN_CAUSAL if causal else _SHOWN)}, indent=1)}")
     print(f"the whole took {time.monotonic() - began:.0f} s this time; every number: {out}/summary.json")
     print(f"the report: {report.resolve()}")

@@ -30,6 +30,7 @@ from fewstep.toyworld.train_tokenizer import PERCEPTUAL, tokenizer
 TOY = Path(os.path.relpath(fewstep.TOY))  # short in the commands one reads
 Size = Literal["quick", "default", "long"]
 IMPORTS = "fewstep.toyworld.demo.imports"
+AGAIN = "Remove it, and run fewstep demo again"  # advice for a file of the demo that cannot be read
 SERIES = {"world": 7_400_000, "heldout": 7_400_001, "real": 7_400_002, "train": 11}  # no clip is in two of them
 
 
