@@ -1,5 +1,6 @@
 """For every test: one thread, because tensors this small are eight times faster so. The longest files come first."""
 
+import gc
 import os
 
 import pytest
@@ -10,9 +11,16 @@ from hypothesis import settings
 settings.register_profile("same_cases", derandomize=True)
 settings.load_profile("same_cases")
 
+gc.disable()  # until the tests are collected: their imports make a million objects that stay
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "stories" not in item.path.parts)  # begun last, they would be waited for
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+    gc.freeze()  # Python never looks through these objects again
 
 
 @pytest.fixture(scope="session", autouse=True)

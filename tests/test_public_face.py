@@ -1,9 +1,7 @@
 """The names that scripts of other people import: docs/rooms.md, "What holds still"."""
 
-import os
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -34,10 +32,11 @@ def test_every_name_of_the_package_itself_is_there_and_no_other() -> None:
         _ = fewstep.trainn
 
 
-def test_the_notebook_runs(tmp_path: Path) -> None:
-    command = [sys.executable, "examples/notebook.py"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OUTPUT_ROOT": str(tmp_path)})
-    assert done.returncode == 0, done.stderr
-    distance = re.search(r"energy distance to the data: (\S+)", done.stdout)
-    assert distance is not None and float(distance[1]) < 0.02, done.stdout
-    assert "2 clips, B C T H W: (2, 3, " in done.stdout
+@pytest.mark.filterwarnings("default")  # as in a notebook
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("OUTPUT_ROOT", str(tmp_path))
+    runpy.run_path(str(ROOT / "examples/notebook.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    distance = re.search(r"energy distance to the data: (\S+)", said)
+    assert distance is not None and float(distance[1]) < 0.02, said
+    assert "2 clips, B C T H W: (2, 3, " in said

@@ -147,7 +147,7 @@ def make(name, method, net, mode, size, num_replicas=None, **trainer):
         ema=Ema("power"),
         trainer=replace(Trainer(max_iter=6, batch_size=8 // size, num_threads=1, log_every=1), **trainer),
         parallel=Parallel(mode=mode, device="cpu", num_replicas=num_replicas, timeout_s=60),
-        checkpoint=Checkpoint(save_iter=3, keep_last=9),
+        checkpoint=Checkpoint(save_iter=3 if (method, net) == ("dmd2", "dit") else 6, keep_last=9),
         preview=MeanOfSamples(),
         health=Health(every=3, num=8, reference_calls=4, collapse=Alarm(0.0), drift=Alarm(99.0), critic_lag=Alarm(1e9)),
     )

@@ -106,9 +106,7 @@ def test_what_a_collapsed_student_does_not_show_is_left_out_of_the_page(made: Pa
     told = json.loads(path.read_text())
     told["scores"]["gravity_ratio"] = {"value": None, "spread": None, "num": 0, "per_set": [None]}
     path.write_text(json.dumps(told))
-    subprocess.run(
-        [sys.executable, "-m", "fewstep.toyworld.demo.page", str(out), "--size", "quick"], check=True, capture_output=True
-    )
+    page.main(out, "quick", str(TOY))
     summary = json.loads((out / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert summary["gravity_ratio_1step"] is None and summary["gravity_ratio_1step_n"] == 0
     before, after = ((folder / "report.html").read_text() for folder in (made, out))

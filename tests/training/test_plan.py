@@ -1,5 +1,6 @@
 """The plan against what torch really allocates, op by op, in the same step on real tensors."""
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -29,7 +30,7 @@ from fewstep.training import iteration, loop
 from fewstep.training.crew import assemble
 from fewstep.training.plan import plan as planning
 from fewstep.training.plan.gpu_fit import advice, answer, dryrun
-from fewstep.training.plan.plan import measure, plan
+from fewstep.training.plan.plan import Plan, measure, plan
 from fewstep.training.plan.request import PlanRequest, split_words
 from fewstep.training.run import Checkpoint, Parallel, Run, Trainer
 
@@ -119,14 +120,19 @@ CASES = {
 SLOW = ("finetune", "dmd2_cosmos", "dmd2_shared")
 
 
+@functools.cache
+def planned(name: str) -> Plan:
+    return plan(CASES[name])
+
+
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_the_plan_is_what_is_measured(name: str) -> None:
     want = measured(CASES[name])
-    assert sum(plan(CASES[name]).parts.values()) == pytest.approx(want, rel=0.03), name
+    assert sum(planned(name).parts.values()) == pytest.approx(want, rel=0.03), name
 
 
 def test_roles_on_one_backbone_and_recomputation_are_seen() -> None:
-    whole, shared, recomputed = (plan(CASES[name]) for name in ("dmd2", "dmd2_shared", "dmd2_shared_recomputed"))
+    whole, shared, recomputed = map(planned, ("dmd2", "dmd2_shared", "dmd2_shared_recomputed"))
     assert shared.parts["student.optimizer"] < 0.4 * whole.parts["student.optimizer"]
     assert shared.parts["teacher.weights"] < 1.01 * whole.parts["teacher.weights"]
     assert recomputed.parts["activations"] < 0.7 * shared.parts["activations"]
