@@ -61,7 +61,7 @@ class Condition(_ByRow):
     pooled: Tensor | None = None  # B D, one vector for the whole prompt (SDXL, Flux: of their CLIP encoders)
     image: Tensor | None = None  # B N D, features of the picture a clip starts from (Wan 2.1 I2V: of CLIP's last but one layer)
     beside: Tensor | None = None  # B C T H W, read on channels of their own beside x_t (I2V: mask and latents of the picture)
-    padding: Tensor | None = None  # B H W in pixels, true where a picture was padded to its bucket (Cosmos is told)
+    padding: Tensor | None = None  # B H W in pixels, true where a picture was padded to its bucket (an input of Cosmos)
     context: Tensor | None = None  # B C T H W, what a causal network attends to in the place of earlier chunks of x_t itself
     context_t: Tensor | None = None  # B, its noise level in the network's own time; None: it is clean
     end: Tensor | None = None  # B, the time where a flow map's jump ends, in the time of the path; None: where it begins

@@ -70,8 +70,8 @@ def read_command(argv: Sequence[str]) -> Command:
             problems.append((word, "needs a file: --config FILE.py or --config FILE.yaml"))
         elif word.startswith("-"):
             near = get_close_matches(word.partition("=")[0], _FLAGS, n=1)
-            known = f"did you mean {near[0]}?" if near else f"there are: {', '.join(_FLAGS)}; settings are KEY=VALUE"
-            problems.append((word, f"no such option; {known}"))
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(_FLAGS)}; settings are KEY=VALUE"
+            problems.append((word, f"no such option; {hint}"))
         elif word.startswith("experiment="):
             names.append(word.removeprefix("experiment="))
         elif _is_file(word):

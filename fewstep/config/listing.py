@@ -83,7 +83,7 @@ def _has_choice(declared: Any) -> bool:
 
 @cache
 def _comments(cls: type) -> Mapping[str, str]:
-    found: dict[str, str] = {}
+    comments: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if not is_dataclass(base):
             continue
@@ -95,5 +95,5 @@ def _comments(cls: type) -> Mapping[str, str]:
         by_line = {word.start[0]: word.string.lstrip("# ") for word in words if word.type == tokenize.COMMENT}
         for node in cast(ast.ClassDef, ast.parse(source).body[0]).body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.end_lineno:
-                found[node.target.id] = by_line.get(node.end_lineno) or found.get(node.target.id, "")
-    return found
+                comments[node.target.id] = by_line.get(node.end_lineno) or comments.get(node.target.id, "")
+    return comments

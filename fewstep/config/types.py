@@ -166,7 +166,7 @@ def settings_of(cls: type) -> dict[str, Setting]:
         hints = get_type_hints(cls, include_extras=True)
     except NameError as error:
         raise TypeError(f"{cls.__qualname__}: {error}; import it in its module, not under TYPE_CHECKING") from error
-    found: dict[str, Setting] = {}
+    settings: dict[str, Setting] = {}
     for field in fields(cls):
         where = f"{cls.__qualname__}.{field.name}"
         if not field.init:
@@ -182,8 +182,8 @@ def settings_of(cls: type) -> dict[str, Setting]:
                 raise TypeError(f"{where}: its default can be mutated; use a tuple")
         elif field.default is not MISSING:
             default = _constant(field.default)
-        found[field.name] = Setting(hints[field.name], default)
-    return found
+        settings[field.name] = Setting(hints[field.name], default)
+    return settings
 
 
 def type_text(declared: Any) -> str:

@@ -205,10 +205,10 @@ class Seg:
     def read(self, path: Path, span: Span, size: video.Size) -> Pixels:
         import cv2
 
-        found = masks.read(path)
-        if found and found[0].shape[0] <= span.places[-1]:
-            raise UserError(f"{path}: its masks have {found[0].shape[0]} frames, but frame {span.places[-1]} is wanted")
-        out = paint(found, span.places, self.max_objects) if found else np.zeros((span.count, *size, 3), np.uint8)
+        objects = masks.read(path)
+        if objects and objects[0].shape[0] <= span.places[-1]:
+            raise UserError(f"{path}: its masks have {objects[0].shape[0]} frames, but frame {span.places[-1]} is wanted")
+        out = paint(objects, span.places, self.max_objects) if objects else np.zeros((span.count, *size, 3), np.uint8)
         return np.stack([_resized(picture, size, cv2.INTER_NEAREST) for picture in out])
 
 
@@ -273,8 +273,8 @@ def _within_720(frames: Pixels, make: Callable[[Pixels], Pixels]) -> Pixels:
     if scale >= 1:
         return np.stack([make(picture) for picture in frames])
     small = int(scale * height + 0.5), int(scale * width + 0.5)
-    made = [make(_resized(picture, small, cv2.INTER_AREA)) for picture in frames]
-    return np.stack([_resized(picture, (height, width), cv2.INTER_LINEAR) for picture in made])
+    signals = [make(_resized(picture, small, cv2.INTER_AREA)) for picture in frames]
+    return np.stack([_resized(picture, (height, width), cv2.INTER_LINEAR) for picture in signals])
 
 
 def _resized(picture: Pixels, size: video.Size, how: int) -> Pixels:

@@ -37,8 +37,8 @@ class Mock:
 
     @property
     def fields(self) -> frozenset[str]:
-        found = {"x0", "negative"} | ({"noise"} if self.noise else set[str]())
-        return frozenset(found | ({"path", "path_times"} if self.path_times else set[str]()))
+        names = {"x0", "negative"} | ({"noise"} if self.noise else set[str]())
+        return frozenset(names | ({"path", "path_times"} if self.path_times else set[str]()))
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if not self.shape or min(self.shape) < 1:

@@ -6,7 +6,7 @@ trained is what is used. How the state is noised between two calls is a property
     fresh  new noise each time (DMD2, rCM, FastGen "sde")
     same   the noise it started from (Predict2.5)
     ode    the noise its own prediction implies: a DDIM step (FastGen "ode")
-    map    the same, and the network is told where each step ends: the jumps of a flow map (AnyFlow, MeanFlow)
+    map    the same, and the network also receives where each step ends: the jumps of a flow map (AnyFlow, MeanFlow)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which scheduler of diffusers takes a student's steps, with no argument but their number.
 
-Nothing is believed: each candidate is made, told the number of steps, and its noise levels are compared with the student's.
+Every candidate is built for the number of steps, and its noise levels are compared with the student's.
 
     ode     DDIM, which on a flow is an Euler step: FlowMatchEulerDiscreteScheduler, DDIMScheduler, EDMEulerScheduler
     fresh   x0, then new noise: FlowMatchLCMScheduler, LCMScheduler
@@ -73,9 +73,9 @@ def _flow(name: str, times: Sequence[float], sends_sigmas: bool) -> Fit | None:
     words = {} if sends_sigmas or num == 1 else {"shift_terminal": times[-1]}
 
     def levels(shift: float) -> list[float]:
-        made = cls(shift=shift, **words)
-        made.set_timesteps(num, **({"sigmas": np.linspace(1.0, 1 / num, num)} if sends_sigmas else {}))
-        return floats(made.sigmas[:-1])
+        scheduler = cls(shift=shift, **words)
+        scheduler.set_timesteps(num, **({"sigmas": np.linspace(1.0, 1 / num, num)} if sends_sigmas else {}))
+        return floats(scheduler.sigmas[:-1])
 
     low, high = 1.0, 1.0
     if num > (1 if sends_sigmas else 2):  # the second level grows with the shift
@@ -83,10 +83,10 @@ def _flow(name: str, times: Sequence[float], sends_sigmas: bool) -> Fit | None:
         for _ in range(80):
             middle = (low * high) ** 0.5
             low, high = (middle, high) if levels(middle)[1] < times[1] else (low, middle)
-    found = levels(high)
-    if _close(found, times):
+    sigmas = levels(high)
+    if _close(sigmas, times):
         return Fit(cls(shift=high, **words))
-    offset = max(abs(a - b) for a, b in zip(found, times, strict=True))
+    offset = max(abs(a - b) for a, b in zip(sigmas, times, strict=True))
     return Fit(cls(shift=high, **words), offset) if offset <= ROUNDED else None
 
 
@@ -100,9 +100,9 @@ def _edm(times: Sequence[float], sigma_data: float) -> Fit | None:
     from diffusers import EDMEulerScheduler
 
     last = times[-1] if len(times) > 1 else min(times[0], 0.002)
-    made = EDMEulerScheduler(sigma_max=times[0], sigma_min=last, sigma_data=sigma_data)
-    made.set_timesteps(len(times))
-    return Fit(made) if _close(floats(made.sigmas[:-1]), times) else None
+    scheduler = EDMEulerScheduler(sigma_max=times[0], sigma_min=last, sigma_data=sigma_data)
+    scheduler.set_timesteps(len(times))
+    return Fit(scheduler) if _close(floats(scheduler.sigmas[:-1]), times) else None
 
 
 def _vp(times: Sequence[float], path: VP, is_fresh: bool, scheduling: Scheduling) -> Fit | None:
@@ -128,15 +128,15 @@ def _vp(times: Sequence[float], path: VP, is_fresh: bool, scheduling: Scheduling
         return None
     if is_fresh:
         # It takes entries of a table of `original_inference_steps`, which it counts from its noisy end.
-        made: Any = diffusers.LCMScheduler(**words, original_inference_steps=num)
+        scheduler: Any = diffusers.LCMScheduler(**words, original_inference_steps=num)
     elif scheduling.shifts_table:
-        made = diffusers.CogVideoXDDIMScheduler(**words, snr_shift_scale=path.snr_shift)
+        scheduler = diffusers.CogVideoXDDIMScheduler(**words, snr_shift_scale=path.snr_shift)
     else:
-        made = diffusers.DDIMScheduler(**words)
+        scheduler = diffusers.DDIMScheduler(**words)
     if not scheduling.shifts_table and path.snr_shift != 1.0:
         return None
-    made.set_timesteps(num)
-    return Fit(made) if _close([(float(i) + 1) / path.num_steps for i in made.timesteps], times) else None
+    scheduler.set_timesteps(num)
+    return Fit(scheduler) if _close([(float(i) + 1) / path.num_steps for i in scheduler.timesteps], times) else None
 
 
 def _close(levels: Sequence[float], targets: Sequence[float]) -> bool:

@@ -1,7 +1,7 @@
 """Conditioning on first frames: how many of each sample's first latent frames the networks receive during training.
 
 Predict2.5 draws 0, 1 or 2 of them for each sample and generates the rest. The number is drawn anew at each step, so that a clip
-is trained on with every number. Cosmos 1 receives them with noise of a random level, which it is not told: frames that a
+is trained on with every number. Cosmos 1 receives them with noise of a random level, which is no input of it: frames that a
 student generated itself are never quite clean, either.
 """
 

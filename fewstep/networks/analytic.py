@@ -109,8 +109,8 @@ class GaussianMixture(NetworkDefaults):
         allowed = (label[:, None] == -1) | (label[:, None] == self.labels)
         if not bool(allowed.any(1).all()):
             wrong = sorted(set(label[~allowed.any(1)].tolist()))
-            known = sorted(set(self.labels.tolist()))
-            raise UserError(f"label {wrong} is no class of this mixture, which has {known}, and -1")
+            classes = sorted(set(self.labels.tolist()))
+            raise UserError(f"label {wrong} is no class of this mixture, which has {classes}, and -1")
         return torch.where(allowed, log_weights, float("-inf"))
 
     def _log_joint(self, x: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from fewstep.networks.contract import Network, Wrapper
 
 @dataclass(frozen=True)
 class Offloaded(Wrapper):
-    """A frozen network whose weights lie on the CPU, and on `device` while it is asked.
+    """A frozen network whose weights lie on the CPU, and on `device` while it is called.
 
     After a call that leaves a graph they stay until the next call: backward needs them, and a block that is recomputed in
     backward reads them anew. Its weights are copied at every call, which pays where a call takes longer than that.

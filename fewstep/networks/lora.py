@@ -258,7 +258,7 @@ def _is_linear(layer: nn.Module) -> bool:
 def _matching(module: nn.Module, endings: Sequence[str], key: str) -> list[str]:
     """Names of layers equal to one of `endings` or ending in it; adapters that lie there already are no layers."""
     names = [n for n, _ in module.named_modules() if n and not re.search(r"\.(base_layer|lora_\w+|original|own)(\.|$)", n)]
-    found: list[str] = []
+    matches: list[str] = []
     for ending in endings:
         some = [name for name in names if _ends_in(name, ending)]
         if not some:
@@ -267,8 +267,8 @@ def _matching(module: nn.Module, endings: Sequence[str], key: str) -> list[str]:
             last = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
             near = difflib.get_close_matches(ending.rsplit(".", 1)[-1], last, 3, 0.4) or last[:8]
             raise UserError(f"{key}: no layer of this network is called '{ending}' or ends in it; there are {', '.join(near)}")
-        found += [name for name in some if name not in found]
-    return [name for name in names if name in set(found)]
+        matches += [name for name in some if name not in matches]
+    return [name for name in names if name in set(matches)]
 
 
 def _ends_in(name: str, ending: str) -> bool:
@@ -358,11 +358,11 @@ def as_adapters(
     if any(name.endswith(DOWN) for name in weights) or weights.keys() != base.keys():
         return dict(weights)  # loading is strict, and says what does not fit
     own = module.state_dict()
-    found = extract(base, weights, adapted_layers(own), config.rank_of)
-    adapters = dict(found.adapters)
+    extraction = extract(base, weights, adapted_layers(own), config.rank_of)
+    adapters = dict(extraction.adapters)
     for layer in adapted_layers(own):
         adapters[layer + UP] = adapters[layer + UP] / config.scale_of(layer)
-    lost = [name for name in found.left_out if name not in own]
+    lost = [name for name in extraction.left_out if name not in own]
     if lost:
         warnings.warn(
             f"{source}: {len(lost)} tensors differ from the teacher's and are no weights of adapted layers ({lost[0]}, ...); "

@@ -165,25 +165,25 @@ class Whole:
 
 def wholes(nets: Mapping[str, Network]) -> list[Whole]:
     """Every module of these roles once."""
-    found: list[Whole] = []
-    seen: set[int] = set()
+    result: list[Whole] = []
+    backbones: set[int] = set()
     sharing = frozenset(role for role, network in nets.items() if isinstance(network, Shared))
     for role, network in nets.items():
         if not isinstance(network, Shared):
             if role == "head":  # which reads features of all tokens
-                found.append(Whole(network.module, network.blocks, True, roles=frozenset({role})))
+                result.append(Whole(network.module, network.blocks, True, roles=frozenset({role})))
                 continue
             waits = network.traits.boundary is None  # of two experts a micro-batch may ask one
             own, trained = frozenset({role}), role not in FROZEN
-            found.append(Whole(network.module, network.blocks, trained, (), None, waits, network.share_tokens, own))
-        elif id(network.backbone) not in seen:
-            seen.add(id(network.backbone))
+            result.append(Whole(network.module, network.blocks, trained, (), None, waits, network.share_tokens, own))
+        elif id(network.backbone) not in backbones:
+            backbones.add(id(network.backbone))
             backbone, inner = network.backbone, network.backbone.network
             adapters = tuple(backbone.adapters.values())
             waits = inner.traits.boundary is None
             share = inner.share_tokens
-            found.append(Whole(inner.module, inner.blocks, False, adapters, backbone.remember, waits, share, sharing))
-    return found
+            result.append(Whole(inner.module, inner.blocks, False, adapters, backbone.remember, waits, share, sharing))
+    return result
 
 
 def _role(role: Role, config: Networks, teacher: Network | None, name: str, seed: int, resumes: bool, divided: bool) -> Network:

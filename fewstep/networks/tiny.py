@@ -1,6 +1,6 @@
 """Small networks to be trained: a residual MLP for points (B D) and a video DiT for latents (B C T H W).
 
-Both are asked in TrigFlow's unit: y = x_t / sqrt(a^2 sigma_d^2 + s^2) has unit variance, phi = atan(s / (a sigma_d)), and the
+Inputs are in TrigFlow's unit: y = x_t / sqrt(a^2 sigma_d^2 + s^2) has unit variance, phi = atan(s / (a sigma_d)), and the
 raw output F stands for the velocity cos(phi) eps - sin(phi) x0 / sigma_d. This is Karras' preconditioning written so that it
 is finite at both ends of every path.
 """

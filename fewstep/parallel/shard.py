@@ -145,25 +145,25 @@ def kept_in_fp32(module: nn.Module) -> set[str]:
     A class names them as diffusers' classes do: `_keep_in_fp32_modules` lists parts of names. Wan keeps its norms, tables and
     the embedding of the time, Cosmos its learnt positions.
     """
-    found: set[str] = set()
+    names: set[str] = set()
     for at, part in module.named_modules():
         listed = set(getattr(part, "_keep_in_fp32_modules", None) or ())
         if listed:
-            found |= {f"{at}.{n}" if at else n for n, _ in part.named_parameters() if listed & set(n.split("."))}
-    return found
+            names |= {f"{at}.{n}" if at else n for n, _ in part.named_parameters() if listed & set(n.split("."))}
+    return names
 
 
 def _holding_only(names: set[str], module: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
     """The outermost modules outside of the blocks all of whose parameters, one at least, are among `names`."""
-    found: list[nn.Module] = []
+    result: list[nn.Module] = []
     inside = {id(part) for block in blocks for part in block.modules()}
     taken: set[str] = set()
     for at, part in module.named_modules():
         own = {f"{at}.{name}" for name, _ in part.named_parameters()}
         if at and own and own <= names and not own & taken and id(part) not in inside:
-            found.append(part)
+            result.append(part)
             taken |= own
-    return found
+    return result
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:

@@ -103,8 +103,8 @@ def shards(folder: Path, out: str, parts: str | None, shard_mib: int) -> str:
 
 
 def _check_into(folder: Path, into: str, example: str) -> None:
-    known = {part.folder for part in (layout.VIDEOS, layout.IMAGES, layout.CAPTIONS, layout.NOISE, layout.PATH)}
-    if not into or "/" in into or into.startswith(".") or into in known:
+    reserved = {part.folder for part in (layout.VIDEOS, layout.IMAGES, layout.CAPTIONS, layout.NOISE, layout.PATH)}
+    if not into or "/" in into or into.startswith(".") or into in reserved:
         raise ConfigError(f"--into names a folder of its own in {folder}, {example} for instance, not {into!r}")
 
 

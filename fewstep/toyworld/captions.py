@@ -69,29 +69,29 @@ def read_caption(text: str) -> tuple[tuple[Mention, ...], tuple[tuple[int, int],
         if match is None:
             raise UserError(f"cannot read {clause.strip()!r}: expected 'a COLOUR SHAPE does something'")
         colour, shape, does = match.groups()
-        found = [
-            Mention(known, kind, motion, side if "{side}" in phrase else None)
-            for known in get_args(Colour)
+        matches = [
+            Mention(name, kind, motion, side if "{side}" in phrase else None)
+            for name in get_args(Colour)
             for kind in get_args(Shape)
             for motion, phrase in _PHRASES.items()
             for side in get_args(Side)
-            if (colour, shape, does) == (known, kind, phrase.format(side=side))
+            if (colour, shape, does) == (name, kind, phrase.format(side=side))
         ]
-        if not found:
+        if not matches:
             raise UserError(f"cannot read {clause.strip()!r}. Known words: {' '.join(VOCABULARY)}")
-        mentions.append(found[0])
+        mentions.append(matches[0])
     pairs = []
     for sentence in rest:
         if sentence == "they collide" and len(mentions) == 2:
             pairs.append((0, 1))
             continue
         names = re.fullmatch(r"the (\w+) (\w+) and the (\w+) (\w+) collide", sentence)
-        known = {(m.colour, m.shape): n for n, m in enumerate(mentions)}
-        if names is None or (names[1], names[2]) not in known or (names[3], names[4]) not in known:
+        places = {(m.colour, m.shape): n for n, m in enumerate(mentions)}
+        if names is None or (names[1], names[2]) not in places or (names[3], names[4]) not in places:
             raise UserError(
                 f"cannot read {sentence!r}: expected 'they collide' or 'the COLOUR SHAPE and the COLOUR SHAPE collide'"
             )
-        pairs.append((known[names[1], names[2]], known[names[3], names[4]]))
+        pairs.append((places[names[1], names[2]], places[names[3], names[4]]))
     return tuple(mentions), tuple(pairs)
 
 

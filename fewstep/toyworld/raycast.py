@@ -132,16 +132,16 @@ def render(stage: Stage, solids: Sequence[Solid], positions: Floats) -> Frames:
     centre, fine, smooth = _background(stage)
     where = np.asarray(positions, dtype=np.float32)
     columns = [tuple(where[:, n, axis, None] for axis in range(3)) for n in range(len(solids))]
-    seen = _trace(stage, centre, solids, columns)
+    hits = _trace(stage, centre, solids, columns)
 
     rgb = np.empty((3, num_frames, camera.height * camera.width), dtype=np.float32)
     for channel in range(3):
-        rgb[channel] = seen.rgb[channel]
-    frames, pixels = _borders(seen.patch, camera)
+        rgb[channel] = hits.rgb[channel]
+    frames, pixels = _borders(hits.patch, camera)
     if stage.supersample > 1:
         # Away from borders a background pixel needs only its smoothing across the checker, which is known beforehand.
-        plain = np.nonzero(seen.owner == 0)
-        shaded = (seen.patch[plain] & 1).astype(bool)
+        plain = np.nonzero(hits.owner == 0)
+        shaded = (hits.patch[plain] & 1).astype(bool)
         for channel in range(3):
             rgb[channel][plain] = np.where(shaded, smooth.dark[channel][0, plain[1]], smooth.lit[channel][0, plain[1]])
         gathered = [tuple(where[frames, n, axis, None] for axis in range(3)) for n in range(len(solids))]
@@ -153,8 +153,8 @@ def render(stage: Stage, solids: Sequence[Solid], positions: Floats) -> Frames:
     quantised = np.clip(rgb * np.float32(255) + np.float32(0.5), 0, 255).astype(np.uint8)
     return Frames(
         rgb=np.ascontiguousarray(quantised.reshape(3, *shape).transpose(1, 2, 3, 0)),
-        depth=np.ascontiguousarray(seen.depth.reshape(shape)),
-        segmentation=np.ascontiguousarray(seen.owner.reshape(shape)),
+        depth=np.ascontiguousarray(hits.depth.reshape(shape)),
+        segmentation=np.ascontiguousarray(hits.owner.reshape(shape)),
     )
 
 

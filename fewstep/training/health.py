@@ -99,24 +99,24 @@ class Monitor:
     def look(self, student: Denoiser) -> dict[str, float]:
         """The value of every monitor that can be had here."""
         parts = torch.arange(self.conditions.size()).split(self.chunk)
-        made = torch.cat([self._sample(student, rows) for rows in parts])
+        samples = torch.cat([self._sample(student, rows) for rows in parts])
         if self._reference is None:
             self._reference = torch.cat([self._make_reference(rows) for rows in parts])
-        values = compare(made, self._reference)
+        values = compare(samples, self._reference)
         if len(self._norms) > 10:
             values["grad_ratio"] = self._highest / max(statistics.median(self._norms), 1e-12)
         self._highest = 0.0
         if self.config.long_frames is not None:
             values |= self._long(student, self.config.long_frames)
         if self.critic is not None and self.teacher is not None:
-            lags = [self._errors(made[rows], rows, self.critic, self.teacher) for rows in parts]
+            lags = [self._errors(samples[rows], rows, self.critic, self.teacher) for rows in parts]
             critic, teacher = (sum(lag[i] for lag in lags) for i in (0, 1))
             values["critic_lag"] = critic / max(teacher, 1e-12)
         return values
 
     def rings(self, values: Mapping[str, float]) -> list[Ring]:
         """The alarms that these values ring, the gravest last. A value that is no number rings too."""
-        found: list[Ring] = []
+        rings: list[Ring] = []
         for name, value in values.items():
             alarm: Alarm | None = {
                 "collapse": self.config.collapse, "drift": self.config.drift,
@@ -127,8 +127,8 @@ class Monitor:
                 continue
             fine = value >= alarm.limit if name == "collapse" else value <= alarm.limit
             if not fine:
-                found.append(Ring(name, value, alarm.limit, alarm.action))
-        return sorted(found, key=lambda ring: SEVERITY.index(ring.action))
+                rings.append(Ring(name, value, alarm.limit, alarm.action))
+        return sorted(rings, key=lambda ring: SEVERITY.index(ring.action))
 
     def _rng(self, rows: Tensor, device: torch.device) -> Rng:
         return Rng(self.seed, 0, rows, device)

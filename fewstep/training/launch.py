@@ -1,4 +1,4 @@
-"""The script or YAML that starts a run on a cluster: torchrun, and what Slurm or SkyPilot has to be told. Imports no torch.
+"""The script or YAML that starts a run on a cluster: torchrun, and the settings of Slurm or SkyPilot. Imports no torch.
 
     #!/bin/bash                                    name: analytic_kd
     #SBATCH --nodes=2                              resources: {accelerators: H100:8}

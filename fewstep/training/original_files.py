@@ -32,8 +32,8 @@ def write_original_files(checkpoint: Path) -> list[Path]:
     """Writes the files of a whole checkpoint beside its folder, and removes those of checkpoints that are gone."""
     folder = checkpoint.parent
     for file in folder.glob("iter_*_*model.pt"):
-        found = NAME.fullmatch(file.name)
-        if found and not (folder / found[1]).is_dir():
+        match = NAME.fullmatch(file.name)
+        if match and not (folder / match[1]).is_dir():
             remove(file)
     states = original_states(checkpoint)
     if isinstance(networks_of(folder.parent).student, Lora):

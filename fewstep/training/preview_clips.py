@@ -106,22 +106,22 @@ class ClipsPreview:
     def _fixed(self, scene: Scene, batch: Batch, noise: Tensor, decode: Decoder) -> Fixed:
         """The columns that never change, made by the first preview of a run and read by the others."""
         path = scene.folder / "fixed.safetensors"
-        known = Fixed.read(path, self.seed, len(noise)) if path.is_file() else None
-        if scene.agree(known is None):  # a sharded teacher needs every process
-            known = self._make_fixed(scene, batch, noise, decode)
+        fixed = Fixed.read(path, self.seed, len(noise)) if path.is_file() else None
+        if scene.agree(fixed is None):  # a sharded teacher needs every process
+            fixed = self._make_fixed(scene, batch, noise, decode)
             if scene.is_main:
-                known.write(path, self.seed)
-        assert known is not None
-        return known
+                fixed.write(path, self.seed)
+        assert fixed is not None
+        return fixed
 
     def _make_fixed(self, scene: Scene, batch: Batch, noise: Tensor, decode: Decoder) -> Fixed:
         assert batch.x0 is not None
         films: dict[str, list[Film]] = {}
         latents: Tensor | None = None
         for name, sampler in _of_teacher(scene, batch):
-            made = torch.cat([self._sample(scene.teacher, sampler, scene, batch, noise, n) for n in range(len(noise))])
-            latents = made if latents is None else latents  # of the first, with all its steps
-            films[name] = [decode(one) for one in made.split(1)]
+            solved = torch.cat([self._sample(scene.teacher, sampler, scene, batch, noise, n) for n in range(len(noise))])
+            latents = solved if latents is None else latents  # of the first, with all its steps
+            films[name] = [decode(one) for one in solved.split(1)]
         films[TRUTH] = [decode(one) for one in batch.x0.float().split(1)]
         return Fixed(films, latents)
 

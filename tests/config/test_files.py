@@ -208,7 +208,7 @@ def user_run():
 """
 
 
-def test_the_command_lines_of_the_seeds_paste(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_lines_of_cosmos_paste(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = {group: dict(kinds) for group, kinds in registry._ENTRIES.items()}
     monkeypatch.setattr(registry, "_ENTRIES", known)  # the kind of this file is gone again after the test
     (tmp_path / "my recipes.py").write_text(USER_FILE)

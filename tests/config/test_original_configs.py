@@ -19,7 +19,7 @@ def small() -> Small:
     return Small()
 
 
-# From the seeds, with our experiment in the place of theirs.
+# From the original documents, with our experiment in the place of theirs.
 COMMANDS = [
     "--config=cosmos_predict2/_src/predict2/distill/configs/registry_predict2p5.py -- experiment=original_configs_small",
     "--config=cosmos_transfer1/distillation/config/config_ctrl_dmd2.py -- experiment=original_configs_small iterations=7",

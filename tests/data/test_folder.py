@@ -440,7 +440,7 @@ def test_short_clips_are_left_out_when_asked(toy: Path) -> None:
 # ---- configuration -------------------------------------------------------------------------------------------------
 
 
-def test_it_is_a_kind_of_data_with_the_names_of_the_seeds() -> None:
+def test_it_is_a_kind_of_data_with_the_names_of_cosmos() -> None:
     assert choices("data")["folder"] is Folder
     written = {
         "dataset_dir": "d",

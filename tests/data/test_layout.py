@@ -15,7 +15,7 @@ def touch(root: Path, *names: str) -> None:
         (root / name).write_bytes(b"x")
 
 
-def test_flat_folders_of_the_seeds(tmp_path: Path) -> None:
+def test_flat_folders_of_cosmos(tmp_path: Path) -> None:
     touch(
         tmp_path, "videos/b.mp4", "videos/a.mp4", "videos/.c.mp4.partial", "videos/notes.txt", "metas/a.txt", "noise/a.pickle"
     )

@@ -1,4 +1,4 @@
-"""The command `fewstep generate`: our names, those of the seeds' tools, files of prompts."""
+"""The command `fewstep generate`: our names, those of the original tools, files of prompts."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_every_name_of_the_predict1_and_transfer1_tools_is_known(tmp_path: Path,
 
 
 CONTROL = {"edge": Control()}
-# Each argument of the inference commands in the seeds' documents and in the READMEs that these name: what it becomes. A name
+# Each argument of the inference commands in the original documents and in the READMEs that these name: what it becomes. A name
 # with a dot is a field of the clip. docs/coming-from-cosmos.md has the same names.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "--checkpoint_dir C --diffusion_transformer_dir D": {"model": "C/D"},
@@ -144,7 +144,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("words", ARGUMENTS)
-def test_each_argument_of_the_seeds_inference_commands_is_known_and_mapped_in_the_docs(words: str) -> None:
+def test_each_argument_of_the_original_inference_commands_is_known_and_mapped_in_the_docs(words: str) -> None:
     told: list[str] = []
     model = [] if "diffusion_transformer_dir" in words else ["m"]
     asked = read_command([*model, "--prompt", "red", *words.split()], told.append)

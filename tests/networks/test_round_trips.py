@@ -54,7 +54,7 @@ def original(table: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor
 
 
 def save(table: str, file: dict[str, Tensor], folder: Path) -> Path:
-    """As published: Transfer1's base and branch as two files, which the seeds' command puts together."""
+    """As published: Transfer1's base and branch as two files, which the original command puts together."""
     if table != "transfer1":
         torch.save(file, folder / "model.pt")
         return folder / "model.pt"

@@ -185,7 +185,7 @@ def test_a_distributed_checkpoint(tmp_path: Path) -> None:
 
 
 def test_parts_of_tensor_parallelism_are_put_together_as_they_were_cut(tmp_path: Path) -> None:
-    """Split as the seeds' converter splits: queries, keys, values, first MLP layer by rows, what follows them by columns."""
+    """Split as the original converter splits: queries, keys, values, first MLP layer by rows, what follows them by columns."""
     made = module(FIRST)
     parts: list[State] = [{} for _ in range(8)]
     for name, tensor in original(made, "1").items():
@@ -233,7 +233,7 @@ def test_weights_go_out_in_the_parts_of_tensor_parallelism(tmp_path: Path, capsy
     assert "are of OUT.pt" in capsys.readouterr().err
 
 
-def test_a_base_and_its_control_are_joined_as_the_seeds_script_joins_them(tmp_path: Path) -> None:
+def test_a_base_and_its_control_are_joined_as_the_original_script_joins_them(tmp_path: Path) -> None:
     made = module(TRANSFER1)
     file = original(made, "1")
     folder = tmp_path / "checkpoints/nvidia/Cosmos-Transfer1-7B"

@@ -188,7 +188,7 @@ def test_what_is_missing_or_does_not_fit_is_said() -> None:
         network()(draw(*SHAPE), t, Condition(text=draw(2, 7, 12)))
     with pytest.raises(ValueError, match="makes pictures"):
         network()(draw(2, 4, 3, 8, 8), t, told())
-    with pytest.raises(ValueError, match="cannot be led by given frames"):
+    with pytest.raises(ValueError, match="cannot be conditioned on given frames"):
         network()(draw(*SHAPE), t, replace(told(), frame_mask=torch.ones(2, 1)))
 
 

@@ -1,4 +1,4 @@
-"""Prepared controls: the ranges of the reference, upstream's depth, the exact layouts of the seeds, and nothing replaced."""
+"""Prepared controls: the ranges of the reference, upstream's depth, the exact layouts of Cosmos, and nothing replaced."""
 
 import pickle
 import shutil

@@ -1,4 +1,4 @@
-"""Embedded captions come back as the encoder gave them, in the layout of the seeds; files of others are never replaced."""
+"""Embedded captions come back as the encoder gave them, in the layout of Cosmos; files of others are never replaced."""
 
 import pickle
 import zlib
@@ -71,7 +71,7 @@ def test_what_training_reads_is_what_the_encoder_gave(folder: Path, form: text.F
     assert (folder / "t5_xxl" / "packs").is_dir() == (form == "packed")
 
 
-def test_the_pickle_has_the_exact_layout_of_the_seeds(folder: Path) -> None:
+def test_the_pickle_has_the_exact_layout_of_cosmos(folder: Path) -> None:
     text.write(folder, Words())
     value: Any = pickle.loads((folder / "t5_xxl" / "b.pickle").read_bytes())
     assert type(value) is list and len(value) == 1 and type(value[0]) is np.ndarray

@@ -95,12 +95,12 @@ def draw(figures: Sequence[Sequence[Figure]], height: int, width: int) -> NDArra
         for figure in there:
             # A coordinate far outside would overflow the drawing; a point there is not in the picture anyway.
             places = np.clip(figure.points[:, :2] * (width, height), -8 * width, 8 * width).astype(int).tolist()
-            seen = figure.points[:, 2] >= _SEEN
-            for place, colour, is_seen in zip(places, figure.skeleton.points, seen, strict=True):
-                if is_seen and colour is not None:
+            visible = figure.points[:, 2] >= _SEEN
+            for place, colour, is_visible in zip(places, figure.skeleton.points, visible, strict=True):
+                if is_visible and colour is not None:
                     cv2.circle(picture, place, radius, colour, -1)
             for one, two, colour in figure.skeleton.links:
-                if seen[one] and seen[two]:
+                if visible[one] and visible[two]:
                     cv2.line(picture, places[one], places[two], colour, thickness=thickness)
     return out
 
@@ -119,9 +119,9 @@ def _figure(path: Path, frame: int, raw: Mapping[str, Any]) -> Figure:
 def _points(where: str, raw: Mapping[str, Any], key: str, counts: tuple[int, ...]) -> NDArray[np.float64]:
     value = raw.get(key)
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf" or value.shape not in [(n, 3) for n in counts]:
-        found = "nothing" if value is None else f"a {getattr(value, 'shape', type(value).__name__)}"
+        value_text = "nothing" if value is None else f"a {getattr(value, 'shape', type(value).__name__)}"
         wanted = " or ".join(map(str, counts))
-        raise UserError(f"{where}: {key!r} must be an array ({wanted}, 3) of x, y, score, but is {found}")
+        raise UserError(f"{where}: {key!r} must be an array ({wanted}, 3) of x, y, score, but is {value_text}")
     points = value.astype(np.float64)
     if not np.isfinite(points).all():
         raise UserError(f"{where}: {key!r} has numbers that are not finite. Give unseen points the score 0")

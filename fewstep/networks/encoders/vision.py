@@ -42,7 +42,7 @@ def open_image_encoder(
         raise UserError(
             f"no image encoder at {address}: it has no {missing[0]}/, which the folder of a Wan 2.1 I2V pipeline has"
         )
-    # Resizes with PIL, as CLIP was taught; transformers' other one needs torchvision. Before 5.0 there was one class only.
+    # Resizes with PIL, as CLIP was trained; transformers' other one needs torchvision. Before 5.0 there was one class only.
     reader = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     processor = load_reader(reader, str(address), "image_processor")
     module = load_transformer(transformers.CLIPVisionModel, str(address), "image_encoder", dtype=dtype)

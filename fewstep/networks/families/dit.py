@@ -1,7 +1,7 @@
 """Class-conditional DiT on the real diffusers class, `DiTTransformer2DModel`: square pictures, B C H W or B C 1 H W.
 
 DiT (Peebles & Xie 2022, arXiv:2212.09748) is of the VP family and predicts eps. SiT (Ma et al. 2024, arXiv:2401.08740) has the
-same layers on a straight path, and diffusers no class of its own for it: `family=flow` asks this class as SiT is asked, whose
+same layers on a straight path, and diffusers no class of its own for it: `family=flow` calls this class as SiT is called, whose
 time runs from noise, 0, to data, 1, and whose velocity points to the data. Both learn a variance too, on as many channels
 again, which nothing here reads.
 """

@@ -1,7 +1,7 @@
 """Flux.1 on the real diffusers class, `FluxTransformer2DModel`: a rectified flow over pictures, B C H W or B C 1 H W.
 
 Two by two latents make a token. Flux.1-dev is distilled from guidance: the scale is an input of the network (`guidance`), not
-two calls. In bf16 upstream rounds the time to bf16 inside the class, and so did the code these weights were taught with.
+two calls. In bf16 upstream rounds the time to bf16 inside the class, and so did the code these weights were trained with.
 """
 
 from __future__ import annotations

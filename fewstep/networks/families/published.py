@@ -55,8 +55,8 @@ class Published:
     def spec(self) -> Any:  # Any: the specification of any family
         """What builds this network; here, and not before, its family is imported."""
         file, _, name = self.constant.rpartition(".")
-        found = getattr(import_module(f"fewstep.networks.families.{file}"), name)
-        return found[self.model] if isinstance(found, Mapping) else found
+        models = getattr(import_module(f"fewstep.networks.families.{file}"), name)
+        return models[self.model] if isinstance(models, Mapping) else models
 
 
 PUBLISHED: tuple[Published, ...] = tuple(

@@ -57,7 +57,7 @@ def needed(cond: Condition, field: str, network: str, what: str) -> Tensor:
 
 
 def zero_padded(text: Tensor, mask: Tensor | None) -> Tensor:
-    """The text with zeros where no token is: for networks that attend to their padding, and were taught with zeros there."""
+    """The text with zeros where no token is: for networks that attend to their padding, and were trained with zeros there."""
     return text if mask is None else torch.where(mask.bool()[..., None], text, 0.0)
 
 
@@ -94,7 +94,7 @@ def table_index(t: Tensor, num_steps: int = 1000) -> Tensor:
 def refuse_given(cond: Condition, network: str) -> None:
     """Refuses given frames, for networks without an input that marks clean frames."""
     if cond.frame_mask is not None:
-        raise UserError(f"{network} cannot be led by given frames (cond.frame_mask), nothing in it tells them from noisy ones")
+        raise UserError(f"{network} cannot be conditioned on given frames (cond.frame_mask): it has no input that marks them")
 
 
 def refuse_context(cond: Condition) -> None:

@@ -146,21 +146,21 @@ def match(names: Collection[str], controls: Sequence[str] = ()) -> Match:
         if part is None:
             unused.append(name)
             continue
-        found: str | None
+        ours: str | None
         if part == "base":
-            found = translate(plain, TRANSFORMER_1 if generation == "1" else TRANSFORMER_2)
-            if found is not None and controls:
-                found = f"base.{found}"
+            ours = translate(plain, TRANSFORMER_1 if generation == "1" else TRANSFORMER_2)
+            if ours is not None and controls:
+                ours = f"base.{ours}"
         elif isinstance(part, int) and part < len(controls):  # else there are more branches than names for them
-            found = translate(plain, BRANCH_1 if generation == "1" else BRANCH_2)
-            if found is not None:
-                found = f"branches.{controls[part]}.{found}"
+            ours = translate(plain, BRANCH_1 if generation == "1" else BRANCH_2)
+            if ours is not None:
+                ours = f"branches.{controls[part]}.{ours}"
         else:
-            found = None
-        if found is None or found in sources:
+            ours = None
+        if ours is None or ours in sources:
             unknown.append(name)
         else:
-            sources[found] = name
+            sources[ours] = name
     if generation == "2":
         sources |= {name: sources[base] for name, base in repeated(sources, controls).items()}
     return Match(sources, tuple(unused), tuple(unknown), generation)
@@ -178,7 +178,7 @@ def original_names(ours: Iterable[str], generation: Generation) -> dict[str, str
     none. A name that no table knows is refused."""
     ours = list(ours)
     controls = list(dict.fromkeys(name.split(".")[1] for name in ours if name.startswith("branches.")))
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for name in ours:
         part, plain = "base", name.removeprefix("base.")
         if name.startswith("branches."):
@@ -197,8 +197,8 @@ def original_names(ours: Iterable[str], generation: Generation) -> dict[str, str
             prefix = "net."
         if theirs is None:
             raise UserError(f"'{name}' has no name in the original Cosmos format of generation {generation}")
-        found[name] = prefix + theirs
-    return found
+        names[name] = prefix + theirs
+    return names
 
 
 def odd_names(names: Collection[str]) -> tuple[list[str], list[str]]:
@@ -225,7 +225,7 @@ def odd_names(names: Collection[str]) -> tuple[list[str], list[str]]:
 
 def _wanted(have: Collection[str], table: Table) -> list[str]:
     """Every name of a network of this table, with as many blocks as the names there speak of."""
-    blocks = [int(found.group(1)) for name in have if (found := re.match(r"(?:control_)?blocks\.(?:block)?(\d+)\.", name))]
+    blocks = [int(match.group(1)) for name in have if (match := re.match(r"(?:control_)?blocks\.(?:block)?(\d+)\.", name))]
     wanted: list[str] = []
     for start, _ in table:
         if start.startswith("input_hint_block."):
@@ -256,31 +256,31 @@ def translate(name: str, table: Table, *, backwards: bool = False) -> str | None
     for pair in table:
         start, other = reversed(pair) if backwards else pair
         pattern = re.escape(start).replace(r"\#", "#").replace("#", r"(\d+)")
-        found = re.match(pattern, name)
-        if found:
-            rest = name[found.end() :]
-            return (other.replace("#", found.group(1)) if found.groups() else other) + rest
+        match = re.match(pattern, name)
+        if match:
+            rest = name[match.end() :]
+            return (other.replace("#", match.group(1)) if match.groups() else other) + rest
     return None
 
 
 def _parts(names: Collection[str], generation: Generation) -> dict[str, tuple[str | int | None, str]]:
     """For each name of a file: the base, the number of a branch, or None for what is no weight; and the name inside it."""
-    found: dict[str, tuple[str | int | None, str]] = {}
+    parts: dict[str, tuple[str | int | None, str]] = {}
     is_control = generation == "1" and any(name.removeprefix("net.").startswith(_HINT_MARKS) for name in names)
     for name in names:
         if _NO_WEIGHTS.search(name):
-            found[name] = None, name
+            parts[name] = None, name
         elif generation == "1":
-            found[name] = _part_1(name, is_control)
+            parts[name] = _part_1(name, is_control)
         else:
             plain = name.removeprefix("net.")
             several = re.match(r"control_(blocks_|embedder\.)(\d+)\.", plain)
             if several:
                 kind = "control_blocks." if several.group(1) == "blocks_" else "control_embedder."
-                found[name] = int(several.group(2)), kind + plain[several.end() :]
+                parts[name] = int(several.group(2)), kind + plain[several.end() :]
             else:
-                found[name] = (0 if plain.startswith("control_") else "base"), plain
-    return found
+                parts[name] = (0 if plain.startswith("control_") else "base"), plain
+    return parts
 
 
 def _part_1(name: str, is_control: bool) -> tuple[str | int | None, str]:
@@ -314,8 +314,8 @@ def repeated(names: Collection[str], controls: Sequence[str], beside: Collection
 def refuse_apart(tensors: Mapping[str, Callable[[], Tensor]]) -> None:
     """Refuses a Transfer2.5 branch that has come away from what it repeats of its base: the original format holds that once."""
     mark = SHARED["patch_embed"]  # a branch of Transfer1 has embeddings of its own
-    found = [name.split(".", 3) for name in tensors if name.startswith("branches.")]
-    controls = list(dict.fromkeys(parts[1] for parts in found if parts[2] == mark))
+    paths = [name.split(".", 3) for name in tensors if name.startswith("branches.")]
+    controls = list(dict.fromkeys(parts[1] for parts in paths if parts[2] == mark))
     for again, own in repeated([name for name in tensors if name.startswith("base.")], controls, tensors).items():
         if again in tensors and not torch.equal(tensors[again](), tensors[own]()):
             raise UserError(

@@ -38,31 +38,31 @@ def adapters(tensors: Mapping[str, Stored]) -> list[Adapter]:
     """
     sides: dict[tuple[str, str], dict[int, str]] = {}
     for name in tensors:
-        if found := _OWN.match(name):
-            sides.setdefault((f"{found['layer']}.0.weight", f"{found['layer']}.0.weight"), {})[int(found["side"])] = name
-        elif found := _PEFT.match(name):
-            held = f"{found['layer']}.base_layer.weight"
-            held = held if held in tensors else f"{found['layer']}.weight"
-            sides.setdefault((f"{found['layer']}.weight", held), {})["AB".index(found["side"])] = name
-    made: list[Adapter] = []
+        if match := _OWN.match(name):
+            sides.setdefault((f"{match['layer']}.0.weight", f"{match['layer']}.0.weight"), {})[int(match["side"])] = name
+        elif match := _PEFT.match(name):
+            held = f"{match['layer']}.base_layer.weight"
+            held = held if held in tensors else f"{match['layer']}.weight"
+            sides.setdefault((f"{match['layer']}.weight", held), {})["AB".index(match["side"])] = name
+    result: list[Adapter] = []
     for (weight, held), pair in sides.items():
         if held not in tensors:
             continue
         if len(pair) < 2:
             raise UserError(f"the adapter {next(iter(pair.values()))} lacks its other half")
-        made.append(Adapter(weight, held, pair[0], pair[1]))
-    return made
+        result.append(Adapter(weight, held, pair[0], pair[1]))
+    return result
 
 
 def merged(tensors: Mapping[str, Stored], scale: float) -> dict[str, Stored]:
     """The tensors with their adapters added in, and named as if there had never been any."""
-    found = {adapter.held: adapter for adapter in adapters(tensors)}
-    beside = {name for adapter in found.values() for name in (adapter.down, adapter.up)}
+    by_weight = {adapter.held: adapter for adapter in adapters(tensors)}
+    beside = {name for adapter in by_weight.values() for name in (adapter.down, adapter.up)}
     plain: dict[str, Stored] = {}
     for name, stored in tensors.items():
         if name in beside:
             continue
-        adapter = found.get(name)
+        adapter = by_weight.get(name)
         if adapter is None:
             plain[name.replace(".base_layer.", ".")] = stored
             continue

@@ -1,6 +1,6 @@
 """Two networks that share the noise levels between them, as one: Wan 2.2 A14B.
 
-Above the boundary the expert for high noise is asked, below it the one for low noise, row by row. They are one module with
+Above the boundary the expert for high noise is called, below it the one for low noise, row by row. They are one module with
 the parts `transformer` (high) and `transformer_2` (low), as diffusers names them, so that a role is saved and trained whole.
 """
 
@@ -59,7 +59,7 @@ class Experts(NetworkDefaults):
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """Those of the high-noise expert, then those of the low-noise one. A tap i is block i of whichever is asked."""
+        """Those of the high-noise expert, then those of the low-noise one. A tap i is block i of whichever is called."""
         return (*self.high.blocks, *self.low.blocks)
 
     @property
@@ -72,18 +72,18 @@ class Experts(NetworkDefaults):
         if isinstance(t, FakeTensor):  # memory is planned on tensors that hold no numbers: one expert is at work at a time
             return self._ask(self.high, x_t, t, cond, taps)
         is_high = self.is_high(t, cond)
-        asked = [(self.high, is_high), (self.low, ~is_high)]
+        calls = [(self.high, is_high), (self.low, ~is_high)]
         if self._is_sharded():
             # Every rank must enter the same blocks, or the gathering of their weights waits for ever. A rank with no row for an
             # expert that another rank asks shows it one of its own rows, and the answer counts nothing.
-            wanted = torch.stack([rows.any() for _, rows in asked]).to(device=x_t.device, dtype=torch.int32)
+            wanted = torch.stack([rows.any() for _, rows in calls]).to(device=x_t.device, dtype=torch.int32)
             dist.all_reduce(wanted, dist.ReduceOp.MAX)
-            asked = [pair for pair, is_asked in zip(asked, wanted.tolist()) if is_asked]
+            calls = [pair for pair, is_called in zip(calls, wanted.tolist()) if is_called]
         else:
-            asked = [(expert, rows) for expert, rows in asked if bool(rows.any())]
-        if len(asked) == 1 and bool(asked[0][1].all()):
-            return self._ask(asked[0][0], x_t, t, cond, taps)
-        answers = [(rows, self._part(expert, rows, x_t, t, cond, taps)) for expert, rows in asked]
+            calls = [(expert, rows) for expert, rows in calls if bool(rows.any())]
+        if len(calls) == 1 and bool(calls[0][1].all()):
+            return self._ask(calls[0][0], x_t, t, cond, taps)
+        answers = [(rows, self._part(expert, rows, x_t, t, cond, taps)) for expert, rows in calls]
         first = answers[0][1]
         velocity = first.velocity.new_zeros(x_t.shape)
         features = [feature.new_zeros(x_t.shape[0], *feature.shape[1:]) for feature in first.features]
@@ -96,7 +96,7 @@ class Experts(NetworkDefaults):
         return Prediction(x_t.to(velocity.dtype), t, self.path, velocity, tuple(features))
 
     def is_high(self, t: Tensor, cond: Condition) -> Tensor:
-        """(B,), true where the high-noise expert is asked: the noisiest frame decides, given frames have no say."""
+        """(B,), true where the high-noise expert is called: the noisiest frame decides, given frames have no say."""
         if t.ndim == 2:
             t = t if cond.frame_mask is None else torch.where(cond.frame_mask.bool(), 0.0, t.double())
             t = t.amax(1)

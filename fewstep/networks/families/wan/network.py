@@ -36,7 +36,7 @@ from fewstep.networks.taps import block_outputs
 from fewstep.networks.tokens import Sharing, follow_plans, refuse_heads
 from fewstep.parallel import Context
 
-TEXT_TOKENS = 512  # what all were taught with; beside a picture's features diffusers counts the last 512 as text, always
+TEXT_TOKENS = 512  # what all were trained with; beside a picture's features diffusers counts the last 512 as text, always
 FRAMES_PER_LATENT = 4  # of the Wan VAEs; the first latent holds one frame
 
 
