@@ -150,6 +150,22 @@ def test_the_numbers_of_the_readme_are_those_of_the_kept_demo() -> None:
     assert not missing, missing
 
 
+def test_the_numbers_of_the_causal_students_are_those_of_the_kept_demo() -> None:
+    scores = json.loads((ROOT / "docs/results/demo_causal_2026-11-30.json").read_text())
+    page = (ROOT / "docs/demo.md").read_text()
+
+    def shown(name: str, digits: int) -> str:
+        return f"{scores[name]:.{digits}f} +- {scores[f'{name}_spread']:.{digits}f}"
+
+    for who in ("kd_causal", "sf", "consistency", "sf_consistency"):
+        ratio = shown(f"frechet_ratio_{who}", 2) if who.startswith("sf") else ""
+        (row,) = (line for line in page.splitlines() if f"| {shown(f'frechet_{who}', 1)} | {ratio} |" in line)
+        assert f"| {scores[f'recall_{who}']:.2f} | {scores[f'adherence_{who}']:.2f} |".replace(" 0.", " .") in row
+        long = [shown(f"long_{name}_{who}", 2) for name in ("drift", "sink_rise", "sink_similarity")]
+        assert row.endswith(f"{' | '.join(long)} |")
+    assert all(f"{scores[f'core_seconds_{who}']:.0f} with" in page for who in ("sf", "sf_consistency"))
+
+
 def test_the_strip_of_frames_is_the_one_that_its_script_draws() -> None:
     spec = spec_from_file_location("strip", ROOT / "docs/pictures/strip.py")
     assert spec is not None and spec.loader is not None
