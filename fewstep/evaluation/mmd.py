@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,43 +20,35 @@ def mmd(a: Samples, b: Samples) -> float:
     not). KID is usually quoted as the mean of this over subsets of 1000, times 1000; over all pairs it has the same mean and
     less noise.
     """
-    a, b = as_pair(a, b, ("a", "b"))
-    num_a, num_b = len(a), len(b)
-    within_a = (_sum(a, a) - _kernel_of_self(a)) / (num_a * (num_a - 1))
-    within_b = (_sum(b, b) - _kernel_of_self(b)) / (num_b * (num_b - 1))
-    return within_a + within_b - 2 * _sum(a, b) / (num_a * num_b)
+    return mmd_of_subsets(a, b, [torch.arange(len(a))])[0]
 
 
-class SubsetMMD:
-    """`mmd` of subsets of `a` against all of `b`, for spreads: the kernel is computed once, a subset is a sum over its entries.
+def mmd_of_subsets(a: Samples, b: Samples, subsets: Sequence[Tensor]) -> list[float]:
+    """`mmd` of each of these subsets of `a`, given as indices of rows, against all of `b`.
 
-    Holds an n x n matrix for the n rows of `a`.
+    Each entry of the kernel is computed once, whatever the number of subsets, and none is kept: memory is a few blocks.
     """
-
-    def __init__(self, a: Samples, b: Samples) -> None:
-        a, b = as_pair(a, b, ("a", "b"))
-        self._within_a = _kernel(a, a)
-        step = max(1, _ELEMENTS // len(b))
-        self._across = torch.cat([_kernel(some, b).sum(dim=1) for some in a.split(step)])
-        self._within_b = (_sum(b, b) - _kernel_of_self(b)) / (len(b) * (len(b) - 1))
-        self._num_b = len(b)
-
-    def of(self, rows: Tensor) -> float:
-        """The squared MMD of the rows of `a` with these indices."""
-        num, block = len(rows), self._within_a[rows][:, rows]
-        within_a = float(block.sum() - block.diagonal().sum()) / (num * (num - 1))
-        return within_a + self._within_b - 2 * float(self._across[rows].sum()) / (num * self._num_b)
+    a, b = as_pair(a, b, ("a", "b"))
+    chosen = torch.zeros(len(subsets), len(a), dtype=a.dtype, device=a.device)
+    for row, subset in zip(chosen, subsets, strict=True):
+        row[subset] = 1
+    within, across = torch.zeros_like(chosen[:, 0]), torch.zeros_like(chosen[:, 0])
+    step = max(1, _ELEMENTS // max(len(a), len(b)))
+    for first in range(0, len(a), step):
+        rows, picks = a[first : first + step], chosen[:, first : first + step]
+        kernel = _kernel(rows, a)
+        kernel.diagonal(first).zero_()  # of a row with itself
+        within += (picks @ kernel * chosen).sum(dim=1)
+        across += picks @ _kernel(rows, b).sum(dim=1)
+    num_a, num_b = chosen.sum(dim=1), len(b)
+    within_b = sum(float(_kernel(rows, b).sum()) for rows in b.split(step)) - float(_kernel_of_self(b))
+    scores = within / (num_a * (num_a - 1)) + within_b / (num_b * (num_b - 1)) - 2 * across / (num_a * num_b)
+    return scores.tolist()
 
 
 def _kernel(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.T / a.shape[1] + 1).pow(3)
 
 
-def _sum(a: Tensor, b: Tensor) -> float:
-    """The sum of the kernel over all pairs, in blocks."""
-    step = max(1, _ELEMENTS // len(b))
-    return sum(float(_kernel(some, b).sum()) for some in a.split(step))
-
-
-def _kernel_of_self(rows: Tensor) -> float:
-    return float((rows.square().sum(dim=1) / rows.shape[1] + 1).pow(3).sum())
+def _kernel_of_self(rows: Tensor) -> Tensor:
+    return (rows.square().sum(dim=1) / rows.shape[1] + 1).pow(3).sum()

@@ -11,6 +11,7 @@ reason alone. `num_zero_balls` counts them; a test of mode collapse must jitter 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,71 +35,76 @@ class PrecisionRecall(NamedTuple):
 def precision_recall(real: Samples, fake: Samples, k: int = 5) -> PrecisionRecall:
     """Precision, recall, density and coverage of `fake` (m, d) against `real` (n, d).
 
-    All four depend on n and m: compare at equal counts, and print real against real beside them. Distances are exact float64
-    (matrix-product distances would give duplicates balls of 1e-8): 0.5 s for 2048 x 512 in 96 dimensions on one core, 20 s
-    for 2000 x 2000 in 2048. Memory stays below 150 MB beyond the inputs.
+    All four depend on n and m: compare at equal counts, and print real against real beside them.
+    """
+    return of_subsets(real, fake, [(torch.arange(len(real)), torch.arange(len(fake)))], k)[0]
+
+
+def of_subsets(real: Samples, fake: Samples, subsets: Sequence[tuple[Tensor, Tensor]], k: int = 5) -> list[PrecisionRecall]:
+    """`precision_recall` of each of these subsets (rows of `real`, rows of `fake`), for spreads.
+
+    Distances are computed once for all subsets, in blocks, and only the nearest `16 (k + 1)` of each row are kept.
     """
     real, fake = as_pair(real, fake, ("real", "fake"))
-    real_radius, fake_radius = _radii(real, k, "real"), _radii(fake, k, "fake")
-    num_precise, num_balls = 0, 0
-    recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    subsets = [(rows.to(real.device), others.to(real.device)) for rows, others in subsets]
+    centre = real.mean(dim=0)
+    real, fake = real - centre, fake - centre
+    of_real = _radii(real, [rows for rows, _ in subsets], k, "real")
+    of_fake = _radii(fake, [rows for _, rows in subsets], k, "fake")
+    num_precise, num_balls = [0] * len(subsets), [0] * len(subsets)
+    recalled = torch.zeros(of_real.shape, dtype=torch.bool, device=real.device)
     covered = torch.zeros_like(recalled)
     step = max(1, _ELEMENTS // len(real))
-    for start in range(0, len(fake), step):
-        distance = _distances(fake[start : start + step], real)
-        in_real = distance <= real_radius
-        num_precise += int(in_real.any(dim=1).sum())
-        num_balls += int(in_real.sum())
-        covered |= in_real.any(dim=0)
-        recalled |= (distance <= fake_radius[start : start + step, None]).any(dim=0)
-    num = len(fake)
-    return PrecisionRecall(
-        num_precise / num, float(recalled.double().mean()), num_balls / (k * num), float(covered.double().mean())
-    )
-
-
-class SubsetNeighbours:
-    """`precision_recall` of subsets of both sets, for spreads: the distances are computed once.
-
-    Holds three matrices of n x n, m x m and m x n.
-    """
-
-    def __init__(self, real: Samples, fake: Samples, k: int = 5) -> None:
-        real, fake = as_pair(real, fake, ("real", "fake"))
-        self._k = k
-        self._real, self._fake, self._across = _distances(real, real), _distances(fake, fake), _distances(fake, real)
-
-    def of(self, real: Tensor, fake: Tensor) -> PrecisionRecall:
-        """The four fractions of the rows with these indices."""
-        across = self._across[fake][:, real]
-        in_real = across <= self._radii(self._real, real)
-        in_fake = across <= self._radii(self._fake, fake)[:, None]
-        return PrecisionRecall(
-            float(in_real.any(dim=1).double().mean()),
-            float(in_fake.any(dim=0).double().mean()),
-            int(in_real.sum()) / (self._k * len(fake)),
-            float(in_real.any(dim=0).double().mean()),
-        )
-
-    def _radii(self, distances: Tensor, rows: Tensor) -> Tensor:
-        return distances[rows][:, rows].topk(self._k + 1, dim=1, largest=False).values[:, self._k]
+    for first in range(0, len(fake), step):
+        squares = _squares(fake[first : first + step], real)
+        for number, radii in enumerate(of_fake[:, first : first + step]):
+            is_chosen = radii >= 0
+            mine = squares[is_chosen]
+            in_real = mine <= of_real[number]
+            num_precise[number] += int(in_real.any(dim=1).sum())
+            num_balls[number] += int(in_real.sum())
+            covered[number] |= in_real.any(dim=0)
+            recalled[number] |= (mine <= radii[is_chosen, None]).any(dim=0)
+    out: list[PrecisionRecall] = []
+    for number, (rows, others) in enumerate(subsets):
+        recall, coverage = (float(part[number][rows].double().mean()) for part in (recalled, covered))
+        num = len(others)
+        out.append(PrecisionRecall(num_precise[number] / num, recall, num_balls[number] / (k * num), coverage))
+    return out
 
 
 def num_zero_balls(samples: Samples, k: int = 5) -> int:
     """How many samples have k or more exact copies, which makes recall and precision artefacts."""
     rows = as_samples(samples, "samples")
-    return int((_radii(rows, k, "samples") == 0).sum())
+    return int((_radii(rows - rows.mean(dim=0), [torch.arange(len(rows))], k, "samples") == 0).sum())
 
 
-def _radii(rows: Tensor, k: int, name: str) -> Tensor:
-    """The distance of every row to its k-th neighbour among the others."""
-    if not 1 <= k < len(rows):
-        raise UserError(f"{name} has {len(rows)} rows, too few for k = {k} neighbours. Evaluate more clips or lower k.")
+def _radii(rows: Tensor, subsets: Sequence[Tensor], k: int, name: str) -> Tensor:
+    """The squared distance of every row of a subset to its k-th neighbour in it (subset, row); -1 for the other rows."""
+    least = min(len(subset) for subset in subsets)
+    if not 1 <= k < least:
+        raise UserError(f"{name} has {least} rows, too few for k = {k} neighbours. Evaluate more clips or lower k.")
+    num = min(len(rows), 16 * (k + 1))
     step = max(1, _ELEMENTS // len(rows))
-    # The row itself is the nearest of all, at distance 0; hence k + 1.
-    parts = [_distances(some, rows).topk(k + 1, dim=1, largest=False).values[:, k] for some in rows.split(step)]
-    return torch.cat(parts)
+    nearest = [_squares(some, rows).topk(num, dim=1, largest=False) for some in rows.split(step)]
+    squares, places = torch.cat([part.values for part in nearest]), torch.cat([part.indices for part in nearest])
+    out = torch.full((len(subsets), len(rows)), -1.0, dtype=rows.dtype, device=rows.device)
+    for radii, subset in zip(out, subsets, strict=True):
+        is_chosen = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        is_chosen[subset] = True
+        # The row itself is the nearest of all, at distance 0; hence k + 1.
+        is_kth = is_chosen[places[subset]].cumsum(dim=1) == k + 1
+        radii[subset] = squares[subset].gather(1, is_kth.int().argmax(dim=1, keepdim=True))[:, 0]
+        for row in subset[~is_kth.any(dim=1)]:  # hardly ever: fewer than k of its nearest are in the subset
+            radii[row] = _squares(rows[row : row + 1], rows[subset]).topk(k + 1, largest=False).values[0, k]
+    return out * (1 + 1e-9)  # equal distances stay equal, however they are rounded
 
 
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+def _squares(a: Tensor, b: Tensor) -> Tensor:
+    """Squared distances of all rows of `a` and `b`, by a product of matrices: 20 times as fast as exact ones.
+
+    Rounding leaves 1e-7 of the length of a row between copies; what is within 1e-6 of it counts as 0.
+    """
+    lengths = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)
+    squares = torch.addmm(lengths, a, b.T, alpha=-2)
+    return squares.masked_fill_(squares <= 1e-12 * lengths, 0.0)

@@ -124,7 +124,7 @@ class ClipSet:
     controls: Mapping[str, Signals] = field(default_factory=dict[str, Signals])
     truth: Sequence[Path | None] = ()  # the clip that each one should equal, for PSNR and SSIM; (): there is none
     sources: Sequence[Path | None] = ()  # the real clip whose caption and controls each one was made for; (): not known
-    fps: float | None = None
+    rates: Sequence[float] = ()  # frames per second that occur among the clips, where they are known
     num_given: int = 0  # frames of its source that each clip begins with: the model received them
 
 

@@ -8,8 +8,9 @@
     fewstep evaluate codec:FOLDER ...                                            what the codec alone does to real clips
     torchrun --nproc_per_node 8 -m fewstep evaluate MODEL ...                    divided over processes
 
-What is scored is an `Evaluation` (evaluation.py); how a set of clips is made is in clip_sets.py; scores are those of scorers
-(evaluation/score.py). Scorers that are `Divisible` measure in pieces (shares.py): a killed command goes on where it was.
+The request, its protocol and its scorers are in evaluation.py; what is scored, and how its clips are generated or read, is in
+clip_sets.py; here it is measured and written. Scorers that are `Divisible` measure in pieces (evaluation/measured.py): a killed
+command goes on where it was. Plain ones, the toy world's for instance, need all clips of a set in one process.
 
 The file has a protocol: all that decides a number besides the model. Two files whose protocols differ are not compared.
 """
@@ -20,31 +21,24 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from fewstep.config import ConfigError, dump
-from fewstep.data.folder.dataset import FolderData
+from fewstep.config import dump
 from fewstep.diffusion import TeacherSampler
-from fewstep.diffusion.sampling import Sampler
-from fewstep.environment import ranks
+from fewstep.environment import Ranks, ranks
 from fewstep.errors import UserError
-from fewstep.evaluation.measured import Divisible, Measured, Part
+from fewstep.evaluation.measured import Divisible, Job, Measured, Part, Shares, Watch
 from fewstep.evaluation.score import ClipSet, Record, Scorer, Value, over_sets
 from fewstep.files import remove, write_json, write_tensors, write_text
-from fewstep.inference import latency
-from fewstep.inference.clip_sets import SEEDS, Source, keep, opened, sets_of, through
-from fewstep.inference.evaluation import Evaluation, Protocol, hash_of_texts, hashes_of
-from fewstep.inference.model import changed, codec_of, open_model, place_network, student_of
-from fewstep.inference.ranking import best_of, named
-from fewstep.inference.scorers import scorers_of
-from fewstep.inference.shares import Job, Seen, Shares
-from fewstep.networks.encoders.codecs import Codec, fingerprint_of, open_codec
+from fewstep.inference.clip_sets import SEEDS, Source, Subject, keep, opened, subject_of
+from fewstep.inference.evaluation import Evaluation, Protocol, hash_of_texts, hashes_of, scorers_of
+from fewstep.inference.model import changed, codec_of, open_model
 
+_PIECE = 16  # real clips that are measured together, where the clips of a model are not counted yet
 PROTOCOL = 2  # raised when the same settings give other numbers
 
 
@@ -62,13 +56,13 @@ def run(task: Evaluation, protocol: Protocol | None = None) -> dict[str, Any] | 
         raise UserError(f"--scorer {_name(others[0])}: cannot be divided over {ranks().size} processes. Start one")
     if protocol is not None:
         protocol.refuse_other_hashes(task)
-    subject = _subject(task)
+    task.refuse_bad_clips()
+    subject = subject_of(task, lambda: _reference(task.scorers[0], task, Ranks(0, 1, 0)))
     task = subject.task
-    folder = task.out.with_suffix("") / f"measured-{_hash(task, subject)}"
-    shares = Shares(folder, ranks(), task.batch_size or 1)
-    references = _references(task, shares)
+    shares = Shares(task.out.with_suffix("") / f"measured-{_hash(task, subject)}", ranks(), task.batch_size or 1)
+    references = [_reference(scorer, task, ranks()) for scorer in task.scorers]
     parts = [_measured(samples, shares, task, number) for number, samples in enumerate(subject.sets)]
-    if references is None or any(part is None for part in parts):
+    if any(one is _UNKNOWN for one in references) or any(part is None for part in parts):
         return None
     scored = [
         _scored(samples, part, references, task, number)
@@ -99,103 +93,7 @@ def _claim(task: Evaluation) -> None:
     write_text(folder / _MARK, f"{task.out.name}\n")
 
 
-# ---- what is scored --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is scored: its sets of clips, and what the record says of it."""
-
-    task: Evaluation
-    sets: Sequence[ClipSet]
-    fingerprint: str = ""
-    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    timed: Callable[[], Mapping[str, Any]] = dict[str, Any]  # measures its latency
-    more: Callable[[int], ClipSet] | None = None  # the first two clips of a further set
-
-
-def _subject(task: Evaluation) -> Subject:
-    if task.is_of_clips:
-        return _of_clips(task)
-    if task.what.startswith("codec:"):
-        return _of_codec(task)
-    return _of_model(task)
-
-
-def _of_clips(task: Evaluation) -> Subject:
-    task.refuse_sampling("holds clips that are made already")
-    sets = list(sets_of(task, any("prompts" in scorer.needs for scorer in task.scorers)))
-    digest = hashlib.sha256()
-    for stem, path in task.files().items():
-        status = path.stat()
-        digest.update(f"{stem} {status.st_size} {status.st_mtime_ns}".encode())
-    return Subject(task.batched(), sets, digest.hexdigest())
-
-
-def _of_codec(task: Evaluation) -> Subject:
-    task.refuse_sampling("is a codec, which takes no steps")
-    if task.what == "codec:":
-        raise UserError("codec: which one? codec:FOLDER, of an autoencoder of diffusers or of its pipeline")
-    codec = open_codec(task.what.removeprefix("codec:"), device=str(task.where))
-    task = task.batched()
-    return Subject(task, [through(codec, opened(task), task)], codec.fingerprint)
-
-
-def _of_model(task: Evaluation) -> Subject:
-    model = open_model(task.what, controls=task.controls)
-    task = task.within(model.envelope)
-    branches = model.network.traits.controls
-    given = [name for name in task.controls if name in branches]
-    if branches and not given:
-        raise UserError(f"--control: {task.what} is conditioned on {', '.join(branches)}; name those that it is to receive")
-    data = opened(task, reads_frames=bool(given))
-    controls = {name: opened(task, reads_frames=True, control=name) for name in given}
-    sampler: Sampler = model.sampler
-    if not isinstance(sampler, TeacherSampler):
-        sampler = student_of(sampler, task.sampling, task.calls)
-    elif task.calls is not None and (names := [name for name in task.sampling.names() if name != "--guidance"]):
-        raise UserError(f"--calls: finds steps, sampler and shift by itself; leave out {', '.join(names)}")
-    task = task.batched()
-    fingerprint = fingerprint_of(model.network.module, {}, sampled=4096)
-    codec = codec_of(model, task.what, task.codec, precision=task.precision, device=str(task.where))
-    _refuse_all_given(task, codec, data)
-    place_network(model, task.where, task.precision)
-    candidates: list[dict[str, Any]] = []
-    if isinstance(sampler, TeacherSampler):
-        sampler = changed(sampler, task.sampling)
-        if task.calls is not None:
-            ranks_by = task.scorers[0]
-            reference = ranks_by.reference(task.real, _cache(task)) if task.real is not None else ranks_by.reference(None)
-            source = Source(model, sampler, codec, data, controls)
-            sampler, candidates = best_of(source, sampler, task, ranks_by, reference)
-    source = Source(model, sampler, codec, data, controls)
-    facts: dict[str, Any] = {"num_calls": sampler.num_calls, "candidates": candidates, "guidance": sampler.guidance}
-    facts |= {"sampler": named(sampler)} if isinstance(sampler, TeacherSampler) else {}
-    sets = [source.clips(task, task.per_set, k) for k in range(task.sets)]
-
-    def timed() -> Mapping[str, Any]:
-        if not task.latency:
-            return {}
-        batch, own = source.batch(torch.tensor([0])).to(task.where), replace(model, network=source.network)
-        return {"latency": latency.measure(own, sampler, codec, batch, data.captions()[0], task.latency, str(task.where))}
-
-    fingerprint = f"{fingerprint} {codec.fingerprint} {sampler}"
-    return Subject(task, sets, fingerprint, facts, timed, lambda k: source.clips(task, min(2, task.per_set), k))
-
-
-def _refuse_all_given(task: Evaluation, codec: Codec, data: FolderData) -> None:
-    """Refuses so many given frames that nothing is left to generate."""
-    x0 = data.batch(torch.tensor([0])).x0 if task.given_frames else None
-    if x0 is not None and task.given_frames >= codec.shape(*x0.shape[2:])[1]:
-        num = codec.shape(*x0.shape[2:])[1]
-        raise ConfigError(f"--given-frames {task.given_frames}: a clip has {num} latent frames, one of which must be generated")
-
-
 # ---- measuring -------------------------------------------------------------------------------------------------------
-
-
-def _cache(task: Evaluation) -> Path:
-    return task.out.parent / "cache"
 
 
 def _name(scorer: Scorer) -> str:
@@ -216,20 +114,19 @@ def _hash(task: Evaluation, subject: Subject) -> str:
     return hashlib.sha256(repr((*facts, task.negative, task.max_tokens, task.mask_text)).encode()).hexdigest()[:12]
 
 
-def _references(task: Evaluation, shares: Shares) -> list[Any] | None:
-    """The statistics of the real clips, for every scorer; None while other processes still measure them."""
-    out: list[Any] = []
-    is_whole = True
-    for scorer in task.scorers:
-        samples = scorer.real_clips(task.real, _cache(task)) if isinstance(scorer, Divisible) and task.real else None
-        if not isinstance(scorer, Divisible) or task.real is None or samples is None:
-            out.append(scorer.reference(task.real, _cache(task)) if task.real is not None else scorer.reference(None))
-            continue
-        part = shares.measure(Job(f"real-{_name(scorer)}", samples, {_name(scorer): scorer}))
-        if part is not None:
-            out.append(scorer.reference_of(part.by_scorer[_name(scorer)], task.real, _cache(task)))
-        is_whole = is_whole and part is not None
-    return out if is_whole else None
+_UNKNOWN = object()  # a reference that other processes still measure
+
+
+def _reference(scorer: Scorer, task: Evaluation, own: Ranks) -> Any:
+    """The statistics of the real clips for a scorer; _UNKNOWN while other processes still measure them."""
+    cache = task.out.parent / "cache"
+    samples = scorer.real_clips(task.real) if isinstance(scorer, Divisible) and task.real is not None else None
+    if not isinstance(scorer, Divisible) or task.real is None or samples is None:
+        return scorer.reference(task.real, cache)
+    facts = repr((PROTOCOL, scorer, dict(scorer.protocol()), hashes_of(task)["real"]))
+    name = f"{_name(scorer)}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
+    part = Shares(cache, own, task.batch_size or _PIECE).measure_once(Job(name, samples, {_name(scorer): scorer}))
+    return _UNKNOWN if part is None else scorer.reference_of(part.by_scorer[_name(scorer)], task.real)
 
 
 def _measured(samples: ClipSet, shares: Shares, task: Evaluation, number: int) -> Part | None:
@@ -277,7 +174,7 @@ def _scored(samples: ClipSet, part: Part, references: Sequence[Any], task: Evalu
         if isinstance(scorer, Divisible):
             records.append(scorer.summary(part.by_scorer.get(_name(scorer), Measured()), samples, reference))
         else:
-            records.append(scorer.score(replace(samples, clips=Seen(samples.clips, look)), reference))
+            records.append(scorer.score(replace(samples, clips=Watch(samples.clips, look)), reference))
     record = records[0]
     for other in records[1:]:
         record = record.joined(other)
@@ -292,6 +189,8 @@ def _results(task: Evaluation, subject: Subject, scored: Sequence[_Scored]) -> d
     names = list(dict.fromkeys(name for record in records for name in record.scores))
     values = {name: over_sets([record[name] for record in records if name in record.scores]) for name in names}
     few = [f"{len(scored)} of {task.sets} sets: {task.what} holds no more clips."] * (len(scored) < task.sets)
+    if task.is_of_clips and len(scored) * task.per_set < (num := len(task.files())):
+        few.append(f"{len(scored) * task.per_set} of {num} clips are scored; all are with --num {num} --sets 1.")
     shapes = sorted(list(shape) for shape in frozenset[tuple[int, ...]]().union(*(one.shapes for one in scored)))
     return {
         "what": task.what,
@@ -326,7 +225,7 @@ def _protocol(task: Evaluation, subject: Subject) -> dict[str, Any]:
         "prompts": hash_of_texts(texts),
         "real": hashes.get("real"),
         "truth": hashes.get("truth"),
-        "fps": sorted({part.fps for part in subject.sets if part.fps is not None}),
+        "fps": sorted({rate for part in subject.sets for rate in part.rates}),
         "controls": list(task.controls),
     }
 

@@ -1,6 +1,7 @@
-"""What `fewstep evaluate` is asked for: `Evaluation`, and what follows from it alone.
+"""The request of `fewstep evaluate`: `Evaluation`, its protocol, and the scorers that it names or that suit its clips.
 
-A protocol is all of it that decides a number besides the model. `OUT/protocol.yaml` has it, and `--protocol` takes it back.
+A protocol is all of the request that decides a number besides the model. `OUT/protocol.yaml` has it, and `--protocol` takes it
+back.
 """
 
 from __future__ import annotations
@@ -9,17 +10,20 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fewstep.config import ConfigError, dump, parse
+from fewstep.config import ConfigError, apply_overrides, choices, dump, parse
 from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.data.files import video
-from fewstep.data.folder.layout import IMAGES, VIDEOS
+from fewstep.data.folder.layout import CAPTIONS, IMAGES, VIDEOS, Layout
+from fewstep.data.folder.samples import read_caption
 from fewstep.errors import UserError
-from fewstep.evaluation.clips import clip_files, content_hash, video_files
+from fewstep.evaluation.clips import AnyClips, clip_files, content_hash, problems_of, video_files
+from fewstep.evaluation.fidelity import ControlFidelity
 from fewstep.evaluation.score import AnyScorer, Scorer
-from fewstep.files import write_text
+from fewstep.files import some, write_text
 from fewstep.inference.card import Envelope
 from fewstep.inference.request import SamplerOptions
 from fewstep.parallel import device_of
@@ -106,6 +110,17 @@ class Evaluation:
         pixels = (self.num_frames or header.num_frames or 1) * height * width
         return replace(self, batch_size=max(1, min(_BATCH, _PIXELS // pixels)))
 
+    def refuse_bad_clips(self) -> None:
+        """Raises UserError, which names all clips that cannot be read, before one is measured."""
+        folders = ([self.what] if self.is_of_clips else []) + [where for where in (self.real, self.truth) if where is not None]
+        files = [file for where in dict.fromkeys(map(str, folders)) for file in clip_files(where).values()]
+        problems = problems_of(files, self.num_frames if self.is_of_clips else None)
+        if problems:
+            raise UserError(
+                f"{len(problems)} of {len(files)} clips cannot be scored. Remove them, or make them again:\n"
+                + some(problems, 5, "\n")
+            )
+
     def refuse_sampling(self, why: str) -> None:
         """Refuses options of a teacher's sampler where they would have no effect."""
         names = ["--calls"] * (self.calls is not None) + self.sampling.names()
@@ -187,3 +202,76 @@ def hashes_of(task: Evaluation) -> dict[str, str]:
 
 def hash_of_texts(texts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
+# ---- scorers ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Choice:
+    scorer: AnyScorer
+
+
+def scorer_of(name: str | None, settings: Sequence[str] = (), features: str | None = None) -> Scorer | None:
+    """The scorer of that name with settings KEY=VALUE; None if nothing says which.
+
+    features: feature networks of the scorer `clips`, NAME or NAME=FILE, separated by commas.
+    """
+    if features is not None:
+        if name not in (None, "clips"):
+            raise ConfigError(f"--features is for the scorer clips, not for {name}")
+        name = "clips"
+    if name is None:
+        if settings:
+            raise ConfigError([(settings[0], "is a setting of a scorer: say which with --scorer NAME")])
+        return None
+    value: dict[str, Any] = {"kind": name}
+    if features is not None:
+        parts = [part.strip().partition("=") for part in features.split(",")]
+        value["features"] = [{"kind": kind, **({"weights": file} if file else {})} for kind, _, file in parts]
+    choice = parse(_Choice, {"scorer": value})
+    return apply_overrides(choice, [f"scorer.{setting}" for setting in settings]).scorer
+
+
+def control_kinds(names: Sequence[str]) -> dict[str, Any]:
+    """The named controls, or all that there are."""
+    kinds: dict[str, Any] = choices("control")
+    for name in names:
+        if name not in kinds:
+            raise UserError(f"--control {name}: there are {', '.join(kinds)}")
+    return {name: kinds[name] for name in names or kinds}
+
+
+def scorers_of(task: Evaluation) -> tuple[Scorer, ...]:
+    """The scorers of the task; raises UserError if it lacks something that one of them needs."""
+    scorers = task.scorers
+    if not scorers:
+        fidelity = (ControlFidelity(),) if task.controls else ()
+        scorers = fidelity if fidelity and task.real is None else (_suitable(task), *fidelity)
+    scorers = tuple(_of_length(scorer, task) for scorer in scorers)
+    control_kinds(task.controls)
+    for scorer in scorers:
+        if task.per_set < scorer.min_clips:
+            raise UserError(f"--num {task.num}: a set needs at least {scorer.min_clips} clips, and better hundreds")
+        if "real" in scorer.needs and task.real is None:
+            raise UserError("--real: this scorer compares with real clips; give their folder")
+    return scorers
+
+
+def _of_length(scorer: Scorer, task: Evaluation) -> Scorer:
+    """The scorer, which reads as many frames of the real clips as --num-frames says, where they have as many."""
+    if not isinstance(scorer, AnyClips) or scorer.num_frames is not None or task.num_frames is None or task.real is None:
+        return scorer
+    is_long = not problems_of(list(clip_files(task.real).values()), task.num_frames)
+    return replace(scorer, num_frames=task.num_frames) if is_long else scorer
+
+
+def _suitable(task: Evaluation) -> Scorer:
+    """The scorer that was made for clips like these, or the one for clips of any kind."""
+    files = task.files()
+    stem, first = next(iter(files.items()))
+    folder = Path(task.what) if task.is_of_clips else task.prompts_folder
+    captions = Layout.open(folder).files(CAPTIONS) if is_data_set(folder) else {}
+    texts = (read_caption(captions[stem]),) if stem in captions else ()
+    kinds: dict[str, Any] = choices("scorer")
+    return next((kind() for kind in kinds.values() if kind().suits(video.probe(first), texts)), AnyClips())

@@ -30,11 +30,11 @@ from torch import Tensor
 from fewstep.config import kind
 from fewstep.data.files.video import Header
 from fewstep.errors import UserError
-from fewstep.evaluation.bootstrap import half_sampled
+from fewstep.evaluation.bootstrap import half_sampled, halves
 from fewstep.evaluation.diversity import mean_pairwise_distance, vendi
 from fewstep.evaluation.frechet import FrechetLimit, Remembered, frechet_distance, frechet_extrapolated
-from fewstep.evaluation.mmd import SubsetMMD
-from fewstep.evaluation.neighbours import SubsetNeighbours, num_zero_balls, precision_recall
+from fewstep.evaluation.mmd import mmd_of_subsets
+from fewstep.evaluation.neighbours import num_zero_balls, of_subsets
 from fewstep.evaluation.score import Clip, ClipSet, Need, Record, Score, Scorer, Value, over_sets
 from fewstep.files import digest_of, write_tensors
 from fewstep.toyworld import clips, features, physics, probes, raycast
@@ -240,13 +240,14 @@ def _scores_of(
         "frechet": of_set(lambda rows: extrapolated(rows, real).value, made)._replace(value=limit.value),
         "frechet_plain": of_set(lambda rows: frechet_distance(rows, real), made),
         "frechet_random_net": of_set(lambda rows: extrapolated(rows, real_witness).value, witness),
-        "mmd": of_set(SubsetMMD(made, stats.features).of, torch.arange(len(made))),
     }
-    whole = precision_recall(same, made[:num])
-    neighbours = SubsetNeighbours(same, made[:num])
-    halves = _halves(lambda pick, real: neighbours.of(real, pick), num, draws, seed)
-    for place, name in enumerate(whole._fields):
-        out[name] = Value(whole[place], float(np.std(halves[:, place], ddof=1)), num)
+    of_all, *of_halves = mmd_of_subsets(made, stats.features, [torch.arange(len(made)), *halves(len(made), draws, seed)])
+    out["mmd"] = Value(of_all, float(np.std(of_halves, ddof=1)), len(made))
+    picks = halves(num, 2 * draws, seed)
+    subsets = [(torch.arange(num), torch.arange(num)), *zip(picks[1::2], picks[::2], strict=True)]
+    whole, *parts = of_subsets(same, made[:num], subsets)
+    for name, value, spread in zip(whole._fields, whole, np.std(parts, axis=0, ddof=1), strict=True):
+        out[name] = Value(value, float(spread), num)
     out["vendi"] = of_set(vendi, made)
     return out | _probed(probes.parse(clips), captions, stats, draws, seed)
 
@@ -293,21 +294,12 @@ def _median_over_flights(clip: NDArray[np.integer], values: probes.Floats, num: 
     if len(values) < 4:
         return Value(float("nan"), float("nan"), len(values))
 
-    def median(pick: Tensor, _: Tensor) -> tuple[float]:
+    def median(pick: Tensor) -> float:
         some = values[np.isin(clip, pick.numpy())]
-        return (float(np.median(some)) if len(some) else float("nan"),)
+        return float(np.median(some)) if len(some) else float("nan")
 
-    return Value(float(np.median(values)), float(np.nanstd(_halves(median, num, draws, seed), ddof=1)), len(values))
-
-
-def _halves(measure: Callable[[Tensor, Tensor], tuple[float, ...]], num: int, draws: int, seed: int) -> NDArray[np.float64]:
-    """`measure` on random halves of two sets of `num` rows (draws, values): `half_sampled` for several numbers at once."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def half() -> Tensor:
-        return torch.randperm(num, generator=generator)[: num // 2]
-
-    return np.array([measure(half(), half()) for _ in range(draws)])
+    of_halves = [median(pick) for pick in halves(num, draws, seed)]
+    return Value(float(np.median(values)), float(np.nanstd(of_halves, ddof=1)), len(values))
 
 
 def _seed_diversity(groups: Clips, net: FeatureNet, draws: int) -> Value:

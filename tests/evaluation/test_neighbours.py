@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fewstep.evaluation import neighbours, precision_recall
-from fewstep.evaluation.neighbours import SubsetNeighbours, num_zero_balls
+from fewstep.evaluation.neighbours import num_zero_balls, of_subsets
 
 torch.set_num_threads(1)
 
@@ -88,7 +88,17 @@ def test_wrong_use_is_refused() -> None:
 def test_subsets_have_the_fractions_of_their_rows() -> None:
     rng = np.random.default_rng(5)
     real, fake = rng.normal(size=(40, 3)), rng.normal(size=(30, 3)) + 0.7
-    known = SubsetNeighbours(real, fake, k=3)
-    for num in (12, 25):
-        r, f = rng.permutation(40)[:num], rng.permutation(30)[: num - 4]
-        assert known.of(torch.tensor(r), torch.tensor(f)) == pytest.approx(by_loops(real[r], fake[f], 3), abs=1e-12)
+    subsets = [(rng.permutation(40)[:num], rng.permutation(30)[: num - 4]) for num in (12, 25)]
+    scores = of_subsets(real, fake, [(torch.from_numpy(r), torch.from_numpy(f)) for r, f in subsets], k=3)
+    for (r, f), score in zip(subsets, scores, strict=True):
+        assert score == pytest.approx(by_loops(real[r], fake[f], 3), abs=1e-12)
+
+
+def test_subsets_in_which_few_of_the_nearest_lie_have_the_fractions_of_their_rows() -> None:
+    """Two clusters, of which the subset has few rows of one: its k-th neighbours are not among the nearest that are kept."""
+    rng = np.random.default_rng(6)
+    real = np.concatenate([rng.normal(size=(120, 2)), 50 + rng.normal(size=(30, 2))])
+    fake = real + 0.3 * rng.normal(size=real.shape)
+    rows = np.concatenate([[3, 77], np.arange(120, 150)])
+    (score,) = of_subsets(real, fake, [(torch.from_numpy(rows), torch.from_numpy(rows))], k=4)
+    assert score == pytest.approx(by_loops(real[rows], fake[rows], 4), abs=1e-12)

@@ -56,10 +56,11 @@ def test_what_would_have_no_effect_is_refused(tmp_path: Path, monkeypatch: pytes
     """A score is of what was asked for: options of a teacher's sampling are refused elsewhere, not passed over."""
     whole = open_model(TOY)
     student = replace(whole, sampler=StudentSampler((1.0, 0.5), whole.network.path, "fresh"))
-    monkeypatch.setattr("fewstep.inference.evaluate.open_model", lambda _, controls: student)
-    monkeypatch.setattr("fewstep.inference.evaluate.opened", lambda _task, **_more: None)
+    monkeypatch.setattr("fewstep.inference.clip_sets.open_model", lambda _, controls: student)
+    monkeypatch.setattr("fewstep.inference.clip_sets.opened", lambda _task, **_more: None)
     here, clips = tmp_path / "x", tmp_path / "clips"
     (clips / "videos").mkdir(parents=True)
+    (here / "videos").mkdir(parents=True)
     job = Evaluation("a/student", here, here, here / "x.json", num=512, scorers=(ToyWorld(),))
     with pytest.raises(ValueError, match=r"^this student takes 2 steps"):
         run(replace(job, sampling=SamplerOptions(8)))

@@ -16,7 +16,7 @@ from fewstep.evaluation.clips import AnyClips
 from fewstep.evaluation.compare import compare
 from fewstep.evaluation.features.descriptors import Descriptors
 from fewstep.evaluation.features.random_network import RandomNetwork
-from fewstep.inference import evaluate
+from fewstep.inference import clip_sets, evaluate
 from fewstep.inference.evaluation import Evaluation
 from fewstep.inference.model import Model, open_model
 from fewstep.inference.request import SamplerOptions
@@ -42,7 +42,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 damage(model)
                 return model
 
-            patch.setattr(evaluate, "open_model", opened)
+            patch.setattr(clip_sets, "open_model", opened)
             sampler = SamplerOptions(8, guidance=guidance, **sampling)
             scorer = AnyClips((Descriptors(), RandomNetwork()))
             task = Evaluation(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,9 @@ from numpy.typing import NDArray
 
 from fewstep.cli import main
 from fewstep.data.files import video
-from fewstep.environment import Ranks
+from fewstep.evaluation import measured
 from fewstep.evaluation.clips import AnyClips
 from fewstep.evaluation.features.descriptors import Descriptors
-from fewstep.evaluation.score import ClipSet
-from fewstep.inference import shares
-from fewstep.inference.shares import Job, Shares
 
 NUM = 14
 
@@ -58,7 +54,7 @@ def undisturbed(folders: Path) -> dict[str, Any]:
 def test_a_killed_evaluation_goes_on_and_measures_no_clip_twice(
     folders: Path, undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shares, "WRITE_S", 0.0)
+    monkeypatch.setattr(measured, "WRITE_S", 0.0)
     rows: list[int] = []
     features = Descriptors.features
 
@@ -130,34 +126,3 @@ def test_the_protocol_of_one_model_scores_the_next_and_refuses_other_clips(
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump({**settings, "nums": 3}))
     assert main([*words, str(tmp_path / "wrong.yaml")]) == 2
     assert "nums" in capsys.readouterr().err
-
-
-class Endless(Sequence[NDArray[np.uint8]]):
-    """Clips that are made when they are asked for."""
-
-    def __init__(self, num: int) -> None:
-        self._num = num
-
-    def __len__(self) -> int:
-        return self._num
-
-    def __getitem__(self, place: Any) -> Any:
-        return np.random.default_rng(place).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-
-
-@pytest.mark.slow
-def test_ten_thousand_clips_stay_in_bounded_memory(tmp_path: Path) -> None:
-    import tracemalloc
-
-    scorer = AnyClips((Descriptors(),))
-    peaks: dict[int, int] = {}
-    for num in (1_000, 10_000):
-        tracemalloc.start()
-        part = Shares(tmp_path / str(num), Ranks(0, 1, 0), 64).measure(Job("set0", ClipSet(Endless(num)), {"clips": scorer}))
-        peaks[num] = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert part is not None and len(part.numbers) == num
-    per_clip = (peaks[10_000] - peaks[1_000]) / 9_000
-    assert (
-        per_clip < 4_000
-    )  # bytes: some floats and their names; a clip of 720p has 250 MB, and a row of features (torch's) 768

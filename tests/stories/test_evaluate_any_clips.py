@@ -11,6 +11,8 @@ import pytest
 
 from fewstep.cli import main
 from fewstep.data.files import video
+from fewstep.evaluation import pixels
+from fewstep.evaluation.clips import HALVES
 
 NUM = 20
 
@@ -101,6 +103,32 @@ def test_the_command_of_the_original_tools_pastes(folders: Path, tmp_path: Path)
     record = json.loads(out.read_text())
     assert record["protocol"]["frames_height_width"] == [[5, 64, 64]] and record["protocol"]["clips_per_set"] == NUM
     assert record["num_reference"] == NUM and record["scores"]["mmd_descriptors"]["num"] == NUM
+    real = [pixels.in_time(video.read(file, count=5).frames)["flicker"] for file in sorted((folders / "real").glob("*.mp4"))]
+    assert record["anchors"][HALVES]["flicker"]["value"] == pytest.approx(np.mean(real))  # real clips are cut as well
+
+
+def test_clips_that_are_cut_off_are_named_together_before_one_is_measured(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for n in range(6):
+        content = (folders / "real" / f"{n:03d}.mp4").read_bytes()
+        (tmp_path / f"{n}.mp4").write_bytes(content[: len(content) // 2] if n in (1, 4) else content)
+    words = ("--real", str(folders / "real"), "--out", str(tmp_path / "scores.json"), "--features", "descriptors")
+    assert main(["evaluate", str(tmp_path), *words]) == 1
+    text = capsys.readouterr().err
+    assert "2 of 26 clips cannot be scored" in text and f"{tmp_path}/1.mp4" in text and f"{tmp_path}/4.mp4" in text
+    assert not (tmp_path / "scores.json").exists()
+
+
+def test_clips_of_other_rates_than_the_real_ones_and_clips_left_out_are_noted(folders: Path, tmp_path: Path) -> None:
+    for n in range(6):
+        video.write(tmp_path / f"{n}.mp4", scene(n), (24.0, 12.0)[n % 2], quality="lossless")
+    words = ("--real", str(folders / "real"), "--out", str(tmp_path / "scores.json"), "--features", "descriptors")
+    assert main(["evaluate", str(tmp_path), *words, "--num", "4", "--sets", "1"]) == 0
+    record = json.loads((tmp_path / "scores.json").read_text())
+    assert record["protocol"]["fps"] == [12.0, 24.0]
+    assert any(note.startswith("The clips play 12, 24 frames a second, the real ones 24:") for note in record["notes"])
+    assert "4 of 6 clips are scored; all are with --num 6 --sets 1." in record["notes"]
 
 
 def test_a_comparison_says_which_differences_are_real_and_refuses_unlike_protocols(
