@@ -6,9 +6,9 @@ distill` read here what `generate` and `pairs` read there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from fewstep.errors import UserError
 from fewstep.inference.model import is_export, is_run, networks_of, outline_of, published_sampler
 from fewstep.networks.contract import Distillation, NetworkSpec
 from fewstep.networks.encoders.text import TextForm, text_form
+from fewstep.networks.files.folders import on_meta
 from fewstep.networks.lora import Lora
-from fewstep.networks.weights.addresses import checkpoint_of, collect, pieces_of
-from fewstep.untrusted.safe_tensors import safetensors
+from fewstep.networks.weights.addresses import checkpoint_of
 
 SMALL = 100_000_000  # weights; a network of fewer is trained with the learning rates of the toy world
 
@@ -32,7 +32,6 @@ class Teacher:
     sampler: TeacherSampler
     init: str | None = None  # the address of its weights, where `spec` does not name them
     base: str | None = None  # the pipeline with its codec and text encoder
-    num_weights: int | None = None  # None: not known without opening it
 
     @property
     def path(self) -> NoisePath:
@@ -43,9 +42,16 @@ class Teacher:
         """How students of its family are published."""
         return self.spec.distillation
 
+    @cached_property
+    def num_weights(self) -> int:
+        """By the sizes of its configuration: the same for a folder, the hub, a run and files of weights."""
+        with on_meta():
+            module = self.spec.build().module
+        return sum(weight.numel() for weight in module.parameters())
+
     @property
     def is_small(self) -> bool:
-        return self.num_weights is not None and self.num_weights < SMALL
+        return self.num_weights < SMALL
 
     @property
     def text(self) -> TextForm:
@@ -74,13 +80,13 @@ def teacher_at(address: str, controls: Sequence[str] = ()) -> Teacher:
     spec, folder = outline.spec, Path(address)
     sampler = outline.sampler or published_sampler(path_of(spec), outline.pipeline)
     sampler = replace(sampler, boundary=spec.expert_boundary)
-    init, num = _weights_of_run(address) if is_run(address) else None, _num_weights(folder)
+    init = _weights_of_run(address) if is_run(address) else None
     base = spec.source if is_run(address) else None if outline.folder is None else str(outline.folder)
     if is_export(folder) and (folder / "student.safetensors").is_file():
         init, base = str(folder / "student.safetensors"), None
     elif outline.folder is None and not is_run(address):  # files of published weights
-        init, num = address, sum(math.prod(tensor.shape) for tensor in collect(pieces_of(address) or ()).tensors.values())
-    return Teacher(address, spec, sampler, init, base, num)
+        init = address
+    return Teacher(address, spec, sampler, init, base)
 
 
 def _weights_of_run(address: str) -> str | None:
@@ -93,19 +99,3 @@ def _weights_of_run(address: str) -> str | None:
         base = "" if networks.teacher is None or networks.teacher.source is None else f" --base {networks.teacher.source}"
         raise UserError(f"{address}: holds adapters. Merge them into a teacher: fewstep export {address} --out FOLDER{base}")
     return address
-
-
-def _num_weights(folder: Path) -> int | None:
-    """The number of weights in the safetensors files of a local folder's denoiser."""
-    parts = [part for part in (folder / "transformer", folder / "unet", folder) if part.is_dir()]
-    files = next((found for part in parts if (found := sorted(part.glob("*.safetensors")))), [])
-    num = 0
-    for file in files:
-        with safetensors(file, "Copy it again") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # no mapping
-                shape = tensors.get_slice(name).get_shape()
-                size = 1
-                for side in shape:
-                    size *= side
-                num += size
-    return num or None

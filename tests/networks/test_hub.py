@@ -20,6 +20,7 @@ import materials
 
 from fewstep.cli import main
 from fewstep.export.base import Base
+from fewstep.inference.teacher import teacher_at
 from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.files.pipeline import PipelineFolder
 
@@ -109,6 +110,15 @@ def test_a_pipelines_name_gives_its_transformer(hub: str, tmp_path: Path) -> Non
     assert PipelineFolder("team/pipeline").scheduler == {}  # it has no scheduler
     assert main(["convert", "team/pipeline", str(tmp_path / "model.pt")]) == 0
     assert len(torch.load(tmp_path / "model.pt", weights_only=True)) == len(wanted)
+
+
+def test_a_small_teacher_is_known_by_its_sizes_before_its_weights_come(hub: str, tmp_path: Path) -> None:
+    parts = {"transformer": ["diffusers", "CosmosTransformer3DModel"]}
+    (tmp_path / "hub/model_index.json").write_text(json.dumps({"_class_name": "Cosmos2_5_PredictBasePipeline", **parts}))
+    num = sum(tensor.numel() for tensor in SMALL.build().module.parameters())
+    teacher = teacher_at("team/pipeline")
+    assert (teacher.num_weights, teacher_at(str(tmp_path / "hub")).num_weights) == (num, num) and teacher.is_small
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def test_an_export_takes_the_parts_of_a_pipeline_and_not_its_denoiser(hub: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from fewstep import TOY
+from fewstep.inference.teacher import teacher_at
 
 sys.path.insert(0, str(Path(__file__).parent))
 from shell import IN_BOTH_FORMS, walk
@@ -19,3 +20,5 @@ def test_a_finetune_run_makes_pairs_and_its_export_takes_guidance(tmp_path: Path
     assert made["sampler"]["guidance"] == 2.0 and made["sampler"]["num_steps"] == 4
     weights = (tmp_path / folder / "pairs.json" for folder in ("pairs", "pairs_of_export"))
     assert len({json.loads(path.read_text())["codec"] for path in weights}) == 1
+    run, toy = teacher_at(str(tmp_path / "out/toyworld/basic/toy_teacher")), teacher_at(str(TOY))
+    assert run.num_weights == toy.num_weights and run.is_small  # the settings of its trainings follow from sizes
