@@ -77,8 +77,12 @@ def pairs(
         str | None, option("--negative", "Negative embedding for guidance: zeros (default), or a file of the data set.")
     ] = None,
     negative_prompt: Annotated[
-        str, option("--negative-prompt", "With --prompts: the text that guidance pushes away from (default: the empty text).")
-    ] = "",
+        str | None,
+        option(
+            "--negative-prompt",
+            "With --prompts: the text that guidance pushes away from (default: the empty text; of SDXL zeros).",
+        ),
+    ] = None,
     text_encoder: Annotated[
         str | None, option("--text-encoder", "With --prompts: folder or hub id of the text encoder. Default: the teacher's.")
     ] = None,

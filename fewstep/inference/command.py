@@ -208,7 +208,8 @@ def _of_prompts(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Prompts").add_argument
     add("--prompt", metavar="TEXT", help="text of one clip")
     add("--prompts", type=Path, metavar="FILE", help="file of prompts, one a line (.txt) or as JSON (.jsonl)")
-    add("--negative-prompt", dest="negative", metavar="TEXT", help="text that guidance moves away from (default: empty)")
+    help = "text that guidance moves away from (default: the empty text; of SDXL zeros)"
+    add("--negative-prompt", dest="negative", metavar="TEXT", help=help)
     add("--embedding", type=Path, metavar="FILE", help="embedding of the prompt, instead of a text encoder")
     add("--negative-embedding", type=Path, metavar="FILE", help="embedding of the negative prompt (default: zeros)")
     add("--label", type=int, metavar="N", help="class, for class-conditional networks")
@@ -340,7 +341,7 @@ def _clips(options: Mapping[str, Any], specs: Mapping[str, Control]) -> tuple[Cl
     one = ClipRequest(
         name=_file_name(options["name"] or "output", "--name"),
         prompt=options["prompt"] or "",
-        negative=options["negative"] or "",
+        negative=options["negative"],
         embedding=options["embedding"],
         negative_embedding=options["negative_embedding"],
         source=source,

@@ -23,6 +23,7 @@ from fewstep.inference.request import ClipRequest, GenerateRequest
 from fewstep.networks.contract import Beginning, FirstFrames, Network
 from fewstep.networks.encoders.codecs import Autoencoder, to_uint8
 from fewstep.networks.encoders.vision import ClipVision
+from fewstep.networks.files.pipeline import PipelineFolder
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,24 @@ class Text:
 
 def texts_of(
     clips: Sequence[ClipRequest], request: GenerateRequest, folder: Path | None, device: torch.device
-) -> Mapping[str | Path, Text]:
+) -> Mapping[str | Path | None, Text]:
     """Every text that will be needed, by itself or by its file. The encoder, larger than many a network, is let go.
 
+    None stands for a negative prompt that is not given: the empty text, and zeros where the pipeline has them.
     folder: the model's, whose text encoder is taken where the request names none.
     """
     from fewstep.networks.encoders.text import open_text_encoder
 
     clips = [clip for clip in clips if clip.label is None]
     files = {path for clip in clips for path in (clip.embedding, clip.negative_embedding) if path is not None}
-    found: dict[str | Path, Text] = {path: _embedded(path, request.max_tokens, device) for path in files}
+    found: dict[str | Path | None, Text] = {path: _embedded(path, request.max_tokens, device) for path in files}
     wanted = {clip.prompt for clip in clips if clip.embedding is None}
     wanted |= {prompt for clip in clips for _, prompt in clip.switches}
     is_guided = request.published_guidance or request.sampling.guidance not in (None, 1.0)
-    if is_guided or request.sampling.guidance_low is not None:
-        wanted |= {clip.negative for clip in clips if clip.negative_embedding is None and clip.embedding is None}
+    is_guided = is_guided or request.sampling.guidance_low is not None
+    alone = [clip for clip in clips if clip.negative_embedding is None and clip.embedding is None]
+    negatives = {clip.negative for clip in alone} if is_guided else set[str | None]()
+    wanted |= {text or "" for text in negatives}
     if not wanted:
         return found
     address = request.text_encoder
@@ -76,7 +80,15 @@ def texts_of(
             masks[i : i + 1].to(device) if encoder.uses_mask else None,
             None if pooled is None else pooled[i : i + 1].to(device),
         )
+    if None in negatives:
+        has_zeros = PipelineFolder(str(folder or address)).has_zeros_for_no_prompt
+        found[None] = _zeros(found[""]) if has_zeros else found[""]
     return found
+
+
+def _zeros(text: Text) -> Text:
+    pooled = None if text.pooled is None else torch.zeros_like(text.pooled)
+    return Text(torch.zeros_like(text.embedding), text.mask, pooled)
 
 
 def _embedded(path: Path, num_tokens: int | None, device: torch.device) -> Text:
@@ -102,7 +114,7 @@ class Parts:
 
     network: Network  # may lie on torch's meta device: only its `begin` and its traits are used
     codec: Autoencoder
-    texts: Mapping[str | Path, Text]
+    texts: Mapping[str | Path | None, Text]
     device: torch.device
     pictures: ClipVision | None = None  # for networks that read features of their picture
 
@@ -165,7 +177,7 @@ def origin(parts: Parts, films: Footage, chunk: Chunk) -> Tensor | None:
     return None if films.origin is None else parts.codec.encode(_tensor(chunk.of(films.origin), parts.device))
 
 
-def _negative(clip: ClipRequest, texts: Mapping[str | Path, Text], cond: Condition) -> Condition | None:
+def _negative(clip: ClipRequest, texts: Mapping[str | Path | None, Text], cond: Condition) -> Condition | None:
     assert cond.text is not None
     if clip.embedding is not None and clip.negative_embedding is None:  # how Cosmos 1 drops text
         pooled = None if cond.pooled is None else torch.zeros_like(cond.pooled)

@@ -38,7 +38,7 @@ class Studio:
     network: Component[Network]
     codec: Component[Autoencoder]
     pictures: Component[ClipVision | None]
-    texts: Mapping[str | Path, Text]
+    texts: Mapping[str | Path | None, Text]
     device: torch.device
     waits_on: torch.device  # where the tensors of a clip wait for their next stage
     decodes: bool = True  # or another process, which has made the same latents, decodes them

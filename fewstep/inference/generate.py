@@ -152,7 +152,7 @@ def _studio(
     request: GenerateRequest,
     outline: Outline,
     plan: Plan,
-    texts: Mapping[str | Path, Text],
+    texts: Mapping[str | Path | None, Text],
     device: torch.device,
     world: World | None,
 ) -> Studio:
@@ -180,13 +180,15 @@ def _studio(
     )
 
 
-def _check_texts(texts: Mapping[str | Path, Text], plan: Plan, request: GenerateRequest) -> None:
+def _check_texts(texts: Mapping[str | Path | None, Text], plan: Plan, request: GenerateRequest) -> None:
     for name, text in texts.items():
         source = f"--embedding {name}" if isinstance(name, Path) else request.text_encoder or request.model
         check_text(text.embedding.shape[-1], plan.model, source)
 
 
-def _batches(clips: Sequence[ClipRequest], texts: Mapping[str | Path, Text], size: int, world: World | None) -> list[list[int]]:
+def _batches(
+    clips: Sequence[ClipRequest], texts: Mapping[str | Path | None, Text], size: int, world: World | None
+) -> list[list[int]]:
     """Places in `clips`, up to `size` of clips whose conditions have the same shapes together."""
     groups: dict[object, list[int]] = {}
     for i, clip in enumerate(clips):

@@ -117,20 +117,20 @@ class PairFiles:
     def _write_fastgen(self, name: str, pair: Pair) -> None:
         folder = self.root / name
         write_text(folder / "prompt.txt", pair.caption + "\n")
-        entries = arrays.read(pair.text) if isinstance(pair.text, Path) else dict(pair.text or {})
-        if "pooled" in entries:
-            raise UserError("--format fastgen has no place for the pooled vectors of texts, which this network reads")
-        tensors = {"txt_emb": next(iter(entries.values()), None), "path": pair.states, "noise": pair.noise, "latent": pair.x0}
+        text = next(iter(_entries(pair.text).values()), None)
+        tensors = {"txt_emb": text, "path": pair.states, "noise": pair.noise, "latent": pair.x0}
         for file, tensor in tensors.items():
             if tensor is not None:
                 write_torch(folder / f"{file}.pth", tensor.detach().cpu().clone())
         video.write(folder / "video.mp4", pair.frames, pair.fps, quality=self.quality)
 
 
-def check_form(form: Form, control: str | None) -> None:
-    """Refuses what a form cannot hold."""
+def check_form(form: Form, control: str | None, text: Path | Mapping[str, Tensor] | None) -> None:
+    """Refuses what a form cannot hold. text: the embedding of one of the captions."""
     if form == "fastgen" and control is not None:
         raise UserError(f"--format fastgen has no place for a control; leave out --control {control}, or --format")
+    if form == "fastgen" and "pooled" in _entries(text):
+        raise UserError("--format fastgen has no place for the pooled vectors of SDXL's and Flux's texts; leave out --format")
 
 
 def evenly(names: Sequence[int], num: int) -> list[int]:
@@ -138,6 +138,10 @@ def evenly(names: Sequence[int], num: int) -> list[int]:
     if num >= len(names):
         return list(names)
     return [names[round(i * (len(names) - 1) / max(num - 1, 1))] for i in range(num)]
+
+
+def _entries(text: Path | Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+    return arrays.read(text) if isinstance(text, Path) else text or {}
 
 
 def _store(text: Path | Mapping[str, Tensor], target: Path) -> None:

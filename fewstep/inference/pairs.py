@@ -48,6 +48,7 @@ from fewstep.inference.record import differences
 from fewstep.inference.request import PairsRequest
 from fewstep.networks.contract import Network
 from fewstep.networks.encoders.codecs import Codec, fingerprint_of, to_uint8
+from fewstep.networks.files.pipeline import PipelineFolder
 from fewstep.parallel import World, device_of, join_world, leave_world
 
 RECORD = "pairs.json"
@@ -281,7 +282,7 @@ class PairFolder:
         """Refuses a folder that holds pairs made with other settings, texts or captions. Writes nothing."""
         texts = prompts.record()
         control = texts["control"]
-        check_form(settings.form, control)
+        check_form(settings.form, control, prompts.text(0))
         text = texts.get("text", "t5_xxl")
         files = PairFiles(out, settings.form, text, bool(settings.path_times), control, settings.quality)
         path, before = out / RECORD, dict[str, Any]()
@@ -484,9 +485,11 @@ def _of_file(request: PairsRequest, shot: Shot, device: str, own: Ranks) -> File
 
     assert request.prompts is not None
     stems, captions = read_captions(request.prompts)
-    address = request.text_encoder
+    address, folder = request.text_encoder, folder_of(request.model)
+    negative = request.negative or request.negative_prompt
+    if negative is None:
+        negative = ZEROS if PipelineFolder(str(folder or address)).has_zeros_for_no_prompt else ""
     if address is None:
-        folder = folder_of(request.model)
         if folder is None or (folder.is_dir() and not (folder / "text_encoder").is_dir()):
             raise UserError(f"{request.model} has no text encoder beside it: give --text-encoder FOLDER")
         address = str(folder)
@@ -497,7 +500,7 @@ def _of_file(request: PairsRequest, shot: Shot, device: str, own: Ranks) -> File
         captions,
         shot,
         request.sizes.named() or PUBLISHED,
-        request.negative or request.negative_prompt,
+        negative,
         request.out / f".text.{own.rank}",
         encoder.fingerprint,
         request.max_tokens or 0,

@@ -73,7 +73,7 @@ class ClipRequest:
 
     name: str
     prompt: str = ""
-    negative: str = ""
+    negative: str | None = None  # None: what the pipeline takes for no prompt, the empty text or zeros
     embedding: Path | None = None  # of the prompt, instead of a text encoder
     negative_embedding: Path | None = None
     source: Path | None = None  # picture or video whose first frames the clip begins with, or that a control is made from
@@ -228,7 +228,7 @@ class PairsRequest:
     sizes: Sizes = Sizes()
     prompts: Path | None = None  # a file of prompts, instead of a data set
     text_encoder: str | None = None  # of `prompts`; None: the teacher's own
-    negative_prompt: str = ""  # of `prompts`
+    negative_prompt: str | None = None  # of `prompts`; None: what the pipeline takes for no prompt
     form: str = "ours"
     verify: int = 0  # pairs that are solved again and compared
     shard: bool = False  # each process holds a part of the weights

@@ -144,7 +144,7 @@ def stream_clips(
     return len(clips)
 
 
-def _switches(clip: ClipRequest, plan: Plan, texts: Mapping[str | Path, Text], cond: Condition) -> list[Switch]:
+def _switches(clip: ClipRequest, plan: Plan, texts: Mapping[str | Path | None, Text], cond: Condition) -> list[Switch]:
     """The conditions of the clip's other prompts, from latent frames on."""
     per_latent = (plan.window - 1) // max(1, plan.latent_shape[1] - 1)  # the first latent frame is one frame
     out: list[Switch] = []

@@ -321,6 +321,12 @@ def test_the_files_of_fastgen_hold_the_same_pairs(tmp_path: Path) -> None:
     assert write(out, Pull(), Blocks(), source, settings(8, 2.0, seed=3, path_times=TIMES, form="fastgen")) == 0
     with pytest.raises(ValueError, match="has no place for a control"):
         write(tmp_path / "x", Pull(), Blocks(), replace(source, control=Edge()), settings(2, form="fastgen"))
+    teacher, pooled = Pull(), {"text": np.ones((2, 3), np.float32), "pooled": np.ones(4, np.float32)}
+    for n in range(NUM):
+        write_pickle(tmp_path / f"data/t5_xxl/{n}.pickle", pooled)
+    with pytest.raises(ValueError, match="has no place for the pooled vectors"):
+        write(tmp_path / "x", teacher, Blocks(), source, settings(2, form="fastgen"))
+    assert not teacher.asked and not (tmp_path / "x").exists()
 
 
 def test_verify_solves_pairs_again(tmp_path: Path) -> None:

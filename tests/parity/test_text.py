@@ -17,6 +17,8 @@ from fewstep.data.folder.dataset import Folder
 from fewstep.data.folder.texts import Texts
 from fewstep.export.to_diffusers import PIPELINE
 from fewstep.files import write_text
+from fewstep.inference.conditions import Footage, Parts, Shot, conditions, texts_of
+from fewstep.inference.request import ClipRequest, GenerateRequest, SamplerOptions
 from fewstep.networks.encoders.text import Clip, PooledClip, open_text_encoder
 from fewstep.prepare import text as prepare
 
@@ -139,6 +141,32 @@ def test_a_pair_of_clips_embeds_as_sdxl(tmp_path: Path) -> None:
     wanted, _, pooled, _ = encode(pipeline, PROMPTS, device=CPU, do_classifier_free_guidance=False)
     equal(encoder.encode(PROMPTS)[0], wanted)
     equal(encoder.pooled(PROMPTS), pooled)
+
+
+@pytest.mark.parametrize("negative", [None, "", "a red down"])
+@pytest.mark.parametrize("forces", [True, False])
+@torch.no_grad()
+def test_generate_guides_sdxl_away_from_what_its_pipeline_does(tmp_path: Path, negative: str | None, forces: bool) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    parts = {"text_encoder": clip_text(False, 16), "text_encoder_2": clip_text(True, 20)}
+    parts |= {"tokenizer": tokenizer(12), "tokenizer_2": tokenizer(12)}
+    folder = saved(tmp_path, "StableDiffusionXLPipeline", **parts)
+    index = json.loads((folder / "model_index.json").read_text()) | {"force_zeros_for_empty_prompt": forces}
+    write_text(folder / "model_index.json", json.dumps(index))
+    pipeline = SimpleNamespace(**parts, _execution_device=CPU, config=SimpleNamespace(force_zeros_for_empty_prompt=forces))
+    encode: Any = StableDiffusionXLPipeline.encode_prompt
+    tokens, no_tokens, pooled, no_pooled = encode(pipeline, ["a red ball"], device=CPU, negative_prompt=negative)
+    clip = ClipRequest("x", "a red ball", negative)
+    texts = texts_of([clip], GenerateRequest(str(folder), tmp_path, (clip,), SamplerOptions(guidance=5.0)), folder, CPU)
+    nothing: Any = None
+    cond, other = conditions(
+        clip, Parts(nothing, nothing, texts, CPU), Shot(1, 32, 32, 0.0), (4, 1, 4, 4), Footage(None, {}), nothing
+    )
+    assert other is not None
+    for ours, theirs in ((cond.text, tokens), (cond.pooled, pooled), (other.text, no_tokens), (other.pooled, no_pooled)):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    assert bool((no_tokens == 0).all()) == (forces and negative is None)  # that of upstream
 
 
 @torch.no_grad()

@@ -29,6 +29,11 @@ class PipelineFolder:
         name = self.index.get("_class_name", "")
         return name if isinstance(name, str) else ""
 
+    @property
+    def has_zeros_for_no_prompt(self) -> bool:
+        """Whether its unconditional prompt is zeros, and not the empty text: Stable Diffusion XL, unless its file says no."""
+        return self.pipeline.startswith("StableDiffusionXL") and bool(self.index.get("force_zeros_for_empty_prompt", True))
+
     @cached_property
     def index(self) -> Mapping[str, Any]:
         """model_index.json; {} for a network alone."""
