@@ -54,7 +54,7 @@ BELOW = {
         "training",
     },
 }
-BELOW["distill"] = {"batch", "config", "data", "diffusion", "inference", "networks", "parallel", "training"}
+BELOW["distill"] = {"batch", "config", "data", "diffusion", "evaluation", "inference", "networks", "parallel", "training"}
 TOP = {"cli", "toyworld", "train", "__main__", "__init__"}  # entry points and the toy world: they may import every room
 # The floors inside of rooms, the lowest first: a file or folder imports what stands on lower floors, and itself.
 FLOORS = {

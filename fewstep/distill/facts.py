@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from fewstep.data.folder.layout import Layout
 from fewstep.diffusion import EDM, TeacherSampler
 from fewstep.distill.request import DistillRequest
 from fewstep.errors import UserError
+from fewstep.files import some
 from fewstep.inference.model import changed, is_export
 from fewstep.inference.request import SamplerOptions
 from fewstep.inference.teacher import Teacher, teacher_at
@@ -30,10 +32,9 @@ class Clips:
     """A data set by the headers of its files."""
 
     num: int
-    num_captions: int
+    lacks_captions: str | None  # the message about clips without a caption
     frames: int  # of the shortest clip
-    size: tuple[int, int]  # height, width
-    fps: float
+    sizes: tuple[tuple[int, int], ...]  # height, width; the commonest first
     is_uniform: bool  # all have the same number of frames
 
 
@@ -119,9 +120,10 @@ def facts_of(request: DistillRequest) -> Facts:
             "one branch, and its name, --control NAME"
         )
     clips, form = clips_of(request.dataset), form_of(codec)
-    if not clips.num_captions and request.prompt is None:
+    if clips.lacks_captions and request.prompt is None:
         raise UserError(
-            f"{request.dataset}: has no captions, metas/*.txt. Write one for each clip, or give one to all: --prompt TEXT"
+            f"{request.dataset}: {clips.lacks_captions}. Write one for each clip, or, if none has one, give one to all: "
+            "--prompt TEXT"
         )
     sampler = changed(teacher.sampler, SamplerOptions(num_steps=request.teacher_steps))
     guidance = teacher.published.guidance if request.guidance is None else request.guidance
@@ -146,13 +148,10 @@ def clips_of(folder: Path) -> Clips:
     if not files or place.form != "flat":
         raise UserError(f"{folder}: has no videos/*.mp4. `fewstep distill` begins with a folder of clips (docs/own-data.md)")
     headers = [video.probe(file) for file in files[:: -(-len(files) // MOST_PROBED)]]
-    sizes = sorted({header.size for header in headers})
-    if len(sizes) > 1:
-        listed = ", ".join(f"{height} x {width}" for height, width in sizes[:4])
-        raise UserError(f"{folder}: holds clips of several sizes ({listed}). Put those of one size into a folder of their own")
+    sizes = Counter(header.size for header in headers)
     counts = {header.num_frames for header in headers}
-    captions = len(place.files(layout.CAPTIONS))
-    return Clips(len(files), captions, min(counts), sizes[0], headers[0].fps, len(counts) == 1)
+    lacking = place.missing(layout.CAPTIONS, place.files(layout.VIDEOS))
+    return Clips(len(files), lacking, min(counts), tuple(size for size, _ in sizes.most_common()), len(counts) == 1)
 
 
 # ---- parts of the above ----------------------------------------------------------------------------------------------
@@ -171,12 +170,18 @@ def _frames(request: DistillRequest, clips: Clips, form: Form, network: Mapping[
 
 
 def _size(request: DistillRequest, clips: Clips, form: Form, network: Mapping[str, Any]) -> tuple[int, int]:
-    """The size of the clips; refuses one that codec and network do not take."""
+    """The size of the clips; refuses several, and one that codec and network do not take."""
     unit = form.space * _patches(network)[-1]
-    height, width = request.size or clips.size
+    height, width = request.size or clips.sizes[0]
+    advice = f"--height {max(unit, height - height % unit)} --width {max(unit, width - width % unit)}"
+    if request.size is None and len(clips.sizes) > 1:
+        listed = some([f"{size[0]} x {size[1]}" for size in clips.sizes])
+        raise UserError(
+            f"{request.dataset}: holds clips of several sizes ({listed}; height x width). Choose one, {advice}, to which all "
+            "are resized and cropped, or give those of one shape a folder of their own"
+        )
     if height % unit or width % unit:
-        lower = f"--height {height - height % unit} --width {width - width % unit}"
-        raise UserError(f"{height} x {width} pixels: this teacher takes multiples of {unit}. Choose a size, {lower}")
+        raise UserError(f"{height} x {width} pixels: this teacher takes multiples of {unit}. Choose a size, {advice}")
     for axis, side in ((1, height), (2, width)):
         most = _most(network, axis)
         if most is not None and side > most * form.space:

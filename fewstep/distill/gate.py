@@ -8,9 +8,7 @@ from math import hypot
 from pathlib import Path
 from typing import Any
 
-from fewstep.files import read_json
-
-ADVICE = "Run the stage of the scores again"
+from fewstep.evaluation.score_files import read_scores
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,7 @@ class Verdict:
 
 def verdicts(student: Path, teacher: Path, name: str = Verdict.other) -> list[Verdict]:
     """One for each headline score with a better end that both files have. name: of whom `teacher` has the scores."""
-    mine, other = (read_json(path, ADVICE) for path in (student, teacher))
-    return list(_verdicts(mine, other, name))
+    return list(_verdicts(read_scores(student), read_scores(teacher), name))
 
 
 def _verdicts(mine: Mapping[str, Any], other: Mapping[str, Any], whose: str) -> Iterator[Verdict]:
@@ -48,13 +45,13 @@ def _verdicts(mine: Mapping[str, Any], other: Mapping[str, Any], whose: str) -> 
             continue
         if any(entry is None or entry["value"] is None for entry in pair):
             continue
-        spread = hypot(*(entry["spread"] or 0.0 for entry in pair))
+        spread = hypot(*(entry.get("spread") or 0.0 for entry in pair))
         yield Verdict(name, better, pair[0]["value"], pair[1]["value"], spread, whose)
 
 
 def table(files: Mapping[str, Path], titles: Mapping[str, str]) -> str:
     """The headline scores of everyone who was scored, a row each."""
-    records = {name: read_json(path, ADVICE) for name, path in files.items() if path.is_file()}
+    records = {name: read_scores(path) for name, path in files.items() if path.is_file()}
     if not records:
         return ""
     legend = [score for score in next(iter(records.values()))["legend"] if score["is_headline"]]
@@ -69,4 +66,4 @@ def table(files: Mapping[str, Path], titles: Mapping[str, str]) -> str:
 def _cell(entry: Mapping[str, Any] | None) -> str:
     if entry is None or entry["value"] is None:
         return "-"
-    return f"{entry['value']:.4g}" + ("" if entry["spread"] is None else f" +- {entry['spread']:.2g}")
+    return f"{entry['value']:.4g}" + ("" if entry.get("spread") is None else f" +- {entry['spread']:.2g}")

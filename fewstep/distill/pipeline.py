@@ -14,7 +14,8 @@ from fewstep.distill import gate
 from fewstep.distill.chains import AGAIN, PipelineRequest, Training
 from fewstep.distill.stages import Command, Stage, claim, marker_of, run
 from fewstep.errors import UserError
-from fewstep.files import lock, read_json
+from fewstep.evaluation.score_files import read_scores
+from fewstep.files import lock
 from fewstep.inference.teacher import Teacher, teacher_at
 
 
@@ -169,7 +170,7 @@ def _judge(request: PipelineRequest, name: str) -> None:
 
 
 def _missed(bounds: Mapping[str, float], file: Path) -> Iterator[str]:
-    record = read_json(file, gate.ADVICE)
+    record = read_scores(file)
     better = {score["name"]: score["better"] for score in record["legend"]}
     for name, bound in bounds.items():
         if name not in better:

@@ -110,9 +110,8 @@ def _latents(facts: Facts) -> Iterator[Command]:
     words = () if scale == 1.0 else ("--scale", f"{scale:g}")
     frames = str(facts.num_frames)
     words += ("--num-frames", frames, "--start-frame-interval", frames) if facts.is_window else ()
-    words += (
-        () if facts.size == clips.size else ("--height", str(facts.size[0]), "--width", str(facts.size[1]), "--resize", "crop")
-    )
+    if clips.sizes != (facts.size,):
+        words += ("--height", str(facts.size[0]), "--width", str(facts.size[1]), "--resize", "crop")
     words += () if request.control is None else ("--control", request.control)
     yield ("fewstep", "prepare", "latents", str(request.dataset), "--codec", facts.codec, *words)
 

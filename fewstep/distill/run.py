@@ -34,12 +34,14 @@ def distill(request: DistillRequest, dryrun: bool = False) -> None:
 
 def _about(facts: Facts) -> str:
     request, clips, sampler = facts.request, facts.clips, facts.sampler
-    frames = f"{facts.num_frames} frames" + (f" of {clips.frames}" if facts.is_window else "")
+    windows = f"; the shortest has {clips.frames} frames, all are cut into windows" if facts.is_window else ""
+    resized = "" if clips.sizes == (facts.size,) else "; all are resized and cropped"
     times = ", ".join(f"{time:.4g}" for time in facts.teacher.times(request.steps, request.shift))
     return (
         f"teacher   {request.teacher}: {sampler.solver}, {sampler.num_steps} steps, guidance {sampler.guidance:g}, "
         f"{sampler.num_calls} network calls for a clip\n"
-        f"clips     {request.dataset}: {clips.num}, {frames} x {facts.size[0]} x {facts.size[1]}, latents "
+        f"clips     {request.dataset}: {clips.num}{windows}{resized}\n"
+        f"trained   on {facts.num_frames} frames of {facts.size[0]} x {facts.size[1]} pixels, latents "
         f"{' x '.join(map(str, facts.latent_shape))}\n"
         f"student   {request.out}: {request.steps} steps at {times}; {request.method}"
         f"{f', adapters of rank {request.rank}' if request.rank else ''}"

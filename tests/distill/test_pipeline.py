@@ -84,9 +84,9 @@ def test_a_gate_prints_both_students_and_ends_where_a_bound_is_missed(
     asked = request(tmp_path, bounds={"frechet": 20.0})
     scores = tmp_path / "student.work" / "scores"
     scores.mkdir(parents=True)
-    legend = [{"name": "frechet", "better": "lower", "is_headline": True}]
+    legend = [{"name": "frechet", "title": "", "meaning": "", "better": "lower", "is_headline": True}]
     for name, value in (("kd", 15.0), ("sf", 25.0)):
-        record = {"legend": legend, "scores": {"frechet": {"value": value, "spread": 1.0}}}
+        record = {"what": name, "legend": legend, "scores": {"frechet": {"value": value, "spread": 1.0}}, "sets": []}
         (scores / f"{name}.json").write_text(json.dumps(record))
     _judge(asked, "kd_scores")
     with pytest.raises(UserError, match=r"sf_scores: frechet is 25, and its bound is 20 \(lower is better\)"):

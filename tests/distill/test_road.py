@@ -173,6 +173,22 @@ def test_what_cannot_be_distilled_is_refused_before_anything_runs(world: Path, m
         facts_of(request(world, **more))
 
 
+def test_clips_of_several_sizes_and_one_without_a_caption(world: Path, tmp_path: Path) -> None:
+    clips(tmp_path / "odd", num=3, frames=12)
+    clips(tmp_path / "wide", num=1, frames=9, side=48)
+    (tmp_path / "wide/videos/clip_000.mp4").rename(tmp_path / "odd/videos/\u00fc \u6c34.mp4")
+    asked = replace(request(world), dataset=tmp_path / "odd")
+    with pytest.raises(ValueError, match=r"1 of 4 lack metas/.*: \u00fc \u6c34. Write one for each clip"):
+        facts_of(asked)
+    (tmp_path / "odd/metas/\u00fc \u6c34.txt").write_text("a square\n")
+    with pytest.raises(
+        ValueError, match=r"several sizes \(32 x 32, 48 x 48; height x width\). Choose one, --height 32 --width 32"
+    ):
+        facts_of(asked)
+    (latents,) = commands(replace(asked, size=(32, 32)))["latents"]
+    assert latents.endswith("--num-frames 9 --start-frame-interval 9 --height 32 --width 32 --resize crop")
+
+
 def test_wrong_use_and_a_dry_run_by_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["distill", str(world / "wan"), str(world / "clips"), "--out", str(world / "student")]
     assert main([*words, "--dryrun", "--calls-per-s", "100"]) == 0
@@ -209,9 +225,10 @@ def test_a_stage_that_was_done_otherwise_is_refused_and_scores_are_made_anew(wor
 
 
 def record(folder: Path, name: str, **values: float | None) -> Path:
-    legend = [{"name": score, "better": "lower" if score == "frechet" else "as real", "is_headline": True} for score in values]
+    about: dict[str, Any] = {"title": "", "meaning": "", "is_headline": True}
+    legend = [about | {"name": score, "better": "lower" if score == "frechet" else "as real"} for score in values]
     scores = {score: {"value": value, "spread": 0.3, "num": 8} for score, value in values.items()}
-    (folder / f"{name}.json").write_text(json.dumps({"legend": legend, "scores": scores}))
+    (folder / f"{name}.json").write_text(json.dumps({"what": name, "legend": legend, "scores": scores, "sets": []}))
     return folder / f"{name}.json"
 
 
@@ -225,3 +242,6 @@ def test_the_verdict(tmp_path: Path) -> None:
     assert gate.verdicts(record(tmp_path, "none", frechet=None, motion=1.0), few) == []
     table = gate.table({"a": few, "b": worse, "c": tmp_path / "missing.json"}, {"a": "few", "b": "student", "c": "no"})
     assert "2.5 +- 0.3" in table and "no" not in table.split()
+    worse.write_text(worse.read_text().replace("2.5", '"2.5"'))
+    with pytest.raises(ValueError, match=r"worse.json: scores.frechet.value: must be .* got '2.5'. Evaluate the model again"):
+        gate.verdicts(worse, few)

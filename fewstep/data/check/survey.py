@@ -533,15 +533,19 @@ def _varied(held: _Files, looks: Sequence[_Look]) -> Iterator[Problem]:
     """Differences between clips that the right settings allow."""
     if held.files[layout.NOISE.folder] or held.files[layout.PATH.folder]:
         return
-    for what, setting, of in (
-        ("size", "data.video_size (and data.resize), or data.buckets", lambda s: s.size),
-        ("length", "data.num_frames, for windows of one length", lambda s: s.num_frames),
-        ("fps", "nothing if the network receives the rate; else sort them apart", lambda s: s.fps),
+    for what, advice, of in (
+        (
+            "size",
+            "Set data.video_size (and data.resize), or data.buckets; of fewstep distill --height, --width",
+            lambda s: s.size,
+        ),
+        ("length", "Set data.num_frames, for windows of one length; fewstep distill does", lambda s: s.num_frames),
+        ("fps", "A network that does not receive the rate learns a mixture: sort them apart", lambda s: s.fps),
     ):
         counts = Counter(value for look in looks if (value := of(look.sample)) is not None)
         if len(counts) > 1:
             values = some([f"{_plain(value)} ({num})" for value, num in counts.most_common()])
-            yield Problem("warning", f"varied-{what}", f"clips differ in {what}: {values}. Set {setting}")
+            yield Problem("warning", f"varied-{what}", f"clips differ in {what}: {values}. {advice}")
 
 
 def _without_clip(held: _Files) -> Iterator[Problem]:
