@@ -17,7 +17,7 @@ from fewstep.networks.encoders.text import open_text_encoder
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_pipelines
-from shell import IN_BOTH_FORMS, walk
+from shell import walk
 
 PROMPT = "a red square moves slowly to the right"
 ALONE = 'import sys\nsys.modules["fewstep"] = None  # it cannot be imported here\n'
@@ -44,8 +44,14 @@ STORIES = {
 SHAPES = {"wan": (1, 4, 3, 4, 4), "cogvideox": (1, 3, 4, 4, 4), "sdxl": (1, 4, 1, 4, 4)}  # of the noise that a pipeline draws
 
 
-@IN_BOTH_FORMS
-@pytest.mark.parametrize("name", [*list(STORIES)[:3], pytest.param("WanT2V_kd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "real"),
+    [
+        *(pytest.param(name, False, id=f"{name}-quick") for name in list(STORIES)[:3]),
+        *(pytest.param(name, True, id=f"{name}-slow", marks=pytest.mark.slow) for name in list(STORIES)[:3]),
+        pytest.param("WanT2V_kd", False, id="WanT2V_kd", marks=pytest.mark.slow),
+    ],
+)
 def test_a_student_of_kd_reaches_plain_diffusers(name: str, tmp_path: Path, real: bool) -> None:
     kind, config, group, times = STORIES[name]
     tiny_pipelines.PIPELINES[kind](tmp_path / "pipeline")
