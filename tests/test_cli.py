@@ -112,8 +112,7 @@ WRONG = {  # a use of a verb that is wrong: what the answer names
     "--nothing": "No such option: --nothing",
 }
 WITHOUT_TORCH = """
-import contextlib, functools, io, json, sys, typer.main
-typer.main.get_command = functools.cache(typer.main.get_command)  # otherwise every command builds the tree of all verbs
+import contextlib, io, json, sys
 sys.modules["torch"] = None  # whoever imports it fails
 from fewstep.cli import main
 found = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -53,7 +54,7 @@ def _run(argv: list[str] | None) -> int:
     from fewstep.training.errors import TrainingError
 
     try:
-        status = app(args=argv, prog_name="fewstep", standalone_mode=False)
+        status = _command()(args=argv, prog_name="fewstep", standalone_mode=False)
     except UsageError as error:
         return _fail(_wrong_use(error), 2)
     except ConfigError as error:
@@ -68,6 +69,12 @@ def _run(argv: list[str] | None) -> int:
         return _fail(explain(error), 1)
     # typer returns the status of its Exit; 130 is what it makes of Ctrl-C.
     return _fail("aborted", 1) if status == 130 else status if isinstance(status, int) else 0
+
+
+@cache
+def _command() -> Any:  # Any: of typer, which has no public name for it
+    """The tree of all verbs, which takes longer to build than to use: a process may run many commands."""
+    return typer.main.get_command(app)
 
 
 def _wrong_use(error: Any) -> str:  # Any: UsageError
