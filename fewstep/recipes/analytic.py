@@ -56,16 +56,15 @@ def analytic_finetune() -> Run:
 @recipe("analytic_kd")
 def analytic_kd() -> Run:
     """One-step KD on pairs of noise and sample of the exact teacher."""
-    return Run(
+    run = analytic_finetune()
+    return replace(
+        run,
         job=_job("analytic_kd", "analytic_finetune"),
         method=KD(student_sample_steps=1, t_list=(1.0,)),
         networks=Networks(teacher=MIXTURE, student=Full(STUDENT, init=PRETRAINED)),
         data=TeacherPairs(MIXTURE, num=65536),
-        optim=Optim(lr=2e-3, schedule="cosine", warmup_iters=100),
-        ema=Ema(beta=0.995),
-        trainer=Trainer(max_iter=3000, batch_size=512, num_threads=1, log_every=250),
+        trainer=replace(run.trainer, max_iter=3000),
         checkpoint=Checkpoint(save_iter=1500),
-        preview=SCORE,
     )
 
 

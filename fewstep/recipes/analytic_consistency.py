@@ -31,10 +31,9 @@ from fewstep.methods import (
     Truncation,
 )
 from fewstep.networks.roles import Full, Networks
-from fewstep.recipes.analytic import MIXTURE, PRETRAINED, SCORE, STUDENT
-from fewstep.training.ema import Ema
+from fewstep.recipes.analytic import MIXTURE, PRETRAINED, STUDENT, analytic_kd
 from fewstep.training.optim import Optim
-from fewstep.training.run import Checkpoint, Job, Run, Trainer
+from fewstep.training.run import Run
 
 TWO_STEPS = (math.pi / 2, 1.1)
 MAP = replace(STUDENT, end_time=True)
@@ -42,16 +41,14 @@ TIMES = Shifted(shift=2.0)
 
 
 def _run(name: str, method: Method, student: Full) -> Run:
-    return Run(
-        job=Job(project="analytic", group="basic", name=name, after=("analytic_finetune",)),
+    run = analytic_kd()
+    return replace(
+        run,
+        job=replace(run.job, name=name),
         method=method,
         networks=Networks(teacher=MIXTURE, student=student),
         data=MixtureSamples(MIXTURE),
-        optim=Optim(lr=1e-3, schedule="cosine", warmup_iters=100),
-        ema=Ema(beta=0.995),
-        trainer=Trainer(max_iter=3000, batch_size=512, num_threads=1, log_every=250),
-        checkpoint=Checkpoint(save_iter=1500),
-        preview=SCORE,
+        optim=replace(run.optim, lr=1e-3),
     )
 
 
@@ -119,7 +116,7 @@ def analytic_flow_map_on_policy() -> Run:
     start = "analytic/basic/analytic_flow_map@latest:student.ema"
     return replace(
         run,
-        job=Job(project="analytic", group="basic", name="analytic_flow_map_on_policy", after=("analytic_flow_map",)),
+        job=replace(run.job, name="analytic_flow_map_on_policy", after=("analytic_flow_map",)),
         method=replace(run.method, on_policy=matching),
         networks=replace(run.networks, student=Full(MAP, init=start), critic=Full(STUDENT, init=PRETRAINED)),
         optim=Optim(lr=2e-4, schedule="cosine", betas=(0.0, 0.999)),

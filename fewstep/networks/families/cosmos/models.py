@@ -7,40 +7,27 @@ writes into config.json when it converts them. All share 16 latent channels, pat
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
 from fewstep.networks.families.cosmos.control import CosmosControlSpec
 from fewstep.networks.families.cosmos.network import CosmosSpec
-from fewstep.networks.families.cosmos.predict import PREDICT
+from fewstep.networks.families.cosmos.predict import PREDICT, PREDICT1_7B, PREDICT2_5_2B
+
+
+def _controlled(base: CosmosSpec, **more: Any) -> CosmosControlSpec:  # Any: settings of its branches
+    """`base` with control branches."""
+    return CosmosControlSpec(**{field.name: getattr(base, field.name) for field in fields(base)} | more)
 
 
 def transfer1_7b(*controls: str) -> CosmosControlSpec:
     """Cosmos-Transfer1 7B conditioned on `controls`: of depth, edge, keypoint, seg, vis."""
-    return CosmosControlSpec(
-        family="edm",
-        sigma_data=0.5,
-        use_fps=True,
-        clean_time=None,
-        frame_noise=0.001,
-        num_heads=32,
-        num_layers=28,
-        rope_scale=(2.0, 1.0, 1.0),
-        learnable_positions=True,
-        style="transfer1",
-        num_control_blocks=3,
-        controls=controls or ("edge",),
-    )
+    return _controlled(PREDICT1_7B, style="transfer1", num_control_blocks=3, controls=controls or ("edge",))
 
 
 def transfer2_5_2b(*controls: str) -> CosmosControlSpec:
     """Cosmos-Transfer2.5 2B conditioned on `controls`: of depth, edge, seg, vis (which it calls blur)."""
-    return CosmosControlSpec(
-        num_heads=16,
-        num_layers=28,
-        text_projection_from=100352,
-        image_context_dim=1152,  # SigLIP
-        num_control_blocks=4,
-        controls=controls or ("edge",),
-    )
+    return _controlled(PREDICT2_5_2B, image_context_dim=1152, num_control_blocks=4, controls=controls or ("edge",))  # SigLIP
 
 
 # Frames, height, width and rate of the clips that the inference commands of a generation make where none are given.
