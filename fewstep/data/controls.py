@@ -92,16 +92,24 @@ class Control(Protocol):
         ...
 
 
+class OfVideos:
+    """A control whose files are videos."""
+
+    suffix: ClassVar[str] = ".mp4"
+
+    def read(self, path: Path, span: Span, size: video.Size) -> Pixels:
+        return video.read(path, span.start, span.count, span.stride, size=size).frames
+
+
 AnyControl = Annotated[Control, OneOf("control")]  # a field that holds the configuration of one control
 
 
 @kind("edge", group="control")
 @dataclass(frozen=True)
-class Edge:
+class Edge(OfVideos):
     """Canny edges of each frame, white on black."""
 
     folder: ClassVar[str] = "edge"
-    suffix: ClassVar[str] = ".mp4"
 
     preset: Preset = "medium"  # see CANNY; higher shows fewer edges
 
@@ -123,17 +131,13 @@ class Edge:
 
         return _within_720(frames, edges)
 
-    def read(self, path: Path, span: Span, size: video.Size) -> Pixels:
-        return _read_video(path, span, size)
-
 
 @kind("vis", group="control")
 @dataclass(frozen=True)
-class Vis:
+class Vis(OfVideos):
     """A blur of each frame: a filter, then down and up again, so that only layout and colour remain."""
 
     folder: ClassVar[str] = "vis"
-    suffix: ClassVar[str] = ".mp4"
 
     preset: Preset = "medium"  # see BLUR; random: see BLUR_CHANCES
 
@@ -176,20 +180,13 @@ class Vis:
 
         return _within_720(frames, blur)
 
-    def read(self, path: Path, span: Span, size: video.Size) -> Pixels:
-        return _read_video(path, span, size)
-
 
 @kind("depth", group="control")
 @dataclass(frozen=True)
-class Depth:
+class Depth(OfVideos):
     """A depth video as it is, frame by frame the depth of the clip."""
 
     folder: ClassVar[str] = "depth"
-    suffix: ClassVar[str] = ".mp4"
-
-    def read(self, path: Path, span: Span, size: video.Size) -> Pixels:
-        return _read_video(path, span, size)
 
 
 @kind("seg", group="control")
@@ -244,10 +241,6 @@ def paint(objects: Sequence[masks.Mask], places: Sequence[int], max_objects: int
     for mask, colour in largest:
         out[mask.frames(places)] = colour
     return out
-
-
-def _read_video(path: Path, span: Span, size: video.Size) -> Pixels:
-    return video.read(path, span.start, span.count, span.stride, size=size).frames
 
 
 def _colours(num: int) -> list[tuple[int, int, int]]:

@@ -7,7 +7,7 @@ pooled vector of its second text encoder (cond.pooled). All attend to every toke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -179,16 +179,6 @@ class UnetSpec(DiffusersSpec):
 
 # The published networks.
 SDXL = UnetSpec()
-SD_2_1 = UnetSpec(
-    predicts="v",
-    widths=(320, 640, 1280, 1280),
-    with_attention=(True, True, True, False),
-    transformer_layers=(1, 1, 1, 1),
-    num_heads=(5, 10, 20, 20),
-    text_dim=1024,
-    pooled_dim=None,
-    sample_size=96,
-)
 SD_1_5 = UnetSpec(
     widths=(320, 640, 1280, 1280),
     with_attention=(True, True, True, False),
@@ -199,3 +189,4 @@ SD_1_5 = UnetSpec(
     pooled_dim=None,
     sample_size=64,
 )
+SD_2_1 = replace(SD_1_5, predicts="v", num_heads=(5, 10, 20, 20), text_dim=1024, linear_projection=True, sample_size=96)
