@@ -46,6 +46,7 @@ check: $(READY)
 	$(BIN)/pyright
 	$(BIN)/codespell
 	$(MAKE) test
+	FEWSTEP_HOSTILE=2000 $(BIN)/python -m pytest -m slow tests/hostile/test_hostile.py
 
 format: $(READY)
 	$(BIN)/ruff format .

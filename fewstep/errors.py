@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import TextIOBase
 from typing import Any
 
 _BARS = re.compile(r"\r[^\x00-\x1f\x7f-\x9f]*|(\n|\x1b\[A)*")  # what bars of other libraries write: a line anew, lines up
@@ -25,7 +26,9 @@ class Terminal:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        return self.stream.write(text if _BARS.fullmatch(text) else printable(text))
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"  # of a terminal that may know ASCII alone
+        text = text if _BARS.fullmatch(text) else printable(text)
+        return self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
     def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
@@ -38,8 +41,16 @@ class Terminal:
 @contextmanager
 def plain_streams() -> Iterator[None]:
     """Within, all that this process prints goes through `printable`, whoever prints it."""
-    with redirect_stdout(Terminal(sys.stdout)), redirect_stderr(Terminal(sys.stderr)):  # pyright: ignore[reportArgumentType]  # as is written to
+    plain: list[Any] = [Terminal(stream or _Closed()) for stream in (sys.stdout, sys.stderr)]
+    with redirect_stdout(plain[0]), redirect_stderr(plain[1]):
         yield
+
+
+class _Closed(TextIOBase):
+    """Stands for a stream with which this process was not started."""
+
+    def write(self, text: str) -> int:
+        return len(text)
 
 
 def unfiltered(stream: Any) -> Any:  # Any: as above
@@ -56,3 +67,11 @@ def show(value: object) -> str:
     """A value as it is quoted in a message: short enough for one line."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def some(names: Sequence[str], num: int = 5, separator: str = ", ") -> str:
+    """The first `num` names, and how many more there are."""
+    more = f" and {len(names) - num} more" if len(names) > num else ""
+    if more and separator != ", ":
+        more = f"{separator}  ...{more}"
+    return separator.join(names[:num]) + more

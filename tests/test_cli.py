@@ -1,5 +1,6 @@
 """The command line: help and wrong use of every verb, without torch, with the status 2 and the name of what is wrong."""
 
+import io
 import json
 import subprocess
 import sys
@@ -91,15 +92,15 @@ WRONG = {  # a use of a verb that is wrong: what the answer names
     "prepare toyworld --out x --workers -1": "'--workers': -1: the value should be greater",
     "prepare text": "Missing argument 'DIR'",
     "prepare text EMPTY": "Missing option '--text-encoder'",
-    "prepare text nothing --text-encoder x": "'nothing': there is no such folder",
-    "prepare text EMPTY --text-encoder y --form z": "'z' is not one of pickle, packed",
+    "prepare text nothing --text-encoder EMPTY": "'nothing': there is no such folder",
+    "prepare text EMPTY --text-encoder EMPTY --form z": "'z' is not one of pickle, packed",
     "prepare controls EMPTY --type y": "'y' is not one of edge, vis",
     "prepare controls EMPTY --type edge --preset y": "'y' is not one of none, very_low",
     "prepare shards EMPTY": "Missing option '--out'",
     "prepare shards EMPTY --out x --shard-mib 0": "'--shard-mib': 0: the value should be greater",
-    "prepare latents EMPTY --codec y --resize z": "'z' is not one of stretch, crop",
-    "prepare latents EMPTY --codec y --scale 0": "'--scale': 0 is not a number above 0",
-    "prepare latents EMPTY --codec y --height 3": "--height and --width go together",
+    "prepare latents EMPTY --codec EMPTY --resize z": "'z' is not one of stretch, crop",
+    "prepare latents EMPTY --codec EMPTY --scale 0": "'--scale': 0 is not a number above 0",
+    "prepare latents EMPTY --codec EMPTY --height 3": "--height and --width go together",
     "check data": "Missing argument 'DIR'",
     "check data FILE": "FILE': is a file, where a folder is needed",
     "check data EMPTY --threads 0": "'--threads': 0: the value should be greater",
@@ -218,6 +219,15 @@ def test_no_name_of_a_file_commands_a_terminal_whoever_prints_it(
     shown = capsys.readouterr()
     assert shown.out == "made a\\rdone\\x07 of 3\n"
     assert shown.err == "note: a\\x1b[31mb\\x9b1m\n\r 3 of 4: |###| 75%"
+
+
+def test_streams_that_are_closed_or_know_ascii_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    err = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", err)
+    assert main(["ls", "heads"]) == 0 and main(["convert", "caf\u00e9.pt", "x.pt"]) > 0
+    err.seek(0)
+    assert "caf\\xe9.pt" in err.read()
 
 
 def test_an_option_that_is_given_twice_is_noted(

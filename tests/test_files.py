@@ -22,7 +22,8 @@ from fewstep.files import Lines, Locked, WriteError, lock, whole_file, whole_fol
 PACKAGE = Path(files.__file__).parent
 # What other files may call, and why.
 EXCEPTIONS = {
-    ("untrusted/torch_files.py", "zipfile.ZipFile"): "opened to read",
+    ("untrusted/text.py", "os.open"): "opened to read",
+    ("untrusted/torch_files.py", "zipfile.ZipFile"): "the same",
     ("data/files/video.py", "av.open"): "the partial file of whole_file",
     ("evaluation/report/films.py", "av.open"): "a temporary file, whose bytes go into the page",
     ("evaluation/report/films.py", "tempfile.TemporaryDirectory"): "the same",
@@ -177,6 +178,21 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a device or a pipe"):
         files.write_text(Path("/dev/null"), "ours")
     assert Path("/dev/null").is_char_device()
+
+
+def test_a_name_that_is_not_utf_8_is_written_with_escapes(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "page.html", os.fsdecode(b"a\xff.mp4"))
+    log = Lines(tmp_path / "log")
+    log.add(os.fsdecode(b"a\xff.mp4"))
+    log.close()
+    assert (tmp_path / "page.html").read_bytes() == b"a\\udcff.mp4" and (tmp_path / "log").read_bytes() == b"a\\udcff.mp4\n"
+
+
+@pytest.mark.parametrize("name", [".", "..", "/"])
+def test_a_place_without_a_name_of_its_own_is_refused(name: str) -> None:
+    for write in (whole_folder, whole_file, files.restore):
+        with pytest.raises(UserError, match=r"name of its own|is a folder"):
+            write(Path(name)).__enter__()  # pyright: ignore[reportAttributeAccessIssue]  # of the last, which raises before
 
 
 def test_two_writers_of_one_file_do_not_take_it_from_each_other(tmp_path: Path) -> None:

@@ -39,14 +39,15 @@ RIGHT = {
     "demo": "",
     "check data": "EMPTY",
     "prepare toyworld": "--out new",
-    "prepare text": "EMPTY --text-encoder model",
+    "prepare text": "EMPTY --text-encoder EMPTY",
     "prepare words": "EMPTY --out words",
     "prepare codec": "EMPTY --out codec",
     "prepare controls": "EMPTY --type edge",
     "prepare shards": "EMPTY --out tars",
-    "prepare latents": "EMPTY --codec model",
+    "prepare latents": "EMPTY --codec EMPTY",
 }
 READ_FILES = {"--config", "--prompts", "--embedding", "--negative-embedding", "--input", "--controlnet-specs", "-i"}
+READ_MODELS = {"--codec", "--text-encoder", "--image-encoder"}
 READ_FOLDERS = {"--heldout", "--from", "--real", "--truth"}
 WRITE_FILES = {("evaluate", "--out"), ("report", "--out"), ("compare", "--out"), ("check data", "--html")}
 CHOICES = {
@@ -99,6 +100,8 @@ def cases() -> Iterator[tuple[str, list[str], str]]:
             yield option.verb, [*right, name, *value.split()], name
         if name in READ_FILES and option.verb != "evaluate":
             yield from ((option.verb, [*right, name, value], name) for value in ("nothing.txt", "EMPTY", HOSTILE))
+        if name in READ_MODELS or (option.verb, name) == ("export", "--base"):
+            yield from ((option.verb, [*right, name, value], name) for value in ("nothing", "FILE", "nothing/x/y", HOSTILE))
         if name in READ_FOLDERS:
             yield from ((option.verb, [*right, name, value], name) for value in ("nothing", "FILE", HOSTILE))
         if name == "--out":

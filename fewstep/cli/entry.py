@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import sys
 from functools import cache
 from importlib import import_module
@@ -64,7 +65,8 @@ def _run(argv: list[str] | None) -> int:
     except (typer.Abort, KeyboardInterrupt):
         return _fail("aborted", 1)
     except (UserError, TrainingError) as error:
-        return _fail(str(error), 1)
+        is_wrong_use = re.match("--?[a-z]", str(error))  # an option is what is wrong
+        return _fail(str(error), 2 if is_wrong_use else 1)
     except OSError as error:
         return _fail(explain(error), 1)
     # typer returns the status of its Exit; 130 is what it makes of Ctrl-C.

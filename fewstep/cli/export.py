@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.app import app
-from fewstep.cli.options import OWN, folder_to_write, imports, load, next_step, one_of, option
+from fewstep.cli.options import OWN, folder_to_write, imports, load, model_to_read, next_step, one_of, option
 
 FORMS = ("auto", "diffusers", "safetensors", "pt-original", "lora", "delta")
 
@@ -19,7 +19,8 @@ def export(
     out: Annotated[Path, option("--out", "Folder to write.", callback=folder_to_write)],
     form: Annotated[str, option("--format", f"Form of the files: {', '.join(FORMS)}.", callback=one_of(*FORMS))] = "auto",
     base: Annotated[
-        str | None, option("--base", "Folder or hub id of a pipeline whose vae and text encoder complete the student.")
+        str | None,
+        option("--base", "Folder or hub id of a pipeline that completes the student.", callback=model_to_read),
     ] = None,
     codec: Annotated[str | None, option("--codec", "Folder or hub id of another vae than that of --base.")] = None,
     text_encoder: Annotated[

@@ -18,6 +18,7 @@ import typer
 
 from fewstep.environment import DEVICES
 from fewstep.files import unfit
+from fewstep.networks.files.hub import no_id
 from fewstep.solvers import SOLVERS
 
 UsageError: Any = typer.BadParameter.__base__  # of all wrong use; typer has no public name for it
@@ -130,10 +131,19 @@ def _to_write(value: Path | None, is_folder: bool) -> Path | None:
     return value
 
 
+def model_to_read(value: str | None) -> str | None:
+    """Refuses what is neither a folder nor a name on the hub."""
+    reason = None if value is None or Path(value).is_dir() else no_id(value)
+    if reason is not None:
+        raise typer.BadParameter(f"{value!r}: {reason}.")
+    return value
+
+
 def option(name: str, help: str, **rules: Any) -> Any:  # Any: as typer annotates an option, and what it takes
     """An option under every spelling of its name, with the least value that it may have."""
     spellings = next((each for each in SPELLINGS if each[0] == name), (name,))
     least = {"min": LEAST[name]} if name in LEAST else {}
+    rules = {"callback": model_to_read} | rules if name in ("--codec", "--text-encoder") else rules
     return typer.Option(*spellings, help=help, **least, **rules)
 
 

@@ -15,9 +15,9 @@ from typing import Any, cast
 
 import yaml
 
-from fewstep import files
 from fewstep.config.problems import ConfigError
 from fewstep.errors import UserError, show
+from fewstep.untrusted import text
 
 _MERGE, _STR, _MAP, _SEQ = (f"tag:yaml.org,2002:{name}" for name in ("merge", "str", "map", "seq"))
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # no file name, no UTF-8
@@ -91,7 +91,7 @@ def read_yaml_mapping(text: str, where: str) -> Mapping[str, Any]:
 def read_text(path: Path) -> str:
     """The text of a file; ConfigError that names it and what lies nearest."""
     try:
-        return files.read_text(path, _MAX_BYTES)
+        return text.read_text(path, _MAX_BYTES)
     except UserError as error:
         raise ConfigError([("", str(error))]) from error
     except OSError as error:

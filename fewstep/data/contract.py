@@ -9,8 +9,7 @@ from torch import Tensor
 
 from fewstep.batch import Batch
 from fewstep.config import OneOf
-from fewstep.errors import UserError
-from fewstep.files import some
+from fewstep.errors import UserError, some
 
 
 class Dataset(Protocol):

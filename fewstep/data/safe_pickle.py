@@ -9,9 +9,9 @@ import io
 import os
 from typing import Any, BinaryIO
 
-from fewstep.files import opened
 from fewstep.untrusted.arrays import data_symbols
 from fewstep.untrusted.pickles import MAX_OPCODES, Budget, Reader, UnsafePickle, check_result
+from fewstep.untrusted.text import opened
 
 __all__ = ["MAX_BYTES", "MAX_OPCODES", "UnsafePickle", "load", "loads"]
 

@@ -31,8 +31,9 @@ from fewstep.data.folder.dataset import Folder, FolderData, layout
 from fewstep.data.folder.layout import Layout
 from fewstep.data.folder.parts import Embedding
 from fewstep.data.folder.samples import Sample, parts_of, size_problems, spans_of
-from fewstep.errors import UserError
-from fewstep.files import MAX_JSON_BYTES, parse_json, plain_name, some, write_bytes
+from fewstep.errors import UserError, some
+from fewstep.files import plain_name, write_bytes
+from fewstep.untrusted.text import MAX_JSON_BYTES, parse_json
 
 INDEX, FORMAT = "index.json", 1
 T = TypeVar("T")
@@ -249,7 +250,7 @@ def _samples(spec: Shards, index: Index) -> tuple[Sample, ...]:
 
 
 def read_json(fs: Any, path: str, remedy: str, kind: type[T]) -> T:  # fs: of fsspec, which carries no types
-    """As `files.read_json`, from any store. Raises FileNotFoundError where there is no such file."""
+    """As `untrusted.text.read_json`, from any store. Raises FileNotFoundError where there is no such file."""
     try:
         if not fs.isfile(path):  # a pipe would be read for ever
             raise FileNotFoundError

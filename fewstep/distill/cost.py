@@ -9,8 +9,7 @@ from pathlib import Path
 
 from fewstep.distill.facts import Facts
 from fewstep.distill.road import score_files
-from fewstep.distill.stages import marker_of
-from fewstep.files import read_json
+from fewstep.distill.stages import done, marker_of
 
 FREQUENCY = 5  # turns of DMD2 for each of the student
 
@@ -61,7 +60,7 @@ def speed(facts: Facts, work: Path) -> float | None:
     marker, costs = marker_of(work, "pairs"), cost_of(facts)
     if not marker.is_file() or "pairs" not in costs:
         return None
-    seconds = float(read_json(marker, f"Remove {marker}")["seconds"])
+    seconds = done(marker).seconds
     return costs["pairs"].calls / seconds if seconds else None
 
 

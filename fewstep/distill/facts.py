@@ -13,8 +13,7 @@ from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout
 from fewstep.diffusion import EDM, TeacherSampler
 from fewstep.distill.request import DistillRequest
-from fewstep.errors import UserError
-from fewstep.files import some
+from fewstep.errors import UserError, some
 from fewstep.inference.model import changed, is_export
 from fewstep.inference.request import SamplerOptions
 from fewstep.inference.teacher import Teacher, teacher_at

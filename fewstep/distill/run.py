@@ -77,4 +77,4 @@ def _judge(facts: Facts) -> None:
     if "kd" in files and any(verdict.is_worse for verdict in gate.verdicts(files["student"], files["kd"])):
         print("DMD2 made the student of KD worse: train it longer, or with a lower learning rate (dmd2.optim.lr=..)")
     if request.strict and any(verdict.is_worse for verdict in found):
-        raise UserError("--strict: the student is worse than its teacher's own few steps, see above")
+        raise UserError("the student is worse than its teacher's own few steps, which --strict does not accept; see above")

@@ -22,7 +22,8 @@ from typing import Any
 
 from fewstep.distill.worker import IMPORTS, Copy
 from fewstep.errors import UserError
-from fewstep.files import read_json, remove, write_json
+from fewstep.files import remove, write_json
+from fewstep.untrusted.text import read_json
 
 Command = tuple[str, ...]
 
@@ -51,6 +52,18 @@ def marker_of(out: Path, name: str) -> Path:
     return out / "stages" / f"{name}.json"
 
 
+@dataclass(frozen=True)
+class Done:
+    """What is read of the file that says that a stage is done."""
+
+    commands: list[str]
+    seconds: float = 0.0
+
+
+def done(marker: Path) -> Done:
+    return read_json(marker, f"Remove {marker}: the stage is run again", Done)
+
+
 def claim(stages: Sequence[Stage], out: Path) -> None:
     """One folder is one road: raises UserError for a stage that was done by another command. What is optional is done anew
     then, and whatever optional comes after something that is not done."""
@@ -62,13 +75,13 @@ def claim(stages: Sequence[Stage], out: Path) -> None:
         if not marker.is_file():
             is_stale = True
             continue
-        before = read_json(marker, f"Remove {marker}: the stage is run again").get("commands")
+        before = done(marker).commands
         if before != stage.commands and stage.is_optional:
             remove(marker)
             is_stale = True
         elif before != stage.commands:
-            old = next((line for line in before or () if line not in stage.commands), "?")
-            new = next((line for line in stage.commands if line not in (before or ())), "?")
+            old = next((line for line in before if line not in stage.commands), "?")
+            new = next((line for line in stage.commands if line not in before), "?")
             raise UserError(
                 f"{out}: its stage '{stage.name}' was done by another command:\n  {old}\nnow it would be\n  {new}\nChoose "
                 f"another --out, or remove {out}"

@@ -27,8 +27,9 @@ from fewstep.evaluation.bootstrap import halves, resampled
 from fewstep.evaluation.mmd import mmd_of_subsets
 from fewstep.evaluation.neighbours import of_subsets
 from fewstep.evaluation.score_files import read_scores
-from fewstep.files import fault_of, write_json
+from fewstep.files import write_json
 from fewstep.untrusted.safe_tensors import read_safetensors
+from fewstep.untrusted.text import fault_of
 
 How = Literal["clip by clip", "same halves", "independent"]
 Verdict = Literal["better", "worse", "no difference", "not measured"]

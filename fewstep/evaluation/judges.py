@@ -33,7 +33,7 @@ from fewstep.evaluation.features.contract import device, evenly, hash_of
 from fewstep.evaluation.fidelity import of_anchor, split_anchors
 from fewstep.evaluation.measured import Divisible, Measured
 from fewstep.evaluation.score import Clip, ClipSet, Need, Record, Score, mean_over_clips
-from fewstep.files import fault_of
+from fewstep.untrusted.text import fault_of
 
 OTHERS = "the prompts of other clips"
 _BATCH = 8  # clips that a judge receives together

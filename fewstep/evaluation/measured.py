@@ -27,8 +27,9 @@ from fewstep.environment import Ranks
 from fewstep.errors import UserError
 from fewstep.evaluation.feature_set import FeatureSet
 from fewstep.evaluation.score import Clip, ClipSet, Record, Scorer
-from fewstep.files import parse_json, remove, write_tensors
+from fewstep.files import remove, write_tensors
 from fewstep.untrusted.safe_tensors import read_safetensors
+from fewstep.untrusted.text import parse_json
 
 WRITE_S = 30.0  # seconds between two writes of what is measured
 

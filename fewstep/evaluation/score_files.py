@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Le
 
 from fewstep.evaluation.score import Score
-from fewstep.files import MAX_JSON_BYTES, parse_json, read_bytes
+from fewstep.untrusted.text import MAX_JSON_BYTES, parse_json, read_bytes
 
 AGAIN = "Evaluate the model again"
 

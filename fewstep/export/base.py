@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from fewstep.errors import UserError
-from fewstep.files import MAX_JSON_BYTES, copy_file, make_folder, parse_json, read_bytes, read_json, write_json
+from fewstep.files import copy_file, make_folder, write_json
 from fewstep.networks.encoders.codecs import form_of, read_statistics
 from fewstep.networks.encoders.text import MODELS as TEXT_MODELS
 from fewstep.networks.files import hub
+from fewstep.untrusted.text import MAX_JSON_BYTES, parse_json, read_bytes, read_json
 
 PARTS = (
     *("vae", "image_encoder", "feature_extractor", "image_processor"),
@@ -28,6 +29,13 @@ TEXT_FILES = ["config.json", "model*", "text_encoder*/*", "tokenizer*", "spiece.
 MODEL_CONFIGS = ("config.json", "generation_config.json")
 DENOISERS = ("transformer", "unet")  # of which the configuration is read
 ADVICE = "Copy that folder again"
+
+
+@dataclass(frozen=True)
+class _Architectures:
+    """What is read of the config.json of a text encoder."""
+
+    architectures: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,7 @@ def _copy_text_encoder(folder: Path, out: Path, index: dict[str, Any]) -> None:
     there = [name for name in PARTS if name.startswith("text_") and (folder / name).is_dir()]
     for part in there if is_pipeline else ["text_encoder"]:
         source = folder / part if is_pipeline else folder
-        names = read_json(source / "config.json", ADVICE).get("architectures") or ()
+        names = read_json(source / "config.json", ADVICE, _Architectures).architectures or ()
         cls = next((TEXT_MODELS[name] for name in names if name in TEXT_MODELS), None)
         _copy(folder, source, out / part, needs_weights=True)
         tokenizer = part.replace("text_encoder", "tokenizer")

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from fewstep.errors import UserError
-from fewstep.files import some
+from fewstep.errors import UserError, some
 from fewstep.inference.model import Model
 from fewstep.networks.files.stored import Stored
 from fewstep.networks.files.tensor_files import write_safetensors

@@ -25,12 +25,13 @@ from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.errors import UserError
 from fewstep.export.base import Base
 from fewstep.export.model_card import model_card
-from fewstep.files import copy_entry, read_json, restore, whole_folder, write_tensors, write_text
+from fewstep.files import copy_entry, restore, whole_folder, write_tensors, write_text
 from fewstep.inference.card import FILE as CARD
 from fewstep.inference.card import StudentCard
 from fewstep.inference.model import networks_of, of_run
 from fewstep.networks.weights.addresses import locate, read
 from fewstep.training.checkpoint import read_progress
+from fewstep.untrusted.text import read_json
 
 Form = Literal["auto", "diffusers", "safetensors", "pt-original", "lora", "delta"]
 
@@ -169,6 +170,8 @@ def _files_beside(out: Path) -> list[Path]:
 
     Raises UserError if `out` is no earlier export.
     """
+    if out.name in ("", ".."):
+        raise UserError(f"--out {out}: give the export a folder of its own")
     restore(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return []

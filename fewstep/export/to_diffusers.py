@@ -23,11 +23,12 @@ from fewstep.diffusion.path import floats
 from fewstep.errors import UserError
 from fewstep.export.base import ADVICE, Base, copy_scheduler
 from fewstep.export.schedulers import Fit, scheduler_of
-from fewstep.files import read_json, write_json, write_text
+from fewstep.files import write_json, write_text
 from fewstep.inference.card import StudentCard
 from fewstep.inference.model import Model, teacher_sampler
 from fewstep.networks.contract import Network, Scheduling
 from fewstep.networks.encoders.codecs import Form
+from fewstep.untrusted.text import read_json
 
 GUARDED = (
     "diffusers' {cls} wants the package cosmos_guardrail; without it, give `from_pretrained` a `safety_checker` of your own."

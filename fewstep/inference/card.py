@@ -17,9 +17,11 @@ from fewstep.diffusion.by_chunk import ByChunk
 from fewstep.diffusion.path import AnyPath
 from fewstep.diffusion.rollout import Renoise
 from fewstep.errors import UserError
-from fewstep.files import read_json, write_json
+from fewstep.files import write_json
 from fewstep.networks.contract import AnyNetwork
 from fewstep.networks.encoders.codecs import Form
+from fewstep.networks.files.folders import refuse_sizes
+from fewstep.untrusted.text import read_json
 
 FILE = "student.json"
 OF_THE_PIPELINE = ("schedule", "network_family", "latent_scale", "latent_channels")  # what an exported pipeline.py reads
@@ -136,6 +138,7 @@ class StudentCard:
 
     def spec(self) -> AnyNetwork:
         """What builds the network. Raises ConfigError if its kind is not registered."""
+        refuse_sizes(self.network, FILE)
         return parse(_Network, {"network": self.network}).network
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from fewstep.config import ConfigError
 from fewstep.errors import UserError
-from fewstep.files import read_json, read_text
+from fewstep.untrusted.text import read_json, read_text
 
 Print = Callable[[str], None]
 ALIASES = {  # theirs, and those of diffusers and FastGen: ours. An underscore for a dash is understood everywhere

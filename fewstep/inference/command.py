@@ -37,6 +37,7 @@ from fewstep.inference.coming_from_cosmos import (
 from fewstep.inference.guardrails import AnyGuardrail, Guardrail
 from fewstep.inference.request import OFFLOADED, PRECISIONS, ClipRequest, GenerateRequest, SamplerOptions, read_prompts
 from fewstep.inference.upsamplers import AnyUpsampler, Upsampler
+from fewstep.networks.files.hub import no_id
 from fewstep.solvers import SOLVERS
 
 
@@ -168,6 +169,13 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
+def _model(text: str) -> str:
+    reason = None if Path(text).is_dir() else no_id(text)
+    if reason is not None:
+        raise argparse.ArgumentTypeError(f"{text!r}: {reason}")
+    return text
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"generate: {message} (fewstep generate --help)")
@@ -194,9 +202,26 @@ def _of_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Model").add_argument
     add("model", nargs="?", metavar="MODEL", help="a run, a folder of fewstep export or of diffusers, a hub id, Cosmos weights")
     add("--network", metavar="NAME", help="the published Cosmos network, where MODEL is weights whose shapes fit several")
-    add("--codec", "--tokenizer-dir", metavar="FOLDER", help="folder or hub id of the autoencoder (default: the model's own)")
-    add("--text-encoder", "--encoder", metavar="FOLDER", help="folder or hub id of the text encoder (default: the model's own)")
-    add("--image-encoder", metavar="FOLDER", help="of Wan 2.1 I2V: a pipeline's folder or hub id (default: the model's own)")
+    add(
+        "--codec",
+        "--tokenizer-dir",
+        type=_model,
+        metavar="FOLDER",
+        help="folder or hub id of the autoencoder (default: the model's own)",
+    )
+    add(
+        "--text-encoder",
+        "--encoder",
+        type=_model,
+        metavar="FOLDER",
+        help="folder or hub id of the text encoder (default: the model's own)",
+    )
+    add(
+        "--image-encoder",
+        type=_model,
+        metavar="FOLDER",
+        help="of Wan 2.1 I2V: a pipeline's folder or hub id (default: the model's own)",
+    )
     add(
         "--max-tokens", type=int, metavar="N", help="cut texts to N tokens; embeddings are also padded (default: the encoder's)"
     )

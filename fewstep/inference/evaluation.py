@@ -19,11 +19,11 @@ from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.data.files import video
 from fewstep.data.folder.layout import CAPTIONS, IMAGES, VIDEOS, Layout
 from fewstep.data.folder.samples import read_caption
-from fewstep.errors import UserError
+from fewstep.errors import UserError, some
 from fewstep.evaluation.clips import AnyClips, clip_files, content_hash, problems_of, video_files
 from fewstep.evaluation.fidelity import ControlFidelity
 from fewstep.evaluation.score import AnyScorer, Scorer
-from fewstep.files import some, write_text
+from fewstep.files import write_text
 from fewstep.inference.card import Envelope
 from fewstep.inference.request import SamplerOptions
 from fewstep.parallel import device_of

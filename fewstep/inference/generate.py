@@ -21,7 +21,7 @@ from fewstep.config import dump
 from fewstep.data.files import arrays, video
 from fewstep.environment import ranks
 from fewstep.errors import UserError
-from fewstep.files import plain_name, read_json, write_bytes, write_json, write_text
+from fewstep.files import plain_name, write_bytes, write_json, write_text
 from fewstep.inference.conditions import Text, is_origin, texts_of
 from fewstep.inference.films import Film, Studio, films
 from fewstep.inference.fit import Plan, check_text, plan_of
@@ -36,6 +36,7 @@ from fewstep.networks.contract import Network
 from fewstep.networks.encoders.codecs import Autoencoder
 from fewstep.networks.encoders.vision import ClipVision
 from fewstep.parallel import World, device_of, join_world, leave_world
+from fewstep.untrusted.text import read_json
 
 Print = Callable[[str], None]
 
@@ -243,6 +244,8 @@ def _is_done(out: Path, name: str, record: Mapping[str, Any]) -> bool:
     file = out / f"{name}.json"
     advice = "Remove it and its clip, or choose another --out or --name"
     before = read_json(file, advice).get("made") if file.is_file() else None
+    if not isinstance(before, dict | None):
+        raise UserError(f"{file}: made: must be a mapping. {advice}")
     others = [f"{key} {old!r} and not {new!r}" for key, old, new in differences(before or {}, record)]
     if before is not None and not others:
         return True

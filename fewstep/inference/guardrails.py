@@ -20,8 +20,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from fewstep.config import OneOf, kind
 from fewstep.errors import UserError
-from fewstep.files import read_text
 from fewstep.inference import pretrained
+from fewstep.untrusted.text import read_text
 
 Judge = Callable[[Any], "str | None"]  # of a prompt (str) or of frames (uint8 T H W 3): why it is blocked; None: it passes
 SAFE_LABELS = ("safe", "normal", "sfw", "neutral", "benign", "non-toxic", "not_toxic")

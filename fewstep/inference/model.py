@@ -24,6 +24,7 @@ from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.diffusion import EDM, Sampler, StudentSampler, TeacherSampler
 from fewstep.diffusion import Path as Path_
 from fewstep.errors import UserError
+from fewstep.inference.card import FILE as CARD
 from fewstep.inference.card import Envelope, StudentCard
 from fewstep.inference.request import SamplerOptions
 from fewstep.networks.causal import Causal
@@ -37,6 +38,7 @@ from fewstep.networks.roles import Networks, build
 from fewstep.networks.weights.addresses import Piece, checkpoint_of, collect, load_into, pieces_of, read, tell
 from fewstep.networks.weights.folders import spec_of
 from fewstep.parallel import World, place
+from fewstep.untrusted.text import fault_of
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,8 @@ def student_network(nets: Networks, tensors: Mapping[str, Tensor], source: str) 
     role = nets.student
     if not isinstance(role, Lora):
         spec: Any = nets.spec_of("student")
-        network = spec.build()
+        with fault_of(source):  # sizes for which there is no memory
+            network = spec.build()
         load_into(network.module, tensors, source)
         return network
     network = build(nets, ("teacher",), 0)["teacher"]
@@ -191,7 +194,8 @@ def _exported(folder: Path) -> Outline:
         spec = spec.in_folder(str(folder))
 
     def load() -> Network:
-        network = spec.build()
+        with fault_of(folder / CARD, "Export the student again"):
+            network = spec.build()
         if weights is not None:
             load_into(network.module, read(str(weights), network.module), str(weights))
         return network

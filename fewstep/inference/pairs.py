@@ -27,8 +27,8 @@ from fewstep.diffusion import Path as NoisePath
 from fewstep.diffusion import Rng, TeacherSampler
 from fewstep.diffusion.samplers import Trajectory
 from fewstep.environment import Ranks, ranks
-from fewstep.errors import UserError
-from fewstep.files import read_json, remove, some, write_json
+from fewstep.errors import UserError, some
+from fewstep.files import remove, write_json
 from fewstep.inference.conditions import Shot
 from fewstep.inference.pair_files import Form, Pair, PairFiles, Quality, check_form, evenly
 from fewstep.inference.pair_prompts import (
@@ -50,6 +50,7 @@ from fewstep.networks.contract import Network
 from fewstep.networks.encoders.codecs import Codec, fingerprint_of, to_uint8
 from fewstep.networks.files.pipeline import PipelineFolder
 from fewstep.parallel import World, device_of, join_world, leave_world
+from fewstep.untrusted.text import read_json
 
 RECORD = "pairs.json"
 WEIGHTS = "teacher_weights"  # of pairs.json: a fingerprint

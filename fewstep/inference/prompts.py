@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fewstep.errors import UserError
-from fewstep.files import some
+from fewstep.errors import UserError, some
 from fewstep.inference.guardrails import Guardrail
 from fewstep.inference.request import ClipRequest, GenerateRequest
 from fewstep.inference.stages import release_memory

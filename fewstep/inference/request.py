@@ -17,11 +17,12 @@ from typing import Any, ClassVar
 
 from fewstep.config import ConfigError
 from fewstep.errors import UserError
-from fewstep.files import parse_json, plain_name, read_text
+from fewstep.files import plain_name
 from fewstep.inference.coming_from_cosmos import Control
 from fewstep.inference.guardrails import Guardrail
 from fewstep.inference.upsamplers import Upsampler
 from fewstep.solvers import SOLVERS
+from fewstep.untrusted.text import parse_json, read_text
 
 
 @dataclass(frozen=True)

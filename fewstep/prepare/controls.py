@@ -26,12 +26,13 @@ from fewstep.data.files import arrays, keypoints, masks, video
 from fewstep.data.folder import layout
 from fewstep.data.folder.encoding import hash_of
 from fewstep.data.folder.layout import Layout
-from fewstep.errors import UserError
-from fewstep.files import ANY_SIZE, read_bytes, some, write_bytes
+from fewstep.errors import UserError, some
+from fewstep.files import write_bytes
 from fewstep.prepare.latents import ahead_of
 from fewstep.prepare.ledger import NAME, Ledger
 from fewstep.prepare.summary import Summary
 from fewstep.progress import track
+from fewstep.untrusted.text import ANY_SIZE, read_bytes
 
 Type = Literal["edge", "vis", "depth", "seg", "keypoint"]
 _SMALL = 256 * 256  # pixels; below, halved chroma costs more than the bytes of a lossless file

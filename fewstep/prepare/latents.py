@@ -21,8 +21,8 @@ from fewstep.data.files.packs import Label, Writer
 from fewstep.data.folder.dataset import Folder, FolderData, layout
 from fewstep.data.folder.encoding import hash_of, origin_of
 from fewstep.data.folder.samples import Sample
-from fewstep.errors import UserError
-from fewstep.files import free_bytes, some
+from fewstep.errors import UserError, some
+from fewstep.files import free_bytes
 from fewstep.networks.encoders.codecs import Codec
 from fewstep.prepare.summary import Summary
 from fewstep.progress import track

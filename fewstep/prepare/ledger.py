@@ -17,7 +17,8 @@ from pathlib import Path
 from types import TracebackType
 
 from fewstep.errors import UserError
-from fewstep.files import Lines, lock, parse_json, remove
+from fewstep.files import Lines, lock, remove
+from fewstep.untrusted.text import parse_json
 
 NAME = ".made.jsonl"
 

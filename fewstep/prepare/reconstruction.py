@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from fewstep.data.folder.dataset import FolderData
-from fewstep.files import read_json, write_json
+from fewstep.files import write_json
 from fewstep.networks.encoders.codecs import Codec
+from fewstep.untrusted.text import read_json
 
 FILE = "reconstruction.json"
 POOR_DB = 15.0  # colours and shapes are wrong
@@ -52,9 +53,9 @@ def measured(
         return None
     path = folder / FILE
     if path.is_file():
-        before = read_json(path, "Remove it")
-        if before.get("codec") == codec.fingerprint and len(before.get("clips", {})) >= min(num, len(set(data.stems))):
-            return Reconstruction(codec.fingerprint, dict(before["clips"]))
+        before = read_json(path, "Remove it", Reconstruction)
+        if before.codec == codec.fingerprint and len(before.clips) >= min(num, len(set(data.stems))):
+            return before
     stems = list(dict.fromkeys(data.stems))
     chosen = stems if num >= len(stems) else [stems[i * len(stems) // num] for i in range(num)]
     found = Reconstruction(codec.fingerprint, {stem: _psnr_db(data, codec, data.stems.index(stem), device) for stem in chosen})

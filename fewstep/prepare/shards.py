@@ -23,10 +23,11 @@ from fewstep.data.files.packs import Packs, has_packs, open_packs
 from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout, Part
 from fewstep.data.shards import FORMAT, INDEX, filesystem, read_json
-from fewstep.errors import UserError
-from fewstep.files import ANY_SIZE, make_folder, read_bytes, remove, some, whole_file, write_bytes, writing
+from fewstep.errors import UserError, some
+from fewstep.files import make_folder, remove, whole_file, write_bytes, writing
 from fewstep.prepare.summary import Summary
 from fewstep.progress import track
+from fewstep.untrusted.text import ANY_SIZE, read_bytes
 
 _SUFFIXES = (".pickle", ".safetensors", ".npy")  # of files beside the folders that are copied: a negative prompt
 

@@ -19,12 +19,13 @@ from fewstep.data.files.packs import Label, Writer, has_packs
 from fewstep.data.folder import layout, parts
 from fewstep.data.folder.layout import Layout
 from fewstep.data.folder.samples import captions_of, read_caption
-from fewstep.errors import UserError
-from fewstep.files import read_bytes, read_json, some, write_bytes, write_json, write_text
+from fewstep.errors import UserError, some
+from fewstep.files import write_bytes, write_json, write_text
 from fewstep.networks.encoders.text import TextEncoder, stored_embedding, stored_pooled
 from fewstep.prepare.ledger import NAME, Ledger
 from fewstep.prepare.summary import Summary
 from fewstep.progress import track
+from fewstep.untrusted.text import read_bytes, read_json
 
 Form = Literal["pickle", "packed"]
 

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from fewstep.data.folder.texts import opened
-from fewstep.errors import UserError
-from fewstep.files import some, whole_folder
+from fewstep.errors import UserError, some
+from fewstep.files import whole_folder
 from fewstep.networks.encoders.words import GAP, PAD, WordsConfig, WordsEncoder, WordsModel, open_words
 from fewstep.networks.encoders.words_alone import split
 from fewstep.prepare.text import captions as captions_of

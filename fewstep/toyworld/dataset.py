@@ -28,7 +28,7 @@ from fewstep.data.files import keypoints, masks, video
 from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout, Part
 from fewstep.errors import UserError
-from fewstep.files import read_json, write_text
+from fewstep.files import write_text
 from fewstep.networks.encoders.text import open_text_encoder
 from fewstep.prepare import text
 from fewstep.progress import track
@@ -36,6 +36,7 @@ from fewstep.toyworld import captions, clips, physics, scenes
 from fewstep.toyworld.clips import Clip
 from fewstep.toyworld.physics import Event, Scene, World
 from fewstep.toyworld.workers import spawned
+from fewstep.untrusted.text import read_json
 
 EDGE, VIS = Edge("medium"), Vis("very_low")
 DEPTH, SEG, KEYPOINT = (

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewstep.errors import UserError
-from fewstep.files import fault_of
 from fewstep.untrusted.safe_tensors import read_safetensors
+from fewstep.untrusted.text import fault_of
 
 STRIDES = ((1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 1, 1))  # t, h, w, of the feature network of the toy world
 DIFFERENCES = 3.0  # times those of neighbouring frames, which are a third of the colours' own deviation

@@ -36,12 +36,13 @@ from fewstep.evaluation.frechet import FrechetLimit, Remembered, frechet_distanc
 from fewstep.evaluation.mmd import mmd_of_subsets
 from fewstep.evaluation.neighbours import num_zero_balls, of_subsets
 from fewstep.evaluation.score import Clip, ClipSet, Need, Record, Score, Scorer, Value, over_sets
-from fewstep.files import digest_of, write_tensors
+from fewstep.files import write_tensors
 from fewstep.toyworld import clips, features, physics, probes, raycast
 from fewstep.toyworld.features import Clips, FeatureNet, as_clips
 from fewstep.toyworld.legend import LEGEND
 from fewstep.toyworld.physics import Body, Scene, SceneError, World
 from fewstep.untrusted.safe_tensors import read_safetensors
+from fewstep.untrusted.text import digest_of
 
 Source = Clips | Path | str
 LEAST = 12  # clips of a set, made or real: half of them still have five neighbours each

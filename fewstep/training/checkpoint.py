@@ -23,25 +23,14 @@ from typing import Annotated, Any
 from annotated_types import Ge, Le
 from torch import Tensor
 
-from fewstep.errors import UserError
-from fewstep.files import (
-    explain,
-    free_bytes,
-    move,
-    new_folder,
-    own_folder,
-    read_bytes,
-    read_json,
-    remove,
-    some,
-    write_json,
-    write_text,
-)
+from fewstep.errors import UserError, some
+from fewstep.files import explain, free_bytes, move, new_folder, own_folder, remove, write_json, write_text
 from fewstep.networks.files.checkpoints import BEST, POINTER, newest_in, whole_ones
 from fewstep.networks.files.distributed import open_distributed, write_distributed
 from fewstep.networks.files.stored import Stored
 from fewstep.parallel import World
 from fewstep.training.errors import TrainingError
+from fewstep.untrusted.text import read_bytes, read_json
 
 Count = Annotated[int, Ge(0), Le(2**53)]
 

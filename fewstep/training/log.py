@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep.environment import has_terminal
 from fewstep.errors import printable, unfiltered
-from fewstep.files import Lines, own_folder, read_json_lines, write_text
+from fewstep.files import Lines, own_folder, write_text
+from fewstep.untrusted.text import read_json_lines
 
 if TYPE_CHECKING:
     import numpy as np

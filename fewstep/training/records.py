@@ -13,7 +13,7 @@ from typing import Any, Literal
 from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.environment import output_root
 from fewstep.errors import UserError
-from fewstep.files import read_json, read_json_lines
+from fewstep.untrusted.text import read_json, read_json_lines
 
 CONFIG, SUMMARY, METRICS = "config.yaml", "summary.json", "metrics.jsonl"
 _COSTS = ("step", "samples", "student_updates", "rollbacks", "wall_s", "peak_memory_gib", "num_processes")

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 from fewstep.config import ConfigError, parse, to_yaml
 from fewstep.config.text import read_text, read_yaml_mapping
-from fewstep.errors import UserError
-from fewstep.files import move, read_json, some, write_text
+from fewstep.errors import UserError, some
+from fewstep.files import move, write_text
 from fewstep.networks.files.checkpoints import POINTER
 from fewstep.training.checkpoint import read_progress
 from fewstep.training.records import CONFIG, flat
 from fewstep.training.run import Run
+from fewstep.untrusted.text import read_json
 
 ABSENT = "(not there)"
 # Settings of networks that say where weights come from; the other ones say what network it is.
@@ -72,14 +73,13 @@ class Resumption:
         return some([str(change) for change in self.changes], 12, "; ")
 
     def results(self, last: int) -> dict[str, Any] | None:
-        """summary.json, if the run has finished; None while there is something to do."""
-        path = self.checkpoint.parent.parent / "summary.json"
-        if (self.step < last and not self.is_over) or not path.is_file():
+        """summary.json, if the run has finished; None while there is something to do: at least to write that again."""
+        if self.step < last and not self.is_over:
             return None
-        try:
-            return read_json(path, "")
-        except UserError:
-            return None  # it is written again
+        with suppress(UserError):  # it is not there, or damaged
+            results = read_json(self.checkpoint.parent.parent / "summary.json", "")
+            return results if results.get("step") == self.step else None  # of fewer iterations, before a fault
+        return None
 
     def nothing_to_do(self, last: int) -> str:
         """Why nothing is trained, for people."""

@@ -18,7 +18,7 @@ from fewstep.batch import Batch
 from fewstep.config import dump
 from fewstep.diffusion import Sampler
 from fewstep.errors import UserError
-from fewstep.files import own_folder, read_json, write_json
+from fewstep.files import own_folder, write_json
 from fewstep.inference.card import FILE as CARD
 from fewstep.inference.card import Envelope, StudentCard
 from fewstep.inference.model import check_sampler, teacher_sampler
@@ -33,6 +33,7 @@ from fewstep.parallel import World
 from fewstep.training.checkpoint import Progress
 from fewstep.training.resume import write_config
 from fewstep.training.run import Run
+from fewstep.untrusted.text import read_json
 
 MODELS = "models.json"
 

@@ -2,10 +2,11 @@
 
 | file | reads |
 |---|---|
+| text.py | bytes, text and JSON, in the type that is declared for them |
 | pickles.py | any pickle, opcode by opcode, with the builders that its caller admits |
 | arrays.py | the builders of plain data and of numpy arrays |
 | torch_files.py | what torch.save writes, by the same reader |
 | safe_tensors.py | safetensors |
 
-Text and JSON are read by fewstep/files.py, video and pictures by fewstep/data/files/video.py.
+Video and pictures are read by fewstep/data/files/video.py. What the package writes, it writes by fewstep/files.py.
 """

@@ -17,6 +17,8 @@ from fewstep.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+_MAX_TENSORS = 2**17  # of one file; each costs some 16 us and 1 kB before it is read
+
 
 @contextmanager
 def safetensors(path: str | os.PathLike[str], advice: str) -> Iterator[Any]:  # Any: the library's file, which has no type
@@ -27,6 +29,8 @@ def safetensors(path: str | os.PathLike[str], advice: str) -> Iterator[Any]:  # 
         raise FileNotFoundError(f"{path}: no such file. {advice}")
     try:
         with safe_open(path, framework="pt") as file:
+            if len(file.keys()) > _MAX_TENSORS:
+                raise UserError(f"{path}: holds {len(file.keys()):,} tensors; at most {_MAX_TENSORS:,} are read. {advice}")
             yield file
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged or no safetensors file ({error}). {advice}") from None

@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from fewstep.files import opened
 from fewstep.untrusted.arrays import data_symbols, shape_of
 from fewstep.untrusted.pickles import (
     MAX_OPCODES,
@@ -35,6 +34,7 @@ from fewstep.untrusted.pickles import (
     check_result,
     exactly,
 )
+from fewstep.untrusted.text import opened
 
 _STORAGES = {
     "Half": torch.float16, "BFloat16": torch.bfloat16, "Float": torch.float32, "Double": torch.float64, "Byte": torch.uint8,
@@ -106,8 +106,11 @@ def _load(file: BinaryIO, buffer: mmap.mmap | bytearray, name: str, verifies: bo
             value = _zip(file, buffer, name, budget, symbols, verifies)
         else:
             value = _old(file, buffer, name, budget, symbols)
+    except UnsafePickle:
+        raise
     except (RefusalError, zipfile.BadZipFile, ValueError, LookupError, OverflowError, NotImplementedError) as error:
-        raise error if isinstance(error, UnsafePickle) else UnsafePickle(f"{name}: refused: {error}.") from None
+        problem = f"not tensors that can be read without running code: {error}. Write it again"
+        raise UnsafePickle(f"{name}: {problem}") from None
     check_result(value, name)
     return value
 

@@ -6,7 +6,8 @@ import pytest
 
 from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout
-from fewstep.files import some, whole_file
+from fewstep.errors import some
+from fewstep.files import whole_file
 
 
 def touch(root: Path, *names: str) -> None:

@@ -1,11 +1,13 @@
 """Video files: what is written comes back, only the frames asked for, and every damaged file has its own words."""
 
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from fewstep.data.files import video
 from fewstep.errors import UserError
@@ -129,6 +131,29 @@ def test_cut_off_with_the_index_in_front(tmp_path: Path) -> None:
     for ask in (video.probe, video.read):
         with pytest.raises(ValueError, match=r"a\.mp4: cut off after [\d,]+ bytes, only \d+ of its 20 frames are there"):
             ask(tmp_path / "a.mp4")
+
+
+def test_more_frames_than_bytes_are_refused_before_room_is_made_for_them(tmp_path: Path) -> None:
+    video.write(tmp_path / "plain.mp4", smooth(5), 8)
+    with video.growing(tmp_path / "fragments.mp4", 8) as append:
+        append(smooth(5))
+    for name, box, at in (("plain.mp4", b"stsz", 12), ("fragments.mp4", b"trun", 8)):
+        path, content = tmp_path / name, bytearray((tmp_path / name).read_bytes())
+        place = content.index(box) + at
+        content[place : place + 4] = (2**31 - 1).to_bytes(4, "big")
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"claims 2,147,483,6\d\d frames in [\d,]+ bytes"):
+            video.probe(path)
+
+
+def test_a_picture_whose_text_unpacks_without_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(smooth(1)[0]).save(path)
+    text, content = b"zTXtk\0\0" + zlib.compress(bytes(2**23)), path.read_bytes()
+    chunk = (len(text) - 4).to_bytes(4, "big") + text + zlib.crc32(text).to_bytes(4, "big")
+    path.write_bytes(content[:33] + chunk + content[33:])  # behind its header
+    with pytest.raises(UserError, match="not a readable picture"):
+        video.probe(path)
 
 
 def test_no_fixed_rate(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_wrong_use_and_a_dry_run_by_the_command(world: Path, tmp_path: Path, cap
     capsys.readouterr()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
-    assert main([*words[:-1], str(tmp_path / "other")]) == 1 and "holds something else" in capsys.readouterr().err
+    assert main([*words[:-1], str(tmp_path / "other")]) == 2 and "holds something else" in capsys.readouterr().err
     for file in (bare := clips(tmp_path / "bare", num=1)).glob("metas/*"):
         file.unlink()
     assert main([*words[:2], str(bare), "--out", str(tmp_path / "s")]) == 1 and "--prompt TEXT" in capsys.readouterr().err

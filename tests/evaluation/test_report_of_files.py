@@ -130,7 +130,7 @@ def test_a_row_has_the_real_clip_the_control_and_each_model_with_the_control_ove
 def test_wrong_bounds_are_refused(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], text: str
 ) -> None:
-    assert main(words(files, "--out", str(tmp_path / "x.html"), *more)) == 1
+    assert main(words(files, "--out", str(tmp_path / "x.html"), *more)) == 2
     assert text in capsys.readouterr().err and not (tmp_path / "x.html").exists()
 
 

@@ -119,7 +119,7 @@ def test_transfer1_goes_out_under_its_original_names_and_says_why(tmp_path: Path
     tensors, wanted = load_file(back), open_model(str(run)).network.module.state_dict()
     assert all(torch.equal(tensors[n.replace("branches.edge.", "branches.control.")], wanted[n]) for n in wanted)
 
-    assert main(["export", str(run), "--out", str(tmp_path / "no"), "--format", "diffusers"]) == 1
+    assert main(["export", str(run), "--out", str(tmp_path / "no"), "--format", "diffusers"]) == 2
     told = capsys.readouterr().err
     assert "--format diffusers: diffusers has no class for the control branch of Cosmos-Transfer1" in told
     assert "Take --format pt-original" in told and not (tmp_path / "no").exists()

@@ -143,6 +143,50 @@ def _video(file: Path) -> object:
     return video.probe(file), [frame.shape for frame in video.stream(file, (8, 8))]
 
 
+def _masks(file: Path) -> object:
+    from fewstep.data.files import masks
+
+    whole = masks.read(file)
+    return [mask.frames([0, mask.shape[0] - 1]) for mask in whole if mask.shape[1] * mask.shape[2] < 1e7]
+
+
+def _keypoints(file: Path) -> object:
+    from fewstep.data.files import keypoints
+
+    return keypoints.draw(keypoints.read(file, range(3)), 24, 32)
+
+
+def _noise(file: Path) -> object:
+    from fewstep.data.folder import parts
+
+    return parts.noise(file)
+
+
+def _stage(file: Path) -> object:
+    from fewstep.distill.stages import Stage, claim
+
+    return claim([Stage.of("text", "captions become embeddings", ("fewstep", "prepare", "text"))], file.parent.parent)
+
+
+def _gate(file: Path) -> object:
+    from fewstep.distill import gate
+
+    other = file.with_name("other.json")
+    return [str(one) for one in gate.verdicts(file, other)], gate.table({"a": file, "b": other}, {"a": "a", "b": "b"})
+
+
+def _times(file: Path) -> object:
+    from fewstep.data.folder.dataset import _recorded_times  # pyright: ignore[reportPrivateUsage]  # of pairs for FastGen
+
+    return _recorded_times(file.parent)
+
+
+def _clip(file: Path) -> object:
+    from fewstep.inference.generate import _is_done  # pyright: ignore[reportPrivateUsage]  # whether a clip is to be made
+
+    return _is_done(file.parent, file.stem, {"seed": 3})
+
+
 def _caption(file: Path) -> object:
     from fewstep.data.folder.samples import read_caption
 
@@ -234,6 +278,10 @@ READERS = (
     Reader("run/checkpoints/latest_checkpoint.txt", _pointer, "text"),
     Reader("set/edge/.made.jsonl", _ledger, "lines"),
     Reader("set/metas/clip_1.txt", _caption, "text"),
+    *[Reader("records/stages/text.json", _stage), Reader("mine.json", _gate), Reader("records/pairs.json", _times)],
+    Reader("records/clip.json", _clip),
+    *[Reader("controls/masks.pickle", _masks, "bytes"), Reader("controls/keypoints.pickle", _keypoints, "bytes")] * 2,
+    *[Reader("controls/noise.pickle", _noise, "bytes"), Reader("controls/plain.pickle", _noise, "bytes")] * 2,
 )
 
 
@@ -244,7 +292,7 @@ def build(home: Path) -> None:
     from safetensors.torch import save_file
 
     from fewstep.cli import main
-    from fewstep.data.files import cache, video
+    from fewstep.data.files import cache, masks, video
     from fewstep.files import write_json
 
     def run(command: str) -> None:
@@ -266,6 +314,23 @@ def build(home: Path) -> None:
         cache.write(home / "arrays/latents" / f"{name}.safetensors", {"latents": latents}, made_from={"codec": "x"})
         torch.save(latents, home / f"fastgen/00000{number}/latent.pth")
         (home / f"fastgen/00000{number}/prompt.txt").write_text("a clip")
+    (home / "controls").mkdir()
+    ball = np.zeros((5, 12, 12), bool)
+    ball[1:4, 3:9, 2:7] = True
+    masks.write(home / "controls/masks.pickle", [("ball", ball), ("none", np.zeros_like(ball)), ("all", ~np.zeros_like(ball))])
+    body = rng.random((133, 3)).astype(np.float32)
+    people = {n: [{"body-keypoints": body, "hand-keypoints": body[91:]}] * (n % 2) for n in range(3)}
+    plain = {"a": [1, 2.5, "text", b"bytes", None, True, (1, {2})], 3: np.arange(5)}
+    for name, value, protocol in (
+        ("keypoints", people, 4),
+        ("noise", rng.normal(size=(4, 3, 8, 8)).astype(np.float32), 2),
+        ("plain", plain, 0),
+    ):
+        (home / f"controls/{name}.pickle").write_bytes(pickle.dumps(value, protocol=protocol))
+    write_json(home / "records/stages/text.json", {"name": "text", "commands": ["fewstep prepare text"], "seconds": 1.5})
+    write_json(home / "records/pairs.json", {"path_times": [1.0, 0.5], "seed": 0})
+    write_json(home / "records/clip.json", {"made": {"seed": 3, "size": [16, 24]}, "prompt": "x"})
+    (home / "records/clip.mp4").touch()
     run(f"prepare shards {home}/set --out {home}/shards")
     run(f"prepare controls {home}/set --type edge")
     run(

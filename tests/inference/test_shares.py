@@ -121,7 +121,7 @@ def test_the_protocol_of_one_model_scores_the_next_and_refuses_other_clips(
     assert "--sets: is fixed by --protocol" in capsys.readouterr().err
     settings = yaml.safe_load(protocol.read_text())
     (tmp_path / "other.yaml").write_text(yaml.safe_dump({**settings, "real": str(folders / "made")}))
-    assert main([*words, str(tmp_path / "other.yaml")]) == 1
+    assert main([*words, str(tmp_path / "other.yaml")]) == 2
     assert "real changed since it was written" in capsys.readouterr().err
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump({**settings, "nums": 3}))
     assert main([*words, str(tmp_path / "wrong.yaml")]) == 2

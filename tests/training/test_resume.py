@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,18 @@ def test_a_finished_run_does_nothing(monkeypatch: pytest.MonkeyPatch, capsys: py
     said = capsys.readouterr().err
     assert f"{folder}: nothing to do, iteration 3 of 3." in said and "optim.lr: 0.001 -> 7.0" in said
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"} == before
+
+
+def test_a_summary_of_fewer_iterations_is_written_again() -> None:
+    """A run was made longer, and ended by a fault between its last checkpoint and its summary."""
+    train(run_of("first", 2))
+    path = run_of("first", 2).job.folder() / "summary.json"
+    of_two = path.read_text()
+    whole = train(run_of("first", 3))
+    path.write_text(of_two)
+    again = train(run_of("first", 3))
+    assert {name for name in whole if whole[name] != again[name]} <= {"wall_s", "peak_memory_gib"} and again["step"] == 3
+    assert json.loads(path.read_text()) == again
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_ls_runs_and_compare(root: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "loss/kd" in (root / "x.svg").read_text()
     assert main(["compare", "p/g/one", "p/g/none"]) == 1
     assert "is no run folder" in capsys.readouterr().err
-    assert main(["ls", "runs", "--by", "nothing"]) == 1
+    assert main(["ls", "runs", "--by", "nothing"]) == 2
     assert "no run has it; there are" in capsys.readouterr().err
 
 

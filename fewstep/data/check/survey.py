@@ -30,8 +30,8 @@ from fewstep.data.files import keypoints, masks, packs, video
 from fewstep.data.folder.dataset import Folder, layout, parts
 from fewstep.data.folder.layout import Layout, Part
 from fewstep.data.folder.samples import odd_ones, read_caption
-from fewstep.errors import UserError
-from fewstep.files import digest_of, some
+from fewstep.errors import UserError, some
+from fewstep.untrusted.text import digest_of
 
 Level = Literal["error", "warning"]
 Watch = Callable[[Iterable[Any], int, str], Iterable[Any]]  # shows how far a long loop is: fewstep.progress.track

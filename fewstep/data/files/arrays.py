@@ -24,8 +24,8 @@ from torch import Tensor
 from fewstep.data.files import cache
 from fewstep.data.safe_pickle import load as load_pickle
 from fewstep.errors import UserError
-from fewstep.files import opened, write_bytes
-from fewstep.untrusted.pickles import UnsafePickle
+from fewstep.files import write_bytes
+from fewstep.untrusted.text import opened
 from fewstep.untrusted.torch_files import load_torch
 
 
@@ -43,7 +43,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             raise
         except (ValueError, EOFError, TypeError, TokenError, SyntaxError, OverflowError, OSError) as error:
             raise UserError(f"{path}: not a .npy array ({error}). Write it again with numpy.save") from None
-    value = load_pickle(path) if path.suffix == ".pickle" else _torch_file(path)
+    value = load_pickle(path) if path.suffix == ".pickle" else load_torch(path)
     if isinstance(value, (list, tuple)):
         if len(value) != 1:
             raise UserError(f"{path}: holds {len(value)} arrays, where one array or a list of one is wanted")
@@ -78,10 +78,3 @@ def _tensor(value: Any) -> Tensor | None:  # whatever a file held
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         return torch.from_numpy(np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("=")))
     return value if isinstance(value, Tensor) else None
-
-
-def _torch_file(path: Path) -> Any:  # as the file has it: tensors and plain containers
-    try:
-        return load_torch(path)
-    except UnsafePickle as error:
-        raise UserError(f"{path}: not tensors that can be read without running code ({error}). Write it again") from None

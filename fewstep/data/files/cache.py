@@ -18,8 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.files import parse_json, write_tensors
+from fewstep.files import write_tensors
 from fewstep.untrusted.safe_tensors import safetensors
+from fewstep.untrusted.text import parse_json
 
 _AGAIN = "Delete it and prepare it again"
 
@@ -74,11 +75,16 @@ def _read(path: Path, made_from: Mapping[str, str], with_tensors: bool) -> Entry
     tables = {"made_from": dict[str, str], "facts": dict[str, float]}
     read = {name: parse_json(metadata.get(name, "{}"), f"{path}: its {name}", _AGAIN, kind) for name, kind in tables.items()}
     entry = Entry(shapes, tensors=tensors, **read)
-    wrong = [key for key, value in made_from.items() if entry.made_from.get(key) != value]
-    if wrong:
-        differences = ", ".join(f"{key} is {entry.made_from.get(key, 'unknown')!r}, not {made_from[key]!r}" for key in wrong)
-        raise UserError(f"{path}: made from something else: {differences}. {_AGAIN}")
+    refuse_other(path, entry.made_from, made_from, _AGAIN)
     return entry
+
+
+def refuse_other(path: Path, origin: Mapping[str, str], expected: Mapping[str, str], advice: str) -> None:
+    """Raises UserError for a file whose origin is not what is expected of it; other keys do not matter."""
+    wrong = {key: value for key, value in expected.items() if origin.get(key) != value}
+    if wrong:
+        differences = ", ".join(f"{key} is {origin.get(key, 'unknown')!r}, not {value!r}" for key, value in wrong.items())
+        raise UserError(f"{path}: made from something else: {differences}. {advice}")
 
 
 def _metadata(made_from: Mapping[str, str] | None, facts: Mapping[str, float] | None) -> dict[str, str]:

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from fewstep.data.files import cache
 from fewstep.errors import UserError
-from fewstep.files import lock, parse_json, remove, write_tensors
+from fewstep.files import lock, remove, write_tensors
 from fewstep.untrusted.safe_tensors import safetensors
+from fewstep.untrusted.text import parse_json
 
 FOLDER, MAKING, LOCK = "packs", ".making", ".lock"
 _AGAIN = "Delete it and prepare it again"
@@ -97,7 +98,7 @@ def open_packs(folder: str | os.PathLike[str], made_from: Mapping[str, str] | No
         raise FileNotFoundError(f"{place}: no packs there")
     packs = [_Pack.open(file) for file in files]
     for pack in packs:
-        _refuse_other(pack.path, pack.made_from, packs[0].made_from | dict(made_from or {}))
+        _refuse_other(pack, packs[0].made_from | dict(made_from or {}))
     found = sorted(
         (label.stem, label.start, file, number) for file, pack in enumerate(packs) for number, label in enumerate(pack.labels)
     )
@@ -143,7 +144,7 @@ class Writer:
             stack.enter_context(lock(self.place / LOCK))
             for file in _files(self.place):
                 pack = _Pack.open(file)
-                _refuse_other(file, pack.made_from, dict.fromkeys(pack.made_from, "left out") | self.made_from)
+                _refuse_other(pack, dict.fromkeys(pack.made_from, "left out") | self.made_from)
                 self._packed |= {label.key for label in pack.labels}
             self._lock = stack.pop_all()
         return self
@@ -278,13 +279,9 @@ def _write_pack(
     write_tensors(path, {"data": torch.cat(kept)}, {"pack": json.dumps(header, sort_keys=True)})
 
 
-def _refuse_other(path: Path, origin: Mapping[str, str], expected: Mapping[str, str]) -> None:
-    wrong = [key for key in sorted(origin.keys() | expected.keys()) if key in expected and origin.get(key) != expected[key]]
-    if wrong:
-        differences = ", ".join(f"{key} is {origin.get(key, 'unknown')!r}, not {expected[key]!r}" for key in wrong)
-        raise UserError(
-            f"{path}: made from something else: {differences}. Ask for what it was made from, or remove {path.parent}"
-        )
+def _refuse_other(pack: _Pack, expected: Mapping[str, str]) -> None:
+    advice = f"Ask for what it was made from, or remove {pack.path.parent}"
+    cache.refuse_other(pack.path, pack.made_from, dict(sorted(expected.items())), advice)
 
 
 def _loose_or_none(path: Path, made_from: Mapping[str, str]) -> cache.Entry | None:
@@ -296,10 +293,4 @@ def _loose_or_none(path: Path, made_from: Mapping[str, str]) -> cache.Entry | No
 
 
 def _files(place: Path) -> list[Path]:
-    return sorted(path for path in _visible(place) if path.suffix == ".safetensors" and path.stem.isdigit())
-
-
-def _visible(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return [Path(entry.path) for entry in os.scandir(folder) if not entry.name.startswith(".") and entry.is_file()]
+    return sorted(path for path in place.glob("*.safetensors") if path.stem.isdigit() and path.is_file())

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from fewstep.errors import UserError
 from fewstep.files import whole_file
+from fewstep.untrusted.text import opened
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -47,6 +48,8 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 # Libraries choose a reader by the content of a file, and some readers start programs or open other files.
 _PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
 _VIDEO_FORMATS = {"format_whitelist": "mov,mp4,matroska,webm,avi,mpeg,mpegts,gif,flv,ogg", "protocol_whitelist": "file"}
+_HOLDERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")  # boxes of mp4 that hold boxes ..
+_COUNTS = {b"stsz": 16, b"stz2": 16, b"trun": 12}  # .. and those that say how many frames there are: at which byte
 _MAX_SIDE = 16384  # px; H.264 ends there, and a header that claims more would be believed before anything is decoded
 MAX_FRAMES = 2**22  # of a clip: two days at 24 frames a second
 _MAX_PIXELS = 2**26  # of a picture: twice 8K
@@ -226,6 +229,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    _refuse_endless(path)
     try:
         with av.open(str(path), options=_VIDEO_FORMATS, metadata_errors="replace") as container:
             if not container.streams.video:
@@ -246,8 +250,28 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         ) from None
 
 
+def _refuse_endless(path: Path) -> None:
+    """Refuses an mp4 that claims more frames than it has bytes: FFmpeg would take memory for all of them."""
+    with opened(path) as file:
+        size, place, claimed = os.fstat(file.fileno()).st_size, 0, 0
+        for _ in range(MAX_FRAMES):  # boxes
+            if place >= size or claimed > size:
+                break
+            file.seek(place)
+            head = file.read(20).ljust(20, b"\0")
+            length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+            if kind in _COUNTS:
+                claimed += int.from_bytes(head[_COUNTS[kind] :][:4], "big")
+            length = int.from_bytes(head[8:16], "big") if length == 1 else length or size
+            place += 8 if kind in _HOLDERS else max(length, 8)
+    if claimed > size or place < size:
+        raise UserError(f"{path}: damaged, it claims {claimed:,} frames in {size:,} bytes. Write or download it again")
+
+
 def _header(path: Path, stream: VideoStream) -> Header:
     """From the index of the file: one entry for each frame, with its place in the file and its time."""
+    if len(stream.index_entries) > MAX_FRAMES:
+        raise UserError(f"{path}: its index has {len(stream.index_entries):,} frames, at most {MAX_FRAMES:,} are read. Cut it")
     entries = [(e.timestamp, e.pos + e.size) for e in stream.index_entries if not e.is_discard]
     if not entries:
         raise UserError(f"{path}: its video has no frames, or no index. Write it again as a plain mp4 with frames in it")
@@ -348,7 +372,9 @@ def _picture(path: Path) -> Iterator[Image]:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             _refuse_size(path, picture.height, picture.width)
             yield ImageOps.exif_transpose(picture)
-    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except UserError:
+        raise
+    except Exception as error:  # Pillow lets out whatever its parsers raise
         raise UserError(f"{path}: not a readable picture ({str(error)[:120]}). Write or download it again") from None
 
 

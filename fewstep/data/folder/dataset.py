@@ -37,7 +37,7 @@ from fewstep.data.folder.samples import Sample, buckets_of, captions_of, each, p
 from fewstep.data.folder.settings import FolderSettings
 from fewstep.data.folder.texts import negative_of
 from fewstep.errors import UserError
-from fewstep.files import read_json
+from fewstep.untrusted.text import read_json
 
 
 @kind("folder", group="data")
@@ -334,8 +334,14 @@ class _Memory:
 def _recorded_times(root: Path) -> tuple[float, ...]:
     """The times of the states that `fewstep pairs` wrote; FastGen's files have none themselves."""
     record = root / "pairs.json"
-    times = read_json(record, "Make the pairs again").get("path_times") if record.is_file() else None
-    return tuple(map(float, times)) if isinstance(times, list) else ()
+    return tuple(read_json(record, "Make the pairs again", _Pairs).path_times or ()) if record.is_file() else ()
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """What is read of pairs.json."""
+
+    path_times: list[float] | None = None
 
 
 def _of(span: Span) -> tuple[int, int, int]:

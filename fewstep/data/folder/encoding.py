@@ -24,7 +24,7 @@ from fewstep.data.folder.samples import Sample
 from fewstep.data.folder.settings import FolderSettings
 from fewstep.environment import ranks
 from fewstep.errors import UserError
-from fewstep.files import digest_of
+from fewstep.untrusted.text import digest_of
 
 
 class Encoder:

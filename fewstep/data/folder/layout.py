@@ -28,8 +28,7 @@ from typing import Literal
 
 from fewstep.data.files.packs import has_packs
 from fewstep.data.files.video import PICTURES
-from fewstep.errors import UserError
-from fewstep.files import some
+from fewstep.errors import UserError, some
 
 _ARRAYS = (".safetensors", ".pickle", ".pth", ".npy")
 

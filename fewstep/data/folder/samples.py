@@ -23,8 +23,8 @@ from fewstep.data.files.sizes import nearest_shape
 from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout, Part
 from fewstep.data.folder.settings import FolderSettings
-from fewstep.errors import UserError
-from fewstep.files import read_text, some
+from fewstep.errors import UserError, some
+from fewstep.untrusted.text import read_text
 
 _PROBE_THREADS = 8  # headers are small reads from disk: waiting, not work
 _MAX_CAPTION_BYTES = 2**20

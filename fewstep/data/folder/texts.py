@@ -23,8 +23,7 @@ from fewstep.data.folder.layout import Layout
 from fewstep.data.folder.parts import Embedding
 from fewstep.data.folder.samples import captions_of, refuse
 from fewstep.data.folder.settings import FolderSettings
-from fewstep.errors import UserError
-from fewstep.files import some
+from fewstep.errors import UserError, some
 
 
 @dataclass(frozen=True)

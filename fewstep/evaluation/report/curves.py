@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fewstep.config.text import read_yaml_mapping
 from fewstep.evaluation.plot import PALETTE, Series, lines
 from fewstep.evaluation.report.contents import Chart, Kind, Model, Value
-from fewstep.files import fault_of, read_json_lines, read_text
+from fewstep.untrusted.text import fault_of, read_json_lines, read_text
 
 _NUM_POINTS = 120  # of a curve; what was logged more often is binned
 _LOSS, _HEALTH = "loss/", "health/"

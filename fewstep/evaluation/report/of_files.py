@@ -24,7 +24,7 @@ from fewstep.errors import UserError
 from fewstep.evaluation.report.contents import Chart, Film, Gallery, Gate, Kind, Model, Report, Row, Score, Stage, Value
 from fewstep.evaluation.report.curves import curves_of
 from fewstep.evaluation.score_files import read_scores
-from fewstep.files import read_bytes, read_json
+from fewstep.untrusted.text import read_bytes, read_json
 
 Frames = NDArray[np.uint8]
 _BOUND = re.compile(r"\s*([A-Za-z_0-9]+)\s*(<=|>=)\s*([-+.\deE]+)\s*")

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from fewstep import registry
 from fewstep.errors import UserError
-from fewstep.files import fault_of, read_json
 from fewstep.networks.files import hub
 from fewstep.networks.files.folders import load
+from fewstep.untrusted.text import fault_of, read_json
 from fewstep.untrusted.torch_files import load_torch
 
 FRAMES_AT_ONCE = 8  # pictures that an image autoencoder sees at once; they do not see each other

@@ -30,11 +30,11 @@ from torch import Tensor, nn
 
 from fewstep import registry
 from fewstep.errors import UserError
-from fewstep.files import fault_of
 from fewstep.networks.encoders.codecs import fingerprint_of
 from fewstep.networks.files import hub
 from fewstep.networks.files.folders import load_reader, load_transformer
 from fewstep.networks.files.pipeline import PipelineFolder
+from fewstep.untrusted.text import fault_of
 
 WORDS = ["config.json", "tokenizer*", "*.model", "special_tokens_map.json", "*.txt", "vocab.json"]  # files of a tokenizer
 SAMPLED = 4096  # entries of each weight that the fingerprint of a text encoder looks at: T5-11b whole would take minutes

@@ -18,11 +18,12 @@ from typing import ClassVar
 import torch
 
 from fewstep.errors import UserError
-from fewstep.files import fault_of, read_json, write_json, write_tensors
+from fewstep.files import write_json, write_tensors
 from fewstep.networks.encoders import words_alone
 from fewstep.networks.encoders.codecs import fingerprint_of
 from fewstep.networks.encoders.text import Source, TextEncoder, TextForm, text_encoder
 from fewstep.networks.encoders.words_alone import GAP, MODEL_TYPE, PAD, Words, WordsConfig, WordsModel
+from fewstep.untrusted.text import fault_of, read_json
 
 __all__ = ["GAP", "PAD", "WordsConfig", "WordsEncoder", "WordsModel", "open_words"]
 
@@ -37,8 +38,11 @@ class WordsEncoder(Words, TextEncoder):
     @classmethod
     def open(cls, source: Source, max_tokens: int | None, dtype: torch.dtype, device: torch.device | str) -> WordsEncoder:
         folder = source.folder("text_encoder")
-        read_json(folder / "config.json", "Copy that folder again", WordsConfig)
+        config = read_json(folder / "config.json", "Copy that folder again", WordsConfig)
         with fault_of(folder):
+            weights = folder / "model.safetensors"
+            if config.dim * len(config.words) + config.num_layers * config.dim**2 > weights.stat().st_size:
+                raise UserError(f"{weights}: is too small for the sizes in config.json. Copy that folder again")
             return cls.read(folder)
 
     @classmethod

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from fewstep.errors import UserError
-from fewstep.files import plain_name, read_text
+from fewstep.files import plain_name
+from fewstep.untrusted.text import read_text
 
 POINTER, BEST = "latest_checkpoint.txt", "best_checkpoint.txt"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,13 +12,15 @@ from typing import Any
 
 import torch
 
-from fewstep.errors import UserError
-from fewstep.files import fault_of
+from fewstep.errors import UserError, show
 from fewstep.networks.files import hub
+from fewstep.networks.files.pipeline import PipelineFolder
 from fewstep.untrusted.safe_tensors import safetensors
+from fewstep.untrusted.text import fault_of
 
 Configurations = dict[str, Any]  # of models of diffusers, by where they were read
 _NOTED: ContextVar[tuple[Configurations, bool] | None] = ContextVar("noted", default=None)
+MAX_LAYERS = 4096
 WRONG = ("missing_keys", "mismatched_keys", "unexpected_keys")  # of diffusers' loading info
 
 
@@ -26,7 +29,9 @@ def from_folder(cls: Any, address: str, subfolder: str) -> Any:  # Any: whatever
     noted, resumes = _NOTED.get() or ({}, False)
     key = f"{cls.__name__} of {address}, {subfolder}"
     if resumes and key in noted:
-        return cls.from_config(noted[key])
+        with fault_of(f"the configuration that was noted of {key}"):
+            refuse_sizes(noted[key], key)
+            return cls.from_config(noted[key])
     module = _opened(cls, address, subfolder)
     noted[key] = json.loads(module.to_json_string())
     return module
@@ -92,11 +97,27 @@ def load_reader(cls: Any, address: str, subfolder: str | None = None, **how: Any
 def _load(cls: Any, address: str, subfolder: str | None, how: Mapping[str, Any]) -> tuple[Any, dict[str, str]]:
     """The model, and the names of weights that do not fit, by what is wrong with them."""
     where, place = (f"{address}/{subfolder}", {"subfolder": subfolder}) if subfolder else (address, {})
+    name = f"{subfolder}/config.json" if subfolder else "config.json"
+    refuse_sizes(PipelineFolder(address).read(name), f"{address}/{name}")
     # A pickle beside safetensors is never opened; where it is all there is, both libraries read its tensors alone.
     only_safe = True if any(Path(where).glob("*.safetensors*")) else None
     with fault_of(where), hub.asking(address):
         module, info = cls.from_pretrained(address, output_loading_info=True, use_safetensors=only_safe, **place, **how)
     return module, {what: ", ".join(map(str, list(info[what])[:4])) for what in WRONG if info.get(what)}
+
+
+def refuse_sizes(config: Mapping[str, Any], place: object) -> None:
+    """Raises UserError for a configuration that asks for more layers than any model has: building them would not end."""
+    entries: list[tuple[str, Any]] = list(config.items())
+    while entries:
+        key, value = entries.pop()
+        is_many = len(value) > MAX_LAYERS if isinstance(value, list) else isinstance(value, int) and value > MAX_LAYERS
+        if is_many and re.search("layers|blocks|block_out|depth", key):
+            raise UserError(f"{place}: {key} is {show(value)}: a model of more than {MAX_LAYERS:,} layers is not built")
+        if isinstance(value, Mapping):
+            entries.extend(value.items())
+        elif isinstance(value, list):
+            entries.extend((key, item) for item in value)
 
 
 @contextmanager

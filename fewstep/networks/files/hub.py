@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fewstep import files
 from fewstep.errors import UserError
+from fewstep.untrusted import text
 
 
 def is_hub_id(address: str) -> bool:
@@ -18,12 +18,18 @@ def is_hub_id(address: str) -> bool:
 
 
 def expect_id(address: str, what: str) -> None:
-    """ValueError unless `address`, at which no folder is, can be asked of the hub: what looks like a path is a mistyped one."""
+    """ValueError unless `address`, at which no folder is, can be asked of the hub."""
+    reason = no_id(address)
+    if reason is not None:
+        raise UserError(f"no {what} at '{address}': {reason}")
+
+
+def no_id(address: str) -> str | None:
+    """Why nothing can be asked of the hub by this name; None: it can. What looks like a path is a mistyped one."""
     folder = Path(address)
     if folder.exists() or not is_hub_id(address):
-        raise UserError(f"no {what} at '{address}': there is no such folder, and it is no name on the hub (OWNER/NAME)")
-    if folder.parent.is_dir():
-        raise UserError(f"no {what} at '{address}': there is no such folder in {folder.parent}")
+        return "there is no such folder, and it is no name on the hub (OWNER/NAME)"
+    return f"there is no such folder in {folder.parent}" if folder.parent.is_dir() else None
 
 
 @contextmanager
@@ -68,7 +74,7 @@ def read_json(address: str, name: str) -> dict[str, Any] | None:
 
     with asking(address):
         try:
-            return files.read_json(hf_hub_download(address, name), "Download it again")
+            return text.read_json(hf_hub_download(address, name), "Download it again")
         except LocalEntryNotFoundError:  # a subclass of the next, but without an answer of the hub
             raise
         except EntryNotFoundError:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import UserError
-from fewstep.files import read_json
 from fewstep.networks.files import hub
+from fewstep.untrusted.text import read_json
 
 _ADVICE = "Copy that folder again"
 

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.files import read_json, whole_file
+from fewstep.files import whole_file
 from fewstep.networks.files.stored import SAFETENSORS_DTYPES, SAFETENSORS_NAMES, Stored, TensorFile
 from fewstep.untrusted.pickles import UnsafePickle
 from fewstep.untrusted.safe_tensors import safetensors
+from fewstep.untrusted.text import read_json
 from fewstep.untrusted.torch_files import load_torch
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -187,14 +188,9 @@ def _torch_file(path: Path, part: str | None) -> TensorFile:
     sets = _sets(tree)
     at = _chosen_set(sets, part, str(path))
     entries = sets[at]
-    tensors = {name: _held(value) for name, value in entries.items() if isinstance(value, Tensor)}
+    tensors = {name: Stored.of(value) for name, value in entries.items() if isinstance(value, Tensor)}
     shown = part if part is not None and (at == part or at.endswith(f".{part}")) else at
     return TensorFile(str(path), tensors, shown, len(entries) - len(tensors))
-
-
-def _held(tensor: Tensor) -> Stored:
-    """A tensor that is mapped from its file, not read yet."""
-    return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def _saved(path: Path) -> Any:  # Any: whatever was saved, out of tensors and plain containers

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.environment import output_root, ranks
-from fewstep.errors import UserError
-from fewstep.files import some
+from fewstep.errors import UserError, some
 from fewstep.networks.families.cosmos.keys import Generation, match, num_branches, repeated
 from fewstep.networks.families.cosmos.lora_files import adapters, merged
 from fewstep.networks.files.checkpoints import best_in, damaged_after, newest_in

@@ -22,8 +22,8 @@ from torch import nn
 
 from fewstep.config import parse
 from fewstep.config.text import read_text, read_yaml_mapping
-from fewstep.errors import UserError
-from fewstep.files import fault_of, read_json, some, whole_folder, write_json, write_text, write_torch
+from fewstep.errors import UserError, some
+from fewstep.files import whole_folder, write_json, write_text, write_torch
 from fewstep.networks.contract import AnyNetwork
 from fewstep.networks.families.cosmos.control import Controlled, CosmosControlSpec
 from fewstep.networks.families.cosmos.keys import (
@@ -38,10 +38,12 @@ from fewstep.networks.families.cosmos.models import MODELS
 from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.families.cosmos.transfer1 import Transfer1Branch
 from fewstep.networks.files import hub
+from fewstep.networks.files.folders import refuse_sizes
 from fewstep.networks.files.stored import Stored
 from fewstep.networks.files.tensor_files import SUFFIXES, open_tensors, split, write_safetensors
 from fewstep.networks.weights.addresses import Collected, Piece, collect, of_run, pieces_of, tell
 from fewstep.networks.weights.deltas import added
+from fewstep.untrusted.text import fault_of, read_json
 
 SHARD_BYTES = 5 * 10**9
 SIZES = "network.yaml"  # beside weights of sizes never published: their network, as a configuration has it
@@ -362,7 +364,9 @@ def _of_folder(folder: Path, controls: Sequence[str]) -> nn.Module:
         if not (place / "config.json").is_file():
             raise UserError(f"convert: --model {folder} is neither a folder with a config.json nor one of {', '.join(MODELS)}")
         with fault_of(place / "config.json"), torch.device("meta"):
-            return cls.from_config(read_json(place / "config.json", "Copy it again"))
+            config = read_json(place / "config.json", "Copy it again")
+            refuse_sizes(config, place / "config.json")
+            return cls.from_config(config)
 
     if not controls:
         return empty(CosmosTransformer3DModel, folder)

@@ -16,8 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fewstep.errors import UserError
-from fewstep.files import some
+from fewstep.errors import UserError, some
 from fewstep.networks.files.stored import Stored
 from fewstep.networks.files.tensor_files import open_tensors
 from fewstep.networks.lora import DOWN, UP

@@ -8,10 +8,10 @@ from typing import Any
 
 from fewstep.config import ConfigError, choices, dump
 from fewstep.errors import UserError
-from fewstep.files import fault_of
 from fewstep.networks.contract import NetworkSpec
 from fewstep.networks.files import hub
 from fewstep.networks.files.pipeline import PipelineFolder, is_diffusers_folder
+from fewstep.untrusted.text import fault_of
 
 
 def spec_of(address: str, controls: Sequence[str] = ()) -> NetworkSpec:

@@ -16,7 +16,7 @@ from fewstep.data.files import video
 from fewstep.evaluation.long_run import LongRun, looks
 from fewstep.evaluation.plot import Series
 from fewstep.evaluation.report import Chart, Gallery, Gate, Model, Report, Row, Score, curves_of
-from fewstep.files import read_json, write_json
+from fewstep.files import write_json
 from fewstep.toyworld.demo.causal import LONG_FRAMES, STUDENTS
 from fewstep.toyworld.demo.page import (
     captions,
@@ -31,6 +31,7 @@ from fewstep.toyworld.demo.page import (
     write_with_origin,
 )
 from fewstep.toyworld.demo.stages import AGAIN, STEPS, TOY
+from fewstep.untrusted.text import read_json
 
 TITLES = {
     "real": "real clips",

@@ -21,13 +21,14 @@ from fewstep.data.files import video
 from fewstep.diffusion import TeacherSampler
 from fewstep.evaluation.report import Chart, Film, Gallery, Gate, Model, Report, Row, Score, Stage, Value, curves_of, write
 from fewstep.evaluation.report.contents import Kind
-from fewstep.files import read_json, read_text, write_json
+from fewstep.files import write_json
 from fewstep.inference.clip_sets import Source, opened
 from fewstep.inference.evaluate import speed
 from fewstep.inference.evaluation import Evaluation
 from fewstep.inference.model import changed, codec_of, open_model
 from fewstep.inference.request import SamplerOptions
 from fewstep.toyworld.demo.stages import AGAIN, CALLS, FEW, GUIDANCE, METHODS, STEPS, STUDENTS, TOY, run_of
+from fewstep.untrusted.text import read_json, read_text
 
 STUDENT_TITLES = {"kd": "KD", "dmd2": "DMD2", **METHODS}  # of those scored at several numbers of calls
 NUM_SHOWN = 8

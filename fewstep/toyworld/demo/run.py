@@ -10,9 +10,10 @@ from pathlib import Path
 from fewstep.distill import gate
 from fewstep.distill.stages import run
 from fewstep.errors import UserError
-from fewstep.files import lock, read_json, read_text, write_json
+from fewstep.files import lock, write_json
 from fewstep.toyworld.demo import causal as chains
 from fewstep.toyworld.demo.stages import AGAIN, FEW, IMPORTS, METHODS, Size, stages
+from fewstep.untrusted.text import read_json, read_text
 
 
 def demo(

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fewstep.config import kind
-from fewstep.files import read_json
 from fewstep.networks.families.cosmos.keys import SHARED
 from fewstep.networks.families.cosmos.network import Cosmos, CosmosSpec, framed, supply_resize
 from fewstep.networks.families.cosmos.predict import PREDICT
 from fewstep.networks.families.cosmos.transfer1 import Transfer1Branch
 from fewstep.networks.files.folders import from_folder
 from fewstep.networks.files.pipeline import PipelineFolder
+from fewstep.untrusted.text import read_json
 
 
 class Controlled(nn.Module):
