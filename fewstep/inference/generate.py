@@ -243,12 +243,13 @@ def _is_done(out: Path, name: str, record: Mapping[str, Any]) -> bool:
         return False
     file = out / f"{name}.json"
     advice = "Remove it and its clip, or choose another --out or --name"
-    before = read_json(file, advice).get("made") if file.is_file() else None
+    about = read_json(file, advice) if file.is_file() else {}
+    before = about.get("made")
     if not isinstance(before, dict | None):
         raise UserError(f"{file}: made: must be a mapping. {advice}")
     others = [f"{key} {old!r} and not {new!r}" for key, old, new in differences(before or {}, record)]
     if before is not None and not others:
-        return True
+        return not about.get("interrupted", False)
     how = "in an unknown way" if before is None else f"with {', '.join(others[:3])}"
     raise UserError(f"{out / name}: is there and was made {how}. Choose another --out or --name, or remove it")
 

@@ -3,14 +3,14 @@
     for frames in frames_of(model.network, model.sampler, codec, cond, noise, Rng(0, rows=[seed])):   # uint8 T H W 3
         show(frames)
 
-A hidden file beside OUT/NAME.mp4 grows chunk by chunk, plays while it grows, and becomes NAME.mp4 when it is finished. The
-frames are those that the command makes without --stream.
+A hidden file beside OUT/NAME.mp4 grows chunk by chunk, plays while it grows, and becomes NAME.mp4 when it is finished, or when
+Ctrl-C ends it. The frames are those that the command makes without --stream.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -113,7 +113,7 @@ def stream_clips(
     records: Mapping[str, Mapping[str, Any]],
     say: Callable[[str], None],
 ) -> int:
-    """Makes the clips of a command one after the other; returns their number."""
+    """Makes the clips of a command one after the other; returns their number. Ctrl-C leaves the frames made so far."""
     plan = studio.plan
     sampler = plan.sampler
     assert isinstance(sampler, StudentSampler)
@@ -132,16 +132,34 @@ def stream_clips(
             switches = _switches(clip, plan, studio.texts, cond)
             frames = frames_of(network, sampler, codec, cond, noise, rng, negative, clock, switches)
             with video.growing(path, plan.shot.fps, quality) as append:
-                for some in frames:
-                    append(some)
+                num_frames, interruption = _appended(frames, append)
                 filling = _filling(network, plan.latent_shape[1])
                 figures = clock.figures(filling)
                 about = {"made": records[clip.name], "prompt": clip.prompt, "sampler": dump(sampler), "fps": plan.shot.fps}
                 total = sum(clock.denoising) + sum(clock.decoding)
-                about |= {"seconds": round(total, 3), "frames": sum(clock.frames), "stream": figures}
+                about |= {"seconds": round(total, 3), "frames": num_frames, "stream": figures}
+                about |= {"interrupted": True} if interruption is not None else {}
                 write_json(request.out / f"{clip.name}.json", about)
         say(f"{number} of {len(clips)}: {path}\n  {_sentence(figures, filling, request.precision, studio.device)}")
+        if interruption is not None:
+            say(f"interrupted: it has the first {num_frames} of {plan.shot.num_frames} frames; the same command makes it whole")
+            raise interruption
     return len(clips)
+
+
+def _appended(frames: Iterable[np.ndarray], append: Callable[[np.ndarray], None]) -> tuple[int, KeyboardInterrupt | None]:
+    """Appends all frames, or those that are finished when Ctrl-C comes: their number, and the interruption."""
+    num = 0
+    try:
+        for some in frames:
+            for frame in some:
+                append(frame[None])
+                num += 1
+    except KeyboardInterrupt as interruption:
+        if not num:
+            raise
+        return num, interruption
+    return num, None
 
 
 def _switches(clip: ClipRequest, plan: Plan, texts: Mapping[str | Path | None, Text], cond: Condition) -> list[Switch]:

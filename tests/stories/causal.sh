@@ -18,3 +18,5 @@ fewstep generate student --codec $TEACHER --text-encoder $TEACHER --out clips --
   --height 32 --width 32 --quality lossless
 fewstep generate student --codec $TEACHER --text-encoder $TEACHER --out streamed --prompt "a red square moves up" --num-frames 33 \
   --height 32 --width 32 --quality lossless --stream
+fewstep generate student --codec $TEACHER --text-encoder $TEACHER --out switched --prompt "a red square moves up" --num-frames 33 \
+  --height 32 --width 32 --quality lossless --stream --switch-at 17:"a blue dot moves slowly to the left"

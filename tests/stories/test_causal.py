@@ -3,11 +3,15 @@
 import json
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 
+from fewstep.cli import main
 from fewstep.data.files import video
+from fewstep.networks.encoders.streaming import StreamingDecoder
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_pipelines
@@ -27,3 +31,30 @@ def test_pairs_causal_kd_bridge_self_forcing(tmp_path: Path, real: bool, family:
     figures = json.loads((tmp_path / "streamed" / "output.json").read_text())["stream"]
     assert figures["chunks"] == 9 and figures["chunks_in_rates"] == 6  # a span of three chunks has filled
     assert figures["end_to_end_fps"] < figures["denoise_fps"]
+    switched = video.read(tmp_path / "switched" / "output.mp4").frames
+    assert np.array_equal(switched[:17], film[:17])
+    assert len(switched) == 33 and not np.array_equal(switched[17:], film[17:])
+    if not real and family == "wan":
+        _interrupted(tmp_path, teacher, film)
+
+
+def _interrupted(folder: Path, teacher: Path, film: np.ndarray) -> None:
+    """Ctrl-C in the third chunk: the frames made so far are a clip that plays, and the same command makes it whole."""
+    words = ["generate", str(folder / "student"), "--codec", str(teacher), "--text-encoder", str(teacher), "--stream"]
+    words += ["--out", str(folder / "broken"), "--prompt", "a red square moves up", "--num-frames", "33"]
+    words += ["--height", "32", "--width", "32", "--quality", "lossless"]
+    decode = StreamingDecoder.__call__
+
+    def broken(decoder: StreamingDecoder, latents: torch.Tensor) -> torch.Tensor:
+        if decoder.num_latents == 2:
+            raise KeyboardInterrupt
+        return decode(decoder, latents)
+
+    with patch.object(StreamingDecoder, "__call__", broken):
+        assert main(words) == 1
+    clip, about = folder / "broken" / "output.mp4", folder / "broken" / "output.json"
+    assert np.array_equal(video.read(clip).frames, film[:5])
+    assert json.loads(about.read_text())["frames"] == 5 and json.loads(about.read_text())["interrupted"]
+    assert sorted(path.name for path in clip.parent.iterdir()) == ["output.json", "output.mp4", "output.txt"]
+    assert main(words) == 0
+    assert np.array_equal(video.read(clip).frames, film) and "interrupted" not in json.loads(about.read_text())
