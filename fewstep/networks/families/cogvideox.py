@@ -54,10 +54,6 @@ class CogVideoX(Adapter):
             scheduling=Scheduling(predicts="v", shifts_table=True),
         )
 
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return tuple(self.module.transformer_blocks)  # pyright: ignore[reportArgumentType]  # an attribute of a module
-
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
     ) -> Prediction:

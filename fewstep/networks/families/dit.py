@@ -39,10 +39,6 @@ class Dit(Adapter):
     def path(self) -> Path:
         return VP("linear") if self.family == "ddpm" else RectifiedFlow()
 
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return tuple(self.module.transformer_blocks)  # pyright: ignore[reportArgumentType]  # an attribute of a module
-
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
     ) -> Prediction:

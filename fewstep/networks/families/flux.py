@@ -42,6 +42,7 @@ def unpacked(tokens: Tensor, like: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Flux(Adapter):
     module: nn.Module  # FluxTransformer2DModel
+    path: ClassVar[Path] = RectifiedFlow()
     guidance: float = 3.5  # input of a network that was distilled from guidance; the others have none
 
     @property
@@ -51,10 +52,6 @@ class Flux(Adapter):
             "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp",
         )  # fmt: skip
         return Traits(lora_targets=targets, scheduling=Scheduling(sends_sigmas=True))
-
-    @property
-    def path(self) -> Path:
-        return RectifiedFlow()
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -102,6 +99,7 @@ class FluxSpec(DiffusersSpec):
     """A FluxTransformer2DModel: from a diffusers folder or hub id, or random of the size given; that of Flux.1-dev."""
 
     diffusers_class: ClassVar[str] = "FluxTransformer2DModel"
+    path: ClassVar[Path] = RectifiedFlow()
     in_force: ClassVar[tuple[str, ...]] = ("guidance",)
     guidance: float = 3.5  # input of Flux.1-dev; schnell has none
     guidance_input: bool = True  # dev; schnell False
@@ -113,10 +111,6 @@ class FluxSpec(DiffusersSpec):
     text_dim: int = 4096  # T5-XXL
     pooled_dim: int = 768  # CLIP L
     rotary_dims: tuple[int, int, int] = (16, 56, 56)  # of the head's channels
-
-    @property
-    def path(self) -> Path:
-        return RectifiedFlow()
 
     @property
     def distillation(self) -> Distillation:

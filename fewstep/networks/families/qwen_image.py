@@ -26,6 +26,7 @@ from fewstep.networks.taps import block_outputs, text_and_picture
 @dataclass(frozen=True)
 class QwenImage(Adapter):
     module: nn.Module  # QwenImageTransformer2DModel
+    path: ClassVar[Path] = RectifiedFlow()
 
     @property
     def traits(self) -> Traits:
@@ -34,14 +35,6 @@ class QwenImage(Adapter):
             "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
         )  # fmt: skip
         return Traits(lora_targets=targets, scheduling=Scheduling(sends_sigmas=True))
-
-    @property
-    def path(self) -> Path:
-        return RectifiedFlow()
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return tuple(self.module.transformer_blocks)  # pyright: ignore[reportArgumentType]  # an attribute of a module
 
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
@@ -95,16 +88,13 @@ class QwenImageSpec(DiffusersSpec):
     """A QwenImageTransformer2DModel: from a diffusers folder or hub id, or random of the size given; that of Qwen-Image."""
 
     diffusers_class: ClassVar[str] = "QwenImageTransformer2DModel"
+    path: ClassVar[Path] = RectifiedFlow()
     latent_channels: int = 16
     num_heads: int = 24
     head_dim: int = 128
     num_layers: int = 60
     text_dim: int = 3584  # Qwen2.5-VL 7B
     rotary_dims: tuple[int, int, int] = (16, 56, 56)  # of the head's channels
-
-    @property
-    def path(self) -> Path:
-        return RectifiedFlow()
 
     @property
     def distillation(self) -> Distillation:

@@ -24,6 +24,10 @@ class Adapter(NetworkDefaults):
     module: nn.Module
     part: ClassVar[str] = "transformer"  # what pipelines call it
 
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return tuple(self.module.transformer_blocks)  # pyright: ignore[reportArgumentType]  # an attribute of a module
+
     def parts(self) -> dict[str, Any]:
         return {self.part: self.module}
 

@@ -38,16 +38,13 @@ SECOND, FIRST = "condition_embedder.delta_embedder.", "condition_embedder.time_e
 @dataclass(frozen=True)
 class AnyFlow(Adapter):
     module: nn.Module  # AnyFlowTransformer3DModel
+    path: ClassVar[Path] = RectifiedFlow()
     text_tokens: int = TEXT_TOKENS  # shorter texts are padded with zeros, which it attends to
 
     @property
     def traits(self) -> Traits:
         targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
         return Traits(lora_targets=targets, first_frames="time", reads_end=True, pipeline_class="AnyFlowPipeline")
-
-    @property
-    def path(self) -> Path:
-        return RectifiedFlow()
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -96,6 +93,7 @@ class AnyFlowSpec(DiffusersSpec):
 
     diffusers_class: ClassVar[str] = "AnyFlowTransformer3DModel"
     in_force: ClassVar[tuple[str, ...]] = ("text_tokens",)
+    path: ClassVar[Path] = RectifiedFlow()
 
     latent_channels: int = 16
     num_heads: int = 12  # those of Wan 2.1 T2V 1.3B; 14B 40
@@ -111,10 +109,6 @@ class AnyFlowSpec(DiffusersSpec):
     @property
     def starts_as_teacher(self) -> bool:
         return True
-
-    @property
-    def path(self) -> Path:
-        return RectifiedFlow()
 
     @classmethod
     def like(cls, teacher: WanSpec) -> AnyFlowSpec:

@@ -43,6 +43,7 @@ FRAMES_PER_LATENT = 4  # of the Wan VAEs; the first latent holds one frame
 @dataclass(frozen=True)
 class Wan(Adapter):
     module: nn.Module  # WanTransformer3DModel
+    path: ClassVar[Path] = RectifiedFlow()
     whole_times: bool = False  # ask at floor(1000 t), as upstream's UniPC sampler does
     text_tokens: int = TEXT_TOKENS  # shorter texts are padded with zeros, which it attends to
 
@@ -61,10 +62,6 @@ class Wan(Adapter):
             text_channels=config.text_dim,
             pipeline_settings=None if has_picture else own_pipeline,
         )
-
-    @property
-    def path(self) -> Path:
-        return RectifiedFlow()
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -196,6 +193,7 @@ class WanSpec(DiffusersSpec):
     """A WanTransformer3DModel: from a diffusers folder or hub id, or random of the size given; that of 2.1 T2V 1.3B."""
 
     in_force: ClassVar[tuple[str, ...]] = ("subfolder", "whole_times", "text_tokens")
+    path: ClassVar[Path] = RectifiedFlow()
 
     subfolder: str = "transformer"  # of a pipeline's folder; the low-noise expert of A14B lies in transformer_2
     whole_times: bool = False
@@ -211,10 +209,6 @@ class WanSpec(DiffusersSpec):
     image_dim: int | None = None  # 2.1 I2V 1280, CLIP ViT-H
     image_tokens: int | None = None  # of both pictures together, where first and last frame are given: 514; else None
     max_positions: int = 1024
-
-    @property
-    def path(self) -> Path:
-        return RectifiedFlow()
 
     @property
     def shares_tokens(self) -> bool:
