@@ -298,6 +298,15 @@ class DiffusersSpec(NetworkSpec):
     def source(self) -> str | None:
         return self.pretrained
 
+    def in_diffusers(self, name: str, part: str = "transformer", **sizes: Any) -> Any:  # Any: a module of whatever class
+        """A module of diffusers' class `name`: from `pretrained`, where pipelines call it `part`; else a random one."""
+        import diffusers
+
+        from fewstep.networks.files.folders import from_folder
+
+        cls = getattr(diffusers, name)
+        return cls(**sizes) if self.pretrained is None else from_folder(cls, self.pretrained, part)
+
     @classmethod
     def of(cls, folder: PipelineFolder, controls: Sequence[str] = ()) -> NetworkSpec:
         return cls(pretrained=folder.address)

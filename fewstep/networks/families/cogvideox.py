@@ -29,7 +29,6 @@ from fewstep.networks.families.upstream import (
     refuse_given,
     table_index,
 )
-from fewstep.networks.files.folders import from_folder
 from fewstep.networks.files.pipeline import PipelineFolder
 from fewstep.networks.taps import block_outputs, picture_and_text
 
@@ -157,29 +156,25 @@ class CogVideoXSpec(DiffusersSpec):
         return Distillation(guidance=6.0)  # its pipelines'
 
     def build(self) -> CogVideoX:
-        from diffusers import CogVideoXTransformer3DModel
-
-        if self.pretrained is not None:
-            module = from_folder(CogVideoXTransformer3DModel, self.pretrained, "transformer")
-        else:
-            module = CogVideoXTransformer3DModel(
-                num_attention_heads=self.num_heads,
-                attention_head_dim=self.head_dim,
-                in_channels=self.latent_channels * (2 if self.has_picture else 1),
-                out_channels=self.latent_channels,
-                time_embed_dim=self.time_dim,
-                ofs_embed_dim=self.motion_dim,
-                text_embed_dim=self.text_dim,
-                num_layers=self.num_layers,
-                sample_width=self.sample_size[1],
-                sample_height=self.sample_size[0],
-                sample_frames=self.sample_frames,
-                patch_size_t=self.patch_t,
-                patch_bias=self.patch_t is None,
-                max_text_seq_length=self.text_tokens,
-                use_rotary_positional_embeddings=self.rotary,
-                use_learned_positional_embeddings=self.learned_positions,
-            )
+        module = self.in_diffusers(
+            "CogVideoXTransformer3DModel",
+            num_attention_heads=self.num_heads,
+            attention_head_dim=self.head_dim,
+            in_channels=self.latent_channels * (2 if self.has_picture else 1),
+            out_channels=self.latent_channels,
+            time_embed_dim=self.time_dim,
+            ofs_embed_dim=self.motion_dim,
+            text_embed_dim=self.text_dim,
+            num_layers=self.num_layers,
+            sample_width=self.sample_size[1],
+            sample_height=self.sample_size[0],
+            sample_frames=self.sample_frames,
+            patch_size_t=self.patch_t,
+            patch_bias=self.patch_t is None,
+            max_text_seq_length=self.text_tokens,
+            use_rotary_positional_embeddings=self.rotary,
+            use_learned_positional_embeddings=self.learned_positions,
+        )
         module = enters_in_compute_dtype(module, lambda cog: cog.patch_embed.proj.weight)
         return CogVideoX(module, self.path)
 

@@ -22,7 +22,6 @@ from fewstep.diffusion.path import working_dtype
 from fewstep.errors import UserError
 from fewstep.networks.contract import DiffusersSpec, Distillation, Traits
 from fewstep.networks.families.upstream import Adapter, as_picture, enters_in_compute_dtype, needed, refuse_given, table_index
-from fewstep.networks.files.folders import from_folder
 from fewstep.networks.taps import block_outputs
 
 
@@ -91,21 +90,17 @@ class DitSpec(DiffusersSpec):
         return Distillation(guidance=4.0, negative="zeros")  # its paper's
 
     def build(self) -> Dit:
-        from diffusers import DiTTransformer2DModel
-
-        if self.pretrained is not None:
-            module: Any = from_folder(DiTTransformer2DModel, self.pretrained, "transformer")
-        else:
-            module = DiTTransformer2DModel(
-                num_attention_heads=self.num_heads,
-                attention_head_dim=self.head_dim,
-                in_channels=self.latent_channels,
-                out_channels=self.latent_channels * (2 if self.learned_variance else 1),
-                num_layers=self.num_layers,
-                sample_size=self.sample_size,
-                patch_size=self.patch_size,
-                num_embeds_ada_norm=self.num_labels,
-            )
+        module = self.in_diffusers(
+            "DiTTransformer2DModel",
+            num_attention_heads=self.num_heads,
+            attention_head_dim=self.head_dim,
+            in_channels=self.latent_channels,
+            out_channels=self.latent_channels * (2 if self.learned_variance else 1),
+            num_layers=self.num_layers,
+            sample_size=self.sample_size,
+            patch_size=self.patch_size,
+            num_embeds_ada_norm=self.num_labels,
+        )
         for block in module.transformer_blocks:  # while training it would drop a tenth of the classes by itself, unseen by us
             block.norm1.emb.class_embedder.dropout_prob = 0.0
         return Dit(enters_in_compute_dtype(module, lambda dit: dit.pos_embed.proj.weight), self.family)

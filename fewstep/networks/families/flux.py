@@ -20,7 +20,6 @@ from fewstep.diffusion.path import working_dtype
 from fewstep.errors import UserError
 from fewstep.networks.contract import DiffusersSpec, Distillation, Scheduling, Traits
 from fewstep.networks.families.upstream import Adapter, as_picture, enters_in_compute_dtype, needed, refuse_given
-from fewstep.networks.files.folders import from_folder
 from fewstep.networks.taps import block_outputs, text_and_picture
 
 
@@ -117,22 +116,18 @@ class FluxSpec(DiffusersSpec):
         return Distillation(guidance=1.0)  # its guidance is an input of the network
 
     def build(self) -> Flux:
-        from diffusers import FluxTransformer2DModel
-
-        if self.pretrained is not None:
-            module = from_folder(FluxTransformer2DModel, self.pretrained, "transformer")
-        else:
-            module = FluxTransformer2DModel(
-                in_channels=4 * self.latent_channels,
-                num_layers=self.num_layers,
-                num_single_layers=self.num_single_layers,
-                attention_head_dim=self.head_dim,
-                num_attention_heads=self.num_heads,
-                joint_attention_dim=self.text_dim,
-                pooled_projection_dim=self.pooled_dim,
-                guidance_embeds=self.guidance_input,
-                axes_dims_rope=self.rotary_dims,
-            )
+        module = self.in_diffusers(
+            "FluxTransformer2DModel",
+            in_channels=4 * self.latent_channels,
+            num_layers=self.num_layers,
+            num_single_layers=self.num_single_layers,
+            attention_head_dim=self.head_dim,
+            num_attention_heads=self.num_heads,
+            joint_attention_dim=self.text_dim,
+            pooled_projection_dim=self.pooled_dim,
+            guidance_embeds=self.guidance_input,
+            axes_dims_rope=self.rotary_dims,
+        )
         exact = ("timestep", "guidance", "img_ids", "txt_ids")
         return Flux(enters_in_compute_dtype(module, lambda flux: flux.x_embedder.weight, exact), self.guidance)
 

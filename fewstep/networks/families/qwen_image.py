@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -19,7 +19,6 @@ from fewstep.diffusion.path import working_dtype
 from fewstep.networks.contract import DiffusersSpec, Distillation, Scheduling, Traits
 from fewstep.networks.families.flux import as_map, packed, unpacked
 from fewstep.networks.families.upstream import Adapter, as_picture, enters_in_compute_dtype, needed, refuse_given
-from fewstep.networks.files.folders import from_folder
 from fewstep.networks.taps import block_outputs, text_and_picture
 
 
@@ -101,20 +100,16 @@ class QwenImageSpec(DiffusersSpec):
         return Distillation(guidance=4.0)  # its pipelines'
 
     def build(self) -> QwenImage:
-        from diffusers import QwenImageTransformer2DModel
-
-        if self.pretrained is not None:
-            module: Any = from_folder(QwenImageTransformer2DModel, self.pretrained, "transformer")
-        else:
-            module = QwenImageTransformer2DModel(
-                in_channels=4 * self.latent_channels,
-                out_channels=self.latent_channels,
-                num_layers=self.num_layers,
-                attention_head_dim=self.head_dim,
-                num_attention_heads=self.num_heads,
-                joint_attention_dim=self.text_dim,
-                axes_dims_rope=self.rotary_dims,
-            )
+        module = self.in_diffusers(
+            "QwenImageTransformer2DModel",
+            in_channels=4 * self.latent_channels,
+            out_channels=self.latent_channels,
+            num_layers=self.num_layers,
+            attention_head_dim=self.head_dim,
+            num_attention_heads=self.num_heads,
+            joint_attention_dim=self.text_dim,
+            axes_dims_rope=self.rotary_dims,
+        )
         return QwenImage(enters_in_compute_dtype(module, lambda qwen: qwen.img_in.weight))
 
 

@@ -28,7 +28,6 @@ from fewstep.networks.families.upstream import (
     refuse_given,
     table_index,
 )
-from fewstep.networks.files.folders import from_folder
 from fewstep.networks.files.pipeline import PipelineFolder
 from fewstep.networks.taps import block_outputs
 
@@ -145,35 +144,30 @@ class UnetSpec(DiffusersSpec):
         return Distillation(guidance=8.0, negative=negative, lr=5e-5, critic_lr=5e-5)  # FastGen, SDXL
 
     def build(self) -> Unet:
-        from diffusers import UNet2DConditionModel
-
-        if self.pretrained is not None:
-            module = from_folder(UNet2DConditionModel, self.pretrained, "unet")
-        else:
-            # Per level, which the stubs of diffusers do not know of.
-            extra: dict[str, Any] = {
-                "transformer_layers_per_block": self.transformer_layers,
-                "attention_head_dim": self.num_heads,  # it is the number of heads: upstream's historical name
+        extra: dict[str, Any] = {}
+        if self.pooled_dim is not None:
+            extra = {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": self.size_dim,
+                "projection_class_embeddings_input_dim": 6 * self.size_dim + self.pooled_dim,
             }
-            if self.pooled_dim is not None:
-                extra |= {
-                    "addition_embed_type": "text_time",
-                    "addition_time_embed_dim": self.size_dim,
-                    "projection_class_embeddings_input_dim": 6 * self.size_dim + self.pooled_dim,
-                }
-            module = UNet2DConditionModel(
-                sample_size=self.sample_size,
-                in_channels=self.latent_channels,
-                out_channels=self.latent_channels,
-                block_out_channels=self.widths,
-                down_block_types=tuple("CrossAttnDownBlock2D" if on else "DownBlock2D" for on in self.with_attention),
-                up_block_types=tuple("CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(self.with_attention)),
-                layers_per_block=self.layers_per_block,
-                norm_num_groups=self.norm_groups,
-                cross_attention_dim=self.text_dim,
-                use_linear_projection=self.linear_projection,
-                **extra,
-            )
+        module = self.in_diffusers(
+            "UNet2DConditionModel",
+            "unet",
+            sample_size=self.sample_size,
+            in_channels=self.latent_channels,
+            out_channels=self.latent_channels,
+            block_out_channels=self.widths,
+            down_block_types=tuple("CrossAttnDownBlock2D" if on else "DownBlock2D" for on in self.with_attention),
+            up_block_types=tuple("CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(self.with_attention)),
+            layers_per_block=self.layers_per_block,
+            norm_num_groups=self.norm_groups,
+            cross_attention_dim=self.text_dim,
+            use_linear_projection=self.linear_projection,
+            transformer_layers_per_block=self.transformer_layers,
+            attention_head_dim=self.num_heads,  # it is the number of heads: upstream's historical name
+            **extra,
+        )
         return Unet(enters_in_compute_dtype(module, lambda unet: unet.conv_in.weight), self.path, self.predicts)
 
 

@@ -23,7 +23,6 @@ from fewstep.errors import UserError
 from fewstep.networks.contract import DiffusersSpec, Traits
 from fewstep.networks.families.upstream import Adapter, enters_in_compute_dtype, needed, zero_padded
 from fewstep.networks.families.wan.network import TEXT_TOKENS, WanSpec
-from fewstep.networks.files.folders import from_folder
 from fewstep.networks.files.pipeline import PipelineFolder
 from fewstep.networks.taps import block_outputs
 
@@ -121,23 +120,19 @@ class AnyFlowSpec(DiffusersSpec):
         return cls(text_tokens=teacher.text_tokens, **sizes)
 
     def build(self) -> AnyFlow:
-        from diffusers import AnyFlowTransformer3DModel
-
-        if self.pretrained is not None:
-            module = from_folder(AnyFlowTransformer3DModel, self.pretrained, "transformer")
-        else:
-            module = AnyFlowTransformer3DModel(
-                num_attention_heads=self.num_heads,
-                attention_head_dim=self.head_dim,
-                in_channels=self.latent_channels,
-                out_channels=self.latent_channels,
-                text_dim=self.text_dim,
-                freq_dim=self.freq_dim,
-                ffn_dim=self.ffn_dim,
-                num_layers=self.num_layers,
-                rope_max_seq_len=self.max_positions,
-                gate_value=self.gate,
-            )
+        module = self.in_diffusers(
+            "AnyFlowTransformer3DModel",
+            num_attention_heads=self.num_heads,
+            attention_head_dim=self.head_dim,
+            in_channels=self.latent_channels,
+            out_channels=self.latent_channels,
+            text_dim=self.text_dim,
+            freq_dim=self.freq_dim,
+            ffn_dim=self.ffn_dim,
+            num_layers=self.num_layers,
+            rope_max_seq_len=self.max_positions,
+            gate_value=self.gate,
+        )
         return AnyFlow(enters_in_compute_dtype(module, _first_weight, ("timestep", "r_timestep")), self.text_tokens)
 
     def in_folder(self, folder: str) -> AnyFlowSpec:

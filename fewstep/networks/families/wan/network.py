@@ -31,7 +31,6 @@ from fewstep.networks.causal_attention import Sites
 from fewstep.networks.contract import Beginning, DiffusersSpec, Distillation, Traits
 from fewstep.networks.families.upstream import Adapter, enters_in_compute_dtype, needed, refuse_context, zero_padded
 from fewstep.networks.families.wan.attention import WanCrossAttention, WanSelfAttention, rotate
-from fewstep.networks.files.folders import from_folder
 from fewstep.networks.taps import block_outputs
 from fewstep.networks.tokens import Sharing, follow_plans, refuse_heads
 from fewstep.parallel import Context
@@ -219,25 +218,22 @@ class WanSpec(DiffusersSpec):
         return Distillation(guidance=5.0, kd_lr=7e-5, lr=1e-5, critic_lr=1e-5)  # FastGen, 1.3B
 
     def build(self) -> Wan:
-        from diffusers import WanTransformer3DModel
-
-        if self.pretrained is not None:
-            module = from_folder(WanTransformer3DModel, self.pretrained, self.subfolder)
-        else:
-            module = WanTransformer3DModel(
-                num_attention_heads=self.num_heads,
-                attention_head_dim=self.head_dim,
-                in_channels=self.latent_channels + self.beside_channels,
-                out_channels=self.latent_channels,
-                text_dim=self.text_dim,
-                freq_dim=self.freq_dim,
-                ffn_dim=self.ffn_dim,
-                num_layers=self.num_layers,
-                image_dim=self.image_dim,
-                added_kv_proj_dim=None if self.image_dim is None else self.num_heads * self.head_dim,
-                rope_max_seq_len=self.max_positions,
-                pos_embed_seq_len=self.image_tokens,
-            )
+        module = self.in_diffusers(
+            "WanTransformer3DModel",
+            self.subfolder,
+            num_attention_heads=self.num_heads,
+            attention_head_dim=self.head_dim,
+            in_channels=self.latent_channels + self.beside_channels,
+            out_channels=self.latent_channels,
+            text_dim=self.text_dim,
+            freq_dim=self.freq_dim,
+            ffn_dim=self.ffn_dim,
+            num_layers=self.num_layers,
+            image_dim=self.image_dim,
+            added_kv_proj_dim=None if self.image_dim is None else self.num_heads * self.head_dim,
+            rope_max_seq_len=self.max_positions,
+            pos_embed_seq_len=self.image_tokens,
+        )
         return Wan(enters_in_compute_dtype(module, lambda wan: wan.patch_embedding.weight), self.whole_times, self.text_tokens)
 
 
