@@ -21,8 +21,8 @@ from fewstep.diffusion.path import working_dtype
 from fewstep.diffusion.prediction import with_clean_frames
 from fewstep.errors import UserError
 from fewstep.networks.contract import DiffusersSpec, Traits
-from fewstep.networks.families.upstream import Adapter, enters_in_compute_dtype, needed, zero_padded
-from fewstep.networks.families.wan.network import TEXT_TOKENS, WanSpec
+from fewstep.networks.families.upstream import Adapter, enters_in_compute_dtype
+from fewstep.networks.families.wan.network import TEXT_TOKENS, WanSpec, text_of
 from fewstep.networks.files.pipeline import PipelineFolder
 from fewstep.networks.taps import block_outputs
 
@@ -57,10 +57,7 @@ class AnyFlow(Adapter):
         num, channels, frames, height, width = x.shape
         if channels != config.out_channels:
             raise UserError(f"this Wan network works on latents of {config.out_channels} channels, but was given {channels}")
-        text = zero_padded(needed(cond, "text", "Wan", "its prompt (B, tokens, channels)"), cond.text_mask)
-        if text.shape[1] > self.text_tokens:
-            raise UserError(f"Wan reads prompts of {self.text_tokens} tokens at the most, and cond.text has {text.shape[1]}")
-        text = nn.functional.pad(text, (0, 0, 0, self.text_tokens - text.shape[1]))
+        text = text_of(cond, self.text_tokens)
         begin, end = (1000 * time.double() for time in (t, t if cond.end is None else cond.end))
         begin, end = (time if time.ndim == 2 else time[:, None].expand(num, frames) for time in (begin, end))
         shown = x

@@ -75,7 +75,7 @@ class Wan(Adapter):
         num, channels, frames, height, width = x.shape
         if channels != config.out_channels:
             raise UserError(f"this Wan network works on latents of {config.out_channels} channels, but was given {channels}")
-        text = self._text(cond, TEXT_TOKENS if config.image_dim is not None else self.text_tokens)
+        text = text_of(cond, TEXT_TOKENS if config.image_dim is not None else self.text_tokens)
         if text.shape[-1] != config.text_dim:
             raise UserError(
                 f"this Wan network reads text embeddings of {config.text_dim} numbers a token, but was given {text.shape[-1]}: "
@@ -148,19 +148,20 @@ class Wan(Adapter):
         module.condition_embedder.register_forward_pre_hook(partial(_own_times, context), prepend=True, with_kwargs=True)
 
     @staticmethod
-    def _text(cond: Condition, tokens: int) -> Tensor:
-        text = zero_padded(needed(cond, "text", "Wan", "its prompt (B, tokens, channels)"), cond.text_mask)
-        if text.shape[1] > tokens:
-            raise UserError(f"Wan reads prompts of {tokens} tokens at the most, and cond.text has {text.shape[1]}")
-        return nn.functional.pad(text, (0, 0, 0, tokens - text.shape[1]))
-
-    @staticmethod
     def _beside(cond: Condition, x: Tensor, channels: int) -> Tensor:
         beside = needed(cond, "beside", "Wan I2V", f"its picture ({channels} channels, see wan.start_from)")
         wanted = (x.shape[0], channels, *x.shape[2:])
         if beside.shape != wanted:
             raise UserError(f"cond.beside has shape {tuple(beside.shape)}, but this network reads {wanted} beside its latents")
         return beside.to(x)
+
+
+def text_of(cond: Condition, tokens: int) -> Tensor:
+    """The prompt, B N D, filled up with zeros to this number of tokens."""
+    text = zero_padded(needed(cond, "text", "Wan", "its prompt (B, tokens, channels)"), cond.text_mask)
+    if text.shape[1] > tokens:
+        raise UserError(f"Wan reads prompts of {tokens} tokens at the most, and cond.text has {text.shape[1]}")
+    return nn.functional.pad(text, (0, 0, 0, tokens - text.shape[1]))
 
 
 def _own_times(context: Context, embedder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
