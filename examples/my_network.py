@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from fewstep.diffusion.path import working_dtype
 from fewstep.methods import DMD2
 from fewstep.networks.contract import DiffusersSpec, Traits
 from fewstep.networks.families.upstream import Adapter, enters_in_compute_dtype, needed, one_time, refuse_given
-from fewstep.networks.files.folders import from_folder
 from fewstep.networks.roles import Networks
 from fewstep.networks.taps import block_outputs
 from fewstep.training.run import Job, Run, Trainer
@@ -36,15 +35,7 @@ SCALE = (8, 32, 32)  # frames and pixels per latent of its codec
 @dataclass(frozen=True)
 class Ltx(Adapter):
     module: nn.Module  # LTXVideoTransformer3DModel
-
-    @property
-    def path(self) -> Path:
-        return RectifiedFlow()
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        ltx: Any = self.module  # Any: diffusers' stubs do not know its parts
-        return tuple(ltx.transformer_blocks)
+    path: ClassVar[Path] = RectifiedFlow()
 
     @property
     def traits(self) -> Traits:
@@ -81,6 +72,7 @@ class LtxSpec(DiffusersSpec):
     """An LTXVideoTransformer3DModel: from a diffusers folder or hub id, or random of the size given; that of 0.9."""
 
     diffusers_class: ClassVar[str] = "LTXVideoTransformer3DModel"
+    path: ClassVar[Path] = RectifiedFlow()
 
     latent_channels: int = 128
     num_heads: int = 32
@@ -88,25 +80,17 @@ class LtxSpec(DiffusersSpec):
     num_layers: int = 28
     text_dim: int = 4096  # T5-XXL
 
-    @property
-    def path(self) -> Path:
-        return RectifiedFlow()
-
     def build(self) -> Ltx:
-        from diffusers import LTXVideoTransformer3DModel
-
-        if self.pretrained is not None:
-            module = from_folder(LTXVideoTransformer3DModel, self.pretrained, "transformer")
-        else:
-            module = LTXVideoTransformer3DModel(
-                in_channels=self.latent_channels,
-                out_channels=self.latent_channels,
-                num_attention_heads=self.num_heads,
-                attention_head_dim=self.head_dim,
-                cross_attention_dim=self.num_heads * self.head_dim,
-                num_layers=self.num_layers,
-                caption_channels=self.text_dim,
-            )
+        module = self.in_diffusers(
+            "LTXVideoTransformer3DModel",
+            in_channels=self.latent_channels,
+            out_channels=self.latent_channels,
+            num_attention_heads=self.num_heads,
+            attention_head_dim=self.head_dim,
+            cross_attention_dim=self.num_heads * self.head_dim,
+            num_layers=self.num_layers,
+            caption_channels=self.text_dim,
+        )
         return Ltx(enters_in_compute_dtype(module, lambda ltx: ltx.proj_in.weight))
 
 
