@@ -23,7 +23,7 @@ from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import working_dtype
 from fewstep.methods import DMD2
 from fewstep.networks.contract import DiffusersSpec, Traits
-from fewstep.networks.families.upstream import Adapter, enters_in_compute_dtype, needed, one_time, refuse_given
+from fewstep.networks.families.upstream import FlowAdapter, enters_in_compute_dtype, needed, one_time, refuse_given
 from fewstep.networks.roles import Networks
 from fewstep.networks.taps import block_outputs
 from fewstep.training.run import Job, Run, Trainer
@@ -33,9 +33,8 @@ SCALE = (8, 32, 32)  # frames and pixels per latent of its codec
 
 
 @dataclass(frozen=True)
-class Ltx(Adapter):
+class Ltx(FlowAdapter):
     module: nn.Module  # LTXVideoTransformer3DModel
-    path: ClassVar[Path] = RectifiedFlow()
 
     @property
     def traits(self) -> Traits:

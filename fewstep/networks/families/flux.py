@@ -19,7 +19,7 @@ from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import working_dtype
 from fewstep.errors import UserError
 from fewstep.networks.contract import DiffusersSpec, Distillation, Scheduling, Traits
-from fewstep.networks.families.upstream import Adapter, as_picture, enters_in_compute_dtype, needed, refuse_given
+from fewstep.networks.families.upstream import FlowAdapter, as_picture, enters_in_compute_dtype, needed, refuse_given
 from fewstep.networks.taps import block_outputs, text_and_picture
 
 
@@ -39,9 +39,8 @@ def unpacked(tokens: Tensor, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Flux(Adapter):
+class Flux(FlowAdapter):
     module: nn.Module  # FluxTransformer2DModel
-    path: ClassVar[Path] = RectifiedFlow()
     guidance: float = 3.5  # input of a network that was distilled from guidance; the others have none
 
     @property

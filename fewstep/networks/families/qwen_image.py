@@ -18,14 +18,13 @@ from fewstep.diffusion.guidance import with_and_without
 from fewstep.diffusion.path import working_dtype
 from fewstep.networks.contract import DiffusersSpec, Distillation, Scheduling, Traits
 from fewstep.networks.families.flux import as_map, packed, unpacked
-from fewstep.networks.families.upstream import Adapter, as_picture, enters_in_compute_dtype, needed, refuse_given
+from fewstep.networks.families.upstream import FlowAdapter, as_picture, enters_in_compute_dtype, needed, refuse_given
 from fewstep.networks.taps import block_outputs, text_and_picture
 
 
 @dataclass(frozen=True)
-class QwenImage(Adapter):
+class QwenImage(FlowAdapter):
     module: nn.Module  # QwenImageTransformer2DModel
-    path: ClassVar[Path] = RectifiedFlow()
 
     @property
     def traits(self) -> Traits:

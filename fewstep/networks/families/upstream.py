@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fewstep.batch import Condition
-from fewstep.diffusion import Path, Prediction
+from fewstep.diffusion import Path, Prediction, RectifiedFlow
 from fewstep.diffusion.prediction import coefficients_for
 from fewstep.errors import UserError
 from fewstep.networks.contract import NetworkDefaults
@@ -30,6 +30,14 @@ class Adapter(NetworkDefaults):
 
     def parts(self) -> dict[str, Any]:
         return {self.part: self.module}
+
+
+class FlowAdapter(Adapter):
+    """One whose path is the rectified flow."""
+
+    @property
+    def path(self) -> Path:
+        return RectifiedFlow()
 
 
 def enters_in_compute_dtype(

@@ -21,7 +21,7 @@ from fewstep.diffusion.path import working_dtype
 from fewstep.diffusion.prediction import with_clean_frames
 from fewstep.errors import UserError
 from fewstep.networks.contract import DiffusersSpec, Traits
-from fewstep.networks.families.upstream import Adapter, enters_in_compute_dtype
+from fewstep.networks.families.upstream import FlowAdapter, enters_in_compute_dtype
 from fewstep.networks.families.wan.network import TEXT_TOKENS, WanSpec, text_of
 from fewstep.networks.files.pipeline import PipelineFolder
 from fewstep.networks.taps import block_outputs
@@ -35,9 +35,8 @@ SECOND, FIRST = "condition_embedder.delta_embedder.", "condition_embedder.time_e
 
 
 @dataclass(frozen=True)
-class AnyFlow(Adapter):
+class AnyFlow(FlowAdapter):
     module: nn.Module  # AnyFlowTransformer3DModel
-    path: ClassVar[Path] = RectifiedFlow()
     text_tokens: int = TEXT_TOKENS  # shorter texts are padded with zeros, which it attends to
 
     @property

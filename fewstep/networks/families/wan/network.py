@@ -29,7 +29,7 @@ from fewstep.diffusion.prediction import with_clean_frames
 from fewstep.errors import UserError
 from fewstep.networks.causal_attention import Sites
 from fewstep.networks.contract import Beginning, DiffusersSpec, Distillation, Traits
-from fewstep.networks.families.upstream import Adapter, enters_in_compute_dtype, needed, refuse_context, zero_padded
+from fewstep.networks.families.upstream import FlowAdapter, enters_in_compute_dtype, needed, refuse_context, zero_padded
 from fewstep.networks.families.wan.attention import WanCrossAttention, WanSelfAttention, rotate
 from fewstep.networks.taps import block_outputs
 from fewstep.networks.tokens import Sharing, follow_plans, refuse_heads
@@ -40,9 +40,8 @@ FRAMES_PER_LATENT = 4  # of the Wan VAEs; the first latent holds one frame
 
 
 @dataclass(frozen=True)
-class Wan(Adapter):
+class Wan(FlowAdapter):
     module: nn.Module  # WanTransformer3DModel
-    path: ClassVar[Path] = RectifiedFlow()
     whole_times: bool = False  # ask at floor(1000 t), as upstream's UniPC sampler does
     text_tokens: int = TEXT_TOKENS  # shorter texts are padded with zeros, which it attends to
 
