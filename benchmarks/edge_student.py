@@ -48,7 +48,7 @@ def measure() -> None:
     chance: dict[str, float] = {}
     for name, (address, *more) in models.items():
         out = root / "scores" / f"{name}.json"
-        where = ("--prompts", held, "--control", "edge,vis", "--out", str(out), "--sets", "1", *TEXT)
+        where = ("--prompts", held, "--control", "edge,vis,depth,seg,keypoint", "--out", str(out), "--sets", "1", *TEXT)
         run("evaluate", address, *more, *where)
         record = json.loads(out.read_text())
         values[name] = record["scores"]["edge_f1"]["value"]

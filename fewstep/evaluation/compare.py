@@ -79,12 +79,12 @@ class _Scores:
 def compare(files: Sequence[Path]) -> list[Difference]:
     """The differences of every score of each file from the first one's."""
     parts = [_Scores.read(path) for path in files]
-    problems = [f"{part.path}: {text}" for part in parts[1:] for text in unlike(parts[0].record, part.record)]
-    if problems:
-        raise UserError(f"scores of unlike protocols do not compare with {parts[0].path}:\n" + "\n".join(problems))
-    legend = {row["name"]: row for row in parts[0].record["legend"]}
-    rows = [(row, other) for other in parts[1:] for row in legend.values() if _both(row, parts[0], other)]
     with fault_of(f"{parts[0].path} and what it is compared with", "Evaluate the models again"):
+        problems = [f"{part.path}: {text}" for part in parts[1:] for text in unlike(parts[0].record, part.record)]
+        if problems:
+            raise UserError(f"scores of unlike protocols do not compare with {parts[0].path}:\n" + "\n".join(problems))
+        legend = {row["name"]: row for row in parts[0].record["legend"]}
+        rows = [(row, other) for other in parts[1:] for row in legend.values() if _both(row, parts[0], other)]
         return [_difference(row, parts[0], other) for row, other in rows]
 
 
@@ -92,7 +92,15 @@ def unlike(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """What differs between two protocols."""
     own, theirs = first["protocol"], other["protocol"]
     keys = dict.fromkeys((*own, *theirs))
-    return [f"{key} is {theirs.get(key)!r}, not {own.get(key)!r}" for key in keys if own.get(key) != theirs.get(key)]
+    differing = [key for key in keys if own.get(key) != theirs.get(key)]
+    out = [f"{key} is {theirs.get(key)!r}, not {own.get(key)!r}" for key in differing]
+    shapes = [shape for protocol in (own, theirs) for shape in protocol.get("frames_height_width") or []]
+    if (
+        set(differing) in ({"frames_height_width"}, {"frames_height_width", "scorers"})
+        and len({tuple(s[1:]) for s in shapes}) == 1
+    ):
+        out.append(f"their clips differ in length: score both with --num-frames {min(s[0] for s in shapes)}, or fewer")
+    return out
 
 
 def _both(row: Mapping[str, Any], *parts: _Scores) -> bool:

@@ -89,7 +89,10 @@ def _claim(task: Evaluation) -> None:
         raise UserError(f"--out {task.out}: give a file with the suffix .json; clips to look at go into a folder of that name")
     is_ours = (folder / _MARK).is_file() or task.out.is_file()
     if folder.is_dir() and any(folder.iterdir()) and not is_ours:
-        raise UserError(f"--out {task.out}: clips to look at would go into {folder}, which holds others. Choose another name")
+        raise UserError(
+            f"--out {task.out}: clips to look at would go into {folder}, which holds others. Give another name, "
+            f"{task.out.parent / 'scores' / task.out.name} for instance"
+        )
     write_text(folder / _MARK, f"{task.out.name}\n")
 
 
@@ -188,9 +191,12 @@ def _results(task: Evaluation, subject: Subject, scored: Sequence[_Scored]) -> d
     records = [one.record for one in scored]
     names = list(dict.fromkeys(name for record in records for name in record.scores))
     values = {name: over_sets([record[name] for record in records if name in record.scores]) for name in names}
-    few = [f"{len(scored)} of {task.sets} sets: {task.what} holds no more clips."] * (len(scored) < task.sets)
-    if task.is_of_clips and len(scored) * task.per_set < (num := len(task.files())):
-        few.append(f"{len(scored) * task.per_set} of {num} clips are scored; all are with --num {num} --sets 1.")
+    few: list[str] = []
+    num, num_scored = len(task.files()) if task.is_of_clips else 0, len(scored) * task.per_set
+    if len(scored) < task.sets and num != task.per_set:  # one set of all clips is what one gets without --num and --sets
+        few.append(f"{len(scored)} of {task.sets} sets: {task.what} holds no more clips.")
+    if num_scored < num:
+        few.append(f"{num_scored} of {num} clips are scored; all are with --num {num} --sets 1.")
     shapes = sorted(list(shape) for shape in frozenset[tuple[int, ...]]().union(*(one.shapes for one in scored)))
     return {
         "what": task.what,

@@ -158,6 +158,7 @@ def test_a_comparison_says_which_differences_are_real_and_refuses_unlike_protoco
     assert main(["evaluate", "--compare", str(scores / "good.json"), str(scores / "bad_more.json")]) == 1
     text = capsys.readouterr().err
     assert "unlike protocols" in text and "frames_height_width is [[7, 64, 64]], not [[9, 64, 64]]" in text
+    assert "score both with --num-frames 7, or fewer" in text  # the protocols differ in nothing else
 
 
 def test_clips_of_320_x_176_and_their_report(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ from fewstep.evaluation.score_files import read_scores
 from fewstep.untrusted.text import read_bytes, read_json
 
 Frames = NDArray[np.uint8]
+_CONTROLS = {"vis": "blur (vis)", "seg": "objects (seg)", "keypoint": "keypoints"}
+_FILLED = ("depth", "seg", "vis")  # areas, which would hide the clip
 _BOUND = re.compile(r"\s*([A-Za-z_0-9]+)\s*(<=|>=)\s*([-+.\deE]+)\s*")
 
 
@@ -156,7 +158,7 @@ def _value(row: Mapping[str, Any]) -> Value:
 def _line(one: _Scored, scored: Sequence[_Scored]) -> str:
     """What joins models in the plot of quality against calls: files of one student at several numbers of calls are a line."""
     if one.kind == "teacher":
-        return "teacher, fewer steps"
+        return "teacher, fewer steps" if sum(other.kind == "teacher" for other in scored) > 1 else one.name
     others = [other for other in scored if other.record["what"] == one.record["what"]]
     return Path(one.record["what"]).name if one.kind == "student" and len(others) > 1 else ""
 
@@ -180,7 +182,11 @@ def _real(scored: Sequence[_Scored]) -> list[Model]:
     """The anchors of the first file that has some: scores of known clips, as models of their own."""
     anchors = next((one.record["anchors"] for one in scored if one.record.get("anchors")), {})
     rows = {title: {name: _value(row) for name, row in scores.items()} for title, scores in anchors.items()}
-    return [Model("real", title, scores=scores, note="an anchor", is_featured=True) for title, scores in rows.items() if scores]
+    return [
+        Model("real", title, scores=scores, note="known clips, to compare with", is_featured=True)
+        for title, scores in rows.items()
+        if scores
+    ]
 
 
 def _legend(scored: Sequence[_Scored], names: set[str]) -> list[Score]:
@@ -240,18 +246,21 @@ def _gallery(scored: Sequence[_Scored]) -> Gallery:
         if real is not None:
             films.append(Film("real clip", real, "real"))
         controls = {name: signal for name in _controls(first) if (signal := first.clip(number, f".{name}")) is not None}
-        films += [Film(name, signal, "control", "control") for name, signal in controls.items()]
+        films += [Film(_CONTROLS.get(name, name), signal, "control", "control") for name, signal in controls.items()]
         for one, clip in clips:
             calls = one.record.get("num_calls")
             films.append(Film(one.name, clip, one.kind, f"{calls} call{'s' * (calls != 1)}" if calls else ""))
-            films += [Film(f"{one.name}, {n} over it", overlaid(clip, s), one.kind) for n, s in controls.items() if is_drawn(s)]
+            drawn = {_CONTROLS.get(n, n): s for n, s in controls.items() if n not in _FILLED and is_drawn(s)}
+            films += [Film(f"{one.name}, {n} over it", overlaid(clip, s), one.kind) for n, s in drawn.items()]
         difference = mean_difference(clips[0][1], clips[-1][1]) if len(clips) > 1 else None
         rows.append(Row(first.prompt(number), films, difference))
     names = [one.name for one in scored]
     if len(names) == 1:
         return Gallery(f"Clips of {names[0]}", rows, scored[0].fps, "")
-    about = "Generated clips of one row come from the same noise."
-    about += f" The difference of a row is that of {names[-1]} from {names[0]}, in grey values."
+    about = f"The difference of a row is that of {names[-1]} from {names[0]}, in grey values."
+    if not any(scored[0].first("prompts")):
+        return Gallery("Clips of the same file name, side by side", rows, scored[0].fps, about)
+    about = f"Generated clips of one row come from the same noise. {about}"
     return Gallery("The same prompts, side by side", rows, scored[0].fps, about)
 
 
@@ -335,12 +344,14 @@ def _stage(run: Path) -> Stage:
 
 def _limits(scored: Sequence[_Scored], runs: Sequence[Path]) -> list[str]:
     """What makes the numbers less than they seem: notes of the scores, alarms of the runs, protocols that differ."""
-    out: list[str] = []
+    holders: dict[str, list[str]] = {}
     for one in scored:
-        out += [f"{one.name}: {note}" for note in one.record.get("notes", [])]
+        for note in one.record.get("notes", []):
+            holders.setdefault(note, []).append(one.name)
+    out = [f"{', '.join(names)}: {note}" for note, names in holders.items()]
     protocols = [one.record.get("protocol") for one in scored]
     if any(protocol != protocols[0] for protocol in protocols[1:]):
-        out.append("These scores have different protocols: their numbers do not compare.")
+        out.append("These scores have different protocols: their numbers do not compare. fewstep evaluate --compare says why.")
     for run in runs:
         path = run / "log.txt"
         alarms = [line for line in _text(path).splitlines() if "ALARM" in line] if path.is_file() else []

@@ -24,7 +24,7 @@ from fewstep.evaluation.report.curves import chart_plot, colours_of, quality_plo
 from fewstep.evaluation.report.films import Encoded, encode
 from fewstep.files import write_text
 
-_BETTER: Mapping[Better, str] = {"lower": "lower is better", "higher": "higher is better", "as real": "best as real clips"}
+_BETTER: Mapping[Better, str] = {"lower": "lower is better", "higher": "higher is better", "as real": "best near real clips"}
 _TICK = '<svg viewBox="0 0 16 16" aria-hidden="true"><path d="M3 8.5l3.4 3.4L13 4.6"/></svg>'
 _CROSS = '<svg viewBox="0 0 16 16" aria-hidden="true"><path d="M4 4l8 8M12 4l-8 8"/></svg>'
 _KIND_COLOURS: Mapping[Kind, str] = {
@@ -60,7 +60,7 @@ def page(report: Report, max_bytes: int = 5_000_000) -> str:
         "training": ("Training", _charts(report)),
         "commands": ("Commands", _stages(report)),
         "limits": ("Limits", _limits(report.limits)),
-        "environment": ("Environment", _environment(report.environment)),
+        "environment": ("Origin", _environment(report.environment)),
     }
     there = {name: (title, body) for name, (title, body) in sections.items() if body}
     slots = {
@@ -281,7 +281,7 @@ def _scores(report: Report) -> str:
         cards.append(
             _card(score.title, score.better, score.meaning, lanes, f"{count}{', logarithmic scale' if is_log else ''}")
         )
-    about = f'<p class="soft">Behind &plusmn; stands {_esc(report.spread)}; n is the number of clips.</p>'
+    about = f'<p class="soft">The number after &plusmn; is {_esc(report.spread)}; n is the number of clips.</p>'
     return f'<h2>Scores</h2>{about}<div class="cards">{"".join(cards)}</div>{_table(report, models, colours)}'
 
 
@@ -426,14 +426,18 @@ def _stages(report: Report) -> str:
 
 
 def _limits(limits: Sequence[str]) -> str:
-    return f'<h2>Limits</h2><div class="limits">{"".join(f"<p>{_esc(text)}</p>" for text in limits)}</div>' if limits else ""
+    return (
+        f'<h2>What limits these numbers</h2><div class="limits">{"".join(f"<p>{_esc(text)}</p>" for text in limits)}</div>'
+        if limits
+        else ""
+    )
 
 
 def _environment(environment: Mapping[str, str]) -> str:
     if not environment:
         return ""
     pairs = "".join(f"<dt>{_esc(name)}</dt><dd>{_esc(value)}</dd>" for name, value in environment.items())
-    return f'<h2>Environment</h2><dl class="environment">{pairs}</dl>'
+    return f'<h2>Where these numbers come from</h2><dl class="environment">{pairs}</dl>'
 
 
 # ---- numbers and text ------------------------------------------------------------------------------------------------
