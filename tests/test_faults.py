@@ -303,9 +303,10 @@ def content(folder: Path) -> dict[str, Any]:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Frames may differ by half a level in the mean: not every run decodes and encodes with the same kernels."""
+    """Frames may differ by some levels in the mean: of another batch, or on another kernel, a pixel is rounded otherwise, and
+    the encoder decides otherwise. Another clip is tens of levels away."""
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
-        return one.shape == other.shape and float(np.abs(one.astype(int) - other).mean()) < 0.5
+        return one.shape == other.shape and float(np.abs(one.astype(int) - other).mean()) < 4
     return type(one) is type(other) and not isinstance(one, np.ndarray) and one == other
 
 

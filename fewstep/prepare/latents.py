@@ -177,7 +177,10 @@ def _refuse_full_disk(root: Path, num: int, shape: Sequence[int]) -> None:
     needed = num * 2 * 2 * torch.Size(shape).numel()
     free = free_bytes(root)
     if needed > free:
-        raise UserError(f"{root}: {num} latents of {tuple(shape)} need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
+        raise UserError(
+            f"{root}: {num} latents of {tuple(shape)} need {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} are free. Free some "
+            "space and run the same command again"
+        )
 
 
 def ahead_of(do: Callable[[_Item], _Answer], items: Iterable[_Item], num: int) -> Iterator[_Answer]:

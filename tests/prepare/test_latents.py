@@ -156,7 +156,7 @@ def test_a_clip_that_cannot_be_decoded_is_told_of_when_the_others_are_done(toy: 
 
 def test_a_disk_without_room_is_told_of_before(toy: Path, codec: Autoencoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latents, "free_bytes", lambda _: 10)
-    with pytest.raises(ValueError, match=r"3 latents of \(4, 5, 4, 4\) need 0\.0 GiB, 0\.0 are free"):
+    with pytest.raises(ValueError, match=r"3 latents of \(4, 5, 4, 4\) need 0\.0 MiB, 0\.0 are free"):
         latents.write(spec(toy), codec)
     assert not (toy / "latents" / "packs" / "00000.safetensors").exists()
 
