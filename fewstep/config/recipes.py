@@ -48,7 +48,7 @@ class Recipe:
     @property
     def usage(self) -> str:
         """Its parameters as they are written on a command line: "teacher= steps=4"; "" if it has none."""
-        return " ".join(f"{each.name}={'' if each.default is None else each.default}" for each in fields(self.parameters))
+        return " ".join(f"{each.name}={'' if each.default in (None, ()) else each.default}" for each in fields(self.parameters))
 
     def split(self, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
         """The words KEY=VALUE of a command line that set parameters of this recipe, and the others."""

@@ -1,6 +1,7 @@
 """Several data sets as one, drawn by weight.
 
     data=mix 'data.sources=[{data: {folder: {dataset_dir: robots}}, weight: 3}, {data: {folder: {dataset_dir: cars}}}]'
+    by_control(Folder("datasets/dmd2", x0="latents"), (Edge(), Vis()), block=64)    batches of one control each, equally often
 
 Each source keeps its own order and its own epochs: every sample of it comes once before any comes again. Which source comes
 next follows from the position alone, like all of the order, so that a run resumes within it on any number of processes.
@@ -18,6 +19,8 @@ from torch import Tensor
 from fewstep.batch import Batch, Condition
 from fewstep.config import kind
 from fewstep.data.contract import AnyData, BadSamples, Dataset, OnDisk, Ordered
+from fewstep.data.controls import Control
+from fewstep.data.folder.dataset import Folder
 from fewstep.data.order import interleaved, samples_at, shares
 from fewstep.errors import UserError
 
@@ -61,6 +64,18 @@ class Mix:
 
     def open(self) -> MixData:
         return MixData(self)
+
+
+def by_control(folder: Folder, controls: Sequence[Control], block: int) -> Folder | Mix:
+    """`folder` with a control; with several a mix of it with each, in blocks of one control, equally often.
+
+    A pair belongs to the control that it was made with: the pairs of each are in the subfolder of its name.
+    """
+    if len(controls) < 2:
+        return replace(folder, control=next(iter(controls), None))
+    place = folder.dataset_dir
+    sources = [replace(folder, dataset_dir=f"{place}/{c.folder}" if folder.pairs else place, control=c) for c in controls]
+    return Mix(tuple(map(Source, sources)), block)
 
 
 class MixData:

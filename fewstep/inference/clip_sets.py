@@ -35,7 +35,6 @@ from fewstep.evaluation.score import Clip, ClipSet, Signals
 from fewstep.inference import latency
 from fewstep.inference.evaluation import Evaluation, control_kinds, is_data_set
 from fewstep.inference.model import Model, changed, codec_of, open_model, place_network, student_of
-from fewstep.networks.contract import Network
 from fewstep.networks.encoders.codecs import Codec, fingerprint_of, open_codec, to_uint8
 from fewstep.solvers import SolverName
 
@@ -53,21 +52,10 @@ class Source:
     data: FolderData
     controls: Mapping[str, FolderData] = field(default_factory=dict[str, FolderData])  # that the model receives, by name
 
-    @property
-    def network(self) -> Network:
-        """The model's network, whose branches without a control count nothing."""
-        network = self.model.network
-        if set(self.controls) == set(network.traits.controls):
-            return network
-        return network.with_control_weights(dict.fromkeys(self.controls, 1.0))
-
     def batch(self, rows: Tensor) -> Batch:
-        """Samples of the data set, with every control that the network reads: black for one that it does not receive."""
+        """Samples of the data set, with the controls that the model receives."""
         batch = self.data.batch(rows)
         control = {name: data.batch(rows).cond.control[name] for name, data in self.controls.items()}
-        if control:
-            black = torch.full_like(next(iter(control.values())), -1.0)
-            control = {name: control.get(name, black) for name in self.model.network.traits.controls}
         return replace(batch, cond=replace(batch.cond, control=control))
 
     def clips(self, task: Evaluation, num: int, number: int) -> ClipSet:
@@ -93,7 +81,7 @@ class Source:
 
     def _maker(self, task: Evaluation, number: int) -> Callable[[Tensor], np.ndarray]:
         """What generates rows of evaluation set `number`."""
-        network, codec, device = self.network, self.codec, task.where
+        network, codec, device = self.model.network, self.codec, task.where
 
         @torch.no_grad()
         def make(rows: Tensor) -> np.ndarray:
@@ -345,8 +333,8 @@ def _of_model(task: Evaluation, reference: Callable[[], Any]) -> Subject:
     def timed() -> Mapping[str, Any]:
         if not task.latency:
             return {}
-        batch, own = source.batch(torch.tensor([0])).to(task.where), replace(model, network=source.network)
-        measured = latency.measure(own, sampler, codec, batch, data.captions()[0], task.latency, str(task.where))
+        batch = source.batch(torch.tensor([0])).to(task.where)
+        measured = latency.measure(model, sampler, codec, batch, data.captions()[0], task.latency, str(task.where))
         return {"latency": measured}
 
     fingerprint = f"{fingerprint} {codec.fingerprint} {sampler}"

@@ -167,8 +167,8 @@ def conditions(
         beginning = Beginning(films.begins, chunk.num_frames, latent_shape[1], parts.codec, parts.image_features)
         cond = parts.network.begin(cond, beginning)
     if request.control:
-        found = {name: _tensor(chunk.of(frames), device) for name, frames in films.controls.items()}
-        cond = replace(cond, control=_controls(parts, found))
+        signals = {name: _tensor(chunk.of(frames), device) for name, frames in films.controls.items()}
+        cond = replace(cond, control={name: parts.codec.encode(frames) for name, frames in signals.items()})
     return cond, _negative(request, parts.texts, cond)
 
 
@@ -211,14 +211,6 @@ def is_made_from_frames(control: str) -> bool:
     """Whether the control of this name can be made from a video."""
     kind = choices("control").get(control)
     return kind is not None and callable(kind())
-
-
-def _controls(parts: Parts, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Latents of the controls; zeros for those of the network's that the clip does not use, which count nothing."""
-    found = {name: parts.codec.encode(frames) for name, frames in pixels.items()}
-    for name in parts.network.traits.controls:
-        found.setdefault(name, torch.zeros_like(next(iter(found.values()))))
-    return found
 
 
 def _control_frames(name: str, request: ClipRequest, shot: Shot) -> np.ndarray:

@@ -84,7 +84,6 @@ class Solver:
     teacher: Network
     codec: Codec
     settings: PairSettings
-    branches: tuple[str, ...]
     device: torch.device | str = "cpu"
     name: str = "the teacher"
 
@@ -94,8 +93,7 @@ class Solver:
         cond, negative = material.cond.to(self.device), material.negative
         noise = Rng(self.settings.seed, 0, list(numbers), self.device).normal(shape)
         control = {name: encoded(self.codec, frames) for name, frames in cond.control.items()}
-        unused = {name: torch.zeros_like(noise) for name in self.branches if control and name not in control}
-        cond = replace(cond, control={**control, **unused})
+        cond = replace(cond, control=control)
         if self.settings.given_frames:
             assert material.pixels is not None
             num = torch.full((len(numbers),), self.settings.given_frames, device=noise.device)
@@ -139,7 +137,8 @@ def write(
     by side, as often as each other.
     """
     settings.check(teacher.path)
-    solver = Solver(teacher, codec, settings, branches_of(teacher, prompts, name), device, name)
+    _refuse_other_control(teacher, prompts, name)
+    solver = Solver(teacher, codec, settings, device, name)
     decisive = {"teacher": name, **_decisive(solver, prompts), **(record or {})}
     if WEIGHTS not in decisive:
         decisive[WEIGHTS] = fingerprint_of(teacher.module, {}, sampled=4096)
@@ -183,7 +182,7 @@ def verify(
 
     Raises UserError for a pair that differs by more than `tolerance`.
     """
-    solver = Solver(teacher, codec, settings, branches_of(teacher, prompts, name), device, name)
+    solver = Solver(teacher, codec, settings, device, name)
     folder = PairFolder.of(out, prompts, settings, None)
     there = [row for row in range(len(prompts.stems)) if folder.files.has(folder.name(row))]
     shape = codec.shape(prompts.shot.num_frames, prompts.shot.height, prompts.shot.width)
@@ -202,17 +201,13 @@ def verify(
     return largest
 
 
-def branches_of(teacher: Network, prompts: PairPrompts, name: str) -> tuple[str, ...]:
-    """The control branches of the teacher; refuses a control of the data set that it has no branch for."""
+def _refuse_other_control(teacher: Network, prompts: PairPrompts, name: str) -> None:
+    """Raises UserError for a control of the data set that the teacher has no branch for."""
     branches = teacher.traits.controls
     control = prompts.record()["control"]
     if control is not None and control not in branches:
-        raise UserError(f"--control {control}: {name} has {_listed(branches)}. Leave it out, or choose another teacher")
-    return branches
-
-
-def _listed(branches: Sequence[str]) -> str:
-    return f"branches for {', '.join(branches)} only" if branches else "no control branch"
+        listed = f"branches for {', '.join(branches)} only" if branches else "no control branch"
+        raise UserError(f"--control {control}: {name} has {listed}. Leave it out, or choose another teacher")
 
 
 def _pairs(
@@ -396,8 +391,7 @@ def _run(request: PairsRequest, track: Track, own: Ranks, world: World | None) -
     if own.is_main:
         print_shape(prompts)
     teacher = model.network
-    if len(branches_of(teacher, prompts, request.model)) > 1 and request.control is not None:
-        teacher = teacher.with_control_weights({request.control: 1.0})
+    _refuse_other_control(teacher, prompts, request.model)
     weights = fingerprint_of(teacher.module, {}, sampled=4096)  # before they are divided
     place_network(model, torch.device(device), request.precision, world, shard=request.shard)
     new = write(

@@ -26,7 +26,7 @@ GROUPS: dict[str, tuple[str, ...]] = {  # the most useful first
     ),
     "Cosmos-Predict1": ("video2world_7b_example_cosmos_nemo_assets", "video2world_7b_lora_example_cosmos_nemo_assets"),
     "Cosmos-Transfer1": (
-        *(f"DISTILL_CTRL_7Bv1_{control}_fsdp_{method}_train" for control in _CONTROLS for method in ("kd", "dmd2")),
+        *(f"DISTILL_CTRL_7Bv1_{control}_fsdp_{method}_train" for control in (*_CONTROLS, "all") for method in ("kd", "dmd2")),
         *(f"{_TRANSFER1}_{control}_block3_{kind}" for control in _CONTROLS for kind in ("posttrain", "pretrain")),
         "dmd2_cosmos_transfer1_7b_edge",
     ),
@@ -41,7 +41,7 @@ GROUPS: dict[str, tuple[str, ...]] = {  # the most useful first
         ),
     ),
     "The toy world of fewstep demo": (
-        *("toy_teacher", "toy_edge", "toy_kd_1step", "toy_kd_4step"),
+        *("toy_teacher", "toy_edge", "toy_vis", "toy_depth", "toy_kd_1step", "toy_kd_4step"),
         *("toy_dmd2_1step", "toy_dmd2_4step", "toy_dmd2_1step_lora", "toy_dmd2_4step_lora"),
         *("toy_kd_causal", "toy_sf"),
         *("toy_causal_finetune", "toy_causal_consistency", "toy_sf_consistency"),

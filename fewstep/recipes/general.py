@@ -6,10 +6,13 @@
     fewstep train experiment=dmd2 teacher=PIPELINE data.dataset_dir=DIR steps=4 networks.student.init=RUN_OF_KD
     fewstep train experiment=scm|rcm|flow_map teacher=PIPELINE data.dataset_dir=DIR    consistency models, a flow map
 
+    fewstep train experiment=kd teacher=PIPELINE control=edge,vis,depth                one student for several controls
+
 PIPELINE is any address of a teacher: a diffusers folder or hub id, a run of `finetune`, an export of one, published weights.
-Guidance, times and learning rates are those that students of its family are published with (NetworkSpec.distillation); the
-learning rates of networks under 100 million weights are those of the toy world. A text of 512 T5 tokens, a mask of the padding,
-and so on follow from the pipeline. Every value is in config.yaml and can be changed.
+With several controls every batch has one of them, drawn equally; pairs are then in datasets/pairs/CONTROL (other places:
+data.sources.N.data.dataset_dir). Guidance, times and learning rates are those that students of its family are published with
+(NetworkSpec.distillation); the learning rates of networks under 100 million weights are those of the toy world. A text of 512
+T5 tokens, a mask of the padding, and so on follow from the pipeline. Every value is in config.yaml and can be changed.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any, Literal
 
 from fewstep.config import ConfigError, choices, recipe
 from fewstep.data.folder.dataset import Folder
+from fewstep.data.mix import Mix, by_control
 from fewstep.diffusion import EDM, VP
 from fewstep.diffusion.times import LogitNormal, LogNormal, Shifted, Uniform
 from fewstep.inference.teacher import Teacher, teacher_at
@@ -37,25 +41,26 @@ from fewstep.training.optim import Optim
 from fewstep.training.run import Checkpoint, Job, Parallel, Run, Trainer
 
 Control = Literal["edge", "vis", "depth", "seg", "keypoint"]
+BLOCK = 64  # samples in a row of one control: one micro-batch on all processes, of up to so many samples
 RCM_TIMES = LogNormal(mean=0.7, std=1.6)  # rCM, of tan t on video
 RCM_STEPS = (math.pi / 2, 1.5, 1.4, 1.0)  # rCM's times of up to four steps, in TrigFlow
 EMA = Ema(profile="power", width=0.1)  # Predict2.5; right for a run of any length
 
 
 @recipe("finetune")
-def finetune(teacher: str = "", control: Control | None = None) -> Run:
+def finetune(teacher: str = "", control: tuple[Control, ...] = ()) -> Run:
     """Post-train a teacher on clips of your own, all weights; it stays a teacher."""
     return _finetune("finetune", _opened(teacher, control), control, 0)
 
 
 @recipe("lora")
-def lora(teacher: str = "", rank: int = 16, control: Control | None = None) -> Run:
+def lora(teacher: str = "", rank: int = 16, control: tuple[Control, ...] = ()) -> Run:
     """Post-train a teacher on clips of your own with low-rank adapters; it stays a teacher."""
     return _finetune("lora", _opened(teacher, control), control, rank)
 
 
 @recipe("kd")
-def kd(teacher: str = "", steps: int = 4, shift: float | None = None, control: Control | None = None, rank: int = 0) -> Run:
+def kd(teacher: str = "", steps: int = 4, shift: float | None = None, control: tuple[Control, ...] = (), rank: int = 0) -> Run:
     """KD of any teacher into a student of `steps` steps, on its pairs (`fewstep pairs`); rank=32: adapters."""
     source = _opened(teacher, control)
     _refuse_steps(steps)
@@ -63,7 +68,7 @@ def kd(teacher: str = "", steps: int = 4, shift: float | None = None, control: C
         job=_job(source, f"kd_{steps}step"),
         method=KD(student_sample_steps=steps, t_list=source.times(steps, shift)),
         networks=_networks(source, rank),
-        data=_folder(source, "pairs", control, pairs=("noise",) if steps == 1 else ("path",)),
+        data=_data(source, "pairs", control, pairs=("noise",) if steps == 1 else ("path",)),
         optim=Optim(lr=_lr(source, source.published.kd_lr, 5e-4, rank), betas=(0.9, 0.99), clip=1.0),
         ema=EMA,
         trainer=_trainer(source, 6000),
@@ -79,7 +84,7 @@ def dmd2(
     steps: int = 4,
     shift: float | None = None,
     guidance: float | None = None,
-    control: Control | None = None,
+    control: tuple[Control, ...] = (),
     rank: int = 0,
 ) -> Run:
     """DMD2 of any teacher into a student of `steps` steps; networks.student.init=RUN begins with a run of kd."""
@@ -91,7 +96,7 @@ def dmd2(
         job=_job(source, f"dmd2_{steps}step"),
         method=_dmd2(source, steps, shift, published.guidance if guidance is None else guidance),
         networks=replace(networks, critic=Lora(rank=rank)) if rank else networks,
-        data=_folder(source, "clips", control, negative=_negative(source)),
+        data=_data(source, "clips", control, negative=_negative(source)),
         optim=Optim(lr=_lr(source, published.lr, 2e-4, rank), betas=(0.0, 0.99), clip=1.0),
         critic_optim=Optim(lr=_lr(source, published.critic_lr, 4e-4, rank), betas=(0.0, 0.99), clip=1.0),
         ema=EMA,
@@ -103,7 +108,9 @@ def dmd2(
 
 
 @recipe("scm")
-def scm(teacher: str = "", steps: int = 2, guidance: float | None = None, control: Control | None = None, rank: int = 0) -> Run:
+def scm(
+    teacher: str = "", steps: int = 2, guidance: float | None = None, control: tuple[Control, ...] = (), rank: int = 0
+) -> Run:
     """sCM of any teacher: a consistency model of `steps` steps in continuous time, from clips; no pairs are needed."""
     source = _opened(teacher, control)
     _refuse_steps(steps, most=len(RCM_STEPS))
@@ -112,7 +119,9 @@ def scm(teacher: str = "", steps: int = 2, guidance: float | None = None, contro
 
 
 @recipe("rcm")
-def rcm(teacher: str = "", steps: int = 4, guidance: float | None = None, control: Control | None = None, rank: int = 0) -> Run:
+def rcm(
+    teacher: str = "", steps: int = 4, guidance: float | None = None, control: tuple[Control, ...] = (), rank: int = 0
+) -> Run:
     """rCM of any teacher into a student of `steps` steps: sCM on clips, and DMD2 on the student's own samples."""
     source = _opened(teacher, control)
     _refuse_steps(steps, most=len(RCM_STEPS))
@@ -127,7 +136,7 @@ def rcm(teacher: str = "", steps: int = 4, guidance: float | None = None, contro
 @recipe("flow_map")
 def flow_map(teacher: str = "", steps: int = 4, shift: float | None = None, guidance: float | None = None) -> Run:
     """A flow map of a Wan or Cosmos teacher: one student for any number of steps, from clips. Of Wan: diffusers' AnyFlow."""
-    source = _opened(teacher, None)
+    source = _opened(teacher, ())
     _refuse_steps(steps)
     method, published = FlowMap(), source.published
     method = replace(
@@ -137,20 +146,21 @@ def flow_map(teacher: str = "", steps: int = 4, shift: float | None = None, guid
         shift=published.shift if shift is None else shift,
     )
     networks = replace(_networks(source, 0), student=Full(_with_second_time(source.spec)))
-    return _from_clips(source, "flow_map", method, networks, None, 0)
+    return _from_clips(source, "flow_map", method, networks, (), 0)
 
 
 # ---- parts of the above ----------------------------------------------------------------------------------------------
 
 
-def _opened(address: str, control: Control | None) -> Teacher:
+def _opened(address: str, control: tuple[Control, ...]) -> Teacher:
     if not address:
         raise ConfigError([("teacher", "which? Give teacher=ADDRESS: a pipeline's folder or hub id, a run, published weights")])
-    teacher = teacher_at(address, () if control is None else (control,))
+    teacher = teacher_at(address, control)
     branches = teacher.spec.control_branches
-    if control is not None and control not in branches:
+    missing = [name for name in control if name not in branches]
+    if missing:
         listed = f"has branches for {', '.join(branches)} only" if branches else "has no control branch"
-        raise ConfigError([("control", f"{control}: {address} {listed}")])
+        raise ConfigError([("control", f"{missing[0]}: {address} {listed}")])
     return teacher
 
 
@@ -161,14 +171,14 @@ def _refuse_steps(steps: int, most: int | None = None) -> None:
         raise ConfigError([("steps", f"must be at most {most} for this method, not {steps}")])
 
 
-def _finetune(name: str, source: Teacher, control: Control | None, rank: int) -> Run:
+def _finetune(name: str, source: Teacher, control: tuple[Control, ...], rank: int) -> Run:
     adapted = Networks(teacher=source.spec, teacher_init=source.init, student=Lora(rank=rank)) if rank else None
     whole = Networks(student=Full(source.spec, init=_init(source)))
     return Run(
         job=_job(source, name),
         method=_denoising(source),
         networks=adapted or whole,
-        data=_folder(source, "clips", control, negative=_negative(source)),
+        data=_data(source, "clips", control, negative=_negative(source)),
         optim=Optim(lr=_lr(source, 2e-5, 5e-4, rank), betas=(0.9, 0.99), weight_decay=0.01, clip=1.0),
         ema=EMA,
         trainer=_trainer(source, 2000),
@@ -209,7 +219,7 @@ def _networks(source: Teacher, rank: int) -> Networks:
     return Networks(teacher=source.spec, teacher_init=source.init, student=Lora(rank=rank) if rank else Full())
 
 
-def _from_clips(source: Teacher, name: str, method: Method, networks: Networks, control: Control | None, rank: int) -> Run:
+def _from_clips(source: Teacher, name: str, method: Method, networks: Networks, control: tuple[Control, ...], rank: int) -> Run:
     """A run on clips with the learning rates of DMD2."""
     published = source.published
     critic = Optim(lr=_lr(source, published.critic_lr, 4e-4, rank), betas=(0.0, 0.99), clip=1.0)
@@ -217,7 +227,7 @@ def _from_clips(source: Teacher, name: str, method: Method, networks: Networks, 
         job=_job(source, name),
         method=method,
         networks=networks,
-        data=_folder(source, "clips", control, negative=_negative(source)),
+        data=_data(source, "clips", control, negative=_negative(source)),
         optim=Optim(lr=_lr(source, published.lr, 2e-4, rank), betas=(0.0, 0.99), clip=1.0),
         critic_optim=critic if "critic" in method.roles else None,
         ema=EMA,
@@ -233,18 +243,20 @@ def _init(source: Teacher) -> str:
     return "random" if source.init is None else source.init  # "random" takes those of the folder
 
 
-def _folder(source: Teacher, where: str, control: Control | None, *, pairs: Any = (), negative: str | None = None) -> Folder:
+def _data(
+    source: Teacher, where: str, control: tuple[Control, ...], *, pairs: Any = (), negative: str | None = None
+) -> Folder | Mix:
+    """A folder of clips; for several controls one for each, drawn equally. A pair belongs to the control it was made with."""
     text = source.text
-    signal: Any = None if control is None else choices("control")[control]()  # registered by name
-    return Folder(
+    folder = Folder(
         f"datasets/{where}",
         x0="latents",
         max_tokens=text.max_tokens,
         mask_text=text.uses_mask,
         negative=negative,
-        control=signal,
         pairs=pairs,
     )
+    return by_control(folder, tuple(choices("control")[name]() for name in control), BLOCK)  # registered by name
 
 
 def _negative(source: Teacher) -> str:

@@ -1,14 +1,14 @@
 """The toy world, from pixels to a teacher: the recipes that made the weights shipped in fewstep/toyworld/stack/.
 
-fewstep prepare toyworld --out datasets/toyworld/train --num 24000 --seed 11 --only videos,metas,edge
+fewstep prepare toyworld --out datasets/toyworld/train --num 24000 --seed 11 --only videos,metas,edge,vis,depth
 python -m fewstep.toyworld.train_features --seed 1 --out perceptual.safetensors   (below the output root)
 python -m fewstep.toyworld.train_tokenizer tokenizer
 fewstep prepare words datasets/toyworld/train --out fewstep/toyworld/stack/text_encoder
 fewstep prepare text datasets/toyworld/train --text-encoder fewstep/toyworld/stack
-fewstep prepare latents datasets/toyworld/train --codec fewstep/toyworld/stack --control edge
+fewstep prepare latents datasets/toyworld/train --codec fewstep/toyworld/stack --control edge    (and vis, and depth)
 fewstep train experiment=toy_teacher
 python -m fewstep.toyworld.train_tokenizer decoder
-fewstep train experiment=toy_edge
+fewstep train experiment=toy_edge    (and toy_vis, and toy_depth)
 
 After each training `python -m fewstep.toyworld.release` copies the weights into the stack; docs/toyworld.md has every command.
 """
@@ -20,7 +20,7 @@ from typing import Literal
 
 import fewstep
 from fewstep.config import recipe
-from fewstep.data.controls import Edge
+from fewstep.data.controls import Control, Depth
 from fewstep.data.folder.dataset import Folder
 from fewstep.diffusion import TrigFlow
 from fewstep.diffusion.derivative import Difference
@@ -45,6 +45,7 @@ from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks
 from fewstep.recipes.watched import watched
+from fewstep.toyworld.dataset import EDGE, VIS
 from fewstep.toyworld.train_tokenizer import LATENT_CHANNELS
 from fewstep.training.ema import Ema
 from fewstep.training.health import Health
@@ -68,12 +69,10 @@ TEACHER = CosmosSpec(
     rope_scale=(1.0, 1.0, 1.0),
     padding_mask=False,
 )
-LED = CosmosControlSpec(
+CONTROLLED = CosmosControlSpec(
     **{f.name: getattr(TEACHER, f.name) for f in fields(TEACHER)},
-    controls=("edge",),
     num_control_blocks=1,
     hint_channels=LATENT_CHANNELS,
-    train="control",
 )
 
 
@@ -100,11 +99,28 @@ def toy_teacher() -> Run:
 @recipe("toy_edge")
 def toy_edge() -> Run:
     """A control branch for the frozen toy teacher: clips follow the edges of another clip (form of Transfer2.5)."""
+    return _branch(EDGE)
+
+
+@recipe("toy_vis")
+def toy_vis() -> Run:
+    """The same for the blur of another clip."""
+    return _branch(VIS)
+
+
+@recipe("toy_depth")
+def toy_depth() -> Run:
+    """The same for the depth of another clip."""
+    return _branch(Depth())
+
+
+def _branch(control: Control) -> Run:
+    network = replace(CONTROLLED, controls=(control.folder,), train="control", pretrained=SHIPPED)
     return Run(
-        job=_job("toy_edge"),
+        job=_job(f"toy_{control.folder}"),
         method=Finetune(times=LogitNormal(), drop_condition=0.1, first_frames=(0.7, 0.15, 0.15)),
-        networks=Networks(student=Full(replace(LED, pretrained=SHIPPED), init="random")),
-        data=Folder(TRAIN, x0="latents", max_tokens=40, mask_text=True, negative="zeros", control=Edge("medium")),
+        networks=Networks(student=Full(network, init="random")),
+        data=Folder(TRAIN, x0="latents", max_tokens=40, mask_text=True, negative="zeros", control=control),
         optim=Optim(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, schedule="cosine", warmup_iters=100, clip=1.0),
         ema=Ema(beta=0.999),
         trainer=Trainer(max_iter=1800, batch_size=32, num_threads=1, log_every=100),

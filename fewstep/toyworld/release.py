@@ -101,16 +101,17 @@ def transformer(
 
 @app.command()
 def control(
-    run: Annotated[str, typer.Argument(help="The finished run of toy_edge.")],
-    out: Annotated[Path, typer.Option(help="Folder to write, beside transformer/.")],
+    run: Annotated[str, typer.Argument(help="The finished run of toy_edge, toy_vis or toy_depth.")],
+    out: Annotated[Path, typer.Option(help="Folder to write, controlnet_CONTROL beside transformer/.")],
 ) -> None:
-    """The teacher's control branch. The pipeline's index does not name it: a caller has to name it."""
-    from fewstep.toyworld.recipes import LED
+    """A control branch of the teacher. The pipeline's index does not name it: a caller has to name it."""
+    from fewstep.toyworld.recipes import CONTROLLED
 
-    made = replace(LED, pretrained=str(out.parent)).build()
+    name = out.name.removeprefix("controlnet_")
+    made = replace(CONTROLLED, controls=(name,), pretrained=str(out.parent)).build()
     load_into(made.module, read(run), run)
     branches: Any = made.module.branches
-    _save(branches["edge"], out)
+    _save(branches[name], out)
     print(f"{out}: {sum(p.numel() for p in branches.parameters()):,} weights, of them those it shares with its teacher")
 
 

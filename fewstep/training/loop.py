@@ -49,6 +49,7 @@ from fewstep.training.run_folder import (
     noted_in,
     other_shapes,
     peak_memory_gib,
+    refuse_parted_branches,
     refuse_untrained_span,
     sampler_of,
     summary,
@@ -106,6 +107,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
     data = run.data.open()
     first = _check_data(run, data)
     refuse_untrained_span(run, first)
+    refuse_parted_branches(run, world)
 
     # --- networks, on their device, sharded; then the trained ones with their weights, optimisers and average
     noted = noted_in(folder) if latest is not None else {}

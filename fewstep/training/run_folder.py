@@ -16,6 +16,7 @@ import torch
 import fewstep
 from fewstep.batch import Batch
 from fewstep.config import dump
+from fewstep.data.mix import Mix
 from fewstep.diffusion import Sampler
 from fewstep.errors import UserError
 from fewstep.files import own_folder, write_json
@@ -106,6 +107,20 @@ def refuse_untrained_span(run: Run, first: Batch) -> None:
         raise UserError(
             f"networks.student: a causal span of {spec.span} latent frames, but clips of {frames} are trained on: positions "
             f"beyond would never be trained. Set span={frames}, of the recipe or of networks.student.causal"
+        )
+
+
+def refuse_parted_branches(run: Run, world: World) -> None:
+    """Raises UserError where processes that hold the weights together would run different control branches: all would wait."""
+    data, num = run.data, run.trainer.batch_size * world.num_readers
+    if run.parallel.mode != "fsdp" or world.num_readers == 1 or not isinstance(data, Mix) or data.block % num == 0:
+        return
+    controls = {getattr(source.data, "control", None) for source in data.sources}
+    student = run.networks.spec_of("student")
+    if student is not None and len(student.control_branches) > 1 and len(controls) > 1:
+        raise UserError(
+            f"data.block={data.block}: {world.num_readers} processes share the weights and must all run the branch of one "
+            f"control at a time. Set data.block={num}, or a multiple of it"
         )
 
 

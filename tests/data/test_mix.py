@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from fewstep.config import ConfigError, check, choices, parse
-from fewstep.data.controls import Edge
+from fewstep.data.controls import Depth, Edge, Vis
 from fewstep.data.files import video
 from fewstep.data.files.sizes import BUCKETS_720, fit, nearest_shape
 from fewstep.data.folder.dataset import Folder
-from fewstep.data.mix import Mix, Source
+from fewstep.data.mix import Mix, Source, by_control
 from fewstep.data.order import interleaved, shares
 
 
@@ -79,6 +79,22 @@ def test_sources_of_different_shape_take_turns(tmp_path: Path) -> None:
     order = data.samples_at(torch.arange(400), seed=0).reshape(-1, 4)
     sizes = {tuple(data.batch(row).x0.shape[-2:]) for row in order}  # type: ignore[union-attr]
     assert sizes == {(16, 24), (24, 16)}
+
+
+def test_every_batch_has_one_control_and_all_come_equally_often(tmp_path: Path) -> None:
+    place = clips(tmp_path, 4)
+    for name in ("edge", "depth"):
+        for file in (place / "videos").glob("*.mp4"):
+            video.write(place / name / file.name, pictures(int(file.stem[1:]) + (50 if name == "edge" else 90), 3, 16, 24), 8)
+    spec = by_control(Folder(str(place), text=None), (Edge(), Depth()), block=6)
+    data = spec.open()
+    order = data.samples_at(torch.arange(6000), seed=0)  # type: ignore[attr-defined]
+    for batch in order[:60].split(3):  # samples 0 .. 3 have edges, 4 .. 7 depth
+        assert list(data.batch(batch).cond.control) == (["edge"] if batch[0] < 4 else ["depth"])
+    assert int((order < 4).sum()) == 3000
+    pairs = by_control(Folder("pairs", x0="latents", pairs=("noise",)), (Edge(), Vis()), 4)
+    assert isinstance(pairs, Mix) and [getattr(s.data, "dataset_dir", "") for s in pairs.sources] == ["pairs/edge", "pairs/vis"]
+    assert by_control(Folder("pairs", pairs=("noise",)), (Edge(),), 4) == Folder("pairs", pairs=("noise",), control=Edge())
 
 
 def test_what_cannot_be_mixed_is_refused(tmp_path: Path) -> None:

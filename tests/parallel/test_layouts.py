@@ -484,3 +484,32 @@ def test_the_command_under_torchrun_and_a_signal_to_one_rank(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert f"(iteration {step})" in done.stderr
     assert json.loads((metrics.parent / "summary.json").read_text())["samples"] == 8 * (step + 2)
+
+
+@pytest.mark.slow
+def test_two_machines_train_what_one_process_trains(tmp_path: Path) -> None:
+    """The command of docs/install.md on two agents of torchrun, each of which counts as a machine; a whole copy on each."""
+    desk = Desk(tmp_path)
+    desk.file.write_text(WORKER)
+    (port,) = free_ports(1)
+    environment = os.environ | {"OUTPUT_ROOT": str(desk.root), "OMP_NUM_THREADS": "1"}
+    words = ["-m", "fewstep.train", "--config", str(desk.file), "experiment=layout_toy", "trainer.max_iter=6"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d"]
+    torchrun += [f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", *words, "job.name=two_machines"]
+    machines = [
+        subprocess.Popen(
+            [*torchrun, "parallel.num_replicas=2"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(2)
+    ]
+    try:
+        said = [machine.communicate(timeout=240)[0] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+            machine.wait()
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    alone = [sys.executable, *words, "job.name=alone", "parallel.mode=ddp", "trainer.batch_size=8"]
+    done = subprocess.run(alone, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_like(desk, "two_machines", "alone")

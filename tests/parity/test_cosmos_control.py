@@ -167,7 +167,6 @@ def test_several_controls_add_what_each_says_times_its_weight_which_sum_to_one_a
     net = network(style=style, controls=controls, weights=(0.75, 1.25))
     x, cond, t = draw(*SHAPE), condition(), torch.tensor([0.7, 0.3], dtype=torch.float64)
     module: Any = net.module
-    assert module.weights == {"edge": 0.375, "depth": 0.625}
     inputs = upstream_inputs(x, t, cond)
     said = [
         module.branches[name](controls_latents=cond.control[name], conditioning_scale=w, return_dict=False, **inputs)[0]
@@ -182,6 +181,26 @@ def test_several_controls_add_what_each_says_times_its_weight_which_sum_to_one_a
     torch.testing.assert_close(net(x, t, cond).velocity * free, upstream * free, rtol=0, atol=2e-6)
     small = network(style=style, controls=controls, weights=(0.25, 0.5))
     assert small.module.weights == {"edge": 0.25, "depth": 0.5}
+
+
+@pytest.mark.parametrize("names", [("depth",), ("edge", "depth")])
+def test_of_three_branches_those_run_that_the_batch_has_signals_for(names: tuple[str, ...]) -> None:
+    weights = {"edge": 0.75, "depth": 1.25, "seg": 1.0}
+    net = network(style="transfer1", controls=tuple(weights), weights=tuple(weights.values()))
+    fewer = network(style="transfer1", controls=names, weights=tuple(weights[name] for name in names))
+    state = net.module.state_dict()
+    fewer.module.load_state_dict({name: state[name] for name in fewer.module.state_dict()})
+    x, cond, t = draw(*SHAPE), condition(), torch.tensor([0.7, 0.3], dtype=torch.float64)
+    cond = replace(cond, control={name: cond.control[name] for name in names})
+    answer = net(x, t, cond).velocity
+    torch.testing.assert_close(answer, fewer(x, t, cond).velocity, rtol=0, atol=0)  # weights that sum to over 1 are shares
+    answer.square().sum().backward()
+    branches: Any = net.module.branches
+    trained = {n.partition(".")[0] for n, parameter in branches.named_parameters() if parameter.grad is not None}
+    assert trained == set(names)
+    ours = net.with_control_weights({"edge": 0.25, "depth": 0.5, "seg": 3.0})(x, t, cond).velocity
+    theirs = fewer.with_control_weights({"edge": 0.25, "depth": 0.5})(x, t, cond).velocity
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def test_one_time_for_all_frames_is_the_same_as_one_for_each_and_rows_do_not_mix() -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fewstep import TOY
 from fewstep.cli import main
 from fewstep.config import ConfigError, check, compose, from_yaml, read_command, to_yaml
+from fewstep.data.mix import Mix
 from fewstep.diffusion import EDM, VP, RectifiedFlow
+from fewstep.errors import UserError
 from fewstep.inference.model import open_model
 from fewstep.inference.teacher import teacher_at
 from fewstep.methods import DMD2, KD, Finetune
@@ -21,7 +25,9 @@ from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.families.wan.network import WanSpec
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full
-from fewstep.training.run import Run
+from fewstep.parallel import World
+from fewstep.training.run import Parallel, Run
+from fewstep.training.run_folder import refuse_parted_branches
 
 T5, UMT5 = {"model_type": "t5"}, {"model_type": "umt5"}
 UNIPC = {"_class_name": "UniPCMultistepScheduler", "flow_shift": 3.0}
@@ -92,12 +98,34 @@ def test_the_toy_teacher_with_its_mask_and_its_branch() -> None:
     made = run("experiment=dmd2", f"teacher={TOY}", "control=edge")
     assert isinstance(made.networks.teacher, CosmosControlSpec) and made.networks.teacher.controls == ("edge",)
     assert made.data.max_tokens == 40 and made.data.mask_text and made.data.negative == "zeros"  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match=r"control: vis: .* has no control branch"):
-        run("experiment=kd", f"teacher={TOY}", "control=vis")
+    with pytest.raises(ConfigError, match=r"control: seg: .* has branches for edge only"):
+        run("experiment=kd", f"teacher={TOY}", "control=edge,seg")
     with pytest.raises(ConfigError, match="teacher: which"):
         run("experiment=kd")
     with pytest.raises(ConfigError, match="steps: must be at least 1"):
         run("experiment=kd", f"teacher={TOY}", "steps=0")
+
+
+def test_one_student_for_several_controls(tmp_path: Path) -> None:
+    for name in ("edge", "vis", "depth"):
+        write(tmp_path / f"controlnet_{name}" / "config.json", json.loads((TOY / "controlnet_edge/config.json").read_text()))
+    for name in ("model_index.json", "transformer/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json"):
+        write(tmp_path / name, json.loads((TOY / name).read_text()))
+    teacher = (f"teacher={tmp_path}", "control=edge,vis,depth")
+    kd = run("experiment=kd", *teacher, "data.sources.1.data.dataset_dir=vis_pairs")
+    dmd2 = run("experiment=dmd2", *teacher, "data.block=32", "trainer.batch_size=32")
+    for made, places in ((kd, ["datasets/pairs/edge", "vis_pairs", "datasets/pairs/depth"]), (dmd2, ["datasets/clips"] * 3)):
+        data: Any = made.data
+        assert isinstance(data, Mix) and made.data.fields >= made.method.needs
+        assert [source.data.dataset_dir for source in data.sources] == places
+        assert [source.data.control.folder for source in data.sources] == ["edge", "vis", "depth"]
+        assert {source.weight for source in data.sources} == {1.0} and data.block % made.trainer.batch_size == 0
+        assert set(made.networks.teacher.control_branches) == {"edge", "vis", "depth"}  # type: ignore[union-attr]
+    sharded, world = replace(dmd2, parallel=Parallel("fsdp")), World(0, 3, torch.device("cpu"), None)
+    refuse_parted_branches(replace(dmd2, parallel=Parallel("ddp")), world)
+    refuse_parted_branches(replace(sharded, data=replace(data, block=96)), world)
+    with pytest.raises(UserError, match=r"data\.block=32: 3 processes share the weights .* Set data\.block=96"):
+        refuse_parted_branches(sharded, world)
 
 
 def test_a_teachers_path_is_that_of_its_network(pipelines: Path) -> None:

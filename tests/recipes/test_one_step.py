@@ -19,6 +19,7 @@ from fewstep.config import ConfigError, build_recipe, recipes
 from fewstep.data.files import arrays, cache
 from fewstep.data.folder.dataset import Folder
 from fewstep.data.folder.parts import stored_embedding
+from fewstep.data.mix import Mix, Source
 from fewstep.data.mock import Mock
 from fewstep.inference.synthetic import TeacherPairs
 from fewstep.inference.teacher import path_of
@@ -46,7 +47,7 @@ TWINS: dict[type, Family] = {type(family.published): family for family in (WAN, 
 
 def shrink(run: Run, root: Path) -> Run:
     """The run with small networks of the same structure, random weights, a tiny data set in `root` and two iterations."""
-    data = run.data
+    data = run.data.sources[0].data if isinstance(run.data, Mix) else run.data
     networks = run.networks if isinstance(data, Mock) else _networks(run.networks)  # a toy twin is small already
     if isinstance(data, Folder):
         twin = TWINS.get(type(run.networks.teacher))
@@ -55,6 +56,9 @@ def shrink(run: Run, root: Path) -> Run:
         write_parts(root, shape, data.text or "t5_xxl", _text_channels(reader), pooled)
         states = {"path_times": _times(run.method, networks.teacher)} if "path" in data.pairs else {}
         data = replace(data, dataset_dir=str(root), max_tokens=TOKENS if twin is None else twin.mock.text[0], **states)  # type: ignore[index]
+        if isinstance(run.data, Mix):
+            sources = [replace(data, control=getattr(source.data, "control", None)) for source in run.data.sources]
+            data = Mix(tuple(map(Source, sources)), NUM)
     elif isinstance(data, TeacherPairs):
         data = replace(data, num=64)
     optims = {name: _short(getattr(run, name)) for name in ("optim", "critic_optim", "head_optim")}

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fewstep.batch import Batch
 from fewstep.data.loader import first_batch
+from fewstep.data.mix import Mix
 from fewstep.data.mock import Mock
 from fewstep.diffusion import RectifiedFlow, Rng
 from fewstep.errors import UserError
@@ -168,7 +169,8 @@ def mock_batch(run: Run, shape: tuple[int, ...] | None, text: tuple[int, int] | 
     path = getattr(teacher, "path", RectifiedFlow())
     method = run.method
     times = method.times_on(method.path or path) if isinstance(method, (KD, CausalKD)) else ()  # of states on the teacher's way
-    spec = Mock(shape, text, controls=tuple(getattr(teacher, "controls", ())), path_times=times)
+    controls = tuple(getattr(teacher, "controls", ()))[: 1 if isinstance(run.data, Mix) else None]  # a batch of a mix has one
+    spec = Mock(shape, text, controls=controls, path_times=times)
     return spec.open().batch(torch.arange(run.trainer.batch_size))
 
 

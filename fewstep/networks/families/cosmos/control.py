@@ -3,7 +3,8 @@
     Transfer2.5   branch blocks feed base blocks 0, n, 2n, ..; the real diffusers class, `CosmosControlNetModel`
     Transfer1     a copy of the first three blocks feeds the first three; not in diffusers (transfer1.py)
 
-The control video is encoded like the video itself, and its latents travel in cond.control[NAME], in the units of x0. What
+The control video is encoded like the video itself, and its latents travel in cond.control[NAME], in the units of x0. The
+branches of the controls in cond.control run, and no others: one network can be trained on batches of one control each. What
 several branches put out is added, each times its weight; weights that sum to more than 1 are scaled down to 1.
 """
 
@@ -34,8 +35,7 @@ class Controlled(nn.Module):
     def __init__(self, base: Any, branches: Mapping[str, nn.Module], weights: Mapping[str, float], freezes_base: bool):
         super().__init__()
         self.base, self.branches = base, nn.ModuleDict(branches)
-        total = max(1.0, sum(weights.values()))
-        self.weights = {name: weight / total for name, weight in weights.items()}
+        self.weights = dict(weights)
         self.freezes_base = freezes_base
         self.requires_grad_(True)
 
@@ -64,14 +64,15 @@ class Controlled(nn.Module):
     ) -> tuple[Tensor]:
         """The base's output, its blocks corrected by the branches' outputs for `controls` (by name, B C T H W)."""
         config = self.base.config
-        weights = self.weights if control_weights is None else control_weights
+        weights = {name: (self.weights if control_weights is None else control_weights)[name] for name in controls}
+        total = max(1.0, sum(weights.values()))
         residuals: list[Tensor | None] = [None] * len(range(0, config.num_layers, config.controlnet_block_every_n))
         shared = {name: value for name, value in inputs.items() if name != "hidden_states"}
-        for name, branch in self.branches.items():
-            made = branch(
+        for name, weight in weights.items():
+            made = self.branches[name](
                 controls_latents=controls[name].to(inputs["hidden_states"].dtype),
                 latents=inputs["hidden_states"],
-                conditioning_scale=weights[name],
+                conditioning_scale=weight / total,
                 return_dict=False,
                 **shared,
             )[0]
@@ -94,7 +95,7 @@ class CosmosControlSpec(CosmosSpec):
 
     style: Literal["transfer2_5", "transfer1"] = "transfer2_5"
     controls: tuple[str, ...] = ("edge",)  # one branch each: names in cond.control
-    weights: tuple[float, ...] | None = None  # of the branches; None: 1 each. Scaled down where they sum to more than 1
+    weights: tuple[float, ...] | None = None  # of the branches; None: 1 each. Scaled down where those that run sum to over 1
     branches: tuple[str, ...] | None = None  # diffusers folders or hub ids, one per control; None: fresh ones
     num_control_blocks: int = 4  # of each branch; Transfer1 3
     hint_channels: int = 128  # of a branch's input: eight controls of 16 channels could be stacked; the rest stays 0

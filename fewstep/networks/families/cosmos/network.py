@@ -158,8 +158,7 @@ class Cosmos(Adapter):
         sharing.leaves(base.proj_out)
 
     def with_control_weights(self, weights: Mapping[str, float]) -> Cosmos:
-        total = max(1.0, sum(weights.values()))
-        return replace(self, control_weights={name: weights.get(name, 0.0) / total for name in self.controls})
+        return replace(self, control_weights={name: weights.get(name, 0.0) for name in self.controls})
 
     def given(self, cond: Condition, frames: Tensor, mask: Tensor) -> Condition:
         cond = super().given(cond, frames, mask)
@@ -252,17 +251,17 @@ class Cosmos(Adapter):
         return frames if self.family == "flow" else frames / self.sigma_data
 
     def _controls(self, cond: Condition, like: Tensor) -> dict[str, Tensor]:
-        missing = [name for name in self.controls if name not in cond.control]
-        if missing:
-            have = ", ".join(cond.control) or "none"
-            raise UserError(f"this network is led by the control '{missing[0]}', but the batch has {have}")
-        for name in self.controls:
+        given = [name for name in self.controls if name in cond.control]
+        if not given:
+            own, have = "' or '".join(self.controls), ", ".join(cond.control) or "none"
+            raise UserError(f"this network is led by the control '{own}', but the batch has {have}")
+        for name in given:
             if cond.control[name].shape != like.shape:
                 raise UserError(
                     f"control '{name}' has shape {tuple(cond.control[name].shape)}, but must have that of the latents, "
                     f"{tuple(like.shape)}: it is the control video, encoded like the video"
                 )
-        return {name: cond.control[name].to(like) for name in self.controls}
+        return {name: cond.control[name].to(like) for name in given}
 
     @staticmethod
     def _context(text: Tensor, config: Any) -> Tensor | tuple[Tensor, Tensor]:
