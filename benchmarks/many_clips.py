@@ -42,8 +42,7 @@ def write(folder: Path, num: int, seed: int) -> None:
 
 
 def started(root: Path, name: str, num: int, rank: int = 0, ranks: int = 1) -> subprocess.Popen[bytes]:
-    digits = len(str(num - 1))
-    real = root / "real" / ("0" * (6 - digits) + "?" * digits + ".mp4")
+    real = root / "real" / ("0" * (6 - len(str(num - 1))) + "*.mp4")  # as many as are scored
     command = [sys.executable, "-m", "fewstep", "evaluate", str(root / "made"), "--real", str(real), "--num", str(num)]
     command += ["--sets", "1", "--features", "descriptors", "--out", str(root / name / "scores.json"), "--keep", "1"]
     return subprocess.Popen(command, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"})
@@ -58,19 +57,22 @@ def ended(process: subprocess.Popen[bytes]) -> dict[str, float]:
 
 def undisturbed(root: Path, name: str, num: int) -> dict[str, float]:
     began = time.monotonic()
-    return {"clips": num, **ended(started(root, name, num)), "seconds": round(time.monotonic() - began)}
+    end = ended(started(root, name, num))
+    if end["status"]:
+        sys.exit(f"{name}: fewstep evaluate ended with {end['status']}")
+    return {"clips": num, **end, "seconds": round(time.monotonic() - began)}
 
 
 def divided(root: Path, name: str, num: int) -> dict[str, Any]:
-    """Two processes; the second is killed once it has kept something, and started again."""
+    """Two processes; the second is killed once something has been kept, and started again."""
     began = time.monotonic()
     first, second = started(root, name, num, 0, 2), started(root, name, num, 1, 2)
     with ThreadPoolExecutor(1) as pool:
         of_first = pool.submit(ended, first)
-        while not list((root / name).glob("**/*.1of2.safetensors")) and second.poll() is None:
+        while not list((root / name).glob("**/*.safetensors")):
             time.sleep(0.2)
-        time.sleep(2)  # what it measures meanwhile is lost
-        second.send_signal(signal.SIGKILL)
+        time.sleep(1)  # what it measures meanwhile is lost
+        os.kill(second.pid, signal.SIGKILL)
         after = round(time.monotonic() - began)
         parts = {"killed": ended(second) | {"after_s": after}, "again": ended(started(root, name, num, 1, 2))}
         parts["first"] = of_first.result()

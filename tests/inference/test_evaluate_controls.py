@@ -61,7 +61,7 @@ def test_a_model_of_three_branches_receives_the_controls_that_are_named_and_no_o
     """Given the edges alone, its clips are those of the model that has no other branch; given none, it is refused."""
     shutil.copytree(fewstep.TOY, root / "three")
     for name in ("depth", "vis"):
-        shutil.copytree(fewstep.TOY / "controlnet_edge", root / "three" / f"controlnet_{name}")
+        shutil.copytree(fewstep.TOY / "controlnet_edge", root / "three" / f"controlnet_{name}", dirs_exist_ok=True)
     evaluated(root, fewstep.TOY, "one", "--control", "edge")
     evaluated(root, root / "three", "three_edge", "--control", "edge")
     evaluated(root, root / "three", "three_all", "--control", "edge,depth,vis")
