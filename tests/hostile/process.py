@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import grammar
 import world
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, printable
 
 MARGIN = 3 << 30  # bytes of memory that all cases together may take
 SECONDS, WALL_S = 10, 120  # of one case: of computing, and in all, on a busy machine
@@ -214,7 +214,7 @@ class Runner:
                     outcome.status = 0
                 except (UserError, OSError) as error:
                     outcome.status = 1
-                    outcome.text = str(error)
+                    outcome.text = printable(str(error))  # as it reaches a terminal
                 except BaseException:
                     outcome.crash = traceback.format_exc()
             self.statuses[f"reader {outcome.status}"] += 1
