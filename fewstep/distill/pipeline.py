@@ -117,15 +117,15 @@ def _report(request: PipelineRequest) -> Command:
 
 
 def _with_options(request: PipelineRequest, stage: str, *command: str) -> Command:
-    """The command with the user's STAGE.OPTION=VALUE in the place of its own."""
+    """The command with the user's STAGE.OPTION=VALUE in the place of its own; STAGE.OPTION is an option without a value."""
     words = list(command)
     for setting in request.settings_of(stage):
-        name, _, value = setting.partition("=")
+        name, equals, value = setting.partition("=")
         option = f"--{name.replace('_', '-')}"
-        if option in words:
+        if equals and option in words:
             words[words.index(option) + 1] = value
-        else:
-            words += [option, value] if value else [option]
+        elif option not in words:
+            words += [option, value] if equals else [option]
     return tuple(words)
 
 

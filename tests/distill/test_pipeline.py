@@ -56,6 +56,9 @@ def test_the_seeds_three_stages_with_its_numbers_and_arguments_for_each(tmp_path
     assert {"optim.lr=3e-5", "networks.student.causal.chunk=2"} <= set(commands["kd"])
     assert {"trainer.max_iter=7", "networks.student.causal.chunk=2"} <= set(commands["sf"])
     assert commands["sf_scores"][commands["sf_scores"].index("--num") + 1] == "9"
+    options = ("pairs.quality=lossless", "pairs.negative=", "pairs.mask-text")
+    plain, more = (road(request(tmp_path, settings=settings))["pairs"] for settings in ((), options))
+    assert more == [*plain, "--quality", "lossless", "--negative", "", "--mask-text"]  # an empty value, and none
 
 
 def test_what_is_wrong_is_said_before_anything_is_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
