@@ -95,9 +95,9 @@ def refuse_stream(request: GenerateRequest, plan: Plan, is_divided: bool) -> Non
     """Raises UserError for what cannot stream, before any weights are read."""
     if not isinstance(plan.sampler, StudentSampler) or plan.sampler.by_chunk is None:
         raise UserError(f"--stream: {request.model} generates all frames of a clip at once; a causal student streams")
-    if request.guardrails or request.save_noise or request.save_controls or is_divided:
+    if request.guardrails or request.save_noise or request.save_controls or request.tile or is_divided:
         raise UserError(
-            "--stream: guardrails, --save-noise, --save-controls, --shard and --context do not go with it: leave them out"
+            "--stream: leave out guardrails, --save-noise, --save-controls, --tile, --shard and --context: all need whole clips"
         )
     StreamingDecoder(plan.codec)
     for clip in request.clips:
