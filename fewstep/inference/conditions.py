@@ -180,9 +180,9 @@ def origin(parts: Parts, films: Footage, chunk: Chunk) -> Tensor | None:
 def _negative(clip: ClipRequest, texts: Mapping[str | Path | None, Text], cond: Condition) -> Condition | None:
     assert cond.text is not None
     if clip.embedding is not None and clip.negative_embedding is None:  # how Cosmos 1 drops text
-        pooled = None if cond.pooled is None else torch.zeros_like(cond.pooled)
-        return replace(cond, text=torch.zeros_like(cond.text), pooled=pooled)
-    text = texts.get(clip.negative_embedding or clip.negative)
+        text = _zeros(texts[clip.embedding])
+    else:
+        text = texts.get(clip.negative_embedding or clip.negative)
     if text is None:
         return None
     num = cond.text.shape[1]
