@@ -46,6 +46,10 @@ def read_command(arguments: Sequence[str], say: Print | None = None, checks_file
     try:
         request = _request(arguments, say)
         if checks_files:
+            codec = request.codec  # of the original commands it lies below --checkpoint_dir
+            reason = None if codec is None or Path(codec).is_dir() else no_id(codec)
+            if reason is not None:
+                raise ConfigError(f"--codec {codec!r}: {reason}")
             request.check_files()
         return request
     except ConfigError as error:
@@ -205,7 +209,6 @@ def _of_model(parser: argparse.ArgumentParser) -> None:
     add(
         "--codec",
         "--tokenizer-dir",
-        type=_model,
         metavar="FOLDER",
         help="folder or hub id of the autoencoder (default: the model's own)",
     )
