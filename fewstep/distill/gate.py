@@ -39,9 +39,9 @@ def verdicts(student: Path, teacher: Path, name: str = Verdict.other) -> list[Ve
 
 def _verdicts(mine: Mapping[str, Any], other: Mapping[str, Any], whose: str) -> Iterator[Verdict]:
     for score in mine["legend"]:
-        name, better = score["name"], score["better"]
+        name, better = score["name"], score.get("better")
         pair = [record["scores"].get(name) for record in (mine, other)]
-        if better not in ("lower", "higher") or not score["is_headline"]:
+        if better not in ("lower", "higher") or not score.get("is_headline"):
             continue
         if any(entry is None or entry["value"] is None for entry in pair):
             continue
@@ -54,7 +54,7 @@ def table(files: Mapping[str, Path], titles: Mapping[str, str]) -> str:
     records = {name: read_scores(path) for name, path in files.items() if path.is_file()}
     if not records:
         return ""
-    legend = [score for score in next(iter(records.values()))["legend"] if score["is_headline"]]
+    legend = [score for score in next(iter(records.values()))["legend"] if score.get("is_headline")]
     width = max(len(titles[name]) for name in records)
     lines = [f"{'':{width}}  " + "  ".join(f"{score['name'][:20]:>20}" for score in legend)]
     for name, record in records.items():

@@ -21,6 +21,7 @@ from fewstep.diffusion.path import AnyPath, spread, working_dtype
 from fewstep.diffusion.prediction import coefficients_for
 from fewstep.errors import UserError
 from fewstep.networks.contract import NetworkDefaults, NetworkSpec
+from fewstep.untrusted.text import fault_of
 
 
 class GaussianMixture(NetworkDefaults):
@@ -141,4 +142,5 @@ class MixtureSpec(NetworkSpec):
     path: AnyPath = RectifiedFlow()
 
     def build(self) -> GaussianMixture:
-        return GaussianMixture(self.means, self.stds, self.weights, path=self.path, labels=self.labels)
+        with fault_of("a Gaussian mixture", "Give its means, stds and weights in shapes that fit"):
+            return GaussianMixture(self.means, self.stds, self.weights, path=self.path, labels=self.labels)
