@@ -231,8 +231,10 @@ def _preset_of(control: Edge | Vis, real: Path, file: Path) -> Strength:
     for preset in _PRESETS:
         with suppress(UserError):  # the frames are too small for it
             errors[preset] = float(np.abs(made_of(replace(control, preset=preset), frame, 0) - signal).mean())
-    best: Strength = min(errors, key=lambda preset: errors[preset], default="medium")
-    return best
+    for preset, error in errors.items():
+        if error == min(errors.values()):
+            return preset
+    return "medium"
 
 
 def _notes(samples: ClipSet, measured: Measured) -> tuple[str, ...]:
