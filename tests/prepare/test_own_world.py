@@ -54,7 +54,7 @@ def test_a_world_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     batch = Folder("clips", x0="latents", mask_text=True, max_tokens=40).open().batch(torch.arange(3))
     assert batch.x0 is not None and batch.x0.shape == (3, 8, 3, 2, 3)
     torch.testing.assert_close(batch.x0.std((0, 2, 3, 4)), torch.ones(8), rtol=0.1, atol=0)  # measured on these very clips
-    assert cli(["prepare", "codec", "clips", "--out", "other", "--num-frames", "12"]) == 1
+    assert cli(["prepare", "codec", "clips", "--out", "other", "--num-frames", "12"]) == 2
     assert "--num-frames 12: a tokenizer of 4 frames to a latent takes 1 + k * 4" in capsys.readouterr().err
 
 

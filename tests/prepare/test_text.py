@@ -206,7 +206,7 @@ def test_a_folder_for_each_sample(tmp_path: Path) -> None:
 
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewstep.networks.encoders.text.open_text_encoder", lambda *_, **__: Words())
-    words = ["prepare", "text", str(folder), "--text-encoder", "x", "--negative-prompt", "blurry"]
+    words = ["prepare", "text", str(folder), "--text-encoder", "owner/x", "--negative-prompt", "blurry"]
     assert cli.main(words) == 0
     assert capsys.readouterr().out == f"{folder / 't5_xxl'}: 4 captions, 4 of them new\n"
     batch = Folder(str(folder), max_tokens=6, negative="negative.pickle").open().batch(torch.tensor([0]))
