@@ -58,7 +58,9 @@ def test_all_controls_are_scored_on_generated_clips_with_three_anchors_each(root
 def test_a_model_of_three_branches_receives_the_controls_that_are_named_and_no_other(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Given the edges alone, its clips are those of the model that has no other branch; given none, it is refused."""
+    """Given the edges alone, its clips are those of the model that has no other branch.
+
+    Given none, a folder whose index names the base alone is the base; one that is nothing without its branches is refused."""
     shutil.copytree(fewstep.TOY, root / "three")
     for name in ("depth", "vis"):
         shutil.copytree(fewstep.TOY / "controlnet_edge", root / "three" / f"controlnet_{name}", dirs_exist_ok=True)
@@ -72,5 +74,9 @@ def test_a_model_of_three_branches_receives_the_controls_that_are_named_and_no_o
     assert all((a == b).all() for a, b in zip(clips["one"], clips["three_edge"], strict=True))
     assert all((a != b).any() for a, b in zip(clips["one"], clips["three_all"], strict=True))
     words = ("--prompts", str(root / "held"), "--out", str(root / "x.json"))
-    assert main(["evaluate", str(root / "three"), *words, "--control", "seg"]) == 1
+    index = json.loads((root / "three" / "model_index.json").read_text())
+    (root / "three" / "model_index.json").write_text(
+        json.dumps({**index, "controlnet_edge": ["diffusers", "CosmosControlNetModel"]})
+    )
+    assert main(["evaluate", str(root / "three"), *words, "--control", "seg"]) == 2
     assert f"--control: {root / 'three'} is conditioned on depth, edge, vis; name" in capsys.readouterr().err
