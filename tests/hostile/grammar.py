@@ -68,21 +68,21 @@ def damaged_tree(draw: Draw, tree: Any) -> Any:
         path = draw.pick(_places(tree))
         if not path:
             if draw.number(0, 9) == 0:
-                return draw.pick(WORDS)
+                return copy.deepcopy(draw.pick(WORDS))
             continue
         holder = tree
         for key in path[:-1]:
             holder = holder[key]
         how = draw.pick(("replace", "replace", "replace", "remove", "rename", "add", "wrap"))
         if how == "replace":
-            holder[path[-1]] = draw.pick(WORDS)
+            holder[path[-1]] = copy.deepcopy(draw.pick(WORDS))  # the next damage may be inside
         elif how == "wrap":
             holder[path[-1]] = [holder[path[-1]]]
         elif how == "remove":
             del holder[path[-1]]
         elif isinstance(holder, dict):
             holder[draw.pick(("x", "", "../x", "kind", "a\u0007", "config", "name"))] = (
-                holder.pop(path[-1]) if how == "rename" else draw.pick(WORDS)
+                holder.pop(path[-1]) if how == "rename" else copy.deepcopy(draw.pick(WORDS))
             )
     return tree
 
