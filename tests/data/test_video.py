@@ -236,3 +236,18 @@ def test_a_reader_is_chosen_among_the_formats_that_are_named(tmp_path: Path, mon
     playlist.write_text("ffconcat version 1.0\nfile real.mp4\n")
     with pytest.raises(UserError, match="not a readable video"):
         video.read(playlist)
+
+
+def test_the_same_frames_are_the_same_bytes_whatever_was_in_memory_before(tmp_path: Path) -> None:
+    """x264's macroblock trees read what nothing has written: 1 to 14 of 150 such files differed on AVX-512."""
+    rng, path = np.random.default_rng(0), tmp_path / "clip.mp4"
+    clips = [rng.integers(0, 255, (num, *size, 3), dtype=np.uint8) for num, *size in ((9, 32, 32), (5, 48, 80))]
+    written: list[set[bytes]] = [set(), set()]
+    for n in range(60):
+        for clip, contents in zip(clips, written, strict=True):
+            before = [np.full(rng.integers(1, 200_000), n, np.uint8) for _ in range(3)]
+            video.write(path, clip, 24.0)
+            contents.add(path.read_bytes())
+            video.read(path)
+            del before
+    assert [len(contents) for contents in written] == [1, 1]
