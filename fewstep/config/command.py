@@ -74,6 +74,8 @@ def read_command(argv: Sequence[str]) -> Command:
             problems.append((word, f"no such option; {hint}"))
         elif word.startswith("experiment="):
             names.append(word.removeprefix("experiment="))
+        elif _is_file(word) and word.endswith(".py"):
+            problems.append((word, f"is a program, which is run only where it is named as one: --config {word}"))
         elif _is_file(word):
             files.append(word)
         elif "=" in word:

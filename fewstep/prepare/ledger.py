@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, show
 from fewstep.files import Lines, lock, remove
 from fewstep.untrusted.text import parse_json
 
@@ -75,6 +75,8 @@ class Ledger:
         made_from = parse_json(rows[0], str(self.path), advice, _First).made_from if rows else self.made_from
         read = [parse_json(row, str(self.path), advice, _Line) for row in rows[1:]]
         lines = {line.name: line.content for line in read}
+        if strange := [name for name in lines if Path(name).name != name or name == ".."]:
+            raise UserError(f"{self.path}: names {show(strange[0])}, which is no file of its folder. {advice}")
         there = [name for name in lines if self.file_of(name).is_file()]
         if rows and made_from != self.made_from and there:
             keys = sorted(key for key in made_from | self.made_from if made_from.get(key) != self.made_from.get(key))

@@ -108,8 +108,8 @@ def _load(file: BinaryIO, buffer: mmap.mmap | bytearray, name: str, verifies: bo
             value = _old(file, buffer, name, budget, symbols)
     except UnsafePickle:
         raise
-    except (RefusalError, zipfile.BadZipFile, ValueError, LookupError, OverflowError, NotImplementedError) as error:
-        problem = f"not tensors that can be read without running code: {error}. Write it again"
+    except (RefusalError, zipfile.BadZipFile, EOFError, ValueError, LookupError, OverflowError, NotImplementedError) as error:
+        problem = f"not tensors that can be read without running code: {str(error) or 'it ends too early'}. Write it again"
         raise UnsafePickle(f"{name}: {problem}") from None
     check_result(value, name)
     return value

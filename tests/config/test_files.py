@@ -269,3 +269,10 @@ def test_a_recipe_with_a_wrong_value_is_named() -> None:
 
     with pytest.raises(ConfigError, match=r"optim\.lr: expected float, got 'fast' \(set by recipe toy_broken\)"):
         build_recipe("toy_broken")
+
+
+def test_a_program_runs_only_where_it_is_named_as_one(tmp_path: Path) -> None:
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    with pytest.raises(ConfigError, match=r"is a program, which is run only where it is named as one: --config .*evil\.py"):
+        read_command(["experiment=x", str(tmp_path / "evil.py")])
+    assert not (tmp_path / "ran").exists()

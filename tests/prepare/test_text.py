@@ -132,6 +132,9 @@ def test_a_line_cut_off_by_a_kill_is_no_damage(folder: Path) -> None:
     ledger.write_bytes(b"?\n")
     with pytest.raises(ValueError, match="damaged"):
         text.write(folder, Words())
+    ledger.write_bytes(lines[0] + b'{"name": "../x", "content": "y"}\n')
+    with pytest.raises(ValueError, match=r"names '\.\./x', which is no file of its folder"):
+        text.write(folder, Words())
 
 
 def test_files_of_someone_else_are_kept(folder: Path) -> None:

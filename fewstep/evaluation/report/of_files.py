@@ -369,7 +369,9 @@ def _provenance(scored: Sequence[_Scored], runs: Sequence[Path]) -> dict[str, st
     out = {"fewstep": fewstep.__version__, "python": platform.python_version()}
     for one in scored:
         protocol = one.record.get("protocol") or {}
-        sizes = ", ".join(" x ".join(map(str, shape)) for shape in protocol.get("frames_height_width", [])[:3])
+        shapes: Any = protocol.get("frames_height_width")
+        shapes = [shape for shape in shapes if isinstance(shape, list)] if isinstance(shapes, list) else []
+        sizes = ", ".join(" x ".join(map(str, shape)) for shape in shapes[:3])
         facts = (one.record["what"], f"clips of {sizes}" if sizes else "", str(one.record.get("measured_by", "")))
         out[one.name] = "; ".join(str(fact) for fact in facts if fact)
         latency = one.record.get("latency")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -233,9 +233,7 @@ def open_codec(
     import diffusers
 
     config, subfolder = _config(str(address))
-    name = config.get("_class_name")
-    if name not in _FORMS:
-        raise UserError(f"{address}: no codec of ours, its _class_name is {name}; known are {', '.join(sorted(_FORMS))}")
+    name = _class_of(config, address)
     module = load(getattr(diffusers, name), str(address), subfolder, torch_dtype=dtype)
     folder = Path(address) / subfolder if subfolder else Path(address)
     return _around(module.to(device), _FORMS[name], scale, tile, folder / "mean_std.pt")
@@ -244,11 +242,16 @@ def open_codec(
 def form_of(address: str | Path) -> Form:
     """What the codec in a diffusers folder or hub id does to a clip; its weights are not read."""
     config, _ = _config(str(address))
-    name = config.get("_class_name")
-    if name not in _FORMS:
-        raise UserError(f"{address}: no codec of ours, its _class_name is {name}; known are {', '.join(sorted(_FORMS))}")
+    name = _class_of(config, address)
     with fault_of(f"{address}: config.json"):
         return _FORMS[name](config)[0]
+
+
+def _class_of(config: Mapping[str, Any], address: str | Path) -> str:
+    name = str(config.get("_class_name"))
+    if name not in _FORMS:
+        raise UserError(f"{address}: no codec of ours, its _class_name is {name}; known are {', '.join(sorted(_FORMS))}")
+    return name
 
 
 def codec_of(module: nn.Module, *, scale: float = 1.0, tile: int | None = None) -> Autoencoder:
