@@ -137,9 +137,9 @@ class ControlFidelity(Divisible):
                 continue
             if isinstance(control, (Edge, Vis)):
                 pairs = zip(samples.sources or (), signals.conditioned, strict=False)
-                known = next(((real, file) for real, file in pairs if real is not None and file is not None), None)
-                found = "medium" if known is None else _preset_of(control, *known)
-                control = replace(control, preset=self.preset or found)
+                pair = next(((real, file) for real, file in pairs if real is not None and file is not None), None)
+                preset = self.preset or ("medium" if pair is None else _preset_of(control, *pair))
+                control = replace(control, preset=preset)
             out[name] = control
         return out
 
@@ -213,9 +213,9 @@ def _of_clip(
     if file is not None:
         return _of_file(name, control, file, clip)
     for one in annotators:
-        found: Pixels | Masks | Figures | None = {"depth": one.depth, "seg": one.seg, "keypoint": one.keypoint}[name](clip)
-        if found is not None:
-            return found
+        signal: Pixels | Masks | Figures | None = {"depth": one.depth, "seg": one.seg, "keypoint": one.keypoint}[name](clip)
+        if signal is not None:
+            return signal
     return None
 
 

@@ -101,8 +101,8 @@ def _depth_of_size(area: NDArray[np.floating], is_inside: NDArray[np.bool_], is_
     size = np.mean(world.box_sizes_m if is_box else world.sphere_sizes_m)
     side = world.camera.focal_px * 32 / world.camera.height * size / lanes
     usual = (2 * side) ** 2 * 1.15 if is_box else np.pi * side**2  # of a box one sees some of the top, too
-    seen = area[is_inside] if is_inside.any() else area[area > 0]
-    return float(lanes[np.abs(np.log(usual / max(float(np.median(seen)), 1.0))).argmin()])
+    visible = area[is_inside] if is_inside.any() else area[area > 0]
+    return float(lanes[np.abs(np.log(usual / max(float(np.median(visible)), 1.0))).argmin()])
 
 
 @functools.cache

@@ -69,14 +69,14 @@ class Controlled(nn.Module):
         residuals: list[Tensor | None] = [None] * len(range(0, config.num_layers, config.controlnet_block_every_n))
         shared = {name: value for name, value in inputs.items() if name != "hidden_states"}
         for name, weight in weights.items():
-            made = self.branches[name](
+            corrections = self.branches[name](
                 controls_latents=controls[name].to(inputs["hidden_states"].dtype),
                 latents=inputs["hidden_states"],
                 conditioning_scale=weight / total,
                 return_dict=False,
                 **shared,
             )[0]
-            for i, residual in enumerate(made):
+            for i, residual in enumerate(corrections):
                 before = residuals[i]
                 residuals[i] = residual if before is None else before + residual
         return self.base(block_controlnet_hidden_states=residuals, return_dict=False, **inputs)
@@ -238,12 +238,12 @@ def _branches(folder: PipelineFolder, controls: Sequence[str]) -> dict[str, Path
     Where the folder's index names other parts only, the pipeline is whole without them: only those in `controls` come along.
     """
     place = folder.path
-    found = {path.name.removeprefix("controlnet_"): path for path in sorted(place.glob("controlnet_*")) if path.is_dir()}
-    if not found and (place / "controlnet").is_dir():
-        found = {controls[0] if controls else "control": place / "controlnet"}
+    branches = {path.name.removeprefix("controlnet_"): path for path in sorted(place.glob("controlnet_*")) if path.is_dir()}
+    if not branches and (place / "controlnet").is_dir():
+        branches = {controls[0] if controls else "control": place / "controlnet"}
     if not folder.index or any(part.startswith("controlnet") for part in folder.index):
-        return found
-    return {name: path for name, path in found.items() if name in controls}
+        return branches
+    return {name: path for name, path in branches.items() if name in controls}
 
 
 def _is_first(folder: PipelineFolder) -> bool:
