@@ -45,7 +45,7 @@ GROUPS: dict[str, tuple[str, ...]] = {  # the most useful first
         *("toy_dmd2_1step", "toy_dmd2_4step", "toy_dmd2_1step_lora", "toy_dmd2_4step_lora"),
         *("toy_kd_causal", "toy_sf"),
         *("toy_causal_finetune", "toy_causal_consistency", "toy_sf_consistency"),
-        *("toy_rcm", "toy_scm", "toy_flow_map"),
+        *("toy_rcm", "toy_scm", "toy_flow_map", "toy_flow_map_on_policy"),
     ),
     "Points of the plane with an exact teacher, a minute each": (
         *("analytic_finetune", "analytic_kd", "analytic_kd_4step", "analytic_dmd2", "analytic_dmd2_onestep"),

@@ -36,6 +36,7 @@ from fewstep.methods import (
     AverageVelocity,
     Finetune,
     FlowMap,
+    OnPolicy,
     StudentSample,
     Tangent,
     TangentTerm,
@@ -263,3 +264,15 @@ def toy_flow_map() -> Run:
         ema=Ema(beta=0.995),
         trainer=replace(run.trainer, max_iter=1200),
     )
+
+
+@recipe("toy_flow_map_on_policy")
+def toy_flow_map_on_policy() -> Run:
+    """The second stage: DMD2's term on the flow map's own jumps, from the student of toy_flow_map."""
+    run, first = _dmd2("toy_flow_map_on_policy", 4, "toy_flow_map"), toy_flow_map()
+    assert isinstance(first.method, FlowMap) and isinstance(run.networks.student, Full)
+    assert isinstance(first.networks.student, Full)
+    # The gradient of the average velocities is some ten times that of DMD2's term here.
+    matching = OnPolicy(num_jumps=(1, 2, 4, 8, 16), velocity_weight=0.1, times=Shifted(shift=1.0))
+    student = replace(first.networks.student, init=run.networks.student.init)
+    return replace(run, method=replace(first.method, on_policy=matching), networks=replace(run.networks, student=student))

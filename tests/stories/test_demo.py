@@ -21,7 +21,7 @@ from fewstep.inference.model import open_model
 from fewstep.networks.encoders.codecs import open_codec
 from fewstep.networks.encoders.text import open_text_encoder
 from fewstep.toyworld.demo import page
-from fewstep.toyworld.demo.stages import CALLS, run_of
+from fewstep.toyworld.demo.stages import CALLS, runs_of
 
 TOY, SHAPE = fewstep.TOY, (8, 5, 4, 4)
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -185,7 +185,8 @@ def test_the_page_has_further_methods_over_the_number_of_calls(made: Path, tmp_p
     out = Path(shutil.copytree(made, tmp_path / "demo"))
     record = json.loads((out / "scores" / "4step.json").read_text())
     for method in ("rcm", "flow_map"):
-        shutil.copytree(out / "runs" / "4step" / "dmd2", run_of(out, method))
+        for run in runs_of(out, method):
+            shutil.copytree(out / "runs" / "4step" / "dmd2", run)
     for number, name in enumerate(("kd", "dmd2", "rcm", "flow_map")):
         for calls in CALLS:
             record["scores"]["frechet"]["value"] = 10.0 + number + 8 / calls
@@ -193,6 +194,7 @@ def test_the_page_has_further_methods_over_the_number_of_calls(made: Path, tmp_p
     page.main(out, "quick", str(TOY), ["rcm", "flow_map"])
     summary, text = json.loads((out / "summary.json").read_text()), (out / "report.html").read_text()
     assert summary["frechet_rcm_4calls"] == 14.0 and summary["train_s_rcm"] == summary["train_s_dmd2"] > 0
+    assert summary["train_s_flow_map"] == 2 * summary["train_s_dmd2"]  # of both its stages
     assert all(name in text for name in ("rCM, 4 calls", "flow map, 16 calls", "DMD2, 1 call", "KD, 8 calls"))
     gates = {gate.name: gate for gate in page.gates_of_methods(summary, ["rcm", "flow_map"])}
     assert [gate.is_met for gate in gates.values()] == [True, True, True, True, summary["frechet_teacher"] * 1.15 >= 14.0]

@@ -27,7 +27,7 @@ from fewstep.inference.evaluate import speed
 from fewstep.inference.evaluation import Evaluation
 from fewstep.inference.model import changed, codec_of, open_model
 from fewstep.inference.request import SamplerOptions
-from fewstep.toyworld.demo.stages import AGAIN, CALLS, FEW, GUIDANCE, METHODS, STEPS, STUDENTS, TOY, run_of
+from fewstep.toyworld.demo.stages import AGAIN, CALLS, FEW, GUIDANCE, METHODS, STEPS, STUDENTS, TOY, runs_of
 from fewstep.untrusted.text import read_json, read_text
 
 STUDENT_TITLES = {"kd": "KD", "dmd2": "DMD2", **METHODS}  # of those scored at several numbers of calls
@@ -178,10 +178,10 @@ def curves_over_calls(out: Path, methods: Sequence[str]) -> dict[str, dict[int, 
 
 
 def of_curves(curves: Mapping[str, Mapping[int, Any]], out: Path) -> dict[str, Any]:
-    """SCORE_STUDENT_NUMcalls with its spread and n, and train_s_STUDENT: seconds of its own training, on one thread."""
+    """SCORE_STUDENT_NUMcalls with its spread and n, and train_s_STUDENT: seconds of its own trainings, on one thread."""
     summary: dict[str, Any] = {}
     for name, curve in curves.items():
-        summary[f"train_s_{name}"] = read_json(run_of(out, name) / "summary.json", AGAIN)["wall_s"]
+        summary[f"train_s_{name}"] = sum(read_json(run / "summary.json", AGAIN)["wall_s"] for run in runs_of(out, name))
         for num, record in curve.items():
             summary |= numbers_of(record, f"{name}_{num}calls")
     return summary
@@ -306,7 +306,9 @@ def galleries(out: Path) -> list[Gallery]:
 
 def charts(out: Path, methods: Sequence[str]) -> list[Chart]:
     runs = {f"{name} {training}": out / "runs" / name / training for training in ("kd", "dmd2") for name in STUDENTS}
-    runs |= {METHODS[name]: run_of(out, name) for name in methods}
+    for name in methods:
+        first, *later = runs_of(out, name)
+        runs |= {METHODS[name]: first, **{f"{METHODS[name]}, second stage": run for run in later}}
     return [chart for name, run in runs.items() for chart in curves_of(run, name)]
 
 

@@ -34,7 +34,8 @@ AGAIN = "Remove it, and run fewstep demo again"  # advice for a file of the demo
 SERIES = {"world": 7_400_000, "heldout": 7_400_001, "real": 7_400_002, "train": 11}  # no clip is in two of them
 
 
-METHODS = {"rcm": "rCM", "scm": "sCM", "flow_map": "flow map"}  # of --method, with their titles; their recipes are toy_NAME
+METHODS = {"rcm": "rCM", "scm": "sCM", "flow_map": "flow map"}  # of --method, with their titles
+TRAININGS = {"rcm": ("rcm",), "scm": ("scm",), "flow_map": ("flow_map", "flow_map_on_policy")}  # runs, of recipes toy_NAME
 CALLS = (1, 2, 4, 8, 16)  # at which their students are scored, and those of KD and DMD2
 
 
@@ -58,7 +59,7 @@ class Plan:
     sets: int
     kd: tuple[Learning, Learning]  # of four steps and of one
     dmd2: tuple[Learning, Learning]  # the same; one step is asked less often: as many iterations as take the same time
-    methods: Mapping[str, Learning]  # of --method
+    methods: Mapping[str, Sequence[Learning]]  # of --method: of each of its TRAININGS
     num_train: int = 24_000  # clips of --from-scratch; its iterations are the recipes' own, or as many as this
     scratch_iters: int | None = None
 
@@ -68,7 +69,7 @@ PLANS: dict[Size, Plan] = {
         *(256, 128, 512, 128, 1),
         kd=(Learning(60, 16), Learning(60, 16)),
         dmd2=(Learning(60, 16), Learning(60, 16)),
-        methods=dict.fromkeys(METHODS, Learning(20, 16)),
+        methods={method: [Learning(20, 16)] * len(names) for method, names in TRAININGS.items()},
         num_train=256,
         scratch_iters=40,
     ),
@@ -76,13 +77,13 @@ PLANS: dict[Size, Plan] = {
         *(1024, 1024, 2048, 512, 3),
         kd=(Learning(250), Learning(250)),
         dmd2=(Learning(290), Learning(670, 16, ("method.guidance=3", "optim.lr=3e-4", "critic_optim.lr=6e-4"))),
-        methods={"rcm": Learning(200), "scm": Learning(200), "flow_map": Learning(700)},
+        methods={"rcm": [Learning(200)], "scm": [Learning(200)], "flow_map": [Learning(700), Learning(240)]},
     ),
     "long": Plan(
         *(3072, 3072, 2048, 512, 3),
         kd=(Learning(800), Learning(800)),
         dmd2=(Learning(1700), Learning(2300)),
-        methods={"rcm": Learning(1200), "scm": Learning(1200), "flow_map": Learning(4000)},
+        methods={"rcm": [Learning(1200)], "scm": [Learning(1200)], "flow_map": [Learning(4000), Learning(1200)]},
     ),
 }
 STEPS = 35  # of the teacher's solver
@@ -172,10 +173,11 @@ def students(out: Path, size: Size, facts: Facts, methods: Sequence[str] = ()) -
     def method(name: str) -> list[Stage]:
         at = curve(name)
         scored = Stage(f"curve_{name}", f"the {METHODS[name]} student at {CALLS} calls", (at[:2], at[2:]))
-        return [Stage.of(name, f"{METHODS[name]}: a further student", trained(out, name, plan.methods[name], toy)), scored]
+        training = tuple(trained(out, name, plan.methods[name], toy))
+        return [Stage(name, f"{METHODS[name]}: a further student", (training,)), scored]
 
     def curve(name: str) -> tuple[Command, ...]:
-        run = run_of(out, name)
+        run = runs_of(out, name)[-1]
         return tuple(score(f"{name}_{num}calls", str(run), "--codec", toy, "--calls", str(num)) for num in CALLS)
 
     further = [stage for name in methods for stage in method(name)]
@@ -217,19 +219,25 @@ def students(out: Path, size: Size, facts: Facts, methods: Sequence[str] = ()) -
     ]
 
 
-def run_of(out: Path, student: str) -> Path:
-    """The run of a student that is scored at several numbers of calls."""
-    return out / "runs" / "4step" / student if student in ("kd", "dmd2") else out / "runs" / "methods" / student
+def runs_of(out: Path, student: str) -> list[Path]:
+    """The trainings of a student that is scored at several numbers of calls; the last makes the student."""
+    if student in ("kd", "dmd2"):
+        return [out / "runs" / "4step" / student]
+    return [out / "runs" / "methods" / name for name in TRAININGS[student]]
 
 
-def trained(out: Path, method: str, much: Learning, toy: str) -> Command:
-    """The training of a further method; all but the flow map begin with KD's student."""
-    start = () if method == "flow_map" else (f"networks.student.init={run_of(out, 'kd')}",)
-    run = (*start, "job.project=runs", "job.group=methods", f"job.name={method}", "job.after=[]")
-    sizes = (f"trainer.max_iter={much.iters}", f"trainer.batch_size={much.batch_size}")
+def trained(out: Path, method: str, much: Sequence[Learning], toy: str) -> Iterator[Command]:
+    """The trainings of a further method, each from the one before; all but the flow map begin with KD's student."""
     other = (f"networks.teacher.pretrained={toy}",) if toy != str(TOY) else ()
     other += (f"networks.student.network.pretrained={toy}",) if toy != str(TOY) else ()
-    return (f"OUTPUT_ROOT={out}", "fewstep", "train", f"experiment=toy_{method}", *run, *much.more, *sizes, *other)
+    before = None if method == "flow_map" else runs_of(out, "kd")[-1]
+    for run, learning in zip(runs_of(out, method), much, strict=True):
+        start = () if before is None else (f"networks.student.init={before}",)
+        job = (*start, "job.project=runs", "job.group=methods", f"job.name={run.name}", "job.after=[]")
+        sizes = (f"trainer.max_iter={learning.iters}", f"trainer.batch_size={learning.batch_size}")
+        words = (*job, *learning.more, *sizes, *other)
+        yield (f"OUTPUT_ROOT={out}", "fewstep", "train", f"experiment=toy_{run.name}", *words)
+        before = run
 
 
 def shared(pairs: Command, rank: int) -> Command:
