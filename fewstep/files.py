@@ -18,6 +18,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -311,17 +312,19 @@ def free_bytes(path: Path) -> int:
 
 # --- names
 
+NAME_RULE = "must be a plain file name, without / and without . at its start"
+
 
 def plain_name(name: object, what: str = "name") -> str:
     """`name`, if it is one component of a path: not hidden, no separators, no control characters. Raises UserError if not."""
     if not isinstance(name, str) or not is_plain(name):
-        raise UserError(f"{what} {name!r}: must be a plain file name, without / and without . at its start")
+        raise UserError(f"{what} {name!r}: {NAME_RULE}")
     return name
 
 
 def is_plain(name: str) -> bool:
-    """Whether it is one component of a path: not hidden, no separators, nothing that commands a terminal."""
-    return bool(name) and not name.startswith(".") and name.isprintable() and not set(name) & set("/\\")
+    """Whether it is one component of a path: not hidden, no separators, no control characters."""
+    return bool(name) and not name.startswith(".") and re.search(r"[/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]", name) is None
 
 
 # --- parts of the above

@@ -33,7 +33,7 @@ from fewstep.data.folder.parts import Embedding
 from fewstep.data.folder.samples import Sample, parts_of, size_problems, spans_of
 from fewstep.errors import UserError, some
 from fewstep.files import plain_name, write_bytes
-from fewstep.untrusted.text import MAX_JSON_BYTES, parse_json
+from fewstep.untrusted.text import MAX_JSON_BYTES, Amount, Count, Name, parse_json
 
 INDEX, FORMAT = "index.json", 1
 T = TypeVar("T")
@@ -60,33 +60,31 @@ class Index:
     samples: Mapping[str, Mapping[str, Member]]  # by stem, then by part
 
 
-_Whole = Annotated[int, Ge(0), Le(2**53)]
-
-
 @dataclass(frozen=True)
-class _Index:
+class IndexFile:
     """index.json."""
 
     format: int
-    num: _Whole
-    shards: list[str]
-    parts: tuple[str, ...]
+    num: Count
+    shards: list[Name]
+    parts: tuple[Name, ...]
     whole: bool = True
+    shard_bytes: Count = 0
 
 
 @dataclass(frozen=True)
 class _Member:
-    offset: _Whole
-    size: _Whole
-    crc: _Whole
+    offset: Count
+    size: Count
+    crc: Count
     suffix: str
-    header: tuple[Annotated[int, Ge(1), Le(video.MAX_FRAMES)], float, _Whole, _Whole] | None = None
+    header: tuple[Annotated[int, Ge(1), Le(video.MAX_FRAMES)], Amount, Count, Count] | None = None
 
 
 @dataclass(frozen=True)
 class _Row:
-    stem: str
-    members: dict[str, _Member]
+    stem: Name
+    members: dict[Name, _Member]
 
 
 @dataclass(frozen=True)
@@ -193,17 +191,17 @@ def filesystem(url: str) -> tuple[Any, str]:  # Any: fsspec carries no types
 def read_index(url: str) -> Index:
     """The index of a set of shards; refuses a damaged one, and names with a path in them."""
     fs, root = filesystem(url)
-    index = read_json(fs, f"{root}/{INDEX}", f"Write it: fewstep prepare shards DIR --out {url}", _Index)
+    index = read_json(fs, f"{root}/{INDEX}", f"Write it: fewstep prepare shards DIR --out {url}", IndexFile)
     if index.format != FORMAT:
         raise UserError(f"{root}/{INDEX}: has the format {index.format}, where {FORMAT} is read. {_AGAIN}")
     if not index.whole:
         raise UserError(f"{root}: is not whole, its writing was interrupted. Run fewstep prepare shards again")
     samples: dict[str, dict[str, Member]] = {}
     for name in index.shards:
-        path = f"{root}/{plain_name(name, f'{root}/{INDEX}: shard')}.json"
+        path = f"{root}/{name}.json"
         for row in read_json(fs, path, _AGAIN, _Shard).samples:
-            members = {plain_name(part, f"{path}: part"): _member_of(name, one) for part, one in row.members.items()}
-            if samples.setdefault(plain_name(row.stem, f"{path}: stem"), members) is not members:
+            members = {part: _member_of(name, one) for part, one in row.members.items()}
+            if samples.setdefault(row.stem, members) is not members:
                 raise UserError(f"{path}: damaged, two samples called {row.stem}. {_AGAIN}")
     if len(samples) != index.num:
         raise UserError(f"{root}/{INDEX}: says {index.num} samples, its shards hold {len(samples)}. {_AGAIN}")

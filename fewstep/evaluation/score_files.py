@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any
-
-from annotated_types import Ge, Le
+from typing import Any
 
 from fewstep.evaluation.score import Score
-from fewstep.untrusted.text import MAX_JSON_BYTES, parse_json, read_bytes
+from fewstep.untrusted.text import MAX_JSON_BYTES, Count, parse_json, read_bytes
 
 AGAIN = "Evaluate the model again"
 
@@ -19,7 +17,7 @@ AGAIN = "Evaluate the model again"
 class _Value:
     value: float | None
     spread: float | None = None
-    num: Annotated[int, Ge(0), Le(2**53)] = 0
+    num: Count = 0
 
 
 @dataclass(frozen=True)

@@ -230,10 +230,7 @@ def prepared_window(place: Layout, codec: Codec | None) -> Prepared | None:
 
 def _prepared(packs: Packs, codec: Codec | None) -> Prepared:
     label, origin = packs.rows[0], packs.made_from
-    size: tuple[int, int] | None = None
-    if origin.get("video_size", "own") != "own":
-        height, width = map(int, origin["video_size"].split("x"))
-        size = height, width
+    size = packs.video_size()
     pixels: tuple[int, int] | None = None
     if isinstance(codec, Autoencoder) and origin.get("codec") == codec.fingerprint:
         channels, frames, height, width = packs.shapes[0]

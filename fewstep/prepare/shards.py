@@ -15,20 +15,21 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fewstep.data.controls import Control
 from fewstep.data.files import cache, video
 from fewstep.data.files.packs import Packs, has_packs, open_packs
 from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout, Part
-from fewstep.data.shards import FORMAT, INDEX, filesystem, read_json
+from fewstep.data.shards import FORMAT, INDEX, IndexFile, filesystem, read_json
 from fewstep.errors import UserError, some
-from fewstep.files import make_folder, remove, whole_file, write_bytes, writing
+from fewstep.files import is_plain, make_folder, remove, whole_file, write_bytes, writing
 from fewstep.prepare.summary import Summary
 from fewstep.progress import track
 from fewstep.untrusted.text import ANY_SIZE, read_bytes
 
+T = TypeVar("T")
 _SUFFIXES = (".pickle", ".safetensors", ".npy")  # of files beside the folders that are copied: a negative prompt
 
 
@@ -79,11 +80,11 @@ def write(dataset_dir: str | Path, url: str, *, parts: Sequence[str] | None = No
     fs, root = filesystem(url)
     samples = _sources(place, parts)
     names = tuple(source.part for source in next(iter(samples.values())))
-    settings = {"format": FORMAT, "parts": list(names), "shard_bytes": shard_bytes}
-    before = _known(fs, f"{root}/{INDEX}")
-    changed = [key for key, value in settings.items() if before is not None and before.get(key) != value]
-    if before is not None and changed:
-        differences = ", ".join(f"{key} {before.get(key)}, not {settings[key]}" for key in changed)
+    settings = {"format": FORMAT, "parts": names, "shard_bytes": shard_bytes}
+    before = _known(fs, f"{root}/{INDEX}", IndexFile)
+    changed = [key for key, value in settings.items() if before is not None and getattr(before, key) != value]
+    if changed:
+        differences = ", ".join(f"{key} {getattr(before, key)}, not {settings[key]}" for key in changed)
         raise UserError(f"{url}: holds shards with {differences}. Choose another --out, or remove them")
     if before is None and fs.exists(f"{root}/000000.tar"):
         raise UserError(f"{url}: holds tars that this command did not write. Choose another --out")
@@ -91,7 +92,7 @@ def write(dataset_dir: str | Path, url: str, *, parts: Sequence[str] | None = No
     groups = list(_grouped(samples, shard_bytes))
     shards = [f"{number:06d}" for number in range(len(groups))]
     new = 0
-    old = [name for name in (before or {}).get("shards", ()) if name not in shards]
+    old = [] if before is None else [name for name in before.shards if name not in shards]
 
     def write_index(whole: bool, names: list[str]) -> None:
         index = settings | {"whole": whole, "num": len(samples), "shards": names}
@@ -99,7 +100,7 @@ def write(dataset_dir: str | Path, url: str, *, parts: Sequence[str] | None = No
 
     for name, stems in zip(shards, track(groups, len(groups), f"writing {url}"), strict=True):
         plan = _plan(stems, samples)
-        if (_known(fs, f"{root}/{name}.json") or {}).get("plan") != plan:
+        if (_known(fs, f"{root}/{name}.json", dict[str, Any]) or {}).get("plan") != plan:
             if not new:
                 write_index(whole=False, names=shards + old)
             _remove(fs, f"{root}/{name}.json")
@@ -140,6 +141,9 @@ def _sources(place: Layout, parts: Sequence[str] | None) -> dict[str, list[_Sour
                 f"{len(lacking)} of {len(stems)} lack {name}: {some(lacking)}. Make them, or leave it out with --parts"
             )
     dotted = [stem for stem in stems if "." in stem]
+    odd = [stem for stem in stems if not is_plain(stem)]
+    if odd:
+        problems.append(f"{len(odd)} names cannot be those of files in a shard: {some(list(map(repr, odd)))}. Rename them")
     if dotted:
         problems.append(f"{len(dotted)} names have a dot, which ends a WebDataset name: {some(dotted)}. Rename them")
     if problems:
@@ -243,9 +247,9 @@ def _remove(fs: Any, path: str) -> None:
         fs.rm_file(path)
 
 
-def _known(fs: Any, path: str) -> dict[str, Any] | None:
-    """The JSON table of an earlier command; None if there is none, or only a damaged one."""
+def _known(fs: Any, path: str, kind: type[T]) -> T | None:
+    """The JSON file of an earlier command; None if there is none, or only a damaged one."""
     try:
-        return read_json(fs, path, "", dict[str, Any])
+        return read_json(fs, path, "", kind)
     except (FileNotFoundError, UserError):
         return None

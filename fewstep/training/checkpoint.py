@@ -18,9 +18,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any
+from typing import Any
 
-from annotated_types import Ge, Le
 from torch import Tensor
 
 from fewstep.errors import UserError, some
@@ -30,9 +29,7 @@ from fewstep.networks.files.distributed import open_distributed, write_distribut
 from fewstep.networks.files.stored import Stored
 from fewstep.parallel import World
 from fewstep.training.errors import TrainingError
-from fewstep.untrusted.text import read_bytes, read_json
-
-Count = Annotated[int, Ge(0), Le(2**53)]
+from fewstep.untrusted.text import Count, read_bytes, read_json
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,12 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Annotated, Any, TypeVar, overload
+
+from annotated_types import Ge, Le, Predicate
 
 from fewstep.errors import UserError, show
+from fewstep.files import NAME_RULE, is_plain
 
 # What is read of a file whole. JSON takes up to thirty times its bytes in memory: a list in three of them.
 _MAX_TEXT_BYTES = 2**24
@@ -28,6 +31,11 @@ _MAX_LINE_BYTES = 2**20
 ANY_SIZE = 2**62
 
 T = TypeVar("T")
+Count = Annotated[
+    int, Ge(0), Le(2**53)
+]  # of a file; JSON holds larger ones, and what computes with them fails in words of its own
+Amount = Annotated[float, Ge(0), Le(2**53)]  # the same, and neither infinite nor NaN
+Name = Annotated[str, Predicate(is_plain)]
 
 
 def opened(path: str | os.PathLike[str]) -> BufferedReader:
@@ -159,4 +167,5 @@ def _problem(item: Any) -> str:  # Any: pydantic's description of an error
     key = ".".join(map(str, item["loc"]))
     if item["type"] == "missing":
         return f"lacks {key}"
-    return f"{f'{key}: ' if key else ''}{item['msg'].replace('Input should be', 'must be')}, got {show(item['input'])}"
+    rule = NAME_RULE if item["type"] == "predicate_failed" else item["msg"].replace("Input should be", "must be")
+    return f"{f'{key}: ' if key else ''}{rule}, got {show(item['input'])}"

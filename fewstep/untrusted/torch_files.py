@@ -120,12 +120,15 @@ def _zip(
 ) -> Any:  # as load_torch
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
+        if len(entries) < len(archive.infolist()):
+            raise RefusalError("it holds two entries of one name")
         packed = next((e for e in entries.values() if e.compress_type != zipfile.ZIP_STORED or e.flag_bits & 1), None)
         if packed is not None or sum(entry.file_size for entry in entries.values()) > len(buffer):
             raise RefusalError("its entries are compressed, which torch.save never does")
-        start = next((entry.removesuffix("data.pkl") for entry in entries if entry.endswith("/data.pkl")), None)
-        if start is None:
-            raise RefusalError("a zip archive without data.pkl, which torch.save did not write")
+        starts = [entry.removesuffix("data.pkl") for entry in entries if entry.endswith("/data.pkl")]
+        if len(starts) != 1:
+            raise RefusalError(f"a zip archive with {len(starts)} data.pkl, which torch.save did not write")
+        (start,) = starts
         order = entries.get(f"{start}byteorder")
         if order is not None and archive.read(order) != b"little":
             raise RefusalError("tensors of a big-endian machine")

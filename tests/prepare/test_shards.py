@@ -211,6 +211,28 @@ def test_what_cannot_be_written_is_told_before(folder: Path, tmp_path: Path) -> 
         shards.write(folder, str(tmp_path / "theirs"), parts=["videos"])
 
 
+def test_an_index_that_names_files_elsewhere_removes_none(folder: Path, tmp_path: Path) -> None:
+    out, victim = tmp_path / "a" / "out", tmp_path / "victim.json"
+    shards.write(folder, str(out))
+    victim.write_text("{}")
+    change(lambda told: told["shards"].append("../../victim"), "index.json")(out)
+    with pytest.raises(ValueError, match="holds tars that this command did not write"):
+        shards.write(folder, str(out))
+    assert victim.read_text() == "{}"
+
+
+def test_names_with_spaces_of_other_kinds_and_none_that_command_a_terminal(folder: Path, tmp_path: Path) -> None:
+    name = "a\u00a0b\u200bc"
+    for part in folder.iterdir():
+        for file in part.glob(f"{stem_of(0)}.*"):
+            file.rename(file.with_name(name + file.suffix))
+    shards.write(folder, str(tmp_path / "out"))
+    assert name in Shards(str(tmp_path / "out"), text=None).open().stems
+    next((folder / "videos").glob("a*")).rename(folder / "videos" / "a\x1b[31mb.mp4")
+    with pytest.raises(ValueError, match=r"1 names cannot be those of files in a shard: 'a\\x1b\[31mb'"):
+        shards.write(folder, str(tmp_path / "other"), parts=["videos"])
+
+
 def change(edit: Callable[[Any], object], name: str = "000000.json") -> Callable[[Path], None]:
     def spoil(out: Path) -> None:
         told = json.loads((out / name).read_text())

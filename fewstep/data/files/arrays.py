@@ -14,7 +14,6 @@ import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from fewstep.data.files import cache
 from fewstep.data.safe_pickle import load as load_pickle
 from fewstep.errors import UserError
 from fewstep.files import write_bytes
-from fewstep.untrusted.text import opened
+from fewstep.untrusted.text import fault_of, opened
 from fewstep.untrusted.torch_files import load_torch
 
 
@@ -34,16 +33,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     path = Path(path)
     if path.suffix == ".safetensors":
         return cache.read(path).tensors
-    if path.suffix == ".npy":
-        opened(path).close()  # refuses what is no file
-        try:
-            # Mapped first: a header that claims more than the file holds is refused before memory is taken for it.
-            return {"": torch.from_numpy(np.array(np.lib.format.open_memmap(path, mode="r")))}
-        except FileNotFoundError:
-            raise
-        except (ValueError, EOFError, TypeError, TokenError, SyntaxError, OverflowError, OSError) as error:
-            raise UserError(f"{path}: not a .npy array ({error}). Write it again with numpy.save") from None
-    value = load_pickle(path) if path.suffix == ".pickle" else load_torch(path)
+    value = _npy(path) if path.suffix == ".npy" else load_pickle(path) if path.suffix == ".pickle" else load_torch(path)
     if isinstance(value, (list, tuple)):
         if len(value) != 1:
             raise UserError(f"{path}: holds {len(value)} arrays, where one array or a list of one is wanted")
@@ -53,8 +43,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     for name, array in named.items():
         tensor = _tensor(array)
         if tensor is None:
-            what = f"a {type(array).__name__}" + (f" named {name!r}" if name else "")
-            raise UserError(f"{path}: holds {what}, not an array of numbers")
+            what = f"{array.dtype} values" if isinstance(array, np.ndarray) else f"a {type(array).__name__}"
+            raise UserError(f"{path}: holds {what}{f' named {name!r}' if name else ''}, not an array of numbers")
         out[str(name)] = tensor
     return out
 
@@ -74,7 +64,14 @@ def write_pickle(path: str | os.PathLike[str], value: Any) -> None:  # plain dat
     write_bytes(path, pickle.dumps(value, protocol=4))
 
 
+def _npy(path: Path) -> Any:  # an array of any type
+    """A .npy array, mapped: a header that claims more than the file holds is refused before memory is taken for it."""
+    opened(path).close()  # refuses what is no file
+    with fault_of(path, "Write it again with numpy.save"):  # numpy lets out whatever the parser of its header raises
+        return np.lib.format.open_memmap(path, mode="r")
+
+
 def _tensor(value: Any) -> Tensor | None:  # whatever a file held
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        return torch.from_numpy(np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("=")))
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" and value.dtype.itemsize <= 8:  # torch has no longer ones
+        return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W", "E"]))
     return value if isinstance(value, Tensor) else None

@@ -20,7 +20,7 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.files import write_tensors
 from fewstep.untrusted.safe_tensors import safetensors
-from fewstep.untrusted.text import parse_json
+from fewstep.untrusted.text import Amount, parse_json
 
 _AGAIN = "Delete it and prepare it again"
 
@@ -72,7 +72,7 @@ def _read(path: Path, made_from: Mapping[str, str], with_tensors: bool) -> Entry
         parts: dict[str, Any] = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
         tensors = {name: file.get_tensor(name) for name in parts} if with_tensors else {}
-    tables = {"made_from": dict[str, str], "facts": dict[str, float]}
+    tables = {"made_from": dict[str, str], "facts": dict[str, Amount]}
     read = {name: parse_json(metadata.get(name, "{}"), f"{path}: its {name}", _AGAIN, kind) for name, kind in tables.items()}
     entry = Entry(shapes, tensors=tensors, **read)
     refuse_other(path, entry.made_from, made_from, _AGAIN)

@@ -17,22 +17,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
+from typing import Annotated
 
 import torch
+from annotated_types import MinLen
 from pydantic import with_config
 from torch import Tensor
 
-from fewstep.data.files import cache
+from fewstep.data.files import cache, video
 from fewstep.errors import UserError
 from fewstep.files import lock, remove, write_tensors
 from fewstep.untrusted.safe_tensors import safetensors
-from fewstep.untrusted.text import parse_json
+from fewstep.untrusted.text import Amount, Count, Name, parse_json
 
 FOLDER, MAKING, LOCK = "packs", ".making", ".lock"
 _AGAIN = "Delete it and prepare it again"
@@ -43,10 +46,10 @@ _AGAIN = "Delete it and prepare it again"
 class Label:
     """The sample of a row, and the content it was made from."""
 
-    stem: str
+    stem: Name  # files are named after it
     content: str  # hash of the bytes it was made from
-    start: int = 0  # first frame of its window in the file; 0 for whole clips and texts
-    facts: Mapping[str, float] = field(default_factory=dict[str, float])  # what a reader wants to know: fps, num_frames
+    start: Count = 0  # first frame of its window in the file; 0 for whole clips and texts
+    facts: Mapping[str, Amount] = field(default_factory=dict[str, float])  # what a reader wants to know: fps, num_frames
 
     @property
     def key(self) -> tuple[str, int, str]:
@@ -72,6 +75,17 @@ class Packs:
         file, begin, end = self._places[row]
         part = self._data[file][begin:end]
         return (part[0] if len(self.shapes[row]) < part.ndim else part).clone()
+
+    def video_size(self) -> video.Size | None:
+        """The height and width that its clips were resized to; None: each kept its own."""
+        size = self.made_from.get("video_size", "own")
+        if size == "own":
+            return None
+        numbers = [int(number) for number in re.findall(r"\d{1,9}", size)]
+        if len(numbers) != 2:
+            raise UserError(f"{self.folder}: damaged, its video_size is {size!r}. {_AGAIN}")
+        video.refuse_size(self.folder, *numbers)
+        return numbers[0], numbers[1]
 
     def stacked(self, rows: Sequence[int]) -> Tensor:
         """Rows of one shape as one tensor."""
@@ -242,7 +256,8 @@ class _Pack:
             data = file.get_tensor("data")  # mapped, not read
         entries = parse_json(header, f"{path}: damaged or no pack", _AGAIN, _Header)
         labels, spans, made_from, lengths = entries.rows, entries.spans, entries.made_from, entries.lengths_differ
-        right = len(spans) == len(labels) and all(0 <= begin < end <= len(data) for begin, end in spans)
+        num = len(data) if data.ndim else 0
+        right = len(spans) == len(labels) and all(0 <= begin < end <= num for begin, end in spans)
         if not right or not (lengths or all(end == begin + 1 for begin, end in spans)) or not data.is_floating_point():
             raise UserError(f"{path}: damaged, its index does not fit its data {tuple(data.shape)}. {_AGAIN}")
         return cls(path, made_from, labels, spans, data, lengths)
@@ -253,7 +268,7 @@ class _Header:
     """The metadata of a pack."""
 
     made_from: dict[str, str]
-    rows: tuple[Label, ...]
+    rows: Annotated[tuple[Label, ...], MinLen(1)]
     spans: tuple[tuple[int, int], ...]
     lengths_differ: bool
 

@@ -220,6 +220,15 @@ def is_picture(path: str | os.PathLike[str]) -> bool:
     return Path(path).suffix.lower() in PICTURES
 
 
+def refuse_size(path: Path, height: float, width: float) -> None:
+    """Raises UserError for a size that no picture of the file at `path` can have."""
+    if min(height, width) < 1 or max(height, width) > _MAX_SIDE or height * width > _MAX_PIXELS:
+        raise UserError(
+            f"{path}: its pictures are {height} x {width}: sides must be 1 to {_MAX_SIDE}, with {_MAX_PIXELS:,} "
+            "pixels at the most"
+        )
+
+
 # ---- parts of the above --------------------------------------------------------------------------------------------
 
 
@@ -276,7 +285,7 @@ def _header(path: Path, stream: VideoStream) -> Header:
     entries = [(e.timestamp, e.pos + e.size) for e in stream.index_entries if not e.is_discard]
     if not entries:
         raise UserError(f"{path}: its video has no frames, or no index. Write it again as a plain mp4 with frames in it")
-    _refuse_size(path, stream.height, stream.width)
+    refuse_size(path, stream.height, stream.width)
     num_bytes = path.stat().st_size
     whole = sum(end <= num_bytes for _, end in entries)
     if whole < len(entries):
@@ -322,6 +331,8 @@ def _decoded(
 
 
 def _damaged(path: Path, header: Header, num: int, count: int) -> UserError:
+    if num > count:
+        return UserError(f"{path}: its index does not list all of its frames. Convert it: ffmpeg -i {path.name} whole.mp4")
     return UserError(
         f"{path}: damaged, its header tells of {header.num_frames} frames, but only {num} of the {count} to be read could be "
         "decoded. Write or download it again"
@@ -371,7 +382,7 @@ def _picture(path: Path) -> Iterator[Image]:
     try:
         with warnings.catch_warnings(), Image.open(path, formats=_PICTURE_FORMATS) as picture:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            _refuse_size(path, picture.height, picture.width)
+            refuse_size(path, picture.height, picture.width)
             yield ImageOps.exif_transpose(picture)
     except UserError:
         raise
@@ -386,11 +397,3 @@ def _pixels_of(picture: Image, size: Size | None) -> NDArray[np.uint8]:
     if size is not None and size != (picture.height, picture.width):
         colours = colours.resize((size[1], size[0]), Resampling.BICUBIC)
     return np.array(colours)
-
-
-def _refuse_size(path: Path, height: int, width: int) -> None:
-    if min(height, width) < 1 or max(height, width) > _MAX_SIDE or height * width > _MAX_PIXELS:
-        raise UserError(
-            f"{path}: its pictures are {height} x {width}: sides must be 1 to {_MAX_SIDE}, with {_MAX_PIXELS:,} "
-            "pixels at the most"
-        )

@@ -233,8 +233,10 @@ class FolderData:
         packs = self.packs.get(self.spec.latents)
         if packs is None or packs.made_from.get("resize") != "pad":
             return {}
-        facts, (height, width) = packs.rows[sample.rows[self.spec.latents]].facts, packs.made_from["video_size"].split("x")
-        fitted = fit((int(facts["height"]), int(facts["width"])), (int(height), int(width)), "pad")
+        facts = packs.rows[sample.rows[self.spec.latents]].facts
+        own = int(facts.get("height", 0)), int(facts.get("width", 0))
+        video.refuse_size(packs.folder / sample.stem, *own)
+        fitted = fit(own, packs.video_size(), "pad")
         return {"padding": torch.from_numpy(fitted.padding())}
 
     def _pixels_record(self, sample: Sample) -> dict[str, Tensor]:

@@ -95,6 +95,8 @@ def open_tensors(place: str | Path, part: str | None = None) -> TensorFile:
         raise UserError(f"no weights in '{place}': the folder holds no .safetensors files, no {MODEL} and no .metadata file")
     else:
         raise UserError(f"no weights at '{place}': there is no such file")
+    if not found.tensors:
+        raise UserError(f"'{found.source}' holds no tensors")
     found = _one_net(found, part)
     if part is not None and found.part != part:
         raise UserError(f"'{place}' holds one set of weights only, none is called '{part}'")
@@ -137,6 +139,8 @@ def _plain(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
         if names and all(now.startswith(start) for now in shown.values()):
             shown = {name: now.removeprefix(start) for name, now in shown.items()}
     for name, now in shown.items():
+        if not name.isprintable():
+            raise UserError(f"a tensor of the file is called {name!r}, which is no name")
         if now in plain:
             raise UserError(f"two tensors of the file are called '{now}' once the wrappers of training are taken off")
         plain[now] = tensors[name]
@@ -161,8 +165,6 @@ def _is_optimizer(tree: Mapping[Any, Any]) -> bool:
 
 
 def _chosen_set(sets: Mapping[str, Mapping[str, Any]], part: str | None, source: str) -> str:
-    if not sets:
-        raise UserError(f"'{source}' holds no tensors")
     if part is not None:
         fits = [at for at in sets if at == part or at.endswith(f".{part}")]
         if len(fits) == 1:
@@ -185,7 +187,7 @@ def _chosen_set(sets: Mapping[str, Mapping[str, Any]], part: str | None, source:
 
 def _torch_file(path: Path, part: str | None) -> TensorFile:
     tree = _saved(path)
-    sets = _sets(tree)
+    sets = _sets(tree) or {"": {}}
     at = _chosen_set(sets, part, str(path))
     entries = sets[at]
     tensors = {name: Stored.of(value) for name, value in entries.items() if isinstance(value, Tensor)}
@@ -198,10 +200,11 @@ def _saved(path: Path) -> Any:  # Any: whatever was saved, out of tensors and pl
     try:
         return load_torch(path)
     except UnsafePickle as error:
-        named = f"it wants to load {error.wants}" if error.wants else str(error)
+        if error.wants is None:
+            raise UserError(f"{str(error).rstrip('.')}. {_INCOMPLETE}") from None
         raise UserError(
-            f"'{path}' is not read: {named}, and weights are data. Is the download complete? If you trust the file, load it "
-            "where it was made and save its tensors alone"
+            f"'{path}' is not read: it wants to load {error.wants}, and weights are data. If you trust the file, load it where "
+            "it was made and save its tensors alone"
         ) from None
 
 
@@ -252,6 +255,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored], dtype: torch.dt
     place = 0
     for name, stored in tensors.items():
         kind = _written_dtype(stored, dtype)
+        if kind not in SAFETENSORS_NAMES:
+            raise UserError(f"{path}: {name} is of type {kind}, which is not written here. Convert it where it was made")
         size = math.prod(stored.shape) * kind.itemsize
         header[name] = {"dtype": SAFETENSORS_NAMES[kind], "shape": list(stored.shape), "data_offsets": [place, place + size]}
         place += size
