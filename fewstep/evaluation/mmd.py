@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fewstep.evaluation.samples import Samples, as_pair
 
-_ELEMENTS = 1 << 23  # of the kernel block held at a time: 64 MB
+_ELEMENTS = 1 << 20  # of the kernel block held at a time: 8 MB
 
 
 def mmd(a: Samples, b: Samples) -> float:

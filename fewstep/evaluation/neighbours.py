@@ -20,7 +20,7 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.evaluation.samples import Samples, as_pair, as_samples
 
-_ELEMENTS = 1 << 23  # of the distance block held at a time: 64 MB
+_ELEMENTS = 1 << 20  # of the distance block held at a time: 8 MB
 
 
 class PrecisionRecall(NamedTuple):
