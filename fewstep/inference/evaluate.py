@@ -87,8 +87,9 @@ def _claim(task: Evaluation) -> None:
     folder = task.out.with_suffix("")
     if folder == task.out:
         raise UserError(f"--out {task.out}: give a file with the suffix .json; clips to look at go into a folder of that name")
-    is_ours = (folder / _MARK).is_file() or task.out.is_file()
-    if folder.is_dir() and any(folder.iterdir()) and not is_ours:
+    # In this order: another process of the same scores writes the mark before it writes clips.
+    has_files = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+    if has_files and not ((folder / _MARK).is_file() or task.out.is_file()):
         raise UserError(
             f"--out {task.out}: clips to look at would go into {folder}, which holds others. Give another name, "
             f"{task.out.parent / 'scores' / task.out.name} for instance"

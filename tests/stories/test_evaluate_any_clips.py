@@ -161,6 +161,20 @@ def test_a_comparison_says_which_differences_are_real_and_refuses_unlike_protoco
     assert "score both with --num-frames 7, or fewer" in text  # the protocols differ in nothing else
 
 
+def test_a_process_that_is_just_beginning_the_same_scores_is_no_stranger(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder that holds clips of somebody's own is refused; one in which another process is writing its mark is not."""
+    words = ("evaluate", str(folders / "good"), "--real", str(folders / "real"), "--num", "8", "--features", "descriptors")
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / ".of_scores.partial").touch()
+    assert main([*words, "--sets", "1", "--out", str(tmp_path / "scores.json")]) == 0
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "holiday.mp4").touch()
+    assert main([*words, "--sets", "1", "--out", str(tmp_path / "own.json")]) == 2
+    assert "which holds others" in capsys.readouterr().err
+
+
 def test_clips_of_320_x_176_and_their_report(tmp_path: Path) -> None:
     """From a fresh data set to a page that says what differs: two models, one of which makes damaged clips."""
     for n in range(6):
