@@ -96,8 +96,7 @@ class AnyClips(Divisible):
     @property
     def extractors(self) -> Mapping[str, Extractor]:
         """By name."""
-        chosen = self.features or _installed()
-        return {_name(extractor): extractor for extractor in chosen}
+        return {_name(extractor): extractor for extractor in self.features or _installed()}
 
     @property
     def legend(self) -> Sequence[Score]:
@@ -141,8 +140,8 @@ class AnyClips(Divisible):
             out |= {"lpips": lpips.distance(one, other, self.lpips)} if self.lpips else {}
         source = samples.sources[number] if samples.sources else None
         if samples.num_given and source is not None:
-            given = video.read(source, count=min(samples.num_given, len(clip))).frames
-            out |= pixels.of_given(clip, resized(given, *clip.shape[1:3]))
+            frames = video.read(source, count=min(samples.num_given, len(clip))).frames
+            out |= pixels.of_given(clip, resized(frames, *clip.shape[1:3]))
         return out
 
     def _batches(self, clips: Sequence[Clip], numbers: Sequence[int]) -> Iterator[tuple[list[int], list[Clip]]]:
@@ -180,14 +179,14 @@ class AnyClips(Divisible):
         scores, real, notes = dict[str, Value](), dict[str, Value](), list[str]()
         features: dict[str, torch.Tensor] = {}
         for name, extractor in self.extractors.items():
-            known = reference.measured.features[name]
-            scale = Scale.of(known) if extractor.is_standardised else Scale.none(known.clips.shape[1])
-            found = compare(measured.features[name], known, scale, draws=self.draws)
-            scores |= {_key(extractor, score, name): value for score, value in found.scores.items()}
-            notes += [f"{extractor.label}: {note}." for note in found.notes]
-            features |= {name: scaled(measured.features[name], scale).float(), f"{name}.real": scaled(known, scale).float()}
-            if len(known) >= 2 * LEAST:
-                floor = compare(*known.halves(), scale, draws=self.draws).scores
+            real_set = reference.measured.features[name]
+            scale = Scale.of(real_set) if extractor.is_standardised else Scale.none(real_set.clips.shape[1])
+            comparison = compare(measured.features[name], real_set, scale, draws=self.draws)
+            scores |= {_key(extractor, score, name): value for score, value in comparison.scores.items()}
+            notes += [f"{extractor.label}: {note}." for note in comparison.notes]
+            features |= {name: scaled(measured.features[name], scale).float(), f"{name}.real": scaled(real_set, scale).float()}
+            if len(real_set) >= 2 * LEAST:
+                floor = compare(*real_set.halves(), scale, draws=self.draws).scores
                 real |= {_key(extractor, score, name): value for score, value in floor.items()}
         columns = measured.columns() | _natural(measured, reference.measured)
         scores |= {name: mean_over_clips(values) for name, values in columns.items()}
@@ -275,10 +274,10 @@ def clip_files(where: Path | str) -> dict[str, Path]:
     folder = Path(where)
     if "*" in str(where):
         first = next(n for n, part in enumerate(folder.parts) if "*" in part)
-        found = sorted(Path(*folder.parts[:first]).glob(str(Path(*folder.parts[first:]))))
-        if not found:
+        files = sorted(Path(*folder.parts[:first]).glob(str(Path(*folder.parts[first:]))))
+        if not files:
             raise UserError(f"{where}: there is no such file")
-        return {file.stem: file for file in found}
+        return {file.stem: file for file in files}
     if not any((folder / part.folder).is_dir() for part in (VIDEOS, IMAGES)):
         plain = video_files(folder)
         if plain:

@@ -112,10 +112,9 @@ def _difference(row: Mapping[str, Any], first: _Scores, other: _Scores) -> Diffe
     values = [part.record["scores"][name]["value"] for part in (first, other)]
     a, b = (math.nan if value is None else float(value) for value in values)
     real = _real(first.record, name) if better == "as real" else None
-    found = (
+    value, low, high, how, num = (
         _clip_by_clip(name, first, other, real) or _same_halves(name, first, other) or _independent(name, first, other, real)
     )
-    value, low, high, how, num = found
     if not all(map(math.isfinite, (value, low, high))) or (better == "as real" and real is None):
         verdict: Verdict = "not measured"
     elif low <= 0 <= high:

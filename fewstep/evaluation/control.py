@@ -138,16 +138,16 @@ def depth_rmse(clip: Depth, target: Depth, mode: Literal["linear", "log"] = "lin
     valid = (own > 0) & (others > 0)
     if not valid.any():
         raise UserError("no pixel has positive depth in both clips. Pass depth or inverse depth, not normals or a mask.")
-    for a, b, known in zip(own, others, valid):
-        if not known.any():
+    for a, b, mask in zip(own, others, valid):
+        if not mask.any():
             errors.append(0.0)
         elif mode == "linear":
-            left = b[known] - a[known] * (np.median(b[known]) / np.median(a[known]))
-            left = left if cap is None else np.clip(left, -cap, cap)
-            errors.append(float(np.sqrt(np.mean(left**2))))
+            residual = b[mask] - a[mask] * (np.median(b[mask]) / np.median(a[mask]))
+            residual = residual if cap is None else np.clip(residual, -cap, cap)
+            errors.append(float(np.sqrt(np.mean(residual**2))))
         else:
             # std about the mean is the same and, unlike a difference of means, never the root of -1e-17
-            errors.append(float(np.std(np.log(a[known]) - np.log(b[known]))))
+            errors.append(float(np.std(np.log(a[mask]) - np.log(b[mask]))))
     return float(np.mean(errors))
 
 
@@ -347,11 +347,11 @@ def assignment(cost: np.ndarray) -> list[tuple[int, int]]:
             if row_of[column] < 0:
                 break
             row = row_of[column]
-        seen = reached.copy()
-        seen[column] = False
+        tree = reached.copy()
+        tree[column] = False
         row_price[new] += travelled
-        row_price[row_of[seen]] += travelled - distance[seen]
-        column_price[seen] -= travelled - distance[seen]
+        row_price[row_of[tree]] += travelled - distance[tree]
+        column_price[tree] -= travelled - distance[tree]
         while column >= 0:
             row_of[column] = row_of[before[column]] if before[column] >= 0 else new
             column = before[column]

@@ -190,9 +190,9 @@ def frechet_extrapolated(
     "both" thins both sets alike, which takes away the bias of either; "first" thins `a` alone and leaves the bias of a large
     fixed reference `b` in. Of scale 1 there is only one draw. Costs 1 + draws * (len(scales) - 1) distances.
     """
-    known = b if isinstance(b, Remembered) else Remembered(b)
-    a, _ = as_pair(a, known.rows[:2], ("a", "b"))
-    num_b = len(known.rows)
+    reference = b if isinstance(b, Remembered) else Remembered(b)
+    a, _ = as_pair(a, reference.rows[:2], ("a", "b"))
+    num_b = len(reference.rows)
     if len(set(scales)) < 2 or min(scales) < 1 or draws < 1:
         raise UserError(f"scales must be two or more different numbers >= 1 and draws >= 1, not {tuple(scales)} and {draws}.")
     if min(len(a), num_b) < 2 * max(scales):
@@ -209,12 +209,12 @@ def frechet_extrapolated(
         for _ in range(1 if scale == 1 else draws):
             keep_a, keep_b = thinned(len(a), scale), thinned(num_b, scale) if subsample == "both" else None
             xs.append(scale)
-            mean_b, root_b = (part.to(a.device) for part in known.root(keep_b))
+            mean_b, root_b = (part.to(a.device) for part in reference.root(keep_b))
             ys.append(_distance(*_root_of_rows(a[keep_a.to(a.device)]), mean_b, root_b))
             smallest = min(smallest, len(keep_a), num_b if keep_b is None else len(keep_b))
     value, slope, stderr = _line(torch.tensor(xs, dtype=torch.float64), torch.tensor(ys, dtype=torch.float64))
     points = tuple((x, sum(y for s, y in zip(xs, ys) if s == x) / xs.count(x)) for x in sorted(set(xs)))
-    return FrechetLimit(value, stderr, slope, frechet_score(a, known), points, smallest)
+    return FrechetLimit(value, stderr, slope, frechet_score(a, reference), points, smallest)
 
 
 def _root(features: Samples | Moments, name: str) -> tuple[Tensor, Tensor, int]:
@@ -249,7 +249,7 @@ def _line(x: Tensor, y: Tensor) -> tuple[float, float, float]:
     centred = x - x.mean()
     slope = (centred * y).sum() / centred.square().sum()
     intercept = y.mean() - slope * x.mean()
-    left = y - intercept - slope * x
-    variance = left.square().sum() / max(len(x) - 2, 1)
+    residuals = y - intercept - slope * x
+    variance = residuals.square().sum() / max(len(x) - 2, 1)
     stderr = (variance * (1 / len(x) + x.mean() ** 2 / centred.square().sum())).sqrt()
     return float(intercept), float(slope), float(stderr)

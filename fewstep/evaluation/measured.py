@@ -76,8 +76,8 @@ class Part:
         """One file, which `read` takes back bit by bit."""
         tensors = {
             f"{scorer}/{network}/{key}": tensor
-            for scorer, measured in self.by_scorer.items()
-            for network, features in measured.features.items()
+            for scorer, one_scorer in self.by_scorer.items()
+            for network, features in one_scorer.features.items()
             for key, tensor in features.state_dict().items()
         }
         per_clip = {scorer: {str(n): row for n, row in one.per_clip.items()} for scorer, one in self.by_scorer.items()}
@@ -182,15 +182,15 @@ class Shares:
         own = self._file(job)
         part = Part.read(own) or Part()
         others = frozenset[int]().union(*(other.numbers for other in self._others(job)))
-        written, is_new = time.monotonic(), False
+        last_write, is_new = time.monotonic(), False
         for numbers in self._pieces(len(job)):
             todo = [number for number in numbers if number not in part.numbers and number not in others]
             if not todo:
                 continue
-            part, is_new = part.merge(_measured(job, todo)), True
-            if time.monotonic() - written >= WRITE_S:
+            part, is_new = part.merge(_part_of(job, todo)), True
+            if time.monotonic() - last_write >= WRITE_S:
                 part.write(own)
-                written, is_new = time.monotonic(), False
+                last_write, is_new = time.monotonic(), False
         if is_new and (self.ranks.size > 1 or own.is_file()):
             part.write(own)
         whole = part
@@ -226,7 +226,7 @@ class Shares:
         return [part for part in parts if part is not None]  # None: another process has just removed the folder, being done
 
 
-def _measured(job: Job, numbers: Sequence[int]) -> Part:
+def _part_of(job: Job, numbers: Sequence[int]) -> Part:
     shapes, fresh = set[tuple[int, ...]](), set(numbers)
 
     def look(number: int, clip: Clip) -> None:

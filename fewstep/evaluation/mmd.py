@@ -29,18 +29,18 @@ def mmd_of_subsets(a: Samples, b: Samples, subsets: Sequence[Tensor]) -> list[fl
     Each entry of the kernel is computed once, whatever the number of subsets, and none is kept: memory is a few blocks.
     """
     a, b = as_pair(a, b, ("a", "b"))
-    chosen = torch.zeros(len(subsets), len(a), dtype=a.dtype, device=a.device)
-    for row, subset in zip(chosen, subsets, strict=True):
+    masks = torch.zeros(len(subsets), len(a), dtype=a.dtype, device=a.device)
+    for row, subset in zip(masks, subsets, strict=True):
         row[subset] = 1
-    within, across = torch.zeros_like(chosen[:, 0]), torch.zeros_like(chosen[:, 0])
+    within, across = torch.zeros_like(masks[:, 0]), torch.zeros_like(masks[:, 0])
     step = max(1, _ELEMENTS // max(len(a), len(b)))
     for first in range(0, len(a), step):
-        rows, picks = a[first : first + step], chosen[:, first : first + step]
+        rows, picks = a[first : first + step], masks[:, first : first + step]
         kernel = _kernel(rows, a)
         kernel.diagonal(first).zero_()  # of a row with itself
-        within += (picks @ kernel * chosen).sum(dim=1)
+        within += (picks @ kernel * masks).sum(dim=1)
         across += picks @ _kernel(rows, b).sum(dim=1)
-    num_a, num_b = chosen.sum(dim=1), len(b)
+    num_a, num_b = masks.sum(dim=1), len(b)
     within_b = sum(float(_kernel(rows, b).sum()) for rows in b.split(step)) - float(_kernel_of_self(b))
     scores = within / (num_a * (num_a - 1)) + within_b / (num_b * (num_b - 1)) - 2 * across / (num_a * num_b)
     return scores.tolist()

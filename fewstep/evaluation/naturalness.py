@@ -96,9 +96,9 @@ def asymmetric(values: Floats) -> tuple[Floats, Floats, Floats]:
     left, right = spread(is_left), spread(~is_left & (values != 0))
     ratio = left / right
     moments = np.square(np.abs(values).mean(axis=1)) / (squares.mean(axis=1) + 1e-12)
-    wanted = moments * (ratio**3 + 1) * (ratio + 1) / np.square(ratio**2 + 1)
+    target = moments * (ratio**3 + 1) * (ratio + 1) / np.square(ratio**2 + 1)
     shapes, ratios = _table()
-    alpha = shapes[np.clip(np.searchsorted(ratios, wanted), 0, len(shapes) - 1)]
+    alpha = shapes[np.clip(np.searchsorted(ratios, target), 0, len(shapes) - 1)]
     scale = np.sqrt(_gamma(1 / alpha) / _gamma(3 / alpha))
     return alpha, left * scale, right * scale
 

@@ -98,9 +98,9 @@ def scatter(
             if column == 0:
                 out.append(_text(x0 - 7, y + 4, _number(tick, ticks_y), _SMALL, "end"))
         outside = 0
-        shown = [(points, _GREY, 0.25) for points in grey.values()]
-        shown += [(points, colour.get(key, PALETTE[i % len(PALETTE)]), 0.7) for key, points in group.items()]
-        for points, fill, opacity in shown:
+        layers = [(points, _GREY, 0.25) for points in grey.values()]
+        layers += [(points, colour.get(key, PALETTE[i % len(PALETTE)]), 0.7) for key, points in group.items()]
+        for points, fill, opacity in layers:
             inside = (points[:, 0] >= left) & (points[:, 0] <= right) & (points[:, 1] >= bottom) & (points[:, 1] <= top)
             outside += int((~inside).sum()) if fill != _GREY else 0
             pixels = np.stack([x0 + (points[inside, 0] - left) * scale, y0 + (top - points[inside, 1]) * scale], axis=1)
@@ -138,10 +138,10 @@ def lines(
     if log_y and any(value <= 0 for value in rules.values()):
         raise UserError("a rule at zero or below has no place on a log axis; drop it or set log_y=False.")
     xs = np.concatenate([x for x, *_ in data])
-    drawn = [values for _, *curves in data for values in curves]
+    heights = [values for _, *curves in data for values in curves]
     if x_ticks is not None:
         xs = np.concatenate([xs, np.asarray(x_ticks, float)])
-    across, up = _Axis(xs, log_x, pad=0.02), _Axis(np.concatenate([*drawn, list(rules.values())]), log_y, pad=0.05)
+    across, up = _Axis(xs, log_x, pad=0.02), _Axis(np.concatenate([*heights, list(rules.values())]), log_y, pad=0.05)
     horizontal = list(x_ticks) if x_ticks is not None else across.ticks(7)
     vertical = up.ticks(6)
     legend = [(one.name, one.colour or PALETTE[i % len(PALETTE)]) for i, one in enumerate(series)]
@@ -202,9 +202,9 @@ def lines(
     if is_direct:
         ends = [(float(py(np.array(value))), x1, name, "currentColor") for name, value in rules.items()]
         for i, (x, y, *_) in enumerate(data):
-            seen = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
-            if len(seen):
-                ends.append((float(py(y[seen[-1]])), float(px(x[seen[-1]])), *legend[i]))
+            finite = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
+            if len(finite):
+                ends.append((float(py(y[finite[-1]])), float(px(x[finite[-1]])), *legend[i]))
         for (y, x, name, colour), at in zip(ends, _apart([end[0] for end in ends], 15, y0 + 6, y1 - 4)):
             # A line that stops early keeps its height to the frame; the lead bends only outside of it.
             lead = f"M{_f(x + 4)} {_f(y)}H{_f(x1)}" if x < x1 - 6 else f"M{_f(x1)} {_f(y)}"
@@ -215,8 +215,8 @@ def lines(
                 f'<circle cx="{_f(x1 + 12)}" cy="{_f(at)}" r="3.5" fill="{colour}"/>' if colour != "currentColor" else ""
             )
             out.append(_text(x1 + (20 if colour != "currentColor" else 12), at + 4, name, _SMALL, weight=600))
-    told = f"{y_label} against {x_label}: " if x_label and y_label else ""
-    return _document(width, height, out, title or told + ", ".join(name for name, _ in legend), background)
+    axes = f"{y_label} against {x_label}: " if x_label and y_label else ""
+    return _document(width, height, out, title or axes + ", ".join(name for name, _ in legend), background)
 
 
 class _Axis:
@@ -305,8 +305,8 @@ def _checked(one: Series, log_x: bool, log_y: bool) -> list[np.ndarray]:
     """x, y and, if there is a band, low and high, as float arrays of one length, by x."""
     if (one.low is None) != (one.high is None):
         raise UserError(f"the series {one.name!r} has one edge of a band. Give both low and high, or neither.")
-    given = [one.x, one.y] if one.low is None or one.high is None else [one.x, one.y, one.low, one.high]
-    arrays = [np.asarray(values, dtype=np.float64).reshape(-1) for values in given]
+    columns = [one.x, one.y] if one.low is None or one.high is None else [one.x, one.y, one.low, one.high]
+    arrays = [np.asarray(values, dtype=np.float64).reshape(-1) for values in columns]
     if len({len(array) for array in arrays}) != 1:
         raise UserError(f"the series {one.name!r} has columns of lengths {[len(a) for a in arrays]}. Make them equal.")
     for is_log, values, axis in ((log_x, arrays[0], "x"), (log_y, arrays[1], "y")):
@@ -356,36 +356,36 @@ def _dots(pixels: np.ndarray, colour: str, opacity: float, size: float) -> list[
 
 def _curve(x: np.ndarray, y: np.ndarray, colour: str, dash: str) -> list[str]:
     path, is_drawing = [], False
-    known = np.isfinite(x) & np.isfinite(y)
-    for a, b, is_known in zip(x.tolist(), y.tolist(), known.tolist()):
+    finite = np.isfinite(x) & np.isfinite(y)
+    for a, b, is_known in zip(x.tolist(), y.tolist(), finite.tolist()):
         if is_known:
             path.append(f"{'L' if is_drawing else 'M'}{_f(a)} {_f(b)}")
         is_drawing = is_known
     dashes = f' stroke-dasharray="{dash}"' if dash else ""
     out = [f'<path d="{"".join(path)}" fill="none" stroke="{colour}" stroke-width="2" stroke-linejoin="round"{dashes}/>']
-    if known.sum() <= 40:
-        out += [f'<circle cx="{_f(a)}" cy="{_f(b)}" r="3.2" fill="{colour}"/>' for a, b in zip(x[known], y[known])]
+    if finite.sum() <= 40:
+        out += [f'<circle cx="{_f(a)}" cy="{_f(b)}" r="3.2" fill="{colour}"/>' for a, b in zip(x[finite], y[finite])]
     return out
 
 
 def _marks(x: np.ndarray, ys: Sequence[np.ndarray], colour: str) -> list[str]:
     """Points, with whiskers if the edges of a band are given."""
     y, *band = ys
-    known = np.isfinite(x) & np.isfinite(y)
+    finite = np.isfinite(x) & np.isfinite(y)
     out = []
     if band:
-        low, high = (np.nan_to_num(np.clip(edge, -1e4, 1e4), nan=1e4)[known] for edge in band)
+        low, high = (np.nan_to_num(np.clip(edge, -1e4, 1e4), nan=1e4)[finite] for edge in band)
         whiskers = "".join(
-            f"M{_f(a)} {_f(b)}V{_f(c)}M{_f(a - 5)} {_f(c)}h10M{_f(a - 5)} {_f(b)}h10" for a, b, c in zip(x[known], low, high)
+            f"M{_f(a)} {_f(b)}V{_f(c)}M{_f(a - 5)} {_f(c)}h10M{_f(a - 5)} {_f(b)}h10" for a, b, c in zip(x[finite], low, high)
         )
         out.append(f'<path d="{whiskers}" fill="none" stroke="{colour}" stroke-width="2"/>')
-    return out + [f'<circle cx="{_f(a)}" cy="{_f(b)}" r="6" fill="{colour}"/>' for a, b in zip(x[known], y[known])]
+    return out + [f'<circle cx="{_f(a)}" cy="{_f(b)}" r="6" fill="{colour}"/>' for a, b in zip(x[finite], y[finite])]
 
 
 def _band(x: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str) -> str:
-    known = np.isfinite(x) & np.isfinite(low) & np.isfinite(high)
-    there = [f"{_f(a)} {_f(b)}" for a, b in zip(x[known], np.clip(low[known], -1e4, 1e4))]
-    back = [f"{_f(a)} {_f(b)}" for a, b in zip(x[known][::-1], np.clip(high[known][::-1], -1e4, 1e4))]
+    finite = np.isfinite(x) & np.isfinite(low) & np.isfinite(high)
+    there = [f"{_f(a)} {_f(b)}" for a, b in zip(x[finite], np.clip(low[finite], -1e4, 1e4))]
+    back = [f"{_f(a)} {_f(b)}" for a, b in zip(x[finite][::-1], np.clip(high[finite][::-1], -1e4, 1e4))]
     return f'<path d="M{"L".join(there + back)}Z" fill="{colour}" fill-opacity=".18"/>' if there else ""
 
 
@@ -422,14 +422,14 @@ def _rule(x0: float, y0: float, x1: float, y1: float) -> str:
 def _wrapped(legend: Sequence[tuple[str, str]], width: float) -> list[list[tuple[str, str]]]:
     """The legend's entries in rows that fit into `width`."""
     rows: list[list[tuple[str, str]]] = []
-    left = 0.0
+    space = 0.0
     for entry in legend:
         need = len(entry[0]) * _CHAR * _SMALL + 44
-        if not rows or left < need:
+        if not rows or space < need:
             rows.append([])
-            left = width
+            space = width
         rows[-1].append(entry)
-        left -= need
+        space -= need
     return rows
 
 
@@ -453,10 +453,10 @@ def _legend_row(
 
 def _clean(text: str) -> str:
     """Text that XML can hold: markup escaped, control characters and lone surrogates dropped."""
-    kept = (
+    characters = (
         c for c in text if c in "\t\n" or (ord(c) >= 32 and not 0xD800 <= ord(c) < 0xE000 and ord(c) not in (0xFFFE, 0xFFFF))
     )
-    return escape("".join(kept))
+    return escape("".join(characters))
 
 
 def _document(width: float, height: float, parts: Sequence[str], title: str, background: Background) -> str:

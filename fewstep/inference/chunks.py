@@ -25,9 +25,9 @@ class Chunk:
 
     def of(self, frames: np.ndarray) -> np.ndarray:
         """Its slice of a clip T .., whose last frame is repeated beyond the end."""
-        found = frames[self.first : self.first + self.num_frames]
-        short = self.num_frames - len(found)
-        return found if not short else np.concatenate([found, np.repeat(found[-1:], short, 0)])
+        window = frames[self.first : self.first + self.num_frames]
+        short = self.num_frames - len(window)
+        return window if not short else np.concatenate([window, np.repeat(window[-1:], short, 0)])
 
 
 def chunks_of(num_frames: int, window: int, overlap: int) -> list[Chunk]:

@@ -185,10 +185,10 @@ def set_of(clips: Sequence[Clip], data: FolderData, task: Evaluation, truth: Lay
 
 def _truth(stems: Sequence[str], files: Mapping[str, Path], task: Evaluation) -> list[Path | None]:
     """The clip that each one should equal; refuses a folder that has none of them."""
-    found = [files.get(stem) for stem in stems]
-    if task.truth is not None and not any(found):
+    truth = [files.get(stem) for stem in stems]
+    if task.truth is not None and not any(truth):
         raise UserError(f"--truth: {task.truth} has no clip named like those that are scored, {stems[0]} for instance")
-    return found if any(found) else []
+    return truth if any(truth) else []
 
 
 def sets_of(task: Evaluation, needs_captions: bool) -> Iterator[ClipSet]:
@@ -222,14 +222,14 @@ def sets_of(task: Evaluation, needs_captions: bool) -> Iterator[ClipSet]:
 
 def _signals(stems: Sequence[str], conditioned: Layout, measured: Layout | None, names: Sequence[str]) -> dict[str, Signals]:
     """The control files of these clips, of the named controls or of all that the data set has."""
-    found: dict[str, Signals] = {}
+    signals: dict[str, Signals] = {}
     for name, cls in control_kinds(names).items():
         part = layout.control(cls.folder, cls.suffix)
         theirs = conditioned.files(part)
         own = {} if measured is None else measured.files(part)
         if theirs.keys() & set(stems):
-            found[name] = Signals(cls(), [theirs.get(stem) for stem in stems], [own.get(stem) for stem in stems])
-    return found
+            signals[name] = Signals(cls(), [theirs.get(stem) for stem in stems], [own.get(stem) for stem in stems])
+    return signals
 
 
 def keep(clip: Clip, row: int, samples: ClipSet, task: Evaluation, number: int) -> None:
@@ -304,11 +304,11 @@ def _of_model(task: Evaluation, reference: Callable[[], Any]) -> Subject:
     model = open_model(task.what, controls=task.controls)
     task = task.within(model.envelope)
     branches = model.network.traits.controls
-    given = [name for name in task.controls if name in branches]
-    if branches and not given:
+    control_names = [name for name in task.controls if name in branches]
+    if branches and not control_names:
         raise UserError(f"--control: {task.what} is conditioned on {', '.join(branches)}; name those that it is to receive")
-    data = opened(task, reads_frames=bool(given))
-    controls = {name: opened(task, reads_frames=True, control=name) for name in given}
+    data = opened(task, reads_frames=bool(control_names))
+    controls = {name: opened(task, reads_frames=True, control=name) for name in control_names}
     sampler: Sampler = model.sampler
     if not isinstance(sampler, TeacherSampler):
         sampler = student_of(sampler, task.sampling, task.calls)
@@ -327,15 +327,15 @@ def _of_model(task: Evaluation, reference: Callable[[], Any]) -> Subject:
         sampler, candidates = best_of(source, sampler, task, reference())
         source = replace(source, sampler=sampler)
     facts: dict[str, Any] = {"num_calls": sampler.num_calls, "candidates": candidates, "guidance": sampler.guidance}
-    facts |= {"sampler": named(sampler)} if isinstance(sampler, TeacherSampler) else {}
+    facts |= {"sampler": words_of(sampler)} if isinstance(sampler, TeacherSampler) else {}
     sets = [source.clips(task, task.per_set, k) for k in range(task.sets)]
 
     def timed() -> Mapping[str, Any]:
         if not task.latency:
             return {}
         batch = source.batch(torch.tensor([0])).to(task.where)
-        measured = latency.measure(model, sampler, codec, batch, data.captions()[0], task.latency, str(task.where))
-        return {"latency": measured}
+        timing = latency.measure(model, sampler, codec, batch, data.captions()[0], task.latency, str(task.where))
+        return {"latency": timing}
 
     fingerprint = f"{fingerprint} {codec.fingerprint} {sampler}"
     return Subject(task, sets, fingerprint, facts, timed, lambda k: source.clips(task, min(2, task.per_set), k))
@@ -371,7 +371,7 @@ def best_of(
         clips = replace(source, sampler=way).clips(task, num, task.sets)
         table.append((task.scorers[0].distance(clips, reference), way))
     table.sort(key=lambda row: row[0])
-    return table[0][1], [{"sampler": named(way), "distance": value, "n": num} for value, way in table]
+    return table[0][1], [{"sampler": words_of(way), "distance": value, "n": num} for value, way in table]
 
 
 def ways_of(calls: int, sampler: TeacherSampler) -> list[TeacherSampler]:
@@ -388,12 +388,12 @@ def ways_of(calls: int, sampler: TeacherSampler) -> list[TeacherSampler]:
         ways.append(replace(plain, num_steps=(calls + 1) // 2, solver="heun"))
     elif sampler.guidance != 1.0:
         few: tuple[SolverName, ...] = multistep if calls > 4 else ("unipc",)
-        led = replace(plain, num_steps=calls // 2, guidance=sampler.guidance)
-        ways += [replace(led, solver=name, shift=shift) for name in few for shift in (1.0, 3.0)]
+        with_guidance = replace(plain, num_steps=calls // 2, guidance=sampler.guidance)
+        ways += [replace(with_guidance, solver=name, shift=shift) for name in few for shift in (1.0, 3.0)]
     return ways
 
 
-def named(sampler: TeacherSampler) -> str:
+def words_of(sampler: TeacherSampler) -> str:
     """The sampler in words."""
     grid = f"shift {sampler.shift:g}" if sampler.grid == "flow" else f"grid {sampler.grid}"
     guided = f", guidance {sampler.guidance:g}" if sampler.guidance != 1.0 else ", no guidance"

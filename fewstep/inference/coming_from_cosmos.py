@@ -79,8 +79,8 @@ def in_our_words(arguments: Sequence[str], options: Container[str], tell: Print)
             tell(f"warning: --{name} has no effect: {WITHOUT_EFFECT[theirs]}")
         if not name or theirs in (*ALWAYS, *WITHOUT_EFFECT):
             continue
-        known = _ours(name)
-        ours.append(f"--{known if f'--{known}' in options else name}{equals}{value}")
+        own_name = _ours(name)
+        ours.append(f"--{own_name if f'--{own_name}' in options else name}{equals}{value}")
     return ours, cosmos
 
 
@@ -230,10 +230,10 @@ def control_of(name: str, entries: Mapping[str, Any], before: Control, tell: Pri
     if not 0 <= weight < float("inf"):
         raise ConfigError(f"control {name}: its weight {weight:g} must not be negative")
     own = [key for key, control in PRESET_OF.items() if control == name]
-    known = {"control_weight", "input_control", "control_path", *own, *_CONTROL_WITHOUT_EFFECT}
-    unknown = sorted(set(entries) - known)
+    keys = {"control_weight", "input_control", "control_path", *own, *_CONTROL_WITHOUT_EFFECT}
+    unknown = sorted(set(entries) - keys)
     if unknown:
-        raise ConfigError(f"control {name}: has '{unknown[0]}', which is not read; known are {', '.join(sorted(known))}")
+        raise ConfigError(f"control {name}: has '{unknown[0]}', which is not read; known are {', '.join(sorted(keys))}")
     for key, why in _CONTROL_WITHOUT_EFFECT.items():
         if key in entries:
             tell(f"warning: {key} of control {name} has no effect: {why}")

@@ -86,8 +86,8 @@ def _request(arguments: Sequence[str], say: Print | None) -> GenerateRequest:
     options["student_only"] |= (options["released"] or "").endswith("/distilled")
     options["published_guidance"] = bool(cosmos) and options["guidance"] is None
     of_specs = tuple(specs) if options["controlnet_specs"] is not None else ()
-    named = (options["model"], options["released"], folder, transformer)
-    options["model"] = model_of(*named, of_specs, options["student_only"], tell)
+    addresses = (options["model"], options["released"], folder, transformer)
+    options["model"] = model_of(*addresses, of_specs, options["student_only"], tell)
     options["codec"] = codec_in(options["codec"], folder)
     options["solver"] = None if options["solver"] == "auto" else options["solver"]
     options |= {"guardrails": _guardrails(options), "upsampler": _upsampler(options)}
@@ -361,10 +361,10 @@ def _of_others(parser: argparse.ArgumentParser) -> None:
 
 def _clips(options: Mapping[str, Any], specs: Mapping[str, Control]) -> tuple[ClipRequest, ...]:
     control = {**specs, **dict(_control(text) for text in options["control"])}
-    source, given = options["source"], options["num_input_frames"]
-    if given is None:
-        given = 1 if source is not None and not control else 0
-    if given and source is None and options["prompts"] is None:
+    source, num_input_frames = options["source"], options["num_input_frames"]
+    if num_input_frames is None:
+        num_input_frames = 1 if source is not None and not control else 0
+    if num_input_frames and source is None and options["prompts"] is None:
         raise ConfigError("--num-input-frames needs --input, the picture or video they are taken from")
     one = ClipRequest(
         name=_file_name(options["name"] or "output", "--name"),
@@ -373,7 +373,7 @@ def _clips(options: Mapping[str, Any], specs: Mapping[str, Control]) -> tuple[Cl
         embedding=options["embedding"],
         negative_embedding=options["negative_embedding"],
         source=source,
-        num_input_frames=given,
+        num_input_frames=num_input_frames,
         control=control,
         seed=options["seed"] or 0,
         label=options["label"],

@@ -55,35 +55,35 @@ def texts_of(
 
     clips = [clip for clip in clips if clip.label is None]
     files = {path for clip in clips for path in (clip.embedding, clip.negative_embedding) if path is not None}
-    found: dict[str | Path | None, Text] = {path: _embedded(path, request.max_tokens, device) for path in files}
-    wanted = {clip.prompt for clip in clips if clip.embedding is None}
-    wanted |= {prompt for clip in clips for _, prompt in clip.switches}
+    texts: dict[str | Path | None, Text] = {path: _embedded(path, request.max_tokens, device) for path in files}
+    todo = {clip.prompt for clip in clips if clip.embedding is None}
+    todo |= {prompt for clip in clips for _, prompt in clip.switches}
     is_guided = request.published_guidance or request.sampling.guidance not in (None, 1.0)
     is_guided = is_guided or request.sampling.guidance_low is not None
     alone = [clip for clip in clips if clip.negative_embedding is None and clip.embedding is None]
     negatives = {clip.negative for clip in alone} if is_guided else set[str | None]()
-    wanted |= {text or "" for text in negatives}
-    if not wanted:
-        return found
+    todo |= {text or "" for text in negatives}
+    if not todo:
+        return texts
     address = request.text_encoder
     if address is None:
         if folder is None or (folder.is_dir() and not (folder / "text_encoder").is_dir()):
             raise UserError(f"{request.model} has no text encoder beside it: give --text-encoder, or --embedding FILE")
         address = str(folder)
     encoder = open_text_encoder(address, max_tokens=request.max_tokens, device=device)
-    prompts = sorted(wanted)
+    prompts = sorted(todo)
     embeddings, masks = encoder.encode(prompts)
     pooled = encoder.pooled(prompts)
     for i, prompt in enumerate(prompts):
-        found[prompt] = Text(
+        texts[prompt] = Text(
             embeddings[i : i + 1].to(device),
             masks[i : i + 1].to(device) if encoder.uses_mask else None,
             None if pooled is None else pooled[i : i + 1].to(device),
         )
     if None in negatives:
         has_zeros = PipelineFolder(str(folder or address)).has_zeros_for_no_prompt
-        found[None] = _zeros(found[""]) if has_zeros else found[""]
-    return found
+        texts[None] = _zeros(texts[""]) if has_zeros else texts[""]
+    return texts
 
 
 def _zeros(text: Text) -> Text:
@@ -94,11 +94,11 @@ def _zeros(text: Text) -> Text:
 def _embedded(path: Path, num_tokens: int | None, device: torch.device) -> Text:
     """The embedding in a file, cut or padded with zeros to `num_tokens`."""
     pooled = arrays.read(path).get("pooled")
-    found = arrays.read_one(path, "text").float()
-    found = found[0] if found.ndim == 3 else found
-    if found.ndim != 2:
-        raise UserError(f"{path}: an embedding has shape (tokens, channels), not {tuple(found.shape)}")
-    text = _of_length(found[None].to(device), len(found) if num_tokens is None else num_tokens)
+    embedding = arrays.read_one(path, "text").float()
+    embedding = embedding[0] if embedding.ndim == 3 else embedding
+    if embedding.ndim != 2:
+        raise UserError(f"{path}: an embedding has shape (tokens, channels), not {tuple(embedding.shape)}")
+    text = _of_length(embedding[None].to(device), len(embedding) if num_tokens is None else num_tokens)
     return Text(text, None, None if pooled is None else pooled[None].float().to(device))
 
 

@@ -61,7 +61,7 @@ def run(task: Evaluation, protocol: Protocol | None = None) -> dict[str, Any] | 
     task = subject.task
     shares = Shares(task.out.with_suffix("") / f"measured-{_hash(task, subject)}", ranks(), task.batch_size or 1)
     references = [_reference(scorer, task, ranks()) for scorer in task.scorers]
-    parts = [_measured(samples, shares, task, number) for number, samples in enumerate(subject.sets)]
+    parts = [_part(samples, shares, task, number) for number, samples in enumerate(subject.sets)]
     if any(one is _UNKNOWN for one in references) or any(part is None for part in parts):
         return None
     scored = [
@@ -133,7 +133,7 @@ def _reference(scorer: Scorer, task: Evaluation, own: Ranks) -> Any:
     return _UNKNOWN if part is None else scorer.reference_of(part.by_scorer[_name(scorer)], task.real)
 
 
-def _measured(samples: ClipSet, shares: Shares, task: Evaluation, number: int) -> Part | None:
+def _part(samples: ClipSet, shares: Shares, task: Evaluation, number: int) -> Part | None:
     """What the divisible scorers keep of a set; None while other processes still measure it."""
     scorers = {_name(scorer): scorer for scorer in task.scorers if isinstance(scorer, Divisible)}
     if not scorers:
@@ -165,12 +165,12 @@ class _Scored:
 
 
 def _scored(samples: ClipSet, part: Part, references: Sequence[Any], task: Evaluation, number: int) -> _Scored:
-    shapes, seen = set(part.shapes), set(part.numbers)
+    shapes, numbers = set(part.shapes), set(part.numbers)
 
     def look(row: int, clip: Any) -> None:
         shapes.add(clip.shape[:3])
-        if row not in seen:
-            seen.add(row)
+        if row not in numbers:
+            numbers.add(row)
             keep(clip, row, samples, task, number)
 
     records: list[Record] = []
@@ -209,7 +209,7 @@ def _results(task: Evaluation, subject: Subject, scored: Sequence[_Scored]) -> d
         "protocol": {**_protocol(task, subject), "frames_height_width": shapes[:20]},
         "notes": sorted({*few, *(note for record in records for note in record.notes)}),
         "legend": [asdict(score) for scorer in task.scorers for score in scorer.legend if score.name in values],
-        "scores": {name: _written(value) for name, value in values.items()},
+        "scores": {name: _entry(value) for name, value in values.items()},
         "anchors": _anchors(records),
         "sets": [one.listing() for one in scored],
     }
@@ -243,7 +243,7 @@ def _anchors(records: Sequence[Record]) -> dict[str, Any]:
     for title in dict.fromkeys(title for record in records for title in record.anchors):
         columns = [record.anchors[title] for record in records if title in record.anchors]
         names = dict.fromkeys(name for column in columns for name in column)
-        out[title] = {name: _written(over_sets([column[name] for column in columns if name in column])) for name in names}
+        out[title] = {name: _entry(over_sets([column[name] for column in columns if name in column])) for name in names}
     return out
 
 
@@ -259,7 +259,7 @@ def _number(x: float) -> float | None:
     return x if math.isfinite(x) else None
 
 
-def _written(value: Value) -> dict[str, Any]:
+def _entry(value: Value) -> dict[str, Any]:
     return {
         "value": _number(value.value),
         "spread": _number(value.spread),
@@ -271,9 +271,9 @@ def _written(value: Value) -> dict[str, Any]:
 
 def line(results: Mapping[str, Any]) -> str:
     """The scores one looks at first, and what makes them less than they seem."""
-    shown = ((score["name"], results["scores"][score["name"]]) for score in results["legend"] if score["is_headline"])
-    known = ((name, v["value"], v["spread"]) for name, v in shown if v["value"] is not None)
-    text = "  ".join(f"{name} {value:.3g}" + ("" if spread is None else f" +- {spread:.2g}") for name, value, spread in known)
+    headlines = ((score["name"], results["scores"][score["name"]]) for score in results["legend"] if score["is_headline"])
+    values = ((name, v["value"], v["spread"]) for name, v in headlines if v["value"] is not None)
+    text = "  ".join(f"{name} {value:.3g}" + ("" if spread is None else f" +- {spread:.2g}") for name, value, spread in values)
     return "\n".join([text, *(f"  note: {note}" for note in results["notes"])])
 
 

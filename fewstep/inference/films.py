@@ -117,8 +117,8 @@ def _condition(batches: Sequence[_Batch], studio: Studio, chunk: Chunk) -> None:
                 negatives = [negative for _, negative in pairs if negative is not None]
                 batch.negative = reduce(join, negatives).to(studio.waits_on) if negatives else None
                 origins = [origin(parts, one, chunk) for one in batch.footage]
-                known = [one for one in origins if one is not None]  # of all clips of a batch, or of none
-                batch.origin = torch.cat(known).to(studio.waits_on) if known else None
+                starts = [one for one in origins if one is not None]  # of all clips of a batch, or of none
+                batch.origin = torch.cat(starts).to(studio.waits_on) if starts else None
 
 
 @torch.no_grad()

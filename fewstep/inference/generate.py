@@ -225,16 +225,16 @@ def _record(request: GenerateRequest, clip: ClipRequest) -> dict[str, Any]:
     settings: dict[str, Any] = {f.name: getattr(request, f.name) for f in fields(request) if f.name not in left_out}
     settings["sampling"] = asdict(request.sampling)
     if request.guardrails:
-        settings["guardrails"] = [_named(guardrail) for guardrail in request.guardrails]
+        settings["guardrails"] = [_entry(guardrail) for guardrail in request.guardrails]
     if request.upsampler is not None:
-        settings["upsampler"] = _named(request.upsampler)
+        settings["upsampler"] = _entry(request.upsampler)
     own = asdict(clip)
     if not clip.switches:
         del own["switches"]
     return json.loads(json.dumps(settings | {"clip": own}, default=str))
 
 
-def _named(plugin: Any) -> dict[str, Any]:  # Any: a frozen dataclass, registered with @kind
+def _entry(plugin: Any) -> dict[str, Any]:  # Any: a frozen dataclass, registered with @kind
     return {"kind": plugin.kind, **dump(plugin)}
 
 

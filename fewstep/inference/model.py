@@ -341,17 +341,17 @@ def _of_files(pieces: Sequence[Piece], controls: Sequence[str], name: str | None
 
     if controls and not any(control for control, _, _ in pieces):
         pieces = [*pieces[:-1], (controls[0], *pieces[-1][1:])]
-    found = collect(pieces)
-    published, spec = published_spec(found, name)
+    weights = collect(pieces)
+    published, spec = published_spec(weights, name)
     envelope = Envelope()
     if published is not None and "image" not in published:  # of sizes never published nobody knows
         clips = FIRST_CLIPS if spec.family == "edm" else SECOND_CLIPS
         envelope = Envelope(num_frames=clips[0], height=clips[1], width=clips[2], fps=clips[3])
 
     def load() -> Network:
-        tell(found)
+        tell(weights)
         network = spec.build()
-        load_into(network.module, {n: stored.read() for n, stored in found.tensors.items()}, " and ".join(p[1] for p in pieces))
+        load_into(network.module, {n: one.read() for n, one in weights.tensors.items()}, " and ".join(p[1] for p in pieces))
         return network
 
     return Outline(spec, load, envelope=envelope, is_of_files=True)

@@ -69,9 +69,9 @@ class PairFiles:
         if self.form == "fastgen":
             states = ("path.pth",) if self.has_states else ()
             return all((self.root / name / file).is_file() for file in ("latent.pth", *states, "prompt.txt", "video.mp4"))
-        wanted = [layout.VIDEOS, layout.CAPTIONS, layout.NOISE, layout.LATENTS] + ([layout.PATH] if self.has_states else [])
-        wanted += [] if self.control is None else [layout.control_latents(self.control)]
-        return all(self.place.file(part, name).is_file() for part in wanted)
+        parts = [layout.VIDEOS, layout.CAPTIONS, layout.NOISE, layout.LATENTS] + ([layout.PATH] if self.has_states else [])
+        parts += [] if self.control is None else [layout.control_latents(self.control)]
+        return all(self.place.file(part, name).is_file() for part in parts)
 
     def caption(self, name: str) -> str:
         return read_caption(self.place.file(layout.CAPTIONS, name))

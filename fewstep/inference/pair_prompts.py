@@ -224,8 +224,8 @@ def prepared_window(place: Layout, codec: Codec | None) -> Prepared | None:
     folders = [path for path in sorted(place.root.iterdir()) if not path.name.startswith(".") and has_packs(path)]
     packed = [packs for packs in map(open_packs, folders) if packs.made_from.get("part") == "videos"]
     ours = [packs for packs in packed if codec is not None and packs.made_from.get("codec") == codec.fingerprint]
-    chosen = next(iter(ours or packed), None)
-    return None if chosen is None else _prepared(chosen, codec)
+    first = next(iter(ours or packed), None)
+    return None if first is None else _prepared(first, codec)
 
 
 def _prepared(packs: Packs, codec: Codec | None) -> Prepared:
@@ -287,12 +287,12 @@ def published_shot(address: str) -> Shot | None:
         return None
     if (folder / CARD).is_file():
         envelope = StudentCard.read(folder, "Export it again").envelope
-        found = (envelope.num_frames, envelope.height, envelope.width, envelope.fps)
+        sizes = (envelope.num_frames, envelope.height, envelope.width, envelope.fps)
     else:
         cls = getattr(diffusers, PipelineFolder(address).pipeline or "DiffusionPipeline", diffusers.DiffusionPipeline)
         defaults = {name: value.default for name, value in inspect.signature(cls.__call__).parameters.items()}
-        found = tuple(defaults.get(name) for name in ("num_frames", "height", "width", "fps"))
-    num, height, width, fps = found
+        sizes = tuple(defaults.get(name) for name in ("num_frames", "height", "width", "fps"))
+    num, height, width, fps = sizes
     if not (isinstance(num, int) and isinstance(height, int) and isinstance(width, int)):
         return None
     return Shot(num, height, width, float(fps) if isinstance(fps, (int, float)) else 24.0)
@@ -390,6 +390,6 @@ def hash_of(tensor: Tensor | None) -> str:
     return hashlib.sha256(f"{tuple(tensor.shape)}".encode() + tensor.float().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
-def shown(control: Mapping[str, Tensor], row: int) -> dict[str, np.ndarray]:
+def frames_of(control: Mapping[str, Tensor], row: int) -> dict[str, np.ndarray]:
     """The frames uint8 T H W 3 of the controls of one clip."""
     return {name: to_uint8(pixels[row : row + 1].cpu(), name)[0] for name, pixels in control.items()}

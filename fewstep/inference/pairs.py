@@ -38,11 +38,11 @@ from fewstep.inference.pair_prompts import (
     FolderPrompts,
     Material,
     PairPrompts,
+    frames_of,
     hash_of,
     published_shot,
     read_captions,
     shot_of,
-    shown,
 )
 from fewstep.inference.record import differences
 from fewstep.inference.request import PairsRequest
@@ -92,13 +92,13 @@ class Solver:
         """The clips of this material, and their noise."""
         cond, negative = material.cond.to(self.device), material.negative
         noise = Rng(self.settings.seed, 0, list(numbers), self.device).normal(shape)
-        control = {name: encoded(self.codec, frames) for name, frames in cond.control.items()}
+        control = {name: latents_of(self.codec, frames) for name, frames in cond.control.items()}
         cond = replace(cond, control=control)
         if self.settings.given_frames:
             assert material.pixels is not None
             num = torch.full((len(numbers),), self.settings.given_frames, device=noise.device)
             mask = first_frames(num, shape[1]).to(noise.dtype)
-            cond = self.teacher.given(cond, encoded(self.codec, material.pixels.to(self.device)), mask)
+            cond = self.teacher.given(cond, latents_of(self.codec, material.pixels.to(self.device)), mask)
         if negative is not None:
             negative = negative.to(self.device)
             negative = replace(cond, text=negative.text, text_mask=negative.text_mask, pooled=negative.pooled)
@@ -146,8 +146,8 @@ def write(
     num = folder.checked_num(num)
     shape = codec.shape(prompts.shot.num_frames, prompts.shot.height, prompts.shot.width)
     if settings.given_frames >= shape[1]:
-        given = settings.given_frames
-        raise ConfigError(f"--given-frames {given}: a clip has {shape[1]} latent frames, one of which must be generated")
+        num_given = settings.given_frames
+        raise ConfigError(f"--given-frames {num_given}: a clip has {shape[1]} latent frames, one of which must be generated")
     todo = folder.todo(num)
     mine = todo[rank::world_size] if world is not None else [row for row in range(rank, num, world_size) if row in set(todo)]
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
@@ -190,14 +190,14 @@ def verify(
     for row in evenly(there, num):
         solved, _ = solver.solve(prompts.material([row]), folder.numbers([row]), shape)
         x0, states = folder.files.read(folder.name(row))
-        found = [_distance(solved.trajectory.x0[0], x0)]
-        found += [] if states is None else [_distance(solved.trajectory.states[0], states)]
-        if max(found) > tolerance:
+        errors = [_distance(solved.trajectory.x0[0], x0)]
+        errors += [] if states is None else [_distance(solved.trajectory.states[0], states)]
+        if max(errors) > tolerance:
             raise UserError(
-                f"{out}: the pair {folder.name(row)} differs by {max(found):.3g} of its spread from what the teacher makes of "
+                f"{out}: the pair {folder.name(row)} differs by {max(errors):.3g} of its spread from what the teacher makes of "
                 f"its noise now ({tolerance:g} is allowed). It was made by another teacher, text or sampler: remove the folder"
             )
-        largest = max(largest, *found)
+        largest = max(largest, *errors)
     return largest
 
 
@@ -227,13 +227,13 @@ def _pairs(
             frames[n],
             fps[n],
             {kind: latents[n] for kind, latents in solved.control.items()},
-            prompts.controls(row, shown(material.cond.control, n)),
+            prompts.controls(row, frames_of(material.cond.control, n)),
         )
         for n, row in enumerate(rows)
     ]
 
 
-def encoded(codec: Codec, pixels: Tensor) -> Tensor:
+def latents_of(codec: Codec, pixels: Tensor) -> Tensor:
     """Latents of clips, encoded one by one: `prepare latents` and `generate` do so, and a batch may differ in its last bits."""
     return torch.cat([codec.encode(one) for one in pixels.split(1)])
 

@@ -73,17 +73,17 @@ def _judged(prepared: Prepared, judges: Iterable[Guardrail], device: torch.devic
 
 def _reasons(guardrail: Guardrail, clips: Sequence[ClipRequest], device: torch.device) -> dict[str, str]:
     judge = guardrail.open(device)
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for clip in clips:
         if clip.label is not None:
             continue
         unreadable = "it has an embedding instead of a prompt, which no guardrail can read"
         reason = unreadable if clip.embedding is not None else judge(clip.prompt)
         if reason is not None:
-            found[clip.name] = blocks(guardrail, reason)
+            reasons[clip.name] = blocks(guardrail, reason)
     del judge
     release_memory()
-    return found
+    return reasons
 
 
 def _rewritten(clips: Sequence[ClipRequest], request: GenerateRequest, device: torch.device, say: Print) -> list[ClipRequest]:

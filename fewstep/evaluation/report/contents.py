@@ -133,9 +133,9 @@ class Report:
     def problems(self) -> list[str]:
         """Everything that would make the page wrong or unclear, collected."""
         out = [f"two {what} are called {name!r}" for what, names in self._names() for name in _repeated(names)]
-        known = {score.name for score in self.scores}
-        told = {name for model in self.models for name in model.scores}
-        if unknown := sorted(told - known):
+        legend = {score.name for score in self.scores}
+        scores = {name for model in self.models for name in model.scores}
+        if unknown := sorted(scores - legend):
             out.append(f"scores without an explanation: {', '.join(unknown)}; add a Score for each to Report.scores")
         for gallery in self.galleries:
             if not gallery.fps > 0:
@@ -144,8 +144,8 @@ class Report:
                 for film in row.films:
                     frames = film.frames
                     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
-                        found = f"{frames.dtype} {frames.shape}"
-                        out.append(f"gallery {gallery.title!r}, {film.name!r} of {row.prompt!r}: not uint8 T H W 3 but {found}")
+                        form = f"{frames.dtype} {frames.shape}"
+                        out.append(f"gallery {gallery.title!r}, {film.name!r} of {row.prompt!r}: not uint8 T H W 3 but {form}")
         for model in self.models:
             if model.num_calls is not None and model.num_calls < 1:
                 out.append(f"{model.name!r} has {model.num_calls} network calls; None says that it makes none")

@@ -33,10 +33,10 @@ def colours_of(models: Sequence[Model]) -> dict[str, str]:
     Teachers of one line share its colour.
     """
     out: dict[str, str] = {}
-    seen: dict[Kind, list[str]] = {}
+    by_kind: dict[Kind, list[str]] = {}
     for model in models:
         group = model.line or (model.name if model.kind != "teacher" else "")
-        groups = seen.setdefault(model.kind, [])
+        groups = by_kind.setdefault(model.kind, [])
         if group not in groups:
             groups.append(group)
         choice = _COLOURS[model.kind]
@@ -90,7 +90,7 @@ def quality_plot(models: Sequence[Model], score: str, title: str) -> tuple[str, 
     rules = {name: value for name, value in level.items() if value > 0 or not is_log}
     far = max(calls) > 6 * min(calls)
 
-    def drawn(labels: Literal["direct", "legend"], width: int, height: int) -> str:
+    def figure(labels: Literal["direct", "legend"], width: int, height: int) -> str:
         return lines(
             series,
             x_label="network calls for one clip",
@@ -104,7 +104,7 @@ def quality_plot(models: Sequence[Model], score: str, title: str) -> tuple[str, 
             height=height,
         )
 
-    return drawn("direct", 1040, 440), drawn("legend", 350, 360 + 22 * len(series)), notes
+    return figure("direct", 1040, 440), figure("legend", 350, 360 + 22 * len(series)), notes
 
 
 def curves_of(run: Path | str, title: str = "") -> tuple[Chart, ...]:
@@ -153,17 +153,17 @@ def _is_finite(one: Value) -> bool:
 
 def _columns(path: Path) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """Steps and values of each name, as far as they are finite numbers."""
-    found: dict[str, tuple[list[float], list[float]]] = {}
+    columns: dict[str, tuple[list[float], list[float]]] = {}
     for record in read_json_lines(path):
         step: object = record.get("step")
         if not _is_number(step):
             continue
         for name, value in record.items():
             if name != "step" and _is_number(value):
-                xs, ys = found.setdefault(name, ([], []))
+                xs, ys = columns.setdefault(name, ([], []))
                 xs.append(float(step))
                 ys.append(float(value))
-    return {name: (np.array(xs), np.array(ys)) for name, (xs, ys) in found.items()}
+    return {name: (np.array(xs), np.array(ys)) for name, (xs, ys) in columns.items()}
 
 
 def _is_number(value: object) -> TypeGuard[float]:

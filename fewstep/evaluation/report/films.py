@@ -53,17 +53,17 @@ class Encoded:
 
 def encode(films: Sequence[NDArray[np.uint8]], fps: Sequence[float], max_bytes: int) -> list[Encoded]:
     """All clips at the first effort at which their data URIs together take at most `max_bytes`, or at the least effort."""
-    encoded: list[Encoded] = []
+    clips: list[Encoded] = []
     every = max(1, len(films) // 8)
     for effort in EFFORTS:
         some = [_encode(frames, rate, effort) for frames, rate in zip(films[::every], fps[::every], strict=True)]
         share = len(films) / max(1, len(some))
         if effort is not EFFORTS[-1] and every > 1 and share * sum(len(one.data) for one in some) > 1.2 * max_bytes:
             continue  # eight clips say that it is far too much
-        encoded = [_encode(frames, rate, effort) for frames, rate in zip(films, fps, strict=True)]
-        if sum(len(one.data) for one in encoded) * 4 / 3 <= max_bytes:
+        clips = [_encode(frames, rate, effort) for frames, rate in zip(films, fps, strict=True)]
+        if sum(len(one.data) for one in clips) * 4 / 3 <= max_bytes:
             break
-    return encoded
+    return clips
 
 
 def _encode(frames: NDArray[np.uint8], fps: float, effort: Effort) -> Encoded:

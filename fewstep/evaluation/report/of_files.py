@@ -137,8 +137,8 @@ def _summary(scored: Sequence[_Scored], legend: Sequence[Score]) -> str:
     sentences: list[str] = []
     for one in scored:
         calls = one.record.get("num_calls")
-        shown = [score for score in legend if score.is_headline and score.name in one.record["scores"]][:2]
-        values = [f"{score.title} {_short(one.record['scores'][score.name])}" for score in shown]
+        scores = [score for score in legend if score.is_headline and score.name in one.record["scores"]][:2]
+        values = [f"{score.title} {_short(one.record['scores'][score.name])}" for score in scores]
         took = f", {calls} network call{'s' * (calls != 1)} for a clip" if calls else ""
         sentences.append(f"{one.name}{took}: {'; '.join(values) or 'no headline score'}.")
     return " ".join(sentences)
@@ -209,8 +209,8 @@ def _gates(scored: Sequence[_Scored], bounds: Sequence[Bound]) -> list[Gate]:
     for bound in bounds:
         holders = [one for one in scored if bound.score in one.record["scores"] and one.kind == "student"]
         if not holders:
-            known = sorted({name for one in scored for name in one.record["scores"]})
-            raise UserError(f"--bound {bound.score}: no student has this score; there are {', '.join(known) or 'none'}")
+            names = sorted({name for one in scored for name in one.record["scores"]})
+            raise UserError(f"--bound {bound.score}: no student has this score; there are {', '.join(names) or 'none'}")
         for one in holders:
             value = _value(one.record["scores"][bound.score])
             better = "lower" if bound.is_upper else "higher"
@@ -250,8 +250,8 @@ def _gallery(scored: Sequence[_Scored]) -> Gallery:
         for one, clip in clips:
             calls = one.record.get("num_calls")
             films.append(Film(one.name, clip, one.kind, f"{calls} call{'s' * (calls != 1)}" if calls else ""))
-            drawn = {_CONTROLS.get(n, n): s for n, s in controls.items() if n not in _FILLED and is_drawn(s)}
-            films += [Film(f"{one.name}, {n} over it", overlaid(clip, s), one.kind) for n, s in drawn.items()]
+            overlays = {_CONTROLS.get(n, n): s for n, s in controls.items() if n not in _FILLED and is_drawn(s)}
+            films += [Film(f"{one.name}, {n} over it", overlaid(clip, s), one.kind) for n, s in overlays.items()]
         difference = mean_difference(clips[0][1], clips[-1][1]) if len(clips) > 1 else None
         rows.append(Row(first.prompt(number), films, difference))
     names = [one.name for one in scored]
@@ -276,9 +276,9 @@ def _seeds(scored: Sequence[_Scored]) -> list[Gallery]:
     for one in scored:
         for number in range(2):
             ends = ["", *(f".seed{k}" for k in range(1, 8))]
-            found = [clip for end in ends if (clip := one.clip(number, end)) is not None]
-            if len(found) > 1:
-                films = [Film(f"noise {n + 1}", clip, one.kind) for n, clip in enumerate(found)]
+            clips = [clip for end in ends if (clip := one.clip(number, end)) is not None]
+            if len(clips) > 1:
+                films = [Film(f"noise {n + 1}", clip, one.kind) for n, clip in enumerate(clips)]
                 rows.append(Row(f"{one.name}: {one.prompt(number)}", films))
     about = "A model that makes the same clip from every noise has lost its diversity."
     return [Gallery("The same prompt, other noises", rows, scored[0].fps, about)] if rows else []
@@ -289,8 +289,8 @@ def _previews(run: Path) -> list[Gallery]:
     files = sorted((run / "previews").glob("step_*.mp4"))
     if not files:
         return []
-    chosen = [files[n] for n in sorted({0, len(files) // 2, len(files) - 1})]
-    rows = [Row(f"iteration {int(file.stem.removeprefix('step_'))}", [_film(file)]) for file in chosen]
+    previews = [files[n] for n in sorted({0, len(files) // 2, len(files) - 1})]
+    rows = [Row(f"iteration {int(file.stem.removeprefix('step_'))}", [_film(file)]) for file in previews]
     about = "Rows are samples; columns are named above the pictures. Prompts and noises are the same at every iteration."
     return [Gallery(f"{run.name} while it trained", rows, video.probe(files[0]).fps, about)]
 

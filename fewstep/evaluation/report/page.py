@@ -112,8 +112,8 @@ def numbers(report: Report) -> dict[str, Any]:
 def _facts(report: Report) -> str:
     """The facts at the top of the page, as far as the report has them."""
     facts: list[tuple[str, str, str]] = []
-    shown = [model for model in report.models if model.is_featured and model.num_calls is not None]
-    teachers, students = ([model for model in shown if model.kind == kind] for kind in ("teacher", "student"))
+    models = [model for model in report.models if model.is_featured and model.num_calls is not None]
+    teachers, students = ([model for model in models if model.kind == kind] for kind in ("teacher", "student"))
     if teachers and students:
         first = max(teachers, key=lambda model: model.num_calls or 0)
         calls = sorted({model.num_calls or 0 for model in students}, reverse=True)
@@ -147,32 +147,32 @@ def _facts(report: Report) -> str:
 
 def _galleries(report: Report, max_bytes: int) -> str:
     flat = [(film, gallery.fps) for gallery in report.galleries for row in gallery.rows for film in row.films]
-    encoded = encode([film.frames for film, _ in flat], [fps for _, fps in flat], max_bytes)
-    supply = iter(zip([film for film, _ in flat], encoded, strict=True))
+    clips = encode([film.frames for film, _ in flat], [fps for _, fps in flat], max_bytes)
+    supply = iter(zip([film for film, _ in flat], clips, strict=True))
     colours = colours_of(report.models)
     return "\n".join(_gallery(gallery, supply, colours) for gallery in report.galleries if gallery.rows)
 
 
 def _gallery(gallery: Gallery, supply: Iterator[tuple[Film, Encoded]], colours: Mapping[str, str]) -> str:
-    rows, made = [], list[Encoded]()
+    rows, clips = [], list[Encoded]()
     for row in gallery.rows:
         films = []
         for _ in row.films:
             film, clip = next(supply)
-            made.append(clip)
+            clips.append(clip)
             films.append(_film(film, clip, row, gallery.fps, colours.get(film.name, _KIND_COLOURS[film.kind])))
         at = "" if row.difference is None else f' data-difference="{row.difference:.4f}"'
-        told = "" if row.difference is None else f'<span class="soft"> difference {row.difference:.1f}</span>'
+        note = "" if row.difference is None else f'<span class="soft"> difference {row.difference:.1f}</span>'
         rows.append(
-            f'<div class="row"{at}><h3>{_esc(row.prompt)}{told}</h3>'
+            f'<div class="row"{at}><h3>{_esc(row.prompt)}{note}</h3>'
             f'<div class="films" style="--n:{len(films)}">{"".join(films)}</div></div>'
         )
-    total = max(clip.num_frames for clip in made)
-    is_wide = max(clip.width / clip.height for clip in made) > 1.3
+    total = max(clip.num_frames for clip in clips)
+    is_wide = max(clip.width / clip.height for clip in clips) > 1.3
     least, most = ("14rem", "30rem") if is_wide else ("8rem", "14rem")
-    exact = all(clip.is_exact for clip in made)
-    size = ", ".join(sorted({f"{clip.width} x {clip.height}" for clip in made}))
-    kept = "every pixel as it was made" if exact else "compressed for this page: judge fine detail from the files"
+    exact = all(clip.is_exact for clip in clips)
+    size = ", ".join(sorted({f"{clip.width} x {clip.height}" for clip in clips}))
+    quality = "every pixel as it was made" if exact else "compressed for this page: judge fine detail from the files"
     about = f"{gallery.about} " if gallery.about else ""
     rates = "".join(f'<option value="{r}"{" selected" if r == 1 else ""}>{r:g}&times;</option>' for r in (0.25, 0.5, 1, 2))
     is_sortable = sum(row.difference is not None for row in gallery.rows) > 1
@@ -196,7 +196,7 @@ def _gallery(gallery: Gallery, supply: Iterator[tuple[Film, Encoded]], colours: 
     return (
         f'<div class="gallery" data-fps="{gallery.fps:g}" data-frames="{total}" style="--least:{least};--most:{most}">'
         f"<h2>{_esc(gallery.title)}</h2>"
-        f'<p class="soft">{_esc(about)}{total} frames at {gallery.fps:g} a second, {size}; {kept}.</p>'
+        f'<p class="soft">{_esc(about)}{total} frames at {gallery.fps:g} a second, {size}; {quality}.</p>'
         f"{''.join(rows)}{deck}</div>"
     )
 
@@ -224,10 +224,10 @@ def _gates(gates: Sequence[Gate]) -> str:
     items = []
     for gate in gates:
         unit = f" {_esc(gate.unit)}" if gate.unit else ""
-        shown = gate.value if math.isfinite(gate.value) else 0.0
-        low, high = min(0.0, gate.bound, shown), 1.12 * max(gate.bound, shown)
+        value = gate.value if math.isfinite(gate.value) else 0.0
+        low, high = min(0.0, gate.bound, value), 1.12 * max(gate.bound, value)
         span = max(high - low, 1e-12)
-        fill = 100 * (shown - low) / span
+        fill = 100 * (value - low) / span
         words = "at most" if gate.better == "lower" else "at least"
         items.append(
             f'<li class="gate {"met" if gate.is_met else "missed"}" data-name="{_esc(gate.name)}">'
@@ -235,7 +235,7 @@ def _gates(gates: Sequence[Gate]) -> str:
             f"{_TICK if gate.is_met else _CROSS}</span>"
             f'<div><h3>{_esc(gate.name)}</h3><div class="gauge"><i style="width:{fill:.1f}%"></i>'
             f'<b style="left:{100 * (gate.bound - low) / span:.1f}%"></b></div></div>'
-            f'<div class="told num">{_told(Value(gate.value, gate.spread), f"gate|{gate.name}")}{unit}'
+            f'<div class="told num">{_with_spread(Value(gate.value, gate.spread), f"gate|{gate.name}")}{unit}'
             f"<small>{words} {_data(gate.bound, f'bound|{gate.name}')}{unit}</small></div></li>"
         )
     met = sum(gate.is_met for gate in gates)
@@ -269,14 +269,14 @@ def _scores(report: Report) -> str:
         return ""
     cards, colours = [], colours_of(report.models)
     for score in report.scores:
-        shown = [(model, model.scores[score.name]) for model in models if model.is_featured and score.name in model.scores]
-        if not score.is_headline or not shown:
+        entries = [(model, model.scores[score.name]) for model in models if model.is_featured and score.name in model.scores]
+        if not score.is_headline or not entries:
             continue
-        place, is_log = _scale([one for _, one in shown])
+        place, is_log = _scale([one for _, one in entries])
         lanes = "".join(
-            _lane(model.name, colours[model.name], one, place, f"card|{model.name}|{score.name}") for model, one in shown
+            _lane(model.name, colours[model.name], one, place, f"card|{model.name}|{score.name}") for model, one in entries
         )
-        counts = sorted({one.num for _, one in shown})
+        counts = sorted({one.num for _, one in entries})
         count = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
         cards.append(
             _card(score.title, score.better, score.meaning, lanes, f"{count}{', logarithmic scale' if is_log else ''}")
@@ -306,8 +306,8 @@ def _table(report: Report, models: Sequence[Model], colours: Mapping[str, str]) 
         cells = []
         for model in models:
             one = model.scores.get(score.name)
-            told = "&ndash;" if one is None else f"{_told(one, f'{model.name}|{score.name}')}<small>n {one.num}</small>"
-            cells.append(told)
+            cell = "&ndash;" if one is None else f"{_with_spread(one, f'{model.name}|{score.name}')}<small>n {one.num}</small>"
+            cells.append(cell)
         if any(score.name in model.scores for model in models):
             about = _BETTER[score.better] if score.is_headline else f"{score.meaning} {_BETTER[score.better].capitalize()}."
             lines.append(_line_of(score.title, about, cells))
@@ -333,7 +333,7 @@ def _lane(name: str, colour: str, one: Value, place: Callable[[float], float], o
         track = f'<s style="left:{left:.1f}%;width:{right - left:.1f}%"></s><i style="left:{place(one.value):.1f}%"></i>'
     return (
         f'<li class="lane" style="--c:{colour}">{_who(name)}'
-        f'<span class="told num">{_told(one, of)}</span><span class="track" aria-hidden="true">{track}</span></li>'
+        f'<span class="told num">{_with_spread(one, of)}</span><span class="track" aria-hidden="true">{track}</span></li>'
     )
 
 
@@ -367,7 +367,7 @@ def _speed(models: Sequence[Model]) -> str:
     colours = colours_of(models)
     fastest = max(rate.value for _, rate in timed)
     most = max((model.num_calls or 0 for model, _ in timed), default=0)
-    rates = [(model, f"{100 * rate.value / fastest:.2f}", _told(rate, f"speed|{model.name}")) for model, rate in timed]
+    rates = [(model, f"{100 * rate.value / fastest:.2f}", _with_spread(rate, f"speed|{model.name}")) for model, rate in timed]
     calls = [
         (model, f"{100 * model.num_calls / most:.2f}", _data(model.num_calls, f"calls|{model.name}"))
         for model, _ in timed
@@ -379,8 +379,8 @@ def _speed(models: Sequence[Model]) -> str:
     def bars(rows: Sequence[tuple[Model, str, str]]) -> str:
         return "".join(
             f'<li class="lane" style="--c:{colours[model.name]}">{_who(model.name)}'
-            f'<span class="told num">{told}</span><span class="bar" style="width:{width}%"></span></li>'
-            for model, width, told in rows
+            f'<span class="told num">{text}</span><span class="bar" style="width:{width}%"></span></li>'
+            for model, width, text in rows
         )
 
     return (
@@ -443,7 +443,7 @@ def _environment(environment: Mapping[str, str]) -> str:
 # ---- numbers and text ------------------------------------------------------------------------------------------------
 
 
-def _told(one: Value, of: str) -> str:
+def _with_spread(one: Value, of: str) -> str:
     """The value and its spread, both to the same decimal: that of the spread's second figure."""
     if not math.isfinite(one.value):
         return f'<data value="{one.value!r}" data-of="{_esc(of)}">none</data>'
