@@ -93,7 +93,7 @@ class Source:
             cond = replace(batch.cond, control=control)
             if task.given_frames:
                 mask = first_frames(torch.full((len(rows),), task.given_frames, device=device), noise.shape[2]).to(noise.dtype)
-                cond = network.given(cond, codec.encode(batch.x0), mask)
+                cond = network.with_frames(cond, codec.encode(batch.x0), mask)
             negative = (
                 None if batch.negative is None else replace(cond, text=batch.negative.text, text_mask=batch.negative.text_mask)
             )

@@ -98,7 +98,7 @@ class Solver:
             assert material.pixels is not None
             num = torch.full((len(numbers),), self.settings.given_frames, device=noise.device)
             mask = first_frames(num, shape[1]).to(noise.dtype)
-            cond = self.teacher.given(cond, latents_of(self.codec, material.pixels.to(self.device)), mask)
+            cond = self.teacher.with_frames(cond, latents_of(self.codec, material.pixels.to(self.device)), mask)
         if negative is not None:
             negative = negative.to(self.device)
             negative = replace(cond, text=negative.text, text_mask=negative.text_mask, pooled=negative.pooled)

@@ -133,9 +133,9 @@ class NetworkDefaults(Protocol):
         rest = pixels[:, :, -1:].expand(-1, -1, beginning.num_frames - num, -1, -1)  # not seen: the codec is causal
         mask = torch.zeros(1, beginning.num_latents, device=pixels.device)
         mask[:, : 1 + (num - 1) // (form.time if form.sees_time else 1)] = 1
-        return self.given(cond, beginning.codec.encode(torch.cat([pixels, rest], 2)), mask)
+        return self.with_frames(cond, beginning.codec.encode(torch.cat([pixels, rest], 2)), mask)
 
-    def given(self, cond: Condition, frames: Tensor, mask: Tensor) -> Condition:
+    def with_frames(self, cond: Condition, frames: Tensor, mask: Tensor) -> Condition:
         """`cond` for clips whose latent frames under `mask` (B T) are those of `frames` (B C T H W), when they are sampled."""
         return replace(cond, frames=frames, frame_mask=mask)
 
@@ -202,8 +202,8 @@ class Wrapper(NetworkDefaults):
     def begin(self, cond: Condition, beginning: Beginning) -> Condition:
         return self.inside().begin(cond, beginning)
 
-    def given(self, cond: Condition, frames: Tensor, mask: Tensor) -> Condition:
-        return self.inside().given(cond, frames, mask)
+    def with_frames(self, cond: Condition, frames: Tensor, mask: Tensor) -> Condition:
+        return self.inside().with_frames(cond, frames, mask)
 
     def share_tokens(self, context: Context) -> None:
         self.inside().share_tokens(context)

@@ -76,9 +76,9 @@ def to_8bit(modules: Iterable[nn.Module]) -> int:
 
     def is_frozen(layer: nn.Module, name: str) -> bool:
         nonlocal count
-        wanted = isinstance(layer, nn.Linear) and not any(p.requires_grad for p in layer.parameters())
-        count += wanted
-        return wanted
+        is_match = isinstance(layer, nn.Linear) and not any(p.requires_grad for p in layer.parameters())
+        count += is_match
+        return is_match
 
     for module in modules:
         quantize_(module, Int8WeightOnlyConfig(version=2), filter_fn=is_frozen)

@@ -167,10 +167,10 @@ class _PerBlock(nn.Module):
         self.heads, self.first_frame = nn.ModuleList(heads), first_frame
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        return torch.cat([head(_shown(f, self.first_frame, head)) for head, f in zip(self.heads, features)], 1)
+        return torch.cat([head(_input(f, self.first_frame, head)) for head, f in zip(self.heads, features)], 1)
 
 
-def _shown(feature: Tensor, first_frame: int, module: nn.Module) -> Tensor:
+def _input(feature: Tensor, first_frame: int, module: nn.Module) -> Tensor:
     """The frames that are looked at, in the type of the head's weights."""
     if first_frame and feature.ndim == 5:
         if first_frame >= feature.shape[2]:
@@ -291,7 +291,7 @@ class _Query(nn.Module):
         self.norm, self.leave = nn.LayerNorm(hidden * len(spec.taps)), nn.Linear(hidden * len(spec.taps), 1)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        answers = [branch(_shown(f, self.first_frame, branch)) for branch, f in zip(self.branches, features)]
+        answers = [branch(_input(f, self.first_frame, branch)) for branch, f in zip(self.branches, features)]
         return self.leave(self.norm(torch.cat(answers, -1)))
 
 

@@ -236,10 +236,10 @@ def target_names(network: Network, config: Lora, key: str) -> list[str]:
         raise UserError(f"{key}.targets: {wrong[0]} is no Linear layer: adapters are for those; put it into train instead")
     if config.first_nblocks is None:
         return names
-    kept = [name for name in names if id(linear[name]) in inside]
-    if names and not kept:
+    names_inside = [name for name in names if id(linear[name]) in inside]
+    if names and not names_inside:
         raise UserError(f"{key}.first_nblocks: not one of the targets lies in the first {config.first_nblocks} blocks")
-    return kept
+    return names_inside
 
 
 def _first_blocks(network: Network, config: Lora, key: str) -> Sequence[nn.Module]:
@@ -334,21 +334,21 @@ def extract(
         )
     adapters: dict[str, Tensor] = {}
     error: dict[str, float] = {}
-    left, whole = 0.0, 0.0
+    rest, whole = 0.0, 0.0
     weights = {f"{name}.weight": name for name in targets}
     for weight, name in weights.items():
         difference = full[weight].double() - base[weight].double()
         u, s, v = torch.linalg.svd(difference, full_matrices=False)
-        wanted = rank if isinstance(rank, int) else rank(name)
-        keep = min(wanted, len(s))
+        width = rank if isinstance(rank, int) else rank(name)
+        keep = min(width, len(s))
         root = s[:keep].sqrt()
-        down, up = difference.new_zeros(wanted, difference.shape[1]), difference.new_zeros(difference.shape[0], wanted)
+        down, up = difference.new_zeros(width, difference.shape[1]), difference.new_zeros(difference.shape[0], width)
         down[:keep], up[:, :keep] = root[:, None] * v[:keep], u[:, :keep] * root
         adapters[name + DOWN], adapters[name + UP] = down.float(), up.float()
         error[name] = float(s[keep:].norm())
-        left, whole = left + error[name] ** 2, whole + float(s.norm()) ** 2
+        rest, whole = rest + error[name] ** 2, whole + float(s.norm()) ** 2
     others = tuple(name for name in base if name not in weights and not torch.equal(full[name], base[name]))
-    return Extracted(adapters, error, (left / whole) ** 0.5 if whole else 0.0, others)
+    return Extracted(adapters, error, (rest / whole) ** 0.5 if whole else 0.0, others)
 
 
 def as_adapters(
@@ -362,10 +362,10 @@ def as_adapters(
     adapters = dict(extraction.adapters)
     for layer in adapted_layers(own):
         adapters[layer + UP] = adapters[layer + UP] / config.scale_of(layer)
-    lost = [name for name in extraction.left_out if name not in own]
-    if lost:
+    extra = [name for name in extraction.left_out if name not in own]
+    if extra:
         warnings.warn(
-            f"{source}: {len(lost)} tensors differ from the teacher's and are no weights of adapted layers ({lost[0]}, ...); "
+            f"{source}: {len(extra)} tensors differ from the teacher's and are no weights of adapted layers ({extra[0]}, ...); "
             "they are taken from the teacher. Name their layers in `train` to keep them",
             stacklevel=2,
         )

@@ -103,7 +103,7 @@ def build(
     files, and roles that begin alike refer to the same ones: no process of a machine holds a network whole.
     """
     is_read = divided and config.teacher_init is not None
-    teacher = None if config.teacher is None else _built(config.teacher, "teacher", seed, empty=is_read)
+    teacher = None if config.teacher is None else _network(config.teacher, "teacher", seed, empty=is_read)
     if teacher is not None and config.teacher_init:
         weights = read(config.teacher_init, teacher.module)
         load_into(teacher.module, weights, config.teacher_init, replaces=divided)
@@ -120,7 +120,7 @@ def build(
         elif role == "head":
             if config.head is None:
                 raise UserError("networks.head: this method trains a discriminator, but none is configured")
-            nets[role] = _built(config.head, role, seed)  # no Denoiser, but with a module to place, train and save
+            nets[role] = _network(config.head, role, seed)  # no Denoiser, but with a module to place, train and save
         else:
             with noting({} if noted is None else noted, resumes):
                 nets[role] = _role(getattr(config, role), config, teacher, role, seed, resumes, divided)
@@ -200,7 +200,7 @@ def _weighted_role(
         assert teacher is not None
         return twin_of(teacher, refers=divided)
     is_read = role.init != "random" and not resumes
-    network = _built(role.network or config.teacher, name, seed, empty=divided and is_read)
+    network = _network(role.network or config.teacher, name, seed, empty=divided and is_read)
     if not is_read:
         return network
     if role.init != "teacher":
@@ -224,7 +224,7 @@ def twin_of(network: Network, *, refers: bool = False) -> Network:
     return twin
 
 
-def _built(spec: Any, role: str, seed: int, empty: bool = False) -> Network:  # Any: whatever the user registered as "network"
+def _network(spec: Any, role: str, seed: int, empty: bool = False) -> Network:  # Any: whatever the user registered as "network"
     """empty: its parameters have shapes and no numbers, because they will be replaced; its buffers are as they are."""
     with drawing(role, seed), _without_numbers() if empty else nullcontext():
         return spec.build()

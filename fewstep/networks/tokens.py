@@ -112,10 +112,10 @@ class Sharing:
         if values[first].shape[1] == total:  # the first block of a call
             self._begin(total)
             values[first] = self.context.divide(values[first])
-        for names, cut in ((others, self.context.divide), (beside, self.context.own)):
+        for names, divide in ((others, self.context.divide), (beside, self.context.own)):
             for name in names:
                 if values.get(name) is not None and values[name].ndim > 2:
-                    values[name] = self._share(values[name], cut)
+                    values[name] = self._share(values[name], divide)
 
     def _begin(self, total: int) -> None:
         if total < self.context.size:
@@ -125,12 +125,12 @@ class Sharing:
         self._total = total
         self._own.clear()
 
-    def _share(self, x: Tensor, cut: Callable[[Tensor], Tensor]) -> Tensor:
+    def _share(self, x: Tensor, divide: Callable[[Tensor], Tensor]) -> Tensor:
         """The share of x; x itself where it is one already. Of what all blocks receive it is cut once."""
         if x.shape[1] != self._total:
             return x
         if id(x) not in self._own:
-            self._own[id(x)] = x, cut(x)
+            self._own[id(x)] = x, divide(x)
         return self._own[id(x)][1]
 
     def enters(self, module: nn.Module) -> None:

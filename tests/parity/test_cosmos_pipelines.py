@@ -254,7 +254,7 @@ def test_noise_on_given_frames_is_that_of_upstream(monkeypatch: pytest.MonkeyPat
     level, shape = 0.3, (1, 4, 3, 4, 4)
     net = network(replace(PREDICT1, frame_noise=level))
     noise, latents, mask = draw(*shape, seed=4), draw(*shape, seed=6), torch.tensor([[1.0, 1.0, 0.0]])
-    cond = net.given(Condition(text=draw(1, 6, 16, seed=2), fps=torch.tensor([24.0])), latents, mask)
+    cond = net.with_frames(Condition(text=draw(1, 6, 16, seed=2), fps=torch.tensor([24.0])), latents, mask)
     assert cond.noisy_frames is not None and torch.equal(cond.frames, latents)  # pyright: ignore[reportArgumentType]
     scheduler, sigma, fixed = edm_euler(), 2.0, torch.randn(shape, generator=torch.Generator().manual_seed(1))
     # CosmosVideoToWorldPipeline.__call__, the lines that compose the input of the network

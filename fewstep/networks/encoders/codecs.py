@@ -139,20 +139,20 @@ class Autoencoder:
         return mean, std
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        return self._asked(pixels, lambda x: self.module.encode(x).latent_dist.mode())  # pyright: ignore[reportCallIssue]  # an attribute of a module
+        return self._in_float32(pixels, lambda x: self.module.encode(x).latent_dist.mode())  # pyright: ignore[reportCallIssue]  # an attribute of a module
 
     def _decode(self, raw: Tensor) -> Tensor:
-        return self._asked(raw, lambda z: self.module.decode(z).sample)  # pyright: ignore[reportCallIssue]  # an attribute of a module
+        return self._in_float32(raw, lambda z: self.module.decode(z).sample)  # pyright: ignore[reportCallIssue]  # an attribute of a module
 
-    def _asked(self, x: Tensor, ask: Callable[[Tensor], Tensor]) -> Tensor:
+    def _in_float32(self, x: Tensor, ask: Callable[[Tensor], Tensor]) -> Tensor:
         """In float32, whatever the module computes in; an image autoencoder is shown the frames as pictures."""
         weight = next(self.module.parameters())
         x = x.to(weight.device, weight.dtype)
         if self.form.sees_time:
             return ask(x).float()
         pictures = x.transpose(1, 2).flatten(0, 1)
-        done = torch.cat([ask(part).float() for part in pictures.split(FRAMES_AT_ONCE)])
-        return done.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+        answers = torch.cat([ask(part).float() for part in pictures.split(FRAMES_AT_ONCE)])
+        return answers.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
     def _tiled(self, ask: Callable[[Tensor], Tensor], x: Tensor, enters_latents: bool) -> Tensor:
         """`ask` tile by tile, each blended into its neighbours over a quarter of its side; whole where it fits into one tile.
@@ -168,16 +168,16 @@ class Autoencoder:
         height, width = x.shape[-2] // unit, x.shape[-1] // unit
         if height <= side and width <= side:
             return ask(x)
-        made = 1 if enters_latents else space  # of the result, per latent
+        cell = 1 if enters_latents else space  # of the result, per latent
         out: Tensor | None = None
         for top, tall in _spans(height, side, overlap):
             for left, wide in _spans(width, side, overlap):
                 part = ask(x[..., top * unit : (top + tall) * unit, left * unit : (left + wide) * unit])
-                down = _ramp(tall * made, overlap * made, top > 0, top + tall < height).to(part.device)
-                across = _ramp(wide * made, overlap * made, left > 0, left + wide < width).to(part.device)
+                down = _ramp(tall * cell, overlap * cell, top > 0, top + tall < height).to(part.device)
+                across = _ramp(wide * cell, overlap * cell, left > 0, left + wide < width).to(part.device)
                 if out is None:
-                    out = part.new_zeros(*part.shape[:-2], height * made, width * made)
-                out[..., top * made : (top + tall) * made, left * made : (left + wide) * made] += part * down[:, None] * across
+                    out = part.new_zeros(*part.shape[:-2], height * cell, width * cell)
+                out[..., top * cell : (top + tall) * cell, left * cell : (left + wide) * cell] += part * down[:, None] * across
         assert out is not None
         return out
 
@@ -258,8 +258,8 @@ def codec_of(module: nn.Module, *, scale: float = 1.0, tile: int | None = None) 
     """The codec around an autoencoder of diffusers that is in memory; it is frozen by this."""
     import diffusers
 
-    known = (form for name, form in _FORMS.items() if isinstance(module, getattr(diffusers, name)))
-    return _around(module, next(known), scale, tile, None)
+    forms = (form for name, form in _FORMS.items() if isinstance(module, getattr(diffusers, name)))
+    return _around(module, next(forms), scale, tile, None)
 
 
 def _around(module: nn.Module, form_of: FormOf, scale: float, tile: int | None, statistics: Path | None) -> Autoencoder:
@@ -276,8 +276,8 @@ def fingerprint_of(module: nn.Module, settings: dict[str, Any], *tensors: Tensor
     Every bit of each weight counts, or about `sampled` entries of it at even distances.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    named = [*sorted(module.state_dict().items()), *((f"+{i}", tensor) for i, tensor in enumerate(tensors))]
-    for name, tensor in named:
+    items = [*sorted(module.state_dict().items()), *((f"+{i}", tensor) for i, tensor in enumerate(tensors))]
+    for name, tensor in items:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().reshape(-1)
         if sampled is not None:

@@ -26,8 +26,8 @@ class ClipVision:
     @torch.no_grad()
     def encode(self, pictures: np.ndarray) -> Tensor:
         weight = next(self.module.parameters())
-        shown = self.processor(images=list(pictures), return_tensors="pt").pixel_values
-        return self.module(shown.to(weight.device, weight.dtype), output_hidden_states=True).hidden_states[-2].float()
+        pixels = self.processor(images=list(pictures), return_tensors="pt").pixel_values
+        return self.module(pixels.to(weight.device, weight.dtype), output_hidden_states=True).hidden_states[-2].float()
 
 
 def open_image_encoder(

@@ -67,9 +67,9 @@ class CogVideoX(Adapter):
                 f"CogVideoX 1.5 works on {patch_t} latent frames at a time, and {frames} do not divide: "
                 "upstream adds frames in front and drops them after decoding"
             )
-        shown = x
+        inputs = x
         if config.in_channels > config.out_channels:
-            shown = torch.cat([x, needed(cond, "beside", "CogVideoX I2V", "the latents of its picture").to(x)], 1)
+            inputs = torch.cat([x, needed(cond, "beside", "CogVideoX I2V", "the latents of its picture").to(x)], 1)
         elif cond.beside is not None:
             raise UserError("this CogVideoX has no channels for a picture (cond.beside); those made for I2V have")
         extra: dict[str, Any] = {}
@@ -79,7 +79,7 @@ class CogVideoX(Adapter):
             extra["ofs"] = x.new_full((1,), MOTION)
         with block_outputs(self.module, self.blocks, taps, picture_and_text) as outputs:
             raw = self.module(
-                hidden_states=shown.transpose(1, 2),  # B T C H W
+                hidden_states=inputs.transpose(1, 2),  # B T C H W
                 encoder_hidden_states=needed(cond, "text", "CogVideoX", "its prompt (B, 226, channels)"),
                 timestep=table_index(one_time(t, "CogVideoX")),
                 return_dict=False,

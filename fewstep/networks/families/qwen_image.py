@@ -74,9 +74,9 @@ class _GuidedAtLength:
     ) -> Prediction:
         first, without = with_and_without(self.inner, self.negative, x_t, t, cond, taps=taps, cache=cache)
         x, with_text = first.x_t, first.velocity
-        wanted = packed(with_text.reshape(len(x), -1, *x.shape[-2:]))
+        target = packed(with_text.reshape(len(x), -1, *x.shape[-2:]))
         mixed = packed((without + self.w * (with_text - without)).reshape(len(x), -1, *x.shape[-2:]))
-        mixed = mixed * (wanted.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True))
+        mixed = mixed * (target.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True))
         return replace(first, velocity=unpacked(mixed, x).reshape(x.shape))
 
 

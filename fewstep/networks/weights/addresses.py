@@ -40,9 +40,9 @@ def read(address: str, like: nn.Module | None = None) -> dict[str, Tensor]:
         folder, role = locate(address)
         name, _, part = role.partition(".")
         return read_tensors(folder, f"{name}.{part or 'weights'}.", f"{name}.buffers.")
-    found = collect(pieces, like)
-    tell(found)
-    return {name: stored.read() for name, stored in found.tensors.items()}
+    weights = collect(pieces, like)
+    tell(weights)
+    return {name: tensor.read() for name, tensor in weights.tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -89,20 +89,20 @@ def collect(pieces: Sequence[Piece], like: nn.Module | None = None, lora_scale: 
     generation: Generation | None = None
     for number, file in enumerate(files):
         is_base = len(files) > 1 and number == 0 and num_branches(file.tensors) == 0
-        found = match(file.tensors, () if is_base else controls[number - 1 :] if number else controls)
-        generation, start = generation or found.generation, ""
+        mapping = match(file.tensors, () if is_base else controls[number - 1 :] if number else controls)
+        generation, start = generation or mapping.generation, ""
         if is_base:
             start = "base."
-        elif number and found.generation is None:
+        elif number and mapping.generation is None:
             start = f"branches.{controls[number - 1]}."
-        ours = {name: file.tensors[theirs] for name, theirs in found.sources.items()}
-        ours = {n if n.startswith(("base.", "branches.")) else f"{start}{n}": stored for n, stored in ours.items()}
-        ours |= {name: file.tensors[name] for name in found.unknown}
+        ours = {name: file.tensors[theirs] for name, theirs in mapping.sources.items()}
+        ours = {n if n.startswith(("base.", "branches.")) else f"{start}{n}": tensor for n, tensor in ours.items()}
+        ours |= {name: file.tensors[name] for name in mapping.unknown}
         twice = sorted(ours.keys() & merged.keys())
         if twice:
             raise UserError(f"'{files[0].source}' and '{file.source}' both hold '{twice[0]}' and {len(twice) - 1} more")
         merged |= ours
-        unused += found.unused
+        unused += mapping.unused
     if len(files) > 1 and generation == "2":
         merged |= {name: merged[base] for name, base in repeated(merged, controls).items()}
     return Collected(merged, tuple(files), generation, tuple(unused))
@@ -124,8 +124,8 @@ def _controls(files: Sequence[TensorFile], pieces: Sequence[Piece], like: nn.Mod
     names = [name for name, _, _ in pieces if name]
     if not names and like is not None:
         names = list(dict.fromkeys(n.split(".")[1] for n in like.state_dict() if n.startswith("branches.")))
-    wanted = max(len(files) - 1, *(num_branches(file.tensors) for file in files))
-    return names or ["control", *(f"control_{i}" for i in range(2, wanted + 1))][:wanted]
+    count = max(len(files) - 1, *(num_branches(file.tensors) for file in files))
+    return names or ["control", *(f"control_{i}" for i in range(2, count + 1))][:count]
 
 
 def tell(weights: Collected) -> None:
@@ -168,28 +168,28 @@ def checkpoint_of(place: str) -> Path:
     checkpoints = run / "checkpoints" if (run / "checkpoints").is_dir() else run
     if iteration and iteration != "latest":
         name = f"iter_{int(iteration):09d}" if iteration.isdecimal() and len(iteration) < 20 else iteration
-        chosen = best_in(checkpoints) if iteration == "best" else checkpoints / name
-        if chosen is None:
+        folder = best_in(checkpoints) if iteration == "best" else checkpoints / name
+        if folder is None:
             raise UserError(f"no weights at '{address}': {run} was trained without checkpoint.best_metric")
     else:
-        chosen = newest_in(checkpoints)
-        if chosen is None:
+        folder = newest_in(checkpoints)
+        if folder is None:
             raise UserError(f"no weights at '{address}': {run} holds no finished checkpoint yet")
-        damaged = damaged_after(chosen)
+        damaged = damaged_after(folder)
         if damaged is not None:
             raise UserError(
-                f"no weights at '{address}': {damaged} is not whole. Remove it, or name another: {place}@{chosen.name}"
+                f"no weights at '{address}': {damaged} is not whole. Remove it, or name another: {place}@{folder.name}"
             )
-    if not (chosen / ".metadata").is_file():
+    if not (folder / ".metadata").is_file():
         have = sorted(path.name for path in checkpoints.glob("iter_*") if path.is_dir())
-        raise UserError(f"no weights at '{address}': {checkpoints} has no {chosen.name}; it has {', '.join(have) or 'none'}")
-    return chosen
+        raise UserError(f"no weights at '{address}': {checkpoints} has no {folder.name}; it has {', '.join(have) or 'none'}")
+    return folder
 
 
 def read_tensors(folder: Path, prefix: str, *more: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint whose names start with `prefix`, and those with the prefixes of `more` where there are
     any, named without them; sharded ones come whole."""
-    return {name: stored.read() for name, stored in _stored(folder, prefix, *more).items()}
+    return {name: tensor.read() for name, tensor in _tensors(folder, prefix, *more).items()}
 
 
 def of_run(address: str) -> Collected | None:
@@ -199,22 +199,22 @@ def of_run(address: str) -> Collected | None:
         return None
     folder, role = locate(address)
     name, _, part = role.partition(".")
-    tensors = _stored(folder, f"{name}.{part or 'weights'}.", f"{name}.buffers.")
+    tensors = _tensors(folder, f"{name}.{part or 'weights'}.", f"{name}.buffers.")
     if any(".lora_A." in tensor for tensor in tensors):
         raise UserError(f"'{address}' holds adapters (LoRA) without the weights below them: fewstep export {address} adds them")
     return Collected(tensors, (TensorFile(str(folder), tensors, role),), None, ())
 
 
-def _stored(folder: Path, prefix: str, *more: str) -> dict[str, Stored]:
+def _tensors(folder: Path, prefix: str, *more: str) -> dict[str, Stored]:
     from fewstep.networks.files.distributed import open_distributed
 
     tensors = open_distributed(folder)
-    wanted = {name: stored for name, stored in tensors.items() if name.startswith((prefix, *more))}
-    if not any(name.startswith(prefix) for name in wanted):
+    subset = {name: tensor for name, tensor in tensors.items() if name.startswith((prefix, *more))}
+    if not any(name.startswith(prefix) for name in subset):
         parts = sorted({".".join(name.split(".")[:2]) for name in tensors if ".optim." not in name})
         raise UserError(f"{folder} holds no '{prefix[:-1]}'; it holds {', '.join(parts)}")
     prefixes = (prefix, *more)
-    return {next(n.removeprefix(p) for p in prefixes if n.startswith(p)): stored for n, stored in wanted.items()}
+    return {next(n.removeprefix(p) for p in prefixes if n.startswith(p)): tensor for n, tensor in subset.items()}
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str, *, replaces: bool = False) -> int:
@@ -239,8 +239,8 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str, *, 
         if other != name and {name, other} <= tensors.keys() and not torch.equal(tensors[name], tensors[other]):
             problems.append(f"  {name}: is {other} in the network, but another tensor in the weights")
     if problems:
-        shown = some(problems, 12, "\n")
-        raise UserError(f"the weights at '{source}' do not fit the network:\n{shown}")
+        lines = some(problems, 12, "\n")
+        raise UserError(f"the weights at '{source}' do not fit the network:\n{lines}")
     if not replaces:
         module.load_state_dict(dict(tensors), strict=True)
         return len(own)

@@ -98,11 +98,11 @@ def convert(
             _keep_sizes(pieces, out)
             about = f"the union of {' and '.join(place for _, place, _ in pieces)}"
             return _write_parts(out, union, dtype, about, parts) if parts else [_write_torch(out, union, dtype, about)]
-    found = collect(pieces, lora_scale=lora_scale)
-    for file in found.files:
+    weights = collect(pieces, lora_scale=lora_scale)
+    for file in weights.files:
         _refuse_odd(file.tensors, file.source)
-    tell(found)
-    return _write(out, _with(found, add), model, dtype, parts)
+    tell(weights)
+    return _write(out, _with(weights, add), model, dtype, parts)
 
 
 def _with(weights: Collected, add: Sequence[str]) -> Collected:
@@ -113,11 +113,11 @@ def _with(weights: Collected, add: Sequence[str]) -> Collected:
 
 def _write(out: Path, weights: Collected, model: str | None, dtype: Dtype, parts: int | None) -> list[Written]:
     if out.suffix in (".pt", ".pth"):
-        named, about = _originally_named(weights), "original names"
-        return _write_parts(out, named, dtype, about, parts) if parts else [_write_torch(out, named, dtype, about)]
+        tensors, about = _originally_named(weights), "original names"
+        return _write_parts(out, tensors, dtype, about, parts) if parts else [_write_torch(out, tensors, dtype, about)]
     if out.suffix == ".safetensors":
         write_safetensors(out, weights.tensors, _dtype(dtype))
-        return [_written(out, weights.tensors, "our names")]
+        return [_entry(out, weights.tensors, "our names")]
     if out.suffix:
         raise UserError(f"convert: cannot write '{out}': it must end in .pt or .safetensors, or be a folder for diffusers")
     return _write_folder(out, weights, model, dtype)
@@ -151,7 +151,7 @@ def _union(pieces: Sequence[Piece]) -> dict[str, Stored] | None:
     tensors = dict(base.tensors)
     if not any(name.startswith("base_model.") for name in tensors):  # a transformer alone: the name it has beside a branch
         tensors = {
-            f"base_model.{name if name.startswith('net.') else f'net.{name}'}": stored for name, stored in tensors.items()
+            f"base_model.{name if name.startswith('net.') else f'net.{name}'}": tensor for name, tensor in tensors.items()
         }
     collect(pieces)  # refuses what both hold
     return tensors | dict(control.tensors)
@@ -168,8 +168,8 @@ def _originally_named(weights: Collected) -> dict[str, Stored]:
     generation: Generation = weights.generation or _generation_of_ours(weights.tensors)
     names = original_names(weights.tensors, generation)
     _refuse_odd(names.values(), " and ".join(file.source for file in weights.files))
-    refuse_apart({name: stored.read for name, stored in weights.tensors.items()})
-    return {names[name]: stored for name, stored in weights.tensors.items() if name in names}
+    refuse_apart({name: tensor.read for name, tensor in weights.tensors.items()})
+    return {names[name]: tensor for name, tensor in weights.tensors.items() if name in names}
 
 
 def _refuse_odd(names: Iterable[str], source: str) -> None:
@@ -177,8 +177,8 @@ def _refuse_odd(names: Iterable[str], source: str) -> None:
     missing, extra = odd_names(list(names))
     problems = [f"  missing: {name}" for name in missing] + [f"  no weight of Cosmos: {name}" for name in extra]
     if problems:
-        shown = some(problems, 12, "\n")
-        raise UserError(f"convert: '{source}' does not hold the weights of a Cosmos network, whole and no others:\n{shown}")
+        lines = some(problems, 12, "\n")
+        raise UserError(f"convert: '{source}' does not hold the weights of a Cosmos network, whole and no others:\n{lines}")
 
 
 def _generation_of_ours(names: Mapping[str, Stored]) -> Generation:
@@ -187,28 +187,28 @@ def _generation_of_ours(names: Mapping[str, Stored]) -> Generation:
 
 def _write_torch(out: Path, tensors: Mapping[str, Stored], dtype: Dtype, about: str) -> Written:
     write_torch(out, _read(tensors, dtype))
-    return _written(out, tensors, about)
+    return _entry(out, tensors, about)
 
 
 def _write_parts(out: Path, tensors: Mapping[str, Stored], dtype: Dtype, about: str, num: int) -> list[Written]:
     """OUT_model_mp_0.pt and so on, each as one process of Cosmos 1's tensor parallelism reads it."""
     if generation_of(tensors) != "1":
         raise UserError("convert: --parts: only networks of Cosmos 1 (Predict1, Transfer1) were trained in such parts")
-    written: list[Written] = []
+    files: list[Written] = []
     for number, part in enumerate(split(_read(tensors, dtype), num)):
         file = out.with_name(f"{out.stem.partition('_model_mp_')[0]}_model_mp_{number}.pt")
         write_torch(file, {"model": part})
         numbers = sum(tensor.numel() for tensor in part.values())
-        written.append(Written(file, len(part), numbers, f"{about}, part {number} of {num}"))
-    return written
+        files.append(Written(file, len(part), numbers, f"{about}, part {number} of {num}"))
+    return files
 
 
 def _read(tensors: Mapping[str, Stored], dtype: Dtype) -> dict[str, torch.Tensor]:
     kind = _dtype(dtype)
-    made = {name: stored.read() for name, stored in tensors.items()}
+    weights = {name: tensor.read() for name, tensor in tensors.items()}
     if kind is not None:
-        made = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in made.items()}
-    return {name: tensor.contiguous() for name, tensor in made.items()}
+        weights = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    return {name: tensor.contiguous() for name, tensor in weights.items()}
 
 
 # --- a folder for diffusers
@@ -232,28 +232,28 @@ def _write_folder(out: Path, weights: Collected, model: str | None, dtype: Dtype
             parts[folder] = branches[control], _under(weights.tensors, f"branches.{control}.")
     else:
         parts["."] = module, dict(weights.tensors)
-    written: list[Written] = []
+    files: list[Written] = []
     with whole_folder(out) as beside:
         for folder, (part, tensors) in parts.items():
             part.save_config(beside / folder)
             _write_shards(beside / folder, tensors, dtype)
-            written.append(_written(out / folder if folder != "." else out, tensors, f"{type(part).__name__} of {name}"))
-    return written
+            files.append(_entry(out / folder if folder != "." else out, tensors, f"{type(part).__name__} of {name}"))
+    return files
 
 
 def _under(tensors: Mapping[str, Stored], start: str) -> dict[str, Stored]:
-    return {name.removeprefix(start): stored for name, stored in tensors.items() if name.startswith(start)}
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 def _write_shards(folder: Path, tensors: Mapping[str, Stored], dtype: Dtype) -> None:
     shards: list[dict[str, Stored]] = [{}]
     sizes = [0]
-    for name, stored in tensors.items():
-        if sizes[-1] and sizes[-1] + stored.num_bytes > SHARD_BYTES:
+    for name, tensor in tensors.items():
+        if sizes[-1] and sizes[-1] + tensor.num_bytes > SHARD_BYTES:
             shards.append({})
             sizes.append(0)
-        shards[-1][name] = stored
-        sizes[-1] += stored.num_bytes
+        shards[-1][name] = tensor
+        sizes[-1] += tensor.num_bytes
     stem = "diffusion_pytorch_model"
     if len(shards) == 1:
         write_safetensors(folder / f"{stem}.safetensors", tensors, _dtype(dtype))
@@ -269,7 +269,7 @@ def _write_shards(folder: Path, tensors: Mapping[str, Stored], dtype: Dtype) -> 
 
 def model_of(weights: Collected, name: str | None) -> tuple[str, nn.Module]:
     """The module, without weights, that these tensors fill: the one published model that fits, or the one that was named."""
-    shapes = {n: stored.shape for n, stored in weights.tensors.items()}
+    shapes = {n: tensor.shape for n, tensor in weights.tensors.items()}
     controls = _branch_names(shapes)
     described = _described(weights, name)
     if described is not None:
@@ -286,8 +286,8 @@ def model_of(weights: Collected, name: str | None) -> tuple[str, nn.Module]:
         return name, module
     fits: dict[str, nn.Module] = {}
     nearest: tuple[int, str, nn.Module] | None = None
-    for known, spec in MODELS.items():
-        if name is not None and known != name:
+    for candidate, spec in MODELS.items():
+        if name is not None and candidate != name:
             continue
         if isinstance(spec, CosmosControlSpec) != bool(controls):
             continue
@@ -297,10 +297,10 @@ def model_of(weights: Collected, name: str | None) -> tuple[str, nn.Module]:
             module = spec.build().module
         own = {n: tuple(tensor.shape) for n, tensor in module.state_dict().items()}
         if own == shapes:
-            fits[known] = module
+            fits[candidate] = module
         wrong = len(own.items() ^ shapes.items())
         if nearest is None or wrong < nearest[0]:
-            nearest = wrong, known, module
+            nearest = wrong, candidate, module
     if len(fits) == 1:
         return next(iter(fits.items()))
     if fits:
@@ -380,9 +380,9 @@ def _unfit(name: str, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) 
     problems = [f"  missing: {n}" for n in own if n not in shapes]
     problems += [f"  not in it: {n}" for n in shapes if n not in own]
     problems += [f"  {n}: wants {own[n]}, has {shapes[n]}" for n in own if n in shapes and own[n] != shapes[n]]
-    shown = some(problems, 12, "\n")
+    lines = some(problems, 12, "\n")
     return (
-        f"convert: the weights fit none of the published models; the nearest is {name}:\n{shown}\nFor a model of other "
+        f"convert: the weights fit none of the published models; the nearest is {name}:\n{lines}\nFor a model of other "
         f"dimensions, put a {SIZES} with its settings beside the weights, give --model FOLDER with its config.json, or write "
         "OUT.safetensors, which needs none"
     )
@@ -395,5 +395,5 @@ def _dtype(name: Dtype) -> torch.dtype | None:
     return DTYPES.get(name)
 
 
-def _written(path: Path, tensors: Mapping[str, Stored], about: str) -> Written:
-    return Written(path, len(tensors), sum(math.prod(stored.shape) for stored in tensors.values()), about)
+def _entry(path: Path, tensors: Mapping[str, Stored], about: str) -> Written:
+    return Written(path, len(tensors), sum(math.prod(tensor.shape) for tensor in tensors.values()), about)

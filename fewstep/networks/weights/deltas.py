@@ -45,7 +45,7 @@ def added(tensors: Mapping[str, Stored], address: str) -> dict[str, Stored]:
             f"--add {place}: is of another network: {len(foreign)} of its {len(sums)} tensors do not fit these weights "
             f"({some(foreign, 3)})"
         )
-    return {name: _with(stored, sums[name][1], scale) if name in sums else stored for name, stored in tensors.items()}
+    return {name: _with(tensor, sums[name][1], scale) if name in sums else tensor for name, tensor in tensors.items()}
 
 
 def _scaled(address: str) -> tuple[str, float]:
@@ -62,10 +62,10 @@ _Sum = tuple[tuple[int, ...], tuple[Stored, ...]]  # the shape of a change, and 
 
 
 def _sums(change: Mapping[str, Stored], place: str) -> dict[str, _Sum]:
-    whole = {name.removesuffix(SUFFIX): stored for name, stored in change.items() if name.endswith(SUFFIX)}
+    whole = {name.removesuffix(SUFFIX): tensor for name, tensor in change.items() if name.endswith(SUFFIX)}
     if whole and len(whole) != len(change):
         raise UserError(f"--add {place}: holds differences ({SUFFIX}) beside other tensors")
-    return {name: (stored.shape, (stored,)) for name, stored in whole.items()}
+    return {name: (tensor.shape, (tensor,)) for name, tensor in whole.items()}
 
 
 def _products(change: Mapping[str, Stored], place: str) -> dict[str, _Sum]:
@@ -85,12 +85,12 @@ def _products(change: Mapping[str, Stored], place: str) -> dict[str, _Sum]:
     return out
 
 
-def _with(stored: Stored, factors: tuple[Stored, ...], scale: float) -> Stored:
-    return replace(stored, read=partial(_sum, stored, factors, scale), read_part=None)
+def _with(tensor: Stored, factors: tuple[Stored, ...], scale: float) -> Stored:
+    return replace(tensor, read=partial(_sum, tensor, factors, scale), read_part=None)
 
 
-def _sum(stored: Stored, factors: tuple[Stored, ...], scale: float) -> Tensor:
+def _sum(tensor: Stored, factors: tuple[Stored, ...], scale: float) -> Tensor:
     change = factors[0].read().double()
     for factor in factors[1:]:
         change = change @ factor.read().double()
-    return torch.add(stored.read().double(), change, alpha=scale).to(stored.dtype)
+    return torch.add(tensor.read().double(), change, alpha=scale).to(tensor.dtype)

@@ -20,12 +20,12 @@ def spec_of(address: str, controls: Sequence[str] = ()) -> NetworkSpec:
     if folder.path.is_dir() and "StudentPipeline" in str(folder.index.get("_class_name")):
         raise UserError(f"{folder.path}: a student without its student.json, which says how it is sampled. Export it again")
     name = folder.denoiser.get("_class_name")
-    known = _by_class()
-    if not isinstance(name, str) or name not in known:
+    classes = _by_class()
+    if not isinstance(name, str) or name not in classes:
         kinds = ", ".join(choices("network"))
         raise UserError(f"{address}: its denoiser is a {name}, for which there is no adapter; there are {kinds}")
     with fault_of(f"{address}: config.json of its denoiser"):
-        spec = known[name].of(folder, controls)
+        spec = classes[name].of(folder, controls)
         dump(spec)  # refuses values of other types than those of its settings
         return spec
 

@@ -170,15 +170,15 @@ class CosmosControlSpec(CosmosSpec):
 
     def by_part(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         branches = {name.split(".")[1] for name in tensors if name.startswith("branches.")}
-        split: dict[str, dict[str, Tensor]] = {}
+        parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             first, _, inside = name.partition(".")
             part = "transformer"
             if first == "branches":
                 branch, _, inside = inside.partition(".")
                 part = "controlnet" if len(branches) == 1 else f"controlnet_{branch}"
-            split.setdefault(part, {})[inside] = tensor
-        return split
+            parts.setdefault(part, {})[inside] = tensor
+        return parts
 
     def build(self) -> Cosmos:
         base: Any = self.transformer(controlnet_block_every_n=self._every())
@@ -261,8 +261,8 @@ def _published(config: Mapping[str, Any]) -> CosmosSpec | None:
 
     has_mask = config.get("in_channels", 0) > config.get("out_channels", 0)
     sizes = (config.get(name) for name in ("num_attention_heads", "num_layers", "rope_scale"))
-    wanted = (*sizes, has_mask, bool(config.get("use_crossattn_projection")))
-    return next((spec for spec in PREDICT.values() if facts(spec) == wanted), None)
+    target = (*sizes, has_mask, bool(config.get("use_crossattn_projection")))
+    return next((spec for spec in PREDICT.values() if facts(spec) == target), None)
 
 
 def _fresh(branch: Any, base: Any) -> nn.Module:

@@ -214,19 +214,19 @@ def odd_names(names: Collection[str]) -> tuple[list[str], list[str]]:
     extra: list[str] = []
     for part, have in inside.items():
         first, second = (TRANSFORMER_1, TRANSFORMER_2) if part == "base" else (BRANCH_1, BRANCH_2)
-        wanted = _wanted(have, first if generation == "1" else second)
+        table_names = _names_of(have, first if generation == "1" else second)
         plain, name = next(iter(have.items()))
         several = isinstance(part, int) and not name.endswith(plain)  # of a file of several branches
         start = "net." if several else name.removesuffix(plain)
-        missing += [start + (_number(lacks, int(part)) if several else lacks) for lacks in wanted if lacks not in have]
-        extra += [name for plain, name in have.items() if plain not in wanted]
+        missing += [start + (_number(lacks, int(part)) if several else lacks) for lacks in table_names if lacks not in have]
+        extra += [name for plain, name in have.items() if plain not in table_names]
     return missing, extra
 
 
-def _wanted(have: Collection[str], table: Table) -> list[str]:
+def _names_of(have: Collection[str], table: Table) -> list[str]:
     """Every name of a network of this table, with as many blocks as the names there speak of."""
     blocks = [int(match.group(1)) for name in have if (match := re.match(r"(?:control_)?blocks\.(?:block)?(\d+)\.", name))]
-    wanted: list[str] = []
+    out: list[str] = []
     for start, _ in table:
         if start.startswith("input_hint_block."):
             numbers = list(range(0, 2 * len(HINT_WIDTHS) + 1, 2))  # the odd ones are activations
@@ -237,8 +237,8 @@ def _wanted(have: Collection[str], table: Table) -> list[str]:
         names = [start.replace("#", str(number)) + end for number in numbers for end in _ENDS.get(start, ("weight",))]
         kind = next((kind for kind in _OPTIONAL if kind in start), None)
         if kind is None or any(kind in name for name in have):
-            wanted += names
-    return wanted
+            out += names
+    return out
 
 
 def generation_of(names: Collection[str]) -> Generation | None:

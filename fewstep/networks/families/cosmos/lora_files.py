@@ -26,7 +26,7 @@ _PEFT = re.compile(r"(?P<layer>.*)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight$")
 @dataclass(frozen=True)
 class Adapter:
     weight: str  # the name of the weight it changes, as that is called without adapters
-    held: str  # the name under which the file holds that weight
+    entry: str  # the name under which the file holds that weight
     down: str
     up: str
 
@@ -41,37 +41,37 @@ def adapters(tensors: Mapping[str, Stored]) -> list[Adapter]:
         if match := _OWN.match(name):
             sides.setdefault((f"{match['layer']}.0.weight", f"{match['layer']}.0.weight"), {})[int(match["side"])] = name
         elif match := _PEFT.match(name):
-            held = f"{match['layer']}.base_layer.weight"
-            held = held if held in tensors else f"{match['layer']}.weight"
-            sides.setdefault((f"{match['layer']}.weight", held), {})["AB".index(match["side"])] = name
+            entry = f"{match['layer']}.base_layer.weight"
+            entry = entry if entry in tensors else f"{match['layer']}.weight"
+            sides.setdefault((f"{match['layer']}.weight", entry), {})["AB".index(match["side"])] = name
     result: list[Adapter] = []
-    for (weight, held), pair in sides.items():
-        if held not in tensors:
+    for (weight, entry), pair in sides.items():
+        if entry not in tensors:
             continue
         if len(pair) < 2:
             raise UserError(f"the adapter {next(iter(pair.values()))} lacks its other half")
-        result.append(Adapter(weight, held, pair[0], pair[1]))
+        result.append(Adapter(weight, entry, pair[0], pair[1]))
     return result
 
 
 def merged(tensors: Mapping[str, Stored], scale: float) -> dict[str, Stored]:
     """The tensors with their adapters added in, and named as if there had never been any."""
-    by_weight = {adapter.held: adapter for adapter in adapters(tensors)}
+    by_weight = {adapter.entry: adapter for adapter in adapters(tensors)}
     beside = {name for adapter in by_weight.values() for name in (adapter.down, adapter.up)}
     plain: dict[str, Stored] = {}
-    for name, stored in tensors.items():
+    for name, tensor in tensors.items():
         if name in beside:
             continue
         adapter = by_weight.get(name)
         if adapter is None:
-            plain[name.replace(".base_layer.", ".")] = stored
+            plain[name.replace(".base_layer.", ".")] = tensor
             continue
         down, up = tensors[adapter.down], tensors[adapter.up]
-        if up.shape[:1] + down.shape[1:] != stored.shape or down.shape[0] != up.shape[1]:
+        if up.shape[:1] + down.shape[1:] != tensor.shape or down.shape[0] != up.shape[1]:
             raise UserError(
-                f"the adapter of {adapter.weight} does not fit it: {up.shape} times {down.shape} for {stored.shape}"
+                f"the adapter of {adapter.weight} does not fit it: {up.shape} times {down.shape} for {tensor.shape}"
             )
-        plain[adapter.weight] = Stored(stored.shape, stored.dtype, partial(_added, stored, down, up, scale))
+        plain[adapter.weight] = Stored(tensor.shape, tensor.dtype, partial(_added, tensor, down, up, scale))
     return plain
 
 

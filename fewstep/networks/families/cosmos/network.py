@@ -160,8 +160,8 @@ class Cosmos(Adapter):
     def with_control_weights(self, weights: Mapping[str, float]) -> Cosmos:
         return replace(self, control_weights={name: weights.get(name, 0.0) for name in self.controls})
 
-    def given(self, cond: Condition, frames: Tensor, mask: Tensor) -> Condition:
-        cond = super().given(cond, frames, mask)
+    def with_frames(self, cond: Condition, frames: Tensor, mask: Tensor) -> Condition:
+        cond = super().with_frames(cond, frames, mask)
         if not self.frame_noise:
             return cond
         # One noise for all clips and calls, as the original's fixed seed: it belongs to the model and not to the clip.
@@ -200,16 +200,16 @@ class Cosmos(Adapter):
         if cond.text is None:
             raise UserError("Cosmos reads its prompt from cond.text (B, tokens, channels), and the batch has none")
         num, _, frames, height, width = scaled.shape
-        shown = 1 if counts_anew(self.base.rope) else frames  # a causal network counts positions from each chunk's first
-        _refuse_unfit(config, (scaled.shape[1], shown, height, width), cond.text)
+        num_frames = 1 if counts_anew(self.base.rope) else frames  # a causal network counts positions from each chunk's first
+        _refuse_unfit(config, (scaled.shape[1], num_frames, height, width), cond.text)
         times = [self._time(t), *([self._time(t if cond.end is None else cond.end)] if self.reads_end else [])]
         extra: dict[str, Any] = {}
         if config.in_channels > config.out_channels:
             mask = torch.zeros(num, frames, device=x.device) if cond.frame_mask is None else cond.frame_mask
             is_given = mask.bool()
-            given = cond.frames if cond.noisy_frames is None else cond.noisy_frames
-            if given is not None:
-                scaled = torch.where(is_given[:, None, :, None, None], self._shown(given.to(x)), scaled)
+            beginning = cond.frames if cond.noisy_frames is None else cond.noisy_frames
+            if beginning is not None:
+                scaled = torch.where(is_given[:, None, :, None, None], self._as_input(beginning.to(x)), scaled)
                 if self.clean_time is not None and self.family == "flow":
                     clean = torch.full((), self.clean_time, dtype=t.dtype, device=t.device)
                     times = [torch.where(is_given, clean, time if time.ndim == 2 else time[:, None]) for time in times]
@@ -246,22 +246,22 @@ class Cosmos(Adapter):
         """t as the network receives it."""
         return t if self.family == "flow" else edm_preconditioning(t.clamp(min=SMALLEST_SIGMA), self.sigma_data).c_noise
 
-    def _shown(self, frames: Tensor) -> Tensor:
+    def _as_input(self, frames: Tensor) -> Tensor:
         """Given frames as the network wants to see them: EDM nets see everything at unit spread."""
         return frames if self.family == "flow" else frames / self.sigma_data
 
     def _controls(self, cond: Condition, like: Tensor) -> dict[str, Tensor]:
-        given = [name for name in self.controls if name in cond.control]
-        if not given:
+        names = [name for name in self.controls if name in cond.control]
+        if not names:
             own, have = "' or '".join(self.controls), ", ".join(cond.control) or "none"
             raise UserError(f"this network is led by the control '{own}', but the batch has {have}")
-        for name in given:
+        for name in names:
             if cond.control[name].shape != like.shape:
                 raise UserError(
                     f"control '{name}' has shape {tuple(cond.control[name].shape)}, but must have that of the latents, "
                     f"{tuple(like.shape)}: it is the control video, encoded like the video"
                 )
-        return {name: cond.control[name].to(like) for name in given}
+        return {name: cond.control[name].to(like) for name in names}
 
     @staticmethod
     def _context(text: Tensor, config: Any) -> Tensor | tuple[Tensor, Tensor]:

@@ -59,15 +59,15 @@ class AnyFlow(FlowAdapter):
         text = text_of(cond, self.text_tokens)
         begin, end = (1000 * time.double() for time in (t, t if cond.end is None else cond.end))
         begin, end = (time if time.ndim == 2 else time[:, None].expand(num, frames) for time in (begin, end))
-        shown = x
+        inputs = x
         if cond.frames is not None and cond.frame_mask is not None:
             is_given = cond.frame_mask.bool()
-            shown = torch.where(is_given[:, None, :, None, None], cond.frames.to(x), x)
+            inputs = torch.where(is_given[:, None, :, None, None], cond.frames.to(x), x)
             begin, end = (torch.where(is_given, 0.0, time) for time in (begin, end))
         _, patch_h, patch_w = config.patch_size
         with block_outputs(self.module, self.blocks, taps) as outputs:
             raw = self.module(
-                hidden_states=shown.transpose(1, 2), timestep=begin.float(), r_timestep=end.float(),
+                hidden_states=inputs.transpose(1, 2), timestep=begin.float(), r_timestep=end.float(),
                 encoder_hidden_states=text, return_dict=False,
             )[0].transpose(1, 2)  # fmt: skip
         grid = (frames, height // patch_h, width // patch_w)

@@ -76,9 +76,9 @@ class Experts(NetworkDefaults):
         if self._is_sharded():
             # Every rank must enter the same blocks, or the gathering of their weights waits for ever. A rank with no row for an
             # expert that another rank asks shows it one of its own rows, and the answer counts nothing.
-            wanted = torch.stack([rows.any() for _, rows in calls]).to(device=x_t.device, dtype=torch.int32)
-            dist.all_reduce(wanted, dist.ReduceOp.MAX)
-            calls = [pair for pair, is_called in zip(calls, wanted.tolist()) if is_called]
+            needs = torch.stack([rows.any() for _, rows in calls]).to(device=x_t.device, dtype=torch.int32)
+            dist.all_reduce(needs, dist.ReduceOp.MAX)
+            calls = [pair for pair, is_called in zip(calls, needs.tolist()) if is_called]
         else:
             calls = [(expert, rows) for expert, rows in calls if bool(rows.any())]
         if len(calls) == 1 and bool(calls[0][1].all()):
@@ -126,15 +126,15 @@ class Experts(NetworkDefaults):
         return self._ask(expert, x_t[place], t[place], cond.rows(place), taps)
 
     def _ask(self, expert: Network, x_t: Tensor, t: Tensor, cond: Condition, taps: Sequence[int]) -> Prediction:
-        kept: list[Prediction] = []
+        answers: list[Prediction] = []
 
         def ask() -> _Raw:
             answer = expert(x_t, t, cond, taps=taps)
-            kept.append(answer)
+            answers.append(answer)
             return _Raw(answer.velocity, answer.features)
 
         raw = self.module(ask)
-        return Prediction(kept[0].x_t, t, self.path, raw.velocity, tuple(raw.features))
+        return Prediction(answers[0].x_t, t, self.path, raw.velocity, tuple(raw.features))
 
     def _is_sharded(self) -> bool:
         return any(is_sharded(parameter) for parameter in self.module.parameters())
@@ -189,8 +189,8 @@ class ExpertsSpec(NetworkSpec):
         return replace(self, high=high, low=replace(low, subfolder=PARTS[1]))
 
     def by_part(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        split = {part: _inside(tensors, part) for part in PARTS}
-        return {part: inside for part, inside in split.items() if inside}
+        parts = {part: _inside(tensors, part) for part in PARTS}
+        return {part: inside for part, inside in parts.items() if inside}
 
     def build(self) -> Experts:
         high, low = self.high.build(), self.low.build()

@@ -85,16 +85,16 @@ class Wan(FlowAdapter):
                 f"this Wan network reads patches of {tuple(config.patch_size)} latents, which do not divide "
                 f"{(frames, height, width)}"
             )
-        shown, time = x, 1000 * t.double()
+        inputs, time = x, 1000 * t.double()
         if self.whole_times:
             time = (time + 1e-4).floor()  # their sigmas are float32: 937 may read 936.99995
         if cond.frames is not None and cond.frame_mask is not None:
             is_given = cond.frame_mask.bool()
-            shown = torch.where(is_given[:, None, :, None, None], cond.frames.to(x), x)
+            inputs = torch.where(is_given[:, None, :, None, None], cond.frames.to(x), x)
             time = torch.where(is_given, 0.0, time if time.ndim == 2 else time[:, None])
         extra: dict[str, Any] = {}
         if config.in_channels > config.out_channels:
-            shown = torch.cat([shown, self._beside(cond, x, config.in_channels - config.out_channels)], 1)
+            inputs = torch.cat([inputs, self._beside(cond, x, config.in_channels - config.out_channels)], 1)
         elif cond.beside is not None:
             raise UserError("this Wan network has no channels for a picture (cond.beside); those made for I2V have")
         if config.image_dim is not None:
@@ -105,7 +105,7 @@ class Wan(FlowAdapter):
             time = time.expand(num, frames)[:, ::patch_t].repeat_interleave(grid[1] * grid[2], 1)
         with block_outputs(self.module, self.blocks, taps) as outputs:
             raw = self.module(
-                hidden_states=shown, timestep=time.float(), encoder_hidden_states=text, return_dict=False, **extra
+                hidden_states=inputs, timestep=time.float(), encoder_hidden_states=text, return_dict=False, **extra
             )[0]
         features = tuple(outputs[i].unflatten(1, grid).permute(0, 4, 1, 2, 3) for i in taps)
         answer = Prediction(x, t, self.path, raw.to(x.dtype), features)
@@ -149,9 +149,9 @@ class Wan(FlowAdapter):
     @staticmethod
     def _beside(cond: Condition, x: Tensor, channels: int) -> Tensor:
         beside = needed(cond, "beside", "Wan I2V", f"its picture ({channels} channels, see wan.start_from)")
-        wanted = (x.shape[0], channels, *x.shape[2:])
-        if beside.shape != wanted:
-            raise UserError(f"cond.beside has shape {tuple(beside.shape)}, but this network reads {wanted} beside its latents")
+        shape = (x.shape[0], channels, *x.shape[2:])
+        if beside.shape != shape:
+            raise UserError(f"cond.beside has shape {tuple(beside.shape)}, but this network reads {shape} beside its latents")
         return beside.to(x)
 
 
