@@ -61,22 +61,22 @@ class Autoencode:
         """The tokenizer's terms on pixels (B 3 T H W in -1..1), then the critic's. Back-propagate each before the next."""
         tokenizer, perceptual, critic = networks.tokenizer, networks.perceptual, networks.critic
         noise = self.noise * rng.normal_like(pixels.new_empty(tokenizer.latent_shape(pixels)))
-        decoded, latents = tokenizer.reconstruct(pixels, noise)
-        error = decoded - pixels
+        output, latents = tokenizer.reconstruct(pixels, noise)
+        error = output - pixels
         weight = 1 + self.motion * (pixels - pixels.mean(2, keepdim=True)).abs().amax(1, keepdim=True)
         rebuilt = (weight * (error.abs() + 2 * error**2)).mean()
         terms: dict[str, Tensor | tuple[Tensor, float]] = {"rebuilt": rebuilt}
         if self.perceptual:
             assert perceptual is not None
-            terms["perceptual"] = (_change(perceptual, decoded, pixels), self.perceptual)
+            terms["perceptual"] = (_change(perceptual, output, pixels), self.perceptual)
         terms["whiten"] = (departure(latents), self.whiten)
         if self.adversarial:
             assert critic is not None
-            _add_adversarial(critic, decoded, self.adversarial)
+            _add_adversarial(critic, output, self.adversarial)
         yield Terms.of(**terms, watch={"psnr_db": psnr_db(error.detach()), "latent_std": latents.detach().std()})
         if self.adversarial:
             assert critic is not None
-            real, fake = critic.judge(torch.cat([pixels, decoded.detach()])).chunk(2)
+            real, fake = critic.judge(torch.cat([pixels, output.detach()])).chunk(2)
             watch = {"logit_real": real.detach().mean(), "logit_fake": fake.detach().mean()}
             yield Terms.of(critic=HINGE.head_loss(fake, real), watch=watch)
 
@@ -86,23 +86,23 @@ class Autoencode:
                 yield name, f"must be 0 or more, not {getattr(self, name)}"
 
 
-def _change(perceptual: PerceptualNetwork, decoded: Tensor, pixels: Tensor) -> Tensor:
+def _change(perceptual: PerceptualNetwork, output: Tensor, pixels: Tensor) -> Tensor:
     """The relative change of the activations, mean over layers."""
     with torch.no_grad():
         targets = perceptual.activations(pixels)
-    layers = zip(perceptual.activations(decoded), targets, strict=True)
+    layers = zip(perceptual.activations(output), targets, strict=True)
     return torch.stack([(layer - target).abs().sum() / target.abs().sum() for layer, target in layers]).mean()
 
 
-def _add_adversarial(critic: ClipCritic, decoded: Tensor, share: float) -> None:
+def _add_adversarial(critic: ClipCritic, output: Tensor, share: float) -> None:
     """Adds the critic's part to the gradient that comes back to the decoded pixels; its own gradients stay as they are."""
-    pixels = decoded.detach().requires_grad_(True)
+    pixels = output.detach().requires_grad_(True)
     (h,) = torch.autograd.grad(HINGE.student_loss(critic.judge(pixels)), pixels)
 
     def add(g: Tensor) -> Tensor:
         return g + share * (g.square().sum() / h.square().sum().clamp(min=1e-24)).sqrt() * h
 
-    decoded.register_hook(add)
+    output.register_hook(add)
 
 
 def departure(latents: Tensor) -> Tensor:

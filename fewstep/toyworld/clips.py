@@ -66,10 +66,10 @@ def stream(
 
     Workers are spawned: a script that uses them needs the usual `if __name__ == "__main__"`.
     """
-    wanted = list(gravity) if isinstance(gravity, Sequence) else [gravity] * len(indices)
-    if len(wanted) != len(indices):
-        raise UserError(f"gravity: one number or one for each of the {len(indices)} indices, got {len(wanted)}")
-    jobs = [(world, seed, index, g) for index, g in zip(indices, wanted, strict=True)]
+    gravities = list(gravity) if isinstance(gravity, Sequence) else [gravity] * len(indices)
+    if len(gravities) != len(indices):
+        raise UserError(f"gravity: one number or one for each of the {len(indices)} indices, got {len(gravities)}")
+    jobs = [(world, seed, index, g) for index, g in zip(indices, gravities, strict=True)]
     if workers <= 0:
         yield from map(_job, jobs)
         return

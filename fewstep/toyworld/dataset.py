@@ -77,7 +77,7 @@ def write(
     there = [place.files(part) for part in parts]
     todo = [index for index in range(num) if not all(stem_of(index) in files for files in there)]
     jobs = [(world, seed, index, place, parts) for index in todo]
-    new = {label["index"]: label for label in track(_done(jobs, workers), len(jobs), f"rendering {out}")}
+    new = {label["index"]: label for label in track(_write_clips(jobs, workers), len(jobs), f"rendering {out}")}
     rest = {index: _label(world, seed, index) for index in range(num) if index not in earlier | new}
     labels = earlier | new | rest
     _write_index(out, num, seed, world, [labels[index] for index in range(num)])
@@ -134,8 +134,8 @@ def _claimed(out: Path, num: int, seed: int, world: World) -> tuple[Layout, _Lab
         num_before = before.num
         labels = {label["index"]: label for label in before.clips if isinstance(label.get("index"), int)}
         played = asdict(World()) | before.world  # a setting that its version did not have was at its default
-        wanted = _plain({"seed": seed, "world": asdict(world)})
-        other = [key for key in wanted if _plain({"seed": before.seed, "world": played})[key] != wanted[key]]
+        settings = _plain({"seed": seed, "world": asdict(world)})
+        other = [key for key in settings if _plain({"seed": before.seed, "world": played})[key] != settings[key]]
         if other:
             raise UserError(f"{out}: holds clips of another {' and '.join(other)}. Choose another --out, or remove that folder")
         if num_before > num:
@@ -149,10 +149,10 @@ def _claimed(out: Path, num: int, seed: int, world: World) -> tuple[Layout, _Lab
 
 def _write_index(out: Path, num: int, seed: int, world: World, labels: list[_Label]) -> None:
     near, far = depth_range_m(world)
-    told = {"format": 1, "num": num, "seed": seed, "world": asdict(world)}
-    told |= {"depth": {"near_m": near, "far_m": far}, "edge": EDGE.preset, "vis": VIS.preset}
+    content = {"format": 1, "num": num, "seed": seed, "world": asdict(world)}
+    content |= {"depth": {"near_m": near, "far_m": far}, "edge": EDGE.preset, "vis": VIS.preset}
     clips = ",\n".join(f"  {json.dumps(label)}" for label in labels)
-    write_text(out / INDEX, f'{json.dumps(told, indent=1)[:-2]},\n "clips": [\n{clips}\n ]\n}}\n')
+    write_text(out / INDEX, f'{json.dumps(content, indent=1)[:-2]},\n "clips": [\n{clips}\n ]\n}}\n')
 
 
 def _label(world: World, seed: int, index: int) -> _Label:
@@ -163,7 +163,7 @@ def _label(world: World, seed: int, index: int) -> _Label:
 
 
 def _label_of(index: int, scene: Scene, caption: str, events: tuple[Event, ...]) -> _Label:
-    told = {
+    label = {
         "stem": stem_of(index),
         "index": index,
         "caption": caption,
@@ -171,7 +171,7 @@ def _label_of(index: int, scene: Scene, caption: str, events: tuple[Event, ...])
         "objects": [asdict(body) | {"motion": body.motion, "side": body.side} for body in scene.bodies],
         "events": [asdict(event) for event in events],
     }
-    return _plain(told)
+    return _plain(label)
 
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(value))
 
 
-def _done(jobs: list[_Job], workers: int) -> Iterator[_Label]:
+def _write_clips(jobs: list[_Job], workers: int) -> Iterator[_Label]:
     if workers <= 0 or len(jobs) < 2:
         yield from map(_write_clip, jobs)
         return

@@ -420,7 +420,7 @@ def flights(parsed: Parsed, fps: float = 16.0) -> Flights:
         touches = ((parsed.box[..., :2] < other[..., 2:] + 1) & (parsed.box[..., 2:] > other[..., :2] - 1)).all(-1)
         whole &= ~(touches & (np.arange(NUM)[:, None] != k))
     depth = lane_depths(parsed)
-    taken = np.zeros_like(whole)
+    busy = np.zeros_like(whole)
     parts: list[Flights] = []
     camera = World().camera
     for length in _LENGTHS:
@@ -436,9 +436,9 @@ def flights(parsed: Parsed, fps: float = 16.0) -> Flights:
             steady = (sizes.min(2) > 0.8 * middle) & (sizes.max(2) < 1.25 * middle)
             coefficients = rows @ fit.T
             residual = np.sqrt(((rows - coefficients @ basis.T) ** 2).mean(2))
-            good = whole[..., span].all(2) & ~taken[..., span].any(2) & steady & (np.ptp(rows, axis=2) > 2) & (residual < 0.2)
+            good = whole[..., span].all(2) & ~busy[..., span].any(2) & steady & (np.ptp(rows, axis=2) > 2) & (residual < 0.2)
             clip, k = np.nonzero(good)
-            taken[clip, k, span] = True
+            busy[clip, k, span] = True
             pull = 2 * coefficients[clip, k, 2]
             parts.append(Flights(clip, pull, pull * fps**2 * depth[clip, k] / (camera.focal_px * 32 / camera.height)))
     clip = np.concatenate([p.clip for p in parts])

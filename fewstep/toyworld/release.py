@@ -52,13 +52,13 @@ def tokenizer(
 
 def with_statistics(spec: TokenizerSpec, run: str, data: Folder, num: int) -> tuple[Any, torch.Tensor]:
     """The tokenizer of a run, with mean and spread of its latents measured on `num` clips; and the spread of each channel."""
-    made = spec.build()
-    load_into(made.module, read(f"{run}:tokenizer.ema"), run)
-    vae: Any = made.module.vae
+    tokenizer = spec.build()
+    load_into(tokenizer.module, read(f"{run}:tokenizer.ema"), run)
+    vae: Any = tokenizer.module.vae
     vae.eval().half().float()  # measured as it will be used: with the weights that are written
     clips = data.open()
     index = torch.arange(min(num, len(clips)))
-    latents = torch.cat([_encoded(vae, clips.batch(some).x0) for some in index.split(16)])
+    latents = torch.cat([_latents(vae, clips.batch(some).x0) for some in index.split(16)])
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     return vae, std
@@ -70,18 +70,18 @@ def decoder(
     out: Annotated[Path, typer.Option(help="The tokenizer's folder, whose decoder is replaced.")],
 ) -> None:
     """A decoder that was trained alone. Encoder and statistics, and so every latent, stay the same."""
-    made = TokenizerSpec(pretrained=str(out)).build()
-    before = {name: value.clone() for name, value in made.module.state_dict().items()}
-    load_into(made.module, read(f"{run}:tokenizer.ema"), run)
-    moved = [name for name, value in made.module.state_dict().items() if not torch.equal(value, before[name])]
+    tokenizer = TokenizerSpec(pretrained=str(out)).build()
+    before = {name: value.clone() for name, value in tokenizer.module.state_dict().items()}
+    load_into(tokenizer.module, read(f"{run}:tokenizer.ema"), run)
+    moved = [name for name, value in tokenizer.module.state_dict().items() if not torch.equal(value, before[name])]
     if any(name.startswith(("vae.encoder.", "vae.quant_conv.")) for name in moved):
         raise UserError(f"{run}: its encoder is not that of {out}; what was trained on its latents would be void")
-    _save(made.module.vae, out)
+    _save(tokenizer.module.vae, out)
     print(f"{out}: {len(moved)} tensors of the decoder replaced")
 
 
 @torch.no_grad()
-def _encoded(vae: Any, pixels: torch.Tensor | None) -> torch.Tensor:
+def _latents(vae: Any, pixels: torch.Tensor | None) -> torch.Tensor:
     return vae.encode(pixels).latent_dist.mode()
 
 
@@ -93,10 +93,10 @@ def transformer(
     """The teacher: the moving average of the run's student."""
     from fewstep.toyworld.recipes import TEACHER
 
-    made = TEACHER.build()
-    load_into(made.module, read(run), run)
-    _save(made.module, out)
-    print(f"{out}: {sum(p.numel() for p in made.module.parameters()):,} weights")
+    network = TEACHER.build()
+    load_into(network.module, read(run), run)
+    _save(network.module, out)
+    print(f"{out}: {sum(p.numel() for p in network.module.parameters()):,} weights")
 
 
 @app.command()
@@ -108,9 +108,9 @@ def control(
     from fewstep.toyworld.recipes import CONTROLLED
 
     name = out.name.removeprefix("controlnet_")
-    made = replace(CONTROLLED, controls=(name,), pretrained=str(out.parent)).build()
-    load_into(made.module, read(run), run)
-    branches: Any = made.module.branches
+    network = replace(CONTROLLED, controls=(name,), pretrained=str(out.parent)).build()
+    load_into(network.module, read(run), run)
+    branches: Any = network.module.branches
     _save(branches[name], out)
     print(f"{out}: {sum(p.numel() for p in branches.parameters()):,} weights, of them those it shares with its teacher")
 

@@ -121,9 +121,9 @@ def reference(source: Source, cache: Path | None = None, net: FeatureNet | None 
     if path.is_file():
         with suppress(UserError, TypeError):  # damaged: it is made again
             return Reference(**read_safetensors(path, "")[0])
-    made = _reference(read_clips(source, net.size[0]), net)
-    write_tensors(path, {f.name: getattr(made, f.name) for f in fields(made)})
-    return made
+    stats = _reference(read_clips(source, net.size[0]), net)
+    write_tensors(path, {f.name: getattr(stats, f.name) for f in fields(stats)})
+    return stats
 
 
 def _reference(clips: Tensor, net: FeatureNet) -> Reference:
@@ -136,8 +136,8 @@ def _features(clips: Tensor, net: FeatureNet) -> tuple[Tensor, Tensor]:
     witness = features.random_net()
     if net.size != witness.size or net.mean.device != witness.mean.device:
         return features.features(clips, net), features.features(clips, witness)
-    made, of_witness = features.features_by(clips, [net, witness])
-    return made, of_witness
+    own, of_witness = features.features_by(clips, [net, witness])
+    return own, of_witness
 
 
 def content_hash(source: Source, net: FeatureNet | None = None) -> str:
@@ -219,15 +219,15 @@ def score(
 def _scores_of(
     clips: Tensor, captions: probes.Description, stats: Reference, net: FeatureNet, draws: int, seed: int, notes: list[str]
 ) -> dict[str, Value]:
-    made, witness = _features(clips, net)
+    own, witness = _features(clips, net)
     real, real_witness = Remembered(stats.features), Remembered(stats.random_features)
-    limit = frechet_extrapolated(made, real, scales=_SCALES, seed=seed)
+    limit = frechet_extrapolated(own, real, scales=_SCALES, seed=seed)
     if not limit.is_determined:
-        notes.append(f"frechet is undetermined: {len(made)} clips, thinned, are fewer than {limit.full.dims} features.")
-    copies = num_zero_balls(made)
+        notes.append(f"frechet is undetermined: {len(own)} clips, thinned, are fewer than {limit.full.dims} features.")
+    copies = num_zero_balls(own)
     if copies:
         notes.append(f"{copies} clips have five exact copies: recall means nothing.")
-    num = min(len(made), len(stats.features))
+    num = min(len(own), len(stats.features))
     same = stats.features[:num]
 
     def of_set(measure: Callable[[Tensor], float], rows: Tensor) -> Value:
@@ -238,18 +238,18 @@ def _scores_of(
         return frechet_extrapolated(rows, against, scales=_SCALES, draws=4, seed=seed)
 
     out = {
-        "frechet": of_set(lambda rows: extrapolated(rows, real).value, made)._replace(value=limit.value),
-        "frechet_plain": of_set(lambda rows: frechet_distance(rows, real), made),
+        "frechet": of_set(lambda rows: extrapolated(rows, real).value, own)._replace(value=limit.value),
+        "frechet_plain": of_set(lambda rows: frechet_distance(rows, real), own),
         "frechet_random_net": of_set(lambda rows: extrapolated(rows, real_witness).value, witness),
     }
-    of_all, *of_halves = mmd_of_subsets(made, stats.features, [torch.arange(len(made)), *halves(len(made), draws, seed)])
-    out["mmd"] = Value(of_all, float(np.std(of_halves, ddof=1)), len(made))
+    of_all, *of_halves = mmd_of_subsets(own, stats.features, [torch.arange(len(own)), *halves(len(own), draws, seed)])
+    out["mmd"] = Value(of_all, float(np.std(of_halves, ddof=1)), len(own))
     picks = halves(num, 2 * draws, seed)
     subsets = [(torch.arange(num), torch.arange(num)), *zip(picks[1::2], picks[::2], strict=True)]
-    whole, *parts = of_subsets(same, made[:num], subsets)
+    whole, *parts = of_subsets(same, own[:num], subsets)
     for name, value, spread in zip(whole._fields, whole, np.std(parts, axis=0, ddof=1), strict=True):
         out[name] = Value(value, float(spread), num)
-    out["vendi"] = of_set(vendi, made)
+    out["vendi"] = of_set(vendi, own)
     return out | _probed(probes.parse(clips), captions, stats, draws, seed)
 
 
@@ -359,8 +359,8 @@ def anchors(world: World, seed: int, num: int) -> Iterator[Anchor]:
     for num_scenes, metres in ((16, 0.15), (64, 0.05)):
         scenes = [series[n % num_scenes].scene for n in range(num)]
         again = [captions[n % num_scenes] for n in range(num)]
-        made = np.stack([clips.render(world, jittered(world, scene, metres, rng)).rgb for scene in scenes])
-        yield Anchor(f"{num_scenes} scenes, jitter {metres:g} m", made, again)
+        rgb = np.stack([clips.render(world, jittered(world, scene, metres, rng)).rgb for scene in scenes])
+        yield Anchor(f"{num_scenes} scenes, jitter {metres:g} m", rgb, again)
 
 
 def damaged(clips: NDArray[np.uint8], blur_px: float, noise: float, seed: int = 0) -> NDArray[np.uint8]:
@@ -415,15 +415,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--num", type=int, default=512)
     parser.add_argument("--reference", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
     world = World()
-    series = clips.stream(world, SEED_REFERENCE, range(given.reference))
+    series = clips.stream(world, SEED_REFERENCE, range(options.reference))
     real = reference(np.stack([clip.rgb for clip in series]))
-    for n, (name, made, captions) in enumerate(anchors(world, SEED_ANCHORS, given.num)):
-        record = score(made, captions, real)
+    for n, (name, rgb, captions) in enumerate(anchors(world, SEED_ANCHORS, options.num)):
+        record = score(rgb, captions, real)
         if n == 0:
-            print(f"{record.name}; {given.num} clips, {given.reference} reference clips")
+            print(f"{record.name}; {options.num} clips, {options.reference} reference clips")
             print("| clips | " + " | ".join(record.scores) + " |\n|---" + "|---" * len(record.scores) + "|")
         cells = [f"{s.value:.3g}" + (f" +- {s.spread:.1g}" if s.spread == s.spread else "") for s in record.scores.values()]
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)

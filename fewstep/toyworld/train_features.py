@@ -194,8 +194,8 @@ def train_features(clips: Tensor, labels: Labels, epochs: int, seed: int = 0, ba
             schedule.step()
             for name, value in terms.items():
                 means[name] = means.get(name, 0.0) + float(value.detach()) / per_epoch
-        shown = " ".join(f"{name} {value:.3f}" for name, value in means.items())
-        print(f"epoch {epoch + 1}/{epochs}  {shown}  {time.monotonic() - start:.0f} s", flush=True)
+        text = " ".join(f"{name} {value:.3f}" for name, value in means.items())
+        print(f"epoch {epoch + 1}/{epochs}  {text}  {time.monotonic() - start:.0f} s", flush=True)
     return trainee.eval()
 
 
@@ -284,21 +284,21 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--frames", type=int, default=17)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="another: other first weights, other clips")
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
-    world = World(height=given.height, width=given.width, num_frames=given.frames)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    world = World(height=options.height, width=options.width, num_frames=options.frames)
     various = replace(world, gravity_scale=GRAVITIES)
     start = time.monotonic()
-    half, apart = given.num // 2, APART * given.seed
+    half, apart = options.num // 2, APART * options.seed
     own, own_labels = labels_of(world, stream(world, SEED + apart, range(half)))
-    others, other_labels = labels_of(world, stream(various, SEED_GRAVITY + apart, range(given.num - half)))
+    others, other_labels = labels_of(world, stream(various, SEED_GRAVITY + apart, range(options.num - half)))
     clips = torch.cat([own, others])
     labels = Labels(*(torch.cat([getattr(own_labels, f.name), getattr(other_labels, f.name)]) for f in fields(Labels)))
     reference, _ = labels_of(world, stream(world, SEED_STATISTICS, range(2048)))
-    print(f"{given.num} + {len(reference)} clips rendered in {time.monotonic() - start:.0f} s", flush=True)
+    print(f"{options.num} + {len(reference)} clips rendered in {time.monotonic() - start:.0f} s", flush=True)
 
     start = time.monotonic()
-    trainee = train_features(clips, labels, given.epochs, given.seed)
+    trainee = train_features(clips, labels, options.epochs, options.seed)
     train_s = time.monotonic() - start
     net = statistics(trainee.folded(), reference)
     witness = statistics(features.untrained(net.size), reference)
@@ -308,16 +308,16 @@ def main(arguments: list[str]) -> None:
     held_out, held_labels = labels_of(world, stream(world, SEED_HELD_OUT, range(512)))
     held_various, held_various_labels = labels_of(world, stream(various, SEED_HELD_OUT_GRAVITY, range(512)))
     looks, truth = _looks(held_out, held_labels.is_box)
-    measured = {
+    scores = {
         "own gravity": accuracy(trainee, held_out, held_labels),
         "0.25 to 2.5 x gravity": accuracy(trainee, held_various, held_various_labels),
         "shape of one crop": {"right": round(float(((shapes(looks)[:, 0] > 0) == truth.bool()).float().mean()), 4)},
     }
-    settings = [f"--{key} {value}" for key, value in vars(given).items() if key != "out" and value != parser.get_default(key)]
+    settings = [f"--{key} {value}" for key, value in vars(options).items() if key != "out" and value != parser.get_default(key)]
     command = " ".join(["python -m fewstep.toyworld.train_features", *settings])
-    save(given.out, net, witness, shapes, {"command": command, "held_out": json.dumps(measured), "torch": torch.__version__})
-    print(f"trained in {train_s:.0f} s; on 512 held-out clips each: {json.dumps(measured, indent=2)}")
-    print(f"{features.name(features.load(given.out))}: {given.out}, {given.out.stat().st_size / 1e6:.2f} MB")
+    save(options.out, net, witness, shapes, {"command": command, "held_out": json.dumps(scores), "torch": torch.__version__})
+    print(f"trained in {train_s:.0f} s; on 512 held-out clips each: {json.dumps(scores, indent=2)}")
+    print(f"{features.name(features.load(options.out))}: {options.out}, {options.out.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class RunLog:
             self._bar.start()
 
     def __enter__(self) -> RunLog:
-        self._hook, threading.excepthook = threading.excepthook, self._heard
+        self._hook, threading.excepthook = threading.excepthook, self._on_thread_error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -119,22 +119,22 @@ class RunLog:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, about=losses)
         elif losses:
-            done = max(step - self._first, 1)
-            left = (time.monotonic() - self._began) / done * (self._goal - step)
-            self.say(f"step {step}/{self._goal}  {losses}  ({values.get('samples_per_s', 0):.0f} samples/s, {left:.0f} s left)")
+            steps = max(step - self._first, 1)
+            rest = (time.monotonic() - self._began) / steps * (self._goal - step)
+            self.say(f"step {step}/{self._goal}  {losses}  ({values.get('samples_per_s', 0):.0f} samples/s, {rest:.0f} s left)")
 
-    def _heard(self, failed: threading.ExceptHookArgs) -> None:
+    def _on_thread_error(self, failed: threading.ExceptHookArgs) -> None:
         # TensorBoard's thread meets a full disk too. It is told once, by whoever writes next, and not as a traceback.
         if failed.exc_type is None or not issubclass(failed.exc_type, OSError):
             self._hook(failed)
 
     def _open(self, folder: Path, first: int) -> None:
         path = folder / "metrics.jsonl"
-        kept = _records(path, first)
+        records = _records(path, first)
         if path.is_file():
-            write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+            write_text(path, "".join(json.dumps(record) + "\n" for record in records))
         self.at_start, self.last = {}, {}
-        for record in kept:
+        for record in records:
             values = {name: value for name, value in record.items() if name != "step"}
             self.at_start = values if record["step"] == 0 else self.at_start
             self.last |= values

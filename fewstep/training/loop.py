@@ -75,7 +75,7 @@ def train(run: Run) -> dict[str, Any]:
     except RuntimeError as error:
         if isinstance(error, TrainingError) or world.mesh is None or not is_lost_process(error):
             raise
-        raise TrainingError(_lost(run, world, error)) from error
+        raise TrainingError(_peer_message(run, world, error)) from error
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -129,7 +129,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
     with log, stop, checkpoints, _open_batches(run, data, progress, world, log) as batches:
         log.say(_greeting(run, data, crew, latest, progress, world))
         if resumption is not None and resumption.changes:
-            log.say(f"settings that changed, the ones before are in {old_config}: {resumption.said()}")
+            log.say(f"settings that changed, the ones before are in {old_config}: {resumption.text()}")
         for warning in other_shapes(run, first) if latest is None else ():
             log.say(f"warning: {warning}")
         checked = _check_derivative(run, crew, first, world, log)
@@ -217,7 +217,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
 # --- parts of the above, in its order ---------------------------------------------------------------------------------
 
 
-def _lost(run: Run, world: World, error: RuntimeError) -> str:
+def _peer_message(run: Run, world: World, error: RuntimeError) -> str:
     latest = newest_in(run.job.folder() / "checkpoints") or "none"
     return (
         f"{run.job.folder()}: process {world.rank} of {world.size} ends because another one has ended or does not answer; that "
@@ -253,15 +253,15 @@ def _check_derivative(run: Run, crew: Crew, first: Batch, world: World, log: Run
     agreement = look(Nets(crew.networks), batch, Rng(run.trainer.seed, 0, range(batch.size()), world.device))
     record = _mean_over_ranks({"derivative_error": agreement.error}, world)
     error, most = record["derivative_error"], TOLERANCE[run.trainer.precision]
-    found = (
+    finding = (
         f"the student's derivative (derivative={agreement.derivative.kind}) differs by {error:.2g} (relative) from differences"
     )
     if agreement.derivative.is_exact and not error <= most:
         raise UserError(
-            f"{found} on the first samples, where {most:g} may be rounding: a part of the network, for instance an attention "
+            f"{finding} on the first samples, where {most:g} may be rounding: a part of the network, for instance an attention "
             "kernel, has a wrong tangent. Choose another kernel, or derivative=difference with a step that suits the network"
         )
-    log.say(f"{found}{'' if agreement.derivative.is_exact else ' of other steps'}")
+    log.say(f"{finding}{'' if agreement.derivative.is_exact else ' of other steps'}")
     return record
 
 
@@ -347,9 +347,9 @@ def _stop_or_return(run: Run, ring: Ring, progress: Progress, crew: Crew, checkp
     checkpoints.finish()
     healthy = checkpoints.latest(healthy_only=True)
     if ring.action == "stop" or healthy is None or progress.rollbacks >= run.health.max_rollbacks:
-        tried = "" if ring.action == "stop" else f" ({progress.rollbacks} roll-backs so far)"
+        note = "" if ring.action == "stop" else f" ({progress.rollbacks} roll-backs so far)"
         raise TrainingError(
-            f"stopped at iteration {progress.step}: {ring}{tried}. The last healthy checkpoint is {healthy or 'none'}"
+            f"stopped at iteration {progress.step}: {ring}{note}. The last healthy checkpoint is {healthy or 'none'}"
         )
     back = replace(_restore(checkpoints, healthy, crew), rollbacks=progress.rollbacks + 1, wall_s=progress.wall_s)
     checkpoints.return_to(healthy, back)

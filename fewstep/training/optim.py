@@ -60,8 +60,8 @@ class Optim:
         """The learning rate of an iteration, counted in iterations of the run whoever's turn it is."""
         if iteration < self.warmup_iters:
             return self.lr * (iteration + 1) / self.warmup_iters
-        done = (iteration - self.warmup_iters) / max(max_iter - self.warmup_iters, 1)
-        factor = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done}[self.schedule]
+        progress = (iteration - self.warmup_iters) / max(max_iter - self.warmup_iters, 1)
+        factor = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress}[self.schedule]
         if self.schedule != "constant":
             factor = self.end_factor + (1 - self.end_factor) * factor
         return self.lr * factor

@@ -37,8 +37,8 @@ def write_original_files(checkpoint: Path) -> list[Path]:
             remove(file)
     states = original_states(checkpoint)
     if isinstance(networks_of(folder.parent).student, Lora):
-        named = {"model": states["weights"]} | ({"ema": states["ema"]} if "ema" in states else {})
-        return [_write(folder / f"{checkpoint.name}_model.pt", named)]
+        content = {"model": states["weights"]} | ({"ema": states["ema"]} if "ema" in states else {})
+        return [_write(folder / f"{checkpoint.name}_model.pt", content)]
     suffixes = {"weights": "reg_model", "ema": "ema_model"}
     return [_write(folder / f"{checkpoint.name}_{suffixes[part]}.pt", state) for part, state in states.items()]
 

@@ -68,7 +68,7 @@ class Resumption:
         progress = read_progress(checkpoint)
         return cls(checkpoint, progress.step, changes, run.checkpoint.is_over(progress.stale))
 
-    def said(self) -> str:
+    def text(self) -> str:
         """The changes, for people; "" if there are none."""
         return some([str(change) for change in self.changes], 12, "; ")
 
@@ -84,7 +84,7 @@ class Resumption:
     def nothing_to_do(self, last: int) -> str:
         """Why nothing is trained, for people."""
         folder = self.checkpoint.parent.parent
-        ignored = f" Settings that differ from {folder / CONFIG} have no effect: {self.said()}." if self.changes else ""
+        ignored = f" Settings that differ from {folder / CONFIG} have no effect: {self.text()}." if self.changes else ""
         longer = "larger checkpoint.patience" if self.is_over else "larger trainer.max_iter"
         return (
             f"{folder}: nothing to do, iteration {self.step} of {last}.{ignored} "
@@ -98,12 +98,12 @@ def changes_in(folder: Path, run: Run) -> tuple[Change, ...]:
     if not path.is_file():
         return ()
     try:
-        written = read_yaml_mapping(read_text(path), str(path))
+        content = read_yaml_mapping(read_text(path), str(path))
     except ConfigError as error:
         return (Change(CONFIG, f"cannot be read ({error})", "this run's"),)
     with suppress(ConfigError):  # of another version; as this one would write it
-        written = read_yaml_mapping(to_yaml(parse(type(run), written)), str(path))
-    before = dict(flat(written))
+        content = read_yaml_mapping(to_yaml(parse(type(run), content)), str(path))
+    before = dict(flat(content))
     after = dict(flat(read_yaml_mapping(to_yaml(run), "the run")))
     changes = [
         Change(key, before.get(key, ABSENT), after.get(key, ABSENT))
@@ -119,10 +119,10 @@ def changes_in(folder: Path, run: Run) -> tuple[Change, ...]:
 def write_config(folder: Path, run: Run) -> Path | None:
     """Writes config.yaml; one with other settings is kept under the next number, and its path returned."""
     path, text = folder / CONFIG, to_yaml(run)
-    kept: Path | None = None
+    backup: Path | None = None
     if path.is_file() and path.read_bytes() != text.encode() and (folder / "checkpoints" / POINTER).is_file():
         numbers = [int(name) for old in folder.glob("config.*.yaml") if (name := old.name.split(".")[1]).isdecimal()]
-        kept = folder / f"config.{max(numbers, default=0) + 1:03d}.yaml"
-        move(path, kept)
+        backup = folder / f"config.{max(numbers, default=0) + 1:03d}.yaml"
+        move(path, backup)
     write_text(path, text)
-    return kept
+    return backup

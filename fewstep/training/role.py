@@ -39,9 +39,9 @@ class TrainedRole:
         self.rounds = compute != torch.float32 and not any(is_sharded(p) for p in self.live.values())
         if self.rounds:
             self.weights = {n: nn.Parameter(p.detach().float()) for n, p in self.live.items()}
-            kept = kept_in_fp32(module)
+            exact_names = kept_in_fp32(module)
             for n, live in self.live.items():
-                live.data = live.data.to(torch.float32 if n in kept else compute)
+                live.data = live.data.to(torch.float32 if n in exact_names else compute)
         self.optimizer = optim.build(self.weights.values())
         self.average_config = average if average is not None and average.profile != "none" else None
         self.average = {n: w.detach().clone() for n, w in self.weights.items()} if self.average_config else {}
@@ -91,13 +91,13 @@ class TrainedRole:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within, the network answers with its moving average (with its weights, where there is no average), as in use."""
-        kept = {n: p.detach().clone() for n, p in self.live.items()} if self.average else {}
+        weights = {n: p.detach().clone() for n, p in self.live.items()} if self.average else {}
         self.network.module.eval()
         try:
             self._write(self.average)
             yield
         finally:
-            self._write(kept)
+            self._write(weights)
             self.network.module.train()
 
     def state(self) -> dict[str, Tensor]:

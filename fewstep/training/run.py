@@ -226,8 +226,8 @@ class Run:
 
     def _problems_of_causality(self) -> Iterable[tuple[str, str]]:
         name, networks = type(self.method).__name__, self.networks
-        wanted = self.method.causal_roles if isinstance(self.method, ByChunks) else {}
-        for role, is_causal in wanted.items():
+        causality = self.method.causal_roles if isinstance(self.method, ByChunks) else {}
+        for role, is_causal in causality.items():
             spec = networks.spec_of(role)
             if spec is None or role not in self.method.roles or spec.is_causal == is_causal:
                 continue
@@ -245,9 +245,9 @@ class Run:
         if self.trainer.compile and any(spec is not None and spec.is_causal for spec in specs):
             yield "trainer.compile", "does not go with causal networks yet, whose blocks attend to other frames at each chunk"
         student = networks.spec_of("student")
-        if self.health.long_frames is not None and (student is None or not student.is_causal or not wanted):
+        if self.health.long_frames is not None and (student is None or not student.is_causal or not causality):
             yield "health.long_frames", f"is for students that generate chunk after chunk, which those of method {name} do not"
-        if student is not None and student.is_causal and not wanted:
+        if student is not None and student.is_causal and not causality:
             yield (
                 "warn:networks.student.causal",
                 f"has no effect on how the student generates: method {name} samples all frames of a clip at once",

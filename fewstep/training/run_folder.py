@@ -129,19 +129,19 @@ def envelope(run: Run, first: Batch) -> Envelope:
     data, x0 = run.data, first.x0
     height, width = getattr(data, "video_size", None) or (None, None)  # no part of the contract: of folders of clips
     guidance = getattr(run.method, "guidance", None)  # of methods with a teacher
-    known = Envelope(
+    facts = Envelope(
         num_frames=getattr(data, "num_frames", None),
         height=height,
         width=width,
         guidance_in_teacher=None if guidance is None else float(guidance),
     )
     if x0 is None or x0.ndim != 5:
-        return known
+        return facts
     channels, frames, height, width = x0.shape[1:]
     fps = None if first.cond.fps is None else round(float(first.cond.fps[0]), 3)
     if getattr(data, "x0", None) == "pixels" or channels == 3:
-        return replace(known, num_frames=frames, height=height, width=width, fps=fps)
-    return replace(known, latent_shape=(channels, frames, height, width), fps=fps)
+        return replace(facts, num_frames=frames, height=height, width=width, fps=fps)
+    return replace(facts, latent_shape=(channels, frames, height, width), fps=fps)
 
 
 def other_shapes(run: Run, first: Batch) -> list[str]:

@@ -116,17 +116,17 @@ class Queue:
     """
 
     def __init__(self, sweep: Sweep):
-        self._sweep, self._left, self._guard = sweep, list(sweep.trials), threading.Lock()
+        self._sweep, self._rest, self._guard = sweep, list(sweep.trials), threading.Lock()
 
     def commands(self, environment: Sequence[str] = ()) -> Iterator[tuple[str, ...]]:
         """The next trial's command, again and again. environment: NAME=VALUE of this worker."""
         while True:
             with self._guard:
-                self._left = [trial for trial in self._left if not trial.is_finished]
-                free = next((trial for trial in self._left if not trial.is_locked), None)
+                self._rest = [trial for trial in self._rest if not trial.is_finished]
+                free = next((trial for trial in self._rest if not trial.is_locked), None)
                 if free is not None:
-                    self._left.remove(free)
-                is_done = not self._left
+                    self._rest.remove(free)
+                is_done = not self._rest
             if free is not None:
                 yield (*environment, *self._sweep.command(free))
             elif is_done:

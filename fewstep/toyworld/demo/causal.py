@@ -33,7 +33,7 @@ LEARNING: dict[Size, dict[str, int]] = {  # iterations of 32 clips
 
 def stages(out: Path, size: Size) -> list[Stage]:
     plan, much, toy = PLANS[size], LEARNING[size], str(TOY)
-    world, held, real, pairs = (str(out / name) for name in ("world", "heldout", "real", "pairs"))
+    world, heldout, real, pairs = (str(out / name) for name in ("world", "heldout", "real", "pairs"))
     text = ("--max-tokens", "40", "--mask-text")
 
     def train(recipe: str, iters: int) -> Command:
@@ -45,14 +45,14 @@ def stages(out: Path, size: Size) -> list[Stage]:
         return str(out / "toyworld" / "basic" / recipe)
 
     def score(name: str, what: str, *more: str) -> Command:
-        where = ("--prompts", held, "--real", real, "--out", str(out / "scores" / f"{name}.json"), *text)
+        where = ("--prompts", heldout, "--real", real, "--out", str(out / "scores" / f"{name}.json"), *text)
         return ("fewstep", "evaluate", what, *where, "--num", str(plan.num_eval), "--sets", str(plan.sets), *more)
 
     def student(name: str) -> Command:
         return score(name, run_of(STUDENTS[name]), "--codec", toy)
 
     def long(name: str) -> Command:
-        words = ("--prompts", held, "--codec", toy, *text, "--scorer", "long_run", "--num-frames", str(LONG_FRAMES))
+        words = ("--prompts", heldout, "--codec", toy, *text, "--scorer", "long_run", "--num-frames", str(LONG_FRAMES))
         words += ("--num", str(min(NUM_LONG, plan.num_eval)), "--sets", "1")
         return ("fewstep", "evaluate", run_of(STUDENTS[name]), *words, "--out", str(out / "scores" / f"long_{name}.json"))
 
@@ -72,7 +72,7 @@ def stages(out: Path, size: Size) -> list[Stage]:
                     ("fewstep", "prepare", "text", world, "--text-encoder", toy),
                     ("fewstep", "prepare", "latents", world, "--codec", toy),
                 ),
-                (("fewstep", "prepare", "text", held, "--text-encoder", toy), score("real", held)),
+                (("fewstep", "prepare", "text", heldout, "--text-encoder", toy), score("real", heldout)),
             ),
         ),
         Stage.of("pairs", f"the teacher makes clips from noise, {2 * STEPS} calls each", *map(half_of_the_pairs, range(2))),

@@ -64,7 +64,7 @@ def main(out: Path, size: str) -> None:
         galleries=galleries(out),
         gates=[_gate(summary)],
         models=[_model(name, records[name], long.get(name)) for name in TITLES],
-        scores=[Score(**score) for score in (*records["real"]["legend"], *_named(long))],
+        scores=[Score(**score) for score in (*records["real"]["legend"], *_long_legend(long))],
         charts=[*long_charts(out), *(chart for run in RUNS for chart in curves_of(out / "toyworld" / "basic" / run, run))],
         limits=LIMITS,
     )
@@ -94,7 +94,7 @@ def _gate(summary: Mapping[str, float]) -> Gate:
     return Gate("the better chain: distance, as a multiple of the bidirectional student's", ratio, BOUND, "lower", spread)
 
 
-def _named(long: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _long_legend(long: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The legend of the probes of long clips, under names that no score of short ones has."""
     legend = next(iter(long.values()))["legend"]
     return [score | {"name": f"long_{score['name']}", "title": f"Long: {score['title'].lower()}"} for score in legend]
@@ -173,5 +173,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", default="default")
-    given = parser.parse_args()
-    main(given.out, given.size)
+    options = parser.parse_args()
+    main(options.out, options.size)

@@ -285,10 +285,10 @@ def films(files: Mapping[str, Path], titles: Mapping[str, str], about: str = "")
 
 
 def galleries(out: Path) -> list[Gallery]:
-    shown = ("real", "tokenizer", "teacher_shown", "teacher_4calls", "4step", "teacher_1call", "1step")
+    names = ("real", "tokenizer", "teacher_shown", "teacher_4calls", "4step", "teacher_1call", "1step")
     titles = TITLES | {"teacher_shown": TITLES["teacher"]}
     held_out = [
-        Row(caption, films({name: out / "scores" / name / f"{n:02d}.mp4" for name in shown}, titles))
+        Row(caption, films({name: out / "scores" / name / f"{n:02d}.mp4" for name in names}, titles))
         for n, caption in enumerate(captions(out))
     ]
     plain = [
@@ -348,5 +348,5 @@ if __name__ == "__main__":
     parser.add_argument("--size", default="default")
     parser.add_argument("--toy", default=str(TOY))
     parser.add_argument("--methods", default="", help="further methods, separated by commas")
-    given = parser.parse_args()
-    main(given.out, given.size, given.toy, [name for name in given.methods.split(",") if name])
+    options = parser.parse_args()
+    main(options.out, options.size, options.toy, [name for name in options.methods.split(",") if name])

@@ -26,12 +26,12 @@ def main(student: str, captions: str, out: str, num: int = 16) -> None:
     prompts = [path.read_text().strip() for path in sorted(Path(captions).glob("*.txt"))[:num]]
     began = time.monotonic()
     frames = pipe(prompts, generator=torch.Generator().manual_seed(0), output_type="np").frames
-    taken = time.monotonic() - began
+    seconds = time.monotonic() - began
     Path(out).mkdir(parents=True, exist_ok=True)
     for number, (clip, prompt) in enumerate(zip(frames, prompts)):
         write(Path(out) / f"{number:02d}.mp4", (np.asarray(clip) * 255).round().clip(0, 255).astype(np.uint8))
         (Path(out) / f"{number:02d}.txt").write_text(prompt + "\n")
-    print(f"{out}: {len(prompts)} clips of {frames[0].shape} in {taken:.1f} s by {type(pipe).__name__}")
+    print(f"{out}: {len(prompts)} clips of {frames[0].shape} in {seconds:.1f} s by {type(pipe).__name__}")
 
 
 def write(path: Path, clip: np.ndarray, fps: int = 16) -> None:

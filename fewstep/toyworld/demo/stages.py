@@ -117,8 +117,8 @@ def request(out: Path, size: Size, toy: str, student: str) -> DistillRequest:
 
 
 def _settings(training: str, settings: Sequence[str], much: Learning) -> list[str]:
-    shown = max(1, min(640 // much.batch_size, much.iters // 4))
-    sizes = (f"trainer.batch_size={much.batch_size}", f"trainer.log_every={shown}")
+    every = max(1, min(640 // much.batch_size, much.iters // 4))
+    sizes = (f"trainer.batch_size={much.batch_size}", f"trainer.log_every={every}")
     sizes += (f"checkpoint.save_iter={min(much.iters, 200)}",)
     return [f"{training}.{word}" for word in (*settings, *much.more, *sizes)]
 
@@ -154,12 +154,12 @@ def students(out: Path, size: Size, facts: Facts, methods: Sequence[str] = ()) -
     facts: of the request for the student of four steps.
     """
     plan, toy = PLANS[size], facts.request.teacher
-    real, held = str(out / "real"), out / "heldout"
+    real, heldout = str(out / "real"), out / "heldout"
     four = {stage.name: stage for stage in road.stages(facts)}
     one = {stage.name: stage for stage in road.stages(replace(facts, request=request(out, size, toy, "1step")))}
 
     def score(name: str, what: str, *more: str) -> Command:
-        where = ("--prompts", str(held), "--real", real, "--out", str(out / "scores" / f"{name}.json"))
+        where = ("--prompts", str(heldout), "--real", real, "--out", str(out / "scores" / f"{name}.json"))
         where = (*where, "--max-tokens", "40", "--mask-text")
         return ("fewstep", "evaluate", what, *where, "--num", str(plan.num_eval), "--sets", str(plan.sets), *more)
 
@@ -168,7 +168,7 @@ def students(out: Path, size: Size, facts: Facts, methods: Sequence[str] = ()) -
 
     def sample(name: str) -> Command:
         alone = os.path.relpath(Path(__file__).with_name("plain_diffusers.py"))
-        return (sys.executable, alone, str(out / "students" / name), str(held / "metas"), str(out / "samples" / name))
+        return (sys.executable, alone, str(out / "students" / name), str(heldout / "metas"), str(out / "samples" / name))
 
     def method(name: str) -> list[Stage]:
         at = curve(name)
@@ -189,7 +189,7 @@ def students(out: Path, size: Size, facts: Facts, methods: Sequence[str] = ()) -
     text, latents, pairs = four["text"], four["latents"], four["pairs"]
     return [
         replace(text, lanes=tuple((command,) for lane in text.lanes for command in lane)),
-        replace(latents, lanes=(*latents.lanes, (score("real", str(held)),))),
+        replace(latents, lanes=(*latents.lanes, (score("real", str(heldout)),))),
         Stage.of("pairs", pairs.about, *(shared(pairs.lanes[0][0], rank) for rank in range(2))),
         *(replace(four[name], lanes=(*four[name].lanes, *one[name].lanes)) for name in ("kd", "dmd2")),
         Stage("export", f"{four['export'].about}, and plain diffusers, without fewstep, samples it", tuple(exports)),
@@ -259,8 +259,8 @@ def _scratch(out: Path, toy: str, plan: Plan) -> list[Stage]:
         return (root, "fewstep", "train", f"experiment={recipe}", *settings, *more)
 
     def release(part: str, run: str, where: str, *more: str) -> Command:
-        made = (f"{runs}/{run}", *more, "--out", f"{toy}/{where}")
-        return (root, sys.executable, "-m", "fewstep.toyworld.release", part, *made)
+        words = (f"{runs}/{run}", *more, "--out", f"{toy}/{where}")
+        return (root, sys.executable, "-m", "fewstep.toyworld.release", part, *words)
 
     clips = ("--out", data, "--num", str(plan.num_train), "--seed", str(SERIES["train"]), "--only", "videos,metas,edge")
     perceptual = (sys.executable, "-m", "fewstep.toyworld.train_features", "--seed", "1", "--out", str(out / PERCEPTUAL))

@@ -130,5 +130,5 @@ def dryrun(run: Run) -> str:
     try:
         return f"memory on 1 GPU (more: fewstep plan):\n{plan(run)}"
     except (ValueError, OSError) as error:
-        said = str(error).strip().splitlines()[0]
-        return f"memory is not planned, because the data cannot be opened: {said} (fewstep plan takes shape=CxTxHxW)"
+        reason = str(error).strip().splitlines()[0]
+        return f"memory is not planned, because the data cannot be opened: {reason} (fewstep plan takes shape=CxTxHxW)"

@@ -24,7 +24,7 @@ PASSING = "activations"  # what no one claimed: activations, and temporaries of 
 class Ledger(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self._known: Any = WeakIdKeyDictionary()  # storage -> its line
+        self._lines: Any = WeakIdKeyDictionary()  # storage -> its line
         self.now: dict[str, int] = {PASSING: 0}  # bytes by label
         self.total = 0
         self._label = PASSING
@@ -36,7 +36,7 @@ class Ledger(TorchDispatchMode):
         for tensor in tensors:
             for part in _parts(tensor):
                 storage = part.untyped_storage()
-                line = self._known.get(storage)
+                line = self._lines.get(storage)
                 if line is None:
                     self._enter(storage, label)
                 elif line[0] != label:
@@ -70,14 +70,14 @@ class Ledger(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 for part in _parts(tensor):
                     storage = part.untyped_storage()
-                    if storage not in self._known:
+                    if storage not in self._lines:
                         self._enter(storage, self._label)
         self._look()
         return out
 
     def _enter(self, storage: Any, label: str) -> None:
         line = [label, storage.nbytes()]
-        self._known[storage] = line
+        self._lines[storage] = line
         self.now[label] = self.now.get(label, 0) + line[1]
         self.total += line[1] * (label != HOST)
         weakref.finalize(storage, self._leave, line).atexit = False

@@ -90,7 +90,6 @@ class Measurement:
 
     run: Run
     turns: Mapping[str, Sequence[Mapping[str, int]]]  # bytes by label at the moments of each turn that may be its worst
-    held: Mapping[str, int]  # what stays between two steps
     rounded: tuple[str, ...]  # roles whose module holds a bf16 copy of its fp32 weights: under FSDP only the gathered ones are
     gathered: int  # weights and gradients of the blocks at work, whole, under FSDP
     batch: str
@@ -130,7 +129,7 @@ def measure(run: Run, batch: Batch, say: Callable[[str], None] = lambda text: No
     run = replace(run, trainer=replace(run.trainer, compile=False))
     ledger, world = Ledger(), _one_of(run.parallel.context)
     with _fake() as fake, _unread(run):
-        networks = _built(run, fake)
+        networks = _networks(run, fake)
         with fake:
             crew = assemble(run, networks, world)
             _enter(ledger, crew)
@@ -141,7 +140,6 @@ def measure(run: Run, batch: Batch, say: Callable[[str], None] = lambda text: No
                 if role.optimizer.defaults.get("fused"):
                     role.optimizer.step = _no_step
             batch = _faked(batch, fake)
-        held = dict(ledger.now)
         gathered = _gathered(crew.modules, COMPUTE[run.trainer.precision])  # while all that is trained asks for gradients
         turns: dict[str, list[Mapping[str, int]]] = {}
         for step, turn in _turns(run).items():
@@ -153,7 +151,7 @@ def measure(run: Run, batch: Batch, say: Callable[[str], None] = lambda text: No
             for role in crew.trained.values():
                 role.take_turn(False)
     rounded = tuple(name for name, role in crew.trained.items() if role.rounds)
-    return Measurement(run, turns, held, rounded, gathered, _shapes(batch))
+    return Measurement(run, turns, rounded, gathered, _shapes(batch))
 
 
 def mock_batch(run: Run, shape: tuple[int, ...] | None, text: tuple[int, int] | None) -> Batch:
@@ -240,7 +238,7 @@ def fake_mode() -> Any:  # Any: torch's FakeTensorMode
     return Mode(allow_non_fake_inputs=True)
 
 
-def _built(run: Run, fake: Any) -> dict[str, Any]:
+def _networks(run: Run, fake: Any) -> dict[str, Any]:
     """The networks of the run's method; what has no weights is built as it is."""
 
     def unread(role: Any) -> Any:
@@ -341,5 +339,5 @@ def _gathered(modules: Iterable[Whole], compute: torch.dtype) -> int:
 
 
 def _shapes(batch: Batch) -> str:
-    found = {"x0": batch.x0, "text": batch.cond.text, **batch.cond.control}
-    return ", ".join(f"{name} {'x'.join(map(str, t.shape))}" for name, t in found.items() if t is not None)
+    tensors = {"x0": batch.x0, "text": batch.cond.text, **batch.cond.control}
+    return ", ".join(f"{name} {'x'.join(map(str, t.shape))}" for name, t in tensors.items() if t is not None)
