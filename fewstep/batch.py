@@ -69,8 +69,8 @@ class Condition(_ByRow):
 
     def part(self, frames: range) -> Condition:
         """The condition of these latent frames alone."""
-        chosen = slice(frames.start, frames.stop)
-        return self._along_time(lambda clip: clip[:, :, chosen], lambda mask: mask[:, chosen])
+        span = slice(frames.start, frames.stop)
+        return self._along_time(lambda clip: clip[:, :, span], lambda mask: mask[:, span])
 
     def twice(self) -> Condition:
         """The condition of the clip followed by itself; without context."""

@@ -75,8 +75,8 @@ def convert(
 
     form: Any = dtype  # Any: one of the four names
     joined: dict[str, Any] = {"base": base, "control": control or (), "add": add or ()}  # Any: words, which convert checks
-    for written in write(source, out, **joined, model=model, dtype=form, lora_scale=lora_scale, parts=parts):
-        print(written)
+    for file in write(source, out, **joined, model=model, dtype=form, lora_scale=lora_scale, parts=parts):
+        print(file)
 
 
 def _refuse_lacking(addresses: Sequence[str | None]) -> None:

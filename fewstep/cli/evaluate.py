@@ -155,13 +155,13 @@ def evaluate(
         from fewstep.inference.evaluation import Evaluation, Protocol, scorer_of
 
     load(config)
-    named = scorer_of(scorer, context.args, features)
+    instance = scorer_of(scorer, context.args, features)
     names = () if control is None else tuple(name.strip() for name in control.split(","))
     task = Evaluation(
         what, prompts, real, out, num, sets, calls, sampling,
         keep=keep, seeds=seeds, text=text, negative=negative, max_tokens=max_tokens, mask_text=mask_text, num_frames=num_frames,
         size=size, given_frames=given_frames, batch_size=batch_size, codec=codec,
-        scorers=() if named is None else (named,), controls=names, truth=truth, latency=latency, precision=precision,
+        scorers=() if instance is None else (instance,), controls=names, truth=truth, latency=latency, precision=precision,
         device=device,
     )  # fmt: skip
     results = score(task, None if protocol is None else Protocol.read(protocol))

@@ -35,10 +35,10 @@ def sweep(
         from fewstep.training.run import Run
     grid = plan_sweep(command, Run)
     if dry_run or "--dryrun" in context.args:
-        from fewstep.distill.stages import shown
+        from fewstep.distill.stages import text_of
 
         for trial in grid.trials:
-            print(shown(grid.command(trial)))
+            print(text_of(grid.command(trial)))
         return
     from fewstep.distill.stages import run_each
 

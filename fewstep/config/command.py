@@ -40,9 +40,9 @@ class Command:
             key, _, value = word.partition("=")
             values.setdefault(key, []).append(value)
         return [
-            f"{key} is given {len(given)} times; the last one counts: {key}={given[-1]}, not {', '.join(given[:-1])}"
-            for key, given in values.items()
-            if len(set(given)) > 1
+            f"{key} is given {len(texts)} times; the last one counts: {key}={texts[-1]}, not {', '.join(texts[:-1])}"
+            for key, texts in values.items()
+            if len(set(texts)) > 1
         ]
 
 

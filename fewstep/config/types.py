@@ -27,9 +27,9 @@ def kind(name: str, *, group: str) -> Callable[[C], C]:
     def decorate(cls: C) -> C:
         _refuse_mutable(cls)
         _refuse_name(name, cls)
-        taken = {"kind", "group"} & {field.name for field in fields(cls)}
-        if taken:
-            raise TypeError(f"{cls.__qualname__}: rename the field {taken.pop()!r}, @kind uses that name")
+        clashes = {"kind", "group"} & {field.name for field in fields(cls)}
+        if clashes:
+            raise TypeError(f"{cls.__qualname__}: rename the field {clashes.pop()!r}, @kind uses that name")
         if {"kind", "group"} & vars(cls).keys():
             raise TypeError(f"{cls.__qualname__} is a registered kind already; a class has one name")
         registry.register(group, name, cls)

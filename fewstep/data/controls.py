@@ -147,21 +147,21 @@ class Vis(OfVideos):
             shrink, bilateral, factor = BLUR[self.preset]
             return Blur(shrink, bilateral, None, factor)
         rng = np.random.default_rng(seed)
-        chosen = list(BLUR_CHANCES)[int(rng.choice(len(BLUR_CHANCES), p=list(BLUR_CHANCES.values())))]
-        drawn = Blur(int(rng.integers(1, 5)), None, None, int(rng.integers(4, _LARGEST_FACTOR + 1)))
-        if "bilateral" in chosen:
+        name = list(BLUR_CHANCES)[int(rng.choice(len(BLUR_CHANCES), p=list(BLUR_CHANCES.values())))]
+        numbers = Blur(int(rng.integers(1, 5)), None, None, int(rng.integers(4, _LARGEST_FACTOR + 1)))
+        if "bilateral" in name:
             diameter, colour, space, passes = (int(rng.integers(*r)) for r in ((15, 50), (100, 300), (50, 150), (1, 4)))
-            drawn = replace(drawn, bilateral=(diameter, colour, space), passes=passes)
-        if "gaussian" in chosen:
-            drawn = replace(drawn, gaussian=(int(rng.integers(21, 30)) // 2 * 2 + 1, float(rng.uniform(10.5, 14.5))))
-        return drawn
+            numbers = replace(numbers, bilateral=(diameter, colour, space), passes=passes)
+        if "gaussian" in name:
+            numbers = replace(numbers, gaussian=(int(rng.integers(21, 30)) // 2 * 2 + 1, float(rng.uniform(10.5, 14.5))))
+        return numbers
 
     def __call__(self, frames: Pixels, seed: int = 0) -> Pixels:
         import cv2
 
-        wanted = self.blur(seed)
+        numbers = self.blur(seed)
         # The same for every clip of a data set, whatever is drawn for it.
-        smallest = _LARGEST_FACTOR if self.preset == "random" else max(wanted.shrink, wanted.factor)
+        smallest = _LARGEST_FACTOR if self.preset == "random" else max(numbers.shrink, numbers.factor)
 
         def blur(picture: Pixels) -> Pixels:
             height, width = picture.shape[:2]
@@ -169,14 +169,14 @@ class Vis(OfVideos):
                 raise UserError(
                     f"vis: frames of {height} x {width} are too small for the preset {self.preset!r}: use a lower one"
                 )
-            picture = _resized(picture, (height // wanted.shrink, width // wanted.shrink), cv2.INTER_AREA)
-            for _ in range(wanted.passes if wanted.bilateral else 0):
-                assert wanted.bilateral is not None
-                picture = _pixels(cv2.bilateralFilter(picture, *wanted.bilateral))
-            if wanted.gaussian:
-                width_px, sigma = wanted.gaussian
+            picture = _resized(picture, (height // numbers.shrink, width // numbers.shrink), cv2.INTER_AREA)
+            for _ in range(numbers.passes if numbers.bilateral else 0):
+                assert numbers.bilateral is not None
+                picture = _pixels(cv2.bilateralFilter(picture, *numbers.bilateral))
+            if numbers.gaussian:
+                width_px, sigma = numbers.gaussian
                 picture = _pixels(cv2.GaussianBlur(picture, (width_px, width_px), sigma))
-            return _down_up(_resized(picture, (height, width), cv2.INTER_LINEAR), wanted.factor)
+            return _down_up(_resized(picture, (height, width), cv2.INTER_LINEAR), numbers.factor)
 
         return _within_720(frames, blur)
 

@@ -173,10 +173,10 @@ class Batches:
             try:
                 batch = self._data.batch(index[good])
             except BadSamples as error:
-                kept = good.nonzero()[:, 0]
+                places = good.nonzero()[:, 0]
                 for row, why in error.rows.items():
-                    self._leave_out(int(index[kept[row]]), why)
-                    good[kept[row]] = False
+                    self._leave_out(int(index[places[row]]), why)
+                    good[places[row]] = False
                 continue
             return MicroBatch(batch, rows[good], float(good.double().mean()))
         return MicroBatch(self._stand_in(int(index[0])), rows[:1], 0.0)

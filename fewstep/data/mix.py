@@ -108,8 +108,8 @@ class MixData:
 
     @property
     def left_out(self) -> Mapping[str, str]:
-        found = [source.left_out for source in self.sources if isinstance(source, OnDisk)]
-        return {f"{number}:{name}": why for number, names in enumerate(found) for name, why in names.items()}
+        reasons = [source.left_out for source in self.sources if isinstance(source, OnDisk)]
+        return {f"{number}:{name}": why for number, names in enumerate(reasons) for name, why in names.items()}
 
     def samples_at(self, position: Tensor, seed: int) -> Tensor:
         source, place = interleaved(position, self._blocks, self.spec.block, seed)

@@ -73,8 +73,8 @@ def _read(file: BinaryIO, name: str, max_bytes: int, max_opcodes: int) -> Any:  
 
 def _content(file: BinaryIO, most: int) -> bytes:
     """The rest of a file, `most` bytes of it. In pieces: read(2 GiB) would take 2 GiB of memory to read one byte."""
-    pieces, left = list[bytes](), most
-    while left > 0 and (piece := file.read(min(left, _PIECE))):
+    pieces, rest = list[bytes](), most
+    while rest > 0 and (piece := file.read(min(rest, _PIECE))):
         pieces.append(piece)
-        left -= len(piece)
+        rest -= len(piece)
     return b"".join(pieces)

@@ -167,14 +167,14 @@ class ShardsData(FolderData):
                     raise FileNotFoundError
                 self._sizes[path] = self._fs.size(path)  # what is asked for beyond it would be made room for
             end = min(member.offset + member.size, self._sizes[path])
-            found = self._fs.cat_file(path, start=member.offset, end=end) if end > member.offset else b""
+            content = self._fs.cat_file(path, start=member.offset, end=end) if end > member.offset else b""
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such file, but the index has it. {_AGAIN}") from None
-        if len(found) != member.size or zlib.crc32(found) != member.crc:
+        if len(content) != member.size or zlib.crc32(content) != member.crc:
             raise UserError(
                 f"{path}: {stem}.{part}{member.suffix} is not what the index says. The tar is damaged or another's; {_AGAIN}"
             )
-        return found
+        return content
 
 
 def filesystem(url: str) -> tuple[Any, str]:  # Any: fsspec carries no types

@@ -97,18 +97,18 @@ def chunk_by_chunk(
     """
     cache, todo = network.new_cache(like), sorted(switches, key=lambda switch: switch[0])
     chunks = network.chunks(like.shape[2]) if chunks is None else chunks
-    kept = like[:, :, :0]  # finished frames within reach, where a switch is still to come
+    context = like[:, :, :0]  # finished frames within reach, where a switch is still to come
     for number, frames in enumerate(chunks):
         due = [switch for switch in todo if switch[0] <= frames.start]
         if due:
             todo, cond = todo[len(due) :], due[-1][1]
-            cache = refill(denoiser_of(frames), network, kept, cond, settings, rng)
+            cache = refill(denoiser_of(frames), network, context, cond, settings, rng)
         denoiser = denoiser_of(frames)
         x0 = solve(number, frames, WithCache(denoiser, cache), cond.part(frames))
         yield x0
         if frames is not chunks[-1]:
             store(denoiser, x0.detach(), cond.part(frames), cache, settings.context_noise, rng)
-            kept = _within_reach(network, kept, x0.detach(), frames) if todo else kept[:, :, :0]
+            context = _within_reach(network, context, x0.detach(), frames) if todo else context[:, :, :0]
 
 
 def _within_reach(network: CausalDenoiser, finished: Tensor, x0: Tensor, frames: range) -> Tensor:

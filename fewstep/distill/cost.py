@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fewstep.distill.facts import Facts
 from fewstep.distill.road import score_files
-from fewstep.distill.stages import done, marker_of
+from fewstep.distill.stages import marker_of, read_marker
 
 FREQUENCY = 5  # turns of DMD2 for each of the student
 
@@ -60,7 +60,7 @@ def speed(facts: Facts, work: Path) -> float | None:
     marker, costs = marker_of(work, "pairs"), cost_of(facts)
     if not marker.is_file() or "pairs" not in costs:
         return None
-    seconds = done(marker).seconds
+    seconds = read_marker(marker).seconds
     return costs["pairs"].calls / seconds if seconds else None
 
 

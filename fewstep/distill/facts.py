@@ -158,12 +158,12 @@ def clips_of(folder: Path) -> Clips:
 
 def _frames(request: DistillRequest, clips: Clips, form: Form, network: Mapping[str, Any]) -> int:
     """As many frames of a clip as codec and network take."""
-    wanted = request.num_frames or clips.frames
-    if wanted > clips.frames:
-        raise UserError(f"--num-frames {wanted}: the shortest clip of {request.dataset} has {clips.frames} frames")
+    frames = request.num_frames or clips.frames
+    if frames > clips.frames:
+        raise UserError(f"--num-frames {frames}: the shortest clip of {request.dataset} has {clips.frames} frames")
     if not form.sees_time:
         return 1
-    fits = wanted - (wanted - 1) % form.frames_step
+    fits = frames - (frames - 1) % form.frames_step
     most = _most(network, 0)
     return fits if most is None else min(fits, 1 + (most - 1) * form.time)
 

@@ -92,8 +92,8 @@ def _train(request: PipelineRequest, number: int) -> Command:
     words += ["job.project=runs", "job.group=causal", f"job.name={training.name}", "job.after=[]"]
     own_words = request.settings_of(training.name)
     keys = {word.partition("=")[0] for word in own_words}
-    kept = [word for word in words if word.partition("=")[0] not in keys]
-    return (f"OUTPUT_ROOT={request.work}", *_launcher(request), "train", *kept, *own_words)
+    others = [word for word in words if word.partition("=")[0] not in keys]
+    return (f"OUTPUT_ROOT={request.work}", *_launcher(request), "train", *others, *own_words)
 
 
 def _scores(request: PipelineRequest, training: Training, teacher: Teacher) -> Command:

@@ -71,10 +71,10 @@ def _judge(facts: Facts) -> None:
     report = request.out / "report.html"
     if report.is_file():
         print(f"the report: {report}")
-    found = gate.verdicts(files["student"], files["teacher_few"])
-    for verdict in found:
+    verdicts = gate.verdicts(files["student"], files["teacher_few"])
+    for verdict in verdicts:
         print(verdict)
     if "kd" in files and any(verdict.is_worse for verdict in gate.verdicts(files["student"], files["kd"])):
         print("DMD2 made the student of KD worse: train it longer, or with a lower learning rate (dmd2.optim.lr=..)")
-    if request.strict and any(verdict.is_worse for verdict in found):
+    if request.strict and any(verdict.is_worse for verdict in verdicts):
         raise UserError("the student is worse than its teacher's own few steps, which --strict does not accept; see above")

@@ -44,7 +44,7 @@ class Stage:
     @property
     def commands(self) -> list[str]:
         """Every command, as one would type it."""
-        return [shown(command) for lane in self.lanes for command in lane]
+        return [text_of(command) for lane in self.lanes for command in lane]
 
 
 def marker_of(out: Path, name: str) -> Path:
@@ -60,7 +60,7 @@ class Done:
     seconds: float = 0.0
 
 
-def done(marker: Path) -> Done:
+def read_marker(marker: Path) -> Done:
     return read_json(marker, f"Remove {marker}: the stage is run again", Done)
 
 
@@ -75,7 +75,7 @@ def claim(stages: Sequence[Stage], out: Path) -> None:
         if not marker.is_file():
             is_stale = True
             continue
-        before = done(marker).commands
+        before = read_marker(marker).commands
         if before != stage.commands and stage.is_optional:
             remove(marker)
             is_stale = True
@@ -201,7 +201,7 @@ class _Lane(threading.Thread):
         for command in self.commands:
             if self._stopped:
                 return
-            print(f"{self.mark}$ {shown(command)}", flush=True)
+            print(f"{self.mark}$ {text_of(command)}", flush=True)
             process = self._running = _started(command, self.preload, self.num_threads)
             if self._stopped:  # meanwhile
                 process.send_signal(signal.SIGTERM)
@@ -220,11 +220,11 @@ class _Lane(threading.Thread):
             self._running.send_signal(number)
 
 
-def shown(command: Sequence[str]) -> str:
+def text_of(command: Sequence[str]) -> str:
     """As one would type it."""
     names, rest = _split(command)
-    told = ["python" if part == sys.executable else part for part in rest]
-    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in names.items()), *map(shlex.quote, told)])
+    parts = ["python" if part == sys.executable else part for part in rest]
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in names.items()), *map(shlex.quote, parts)])
 
 
 def _split(command: Sequence[str]) -> tuple[dict[str, str], list[str]]:

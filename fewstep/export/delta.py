@@ -37,10 +37,10 @@ def write_delta(model: Model, networks: Networks, out: Path, rank: int | None) -
             ("kohya_lora.safetensors", as_kohya(near.adapters)),
         ):
             write_safetensors(out / file, {name: Stored.of(tensor) for name, tensor in tensors.items()})
-        lost = f"; left out: {some(list(near.left_out), 3)}" if near.left_out else ""
+        note = f"; left out: {some(list(near.left_out), 3)}" if near.left_out else ""
         notes.append(
             f"The adapters are of rank {rank} and miss {near.share:.1%} of the difference of the {len(layers)} linear layers "
-            f"(Frobenius norm){lost}."
+            f"(Frobenius norm){note}."
         )
     return tuple(notes)
 

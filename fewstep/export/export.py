@@ -68,8 +68,8 @@ def export(
         form = usual
         if why:
             print(f"note: --format {form}, because {why}", file=sys.stderr)
-    given = {"--base": base, "--codec": codec, "--text-encoder": text_encoder}
-    unused = [name for name, value in given.items() if value is not None]
+    options = {"--base": base, "--codec": codec, "--text-encoder": text_encoder}
+    unused = [name for name, value in options.items() if value is not None]
     if unused and form != "diffusers":
         raise UserError(f"{unused[0]} has no effect with --format {form}: only a diffusers folder holds a pipeline")
     if rank is not None and form != "delta":
@@ -142,7 +142,7 @@ def _add(module: nn.Module, files: Sequence[str]) -> None:
 
     for file in files:
         weights = {name: Stored.of(tensor) for name, tensor in module.state_dict().items()}
-        module.load_state_dict({name: stored.read() for name, stored in added(weights, file).items()}, strict=True)
+        module.load_state_dict({name: tensor.read() for name, tensor in added(weights, file).items()}, strict=True)
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, card: StudentCard) -> None:
@@ -179,11 +179,11 @@ def _files_beside(out: Path) -> list[Path]:
         raise UserError(f"--out {out}: is a file")
     if not (out / CARD).is_file() or (out / "checkpoints").is_dir():
         raise UserError(f"--out {out}: holds something else than an earlier export; choose a new folder")
-    written = StudentCard.read(out, "Choose a new folder").files
-    if not written:
+    files = StudentCard.read(out, "Choose a new folder").files
+    if not files:
         raise UserError(f"--out {out}: does not say which of its files an export wrote; choose a new folder")
     paths = [path.relative_to(out) for path in sorted(out.rglob("*")) if path.is_symlink() or not path.is_dir()]
-    return [path for path in paths if path.as_posix() not in written]
+    return [path for path in paths if path.as_posix() not in files]
 
 
 def _keep(files: Iterable[Path], out: Path, partial: Path) -> None:

@@ -66,7 +66,7 @@ class CausalSample(StudentSample):
             shape = (batch.x0.shape[1], window.stop, *batch.x0.shape[3:])
             noise = rng.normal(shape, batch.x0.dtype).to(batch.x0.device)
         draws = 1 if self.exits == "clip" else len(chunks)
-        left = [self.calls_left(rng, with_grad) for _ in range(draws)] * (len(chunks) // draws)
+        skips = [self.calls_left(rng, with_grad) for _ in range(draws)] * (len(chunks) // draws)
 
         def solve(number: int, frames: range, denoiser: Denoiser, own: Condition) -> Tensor:
             times = self._by_chunk.times(number, self.t_list)
@@ -77,7 +77,7 @@ class CausalSample(StudentSample):
                 own,
                 renoise=self.renoise,
                 rng=rng,
-                num_calls=max(1, len(times) - left[number]),
+                num_calls=max(1, len(times) - skips[number]),
                 with_grad=with_grad and frames.start >= self.start_gradient_frame and frames.stop > window.start,
             ).x0
 

@@ -45,9 +45,9 @@ class Normalizer:
     def __call__(self, difference: Tensor, sample: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
         axes = tuple(range(1, sample.ndim))
         free = torch.ones_like(sample) if mask is None else mask.expand_as(sample)
-        counted = free if self.over == "free" else torch.ones_like(free)
+        area = free if self.over == "free" else torch.ones_like(free)
         # Transfer1 writes w = sigma / mean|eps - eps_teacher| before a difference of scores -eps / sigma: the same gradient.
-        distance = ((sample - teacher).abs() * free).sum(axes, keepdim=True) / counted.sum(axes, keepdim=True).clamp(min=1)
+        distance = ((sample - teacher).abs() * free).sum(axes, keepdim=True) / area.sum(axes, keepdim=True).clamp(min=1)
         return difference * free / (distance.clamp(min=self.min) + self.add)
 
 

@@ -62,11 +62,11 @@ Cut = tuple[int, list[int]]  # a dimension, and the share that each process has 
 
 def _send(pieces: list[Tensor], shapes: list[tuple[int, ...]], context: Context) -> list[Tensor]:
     """Sends a piece to each process; returns what each sends to this one, of these shapes."""
-    sent = torch.cat([piece.reshape(-1) for piece in pieces])
+    message = torch.cat([piece.reshape(-1) for piece in pieces])
     sizes = [torch.Size(shape).numel() for shape in shapes]
-    received = sent.new_empty(sum(sizes))
+    received = message.new_empty(sum(sizes))
     if context.group is not None:
-        dist.all_to_all_single(received, sent, sizes, [piece.numel() for piece in pieces], group=context.group)
+        dist.all_to_all_single(received, message, sizes, [piece.numel() for piece in pieces], group=context.group)
     return [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
 
 

@@ -51,8 +51,8 @@ def place(
     module.requires_grad_(trained).train(trained)
     for part in adapters:
         part.requires_grad_(True)
-    kept = kept_in_fp32(module)
-    exact_ids = {id(parameter) for name, parameter in module.named_parameters() if name in kept}
+    exact_names = kept_in_fp32(module)
+    exact_ids = {id(parameter) for name, parameter in module.named_parameters() if name in exact_names}
 
     def lower(part: nn.Module) -> None:
         """Rounds what is frozen: all of a frozen module, and what a trained one keeps so. Not part.to(): a rounded buffer (a
@@ -80,7 +80,7 @@ def place(
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = world.weights if world.weights.shape[0] > 1 else world.weights["shard"]
     exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for part in _holding_only(kept, module, blocks):
+    for part in _holding_only(exact_names, module, blocks):
         fully_shard(part, mesh=mesh, mp_policy=exact, reshard_after_forward=True)
     for part in (*blocks, module):
         # By default the outermost weights stay gathered after a forward, until a backward frees them. Ours are written between
@@ -157,12 +157,12 @@ def _holding_only(names: set[str], module: nn.Module, blocks: Sequence[nn.Module
     """The outermost modules outside of the blocks all of whose parameters, one at least, are among `names`."""
     result: list[nn.Module] = []
     inside = {id(part) for block in blocks for part in block.modules()}
-    taken: set[str] = set()
+    claims: set[str] = set()
     for at, part in module.named_modules():
         own = {f"{at}.{name}" for name, _ in part.named_parameters()}
-        if at and own and own <= names and not own & taken and id(part) not in inside:
+        if at and own and own <= names and not own & claims and id(part) not in inside:
             result.append(part)
-            taken |= own
+            claims |= own
     return result
 
 
@@ -187,11 +187,11 @@ def average_gradients(parameters: Iterable[Tensor], world: World, bucket_bytes: 
     if world.mesh is None or not whole:
         return
     # What no rank used keeps no gradient, as in a process alone; what one rank used counts as 0 on the others.
-    used = torch.tensor([float(parameter.grad is not None) for parameter in whole], device=whole[0].device)
-    dist.all_reduce(used)
+    counts = torch.tensor([float(parameter.grad is not None) for parameter in whole], device=whole[0].device)
+    dist.all_reduce(counts)
     bucket: list[Tensor] = []
     size = 0
-    for parameter, uses in zip(whole, used.tolist(), strict=True):
+    for parameter, uses in zip(whole, counts.tolist(), strict=True):
         if not uses:
             continue
         if parameter.grad is None:

@@ -52,19 +52,19 @@ def latents(
     Windows lie side by side unless start_frame_interval says otherwise.
     """
     from fewstep.networks.encoders.codecs import open_codec
-    from fewstep.prepare.reconstruction import measured
+    from fewstep.prepare.reconstruction import reconstruction_of
 
     _check_into(folder, into, "latents")
     place = device_of(device)
-    named = None if control is None else latents_.control_named(control)
+    signal = None if control is None else latents_.control_of(control)
     if windows.get("start_frame_interval") is None:
         windows["start_frame_interval"] = latents_.side_by_side(windows.get("num_frames"), windows["sequence_interval"])
-    data = Folder(str(folder), text=None, control=named, **windows)
+    data = Folder(str(folder), text=None, control=signal, **windows)
     clips = latents_.clips_of(data)
     print(latents_.extent(clips), file=sys.stderr)
     opened = open_codec(codec, device=place, **opening)
     summary = latents_.write(data, opened, dtype=cast(latents_.Half, dtype), device=place, into=into)
-    quality = measured(clips, opened, measure, folder / into, place)
+    quality = reconstruction_of(clips, opened, measure, folder / into, place)
     if quality is not None:
         print(quality.text(), file=sys.stderr)
     return f"{folder}: {summary.text('latents')}"

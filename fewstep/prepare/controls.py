@@ -116,8 +116,8 @@ class OfFrames:
         return clip
 
     def work(self, stem: str, clip: Path) -> tuple[Pixels, float]:
-        found = video.read(clip)
-        return self.control(found.frames, seed_of(stem)), found.fps
+        source = video.read(clip)
+        return self.control(source.frames, seed_of(stem)), source.fps
 
     def write(self, path: Path, work: tuple[Pixels, float]) -> None:
         frames, fps = work
@@ -161,8 +161,8 @@ class OfDepthModel:
             pictures = list(frames[begin : begin + self.at_once])
             pixels = self.processor(images=pictures, return_tensors="pt").pixel_values.to(self.device)
             with torch.inference_mode():
-                found = self.model(pixel_values=pixels).predicted_depth[:, None].float()
-                whole = nn.functional.interpolate(found, size=size, mode="bicubic", align_corners=False)
+                depth = self.model(pixel_values=pixels).predicted_depth[:, None].float()
+                whole = nn.functional.interpolate(depth, size=size, mode="bicubic", align_corners=False)
             parts.append(whole[:, 0].cpu().numpy())
         return np.concatenate(parts)
 
@@ -187,11 +187,11 @@ class OfFiles:
 
     def source(self, stem: str, clip: Path) -> Path:
         suffixes = _FROM[self.type]
-        found = [self.folder / f"{stem}{suffix}" for suffix in suffixes if (self.folder / f"{stem}{suffix}").is_file()]
-        if len(found) != 1:
-            what = "no file" if not found else "more than one file"
+        files = [self.folder / f"{stem}{suffix}" for suffix in suffixes if (self.folder / f"{stem}{suffix}").is_file()]
+        if len(files) != 1:
+            what = "no file" if not files else "more than one file"
             raise UserError(f"--from {self.folder}: has {what} for {stem}; wanted is one of {', '.join(suffixes)}")
-        return found[0]
+        return files[0]
 
     def work(self, stem: str, clip: Path) -> Any:
         """The content to write, checked against its clip."""

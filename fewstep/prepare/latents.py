@@ -88,12 +88,12 @@ def extent(data: FolderData) -> str:
     return f"{len(data)} windows of {num} clips, {spec.num_frames} frames each{every}"
 
 
-def control_named(name: str) -> Any:  # whatever is registered under that name
+def control_of(name: str) -> Any:  # whatever is registered under that name
     """The control of that name with its defaults."""
-    known = choices("control")
-    if name not in known:
-        raise ConfigError(f"there is no control {name!r}; one of {', '.join(sorted(known))}")
-    return known[name]()
+    kinds = choices("control")
+    if name not in kinds:
+        raise ConfigError(f"there is no control {name!r}; one of {', '.join(sorted(kinds))}")
+    return kinds[name]()
 
 
 # ---- parts of the above --------------------------------------------------------------------------------------------
@@ -125,17 +125,17 @@ def _write_part(
             if writer.has(labels[number]):
                 return torch.empty(0)
             try:
-                found = pixels_of(data.batch(torch.tensor([number])))
+                clip = pixels_of(data.batch(torch.tensor([number])))
             except ValueError as error:
                 return error
-            assert found is not None, part
-            return found
+            assert clip is not None, part
+            return clip
 
         def encode(frames: Tensor) -> Tensor:
             with torch.inference_mode():
-                made = codec.encode(frames.to(device))[0]
-            assert tuple(made.shape) == shape, (made.shape, shape)
-            return made.to("cpu", getattr(torch, dtype))
+                latents = codec.encode(frames.to(device))[0]
+            assert tuple(latents.shape) == shape, (latents.shape, shape)
+            return latents.to("cpu", getattr(torch, dtype))
 
         everything = track(ahead_of(pixels, range(len(labels)), ahead), len(labels), f"encoding {part}")
         for label, frames in zip(labels, everything, strict=True):

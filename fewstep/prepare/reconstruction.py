@@ -45,7 +45,7 @@ class Reconstruction:
         )
 
 
-def measured(
+def reconstruction_of(
     data: FolderData, codec: Codec, num: int, folder: Path, device: torch.device | str = "cpu"
 ) -> Reconstruction | None:
     """The reconstruction of `num` clips spread over the data set; kept in `folder`, where a later command finds it."""
@@ -57,16 +57,16 @@ def measured(
         if before.codec == codec.fingerprint and len(before.clips) >= min(num, len(set(data.stems))):
             return before
     stems = list(dict.fromkeys(data.stems))
-    chosen = stems if num >= len(stems) else [stems[i * len(stems) // num] for i in range(num)]
-    found = Reconstruction(codec.fingerprint, {stem: _psnr_db(data, codec, data.stems.index(stem), device) for stem in chosen})
-    write_json(path, {"codec": found.codec, "psnr_db": round(found.psnr_db, 3), "clips": dict(found.clips)})
-    return found
+    picks = stems if num >= len(stems) else [stems[i * len(stems) // num] for i in range(num)]
+    result = Reconstruction(codec.fingerprint, {stem: _psnr_db(data, codec, data.stems.index(stem), device) for stem in picks})
+    write_json(path, {"codec": result.codec, "psnr_db": round(result.psnr_db, 3), "clips": dict(result.clips)})
+    return result
 
 
 @torch.inference_mode()
 def _psnr_db(data: FolderData, codec: Codec, row: int, device: torch.device | str) -> float:
     pixels = data.batch(torch.tensor([row])).x0
     assert pixels is not None
-    decoded = codec.decode(codec.encode(pixels.to(device))).clamp(-1, 1).to("cpu", torch.float32)
-    error = float((decoded - pixels).square().mean())
+    output = codec.decode(codec.encode(pixels.to(device))).clamp(-1, 1).to("cpu", torch.float32)
+    error = float((output - pixels).square().mean())
     return round(10 * math.log10(4 / max(error, 1e-12)), 2)

@@ -81,7 +81,7 @@ def write(dataset_dir: str | Path, url: str, *, parts: Sequence[str] | None = No
     samples = _sources(place, parts)
     names = tuple(source.part for source in next(iter(samples.values())))
     settings = {"format": FORMAT, "parts": names, "shard_bytes": shard_bytes}
-    before = _known(fs, f"{root}/{INDEX}", IndexFile)
+    before = _earlier(fs, f"{root}/{INDEX}", IndexFile)
     changed = [key for key, value in settings.items() if before is not None and getattr(before, key) != value]
     if changed:
         differences = ", ".join(f"{key} {getattr(before, key)}, not {settings[key]}" for key in changed)
@@ -100,7 +100,7 @@ def write(dataset_dir: str | Path, url: str, *, parts: Sequence[str] | None = No
 
     for name, stems in zip(shards, track(groups, len(groups), f"writing {url}"), strict=True):
         plan = _plan(stems, samples)
-        if (_known(fs, f"{root}/{name}.json", dict[str, Any]) or {}).get("plan") != plan:
+        if (_earlier(fs, f"{root}/{name}.json", dict[str, Any]) or {}).get("plan") != plan:
             if not new:
                 write_index(whole=False, names=shards + old)
             _remove(fs, f"{root}/{name}.json")
@@ -128,13 +128,13 @@ def _sources(place: Layout, parts: Sequence[str] | None) -> dict[str, list[_Sour
     unknown = sorted(set(parts or ()) - set(folders))
     if unknown:
         raise UserError(f"{place.root}: has no {', '.join(unknown)}; it holds {some(folders, 20)}")
-    found = {name: _of_part(place, name) for name in folders if parts is None or name in parts}
-    found = {name: sources for name, sources in found.items() if sources}
-    lead = next((name for name in (layout.VIDEOS.folder, layout.LATENTS.folder) if name in found), None)
+    by_part = {name: _of_part(place, name) for name in folders if parts is None or name in parts}
+    by_part = {name: sources for name, sources in by_part.items() if sources}
+    lead = next((name for name in (layout.VIDEOS.folder, layout.LATENTS.folder) if name in by_part), None)
     if lead is None:
         raise UserError(f"{place.root}: has neither videos nor latents to write{' among --parts' if parts else ''}")
-    stems, problems = list(found[lead]), list[str]()
-    for name, sources in found.items():
+    stems, problems = list(by_part[lead]), list[str]()
+    for name, sources in by_part.items():
         lacking = [stem for stem in stems if stem not in sources]
         if lacking:
             problems.append(
@@ -148,7 +148,7 @@ def _sources(place: Layout, parts: Sequence[str] | None) -> dict[str, list[_Sour
         problems.append(f"{len(dotted)} names have a dot, which ends a WebDataset name: {some(dotted)}. Rename them")
     if problems:
         raise UserError("\n".join(f"{place.root}: {problem}" for problem in problems))
-    return {stem: [found[name][stem] for name in found] for stem in stems}
+    return {stem: [by_part[name][stem] for name in by_part] for stem in stems}
 
 
 def _of_part(place: Layout, name: str) -> dict[str, _Source]:
@@ -160,14 +160,14 @@ def _of_part(place: Layout, name: str) -> dict[str, _Source]:
         if windows:
             raise UserError(f"{folder}: its packs hold windows of clips ({some(windows)}); shards hold whole ones")
         return {stem: _Source(name, ".safetensors", folder, (packs, numbers[0])) for stem, numbers in rows.items()}
-    found = place.files(_part(name))
-    return {stem: _Source(name, path.name[len(stem) :], path) for stem, path in found.items()}
+    paths = place.files(_part(name))
+    return {stem: _Source(name, path.name[len(stem) :], path) for stem, path in paths.items()}
 
 
 def _part(name: str) -> Part:
-    known = {part.folder: part for part in (layout.VIDEOS, layout.CAPTIONS, layout.NOISE, layout.PATH, layout.LATENTS)}
-    if name in known:
-        return known[name]
+    parts = {part.folder: part for part in (layout.VIDEOS, layout.CAPTIONS, layout.NOISE, layout.PATH, layout.LATENTS)}
+    if name in parts:
+        return parts[name]
     if name.endswith("_latents"):
         return layout.control_latents(name.removesuffix("_latents"))
     from fewstep.config import choices
@@ -247,7 +247,7 @@ def _remove(fs: Any, path: str) -> None:
         fs.rm_file(path)
 
 
-def _known(fs: Any, path: str, kind: type[T]) -> T | None:
+def _earlier(fs: Any, path: str, kind: type[T]) -> T | None:
     """The JSON file of an earlier command; None if there is none, or only a damaged one."""
     try:
         return read_json(fs, path, "", kind)

@@ -43,7 +43,7 @@ def write(
         _write_prompt(place, prompt)
     texts = captions(place)
     made_from = {"encoder": encoder.fingerprint, "dtype": "float16"}
-    named = track(texts.items(), len(texts), f"embedding into {folder}")
+    items = track(texts.items(), len(texts), f"embedding into {folder}")
     if form == "packed":
         if stored_pooled(encoder, "") is not None:
             raise UserError(
@@ -57,7 +57,7 @@ def write(
         labels = [Label(stem, hash_of(text)) for stem, text in texts.items()]
         with Writer(place.root / folder, made_from, lengths_differ=True) as writer:
             writer.keep_only(labels)
-            for label, (_, text) in zip(labels, named, strict=True):
+            for label, (_, text) in zip(labels, items, strict=True):
                 writer.put(label, lambda text=text: embed(text))
         return Summary(len(texts), writer.new)
     if has_packs(place.root / folder):
@@ -65,7 +65,7 @@ def write(
     content = lru_cache(maxsize=64)(lambda text: _content(encoder, text))
     new = foreign = 0
     with Ledger(_ledger(place, folder), made_from, lambda stem: place.file(part, stem)) as ledger:
-        for stem, text in named:
+        for stem, text in items:
             state = ledger.state(stem, hash_of(text))
             foreign += state == "foreign"
             if state == "todo":

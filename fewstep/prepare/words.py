@@ -57,13 +57,13 @@ def train(
     random = torch.Generator().manual_seed(seed)
     tokens, losses = encoder.padded(captions), list[float]()
     for _ in track(range(num_steps), num_steps, "training the text encoder"):
-        wanted = tokens[torch.randint(len(tokens), (batch_size,), generator=random)]
-        hidden = (torch.rand(wanted.shape, generator=random) < GAPS) & (wanted != PAD)
+        targets = tokens[torch.randint(len(tokens), (batch_size,), generator=random)]
+        hidden = (torch.rand(targets.shape, generator=random) < GAPS) & (targets != PAD)
         hidden[:, 0] |= ~hidden.any(1)
         # One in twenty captions is all gap: the empty prompt must have an embedding, too.
-        hidden |= (torch.rand(len(wanted), 1, generator=random) < 0.05) & (wanted != PAD)
-        named = naming(encoder.module(wanted.masked_fill(hidden, GAP)))
-        loss = nn.functional.cross_entropy(named[hidden], wanted[hidden])
+        hidden |= (torch.rand(len(targets), 1, generator=random) < 0.05) & (targets != PAD)
+        logits = naming(encoder.module(targets.masked_fill(hidden, GAP)))
+        loss = nn.functional.cross_entropy(logits[hidden], targets[hidden])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

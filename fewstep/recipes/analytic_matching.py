@@ -38,14 +38,14 @@ BIASED = replace(
 )
 
 
-def _named(run: Run, name: str, *after: str) -> Run:
+def _with_name(run: Run, name: str, *after: str) -> Run:
     return replace(run, job=replace(run.job, name=name, after=after or ("analytic_finetune",)))
 
 
 @recipe("analytic_biased")
 def analytic_biased() -> Run:
     """Flow matching on samples of a biased teacher, from which its students start. Scored against the true data."""
-    return _named(replace(analytic_finetune(), data=MixtureSamples(BIASED)), "analytic_biased", "analytic_finetune")
+    return _with_name(replace(analytic_finetune(), data=MixtureSamples(BIASED)), "analytic_biased", "analytic_finetune")
 
 
 @recipe("analytic_dmd2_biased")
@@ -53,7 +53,7 @@ def analytic_dmd2_biased() -> Run:
     """Four-step DMD2 against a biased teacher, without GAN: the student inherits the bias."""
     run, start = analytic_dmd2(), "analytic/basic/analytic_biased@latest:student.ema"
     networks = Networks(teacher=BIASED, student=Full(STUDENT, init=start), critic=Full(STUDENT, init=start))
-    return _named(replace(run, networks=networks, health=Health()), "analytic_dmd2_biased", "analytic_biased")
+    return _with_name(replace(run, networks=networks, health=Health()), "analytic_dmd2_biased", "analytic_biased")
 
 
 @recipe("analytic_dmd2_gan")
@@ -61,7 +61,7 @@ def analytic_dmd2_gan() -> Run:
     """The same with a GAN on the true data: the student ends nearer to the data than its teacher."""
     run = analytic_dmd2_biased()
     return replace(
-        _named(run, "analytic_dmd2_gan", "analytic_biased"),
+        _with_name(run, "analytic_dmd2_gan", "analytic_biased"),
         method=replace(FOUR_STEPS, gan=Gan(weight=3.0, features="critic", real_noise="own", r1_weight=1.0, r1_std=0.05)),
         networks=replace(run.networks, head=HEAD),
     )
@@ -72,7 +72,7 @@ def analytic_f_distill() -> Run:
     """Four-step f-distill (Jensen-Shannon) against the exact teacher."""
     run = analytic_dmd2()
     return replace(
-        _named(run, "analytic_f_distill"),
+        _with_name(run, "analytic_f_distill"),
         method=replace(FOUR_STEPS, gan=Gan(weight=1e-2, features="critic"), sample_weight=FDivergence("js")),
         networks=replace(run.networks, head=HEAD),
     )
@@ -83,7 +83,7 @@ def analytic_ladd() -> Run:
     """Four-step LADD: the features are those of the flow-matching model, the real samples are data."""
     run = analytic_dmd2()
     return replace(
-        _named(run, "analytic_ladd"),
+        _with_name(run, "analytic_ladd"),
         method=LADD(times=Shifted(shift=2.0), gan=Gan(weight=1.0, r1_weight=1.0, r1_std=0.05)),
         networks=Networks(teacher=STUDENT, teacher_init=PRETRAINED, student=Full(STUDENT, init=PRETRAINED), head=HEAD),
         critic_optim=None,
@@ -97,7 +97,7 @@ def analytic_ladd() -> Run:
 def analytic_sid() -> Run:
     """One-step SiD against the exact teacher."""
     return replace(
-        _named(analytic_dmd2_onestep(), "analytic_sid"),
+        _with_name(analytic_dmd2_onestep(), "analytic_sid"),
         method=SiD(student=StudentSample(t_list=(1.0,)), times=Shifted(shift=2.0), student_update_freq=2),
     )
 
@@ -107,7 +107,7 @@ def analytic_phased() -> Run:
     """Two phases with one expert each against the exact teacher; both experts start from the flow-matching model."""
     run = analytic_dmd2()
     return replace(
-        _named(run, "analytic_phased"),
+        _with_name(run, "analytic_phased"),
         method=PhasedDMD(t_list=(1.0, 0.75), times=Shifted(shift=2.0), student_update_freq=3, steps_per_phase=2000),
         networks=replace(run.networks, student=Full(ExpertsSpec(STUDENT, STUDENT, 0.9), init=PRETRAINED)),
         health=Health(),
@@ -118,6 +118,6 @@ def analytic_phased() -> Run:
 def analytic_reward() -> Run:
     """Four-step DMD2, weighted towards the right; the student can represent the teacher and ends at it all the same."""
     return replace(
-        _named(analytic_dmd2(), "analytic_reward"),
+        _with_name(analytic_dmd2(), "analytic_reward"),
         method=replace(FOUR_STEPS, sample_weight=RewardWeight(reward=Toward(direction=(1.0, 0.0)), beta=1.0, max_weight=5.0)),
     )

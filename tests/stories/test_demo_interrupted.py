@@ -70,7 +70,7 @@ def test_what_is_printed_is_what_a_shell_would_run(tmp_path: Path, monkeypatch: 
     from fewstep.cli import main
     from fewstep.cli.demo import METHODS
     from fewstep.distill.facts import facts_of
-    from fewstep.distill.stages import shown
+    from fewstep.distill.stages import text_of
     from fewstep.toyworld.demo.stages import METHODS as TITLES
     from fewstep.toyworld.demo.stages import beginning, request, students
 
@@ -85,7 +85,7 @@ def test_what_is_printed_is_what_a_shell_would_run(tmp_path: Path, monkeypatch: 
     for stage in [*beginning(out, "quick", "my demo/toy"), *students(out, "quick", facts, METHODS)]:
         for lane in stage.lanes:
             for command in lane:
-                told = shown(command)
+                told = text_of(command)
                 needs_root = any(
                     word in told for word in (" train experiment=", " export ", "toyworld.release", "train_tokenizer")
                 )

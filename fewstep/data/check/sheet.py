@@ -39,7 +39,7 @@ table{border-collapse:collapse;margin:1em 0}td{border-top:1px solid #ddd;padding
 def write(path: str | os.PathLike[str], survey: Survey, num: int = 60) -> int:
     """Writes the sheet with at most `num` samples; how many it shows."""
     place = Layout.open(survey.root)
-    samples = _chosen(survey, num)
+    samples = _selection(survey, num)
     problems = _by_stem(survey.problems)
     parts = [
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{_text(survey.root.name)}</title><style>{_STYLE}</style>",
@@ -63,7 +63,7 @@ def verdict(survey: Survey) -> str:
     return f"{'can be trained on' if survey.is_trainable else 'CANNOT be trained on as it is'} ({counts})"
 
 
-def _chosen(survey: Survey, num: int) -> list[Sample]:
+def _selection(survey: Survey, num: int) -> list[Sample]:
     """Those with problems, then others from all over the set."""
     wrong = set(_by_stem(survey.problems))
     bad = [sample for sample in survey.samples if sample.stem in wrong][:num]

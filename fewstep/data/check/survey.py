@@ -190,8 +190,8 @@ def _control_parts() -> list[Part]:
 
 def _files_of(place: Layout) -> _Files:
     controls, broken = _control_parts(), list[Problem]()
-    known = [layout.VIDEOS, layout.IMAGES, layout.CAPTIONS, layout.NOISE, layout.PATH, layout.LATENTS, *controls]
-    known += [layout.control_latents(part.folder) for part in controls]
+    all_parts = [layout.VIDEOS, layout.IMAGES, layout.CAPTIONS, layout.NOISE, layout.PATH, layout.LATENTS, *controls]
+    all_parts += [layout.control_latents(part.folder) for part in controls]
 
     def files_of(part: Part) -> dict[str, Path]:
         try:
@@ -200,7 +200,7 @@ def _files_of(place: Layout) -> _Files:
             broken.append(Problem("error", f"ambiguous-{part.folder}", str(error)))
             return {}
 
-    files = {part.folder: files_of(part) for part in known}
+    files = {part.folder: files_of(part) for part in all_parts}
     if files[layout.VIDEOS.folder] and files[layout.IMAGES.folder]:
         broken.append(
             Problem("error", "mixed", f"{place.root}: holds videos/ and images/; put them in a folder each (data=mix)")
@@ -216,16 +216,16 @@ def _files_of(place: Layout) -> _Files:
                     packed[name] = packs.open_packs(place.root / name)
             except ValueError as error:
                 broken.append(Problem("error", f"unreadable-{name}", str(error)))
-    rows = {name: found.by_stem() for name, found in packed.items()}
+    rows = {name: pack.by_stem() for name, pack in packed.items()}
     leads = (layout.VIDEOS, layout.IMAGES, layout.LATENTS, layout.PATH)
     lead = next((part for part in leads if files[part.folder] or part.folder in rows), layout.VIDEOS)
     stems = set(rows.get(lead.folder) or files[lead.folder])
     texts: list[str] = []
     for name in others:
-        found = files_of(layout.text(name))
-        if name in rows or stems & set(found):  # a folder that shares no name with the clips is none of ours
+        paths = files_of(layout.text(name))
+        if name in rows or stems & set(paths):  # a folder that shares no name with the clips is none of ours
             texts.append(name)
-            files[name] = found
+            files[name] = paths
     return _Files(place, lead, files, packed, rows, tuple(texts), tuple(broken))
 
 
@@ -243,41 +243,41 @@ class _Look:
     change: float | None = None  # the largest of any pixel of the thumbnails, in levels of 255
 
 
-def _look(held: _Files, stem: str) -> _Look:
+def _look(listing: _Files, stem: str) -> _Look:
     """Reads all files of a sample; never raises for their content."""
     look = _Look(Sample(stem))
-    files = {folder: paths[stem] for folder, paths in held.files.items() if stem in paths}
-    rows = {folder: found[stem] for folder, found in held.rows.items() if stem in found}
-    known: dict[str, Any] = {"parts": tuple(sorted(files.keys() | rows.keys()))}
+    files = {folder: paths[stem] for folder, paths in listing.files.items() if stem in paths}
+    rows = {folder: numbers[stem] for folder, numbers in listing.rows.items() if stem in numbers}
+    facts: dict[str, Any] = {"parts": tuple(sorted(files.keys() | rows.keys()))}
     clip = files.get(layout.VIDEOS.folder) or files.get(layout.IMAGES.folder)
     header: video.Header | None = None
     if clip is not None:
-        with _collected(look, f"unreadable-{held.lead.folder}"):
+        with _collected(look, f"unreadable-{listing.lead.folder}"):
             header = video.probe(clip)
-            known |= {"num_frames": header.num_frames, "size": header.size, "fps": header.fps or None}
+            facts |= {"num_frames": header.num_frames, "size": header.size, "fps": header.fps or None}
             look.content = digest_of(clip)
-            known["motion"] = _watch_clip(look, clip, header)
+            facts["motion"] = _watch_clip(look, clip, header)
     for part in _control_parts():
         if part.folder in files:
             with _collected(look, f"unreadable-{part.folder}"):
                 _look_at_control(look, part, files[part.folder], header)
     if layout.CAPTIONS.folder in files:
         try:
-            known["caption"] = read_caption(files[layout.CAPTIONS.folder])
+            facts["caption"] = read_caption(files[layout.CAPTIONS.folder])
         except UserError as error:
             look.wrong.append(("unreadable-metas", str(error)))
         except UnicodeDecodeError:
             look.wrong.append(("unreadable-metas", f"{files[layout.CAPTIONS.folder]}: is not UTF-8 text. Save it as UTF-8"))
     tokens, shapes = dict[str, int](), dict[str, tuple[int, ...]]()
-    for name in held.texts:
+    for name in listing.texts:
         if name in files or name in rows:
             with _collected(look, f"unreadable-{name}"):
-                found = _array(held, stem, name, files, rows)
-                num = max(len(found), 1) if found.ndim == 2 else 1
-                tokens[name] = int(parts.padded(_path_of(held, stem, name, files), found, num).mask.sum())
-                shapes[name] = (found.shape[-1],)
-    shapes |= _look_at_pair(look, held, stem, files, rows, header)
-    look.sample = Sample(stem, num_tokens=tokens, shapes=shapes, **known)
+                array = _array(listing, stem, name, files, rows)
+                num = max(len(array), 1) if array.ndim == 2 else 1
+                tokens[name] = int(parts.padded(_path_of(listing, stem, name, files), array, num).mask.sum())
+                shapes[name] = (array.shape[-1],)
+    shapes |= _look_at_pair(look, listing, stem, files, rows, header)
+    look.sample = Sample(stem, num_tokens=tokens, shapes=shapes, **facts)
     return look
 
 
@@ -293,9 +293,9 @@ def _look_at_control(look: _Look, part: Part, path: Path, header: video.Header |
         return
     num = 1 if header is None else header.num_frames
     if part.folder == "seg":
-        found = masks.read(path)
-        if found and header is not None and found[0].shape[0] != num:
-            look.wrong.append((f"unlike-{part.folder}", f"{path.name} (frames {found[0].shape[0]}, its clip {num})"))
+        segments = masks.read(path)
+        if segments and header is not None and segments[0].shape[0] != num:
+            look.wrong.append((f"unlike-{part.folder}", f"{path.name} (frames {segments[0].shape[0]}, its clip {num})"))
     elif part.folder == "keypoint":
         keypoints.read(path, range(num))
     else:  # a control of the user's own reads its own files
@@ -306,7 +306,7 @@ def _look_at_control(look: _Look, part: Part, path: Path, header: video.Header |
 
 def _look_at_pair(
     look: _Look,
-    held: _Files,
+    listing: _Files,
     stem: str,
     files: Mapping[str, Path],
     rows: Mapping[str, Sequence[int]],
@@ -324,12 +324,12 @@ def _look_at_pair(
     ]
     for name in names:
         with _collected(look, f"unreadable-{name}"):
-            found = parts.checked_latents(_path_of(held, stem, name, files), _array(held, stem, name, files, rows))
-            shapes[name] = tuple(found.shape)
+            array = parts.checked_latents(_path_of(listing, stem, name, files), _array(listing, stem, name, files, rows))
+            shapes[name] = tuple(array.shape)
             if name == layout.LATENTS.folder:
-                latents = found
-            elif latents is not None and found.shape[1:] != latents.shape[1:]:
-                look.wrong.append((f"unlike-{name}", f"{stem} ({tuple(found.shape)}, its clip {tuple(latents.shape)})"))
+                latents = array
+            elif latents is not None and array.shape[1:] != latents.shape[1:]:
+                look.wrong.append((f"unlike-{name}", f"{stem} ({tuple(array.shape)}, its clip {tuple(latents.shape)})"))
     if latents is not None:
         like = {"latents": latents}
     if layout.NOISE.folder in files:
@@ -345,15 +345,15 @@ def _look_at_pair(
     return shapes
 
 
-def _array(held: _Files, stem: str, name: str, files: Mapping[str, Path], rows: Mapping[str, Sequence[int]]) -> Tensor:
+def _array(listing: _Files, stem: str, name: str, files: Mapping[str, Path], rows: Mapping[str, Sequence[int]]) -> Tensor:
     """An array of a sample, from its pack or its file."""
     if name in rows:
-        return held.packed[name].read(rows[name][0])
+        return listing.packed[name].read(rows[name][0])
     return parts.array(files[name])
 
 
-def _path_of(held: _Files, stem: str, name: str, files: Mapping[str, Path]) -> Path:
-    return files.get(name, held.place.root / name / stem)
+def _path_of(listing: _Files, stem: str, name: str, files: Mapping[str, Path]) -> Path:
+    return files.get(name, listing.place.root / name / stem)
 
 
 @contextmanager
@@ -391,11 +391,11 @@ def _watch_clip(look: _Look, path: Path, header: video.Header) -> float:
 # ---- all samples -----------------------------------------------------------------------------------------------------
 
 
-def _problems(held: _Files, looks: Sequence[_Look]) -> Iterator[Problem]:
+def _problems(listing: _Files, looks: Sequence[_Look]) -> Iterator[Problem]:
     """All problems, errors first, each kind once."""
-    problems = [*held.broken, *_unreadable(looks), *_unlike(looks), *_missing(held), *_captions(looks), *_shapes(looks)]
-    problems += [*_pair_lengths(held, looks), *_still(looks), *_duplicates(looks), *_varied(held, looks), *_without_clip(held)]
-    problems += _unread(held)
+    problems = [*listing.broken, *_unreadable(looks), *_unlike(looks), *_missing(listing), *_captions(looks), *_shapes(looks)]
+    problems += [*_pair_lengths(listing, looks), *_still(looks), *_duplicates(looks), *_varied(listing, looks)]
+    problems += [*_without_clip(listing), *_unread(listing)]
     yield from sorted(problems, key=lambda problem: problem.level != "error")
 
 
@@ -427,13 +427,13 @@ def _by_kind(looks: Sequence[_Look], start: str) -> dict[str, list[tuple[str, st
     return out
 
 
-def _missing(held: _Files) -> Iterator[Problem]:
+def _missing(listing: _Files) -> Iterator[Problem]:
     """Files that some samples have and others lack."""
-    stems = held.stems
-    for name, paths in held.files.items():
-        there = set(paths) | set(held.rows.get(name, ()))
+    stems = listing.stems
+    for name, paths in listing.files.items():
+        there = set(paths) | set(listing.rows.get(name, ()))
         lacking = [stem for stem in stems if stem not in there]
-        if name == held.lead.folder or not there & set(stems) or not lacking:
+        if name == listing.lead.folder or not there & set(stems) or not lacking:
             continue
         remedy = "make them with: fewstep prepare"
         if name in (layout.NOISE.folder, layout.PATH.folder):
@@ -462,10 +462,10 @@ def _captions(looks: Sequence[_Look]) -> Iterator[Problem]:
         yield Problem("warning", "same-captions", message)
 
 
-def _unread(held: _Files) -> Iterator[Problem]:
+def _unread(listing: _Files) -> Iterator[Problem]:
     """Files of clips and captions that no reader takes, for their suffix."""
     for part in (layout.VIDEOS, layout.IMAGES, layout.CAPTIONS):
-        others = held.place.unread(part)
+        others = listing.place.unread(part)
         if others:
             remedy = "Convert them, or rename them: " + ", ".join(part.suffixes)
             message = f"{len(others)} files in {part.folder}/ are not read, for their suffix: {some(others)}. {remedy}"
@@ -483,9 +483,9 @@ def _shapes(looks: Sequence[_Look]) -> Iterator[Problem]:
             yield Problem("error", f"shape-{name}", message, tuple(odd))
 
 
-def _pair_lengths(held: _Files, looks: Sequence[_Look]) -> Iterator[Problem]:
+def _pair_lengths(listing: _Files, looks: Sequence[_Look]) -> Iterator[Problem]:
     """A pair is a whole clip, so all clips of pairs are equally long."""
-    if not held.files[layout.NOISE.folder] and not held.files[layout.PATH.folder]:
+    if not listing.files[layout.NOISE.folder] and not listing.files[layout.PATH.folder]:
         return
     lengths = {look.sample.stem: look.sample.num_frames for look in looks if look.sample.num_frames is not None}
     usual, odd = odd_ones(lengths)
@@ -529,9 +529,9 @@ def _duplicates(looks: Sequence[_Look]) -> Iterator[Problem]:
         yield Problem("warning", "duplicates", message, tuple(twice))
 
 
-def _varied(held: _Files, looks: Sequence[_Look]) -> Iterator[Problem]:
+def _varied(listing: _Files, looks: Sequence[_Look]) -> Iterator[Problem]:
     """Differences between clips that the right settings allow."""
-    if held.files[layout.NOISE.folder] or held.files[layout.PATH.folder]:
+    if listing.files[layout.NOISE.folder] or listing.files[layout.PATH.folder]:
         return
     for what, advice, of in (
         (
@@ -548,10 +548,10 @@ def _varied(held: _Files, looks: Sequence[_Look]) -> Iterator[Problem]:
             yield Problem("warning", f"varied-{what}", f"clips differ in {what}: {values}. {advice}")
 
 
-def _without_clip(held: _Files) -> Iterator[Problem]:
+def _without_clip(listing: _Files) -> Iterator[Problem]:
     """Files whose clip is not there."""
-    stems = set(held.stems)
-    for name, paths in held.files.items():
+    stems = set(listing.stems)
+    for name, paths in listing.files.items():
         others = sorted(set(paths) - stems)
         if others:
             message = f"{len(others)} files in {name}/ have no clip of their name: {some(others)}"

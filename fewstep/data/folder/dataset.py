@@ -110,7 +110,7 @@ class FolderData:
 
     def batch(self, index: Tensor) -> Batch:
         rows = index.tolist()
-        wanted = [row for row in dict.fromkeys(rows) if not self._memory.has(row)]
+        todo = [row for row in dict.fromkeys(rows) if not self._memory.has(row)]
         buckets = self._bucket[index].unique().tolist() if rows else []
         if len(buckets) > 1:
             raise UserError(
@@ -118,11 +118,11 @@ class FolderData:
                 "trainer.batch_size or a multiple of it"
             )
         read, bad = dict[int, dict[str, Tensor]](), dict[int, str]()
-        for row, found in zip(wanted, each(self._tried, wanted, self.spec.num_threads), strict=True):
-            if isinstance(found, str):
-                bad |= {place: found for place, other in enumerate(rows) if other == row}
+        for row, result in zip(todo, each(self._record_or_error, todo, self.spec.num_threads), strict=True):
+            if isinstance(result, str):
+                bad |= {place: result for place, other in enumerate(rows) if other == row}
             else:
-                read[row] = found
+                read[row] = result
         if bad:
             raise BadSamples(bad)
         columns = self._memory.stacked(rows, read)
@@ -149,7 +149,7 @@ class FolderData:
 
     # ---- one sample ------------------------------------------------------------------------------------------------
 
-    def _tried(self, row: int) -> dict[str, Tensor] | str:
+    def _record_or_error(self, row: int) -> dict[str, Tensor] | str:
         """A sample, or the error of reading it: damage, and files that were removed."""
         try:
             return self._checked(row)
@@ -172,15 +172,15 @@ class FolderData:
         """A sample of the same shapes as the first one; otherwise they could not be in one batch."""
         sample = self.samples[row]
         record = self._read(sample)
-        for name, wanted in self._first.items():
-            found = record.get(name)
+        for name, first in self._first.items():
+            tensor = record.get(name)
             # Sizes follow from the bucket; what else could differ is the number of frames.
             num = 1 if self._encoder is None else 2  # T of T H W 3, or C T of C T H W
             axes = {"x0": num, "control": num, "padding": 0}.get(name) if self.block else None
-            if found is None or found.shape[:axes] != wanted.shape[:axes]:
-                state = "is not there" if found is None else f"has shape {tuple(found.shape)}"
+            if tensor is None or tensor.shape[:axes] != first.shape[:axes]:
+                state = "is not there" if tensor is None else f"has shape {tuple(tensor.shape)}"
                 raise UserError(
-                    f"{self.layout.root}: '{name}' of {sample.stem} {state}, but {tuple(wanted.shape)} in "
+                    f"{self.layout.root}: '{name}' of {sample.stem} {state}, but {tuple(first.shape)} in "
                     f"{self._like}. Samples of one data set have the same shapes: remove this one or prepare it again"
                 )
         return record
@@ -196,7 +196,7 @@ class FolderData:
                 record["control"] = self._control_latents(sample, spec.control, record["x0"])
         else:
             assert sample.header is not None, sample
-            record |= self._pixels_record(sample) if self._encoder is None else self._encoded(sample, self._encoder)
+            record |= self._pixels_record(sample) if self._encoder is None else self._latents_record(sample, self._encoder)
             rate = sample.header.fps / sample.span.stride
             record |= {"fps": torch.tensor(rate)} if rate else {}
             record |= {"padding": torch.from_numpy(self._fit(sample).padding())} if spec.resize == "pad" else {}
@@ -243,7 +243,7 @@ class FolderData:
         frames = self._frames(sample)
         return {"x0": frames} | ({} if self.spec.control is None else {"control": self._control_frames(sample, lambda: frames)})
 
-    def _encoded(self, sample: Sample, encoder: Encoder) -> dict[str, Tensor]:
+    def _latents_record(self, sample: Sample, encoder: Encoder) -> dict[str, Tensor]:
         """The latents of a clip and of its control; the clip is decoded once, and not at all if both are cached."""
         spec, clip = self.spec, sample.files["videos"]
         frames = lru_cache(maxsize=1)(lambda: self._frames(sample))
@@ -272,9 +272,9 @@ class FolderData:
             return _tensor(made_of(spec.control, frames().numpy(), seed_of(sample.stem, sample.span.start)))
         fitted = self._fit(sample)
         path = sample.files[spec.control.folder]
-        made = spec.control.read(path, sample.span, fitted.scaled)
-        assert made.shape == (sample.span.count, *fitted.scaled, 3), (path, made.shape)
-        return _tensor(fitted(made))
+        signal = spec.control.read(path, sample.span, fitted.scaled)
+        assert signal.shape == (sample.span.count, *fitted.scaled, 3), (path, signal.shape)
+        return _tensor(fitted(signal))
 
     def _control_latents(self, sample: Sample, control: Control, x0: Tensor) -> Tensor:
         folder = layout.control_latents(control.folder, self.spec.latents).folder

@@ -107,25 +107,25 @@ class Layout:
 
     def files(self, part: Part) -> dict[str, Path]:
         """The files of a part by stem, in the order of the stems; refuses two files for one stem."""
-        found: dict[str, list[Path]] = {}
+        by_stem: dict[str, list[Path]] = {}
         if self.form == "flat":
             for path in _visible(self.root / part.folder):
                 for suffix in part.suffixes:
                     if path.name.endswith(suffix):
-                        found.setdefault(path.name.removesuffix(suffix), []).append(path)
+                        by_stem.setdefault(path.name.removesuffix(suffix), []).append(path)
         else:
-            wanted = {name + suffix for name in part.names for suffix in part.suffixes}
+            file_names = {name + suffix for name in part.names for suffix in part.suffixes}
             for folder in _visible(self.root):
                 for path in _visible(folder):
-                    if path.name in wanted:
-                        found.setdefault(folder.name, []).append(path)
-        twice = [stem for stem, paths in found.items() if len(paths) > 1]
+                    if path.name in file_names:
+                        by_stem.setdefault(folder.name, []).append(path)
+        twice = [stem for stem, paths in by_stem.items() if len(paths) > 1]
         if twice:
-            names = ", ".join(path.name for path in found[twice[0]])
+            names = ", ".join(path.name for path in by_stem[twice[0]])
             raise UserError(
                 f"{self.root}: two files for one sample ({names}) in {part.folder}: {some(twice)}. Remove one of them"
             )
-        return {stem: found[stem][0] for stem in sorted(found)}
+        return {stem: by_stem[stem][0] for stem in sorted(by_stem)}
 
     def unread(self, part: Part) -> list[str]:
         """Names of files in the folder of a part that are not read for their suffix: clip.MP4, clip.mov."""

@@ -94,9 +94,9 @@ def samples_of(spec: FolderSettings, place: Layout, packs: Mapping[str, Packs], 
         refuse(place, problems)
         if lead.folder in packs:
             return _packed_samples(packs, files, lead.folder)
-        rows = {folder: found.by_stem() for folder, found in packs.items()}
+        rows = {folder: pack.by_stem() for folder, pack in packs.items()}
         return tuple(
-            Sample(stem, _of_stem(files, stem), rows={folder: found[stem][0] for folder, found in rows.items()})
+            Sample(stem, _of_stem(files, stem), rows={folder: numbers[stem][0] for folder, numbers in rows.items()})
             for stem in stems
         )
     files["videos"] = files.pop(lead.folder)  # pictures are clips of one frame from here on
@@ -113,9 +113,9 @@ def samples_of(spec: FolderSettings, place: Layout, packs: Mapping[str, Packs], 
     spans, wrong = spans_of(spec, headers)
     problems += wrong
     refuse(place, problems)
-    rows = {folder: found.by_stem() for folder, found in packs.items()}
+    rows = {folder: pack.by_stem() for folder, pack in packs.items()}
     return tuple(
-        Sample(stem, _of_stem(files, stem), span, headers[stem], {folder: found[stem][0] for folder, found in rows.items()})
+        Sample(stem, _of_stem(files, stem), span, headers[stem], {folder: numbers[stem][0] for folder, numbers in rows.items()})
         for stem in stems
         for span in spans.get(stem, ())
     )
@@ -130,11 +130,11 @@ def _packed_samples(packs: Mapping[str, Packs], files: Mapping[str, Mapping[str,
     by_window = {name: {(r.stem, r.start): n for n, r in enumerate(p.rows)} for name, p in packs.items()}
     out: list[Sample] = []
     for label in packs[lead].rows:
-        rows = {name: found.get((label.stem, label.start), found.get((label.stem, 0))) for name, found in by_window.items()}
+        rows = {name: table.get((label.stem, label.start), table.get((label.stem, 0))) for name, table in by_window.items()}
         span = Span(label.start, int(label.facts.get("num_frames", 1)), int(label.facts.get("stride", 1)))
-        known = {name: row for name, row in rows.items() if row is not None}
-        assert known.keys() == rows.keys(), label  # ensured by `_packed_problems`
-        out.append(Sample(label.stem, _of_stem(files, label.stem), span, rows=known))
+        own_rows = {name: row for name, row in rows.items() if row is not None}
+        assert own_rows.keys() == rows.keys(), label  # ensured by `_packed_problems`
+        out.append(Sample(label.stem, _of_stem(files, label.stem), span, rows=own_rows))
     return tuple(out)
 
 
@@ -241,10 +241,10 @@ def size_problems(spec: FolderSettings, headers: Mapping[str, video.Header]) -> 
 
 def _control_problems(name: str, files: Mapping[str, Path], headers: Mapping[str, video.Header]) -> list[str]:
     """Control videos that do not go frame by frame with their clip."""
-    found, unreadable = _headers({stem: path for stem, path in files.items() if stem in headers})
+    own, unreadable = _headers({stem: path for stem, path in files.items() if stem in headers})
     problems = list(unreadable.values())[:5]
     odd: dict[str, list[str]] = {}
-    for stem, header in found.items():
+    for stem, header in own.items():
         for what, here, theirs in header.differences(headers[stem]):
             odd.setdefault(what, []).append(f"{stem} ({here}, its clip {theirs})")
     return problems + [
