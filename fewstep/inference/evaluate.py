@@ -49,7 +49,7 @@ def run(task: Evaluation, protocol: Protocol | None = None) -> dict[str, Any] | 
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     torch.set_num_threads(1)
     _claim(task)
-    task = (task if protocol is None else protocol.apply(task)).counted()
+    task = (task if protocol is None else protocol.apply(task)).with_num()
     task = replace(task, scorers=scorers_of(task))
     others = [scorer for scorer in task.scorers if not isinstance(scorer, Divisible)]
     if others and ranks().size > 1:

@@ -92,7 +92,7 @@ class Evaluation:
             raise UserError(f"{where}: has no videos/*.mp4")
         return files
 
-    def counted(self) -> Evaluation:
+    def with_num(self) -> Evaluation:
         """With the number of clips in a set: as asked for, or 512, or as many as there are."""
         return self if self.num is not None else replace(self, num=min(512, len(self.files())))
 

@@ -132,7 +132,7 @@ class FolderPrompts:
             rates = {stem: header.fps / stride for stem, header in headers.items() if header.fps}
         elif sizes.fps is None and prepared is not None and prepared.fps is not None:
             rates = dict.fromkeys(texts.stems, prepared.fps)
-        origin = sizes.named() or (prepared.origin if prepared is not None else PUBLISHED)
+        origin = sizes.text() or (prepared.origin if prepared is not None else PUBLISHED)
         return cls(spec, texts, None, shot, origin, rates)
 
     @classmethod
@@ -145,7 +145,7 @@ class FolderPrompts:
         fps = sizes.fps or first.header.fps / first.span.stride or 16.0
         rates = {} if sizes.fps is None else dict.fromkeys(clips.stems, sizes.fps)
         texts = replace(texts, stems=tuple(clips.stems), captions=tuple(clips.captions()))
-        origin = sizes.named() or (prepared.origin if prepared is not None else "the clips of the data set")
+        origin = sizes.text() or (prepared.origin if prepared is not None else "the clips of the data set")
         return cls(spec, texts, clips, Shot(first.span.count, height, width, fps), origin, rates, whole_files=is_plain)
 
     @property

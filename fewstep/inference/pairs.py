@@ -494,7 +494,7 @@ def _of_file(request: PairsRequest, shot: Shot, device: str, own: Ranks) -> File
         stems,
         captions,
         shot,
-        request.sizes.named() or PUBLISHED,
+        request.sizes.text() or PUBLISHED,
         negative,
         request.out / f".text.{own.rank}",
         encoder.fingerprint,

@@ -197,7 +197,7 @@ class Sizes:
     def is_partial(self) -> bool:
         return self.num_frames is None or self.size is None
 
-    def named(self) -> str:
+    def text(self) -> str:
         """The options of the command line; "" for none of them."""
         options = {"--num-frames": self.num_frames, "--height": self.height, "--width": self.width}
         return " ".join(f"{name} {value}" for name, value in options.items() if value is not None)

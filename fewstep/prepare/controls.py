@@ -68,7 +68,7 @@ def write(dataset_dir: str | Path, maker: Maker, ahead: int = 2) -> Summary:
     part = layout.control(maker.type, choices("control")[maker.type].suffix)
     clips = place.files(layout.VIDEOS)
     if not clips:
-        raise UserError(f"{place.root}: has no {place.named(layout.VIDEOS)} to make controls of")
+        raise UserError(f"{place.root}: has no {place.pattern(layout.VIDEOS)} to make controls of")
     path = place.root / maker.type / NAME if place.form == "flat" else place.root / f"{NAME}.{maker.type}"
     new = foreign = 0
     failed: list[str] = []

@@ -151,7 +151,7 @@ def _write_prompt(place: Layout, prompt: str) -> None:
     other = [stem for stem, path in files.items() if read_caption(path) != prompt]
     if other:
         raise UserError(
-            f"{place.root}: {len(other)} captions in {place.named(layout.CAPTIONS)} say something else than --prompt: "
+            f"{place.root}: {len(other)} captions in {place.pattern(layout.CAPTIONS)} say something else than --prompt: "
             f"{some(other)}. Leave --prompt out to embed them, or remove them"
         )
     for stem in place.files(layout.VIDEOS) or place.files(layout.LATENTS):

@@ -79,7 +79,7 @@ def windows(dataset_dir: Path, num_frames: int | None, size: tuple[int, int] | N
     place = Layout.open(dataset_dir)
     files = place.files(place.pixels())
     if not files:
-        raise UserError(f"{dataset_dir}: has no {place.named(layout.VIDEOS)} to train on")
+        raise UserError(f"{dataset_dir}: has no {place.pattern(layout.VIDEOS)} to train on")
     headers = [video.probe(path) for path in files.values()]
     shortest = min(header.num_frames for header in headers)
     num = num_frames or 1 + (min(shortest, MOST_FRAMES) - 1) // TIME * TIME

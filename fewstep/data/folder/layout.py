@@ -100,8 +100,8 @@ class Layout:
         videos, pictures = self.files(VIDEOS), self.files(IMAGES)
         if videos and pictures:
             raise UserError(
-                f"{self.root}: has {self.named(VIDEOS)} and {self.named(IMAGES)}. Put them in a folder each, and train on both "
-                "with data=mix"
+                f"{self.root}: has {self.pattern(VIDEOS)} and {self.pattern(IMAGES)}. Put them in a folder each, and train on "
+                "both with data=mix"
             )
         return IMAGES if pictures else VIDEOS
 
@@ -140,7 +140,7 @@ class Layout:
             return self.root / part.folder / f"{stem}{part.suffixes[0]}"
         return self.root / stem / f"{part.names[0]}{part.suffixes[0]}"
 
-    def named(self, part: Part) -> str:
+    def pattern(self, part: Part) -> str:
         """The name of a part in messages: noise/*.pickle."""
         return (
             f"{part.folder if self.form == 'flat' else '*'}/{'*' if self.form == 'flat' else part.names[0]}{part.suffixes[0]}"
@@ -154,7 +154,7 @@ class Layout:
             return None
         others = sorted(set(there) - set(names))
         hint = f"; it has files of other names: {some(others)}" if others else ""
-        return f"{len(lacking)} of {len(names)} lack {self.named(part)}: {some(lacking)}{hint}"
+        return f"{len(lacking)} of {len(names)} lack {self.pattern(part)}: {some(lacking)}{hint}"
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -81,7 +81,7 @@ def samples_of(spec: FolderSettings, place: Layout, packs: Mapping[str, Packs], 
             if others and lead == layout.VIDEOS
             else ""
         )
-        raise UserError(f"{place.root}: has no {place.named(lead)}{hint}")
+        raise UserError(f"{place.root}: has no {place.pattern(lead)}{hint}")
     for part in needed:
         problem = _missing(place, part, stems, packs)
         problems += [f"{problem}{_remedy(part, spec)}"] if problem else []

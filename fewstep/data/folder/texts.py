@@ -47,7 +47,7 @@ class Texts:
         if not (place.files(layout.VIDEOS) or place.files(layout.IMAGES)) and place.form == "flat" and has_packs(packed):
             stems = list(open_packs(packed).by_stem())
         if not stems:
-            raise UserError(f"{place.root}: has no {place.named(layout.CAPTIONS)}. Write one text for each clip to be made")
+            raise UserError(f"{place.root}: has no {place.pattern(layout.CAPTIONS)}. Write one text for each clip to be made")
         problem = place.missing(layout.CAPTIONS, stems)
         texts, problems = captions_of(place, [stem for stem in stems if stem in captions])
         problems += [problem] if problem else []
