@@ -30,7 +30,9 @@ from typing import IO, TYPE_CHECKING, Any
 from fewstep.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+
+    from fewstep.untrusted.stored import Stored
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WORDS_OF_FULL = ("No space left", "Disk quota exceeded", "File too large")  # of libraries whose errors carry no number
@@ -139,12 +141,20 @@ def write_json(path: str | os.PathLike[str], data: Any, indent: int | None = 1) 
     write_text(path, json.dumps(data, indent=indent) + "\n")
 
 
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes tensors as safetensors, whole or not at all."""
-    from safetensors.torch import save_file
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, torch.Tensor | Stored],
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes tensors as safetensors, whole or not at all. What is in memory at one time is one of them.
 
-    with whole_file(path) as partial:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+    dtype: of all tensors that are floating-point.
+    """
+    from fewstep.untrusted.stored import encoded
+
+    with whole_file(path) as partial, partial.open("wb") as file:
+        file.writelines(encoded(tensors, metadata, dtype))
 
 
 def write_torch(path: str | os.PathLike[str], value: object) -> None:

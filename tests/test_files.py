@@ -32,7 +32,6 @@ EXCEPTIONS = {
     ("prepare/shards.py", "tempfile.TemporaryDirectory"): "a tar that is sent whole to any store",
     ("prepare/shards.py", "tarfile.open"): "the same",
     ("networks/files/distributed.py", "torch.save"): "into an open file of new_file",
-    ("networks/files/tensor_files.py", ".open"): "the partial file of whole_file",
     ("networks/weights/convert.py", ".save_config"): "the partial folder of whole_folder",
     ("export/to_diffusers.py", ".save_pretrained"): "the same",
     ("training/checkpoint.py", "dcp.save"): "into the folder of new_folder",
@@ -114,6 +113,24 @@ def test_what_does_not_fit_leaves_the_earlier_file_and_nothing_else(tmp_path: Pa
     assert str(caught.value).endswith("MiB are free). Free some space and run the same command again")
     assert caught.value.errno == errno.EFBIG
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"] and path.read_text() == "earlier"
+
+
+@pytest.mark.parametrize("name", list(WRITERS))
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The second comes when the first has written all of its file and has not renamed it. Others may read the result."""
+    path, rename = tmp_path / "file", files._rename
+
+    def second(partial: Path, target: Path) -> None:
+        monkeypatch.setattr(files, "_rename", rename)
+        WRITERS[name](path)
+        rename(partial, target)
+
+    monkeypatch.setattr(files, "_rename", second)
+    WRITERS[name](path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+    other = tmp_path / "other"
+    other.touch()
+    assert path.stat().st_mode == other.stat().st_mode
 
 
 def test_a_line_that_does_not_fit_is_not_there_in_part(tmp_path: Path, small_files: None) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fewstep.errors import UserError, some
+from fewstep.files import write_tensors
 from fewstep.inference.model import Model
-from fewstep.networks.files.stored import Stored
-from fewstep.networks.files.tensor_files import write_safetensors
 from fewstep.networks.lora import as_diffusers, as_kohya, extract
 from fewstep.networks.roles import Full, Networks, build
 from fewstep.networks.weights.deltas import difference
@@ -23,7 +22,7 @@ def write_delta(model: Model, networks: Networks, out: Path, rank: int | None) -
     base, of = _beginning(networks)
     weights = model.network.module.state_dict()
     delta = difference(weights, base)
-    write_safetensors(out / FILE, {name: Stored.of(tensor) for name, tensor in delta.items()})
+    write_tensors(out / FILE, delta)
     notes = [
         f"`{FILE}` holds the differences of {len(delta)} of {len(weights)} tensors from `{of}`, in float32. Add them to "
         f"weights that began there: `fewstep convert TUNED OUT --add {FILE}`."
@@ -36,7 +35,7 @@ def write_delta(model: Model, networks: Networks, out: Path, rank: int | None) -
             ("pytorch_lora_weights.safetensors", as_diffusers(near.adapters)),
             ("kohya_lora.safetensors", as_kohya(near.adapters)),
         ):
-            write_safetensors(out / file, {name: Stored.of(tensor) for name, tensor in tensors.items()})
+            write_tensors(out / file, tensors)
         note = f"; left out: {some(list(near.left_out), 3)}" if near.left_out else ""
         notes.append(
             f"The adapters are of rank {rank} and miss {near.share:.1%} of the difference of the {len(layers)} linear layers "

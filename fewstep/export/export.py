@@ -137,8 +137,8 @@ def _write(
 
 
 def _add(module: nn.Module, files: Sequence[str]) -> None:
-    from fewstep.networks.files.stored import Stored
     from fewstep.networks.weights.deltas import added
+    from fewstep.untrusted.stored import Stored
 
     for file in files:
         weights = {name: Stored.of(tensor) for name, tensor in module.state_dict().items()}
@@ -146,8 +146,7 @@ def _add(module: nn.Module, files: Sequence[str]) -> None:
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, card: StudentCard) -> None:
-    metadata = {"format": "pt", "fewstep": json.dumps(card.as_json())}
-    write_tensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, metadata)  # two may share their memory
+    write_tensors(path, tensors, {"fewstep": json.dumps(card.as_json())})
 
 
 def _usual_form(run: Path) -> tuple[Form, str]:

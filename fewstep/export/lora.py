@@ -29,9 +29,9 @@ def write_lora(address: str, networks: Networks, out: Path) -> tuple[str, ...]:
         file = f"{stem}pytorch_lora_weights.safetensors"
         is_branch = part.startswith("controlnet")  # of no class that takes adapters by itself
         prefix = "" if is_branch else spec.pipeline_part
-        write_tensors(out / file, as_diffusers(adapters, prefix=prefix), {"format": "pt"})
+        write_tensors(out / file, as_diffusers(adapters, prefix=prefix))
         if not is_branch:
-            write_tensors(out / f"{stem}kohya_lora.safetensors", as_kohya(adapters), {"format": "pt"})
+            write_tensors(out / f"{stem}kohya_lora.safetensors", as_kohya(adapters))
         if stem:
             notes.append((BRANCH if is_branch else LOW_NOISE_EXPERT).format(file=file))
     return tuple(notes)

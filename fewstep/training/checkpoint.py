@@ -26,9 +26,9 @@ from fewstep.errors import UserError, some
 from fewstep.files import explain, free_bytes, move, new_folder, own_folder, remove, write_json, write_text
 from fewstep.networks.files.checkpoints import BEST, POINTER, newest_in, whole_ones
 from fewstep.networks.files.distributed import open_distributed, write_distributed
-from fewstep.networks.files.stored import Stored
 from fewstep.parallel import World
 from fewstep.training.errors import TrainingError
+from fewstep.untrusted.stored import Stored
 from fewstep.untrusted.text import Count, read_bytes, read_json
 
 
@@ -79,10 +79,16 @@ class Checkpoints:
     def latest(self, healthy_only: bool = False) -> Path | None:
         """The newest complete checkpoint."""
         if healthy_only:
-            records = [(path, _progress_or_none(path)) for path in whole_ones(self.folder)]
-            good = [path for path, progress in records if progress is not None and progress.healthy]
-            return good[-1] if good else None
+            return next((path for path, progress in reversed(self._records().items()) if progress.healthy), None)
         return newest_in(self.folder)
+
+    def _records(self) -> dict[Path, Progress]:
+        """What the whole checkpoints say, the oldest first, without those whose record is damaged: they must not stop a run."""
+        records: dict[Path, Progress] = {}
+        for path in whole_ones(self.folder):
+            with suppress(UserError):
+                records[path] = read_progress(path)
+        return records
 
     def save(self, state: Mapping[str, Tensor], progress: Progress) -> None:
         """Writes one checkpoint; with `async_write` it returns as soon as the tensors are copied."""
@@ -191,17 +197,17 @@ class Checkpoints:
 
     def _prune(self, newest: Path) -> None:
         healthy = self.latest(healthy_only=True)  # what a roll-back needs, however many alarms rang since
-        best = self._best()
+        kept = {newest, healthy, self._best()}
+        if self.keep_every:
+            kept |= {path for path, progress in self._records().items() if progress.step % self.keep_every == 0}
         for path in whole_ones(self.folder)[: -self.keep_last]:
-            progress = _progress_or_none(path)
-            is_kept = progress is not None and bool(self.keep_every) and progress.step % (self.keep_every or 1) == 0
-            if not is_kept and path not in (newest, healthy, best):
+            if path not in kept:
                 _discard(path)
 
     def _best(self) -> Path | None:
         """The checkpoint with the lowest score, the first of several, to which the pointer BEST is set; None without scores."""
-        records = [(path, _progress_or_none(path)) for path in whole_ones(self.folder)]
-        scores = {path: p.score for path, p in records if p is not None and p.score is not None and math.isfinite(p.score)}
+        records = self._records().items()
+        scores = {path: p.score for path, p in records if p.score is not None and math.isfinite(p.score)}
         if not scores:
             return None
         best = min(scores, key=lambda path: scores[path])
@@ -224,14 +230,6 @@ class Checkpoints:
 def read_progress(path: Path) -> Progress:
     """What trainer.json of a checkpoint says. Raises UserError if it is damaged."""
     return read_json(path / "trainer.json", "Remove this checkpoint to resume from the one before", Progress)
-
-
-def _progress_or_none(path: Path) -> Progress | None:
-    """The same, or None where it is damaged: of an older checkpoint that must not stop a run."""
-    try:
-        return read_progress(path)
-    except UserError:
-        return None
 
 
 def _failures() -> tuple[type[BaseException], ...]:

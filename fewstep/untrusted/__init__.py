@@ -7,6 +7,7 @@
 | arrays.py | the builders of plain data and of numpy arrays |
 | torch_files.py | what torch.save writes, by the same reader |
 | safe_tensors.py | safetensors |
+| stored.py | nothing yet: a tensor in a file, read when it is asked for; tensors as the bytes of a safetensors file |
 
 Video and pictures are read by fewstep/data/files/video.py. What the package writes, it writes by fewstep/files.py.
 """

@@ -143,6 +143,14 @@ def test_packs_that_say_what_cannot_be(changes: dict[str, Any], tmp_path: Path) 
         raise UserError(f"{tmp_path / 'latents'}: fine for this reader")
 
 
+def test_check_data_names_what_is_wrong_with_the_only_packs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packed(tmp_path, stem="../../x")
+    assert main(["check", "data", str(tmp_path), "--threads", "1"]) == 1
+    assert "rows.0.stem: must be a plain file name, without / and without . at its start, got '../../x'" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_a_video_whose_index_lists_key_frames_alone(tmp_path: Path) -> None:
     import av
 

@@ -20,12 +20,13 @@ from torch.distributed import checkpoint as dcp
 from fewstep.cli import main
 from fewstep.config import dump
 from fewstep.config.text import write_yaml
+from fewstep.files import write_tensors
 from fewstep.inference.model import open_model
 from fewstep.networks.families.cosmos.control import CosmosControlSpec
 from fewstep.networks.families.cosmos.keys import Generation, original_names
 from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.files.pipeline import is_diffusers_folder
-from fewstep.networks.files.tensor_files import open_tensors, write_safetensors
+from fewstep.networks.files.tensor_files import open_tensors
 from fewstep.networks.roles import Networks, build
 from fewstep.networks.weights.addresses import load_into, read
 from fewstep.networks.weights.convert import convert
@@ -359,7 +360,7 @@ def test_another_precision_and_a_writer_that_safetensors_reads(tmp_path: Path) -
         "b": torch.randn(2, 3).bfloat16(),
     }
     save_file(odd, tmp_path / "odd.safetensors")
-    write_safetensors(tmp_path / "again.safetensors", open_tensors(tmp_path / "odd.safetensors").tensors, about="us")
+    write_tensors(tmp_path / "again.safetensors", open_tensors(tmp_path / "odd.safetensors").tensors, {"fewstep": "us"})
     again = load_file(tmp_path / "again.safetensors")
     assert again.keys() == odd.keys() and all(torch.equal(again[n], t) and again[n].dtype == t.dtype for n, t in odd.items())
 

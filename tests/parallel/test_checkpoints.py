@@ -113,12 +113,12 @@ import resource, sys
 import torch, safetensors.torch
 from pathlib import Path
 from fewstep.networks.files.distributed import open_distributed
-from fewstep.networks.files.tensor_files import write_safetensors
+from fewstep.files import write_tensors
 import fewstep.networks.weights.convert
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-write_safetensors(Path(sys.argv[2]).with_name("small.safetensors"), {})
+write_tensors(Path(sys.argv[2]).with_name("small.safetensors"), {})
 before = peak()
-write_safetensors(Path(sys.argv[2]), open_distributed(Path(sys.argv[1])))
+write_tensors(Path(sys.argv[2]), open_distributed(Path(sys.argv[1])))
 print(peak() - before)
 """
 

@@ -146,8 +146,8 @@ def survey(root: str | os.PathLike[str], *, num_threads: int | None = None, watc
     files = _files_of(place)
     stems = files.stems
     if not stems:
-        empty = f"{place.root}: has no sample. Put clips into {layout.VIDEOS.folder}/"
-        return Survey(place.root, place.form, (), (Problem("error", "empty", empty), *_unread(files)))
+        empty = Problem("error", "empty", f"{place.root}: has no sample. Put clips into {layout.VIDEOS.folder}/")
+        return Survey(place.root, place.form, (), (*(files.broken or (empty,)), *_unread(files)))
     threads = num_threads or min(os.cpu_count() or 1, 16)
     with ThreadPoolExecutor(threads) as pool:
         looks: Iterable[_Look] = pool.map(lambda stem: _look(files, stem), stems)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.files import write_tensors
+from fewstep.untrusted import stored
 from fewstep.untrusted.safe_tensors import safetensors
 from fewstep.untrusted.text import Amount, parse_json
 
@@ -50,9 +51,7 @@ def encoded(
     tensors: Mapping[str, Tensor], *, made_from: Mapping[str, str] | None = None, facts: Mapping[str, float] | None = None
 ) -> bytes:
     """The content of the file that `write` makes of the same."""
-    from safetensors.torch import save
-
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, _metadata(made_from, facts))
+    return b"".join(stored.encoded(tensors, _metadata(made_from, facts)))
 
 
 def read(path: str | os.PathLike[str], *, made_from: Mapping[str, str] | None = None) -> Entry:

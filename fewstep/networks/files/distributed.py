@@ -26,7 +26,6 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.files import new_file
-from fewstep.networks.files.stored import SAFETENSORS_NAMES, Stored
 from fewstep.untrusted.arrays import data_symbols, shape_of
 from fewstep.untrusted.pickles import (
     Budget,
@@ -39,6 +38,7 @@ from fewstep.untrusted.pickles import (
     check_result,
     exactly,
 )
+from fewstep.untrusted.stored import SAFETENSORS_NAMES, Stored
 from fewstep.untrusted.text import fault_of, opened, read_bytes
 from fewstep.untrusted.torch_files import load_torch_bytes
 

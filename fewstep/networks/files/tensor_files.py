@@ -11,8 +11,6 @@ distributed.py reads the last.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,10 +22,9 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.files import whole_file
-from fewstep.networks.files.stored import SAFETENSORS_DTYPES, SAFETENSORS_NAMES, Stored, TensorFile
 from fewstep.untrusted.pickles import UnsafePickle
 from fewstep.untrusted.safe_tensors import safetensors
+from fewstep.untrusted.stored import SAFETENSORS_DTYPES, Stored
 from fewstep.untrusted.text import read_json
 from fewstep.untrusted.torch_files import load_torch
 
@@ -45,6 +42,16 @@ _STARTS = ("module.", "model.", "transformer.")  # one word before every name: D
 # Tensor parallelism splits these along their outputs and their inputs; everything else is whole in every part (Transfer1).
 _BY_OUTPUT = ("to_q.0.weight", "to_k.0.weight", "to_v.0.weight", "block.layer1.weight")
 _BY_INPUT = ("to_out.0.weight", "block.layer2.weight")
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """The tensors of one file, or of several that are one model."""
+
+    source: str
+    tensors: Mapping[str, Stored]
+    part: str = ""  # which of several sets of weights; "" where there is one
+    ignored: int = 0  # entries of that set that are no tensors, or of other networks
 
 
 @dataclass(frozen=True)
@@ -244,33 +251,6 @@ def _safetensors_in(folder: Path) -> list[Path]:
         plain = [file for file in files if not re.search(r"\.(fp16|bf16|fp32)$", file.stem)]
         files = plain if len(plain) == 1 else files
     return files
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Stored], dtype: torch.dtype | None = None, about: str = "") -> None:
-    """One safetensors file, tensor by tensor: what is in memory at one time is one of them.
-
-    safetensors' own writer wants all bytes at once. The format: length of the header, the header as JSON, the bytes.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | ({"fewstep": about} if about else {})}
-    place = 0
-    for name, stored in tensors.items():
-        kind = _written_dtype(stored, dtype)
-        if kind not in SAFETENSORS_NAMES:
-            raise UserError(f"{path}: {name} is of type {kind}, which is not written here. Convert it where it was made")
-        size = math.prod(stored.shape) * kind.itemsize
-        header[name] = {"dtype": SAFETENSORS_NAMES[kind], "shape": list(stored.shape), "data_offsets": [place, place + size]}
-        place += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with whole_file(path) as partial, partial.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for stored in tensors.values():
-            tensor = stored.read().detach().to(_written_dtype(stored, dtype)).contiguous()
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _written_dtype(stored: Stored, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
 
 
 # --- parts of tensor parallelism

@@ -26,8 +26,8 @@ from fewstep.errors import UserError, some
 from fewstep.networks.families.cosmos.keys import Generation, match, num_branches, repeated
 from fewstep.networks.families.cosmos.lora_files import adapters, merged
 from fewstep.networks.files.checkpoints import best_in, damaged_after, newest_in
-from fewstep.networks.files.stored import Stored, TensorFile
-from fewstep.networks.files.tensor_files import is_tensor_file, open_tensors
+from fewstep.networks.files.tensor_files import TensorFile, is_tensor_file, open_tensors
+from fewstep.untrusted.stored import Stored
 
 
 def read(address: str, like: nn.Module | None = None) -> dict[str, Tensor]:

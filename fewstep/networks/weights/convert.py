@@ -23,7 +23,7 @@ from torch import nn
 from fewstep.config import parse
 from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.errors import UserError, some
-from fewstep.files import whole_folder, write_json, write_text, write_torch
+from fewstep.files import whole_folder, write_json, write_tensors, write_text, write_torch
 from fewstep.networks.contract import AnyNetwork
 from fewstep.networks.families.cosmos.control import Controlled, CosmosControlSpec
 from fewstep.networks.families.cosmos.keys import (
@@ -39,10 +39,10 @@ from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.families.cosmos.transfer1 import Transfer1Branch
 from fewstep.networks.files import hub
 from fewstep.networks.files.folders import refuse_sizes
-from fewstep.networks.files.stored import Stored
-from fewstep.networks.files.tensor_files import SUFFIXES, open_tensors, split, write_safetensors
+from fewstep.networks.files.tensor_files import SUFFIXES, open_tensors, split
 from fewstep.networks.weights.addresses import Collected, Piece, collect, of_run, pieces_of, tell
 from fewstep.networks.weights.deltas import added
+from fewstep.untrusted.stored import Stored
 from fewstep.untrusted.text import fault_of, read_json
 
 SHARD_BYTES = 5 * 10**9
@@ -116,7 +116,7 @@ def _write(out: Path, weights: Collected, model: str | None, dtype: Dtype, parts
         tensors, about = _originally_named(weights), "original names"
         return _write_parts(out, tensors, dtype, about, parts) if parts else [_write_torch(out, tensors, dtype, about)]
     if out.suffix == ".safetensors":
-        write_safetensors(out, weights.tensors, _dtype(dtype))
+        write_tensors(out, weights.tensors, dtype=_dtype(dtype))
         return [_entry(out, weights.tensors, "our names")]
     if out.suffix:
         raise UserError(f"convert: cannot write '{out}': it must end in .pt or .safetensors, or be a folder for diffusers")
@@ -256,12 +256,12 @@ def _write_shards(folder: Path, tensors: Mapping[str, Stored], dtype: Dtype) -> 
         sizes[-1] += tensor.num_bytes
     stem = "diffusion_pytorch_model"
     if len(shards) == 1:
-        write_safetensors(folder / f"{stem}.safetensors", tensors, _dtype(dtype))
+        write_tensors(folder / f"{stem}.safetensors", tensors, dtype=_dtype(dtype))
         return
     places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, shard, _dtype(dtype))
+        write_tensors(folder / file, shard, dtype=_dtype(dtype))
         places |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
     write_json(folder / f"{stem}.safetensors.index.json", index, indent=2)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError, some
-from fewstep.networks.files.stored import Stored
 from fewstep.networks.files.tensor_files import open_tensors
 from fewstep.networks.lora import DOWN, UP
+from fewstep.untrusted.stored import Stored
 
 SUFFIX = ".diff"
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "unet.")  # of adapters, by those who read them

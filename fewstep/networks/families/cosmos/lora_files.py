@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.networks.files.stored import Stored
+from fewstep.untrusted.stored import Stored
 
 _OWN = re.compile(r"(?P<layer>.*\.to_(?:q|k|v|out))_lora\.net\.(?P<side>[01])\.weight$")
 _PEFT = re.compile(r"(?P<layer>.*)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight$")
