@@ -21,13 +21,18 @@ class Verdict:
     other: str = "its teacher's own few steps"
 
     @property
+    def _lead(self) -> float:
+        return self.teacher - self.student if self.better == "lower" else self.student - self.teacher
+
+    @property
     def is_worse(self) -> bool:
         """Whether the student is worse by more than the spread."""
-        gap = self.student - self.teacher if self.better == "lower" else self.teacher - self.student
-        return gap > self.spread
+        return -self._lead > self.spread
 
     def __str__(self) -> str:
-        word = "WORSE than" if self.is_worse else "at least as good as"
+        word = (
+            "WORSE than" if self.is_worse else "better than" if self._lead > self.spread else "as good, within the spread, as"
+        )
         numbers = f"{self.student:.4g} against {self.teacher:.4g}, {self.better} is better, spread {self.spread:.2g}"
         return f"{self.score}: the student is {word} {self.other} ({numbers})"
 

@@ -238,7 +238,9 @@ def test_the_verdict(tmp_path: Path) -> None:
     (verdict,) = gate.verdicts(worse, few)  # a score without a better end judges nobody
     assert verdict.is_worse and "WORSE than its teacher's own few steps (2.5 against 2" in str(verdict)
     (verdict,) = gate.verdicts(same, few)  # within sqrt(2) 0.3
-    assert not verdict.is_worse
+    assert not verdict.is_worse and "the student is as good, within the spread, as its teacher's own few steps" in str(verdict)
+    (verdict,) = gate.verdicts(few, worse)
+    assert "the student is better than its teacher's own few steps (2 against 2.5" in str(verdict)
     assert gate.verdicts(record(tmp_path, "none", frechet=None, motion=1.0), few) == []
     table = gate.table({"a": few, "b": worse, "c": tmp_path / "missing.json"}, {"a": "few", "b": "student", "c": "no"})
     assert "2.5 +- 0.3" in table and "no" not in table.split()
