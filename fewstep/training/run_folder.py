@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -179,8 +180,16 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "command": sys.argv,
+        "command": _typed_command(),
     }
+
+
+def _typed_command() -> str:
+    """The command of this process, as one would type it."""
+    program, *words = sys.argv
+    name = "fewstep" if Path(program).name in ("fewstep", "__main__.py") else program
+    root = os.environ.get("OUTPUT_ROOT")
+    return (f"OUTPUT_ROOT={shlex.quote(root)} " if root else "") + shlex.join([name, *words])
 
 
 def peak_memory_gib(device: torch.device) -> float:

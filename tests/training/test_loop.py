@@ -25,6 +25,7 @@ from fewstep.training.errors import TrainingError
 from fewstep.training.loop import train
 from fewstep.training.optim import Optim
 from fewstep.training.run import Checkpoint, Job, Run, Trainer
+from fewstep.training.run_folder import environment
 
 MIXTURE = MixtureSpec(means=((1.0, 0.0), (-1.0, 0.5)), stds=(0.2, 0.3))
 STUDENT = TinySpec(width=16, depth=2)
@@ -461,3 +462,9 @@ def test_the_command_says_one_thing_and_its_exit_status(
 def test_a_run_stays_inside_of_the_output_root(name: str) -> None:
     with pytest.raises(ConfigError, match="name: is a folder inside OUTPUT_ROOT"):
         check(Job(name=name))
+
+
+def test_a_run_notes_the_command_as_one_would_type_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/somewhere/fewstep/__main__.py", "train", "experiment=kd", "job.name=a b"])
+    monkeypatch.setenv("OUTPUT_ROOT", "my runs")
+    assert environment()["command"] == "OUTPUT_ROOT='my runs' fewstep train experiment=kd 'job.name=a b'"

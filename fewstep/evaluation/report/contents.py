@@ -127,6 +127,7 @@ class Report:
     quality: str = "frechet"  # the score that is plotted against the number of network calls
     charts: Sequence[Chart] = ()
     stages: Sequence[Stage] = ()
+    time_is: str = "start to end"  # what all stages together are
     limits: Sequence[str] = ()  # paragraphs
     environment: Mapping[str, str] = field(default_factory=dict[str, str])  # {"device": ..., "torch": ...}
 

@@ -114,6 +114,7 @@ def report_of(paths: Sequence[Path], *, title: str | None = None, bounds: Sequen
         quality=_quality(legend),
         charts=charts,
         stages=[_stage(run) for run in runs],
+        time_is="training alone",
         limits=_limits(scored, runs),
         environment=_provenance(scored, runs),
     )

@@ -140,7 +140,7 @@ def _facts(report: Report) -> str:
         )
     if report.stages:
         count = f"{len(report.stages)} stage{'s' * (len(report.stages) != 1)}"
-        facts.append(("start to end", _duration(sum(stage.seconds for stage in report.stages)), count))
+        facts.append((report.time_is, _duration(sum(stage.seconds for stage in report.stages)), count))
     body = "".join(f"<div><dt>{name}</dt><dd>{value}<small>{about}</small></dd></div>" for name, value, about in facts)
     return f'<dl class="facts">{body}</dl>' if facts else ""
 
