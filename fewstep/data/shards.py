@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, Predicate
 from torch import Tensor
 
 from fewstep.config import kind
@@ -32,7 +32,7 @@ from fewstep.data.folder.layout import Layout
 from fewstep.data.folder.parts import Embedding
 from fewstep.data.folder.samples import Sample, parts_of, size_problems, spans_of
 from fewstep.errors import UserError, some
-from fewstep.files import plain_name, write_bytes
+from fewstep.files import is_plain, write_bytes
 from fewstep.untrusted.text import MAX_JSON_BYTES, Amount, Count, Name, parse_json
 
 INDEX, FORMAT = "index.json", 1
@@ -41,23 +41,12 @@ _AGAIN = "Write it again: fewstep prepare shards"
 
 
 @dataclass(frozen=True)
-class Member:
-    """One file of a sample, within a tar."""
-
-    shard: str
-    offset: int
-    size: int
-    crc: int
-    suffix: str  # .mp4
-    header: video.Header | None = None  # of a video
-
-
-@dataclass(frozen=True)
 class Index:
     """The index of a set of shards: everything but the bytes."""
 
     parts: tuple[str, ...]  # folders of the data set: videos, metas, ...
     samples: Mapping[str, Mapping[str, Member]]  # by stem, then by part
+    shards: Mapping[str, str]  # by stem
 
 
 @dataclass(frozen=True)
@@ -73,18 +62,24 @@ class IndexFile:
 
 
 @dataclass(frozen=True)
-class _Member:
+class Member:
+    """One file of a sample, within a tar."""
+
     offset: Count
     size: Count
     crc: Count
-    suffix: str
+    suffix: Annotated[str, Predicate(lambda suffix: is_plain(f"stem{suffix}"))]  # .mp4
     header: tuple[Annotated[int, Ge(1), Le(video.MAX_FRAMES)], Amount, Count, Count] | None = None
+
+    @property
+    def of_video(self) -> video.Header | None:
+        return None if self.header is None else video.Header(*self.header)
 
 
 @dataclass(frozen=True)
 class _Row:
     stem: Name
-    members: dict[Name, _Member]
+    members: dict[Name, Member]
 
 
 @dataclass(frozen=True)
@@ -160,7 +155,7 @@ class ShardsData(FolderData):
 
     def _bytes(self, stem: str, part: str) -> bytes:
         member = self._index.samples[stem][part]
-        path = f"{self._root}/{member.shard}.tar"
+        path = f"{self._root}/{self._index.shards[stem]}.tar"
         try:
             if path not in self._sizes:
                 if not self._fs.isfile(path):
@@ -197,21 +192,16 @@ def read_index(url: str) -> Index:
     if not index.whole:
         raise UserError(f"{root}: is not whole, its writing was interrupted. Run fewstep prepare shards again")
     samples: dict[str, dict[str, Member]] = {}
+    shards: dict[str, str] = {}
     for name in index.shards:
         path = f"{root}/{name}.json"
         for row in read_json(fs, path, _AGAIN, _Shard).samples:
-            members = {part: _member_of(name, one) for part, one in row.members.items()}
-            if samples.setdefault(row.stem, members) is not members:
+            if samples.setdefault(row.stem, row.members) is not row.members:
                 raise UserError(f"{path}: damaged, two samples called {row.stem}. {_AGAIN}")
+            shards[row.stem] = name
     if len(samples) != index.num:
         raise UserError(f"{root}/{INDEX}: says {index.num} samples, its shards hold {len(samples)}. {_AGAIN}")
-    return Index(index.parts, samples)
-
-
-def _member_of(shard: str, one: _Member) -> Member:
-    plain_name(f"stem{one.suffix}", f"shard {shard}: damaged, a name with its suffix")
-    header = None if one.header is None else video.Header(*one.header)
-    return Member(shard, one.offset, one.size, one.crc, one.suffix, header)
+    return Index(index.parts, samples, shards)
 
 
 def hash_of(text: str) -> str:
@@ -235,12 +225,12 @@ def _samples(spec: Shards, index: Index) -> tuple[Sample, ...]:
     files = {stem: {part: Path(f"{stem}{members[part].suffix}") for part in needed} for stem, members in index.samples.items()}
     if spec.x0 == "latents":
         return tuple(Sample(stem, parts) for stem, parts in files.items())
-    headers = {stem: header for stem, members in index.samples.items() if (header := members[lead].header) is not None}
+    headers = {stem: header for stem, members in index.samples.items() if (header := members[lead].of_video) is not None}
     spans, wrong = spans_of(spec, headers)
     wrong += size_problems(spec, headers)
     if spec.control is not None and spec.control.folder in needed:
         name = spec.control.folder
-        odd = [s for s, h in headers.items() if index.samples[s][name].header not in (None, h)]
+        odd = [s for s, h in headers.items() if index.samples[s][name].of_video not in (None, h)]
         wrong += [f"{len(odd)} of {len(headers)} {name} videos differ from their clip: {some(odd)}. {_AGAIN}"] if odd else []
     if wrong:
         raise UserError("\n".join(f"{root}: {problem}" for problem in wrong))
