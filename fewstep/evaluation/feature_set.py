@@ -110,10 +110,14 @@ class Scale(NamedTuple):
 
     @classmethod
     def of(cls, real: FeatureSet) -> Scale:
-        """That makes the real clips zero on average with a deviation of 1; a feature that never changes keeps its unit."""
+        """That makes the real clips zero on average with a deviation of 1; a feature that hardly changes keeps its unit.
+
+        Hardly: a thousandth of what features do. Otherwise clips in which it does change are farther away than all else.
+        """
         rows = real.clips.double()
         deviation = rows.std(dim=0)
-        return cls(rows.mean(dim=0), torch.where(deviation > 1e-6, deviation, torch.ones_like(deviation)))
+        least = max(1e-6, 1e-3 * float(deviation.median()))
+        return cls(rows.mean(dim=0), torch.where(deviation > least, deviation, torch.ones_like(deviation)))
 
     @classmethod
     def none(cls, num: int) -> Scale:

@@ -55,6 +55,15 @@ def test_frechet_of_gaussians_is_the_closed_form_with_its_bias_said() -> None:
     assert small["frechet"].value > 0 and small["frechet_bias"].value == pytest.approx(small["frechet"].value, rel=1.5)
 
 
+def test_a_feature_that_hardly_changes_in_the_real_clips_does_not_drown_the_others() -> None:
+    rng = torch.Generator().manual_seed(1)
+    real, others = torch.randn(40, 1, 6, generator=rng), torch.randn(40, 1, 6, generator=rng)
+    real[..., 0] = 1e-5 * real[..., 0] + 0.5  # as the direction of clips that all move alike
+    scale = Scale.of(feature_set(real))
+    assert scale.deviation[0] == 1 and torch.allclose(scale.deviation[1:], real[:, 0, 1:].double().std(dim=0))
+    assert abs(compare(feature_set(others), feature_set(real), scale).scores["mmd"].value) < 10  # 1e13 in its own deviations
+
+
 def compare_only_frechet(made: FeatureSet, real: FeatureSet) -> dict[str, float]:
     from fewstep.evaluation.feature_set import _frechet
 
