@@ -46,7 +46,7 @@ class Index:
 
     parts: tuple[str, ...]  # folders of the data set: videos, metas, ...
     samples: Mapping[str, Mapping[str, Member]]  # by stem, then by part
-    shards: Mapping[str, str]  # by stem
+    tars: Mapping[str, tuple[str, int]]  # path and size of the tar of a sample, by stem
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,6 @@ class ShardsData(FolderData):
 
     def __init__(self, spec: Shards):
         self._fs, self._root = filesystem(spec.dataset_dir)
-        self._sizes: dict[str, int] = {}  # of tars
         self._index = read_index(spec.dataset_dir)
         self._cache = Path(spec.cache_dir).absolute() / hash_of(spec.dataset_dir) if spec.cache_dir else None
         super().__init__(spec, Layout(Path(spec.dataset_dir)), _samples(spec, self._index))
@@ -155,16 +154,9 @@ class ShardsData(FolderData):
 
     def _bytes(self, stem: str, part: str) -> bytes:
         member = self._index.samples[stem][part]
-        path = f"{self._root}/{self._index.shards[stem]}.tar"
-        try:
-            if path not in self._sizes:
-                if not self._fs.isfile(path):
-                    raise FileNotFoundError
-                self._sizes[path] = self._fs.size(path)  # what is asked for beyond it would be made room for
-            end = min(member.offset + member.size, self._sizes[path])
-            content = self._fs.cat_file(path, start=member.offset, end=end) if end > member.offset else b""
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: no such file, but the index has it. {_AGAIN}") from None
+        path, size = self._index.tars[stem]
+        end = min(member.offset + member.size, size)  # what is asked for beyond it would be made room for
+        content = self._fs.cat_file(path, start=member.offset, end=end) if end > member.offset else b""
         if len(content) != member.size or zlib.crc32(content) != member.crc:
             raise UserError(
                 f"{path}: {stem}.{part}{member.suffix} is not what the index says. The tar is damaged or another's; {_AGAIN}"
@@ -192,16 +184,23 @@ def read_index(url: str) -> Index:
     if not index.whole:
         raise UserError(f"{root}: is not whole, its writing was interrupted. Run fewstep prepare shards again")
     samples: dict[str, dict[str, Member]] = {}
-    shards: dict[str, str] = {}
+    tars: dict[str, tuple[str, int]] = {}
     for name in index.shards:
-        path = f"{root}/{name}.json"
-        for row in read_json(fs, path, _AGAIN, _Shard).samples:
+        path, tar = f"{root}/{name}.json", f"{root}/{name}.tar"
+        rows = read_json(fs, path, _AGAIN, _Shard).samples
+        if not fs.isfile(tar):
+            raise FileNotFoundError(f"{tar}: no such file, but the index has it. {_AGAIN}")
+        size = fs.size(tar)
+        claims = sum(member.header[0] for row in rows for member in row.members.values() if member.header)
+        if claims > size:  # there would be a sample for each window of them
+            raise UserError(f"{tar}: is not what the index says, {claims:,} frames in {size:,} bytes. {_AGAIN}")
+        for row in rows:
             if samples.setdefault(row.stem, row.members) is not row.members:
                 raise UserError(f"{path}: damaged, two samples called {row.stem}. {_AGAIN}")
-            shards[row.stem] = name
+            tars[row.stem] = tar, size
     if len(samples) != index.num:
         raise UserError(f"{root}/{INDEX}: says {index.num} samples, its shards hold {len(samples)}. {_AGAIN}")
-    return Index(index.parts, samples, shards)
+    return Index(index.parts, samples, tars)
 
 
 def hash_of(text: str) -> str:

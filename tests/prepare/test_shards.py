@@ -262,6 +262,10 @@ def first(told: Any) -> Any:
         (change(lambda told: first(told).__setitem__("suffix", "/../x")), "damaged"),
         (change(lambda told: first(told).__setitem__("offset", -5)), "damaged"),
         (change(lambda told: first(told).__setitem__("size", "many")), "damaged"),
+        (
+            change(lambda told: first(told).__setitem__("header", [2**22, 16.0, 32, 32])),
+            "says, 4,194,[0-9]+ frames in",
+        ),
         (change(lambda told: told["samples"].append(told["samples"][0])), "two samples called"),
         (change(lambda told: first(told).__setitem__("header", [7, 16.0, 32, 32])), "differ from the others in num_frames"),
     ],
