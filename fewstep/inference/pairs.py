@@ -410,7 +410,9 @@ def _run(request: PairsRequest, track: Track, own: Ranks, world: World | None) -
         device=device,
         track=track,
     )
-    line = f"{request.out}: {new} pairs made" + (f" by rank {own.rank} of {own.size}" if own.size > 1 else "")
+    line = f"{request.out}: {new} pairs made{'' if new else ': all were there'}" + (
+        f" by rank {own.rank} of {own.size}" if own.size > 1 else ""
+    )
     if request.verify and (own.is_main or world is not None):
         if world is not None:
             world.barrier()  # until all pairs are there

@@ -6,7 +6,7 @@ LEGEND = (
     Score(
         "frechet",
         "Frechet distance",
-        "How far the clips' features are from those of held-out real clips, each set taken as a Gaussian, extrapolated to "
+        "How far the clips' features are from those of real clips, each set taken as a Gaussian, extrapolated to "
         "infinitely many clips; real clips get about 0, and noise can make it slightly negative.",
         "lower",
         is_headline=True,

@@ -223,7 +223,8 @@ def _scores_of(
     real, real_witness = Remembered(stats.features), Remembered(stats.random_features)
     limit = frechet_extrapolated(own, real, scales=_SCALES, seed=seed)
     if not limit.is_determined:
-        notes.append(f"frechet is undetermined: {len(own)} clips, thinned, are fewer than {limit.full.dims} features.")
+        few = f"one in {max(_SCALES):g} of the {len(own)} clips, which are fewer than its {limit.full.dims} features"
+        notes.append(f"frechet is undetermined: it also takes {few}.")
     copies = num_zero_balls(own)
     if copies:
         notes.append(f"{copies} clips have five exact copies: recall means nothing.")

