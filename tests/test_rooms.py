@@ -82,7 +82,7 @@ HEAVY = {
     *("diffusers", "transformers", "peft", "av", "cv2", "tensorboard", "scipy"),
     *("torch.distributed.checkpoint", "torch.distributed.tensor", "torch.distributed.fsdp"),  # each as long as torch itself
 }
-# No names of parameters or fields: a noun says what the thing is.
+# No names of parameters, variables or fields: a noun says what the thing is.
 PARTICIPLES = {"told", "found", "made", "asked", "known", "seen", "said", "shown", "wanted", "kept", "given"}
 
 
@@ -201,17 +201,19 @@ def _is_class_name(node: ast.expr, names: set[str]) -> bool:
     return isinstance(node, ast.Attribute) and node.attr in ("__name__", "__qualname__")
 
 
-def test_parameters_and_fields_are_nouns() -> None:
+def test_parameters_variables_and_fields_are_nouns() -> None:
     found = {name_of(path): sorted(set(_names(drawing.tree_of(path))) & PARTICIPLES) for path in files()}
     wrong = {name: words for name, words in found.items() if words}
-    assert not wrong, f"participles as names of parameters or fields: {wrong}"
+    assert not wrong, f"participles as names of parameters, variables or fields: {wrong}"
 
 
 def _names(tree: ast.Module) -> Iterator[str]:
-    """The names of all parameters, and of all annotated fields of classes."""
+    """The names of all parameters and variables, and of all annotated fields of classes."""
     for node in ast.walk(tree):
         if isinstance(node, ast.arg):
             yield node.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
         elif isinstance(node, ast.ClassDef):
             yield from (n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name))
 

@@ -149,13 +149,13 @@ class _Reader:
         before = self.count()
         for part in parts:
             if type(part) is cls:
-                given: Mapping[str, Any] = {name: getattr(part, name) for name in settings}
+                entries: Mapping[str, Any] = {name: getattr(part, name) for name in settings}
             else:
-                given = self.mapping(part, key, f"the settings of {cls.__name__} ({', '.join(settings)})")
+                entries = self.mapping(part, key, f"the settings of {cls.__name__} ({', '.join(settings)})")
             self.clash(part, key)
-            self.lose({name: value for name, value in given.items() if name not in settings}, key, list(settings))
-            for name in settings.keys() & given.keys():
-                layers[name].append(given[name])
+            self.lose({name: value for name, value in entries.items() if name not in settings}, key, list(settings))
+            for name in settings.keys() & entries.keys():
+                layers[name].append(entries[name])
         values: dict[str, Any] = {}
         for name, setting in settings.items():
             full = join(key, name)
@@ -172,9 +172,9 @@ class _Reader:
         name: str | None = None
         inside: Layers = []
         for part in parts:
-            chosen, body = self.chosen(group, part, key)
-            if chosen is not None and chosen != name:
-                name, inside = chosen, []  # another kind: what was said inside the old one is forgotten
+            kind, body = self.kind_in(group, part, key)
+            if kind is not None and kind != name:
+                name, inside = kind, []  # another kind: what was said inside the old one is forgotten
             inside.append(body)
         if name is None:
             self.problems.append((key, f"choose a {group} first, with {key}=NAME{hint('', registry.entries(group))}"))
@@ -188,21 +188,21 @@ class _Reader:
         value: object = entry()  # a preset
         return self.record(type(value), [value, *inside], key)
 
-    def chosen(self, group: str, part: Any, key: str) -> tuple[str | None, Any]:
+    def kind_in(self, group: str, part: Any, key: str) -> tuple[str | None, Any]:
         """The kind that a part names, if it names one, and what it says inside that kind."""
         own = kind_of(part)
         if own is not None and own[0] == group:
             return own[1], part
         if isinstance(part, str) and not _is_mapping_text(part):
             return str(part), {}
-        given = self.mapping(part, key, type_text(Annotated[Any, OneOf(group)]))
-        names = _opened(given["kind"]) if "kind" in given else []
+        values = self.mapping(part, key, type_text(Annotated[Any, OneOf(group)]))
+        names = _opened(values["kind"]) if "kind" in values else []
         if any(not isinstance(name, str) for name in names):
             self.problems.append((join(key, "kind"), f"must be a name{hint('', registry.entries(group))}"))
             return None, {}
         if isinstance(part, _Edit) and names and part.beside not in (None, names[0]):
             self.problems.append((key, f"given twice, as {show(part.beside)} and as {show(names[0])}; keep one"))
-        rest = {name: value for name, value in given.items() if name != "kind"}
+        rest = {name: value for name, value in values.items() if name != "kind"}
         inside = _below(rest, part.beside) if isinstance(part, _Edit) else rest
         return (str(names[0]) if names else None), inside
 
@@ -283,11 +283,11 @@ class _Reader:
         if not isinstance(part, Mapping):
             self.problems.append((key, f"expected {expected}, got {show(part)}"))
             return {}
-        given = cast("Mapping[Any, Any]", part)
-        for name in given:
+        values = cast("Mapping[Any, Any]", part)
+        for name in values:
             if not isinstance(name, str):
                 self.problems.append((key, f"expected names, got the key {show(name)}; put it in quotes"))
-        return {name: value for name, value in given.items() if isinstance(name, str)}
+        return {name: value for name, value in values.items() if isinstance(name, str)}
 
     def clash(self, part: Any, key: str) -> None:
         """Adds a problem for each key that one command line sets inside `key={...}` and again by itself."""

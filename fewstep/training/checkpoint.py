@@ -162,9 +162,9 @@ class Checkpoints:
             raise TrainingError(f"the checkpoint {path} is damaged: {damages[0]}. Remove it to resume from the one before")
         if not problems:
             return progress
-        shown = some(problems, 8, "\n")
+        lines = some(problems, 8, "\n")
         raise TrainingError(
-            f"the checkpoint {path} does not fit this configuration:\n{shown}\n"
+            f"the checkpoint {path} does not fit this configuration:\n{lines}\n"
             f"Resume with the configuration it was written with ({self.folder.parent / 'config.yaml'}), or give the run "
             "another job.name"
         )
@@ -197,11 +197,11 @@ class Checkpoints:
 
     def _prune(self, newest: Path) -> None:
         healthy = self.latest(healthy_only=True)  # what a roll-back needs, however many alarms rang since
-        kept = {newest, healthy, self._best()}
+        needed = {newest, healthy, self._best()}
         if self.keep_every:
-            kept |= {path for path, progress in self._records().items() if progress.step % self.keep_every == 0}
+            needed |= {path for path, progress in self._records().items() if progress.step % self.keep_every == 0}
         for path in whole_ones(self.folder)[: -self.keep_last]:
-            if path not in kept:
+            if path not in needed:
                 _discard(path)
 
     def _best(self) -> Path | None:
@@ -216,14 +216,14 @@ class Checkpoints:
 
     def _failed(self, partial: Path, error: BaseException) -> TrainingError:
         remove(partial)
-        kept, free, root = self.latest(), free_bytes(partial), _root(error)
+        last, free, root = self.latest(), free_bytes(partial), _root(error)
         if isinstance(root, OSError) and root.errno is not None:
             reason = explain(root)
         else:
             reason = f"{_first_line(error)}. Free some space and run the same command again"
         return TrainingError(
             f"could not write the checkpoint {partial.with_suffix('')}: {reason}. {free / 2**20:.0f} MiB are free without it. "
-            f"The last complete checkpoint is {kept or 'none'}: the same command goes on from there"
+            f"The last complete checkpoint is {last or 'none'}: the same command goes on from there"
         )
 
 

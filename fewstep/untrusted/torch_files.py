@@ -246,7 +246,7 @@ def _symbols() -> Symbols:
     def parameter(data: Any, gradient: Any, hooks: Any) -> Tensor | None:
         return data if data is None else exactly(data, Tensor)
 
-    def kept(*args: Any) -> Any:
+    def as_arguments(*args: Any) -> Any:
         """What a stream gives, as plain data: a device, a layout."""
         return args[0] if args else ""
 
@@ -260,7 +260,7 @@ def _symbols() -> Symbols:
         "torch._utils._rebuild_tensor_v3": typed_tensor,
         "torch._utils._rebuild_parameter": parameter,
         "torch.Size": lambda sizes: torch.Size(shape_of(tuple(exactly(sizes, tuple)))),
-        "torch.device": kept,
-        "torch.serialization._get_layout": kept,
+        "torch.device": as_arguments,
+        "torch.serialization._get_layout": as_arguments,
         "_io.BytesIO": Object(in_memory),
     }

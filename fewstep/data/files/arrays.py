@@ -51,12 +51,12 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def read_one(path: str | os.PathLike[str], name: str = "") -> Tensor:
     """The only array of a file, or the one called `name` if there are several."""
-    found = read(path)
-    if len(found) == 1:
-        return next(iter(found.values()))
-    if name not in found:
-        raise UserError(f"{path}: holds {', '.join(sorted(found)) or 'nothing'}, but no {name or 'single array'}")
-    return found[name]
+    arrays = read(path)
+    if len(arrays) == 1:
+        return next(iter(arrays.values()))
+    if name not in arrays:
+        raise UserError(f"{path}: holds {', '.join(sorted(arrays)) or 'nothing'}, but no {name or 'single array'}")
+    return arrays[name]
 
 
 def write_pickle(path: str | os.PathLike[str], value: Any) -> None:  # plain data: what safe_pickle reads back

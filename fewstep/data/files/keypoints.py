@@ -120,8 +120,8 @@ def _points(where: str, raw: Mapping[str, Any], key: str, counts: tuple[int, ...
     value = raw.get(key)
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf" or value.shape not in [(n, 3) for n in counts]:
         value_text = "nothing" if value is None else f"a {getattr(value, 'shape', type(value).__name__)}"
-        wanted = " or ".join(map(str, counts))
-        raise UserError(f"{where}: {key!r} must be an array ({wanted}, 3) of x, y, score, but is {value_text}")
+        shapes = " or ".join(map(str, counts))
+        raise UserError(f"{where}: {key!r} must be an array ({shapes}, 3) of x, y, score, but is {value_text}")
     points = value.astype(np.float64)
     if not np.isfinite(points).all():
         raise UserError(f"{where}: {key!r} has numbers that are not finite. Give unseen points the score 0")

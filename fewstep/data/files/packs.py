@@ -113,18 +113,18 @@ def open_packs(folder: str | os.PathLike[str], made_from: Mapping[str, str] | No
     packs = [_Pack.open(file) for file in files]
     for pack in packs:
         _refuse_other(pack, packs[0].made_from | dict(made_from or {}))
-    found = sorted(
+    order = sorted(
         (label.stem, label.start, file, number) for file, pack in enumerate(packs) for number, label in enumerate(pack.labels)
     )
-    twice = [here[0] for here, after in pairwise(found) if here[:2] == after[:2]]
+    twice = [here[0] for here, after in pairwise(order) if here[:2] == after[:2]]
     if twice:
         raise UserError(f"{place}: holds two rows of {twice[0]}. Run the same `fewstep prepare` again: it drops the stale one")
-    spots = [(file, *packs[file].spans[number]) for _, _, file, number in found]
+    spots = [(file, *packs[file].spans[number]) for _, _, file, number in order]
     return Packs(
         folder=Path(folder),
         made_from=packs[0].made_from,
-        rows=tuple(packs[file].labels[number] for _, _, file, number in found),
-        shapes=tuple(packs[file].row_shape(number) for _, _, file, number in found),
+        rows=tuple(packs[file].labels[number] for _, _, file, number in order),
+        shapes=tuple(packs[file].row_shape(number) for _, _, file, number in order),
         _places=tuple(spots),
         _data=tuple(pack.data for pack in packs),
     )
@@ -176,10 +176,10 @@ class Writer:
 
     def keep_only(self, labels: Collection[Label]) -> int:
         """Drops every packed row that is none of `labels`: clips that changed or are gone. How many there were."""
-        wanted, dropped = {label.key for label in labels}, 0
+        keys, dropped = {label.key for label in labels}, 0
         for file in _files(self.place):
             pack = _Pack.open(file)
-            live = [number for number, label in enumerate(pack.labels) if label.key in wanted]
+            live = [number for number, label in enumerate(pack.labels) if label.key in keys]
             if len(live) == len(pack.labels):
                 continue
             dropped += len(pack.labels) - len(live)
@@ -188,7 +188,7 @@ class Writer:
                 _write_pack(file, [pack.labels[number] for number in live], rows, self.made_from, pack.lengths_differ)
             else:
                 remove(file)
-        self._packed &= wanted
+        self._packed &= keys
         return dropped
 
     def put(self, label: Label, make: Callable[[], Tensor]) -> None:
@@ -277,13 +277,13 @@ def _write_pack(
     path: Path, labels: Sequence[Label], parts: Sequence[Tensor], made_from: Mapping[str, str], lengths_differ: bool
 ) -> None:
     """One file of rows: `parts` are joined along their first axis, equal content once."""
-    places, spans, kept, end = dict[tuple[str, int], tuple[int, int]](), list[tuple[int, int]](), list[Tensor](), 0
+    places, spans, unique, end = dict[tuple[str, int], tuple[int, int]](), list[tuple[int, int]](), list[Tensor](), 0
     for label, part in zip(labels, parts, strict=True):
         key = label.content, label.start
         if key not in places:
             places[key] = end, end + len(part)
             end += len(part)
-            kept.append(part)
+            unique.append(part)
         spans.append(places[key])
     header = {
         "made_from": dict(made_from),
@@ -291,7 +291,7 @@ def _write_pack(
         "spans": spans,
         "lengths_differ": lengths_differ,
     }
-    write_tensors(path, {"data": torch.cat(kept)}, {"pack": json.dumps(header, sort_keys=True)})
+    write_tensors(path, {"data": torch.cat(unique)}, {"pack": json.dumps(header, sort_keys=True)})
 
 
 def _refuse_other(pack: _Pack, expected: Mapping[str, str]) -> None:

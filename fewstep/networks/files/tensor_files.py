@@ -82,32 +82,32 @@ def open_tensors(place: str | Path, part: str | None = None) -> TensorFile:
     """
     path = Path(place)
     if _is_split(path):
-        found = _split(path, part)
+        file = _split(path, part)
     elif path.suffix == ".safetensors":
-        found = TensorFile(str(path), _safetensors(_existing(path)))
+        file = TensorFile(str(path), _safetensors(_existing(path)))
     elif path.suffix in TORCH_SUFFIXES:
-        found = _torch_file(_existing(path), part)
+        file = _torch_file(_existing(path), part)
     elif (path / ".metadata").is_file():
         from fewstep.networks.files.distributed import open_distributed
 
-        found = TensorFile(str(path), open_distributed(path))
+        file = TensorFile(str(path), open_distributed(path))
     elif path.is_dir() and _safetensors_in(path):
         merged: dict[str, Stored] = {}
         for file in _safetensors_in(path):
             merged |= _safetensors(file)
-        found = TensorFile(str(path), merged)
+        file = TensorFile(str(path), merged)
     elif (path / MODEL).is_file():
-        found = _torch_file(path / MODEL, part)
+        file = _torch_file(path / MODEL, part)
     elif path.is_dir():
         raise UserError(f"no weights in '{place}': the folder holds no .safetensors files, no {MODEL} and no .metadata file")
     else:
         raise UserError(f"no weights at '{place}': there is no such file")
-    if not found.tensors:
-        raise UserError(f"'{found.source}' holds no tensors")
-    found = _one_net(found, part)
-    if part is not None and found.part != part:
+    if not file.tensors:
+        raise UserError(f"'{file.source}' holds no tensors")
+    file = _one_net(file, part)
+    if part is not None and file.part != part:
         raise UserError(f"'{place}' holds one set of weights only, none is called '{part}'")
-    return TensorFile(found.source, _plain(found.tensors), found.part, found.ignored)
+    return TensorFile(file.source, _plain(file.tensors), file.part, file.ignored)
 
 
 def _existing(path: Path) -> Path:
@@ -126,26 +126,26 @@ def _one_net(whole: TensorFile, part: str | None) -> TensorFile:
         return whole
     if part is not None and part not in have:
         return whole  # refused by the caller, unless `part` was found by then
-    chosen = part or ("net_ema" if "net_ema" in have else "net" if "net" in have else None)
-    if chosen is None:
+    prefix = part or ("net_ema" if "net_ema" in have else "net" if "net" in have else None)
+    if prefix is None:
         raise UserError(f"'{whole.source}' holds {' and '.join(have)}: say which, as {whole.source}:{have[0]}")
-    tensors = {f"net.{n.removeprefix(f'{chosen}.')}": t for n, t in whole.tensors.items() if n.startswith(f"{chosen}.")}
-    return TensorFile(whole.source, tensors, chosen, whole.ignored + len(whole.tensors) - len(tensors))
+    tensors = {f"net.{n.removeprefix(f'{prefix}.')}": t for n, t in whole.tensors.items() if n.startswith(f"{prefix}.")}
+    return TensorFile(whole.source, tensors, prefix, whole.ignored + len(whole.tensors) - len(tensors))
 
 
 def _plain(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """The tensors without what training wraps around names; two that become one are refused."""
     plain: dict[str, Stored] = {}
     names = list(tensors)
-    shown = {name: name for name in names}
+    short = {name: name for name in names}
     for wrapper in _WRAPPERS:
-        shown = {name: now.replace(wrapper, "") for name, now in shown.items()}
+        short = {name: now.replace(wrapper, "") for name, now in short.items()}
     if names and not any("." in name for name in names) and any(name.count("-") > 1 for name in names):
-        shown = {name: now.replace("-", ".") for name, now in shown.items()}  # how Cosmos 1 writes its averages
+        short = {name: now.replace("-", ".") for name, now in short.items()}  # how Cosmos 1 writes its averages
     for start in _STARTS:
-        if names and all(now.startswith(start) for now in shown.values()):
-            shown = {name: now.removeprefix(start) for name, now in shown.items()}
-    for name, now in shown.items():
+        if names and all(now.startswith(start) for now in short.values()):
+            short = {name: now.removeprefix(start) for name, now in short.items()}
+    for name, now in short.items():
         if not name.isprintable():
             raise UserError(f"a tensor of the file is called {name!r}, which is no name")
         if now in plain:
@@ -160,11 +160,11 @@ def _sets(tree: Any, at: str = "", depth: int = 0) -> dict[str, Mapping[str, Any
         return {}
     if any(isinstance(value, Tensor) for value in tree.values()) and not _is_optimizer(tree):
         return {at: tree}
-    found: dict[str, Mapping[str, Any]] = {}
+    sets: dict[str, Mapping[str, Any]] = {}
     for key, value in tree.items():
         if isinstance(key, str) and key not in ("optimizer", "scheduler", "grad_scaler", "callbacks", "trainer"):
-            found |= _sets(value, f"{at}.{key}" if at else key, depth + 1)
-    return found
+            sets |= _sets(value, f"{at}.{key}" if at else key, depth + 1)
+    return sets
 
 
 def _is_optimizer(tree: Mapping[Any, Any]) -> bool:
@@ -198,8 +198,8 @@ def _torch_file(path: Path, part: str | None) -> TensorFile:
     at = _chosen_set(sets, part, str(path))
     entries = sets[at]
     tensors = {name: Stored.of(value) for name, value in entries.items() if isinstance(value, Tensor)}
-    shown = part if part is not None and (at == part or at.endswith(f".{part}")) else at
-    return TensorFile(str(path), tensors, shown, len(entries) - len(tensors))
+    name = part if part is not None and (at == part or at.endswith(f".{part}")) else at
+    return TensorFile(str(path), tensors, name, len(entries) - len(tensors))
 
 
 def _saved(path: Path) -> Any:  # Any: whatever was saved, out of tensors and plain containers
@@ -219,15 +219,15 @@ def _saved(path: Path) -> Any:  # Any: whatever was saved, out of tensors and pl
 
 
 def _safetensors(path: Path) -> dict[str, Stored]:
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     with safetensors(path, _INCOMPLETE) as file:
         for name in file.keys():  # noqa: SIM118  # no mapping
             entry = file.get_slice(name)
             dtype = SAFETENSORS_DTYPES.get(entry.get_dtype())
             if dtype is None:
                 raise UserError(f"'{path}': {name} is of type {entry.get_dtype()}, which is not known here")
-            found[name] = Stored(tuple(entry.get_shape()), dtype, partial(_from_safetensors, path, name))
-    return found
+            tensors[name] = Stored(tuple(entry.get_shape()), dtype, partial(_from_safetensors, path, name))
+    return tensors
 
 
 def _from_safetensors(path: Path, name: str) -> Tensor:
@@ -264,9 +264,9 @@ def _split(path: Path, part: str | None) -> TensorFile:
     """The parts put together again. What is split along which axis is fixed by name; the rest must be equal in all parts."""
     stem = path.stem.partition("_model_mp_")[0]
     numbered = {
-        int(found.group(1)): file
+        int(match.group(1)): file
         for file in path.parent.glob("*_model_mp_*.pt")
-        if (found := re.fullmatch(rf"{re.escape(stem)}_model_mp_(\d+)", file.stem))
+        if (match := re.fullmatch(rf"{re.escape(stem)}_model_mp_(\d+)", file.stem))
     }
     if not numbered:
         raise UserError(f"no weights at '{path}': there is no {stem}_model_mp_0.pt")
