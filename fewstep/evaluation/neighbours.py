@@ -86,8 +86,11 @@ def _radii(rows: Tensor, subsets: Sequence[Tensor], k: int, name: str) -> Tensor
         raise UserError(f"{name} has {least} rows, too few for k = {k} neighbours. Evaluate more clips or lower k.")
     num = min(len(rows), 16 * (k + 1))
     step = max(1, _ELEMENTS // len(rows))
-    nearest = [_squares(some, rows).topk(num, dim=1, largest=False) for some in rows.split(step)]
-    squares, places = torch.cat([part.values for part in nearest]), torch.cat([part.indices for part in nearest])
+    # In place: what each block leaves behind would keep the memory of the blocks from being used again.
+    squares, places = rows.new_empty(len(rows), num), torch.empty(len(rows), num, dtype=torch.int64, device=rows.device)
+    for first in range(0, len(rows), step):
+        nearest = _squares(rows[first : first + step], rows).topk(num, dim=1, largest=False)
+        squares[first : first + step], places[first : first + step] = nearest.values, nearest.indices
     out = torch.full((len(subsets), len(rows)), -1.0, dtype=rows.dtype, device=rows.device)
     for radii, subset in zip(out, subsets, strict=True):
         is_chosen = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
