@@ -77,7 +77,7 @@ PLANS: dict[Size, Plan] = {
         *(1024, 1024, 2048, 512, 3),
         kd=(Learning(250), Learning(250)),
         dmd2=(Learning(290), Learning(670, 16, ("method.guidance=3", "optim.lr=3e-4", "critic_optim.lr=6e-4"))),
-        methods={"rcm": [Learning(200)], "scm": [Learning(200)], "flow_map": [Learning(700), Learning(240)]},
+        methods={"rcm": [Learning(200)], "scm": [Learning(200)], "flow_map": [Learning(700), Learning(480)]},
     ),
     "long": Plan(
         *(3072, 3072, 2048, 512, 3),
