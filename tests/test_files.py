@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from fewstep import files
@@ -210,6 +211,19 @@ def test_a_place_without_a_name_of_its_own_is_refused(name: str) -> None:
     for write in (whole_folder, whole_file, files.restore):
         with pytest.raises(UserError, match=r"name of its own|is a folder"):
             write(Path(name)).__enter__()  # pyright: ignore[reportAttributeAccessIssue]  # of the last, which raises before
+
+
+def test_tensors_of_any_layout_are_read_by_safetensors_as_they_were(tmp_path: Path) -> None:
+    whole = torch.arange(24.0).reshape(2, 3, 4)
+    tensors = {
+        **{"expanded": torch.tensor(1.5).expand(1), "many": torch.tensor(2.5).expand(3, 2), "scalar": torch.tensor(7)},
+        **{"part": whole[:, 1:, ::2], "transposed": whole.mT, "empty": torch.zeros(0, 3), "later": whole[1]},
+        **{"half": whole.bfloat16()[:, 0], "flags": whole[0] > 5, "one": whole[1:2, :1, :1].transpose(0, 2)},
+    }
+    files.write_tensors(tmp_path / "x.safetensors", tensors)
+    read = safetensors.torch.load_file(tmp_path / "x.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in tensors.items())
 
 
 def test_two_writers_of_one_file_do_not_take_it_from_each_other(tmp_path: Path) -> None:

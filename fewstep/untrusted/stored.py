@@ -75,4 +75,6 @@ def encoded(
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for one in entries.values():
-        yield one.read().detach().to("cpu", one.dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data
+        tensor = one.read().detach().to("cpu", one.dtype).contiguous()
+        # In this form, because one number that was expanded counts as contiguous, with a stride of 0.
+        yield tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
