@@ -216,9 +216,16 @@ def test_a_place_without_a_name_of_its_own_is_refused(name: str) -> None:
 def test_tensors_of_any_layout_are_read_by_safetensors_as_they_were(tmp_path: Path) -> None:
     whole = torch.arange(24.0).reshape(2, 3, 4)
     tensors = {
-        **{"expanded": torch.tensor(1.5).expand(1), "many": torch.tensor(2.5).expand(3, 2), "scalar": torch.tensor(7)},
-        **{"part": whole[:, 1:, ::2], "transposed": whole.mT, "empty": torch.zeros(0, 3), "later": whole[1]},
-        **{"half": whole.bfloat16()[:, 0], "flags": whole[0] > 5, "one": whole[1:2, :1, :1].transpose(0, 2)},
+        "expanded": torch.tensor(1.5).expand(1),
+        "many": torch.tensor(2.5).expand(3, 2),
+        "scalar": torch.tensor(7),
+        "part": whole[:, 1:, ::2],
+        "transposed": whole.mT,
+        "empty": torch.zeros(0, 3),
+        "later": whole[1],
+        "half": whole.bfloat16()[:, 0],
+        "flags": whole[0] > 5,
+        "one": whole[1:2, :1, :1].transpose(0, 2),
     }
     files.write_tensors(tmp_path / "x.safetensors", tensors)
     read = safetensors.torch.load_file(tmp_path / "x.safetensors")
