@@ -22,6 +22,7 @@ class Verdict:
 
     @property
     def _lead(self) -> float:
+        """By how much the student is better; negative if it is worse."""
         return self.teacher - self.student if self.better == "lower" else self.student - self.teacher
 
     @property
@@ -30,9 +31,10 @@ class Verdict:
         return -self._lead > self.spread
 
     def __str__(self) -> str:
-        word = (
-            "WORSE than" if self.is_worse else "better than" if self._lead > self.spread else "as good, within the spread, as"
-        )
+        if self.is_worse:
+            word = "WORSE than"
+        else:
+            word = "better than" if self._lead > self.spread else "as good, within the spread, as"
         numbers = f"{self.student:.4g} against {self.teacher:.4g}, {self.better} is better, spread {self.spread:.2g}"
         return f"{self.score}: the student is {word} {self.other} ({numbers})"
 
@@ -46,6 +48,7 @@ def verdicts(student: Path, teacher: Path, name: str = Verdict.other) -> list[Ve
 
 
 def _verdicts(mine: Mapping[str, Any], other: Mapping[str, Any], whose: str) -> Iterator[Verdict]:
+    notes = [*mine.get("notes", []), *other.get("notes", [])]
     for score in mine["legend"]:
         name, better = score["name"], score.get("better")
         pair = [record["scores"].get(name) for record in (mine, other)]
@@ -53,9 +56,7 @@ def _verdicts(mine: Mapping[str, Any], other: Mapping[str, Any], whose: str) -> 
             continue
         if any(entry is None or entry["value"] is None for entry in pair) or pair[0]["value"] == pair[1]["value"] == 0:
             continue
-        if name.startswith("frechet") and any(
-            "undetermined" in note for record in (mine, other) for note in record.get("notes", [])
-        ):
+        if name.startswith("frechet") and any("undetermined" in note for note in notes):
             continue
         spread = hypot(*(entry.get("spread") or 0.0 for entry in pair))
         yield Verdict(name, better, pair[0]["value"], pair[1]["value"], spread, whose)

@@ -31,9 +31,8 @@ _MAX_LINE_BYTES = 2**20
 ANY_SIZE = 2**62
 
 T = TypeVar("T")
-Count = Annotated[
-    int, Ge(0), Le(2**53)
-]  # of a file; JSON holds larger ones, and what computes with them fails in words of its own
+# Numbers of a file: JSON holds larger ones, and what computes with them fails in words of its own.
+Count = Annotated[int, Ge(0), Le(2**53)]
 Amount = Annotated[float, Ge(0), Le(2**53)]  # the same, and neither infinite nor NaN
 Name = Annotated[str, Predicate(is_plain)]
 

@@ -93,8 +93,8 @@ def open_tensors(place: str | Path, part: str | None = None) -> TensorFile:
         file = TensorFile(str(path), open_distributed(path))
     elif path.is_dir() and _safetensors_in(path):
         merged: dict[str, Stored] = {}
-        for file in _safetensors_in(path):
-            merged |= _safetensors(file)
+        for shard in _safetensors_in(path):
+            merged |= _safetensors(shard)
         file = TensorFile(str(path), merged)
     elif (path / MODEL).is_file():
         file = _torch_file(path / MODEL, part)
