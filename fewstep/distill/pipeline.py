@@ -31,7 +31,7 @@ def pipeline(request: PipelineRequest, dryrun: bool = False) -> None:
         print("\ndry run: nothing was written")
         return
     with lock(request.work / ".lock"):
-        claim(road, request.work)
+        claim(road, request.work, request.only)
         for order, stage in enumerate(road):
             if request.only and stage.name not in request.only:
                 continue
@@ -46,7 +46,8 @@ def stages(request: PipelineRequest, teacher: Teacher) -> list[Stage]:
     trainings = request.chain.trainings
     out = list(_data(request))
     for number, training in enumerate(trainings):
-        out.append(Stage.of(training.name, training.about, _train(request, number)))
+        lanes = ((_train(request, number),),)
+        out.append(Stage(training.name, training.about, lanes, resumes=(Path(_run_of(request, training)),)))
         if not training.is_scored:
             continue
         about = "the gate: the student's clips against those of the data"
@@ -67,7 +68,7 @@ def _data(request: PipelineRequest) -> Iterator[Stage]:
     if request.chain.pairs is not None:
         words = (*_launcher(request), "pairs", teacher, "--prompts", str(request.prompts), "--out", data, *request.chain.pairs)
         about = "ODE pairs: the teacher makes clips of the prompts, and states on the way are kept"
-        yield Stage.of("pairs", about, _with_options(request, "pairs", *words))
+        yield Stage("pairs", about, ((_with_options(request, "pairs", *words),),), resumes=(request.data,))
         return
     text = _with_options(request, "text", "fewstep", "prepare", "text", data, "--text-encoder", teacher)
     yield Stage.of("text", "captions become embeddings", text)

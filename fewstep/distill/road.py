@@ -9,6 +9,7 @@ its scores and its report beside it. The demo (toyworld/demo/stages.py) takes th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from fewstep.distill.facts import Facts
@@ -31,8 +32,8 @@ def stages(facts: Facts) -> list[Stage]:
     """The stages of a request, in their order."""
     request, data = facts.request, str(facts.request.dataset)
     return [
-        Stage.of("check", "the data set is read once", ("fewstep", "check", "data", data)),
-        Stage.of("memory", "the memory that each GPU needs; nothing is loaded", _plan(facts)),
+        Stage("check", "the data set is read once", ((("fewstep", "check", "data", data),),), makes_nothing=True),
+        Stage("memory", "the memory that the training needs; nothing is loaded", ((_plan(facts),),), makes_nothing=True),
         Stage(
             "text",
             "captions become embeddings",
@@ -120,11 +121,15 @@ def _trainings(facts: Facts) -> Iterator[Stage]:
     trainings = facts.request.trainings
     if "kd" in trainings:
         calls = facts.sampler.num_calls
-        yield Stage.of("pairs", f"the teacher makes clips from noise, {calls} network calls each", _pairs(facts))
-        yield Stage.of("kd", "knowledge distillation: the student regresses onto the teacher's clips", _train(facts, "kd"))
+        pairs = Stage.of("pairs", f"the teacher makes clips from noise, {calls} network calls each", _pairs(facts))
+        yield replace(pairs, resumes=(facts.request.work_dir / "pairs",))
+        yield _training(facts, "kd", "knowledge distillation: the student regresses onto the teacher's clips")
     if "dmd2" in trainings:
-        about = "distribution matching: the student learns from the difference of two scores"
-        yield Stage.of("dmd2", about, _train(facts, "dmd2"))
+        yield _training(facts, "dmd2", "distribution matching: the student learns from the difference of two scores")
+
+
+def _training(facts: Facts, name: str, about: str) -> Stage:
+    return replace(Stage.of(name, about, _train(facts, name)), resumes=(Path(run_of(facts, name)),))
 
 
 def _pairs(facts: Facts) -> Command:

@@ -1,7 +1,8 @@
 """Stages of public commands, printed before they run; finished ones are not run again. `fewstep distill` and the demo are such.
 
 A stage has lanes, which run side by side, and a lane commands, one after the other. OUT/stages/NAME.json says that a stage is
-done, by which commands, and how long it took.
+done, by which commands, and how long it took. A stage whose commands have changed since then is done anew, and so are all after
+it.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from fewstep.distill.worker import IMPORTS, Copy
 from fewstep.errors import UserError
-from fewstep.files import remove, write_json
+from fewstep.files import move, remove, write_json
 from fewstep.untrusted.text import read_json
 
 Command = tuple[str, ...]
@@ -35,6 +37,8 @@ class Stage:
     lanes: tuple[tuple[Command, ...], ...]
     advice: str = ""  # printed where the stage fails
     is_optional: bool = False  # the stages after it do without: its failure is told and does not end the road
+    makes_nothing: bool = False  # it only checks: where its commands change, it is done anew, and none after it
+    resumes: tuple[Path, ...] = ()  # files and folders that its commands would go on with: moved aside where it is done anew
 
     @classmethod
     def of(cls, name: str, about: str, *commands: Command) -> Stage:
@@ -58,34 +62,82 @@ class Done:
 
     commands: list[str]
     seconds: float = 0.0
+    folder: str = ""  # in which they ran
 
 
 def read_marker(marker: Path) -> Done:
     return read_json(marker, f"Remove {marker}: the stage is run again", Done)
 
 
-def claim(stages: Sequence[Stage], out: Path) -> None:
-    """One folder is one road: raises UserError for a stage that was done by another command. What is optional is done anew
-    then, and whatever optional comes after something that is not done."""
-    is_stale = False  # scores that are made anew want a new report
-    for stage in stages:
-        marker = marker_of(out, stage.name)
-        if stage.is_optional and is_stale:
-            remove(marker)
-        if not marker.is_file():
-            is_stale = True
-            continue
-        before = read_marker(marker).commands
-        if before != stage.commands and stage.is_optional:
-            remove(marker)
-            is_stale = True
-        elif before != stage.commands:
-            old = next((line for line in before if line not in stage.commands), "?")
-            new = next((line for line in stage.commands if line not in before), "?")
-            raise UserError(
-                f"{out}: its stage '{stage.name}' was done by another command:\n  {old}\nnow it would be\n  {new}\nChoose "
-                f"another --out, or remove {out}"
-            )
+def claim(stages: Sequence[Stage], out: Path, only: Collection[str] = ()) -> None:
+    """Compares the stages with the commands by which they were done, and prints what has changed.
+
+    From the first that has changed on, all are forgotten, and what they would go on with is moved aside: nothing is lost.
+    Optional stages (scores, a report) are also forgotten where one before them is not done. only: names of the stages that are
+    compared; none: all.
+    """
+    changed = [stage for stage in stages if (not only or stage.name in only) and _changes(stage, out)]
+    for stage in changed:
+        if stage.makes_nothing:
+            remove(marker_of(out, stage.name))
+    makers = [stage for stage in stages if not stage.makes_nothing]
+    first = next((number for number, stage in enumerate(makers) if stage in changed), len(makers))
+    undone = next((number for number, stage in enumerate(makers) if not marker_of(out, stage.name).is_file()), len(makers))
+    if first < len(makers):
+        print(_about_changes(makers[first:], out), flush=True)
+    for number, stage in reversed(list(enumerate(makers))):  # the first one last: a killed command begins here again
+        if number >= first:
+            for path in filter(Path.exists, stage.resumes):
+                move(path, _aside(path))
+        if number >= first or (stage.is_optional and number > undone):
+            remove(marker_of(out, stage.name))
+
+
+def _changes(stage: Stage, out: Path) -> str:
+    """The words of its commands that were others when the stage was done; empty if none were, or if it is not done."""
+    marker = marker_of(out, stage.name)
+    if not marker.is_file():
+        return ""
+    done = read_marker(marker)
+    before, now = (" ".join(lines).split() for lines in (done.commands, stage.commands))
+    if len(before) == len(now) and all(_are_same(*words, done.folder) for words in zip(before, now, strict=True)):
+        return ""
+    old, new = _options(before), _options(now)
+    gone, come = ([word for word in one if word not in other] for one, other in ((old, new), (new, old)))
+    return f"{' '.join(gone) or '(nothing)'} -> {' '.join(come) or '(nothing)'}"
+
+
+def _are_same(before: str, now: str, folder: str) -> bool:
+    """Whether two words are equal, or name the same file, the first of them in `folder`: a road also goes on from elsewhere."""
+    (name, _, path), (name_now, _, path_now) = before.rpartition("="), now.rpartition("=")
+    return before == now or (name == name_now and Path(folder, path).resolve() == Path(path_now).resolve())
+
+
+def _options(words: Sequence[str]) -> list[str]:
+    """The words, each once; an option and its value are one."""
+    out: list[str] = []
+    for word in words:
+        if out and out[-1].startswith("--") and " " not in out[-1] and not word.startswith("--"):
+            out[-1] += f" {word}"
+        else:
+            out.append(word)
+    return list(dict.fromkeys(out))
+
+
+def _about_changes(stages: Sequence[Stage], out: Path) -> str:
+    """What has changed in the first of the stages, which are all to be done anew."""
+    first, *later = stages
+    after = [stage.name for stage in later if marker_of(out, stage.name).is_file()]
+    also = f", and so {'are' if len(after) > 1 else 'is'} {', '.join(after)}" if after else ""
+    names = [f"{path} as {_aside(path).name}" for stage in stages for path in stage.resumes if path.exists()]
+    return f"the commands of stage '{first.name}' have changed: {_changes(first, out)}\n  it is done anew{also}" + (
+        f"; kept: {', '.join(names)}" if names else ""
+    )
+
+
+def _aside(path: Path) -> Path:
+    """The next free name for what is moved aside: kd becomes kd.001."""
+    return next(name for number in count(1) if not (name := path.with_name(f"{path.name}.{number:03d}")).exists())
 
 
 def run(
@@ -117,6 +169,7 @@ def run(
         "name": stage.name,
         "order": order,
         "commands": stage.commands,
+        "folder": str(Path.cwd()),
         "seconds": round(time.monotonic() - began, 1),
     }
     write_json(marker, about | {"about": stage.about})
@@ -172,9 +225,10 @@ def _end(lanes: Sequence[_Lane]) -> None:
 
 
 def _say(text: str) -> None:
-    """To a terminal that may be closed by now: a command that saves is listened to until it has ended."""
+    """A line in one piece, since lanes speak at the same time; to a terminal that may be closed by now: a command that saves is
+    listened to until it has ended."""
     with suppress(OSError):
-        print(text, flush=True)
+        print(f"{text}\n", end="", flush=True)
 
 
 class _Lane(threading.Thread):
@@ -201,7 +255,7 @@ class _Lane(threading.Thread):
         for command in self.commands:
             if self._stopped:
                 return
-            print(f"{self.mark}$ {text_of(command)}", flush=True)
+            _say(f"{self.mark}$ {text_of(command)}")
             process = self._running = _started(command, self.preload, self.num_threads)
             if self._stopped:  # meanwhile
                 process.send_signal(signal.SIGTERM)

@@ -22,6 +22,7 @@ from fewstep.distill import cost, gate
 from fewstep.distill.facts import facts_of
 from fewstep.distill.request import DistillRequest
 from fewstep.distill.road import stages
+from fewstep.distill.stages import claim, marker_of
 from fewstep.networks.families.cosmos.models import MODELS, transfer1_7b
 
 WAN_VAE = {"_class_name": "AutoencoderKLWan", "z_dim": 16, "temperal_downsample": [False, True, True]}
@@ -205,23 +206,30 @@ def test_wrong_use_and_a_dry_run_by_the_command(world: Path, tmp_path: Path, cap
     assert main([*words[:2], str(bare), "--out", str(tmp_path / "s")]) == 1 and "--prompt TEXT" in capsys.readouterr().err
 
 
-def test_a_stage_that_was_done_otherwise_is_refused_and_scores_are_made_anew(world: Path, tmp_path: Path) -> None:
-    from fewstep.distill.stages import claim, marker_of
-
+def test_stages_from_the_first_that_changed_are_done_anew(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = request(world, work=tmp_path / "work")
-    facts = facts_of(asked)
-    road = stages(facts)
-    for stage in road:
-        marker_of(asked.work_dir, stage.name).parent.mkdir(parents=True, exist_ok=True)
-        marker_of(asked.work_dir, stage.name).write_text(json.dumps({"commands": stage.commands}))
-    claim(road, asked.work_dir)
-    other = facts_of(replace(asked, iters=7, num_eval=2))
-    with pytest.raises(ValueError, match="its stage 'dmd2' was done by another command"):
-        claim(stages(other), asked.work_dir)
-    more = facts_of(replace(asked, num_eval=2))
-    claim(stages(more), asked.work_dir)
-    there = {stage.name for stage in road if marker_of(asked.work_dir, stage.name).exists()}
-    assert there == {stage.name for stage in road} - {"scores", "report"}
+    road = stages(facts_of(asked))
+
+    def done_after(**changes: Any) -> list[str]:
+        for stage in road:
+            marker_of(asked.work_dir, stage.name).parent.mkdir(parents=True, exist_ok=True)
+            marker_of(asked.work_dir, stage.name).write_text(json.dumps({"commands": stage.commands}))
+        claim(stages(facts_of(replace(asked, **changes))), asked.work_dir)
+        return [stage.name for stage in road if marker_of(asked.work_dir, stage.name).exists()]
+
+    names = [stage.name for stage in road]
+    assert done_after() == names and capsys.readouterr().out == ""
+    assert done_after(num_eval=2) == names[: names.index("scores")]
+    assert "have changed: --num 4 -> --num 2\n  it is done anew, and so is report\n" in capsys.readouterr().out
+    (tmp_path / "work" / "runs" / "student" / "dmd2").mkdir(parents=True)
+    assert done_after(iters=7) == names[: names.index("dmd2")]
+    said = capsys.readouterr().out
+    assert "stage 'dmd2' have changed: trainer.max_iter=600 checkpoint.save_iter=150 trainer.log_every=50 -> " in said
+    assert "and so are export, scores, report; kept: " in said and said.endswith("runs/student/dmd2 as dmd2.001\n")
+    assert done_after(settings=("dmd2.optim.lr=1e-5",)) == [n for n in names[: names.index("dmd2")] if n != "memory"]
+    assert done_after(steps=2) == ["check", "text", "latents"]  # pairs have other states
 
 
 def record(folder: Path, name: str, **values: float | None) -> Path:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from fewstep.distill.stages import Command, Stage
-from fewstep.toyworld.demo.stages import PLANS, STEPS, TOY, Size, beginning, shared
+from fewstep.toyworld.demo.stages import PLANS, STEPS, TOY, Size, beginning, kept_for_the_page, shared
 from fewstep.toyworld.recipes import GUIDANCE, STUDENT_SHIFT
 
 NUM_LONG, LONG_FRAMES = 64, 197  # clips of ten times the latent frames of training: 1 + 4 x 49
@@ -41,8 +41,11 @@ def stages(out: Path, size: Size) -> list[Stage]:
         sizes += ("trainer.batch_size=8",) if size == "quick" else ()
         return (f"OUTPUT_ROOT={out}", "fewstep", "train", f"experiment={recipe}", *sizes)
 
+    def runs_of(*recipes: str) -> tuple[Path, ...]:
+        return tuple(out / "toyworld" / "basic" / recipe for recipe in recipes)
+
     def run_of(recipe: str) -> str:
-        return str(out / "toyworld" / "basic" / recipe)
+        return str(*runs_of(recipe))
 
     def score(name: str, what: str, *more: str) -> Command:
         where = ("--prompts", heldout, "--real", real, "--out", str(out / "scores" / f"{name}.json"), *text)
@@ -75,7 +78,12 @@ def stages(out: Path, size: Size) -> list[Stage]:
                 (("fewstep", "prepare", "text", heldout, "--text-encoder", toy), score("real", heldout)),
             ),
         ),
-        Stage.of("pairs", f"the teacher makes clips from noise, {2 * STEPS} calls each", *map(half_of_the_pairs, range(2))),
+        Stage(
+            "pairs",
+            f"the teacher makes clips from noise, {2 * STEPS} calls each",
+            tuple((half_of_the_pairs(rank),) for rank in range(2)),
+            resumes=(out / "pairs",),
+        ),
         Stage(
             "begin",
             "both chains to the student that Self-Forcing begins with, on a core each; beside them the bidirectional student",
@@ -90,12 +98,13 @@ def stages(out: Path, size: Size) -> list[Stage]:
                     train("toy_causal_consistency", much["consistency"]),
                 ),
             ),
+            resumes=runs_of("toy_kd_causal", "toy_kd_4step", "toy_dmd2_4step", "toy_causal_finetune", "toy_causal_consistency"),
         ),
-        Stage.of(
+        Stage(
             "sf",
             "Self-Forcing from both: the students learn on clips that they generate from their own chunks",
-            train("toy_sf", much["sf"]),
-            train("toy_sf_consistency", much["sf"]),
+            ((train("toy_sf", much["sf"]),), (train("toy_sf_consistency", much["sf"]),)),
+            resumes=runs_of("toy_sf", "toy_sf_consistency"),
         ),
         Stage(
             "scores",
@@ -114,5 +123,5 @@ def stages(out: Path, size: Size) -> list[Stage]:
             f"clips of {LONG_FRAMES} frames, ten times the length of training: drift, and return to the beginning",
             ((long("kd_causal"), long("sf")), (long("consistency"), long("sf_consistency"))),
         ),
-        Stage.of("report", "one page to look at", page),
+        Stage("report", "one page to look at", ((page,),), resumes=tuple(kept_for_the_page(out))),
     ]

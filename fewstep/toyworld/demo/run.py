@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from fewstep.distill import gate
-from fewstep.distill.stages import run
+from fewstep.distill.stages import claim, marker_of, run
 from fewstep.errors import UserError
 from fewstep.files import lock, write_json
 from fewstep.toyworld.demo import causal as chains
@@ -25,13 +26,17 @@ def demo(
 ) -> Path:
     """Runs what has not run yet and returns the path of the report. Raises ValueError if a command fails.
 
-    methods: further ones of METHODS. A finished demo goes on with them; its other stages are not run again.
+    methods: further ones of METHODS. A finished demo goes on with them; its other stages are not run again, unless their
+    commands have changed.
     """
     methods = [name for name in METHODS if name in methods]  # in one order, each once
     began = time.monotonic()
     with lock(out / ".lock"):
         _claim(out, size, from_scratch, causal)
-        for order, stage in enumerate(chains.stages(out, size) if causal else stages(out, size, from_scratch, methods)):
+        road = partial(chains.stages, out, size) if causal else partial(stages, out, size, from_scratch, methods)
+        if marker_of(out, "world").is_file():  # only of a world that is there all stages are known
+            claim(list(road()), out)
+        for order, stage in enumerate(road()):
             run(stage, out, order, again="fewstep demo", preload=IMPORTS, num_threads=1)
     for name, few in () if causal else FEW.items():
         for verdict in gate.verdicts(out / "scores" / f"{name}.json", out / "scores" / f"{few}.json"):

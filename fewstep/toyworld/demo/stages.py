@@ -174,7 +174,8 @@ def students(out: Path, size: Size, facts: Facts, methods: Sequence[str] = ()) -
         at = curve(name)
         scored = Stage(f"curve_{name}", f"the {METHODS[name]} student at {CALLS} calls", (at[:2], at[2:]))
         training = tuple(trained(out, name, plan.methods[name], toy))
-        return [Stage(name, f"{METHODS[name]}: a further student", (training,)), scored]
+        about = f"{METHODS[name]}: a further student"
+        return [Stage(name, about, (training,), resumes=tuple(runs_of(out, name))), scored]
 
     def curve(name: str) -> tuple[Command, ...]:
         run = runs_of(out, name)[-1]
@@ -187,11 +188,14 @@ def students(out: Path, size: Size, facts: Facts, methods: Sequence[str] = ()) -
         )
     exports = [(*stage.lanes[0], sample(name)) for name, stage in (("4step", four["export"]), ("1step", one["export"]))]
     text, latents, pairs = four["text"], four["latents"], four["pairs"]
+    page = (sys.executable, "-m", "fewstep.toyworld.demo.page", str(out), "--size", size)
+    page += ("--toy", toy) if toy != str(TOY) else ()
+    page += ("--methods", ",".join(methods)) if methods else ()
     return [
         replace(text, lanes=tuple((command,) for lane in text.lanes for command in lane)),
         replace(latents, lanes=(*latents.lanes, (score("real", str(heldout)),))),
-        Stage.of("pairs", pairs.about, *(shared(pairs.lanes[0][0], rank) for rank in range(2))),
-        *(replace(four[name], lanes=(*four[name].lanes, *one[name].lanes)) for name in ("kd", "dmd2")),
+        replace(pairs, lanes=tuple((shared(pairs.lanes[0][0], rank),) for rank in range(2))),
+        *(_both(four[name], one[name]) for name in ("kd", "dmd2")),
         Stage("export", f"{four['export'].about}, and plain diffusers, without fewstep, samples it", tuple(exports)),
         Stage(
             "scores",
@@ -207,16 +211,18 @@ def students(out: Path, size: Size, facts: Facts, methods: Sequence[str] = ()) -
             ),
         ),
         *further,
-        Stage.of(
-            "_".join(("report", *methods)),
-            "one page to look at",
-            (
-                *(sys.executable, "-m", "fewstep.toyworld.demo.page", str(out), "--size", size),
-                *(("--toy", toy) if toy != str(TOY) else ()),
-                *(("--methods", ",".join(methods)) if methods else ()),
-            ),
-        ),
+        Stage("_".join(("report", *methods)), "one page to look at", ((page,),), resumes=tuple(kept_for_the_page(out))),
     ]
+
+
+def _both(one: Stage, other: Stage) -> Stage:
+    """Two stages side by side."""
+    return replace(one, lanes=(*one.lanes, *other.lanes), resumes=(*one.resumes, *other.resumes))
+
+
+def kept_for_the_page(out: Path) -> list[Path]:
+    """What the page measures once, of the students that are there then: their speed; and the teacher's clips."""
+    return [out / "scores" / "speed.json", out / "scores" / "teacher_shown"]
 
 
 def runs_of(out: Path, student: str) -> list[Path]:
