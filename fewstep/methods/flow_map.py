@@ -3,13 +3,14 @@
     stage 1   average velocities along the teacher's ODE, from data               average_velocity.py
     stage 2   also DMD2's term on the student's own roll-out of a random number of jumps, from the weights of stage 1
 
-In stage 2 a roll-out of N jumps is made in at most three: one to a random one of its times, that jump itself, and one to the
-end, all with gradient, so that the student learns what N jumps would do at the cost of three.
+In stage 2 a roll-out of N jumps is made in three: one to a random one of its times, that jump itself, and one to the end, all
+with gradient, so that the student learns what N jumps would do at the cost of three. AnyFlow draws N and the place once for a
+batch; here every sample has its own, because a few hundred iterations would see each N only a few dozen times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fewstep.batch import Batch
 from fewstep.config import kind
-from fewstep.diffusion import Denoiser, Path, RectifiedFlow, Rng, StudentSampler, guided, on_path, times
+from fewstep.diffusion import Denoiser, Path, Rng, StudentSampler, guided, on_path, times
 from fewstep.diffusion.derivative import Agreement, Difference
 from fewstep.diffusion.path import spread
 from fewstep.diffusion.sampling import student_times
@@ -110,12 +111,14 @@ class FlowMap:
         )
 
     def _sample(self, matching: OnPolicy, nets: Nets, batch: Batch, rng: Rng) -> Tensor:
-        """The end of a roll-out of N jumps, of which one is made alone and those before and after it as one each."""
+        """The end of a roll-out of N jumps, of which one is made alone and those before and after it as one each.
+
+        Where the first or the last is made alone, nothing is before or after it: the network is called all the same, for a jump
+        of no length, so that every process calls it as often.
+        """
         assert batch.x0 is not None
-        num = matching.num_jumps[rng.shared.integer(len(matching.num_jumps))]
-        grid = [*student_times(num, RectifiedFlow(), self.shift), 0.0]
-        place = rng.shared.integer(num)
-        stops = sorted({grid[0], grid[place], grid[place + 1], 0.0}, reverse=True)
+        before, after = (time.to(batch.x0.device) for time in lone_jumps(matching.num_jumps, self.shift, rng))
+        stops = (torch.ones_like(before), before, after, torch.zeros_like(after))
         x = rng.normal_like(batch.x0)
         for start, end in pairwise(stops):
             x = jump(on_path(nets.student, FLOW), x, start, end, batch)
@@ -128,7 +131,15 @@ class FlowMap:
             yield "num_steps", f"must be at least 1, not {self.num_steps}"
 
 
-def jump(student: Denoiser, x: Tensor, start: float, end: float, batch: Batch) -> Tensor:
-    """x_r = x_t - (t - r) u(x_t, t, r)."""
-    t, r = (torch.full((len(x),), time, dtype=torch.float64, device=x.device) for time in (start, end))
+def lone_jumps(num_jumps: Sequence[int], shift: float, rng: Rng) -> tuple[Tensor, Tensor]:
+    """A random N of num_jumps for each row, and of its N jumps a random one: the times from which and to which it goes."""
+    grids = [torch.tensor((*student_times(num, FLOW, shift), 0.0), dtype=torch.float64) for num in num_jumps]
+    padded = torch.nn.utils.rnn.pad_sequence(grids, batch_first=True).to(rng.device)
+    nums, choice = torch.tensor(num_jumps, device=rng.device), rng.integers(len(grids))
+    place = (rng.uniform() * nums[choice]).long()
+    return padded[choice, place], padded[choice, place + 1]
+
+
+def jump(student: Denoiser, x: Tensor, t: Tensor, r: Tensor, batch: Batch) -> Tensor:
+    """x_r = x_t - (t - r) u(x_t, t, r); t and r: of each row."""
     return x - spread(t - r, x).to(x.dtype) * ending(student, x, t, r, batch.cond)

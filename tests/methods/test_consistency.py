@@ -27,6 +27,7 @@ from fewstep.methods import (
     Grid,
     MeanFlow,
     Nets,
+    OnPolicy,
     StudentSample,
     Tangent,
     TangentTerm,
@@ -75,15 +76,15 @@ def data(rows=ROWS, seed=3):
     return Batch(x0=MEAN + STD * rng.normal((2,), F64))
 
 
-def gradient(method, nets, turn_step=0, batch=None):
-    student = nets["student"]
-    student.module.zero_grad()
+def gradient(method, nets, turn_step=0, batch=None, of="student"):
+    trained = nets[of]
+    trained.module.zero_grad()
     turn = method.turn(turn_step)
     total = 0.0
     for terms in method.losses(turn, Nets(nets), batch or data(), Rng(11, 5, range(ROWS))):
         terms.total.backward()
         total += float(terms.total.detach())
-    return total, torch.cat([p.grad.flatten() for p in student.module.parameters()])
+    return total, torch.cat([p.grad.flatten() for p in trained.module.parameters()])
 
 
 # --- derivatives ------------------------------------------------------------------------------------------------------
@@ -336,6 +337,75 @@ def test_meanflow_is_the_papers_loss(source):
     torch.testing.assert_close(found, expected[1], rtol=1e-10, atol=1e-12)
 
 
+def anyflow_error(student, law, rng, x0):
+    """AnyFlow's term with the teacher's velocity, by hand."""
+    first, second, share = law.draw(rng, FLOW), law.draw(rng, FLOW), rng.uniform()
+    t, r = torch.maximum(first, second), torch.minimum(first, second)
+    r = torch.where(share < 0.5, t, torch.where(share >= 0.75, torch.zeros_like(r), r))
+    x = (1 - t)[:, None] * x0 + t[:, None] * rng.normal_like(x0)
+    v = TEACHER(x, t, Condition()).velocity
+    u = lambda x, t: student(x, t, Condition(end=r)).velocity  # noqa: E731
+    change = torch.autograd.functional.jvp(u, (x, t), (v, torch.ones_like(t)))[1]
+    error = (u(x, t) - (v - (t - r)[:, None] * change).detach()).square().mean(1)
+    return (error * t * torch.sqrt(1 - t)).mean() * 15 / 4  # the mean of the weight is 4 / 15
+
+
+def rolled_out(student, noise, num_jumps, shift, choices, places):
+    """Row by row: N jumps with one alone, those before and after it as one each; no jump of no length."""
+    rows = []
+    for x, choice, place in zip(noise, choices, places, strict=True):
+        num = num_jumps[int(choice)]
+        even = [1 - i / num for i in range(num + 1)]
+        grid = [shift * u / (1 + (shift - 1) * u) for u in even]
+        at, x = int(place * num), x[None]
+        for t, r in zip(stops := sorted({1.0, grid[at], grid[at + 1], 0.0}, reverse=True), stops[1:]):
+            t, r = (torch.tensor([time], dtype=F64) for time in (t, r))
+            x = x - (t - r)[:, None] * student(x, t, Condition(end=r)).velocity
+        rows.append(x)
+    return torch.cat(rows)
+
+
+def test_both_stages_of_a_flow_map_are_anyflows():
+    """The first by the identity; the second adds DMD2's term at the end of each row's own roll-out, and a critic of it."""
+    student, critic = small(end_time=True), small()
+    law, around, jumps = times.Shifted(shift=3.0), times.Shifted(shift=2.0), (1, 2, 5)
+    velocity = AverageVelocity(times=law, share_whole=0.25, derivative=Jvp(), weighting="time")
+    nets = {"student": student, "teacher": TEACHER}
+    value, found = gradient(FlowMap(velocity), nets)
+    expected = autograd_of(student, anyflow_error(student, law, Rng(11, 5, range(ROWS)), data().x0))
+    assert value == pytest.approx(expected[0], rel=1e-10)
+    torch.testing.assert_close(found, expected[1], rtol=1e-10, atol=1e-12)
+
+    nets["critic"] = critic
+    matching = OnPolicy(num_jumps=jumps, velocity_weight=0.3, times=around)
+    method = FlowMap(velocity, matching, shift=3.0)
+    value, found = gradient(method, nets, turn_step=0)
+    rng, x0 = Rng(11, 5, range(ROWS)), data().x0
+    first = 0.3 * anyflow_error(student, law, rng, x0)
+    drawn = (rng.uniform() * len(jumps), rng.uniform())
+    sample = rolled_out(student, rng.normal_like(x0), jumps, 3.0, *drawn)
+    t = around.draw(rng, FLOW)
+    x_t = ((1 - t)[:, None] * sample + t[:, None] * rng.normal_like(x0)).detach()
+    real, fake = (network(x_t, t, Condition()).x0.detach() for network in (TEACHER, critic))
+    scale = (sample.detach() - real).abs().mean(1, keepdim=True)
+    pull = (fake - real) / scale
+    # The surrogate's value is half the mean square of the pull; its gradient is the pull's.
+    second = (pull * sample).mean()
+    expected = autograd_of(student, first + second)
+    assert value == pytest.approx(float(first.detach()) + 0.5 * float(pull.square().mean()), rel=1e-10)
+    torch.testing.assert_close(found, expected[1], rtol=1e-10, atol=1e-12)
+
+    value, found = gradient(method, nets, turn_step=1, of="critic")
+    rng = Rng(11, 5, range(ROWS))
+    drawn = (rng.uniform() * len(jumps), rng.uniform())
+    sample = rolled_out(student, rng.normal_like(x0), jumps, 3.0, *drawn).detach()
+    t, eps = around.draw(rng, FLOW), rng.normal_like(x0)
+    answer = critic((1 - t)[:, None] * sample + t[:, None] * eps, t, Condition()).velocity
+    expected = autograd_of(critic, (answer - (eps - sample)).square().mean())
+    assert value == pytest.approx(expected[0], rel=1e-10)
+    torch.testing.assert_close(found, expected[1], rtol=1e-10, atol=1e-12)
+
+
 def test_rcm_is_both_terms_of_one_turn():
     """Its gradient is the sum of sCM's and DMD2's, each computed alone with the draws it has in the whole."""
     student, critic = small(), small()
@@ -377,19 +447,21 @@ def average(derivative):
     return MeanFlow(AverageVelocity(share_instant=0.3, derivative=derivative))
 
 
+MAP = AverageVelocity(share_whole=0.25, derivative=Jvp(), weighting="time")
 STATIONARY = {
     "scm": continuous(Jvp()),
     "scm, not normalised": SCM(TangentTerm(tangent=Tangent(warmup_iters=0, constant=0.0, scales="state"))),
     "meanflow": average(Jvp()),
     "meanflow, difference": average(Difference(step=1e-4)),
-    "flow_map": FlowMap(AverageVelocity(share_whole=0.25, derivative=Jvp(), weighting="time")),
+    "flow_map": FlowMap(MAP),
+    "flow_map on policy": FlowMap(MAP, OnPolicy()),
 }
 
 
 @pytest.mark.parametrize("method", [v for k, v in STATIONARY.items() if "not normalised" not in k], ids=lambda m: m.kind)
 def test_the_true_function_is_a_stationary_point(method):
     """The identity holds at the truth, so that its loss has no gradient in either wrong direction."""
-    value, found = gradient(method, {"student": TrueMap(), "teacher": TEACHER})
+    value, found = gradient(method, {"student": TrueMap(), "teacher": TEACHER, "critic": TEACHER})
     assert float(found.norm()) < 1e-6 and value < 1e-6
 
 
