@@ -451,6 +451,7 @@ MAP = AverageVelocity(share_whole=0.25, derivative=Jvp(), weighting="time")
 STATIONARY = {
     "scm": continuous(Jvp()),
     "scm, not normalised": SCM(TangentTerm(tangent=Tangent(warmup_iters=0, constant=0.0, scales="state"))),
+    "rcm": RCM(continuous(Jvp()).consistency, DMD2(student=StudentSample((math.pi / 2, 1.1)), path=TRIG)),
     "meanflow": average(Jvp()),
     "meanflow, difference": average(Difference(step=1e-4)),
     "flow_map": FlowMap(MAP),
