@@ -5,11 +5,11 @@ Settings without effect are left out where they have their defaults (`Idle`): wh
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 from fewstep.config.reader import parse
 from fewstep.config.text import read_text, read_yaml_mapping, write_yaml
-from fewstep.config.types import Choice, Either, Items, Leaf, Record, Shape, Table, kind_of, settings_of, shape_of
+from fewstep.config.types import Choice, Items, Leaf, Maybe, Record, Table, kind_of, settings_of, shape_of
 
 T = TypeVar("T")
 
@@ -44,39 +44,19 @@ def from_yaml(cls: type[T], source: str | Path) -> T:
 
 
 def _plain(declared: Any, value: Any, key: str) -> Any:
-    shape = shape_of(declared)
-    if not _fits(shape, value):
-        raise TypeError(f"{key} holds {value!r}, which its type {declared} does not allow: it could not be read back")
-    match shape:
-        case Leaf():
+    match shape_of(declared):
+        case Maybe(member):
+            return None if value is None else _plain(member, value, key)
+        case Leaf() if isinstance(value, (bool, int, float, str, Path)):
             return str(value) if isinstance(value, Path) else value
-        case Either(members):
-            fitting = [member for member in members if _fits(shape_of(member), value)]
-            return None if value is None else _plain(fitting[0], value, key)
-        case Choice():
+        case Choice(group) if (kind_of(value) or ("",))[0] == group:
             return {"kind": value.kind, **dump(value)}
-        case Record():
+        case Record(cls) if type(value) is cls:
             return dump(value)
-        case Items(types, is_open):
+        case Items(types, is_open) if type(value) in (tuple, list) and (is_open or len(value) == len(types)):
             each = types * len(value) if is_open else types
             return [_plain(of, item, f"{key}.{place}") for place, (of, item) in enumerate(zip(each, value, strict=True))]
-        case Table(of):
-            return {name: _plain(of, item, f"{key}.{name}") for name, item in value.items()}
-
-
-def _fits(shape: Shape, value: Any) -> bool:
-    """Whether a value has the outer type of a shape; its content is checked when it is dumped itself."""
-    match shape:
-        case Either(members, optional):
-            return optional if value is None else any(_fits(shape_of(member), value) for member in members)
-        case Choice(group):
-            own = kind_of(value)
-            return own is not None and own[0] == group
-        case Record(cls):
-            return type(value) is cls
-        case Items(types, is_open):
-            return type(value) in (tuple, list) and (is_open or len(value) == len(types))
-        case Table():
-            return isinstance(value, Mapping)
-        case Leaf():
-            return isinstance(value, (bool, int, float, str, Path))
+        case Table(of) if isinstance(value, Mapping):
+            return {name: _plain(of, item, f"{key}.{name}") for name, item in cast("Mapping[str, Any]", value).items()}
+        case _:
+            raise TypeError(f"{key} holds {value!r}, which its type {declared} does not allow: it could not be read back")

@@ -14,7 +14,7 @@ from fewstep import registry
 from fewstep.config.dump import dump
 from fewstep.config.problems import ConfigError, hint, join
 from fewstep.config.recipes import build_recipe
-from fewstep.config.types import Choice, Either, kind_of, settings_of, shape_of, type_text
+from fewstep.config.types import Choice, Maybe, kind_of, settings_of, shape_of, type_text
 
 
 class Row(NamedTuple):
@@ -78,7 +78,7 @@ def _rows(config: object, plain: Mapping[str, Any], prefix: str) -> Iterator[Row
 
 def _has_choice(declared: Any) -> bool:
     shape = shape_of(declared)
-    return isinstance(shape, Choice) or (isinstance(shape, Either) and any(map(_has_choice, shape.members)))
+    return isinstance(shape, Choice) or (isinstance(shape, Maybe) and _has_choice(shape.declared))
 
 
 @cache

@@ -6,7 +6,6 @@ problem, so that one error names all of them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
 from fewstep import registry
@@ -15,9 +14,9 @@ from fewstep.config.problems import ConfigError, Problem, hint, join, nearest_ke
 from fewstep.config.text import Text, read_yaml
 from fewstep.config.types import (
     Choice,
-    Either,
     Items,
     Leaf,
+    Maybe,
     OneOf,
     Record,
     Table,
@@ -110,8 +109,8 @@ class _Reader:
         match shape_of(declared):
             case Leaf():
                 return self.leaf(declared, parts, key)
-            case Either() as shape:
-                return self.either(declared, shape, parts, key)
+            case Maybe(member):
+                return self.maybe(member, parts, key)
             case Choice(group):
                 value = self.choice(group, parts, key)
             case Record(cls):
@@ -206,32 +205,15 @@ class _Reader:
         inside = _below(rest, part.beside) if isinstance(part, _Edit) else rest
         return (str(names[0]) if names else None), inside
 
-    def either(self, declared: Any, shape: Either, parts: Layers, key: str) -> Any:
-        if shape.optional:
-            nones = [index for index, part in enumerate(parts) if _is_none(part, shape.members)]
-            parts = parts[nones[-1] + 1 :] if nones else parts
-            if not parts:
-                return None
-            if nones and isinstance(parts[0], _Edit) and parts[0].beside is not None:
-                self.problems.append((key, f"given as none, and {', '.join(_keys_of(parts[0], key))} too; keep one"))
-                return None
-        if len(shape.members) == 1:
-            return self.read(shape.members[0], parts, key)
-        last = _last_value(parts)
-        fitting: list[tuple[_Reader, Any]] = []
-        for member in sorted(shape.members, key=lambda member: _rank(member, last)):
-            trial = _Reader()
-            value = trial.read(member, parts, key)
-            if trial.count() == 0:
-                fitting.append((trial, value))
-        if not fitting:
-            self.problems.append((key, f"expected {type_text(declared)}, got {show(last)}"))
+    def maybe(self, member: Any, parts: Layers, key: str) -> Any:
+        nones = [index for index, part in enumerate(parts) if _is_none(part, member)]
+        parts = parts[nones[-1] + 1 :] if nones else parts
+        if not parts:
             return None
-        # Plain data must come back as they were dumped: the member that keeps type and value goes first.
-        exact = [fit for fit in fitting if type(fit[1]) is type(last) and fit[1] == last]
-        trial, value = (exact or fitting)[0]
-        self.keys.extend(trial.keys)
-        return value
+        if nones and isinstance(parts[0], _Edit) and parts[0].beside is not None:
+            self.problems.append((key, f"given as none, and {', '.join(_keys_of(parts[0], key))} too; keep one"))
+            return None
+        return self.read(member, parts, key)
 
     def items(self, declared: Any, shape: Items, parts: Layers, key: str) -> Any:
         value = self.value(declared, parts, key)
@@ -302,14 +284,7 @@ class _Reader:
             self.unknown.extend((key, level, names) for key in keys)
 
 
-class _Nothing:
-    """The value of a key of which only parts are set."""
-
-    def __repr__(self) -> str:
-        return "nothing"
-
-
-_NOTHING = _Nothing()
+_NOTHING: Any = object()  # the value of a key of which only parts are set
 
 
 def _opened(layer: Any) -> Layers:
@@ -352,28 +327,9 @@ def _listed(text: str) -> Any:
     return words if words[-1] else words[:-1]
 
 
-def _is_text(member: Any) -> bool:
-    return isinstance(shape_of(member), Leaf) and split(member)[0] not in (bool, int, float)
-
-
-def _is_none(part: Any, members: tuple[Any, ...]) -> bool:
+def _is_none(part: Any, member: Any) -> bool:
     # A quoted "none" where text is allowed is that text; everywhere else it can only mean None.
     if isinstance(part, str) and part.lower() in ("none", "null"):
-        return isinstance(part, Text) or not any(_is_text(member) for member in members)
+        is_text = isinstance(shape_of(member), Leaf) and split(member)[0] not in (bool, int, float)
+        return isinstance(part, Text) or not is_text
     return part is None
-
-
-def _rank(member: Any, value: Any) -> int:
-    """In which order the alternatives are tried on a word without quotes: the pickiest first, text late."""
-    if not isinstance(value, Text):
-        return 0
-    match shape_of(member):
-        case Leaf():
-            bare = split(member)[0]
-            if bare is int:  # 1 is an int and 1e3 a float where both are allowed
-                return 2 if {*".eE"} & {*value} else 0
-            return 3 if bare in (str, Path) else 1
-        case Items():
-            return 2 if value.lstrip().startswith("[") else 4
-        case _:
-            return 2

@@ -8,7 +8,7 @@ like words of the command line, and the writer quotes every text that could be t
 # The stubs of PyYAML leave the types of its nodes and values out.
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,7 @@ from fewstep.config.problems import ConfigError
 from fewstep.errors import UserError, show
 from fewstep.untrusted import text
 
-_MERGE, _STR, _MAP, _SEQ = (f"tag:yaml.org,2002:{name}" for name in ("merge", "str", "map", "seq"))
+_STR, _MAP, _SEQ = (f"tag:yaml.org,2002:{name}" for name in ("str", "map", "seq"))
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # no file name, no UTF-8
 _PLAIN = re.compile(
     r"(?!(?:none|null|true|false|yes|no|on|off|y|n|inf|nan|infinity)$)[A-Za-z_/][\w./@-]*", re.ASCII | re.IGNORECASE
@@ -28,7 +28,6 @@ _PLAIN = re.compile(
 
 # PyYAML reads some 100 kB a second; a configuration has a few.
 _MAX_BYTES = 2**18
-_MAX_NODES = 100_000  # once aliases are written out
 _MAX_DEPTH = 50
 
 
@@ -43,38 +42,12 @@ def read_yaml(text: str) -> Any:
     try:
         loader: Any = _Loader(text)  # Any: PyYAML has no types
         node = loader.get_single_node()
-        if node is not None:
-            _measure(node, {}, 0)
         return None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f" at line {error.problem_mark.line + 1}"
         raise UserError(f"not YAML{line}: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise UserError(f"not YAML: {error}") from error
-    except RecursionError as error:
-        raise UserError("not YAML for this tool: nested too deep") from error
-
-
-def _nodes_of(entry: Any) -> Sequence[yaml.Node]:  # Any: PyYAML has no types
-    """The nodes of one entry of a list, or of a mapping: its key and its value."""
-    return [entry] if isinstance(entry, yaml.Node) else entry
-
-
-def _measure(node: yaml.Node, measures: dict[int, tuple[int, int]], depth: int) -> tuple[int, int]:
-    """The number and the depth of the nodes of `node`, each alias counted as what it stands for; refuses too many."""
-    if id(node) not in measures:
-        measures[id(node)] = _MAX_NODES, 0  # until it is known: an alias inside of what it stands for has no end
-        value: Any = node.value  # Any: text, nodes, or pairs of them
-        pairs: list[Any] = value if isinstance(node, yaml.CollectionNode) else []
-        inner = [child for pair in pairs for child in _nodes_of(pair)]
-        below = [_measure(child, measures, depth + 1) for child in inner]
-        measures[id(node)] = 1 + sum(size for size, _ in below), 1 + max((height for _, height in below), default=0)
-    size, height = measures[id(node)]
-    if size > _MAX_NODES:
-        raise yaml.YAMLError("its aliases stand for too much")
-    if depth + height > _MAX_DEPTH:
-        raise yaml.YAMLError("nested too deep")
-    return size, height
 
 
 def read_yaml_mapping(text: str, where: str) -> Mapping[str, Any]:
@@ -107,6 +80,20 @@ def write_yaml(data: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        event = cast("Any", self.peek_event())
+        if self.check_event(yaml.AliasEvent):  # a few of them can stand for more than the memory holds
+            problem = f"*{event.anchor} is not read: write out its value"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem="nested too deep", problem_mark=event.start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # YAML forbids a key given twice; PyYAML silently takes the last.
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -145,7 +132,7 @@ def _write_list(dumper: yaml.SafeDumper, value: list[Any]) -> yaml.SequenceNode:
 
 
 # No other tag is understood: `!!timestamp x` and its kin are refused by the loader instead of crashing in it.
-_Loader.yaml_implicit_resolvers = {"<": [(_MERGE, re.compile("^<<$"))]}
+_Loader.yaml_implicit_resolvers = {}
 _Loader.yaml_constructors = {
     _STR: _read_scalar,
     _MAP: yaml.SafeLoader.construct_yaml_map,

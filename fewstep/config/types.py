@@ -106,14 +106,13 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Either:
-    """One of several types, or None if `optional`."""
+class Maybe:
+    """A type, or None."""
 
-    members: tuple[Any, ...]
-    optional: bool
+    declared: Any
 
 
-Shape = Leaf | Record | Choice | Items | Table | Either
+Shape = Leaf | Record | Choice | Items | Table | Maybe
 
 
 @dataclass(frozen=True)
@@ -134,13 +133,11 @@ def shape_of(declared: Any) -> Shape:
     bare, rules = split(declared)
     origin, args = get_origin(bare), get_args(bare)
     groups = [rule.group for rule in rules if isinstance(rule, OneOf)]
-    if origin in (Union, UnionType) and (NoneType in args or not groups):
-        if groups:  # Annotated[A | B | None, OneOf(...)]: the alternatives are the group's
-            return Either((Annotated[Any, OneOf(groups[0])],), True)
-        # A constraint on the whole, Annotated[float | None, Gt(0)], is one on each alternative but None.
-        members = tuple(Annotated[(arg, *rules)] if rules else arg for arg in args if arg is not NoneType)
-        _refuse_ambiguous(bare, members)
-        return Either(members, NoneType in args)
+    if NoneType in args and groups:  # Annotated[A | B | None, OneOf(...)]: the alternatives are the group's
+        return Maybe(Annotated[Any, OneOf(groups[0])])
+    if NoneType in args and len(args) == 2:
+        (member,) = set(args) - {NoneType}  # a constraint on the whole, Annotated[float | None, Gt(0)], is one on it
+        return Maybe(Annotated[(member, *rules)] if rules else member)
     if groups:
         return Choice(groups[0])
     if origin is tuple:
@@ -222,12 +219,3 @@ def _refuse_mutable(cls: type) -> None:
     # Any: the only public way to find out is to try to write to an instance, and there is none yet.
     if not cast(Any, cls).__dataclass_params__.frozen:
         raise TypeError(f"{name} can be mutated; declare it @dataclass(frozen=True)")
-
-
-def _refuse_ambiguous(bare: Any, members: tuple[Any, ...]) -> None:
-    bases = [split(member)[0] for member in members]
-    shapes = [shape_of(member) for member in members]
-    if Path in bases and str in bases:
-        raise TypeError(f"{bare}: a dumped path cannot be distinguished from a text; declare one of them")
-    if sum(isinstance(shape, (Record, Choice, Table)) for shape in shapes) > 1:
-        raise TypeError(f"{bare}: a mapping does not say which of them it means; use @kind and OneOf")

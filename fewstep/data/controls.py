@@ -30,7 +30,7 @@ from fewstep.errors import UserError
 
 Pixels = NDArray[np.uint8]  # T H W 3
 Strength = Literal["none", "very_low", "low", "medium", "high", "very_high"]
-Preset = Strength | Literal["random"]
+Preset = Literal[Strength, "random"]
 
 
 # Lower and upper threshold of Canny.

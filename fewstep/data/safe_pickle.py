@@ -1,22 +1,22 @@
-"""Pickles read as data: numbers, texts and containers, numpy arrays and scalars of numbers or text, dense torch tensors.
+"""Pickles read as data: numbers, texts, lists, tuples and dictionaries, numpy arrays and scalars, dense torch tensors.
 
-Protocols 0 to 5, module paths of numpy 1 and 2. The reader, fewstep/untrusted/pickles.py, runs nothing that a file says.
+Protocols 0 to 5 of Python 3, module paths of numpy 1 and 2. The reader, fewstep/untrusted/pickles.py, runs nothing that a file
+says.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from typing import Any, BinaryIO
+from typing import Any
 
 from fewstep.untrusted.arrays import data_symbols
 from fewstep.untrusted.pickles import MAX_OPCODES, Budget, Reader, UnsafePickle, check_result
-from fewstep.untrusted.text import opened
+from fewstep.untrusted.text import read_bytes
 
 __all__ = ["MAX_BYTES", "MAX_OPCODES", "UnsafePickle", "load", "loads"]
 
 MAX_BYTES = 2 << 30
-_PIECE = 1 << 24  # bytes read at once
 _COPIES = 4  # bytes built per byte of the file: text -> bytes -> storage -> tensor is the longest honest chain
 
 # What a file may be that is no pickle, by its first bytes, and what to do about it.
@@ -31,27 +31,17 @@ _FOREIGN = (
 )
 
 
-def load(
-    path_or_file: str | os.PathLike[str] | BinaryIO, *, max_bytes: int = MAX_BYTES, max_opcodes: int = MAX_OPCODES
-) -> Any:  # a pickle holds whatever plain data its writer put in
+def load(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, max_opcodes: int = MAX_OPCODES) -> Any:
     """The plain data of one pickle; raises UnsafePickle, and never runs anything the file names.
 
-    A file object is read from where it stands to its end. Tensors come back on the CPU without gradient, arrays writable.
-    Costs about 2 us an opcode (a 14 MB noise file: a few dozen opcodes); arrays are copied twice.
+    Tensors come back on the CPU without gradient, arrays writable. Costs about 2 us an opcode (a 14 MB noise file: a few dozen
+    opcodes); arrays are copied twice.
     """
-    if isinstance(path_or_file, (str, os.PathLike)):
-        with opened(path_or_file) as file:
-            return _read(file, str(path_or_file), max_bytes, max_opcodes)
-    return _read(path_or_file, str(getattr(path_or_file, "name", "<file>")), max_bytes, max_opcodes)
+    return loads(read_bytes(path, max_bytes), name=os.fspath(path), max_bytes=max_bytes, max_opcodes=max_opcodes)
 
 
-def loads(data: bytes, *, max_bytes: int = MAX_BYTES, max_opcodes: int = MAX_OPCODES) -> Any:  # as load
-    """The plain data of a pickle held in memory; otherwise as `load`."""
-    return _read(io.BytesIO(data), "<bytes>", max_bytes, max_opcodes)
-
-
-def _read(file: BinaryIO, name: str, max_bytes: int, max_opcodes: int) -> Any:  # as load
-    data = _content(file, max_bytes + 1)
+def loads(data: bytes, *, name: str = "<bytes>", max_bytes: int = MAX_BYTES, max_opcodes: int = MAX_OPCODES) -> Any:
+    """The same of a pickle held in memory; `name` stands for it in messages."""
     if len(data) > max_bytes:
         raise UnsafePickle(f"{name}: more than {max_bytes:,} bytes. If you trust it, pass a larger max_bytes.")
     for magic, what in _FOREIGN:
@@ -69,12 +59,3 @@ def _read(file: BinaryIO, name: str, max_bytes: int, max_opcodes: int) -> Any:  
         raise UnsafePickle(f"{name}: damaged, {rest:,} bytes follow the end of the pickle. Write the file again.")
     check_result(value, name)
     return value
-
-
-def _content(file: BinaryIO, most: int) -> bytes:
-    """The rest of a file, `most` bytes of it. In pieces: read(2 GiB) would take 2 GiB of memory to read one byte."""
-    pieces, rest = list[bytes](), most
-    while rest > 0 and (piece := file.read(min(rest, _PIECE))):
-        pieces.append(piece)
-        rest -= len(piece)
-    return b"".join(pieces)

@@ -17,7 +17,7 @@ import hashlib
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -139,11 +139,9 @@ class ShardsData(FolderData):
         if all(path.is_absolute() for path in sample.files.values()):  # it is already
             yield sample
             return
-        if self._cache is not None:
-            yield replace(sample, files={part: self._fetched(self._cache, sample.stem, part) for part in sample.files})
-            return
-        with tempfile.TemporaryDirectory(prefix="fewstep-") as place:
-            yield replace(sample, files={part: self._fetched(Path(place), sample.stem, part) for part in sample.files})
+        with ExitStack() as stack:
+            place = self._cache or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fewstep-")))
+            yield replace(sample, files={part: self._fetched(place, sample.stem, part) for part in sample.files})
 
     def _fetched(self, place: Path, stem: str, part: str) -> Path:
         member = self._index.samples[stem][part]

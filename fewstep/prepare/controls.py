@@ -105,8 +105,8 @@ class OfFrames:
     """Makes edge and vis from the frames."""
 
     def __init__(self, type: Literal["edge", "vis"], preset: Preset = "medium", quality: video.Quality | None = None):
-        if preset not in (*get_args(get_args(Preset)[0]), "random"):
-            raise ConfigError(f"there is no preset {preset!r}; one of none, very_low, low, medium, high, very_high, random")
+        if preset not in get_args(Preset):
+            raise ConfigError(f"there is no preset {preset!r}; one of {', '.join(get_args(Preset))}")
         self.type: Type = type
         self.control = Edge(preset) if type == "edge" else Vis(preset)
         self.quality: video.Quality | None = quality

@@ -1,4 +1,4 @@
-"""The builders of plain data and of numpy arrays, as Python 2 and 3 and numpy 1 and 2 write them in pickles.
+"""The builders of plain data and of numpy arrays of numbers, as Python 3 and numpy 1 and 2 write them in pickles.
 
 Each takes what the stream gives and trusts none of it.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,11 @@ import numpy as np
 from fewstep.errors import UserError
 from fewstep.untrusted.pickles import Budget, Entry, Pending, RefusalError, Symbol, exactly, short
 
-_SIMPLE_DTYPE = re.compile(r"[biufcSU]\d{1,9}")
+_SIMPLE_DTYPE = re.compile(r"b1|[iuf]\d{1,2}")
 
 
 def data_symbols(budget: Budget) -> dict[str, Entry]:
-    """The names plain data may use, as Python 2 and 3, numpy 1 and 2 and torch write them."""
+    """The names that plain data may use."""
 
     def encode(text: str, encoding: str = "latin1") -> bytes:
         if encoding not in ("latin1", "latin-1"):
@@ -28,30 +27,7 @@ def data_symbols(budget: Budget) -> dict[str, Entry]:
         budget.charge(len(exactly(text, str)))
         return text.encode("latin1")
 
-    def plain(kind: type, accepts: tuple[type, ...]) -> Callable[..., Any]:
-        def build(*args: Any) -> Any:
-            if len(args) > 1 or (args and type(args[0]) not in accepts):
-                raise RefusalError(f"{kind.__name__}() of {', '.join(type(arg).__name__ for arg in args)[:80]}")
-            if args:
-                budget.charge(len(args[0]))
-            is_hashed = kind in (set, frozenset)
-            return kind(budget.key(item) for item in args[0]) if args and is_hashed else kind(*args)
-
-        return build
-
-    def complex_of(real: float, imaginary: float) -> complex:
-        return complex(exactly(real, float), exactly(imaginary, float))
-
-    def ordered(*args: Any) -> OrderedDict[Any, Any]:
-        out: OrderedDict[Any, Any] = OrderedDict()
-        for pairs in args[:1]:  # only Python 2 passes the pairs here
-            budget.charge(len(exactly(pairs, list)))
-            for key, value in pairs:
-                out[budget.key(key)] = value
-        return out
-
     def dtype(code: Any, *flags: Any) -> Pending:
-        code = code.decode("ascii") if type(code) is bytes else code
         if type(code) is str and code.startswith("O"):
             raise RefusalError("a numpy array of Python objects")
         if type(code) is not str or not _SIMPLE_DTYPE.fullmatch(code):
@@ -64,7 +40,6 @@ def data_symbols(budget: Budget) -> dict[str, Entry]:
 
         def build(state: Any) -> np.ndarray:
             _, shape, element, is_fortran, raw = exactly(state, tuple)
-            raw = raw.encode("latin1") if type(raw) is str else raw  # text: written by Python 2
             return _array(raw, element, shape, "F" if is_fortran is True else "C", budget)
 
         return Pending(build)
@@ -80,21 +55,15 @@ def data_symbols(budget: Budget) -> dict[str, Entry]:
         return _array(raw, element, shape, order, budget)
 
     def scalar(element: Any, raw: Any) -> Any:  # the numpy scalar of whichever type
-        raw = raw.encode("latin1") if type(raw) is str else raw
         return _array(raw, element, (), "C", budget)[()]
 
     symbols: dict[str, Entry] = {
         "_codecs.encode": encode,
-        "collections.OrderedDict": ordered,
+        "__builtin__.bytes": lambda: b"",  # of protocol 2, which has no other bytes than encoded text
+        "collections.OrderedDict": lambda: OrderedDict[Any, Any](),  # not with items, which may have equal hashes
         "numpy.ndarray": None,
         "numpy.dtype": dtype,
     }
-    for module in ("builtins", "__builtin__"):
-        symbols[f"{module}.complex"] = complex_of
-        symbols[f"{module}.bytes"] = plain(bytes, (bytes,))
-        symbols[f"{module}.bytearray"] = plain(bytearray, (bytes,))
-        symbols[f"{module}.set"] = plain(set, (list,))
-        symbols[f"{module}.frozenset"] = plain(frozenset, (list,))
     for module in ("numpy.core", "numpy._core"):
         symbols[f"{module}.multiarray._reconstruct"] = reconstruct
         symbols[f"{module}.multiarray.scalar"] = scalar
@@ -129,12 +98,10 @@ def _array(raw: Any, dtype: Any, shape: Any, order: str, budget: Budget) -> np.n
     num = math.prod(shape_of(shape))
     if num * dtype.itemsize != len(raw):
         raise RefusalError(f"an array of shape {shape!s:.80} of {dtype} from {len(raw):,} bytes")
-    budget.charge(max(len(raw), 4 * num))  # empty strings take no bytes in the file, but some in memory
+    budget.charge(len(raw))
     if not raw:
         return np.zeros(shape, dtype, order="F" if order == "F" else "C")
     flat = np.frombuffer(raw, dtype)
-    if dtype.kind == "U" and flat.view(dtype.str[0] + "u4").max() > 0x10FFFF:
-        raise UserError("text beyond Unicode")
     if dtype.kind == "b":
         flat = flat.view(np.uint8) != 0  # a bool must not hold 2
     native = flat.dtype.newbyteorder("=")  # torch takes no other

@@ -20,7 +20,7 @@ import numpy as np
 
 from fewstep.errors import UserError
 
-MAX_OPCODES = 2_000_000  # an empty set costs 216 bytes of memory for its one opcode, so this also bounds memory: 430 MB
+MAX_OPCODES = 2_000_000  # a container costs some 100 bytes for its one opcode, so this also bounds memory: 200 MB
 
 _MAX_DEPTH = 100  # containers in containers; keeps repr, json and copy of the result off the recursion limit
 _MAX_UNFOLDED = 50_000_000  # elements met by one who walks the result; a billion-laughs list is small only while shared
@@ -30,15 +30,14 @@ _MAX_EQUAL_HASHES = 32  # different keys; each new one is compared with all of t
 
 _CONSTANTS = frozenset(
     (
-        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING"),
-        *("SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES"),
-        *("BINBYTES8", "BYTEARRAY8"),
+        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "UNICODE", "BINUNICODE"),
+        *("SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
     )
 )
 _FIXED = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_FRESH = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
+_FRESH = {"EMPTY_LIST": list, "EMPTY_DICT": dict}
 _IGNORED = frozenset(("PROTO", "FRAME"))
-_SCALARS = frozenset((str, bytes, int, float, bool, type(None), complex))
+_SCALARS = frozenset((str, bytes, int, float, bool, type(None)))
 
 
 class UnsafePickle(UserError):  # noqa: N818  # the name says what the file is
@@ -91,7 +90,7 @@ class Budget:
         while parts:
             part = parts.pop()
             num_parts += 1
-            if type(part) in (tuple, frozenset):
+            if type(part) is tuple:
                 parts.extend(part)
             elif type(part) not in _SCALARS and not isinstance(part, np.generic):
                 raise RefusalError(f"a {type(part).__name__} as a key")
@@ -210,9 +209,6 @@ class Reader:
         elif name == "APPEND":
             item = stack.pop()
             exactly(stack[-1], list).append(item)
-        elif name == "ADDITEMS":
-            items = self._pop_mark()
-            exactly(self.stack[-1], set).update(self.budget.key(item) for item in items)
         elif name == "GLOBAL":
             module, _, attribute = arg.partition(" ")
             stack.append(self._symbol(module, attribute))
@@ -248,9 +244,6 @@ class Reader:
             items, fresh = self._pop_mark(), {}
             set_items(self.budget, fresh, items)
             self.stack.append(fresh)
-        elif name == "FROZENSET":
-            items = self._pop_mark()
-            self.stack.append(frozenset(self.budget.key(item) for item in items))
         elif name == "BINPERSID" and self.persistent is not None:
             stack.append(self.persistent(stack.pop()))
         elif name == "POP" and stack:
@@ -306,8 +299,8 @@ def check_result(root: Any, name: str) -> None:  # as load
         kind = type(value)
         if kind in _SCALARS:
             continue
-        if kind in (list, tuple, set, frozenset, dict, OrderedDict):
-            children = list(value) if kind not in (dict, OrderedDict) else [*value.keys(), *value.values()]
+        if kind in (list, tuple, dict, OrderedDict):
+            children = list(value) if kind in (list, tuple) else [*value.keys(), *value.values()]
             if is_finished:
                 inner = [measured.get(id(child), (0, 1)) for child in children]
                 depth = 1 + max((d for d, _ in inner), default=0)

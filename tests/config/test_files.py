@@ -72,13 +72,11 @@ RUNS = st.builds(
     checkpoint=st.builds(Checkpoint, load_path=st.none() | WORDS),
     name=WORDS,
     folder=st.none() | PATHS,
-    weights=WORDS | st.lists(WORDS).map(tuple),
-    threads=st.integers() | st.just("auto"),
+    weights=st.none() | st.lists(WORDS).map(tuple),
     stages=st.lists(st.builds(Stage, st.integers(), st.lists(METHODS, max_size=2).map(tuple)), max_size=2).map(tuple),
     controls=st.dictionaries(WORDS, METHODS, max_size=2),
     cap=st.floats(allow_nan=False),
     counts=st.lists(st.integers(), min_size=1).map(tuple),
-    mixed=st.none() | st.integers() | finite() | WORDS,
 )
 
 
@@ -96,15 +94,14 @@ def test_what_is_dumped_is_read_back_equal(made: Run) -> None:
 @pytest.mark.parametrize("character", ["\0", "\ud800"])
 def test_a_character_that_no_file_of_settings_can_hold_is_refused_when_written(character: str) -> None:
     with pytest.raises(ConfigError, match="no text"):
-        to_yaml(replace(toy(), weights=f"a{character}b"))
+        to_yaml(replace(toy(), weights=(f"a{character}b",)))
 
 
-@pytest.mark.parametrize("word", [*LOOKALIKES, 1, 1.0, 10**30, 1e30, -0.0, None])
+@pytest.mark.parametrize("word", [*LOOKALIKES, None])
 def test_what_looks_like_something_else_is_read_back_as_it_was(word: Any) -> None:
-    made = Run(Dmd2(), mixed=word, checkpoint=Checkpoint(load_path=None if word is None else str(word)))
+    made = Run(Dmd2(), weights=None if word is None else (word,), checkpoint=Checkpoint(load_path=word))
     for read in (parse(Run, dump(made)), from_yaml(Run, to_yaml(made)), parse(Run, yaml.safe_load(to_yaml(made)))):
         assert read == made
-        assert (type(read.mixed), repr(read.mixed)) == (type(word), repr(word))
 
 
 @given(OPTIMS, OPTIMS)
@@ -149,7 +146,7 @@ def test_an_unquoted_word_of_a_file_means_what_its_setting_makes_of_it() -> None
         name: no                          # YAML 1.1 would read false
         folder: 010                       # .. and 8
         checkpoint: {load_path: "none"}   # quoted: a text
-        controls: {edge: &edge {kind: kd, t_list: [1]}, depth: {<<: *edge, lr: 2}}
+        controls: {edge: &edge {kind: kd, t_list: [1]}, depth: {kind: kd, t_list: [1], lr: 2}}
         """,
     )
     assert (read.optim.lr, read.optim.clip, read.critic_optim, read.name) == (5e-7, None, None, "no")
@@ -164,6 +161,7 @@ def test_bad_yaml_names_its_line(tmp_path: Path) -> None:
         ("name: !!python/object:os.system x", "not YAML at line 1: could not determine a constructor"),
         ("- 1", "must hold a mapping"),
         ("[" * 5000, "nested too deep"),
+        ("optim: &one {lr: 1}\ncritic_optim: *one", "not YAML at line 2: *one is not read: write out its value"),
     ):
         file = tmp_path / "run.yaml"
         file.write_text(text)

@@ -83,13 +83,11 @@ class Run:
     checkpoint: Checkpoint = Checkpoint()
     name: str = "run"
     folder: Path | None = None
-    weights: str | tuple[str, ...] = ""
-    threads: int | Literal["auto"] = "auto"
+    weights: tuple[str, ...] | None = None
     stages: tuple[Stage, ...] = ()
     controls: Mapping[str, AnyMethod] = field(default_factory=dict)
     cap: Annotated[float, AllowInfNan()] = math.inf
     counts: Annotated[tuple[int, ...], MinLen(1)] = (1,)
-    mixed: int | float | str | None = None
 
     def problems(self) -> list[tuple[str, str]]:
         wrong = self.optim.warmup_iters > self.trainer.max_iter

@@ -37,11 +37,8 @@ HONEST = {
     "views": np.arange(20)[::3],
     "empty": np.zeros((0, 3), np.int16),
     "no axes": np.array(2.5),
-    "text": np.array([["ab", "c"]]),
-    "bytes": np.array([b"ab", b"c"]),
     "bools": np.array([True, False]),
-    "complex": np.array([1 + 2j], np.complex64),
-    "scalars": [np.float32(1.5), np.int64(-3), np.bool_(True), np.str_(""), np.str_("ab"), np.float16("nan")],
+    "scalars": [np.float32(1.5), np.int64(-3), np.bool_(True), np.float16("nan")],
     "shared": (lambda array: [array, array, {"again": array}])(np.arange(3)),
     "plain": [
         None,
@@ -53,14 +50,13 @@ HONEST = {
         2**40,
         -(10**50),
         1.5,
-        1 + 2j,
         "text",
         "x" * 300,
         "\u00e9\u2603\U0001f600",
         b"",
         b"\xff\x00",
     ],
-    "containers": ((), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), {1, 2}, frozenset({"a"}), {}, [], set(), bytearray(b"xy")),
+    "containers": ((), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), {}, []),
     "keys": {1: 2, "a": 3, (1, "b"): 4, None: 5, b"c": 6, 1.5: 7},
     "ordered": OrderedDict(b=1, a=[2, 3]),
     "long list": [[i, float(i)] for i in range(2_500)],  # several batches of APPENDS
@@ -117,14 +113,29 @@ def test_both_numpy_generations(protocol: int) -> None:
     assert same(loads(old), HONEST["keypoint"])
 
 
-def test_a_pickle_of_python_2() -> None:
+def test_a_pickle_of_python_2_is_refused_in_one_line() -> None:
     """As Python 2 with numpy 1 wrote it: byte strings for text and for the elements."""
     data = (
         b"\x80\x02cnumpy.core.multiarray\n_reconstruct\nq\x00cnumpy\nndarray\nq\x01K\x00\x85U\x01b\x87Rq\x02(K\x01K\x02\x85"
         b"cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
         b"U\x08\x00\x00\x80?\x00\x00\x00@tb."
     )
-    assert same(loads(data), np.array([1, 2], np.float32))
+    with pytest.raises(UnsafePickle, match=r"the opcode SHORT_BINSTRING.*have its maker write npy, safetensors or json"):
+        loads(data)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize(
+    "value",
+    [{1, 2}, frozenset("a"), bytearray(b"xy"), 1 + 2j, np.array(["ab", "c"]), np.array([b"ab"]), np.array([1j]), np.str_("a")],
+    ids=repr,
+)
+def test_what_no_file_of_a_data_set_holds_is_refused_in_one_line(value: object, protocol: int) -> None:
+    if protocol == 5 and isinstance(value, bytearray):
+        assert loads(pickle.dumps(value, protocol)) == value  # an opcode, in which numpy writes its elements
+        return
+    with pytest.raises(UnsafePickle, match="Only numbers, text"):
+        loads(pickle.dumps(value, protocol))
 
 
 def test_swapped_bytes_become_native_and_arrays_are_their_own() -> None:
@@ -137,7 +148,7 @@ def test_swapped_bytes_become_native_and_arrays_are_their_own() -> None:
 def test_paths_files_and_names_in_messages(tmp_path: Path) -> None:
     path = tmp_path / "clip_04.pickle"
     path.write_bytes(pickle.dumps([1, 2]))
-    assert load(path) == load(str(path)) == load(io.BytesIO(path.read_bytes())) == [1, 2]
+    assert load(path) == load(str(path)) == loads(path.read_bytes()) == [1, 2]
     path.write_bytes(b"cos\nsystem\n.")
     with pytest.raises(UnsafePickle, match=r"clip_04\.pickle: refused at byte 0: it asks for 'os\.system'"):
         load(path)
@@ -201,7 +212,7 @@ HOSTILE = {
     "torch.load": (pickle.dumps(Calls(torch.load, "x.pt")), r"torch\.serialization\.load"),
     "an instance": (pickle.dumps(Stateful()), "Stateful"),
     "an instance, old": (pickle.dumps(Stateful(), 0), r"copy_reg\._reconstructor|copyreg"),
-    "INST": (b"(S'x'\nios\nsystem\n.", "INST"),
+    "INST": (b"(Vx\nios\nsystem\n.", "INST"),
     "OBJ": (b"(cos\nsystem\no.", r"os\.system"),
     "NEWOBJ": (b"\x80\x02cnumpy\nndarray\n(K\x09K\x09t\x81.", "NEWOBJ"),
     "EXT1": (b"\x80\x02\x82\x01.", "EXT1"),
@@ -229,8 +240,8 @@ HOSTILE = {
     "call of a string": (b"\x80\x02X\x01\x00\x00\x00a)R.", "it calls str"),
     "call of ndarray": (b"\x80\x02cnumpy\nndarray\nK\x09\x85R.", r"it calls numpy\.ndarray"),
     "encode as a codec": (b"c_codecs\nencode\n(Vx\nVbz2\ntR.", "encoding 'bz2'"),
-    "bytes of a number": (b"c__builtin__\nbytes\n(I1000000000000\ntR.", r"bytes\(\) of int"),
-    "bytearray of a number": (b"c__builtin__\nbytearray\n(I1000000000000\ntR.", r"bytearray\(\) of int"),
+    "bytes of a number": (b"c__builtin__\nbytes\n(I1000000000000\ntR.", "damaged"),
+    "bytearray of a number": (b"c__builtin__\nbytearray\n(I1000000000000\ntR.", r"__builtin__\.bytearray"),
     "array as a key": (b"\x80\x04}]K\x01s.", "as a key"),
     "list in itself": (b"\x80\x04]\x94h\x00a.", "contains itself"),
     "integer of 16 kB": (b"\x80\x02\x8b\x00\x40\x00\x00" + b"\x7f" * 0x4000 + b".", "integer of"),
@@ -279,12 +290,12 @@ BOMBS = {
     "shape of empty text": (
         b"\x80\x04cnumpy.core.numeric\n_frombuffer\n(C\x00cnumpy\ndtype\n(X\x02\x00\x00\x00U0\x89\x88tR(K\x03X\x01\x00\x00\x00<NNNK\x00"
         b"K\x04K\x08tbJ\x00\x00\x00\x7f\x85X\x01\x00\x00\x00CtR.",
-        "far more bytes",
+        "the numpy dtype 'U0'",
     ),
     "itemsize": (
         b"\x80\x04cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(X\x0a\x00\x00\x00S999999999\x89\x88tR(K\x03X\x01\x00\x00\x00|NNN"
         b"J\xff\xc9\x9a;K\x01K\x00tbC\x01xtR.",
-        r"S999999999 from 1 bytes",
+        "the numpy dtype 'S999999999'",
     ),
     "claimed text": (b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x0f.", "only 1 remain"),
     "claimed bytes": (b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x0f.", "only 1 remain"),
@@ -314,7 +325,7 @@ BOMBS = {
     ),
     "laughing tuples": (b"\x80\x04" + _laughing(90) + b"h\x5a.", "once unfolded"),
     "laughing tuples as a key": (b"\x80\x04" + _laughing(90) + b"}h\x5aNs.", "a key of more than 64 parts"),
-    "laughing tuples in a set": (b"\x80\x04" + _laughing(90) + b"\x8f(h\x5a\x90.", "a key of more than 64 parts"),
+    "laughing tuples in a set": (b"\x80\x04" + _laughing(90) + b"\x8f(h\x5a\x90.", "the opcode EMPTY_SET"),
     "laughing tuples as an encoding": (b"\x80\x04" + _laughing(90) + b"c_codecs\nencode\n(Vx\nh\x5atR.", "of type tuple"),
     "laughing tuples as a dtype": (b"\x80\x04" + _laughing(90) + b"cnumpy\ndtype\nh\x5a\x85R.", "of type tuple"),
     "laughing tuples as a shape": (
@@ -324,7 +335,7 @@ BOMBS = {
     "deep lists": (b"]" * 20_000 + b"a" * 19_999 + b".", "101 deep"),
     "deep tuples": (b")" + b"\x85" * 20_000 + b".", "101 deep"),
     "deep tuples as a key": (b"}N" + b"\x85" * 20_000 + b"Ns.", "a key of more than 64 parts"),
-    "many sets": (b"\x80\x04(" + b"\x8f" * 110_000 + b"t.", "max_opcodes"),
+    "many tables": (b"\x80\x04(" + b"}" * 110_000 + b"t.", "max_opcodes"),
     "one text encoded again and again": (
         b"\x80\x04c_codecs\nencode\n\x94X\x00\x00\x10\x00" + b"x" * (1 << 20) + b"\x94\x85\x94(" + b"h\x00h\x02R" * 50 + b"t.",
         "far more bytes",
@@ -383,7 +394,7 @@ def audit() -> None:
     for value in (
         "\u00e9",
         1.5,
-        HONEST["text"],
+        HONEST["noise"],
         torch.ones(1),
     ):  # the codecs are imported on their first use, which is no attack
         for protocol in range(6):

@@ -13,14 +13,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.files import write_tensors
 from fewstep.untrusted import stored
-from fewstep.untrusted.safe_tensors import safetensors
+from fewstep.untrusted.safe_tensors import open_safetensors
 from fewstep.untrusted.text import Amount, parse_json
 
 _AGAIN = "Delete it and prepare it again"
@@ -65,12 +64,9 @@ def header(path: str | os.PathLike[str], *, made_from: Mapping[str, str] | None 
 
 
 def _read(path: Path, made_from: Mapping[str, str], with_tensors: bool) -> Entry:
-    with safetensors(path, _AGAIN) as file:
-        metadata = file.metadata() or {}
-        # Any: safetensors carries no types
-        parts: dict[str, Any] = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-        shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
-        tensors = {name: file.get_tensor(name) for name in parts} if with_tensors else {}
+    stored, metadata = open_safetensors(path, _AGAIN)
+    shapes = {name: one.shape for name, one in stored.items()}
+    tensors = {name: one.read() for name, one in stored.items()} if with_tensors else {}
     tables = {"made_from": dict[str, str], "facts": dict[str, Amount]}
     read = {name: parse_json(metadata.get(name, "{}"), f"{path}: its {name}", _AGAIN, kind) for name, kind in tables.items()}
     entry = Entry(shapes, tensors=tensors, **read)

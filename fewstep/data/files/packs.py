@@ -34,7 +34,7 @@ from torch import Tensor
 from fewstep.data.files import cache, video
 from fewstep.errors import UserError
 from fewstep.files import lock, remove, write_tensors
-from fewstep.untrusted.safe_tensors import safetensors
+from fewstep.untrusted.safe_tensors import read_safetensors
 from fewstep.untrusted.text import Amount, Count, Name, parse_json
 
 FOLDER, MAKING, LOCK = "packs", ".making", ".lock"
@@ -251,10 +251,9 @@ class _Pack:
 
     @classmethod
     def open(cls, path: Path) -> _Pack:
-        with safetensors(path, _AGAIN) as file:
-            header = (file.metadata() or {}).get("pack", "")
-            data = file.get_tensor("data")  # mapped, not read
-        entries = parse_json(header, f"{path}: damaged or no pack", _AGAIN, _Header)
+        tensors, metadata = read_safetensors(path, _AGAIN)
+        data = tensors.get("data", torch.empty(0))  # mapped, not read
+        entries = parse_json(metadata.get("pack", ""), f"{path}: damaged or no pack", _AGAIN, _Header)
         labels, spans, made_from, lengths = entries.rows, entries.spans, entries.made_from, entries.lengths_differ
         num = len(data) if data.ndim else 0
         right = len(spans) == len(labels) and all(0 <= begin < end <= num for begin, end in spans)

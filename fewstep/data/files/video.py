@@ -88,24 +88,19 @@ def write(path: str | os.PathLike[str], frames: NDArray[np.uint8], fps: float, q
     """Writes uint8 T H W 3 as H.264 in mp4, whole or not at all; the same frames give the same bytes."""
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
         raise UserError(f"{path}: frames must be uint8 T H W 3 with at least one frame, not {frames.dtype} {frames.shape}")
-    with _film(path, fps, quality, {}) as append:
+    with growing(path, fps, quality, plays=False) as append:
         append(frames)
 
 
 @contextmanager
-def growing(path: str | os.PathLike[str], fps: float, quality: Quality = 18) -> Iterator[Callable[[NDArray[np.uint8]], None]]:
-    """A function that appends uint8 T H W 3 to a video, which plays while it grows, as PATH's hidden neighbour; it is at `path`
-    when the block ends without an error."""
-    with _film(
-        path, fps, quality, {"movflags": "empty_moov+default_base_moof+frag_every_frame", "flush_packets": "1"}
-    ) as append:
-        yield append
-
-
-@contextmanager
-def _film(
-    path: str | os.PathLike[str], fps: float, quality: Quality, container_options: dict[str, str]
+def growing(
+    path: str | os.PathLike[str], fps: float, quality: Quality = 18, plays: bool = True
 ) -> Iterator[Callable[[NDArray[np.uint8]], None]]:
+    """A function that appends uint8 T H W 3 to a video, PATH's hidden neighbour; it is at `path` when the block ends without
+    an error.
+
+    plays: it can be played while it grows, for some more bytes.
+    """
     import av
 
     if not fps > 0:
@@ -113,9 +108,11 @@ def _film(
     codec, pixels = ("libx264rgb", "rgb24") if quality == "lossless" else ("libx264", "yuv420p")
     # x264 with trees of macroblocks writes other bytes now and then from the same frames: of small ones on AVX-512, 1 in 20.
     options = {"crf": "0", "preset": "veryfast"} if quality == "lossless" else {"crf": str(quality), "mbtree": "0"}
-    if container_options:
+    fragments: dict[str, str] = {}
+    if plays:
         options["tune"] = "zerolatency"  # a frame leaves the encoder as soon as it enters
-    with whole_file(path) as beside, av.open(str(beside), "w", format="mp4", options=container_options) as container:
+        fragments = {"movflags": "empty_moov+default_base_moof+frag_every_frame", "flush_packets": "1"}
+    with whole_file(path) as beside, av.open(str(beside), "w", format="mp4", options=fragments) as container:
         stream: Any = None  # Any: a stream of PyAV, opened with the first frames, which have its size
 
         def append(frames: NDArray[np.uint8]) -> None:

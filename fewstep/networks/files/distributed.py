@@ -17,7 +17,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,15 +138,8 @@ def _less(places: Sequence[int], offsets: Sequence[int]) -> list[int]:
 def _overlap(chunks: Sequence[Chunk]) -> bool:
     """Whether two chunks share an element. Chunks lie in order along one axis wherever a process has a slice of a tensor."""
     ordered = sorted(chunks, key=lambda chunk: chunk.offsets)
-    axes = (
-        [axis for axis in range(len(ordered[0].offsets)) if len({chunk.offsets[axis] for chunk in chunks}) > 1]
-        if chunks
-        else []
-    )
-    if len(axes) == 1:
-        (axis,) = axes
-        return any(a.offsets[axis] + a.sizes[axis] > b.offsets[axis] for a, b in pairwise(ordered))
-    return any(_meet(a, b) for number, a in enumerate(ordered) for b in ordered[number + 1 :])
+    axes = [axis for axis, starts in enumerate(zip(*(chunk.offsets for chunk in chunks), strict=True)) if len(set(starts)) > 1]
+    return any(_meet(a, b) for a, b in (pairwise(ordered) if len(axes) == 1 else combinations(ordered, 2)))
 
 
 def _meet(a: Chunk, b: Chunk) -> bool:

@@ -15,7 +15,7 @@ import torch
 from fewstep.errors import UserError, show
 from fewstep.networks.files import hub
 from fewstep.networks.files.pipeline import PipelineFolder
-from fewstep.untrusted.safe_tensors import safetensors
+from fewstep.untrusted.safe_tensors import open_safetensors
 from fewstep.untrusted.text import fault_of
 
 Configurations = dict[str, Any]  # of models of diffusers, by where they were read
@@ -157,7 +157,6 @@ def _look(folder: Path) -> None:
         raise UserError(f"{folder}: its weights are missing ({name}). Copy that folder again, whole")
     for file in files:
         try:
-            with safetensors(file, ""):
-                pass
+            open_safetensors(file, "")
         except UserError as error:
             raise UserError(f"{file}: damaged, perhaps cut short ({error}). Copy it again") from None

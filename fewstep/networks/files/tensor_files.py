@@ -23,8 +23,8 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.untrusted.pickles import UnsafePickle
-from fewstep.untrusted.safe_tensors import safetensors
-from fewstep.untrusted.stored import SAFETENSORS_DTYPES, Stored
+from fewstep.untrusted.safe_tensors import open_safetensors
+from fewstep.untrusted.stored import Stored
 from fewstep.untrusted.text import read_json
 from fewstep.untrusted.torch_files import load_torch
 
@@ -84,7 +84,7 @@ def open_tensors(place: str | Path, part: str | None = None) -> TensorFile:
     if _is_split(path):
         file = _split(path, part)
     elif path.suffix == ".safetensors":
-        file = TensorFile(str(path), _safetensors(_existing(path)))
+        file = TensorFile(str(path), open_safetensors(_existing(path), _INCOMPLETE)[0])
     elif path.suffix in TORCH_SUFFIXES:
         file = _torch_file(_existing(path), part)
     elif (path / ".metadata").is_file():
@@ -94,7 +94,7 @@ def open_tensors(place: str | Path, part: str | None = None) -> TensorFile:
     elif path.is_dir() and _safetensors_in(path):
         merged: dict[str, Stored] = {}
         for shard in _safetensors_in(path):
-            merged |= _safetensors(shard)
+            merged |= open_safetensors(shard, _INCOMPLETE)[0]
         file = TensorFile(str(path), merged)
     elif (path / MODEL).is_file():
         file = _torch_file(path / MODEL, part)
@@ -216,23 +216,6 @@ def _saved(path: Path) -> Any:  # Any: whatever was saved, out of tensors and pl
 
 
 # --- safetensors
-
-
-def _safetensors(path: Path) -> dict[str, Stored]:
-    tensors: dict[str, Stored] = {}
-    with safetensors(path, _INCOMPLETE) as file:
-        for name in file.keys():  # noqa: SIM118  # no mapping
-            entry = file.get_slice(name)
-            dtype = SAFETENSORS_DTYPES.get(entry.get_dtype())
-            if dtype is None:
-                raise UserError(f"'{path}': {name} is of type {entry.get_dtype()}, which is not known here")
-            tensors[name] = Stored(tuple(entry.get_shape()), dtype, partial(_from_safetensors, path, name))
-    return tensors
-
-
-def _from_safetensors(path: Path, name: str) -> Tensor:
-    with safetensors(path, _INCOMPLETE) as file:
-        return file.get_tensor(name)
 
 
 def _safetensors_in(folder: Path) -> list[Path]:
