@@ -14,6 +14,20 @@ _Item = TypeVar("_Item")
 _EVERY_S = 5.0  # between plain lines
 
 
+class TimeLeft:
+    """An estimate of the time that is left, by the pace since the first report: what came before it includes warming up."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
+
+    def text(self, num: int, total: int, now: float) -> str:
+        """`, 12 s left` after `num` of `total`; empty as long as there is nothing to go by, and at the end."""
+        if self._first is None:
+            self._first = num, now
+        begun, at = self._first
+        return f", {(now - at) / (num - begun) * (total - num):.0f} s left" if begun < num < total else ""
+
+
 def track(items: Iterable[_Item], total: int, title: str) -> Iterator[_Item]:
     """The items; each is counted when the loop asks for the next one."""
     if has_terminal():
@@ -25,11 +39,10 @@ def track(items: Iterable[_Item], total: int, title: str) -> Iterator[_Item]:
         with Progress(*columns, console=console) as bar:
             yield from bar.track(items, total=total, description=title)
         return
-    start = time.monotonic()
-    last_print = start
+    left, last_print = TimeLeft(), time.monotonic()
     for num, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
         if now - last_print > _EVERY_S or num == total:
             last_print = now
-            print(f"{title}: {num} of {total}, {(now - start) / num * (total - num):.0f} s left", file=sys.stderr, flush=True)
+            print(f"{title}: {num} of {total}{left.text(num, total, now)}", file=sys.stderr, flush=True)

@@ -72,7 +72,7 @@ def distill(
     work: Annotated[
         Path | None, option("--work", "Folder of pairs, runs and records. Default: OUT.work.", callback=folder_to_write)
     ] = None,
-    strict: Annotated[bool, option("--strict", "Fail if the student is worse than its teacher's own few steps.")] = False,
+    strict: Annotated[bool, option("--strict", "Fail if the student is worse than its teacher in as many steps.")] = False,
     dryrun: Annotated[bool, option("--dryrun", "Print the commands, their sizes and costs; run nothing.")] = False,
 ) -> None:
     """Distil a teacher on a folder of clips: check, text, latents, pairs, KD, DMD2, export, scores. It resumes where it was.

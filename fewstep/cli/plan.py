@@ -20,6 +20,7 @@ def plan(
 ) -> None:
     """Memory on each GPU: fewstep plan experiment=NAME a.b=c ... gpus=8 gpu=h100. No GPU and no weights are needed.
 
+    gpu=here                          the GPU of this machine, or the memory of one without
     shape=16x16x88x160 text=512x1024  shapes of a batch (C T H W; tokens, channels), where there are no data yet
     """
     from fewstep.config import compose, read_command

@@ -50,11 +50,16 @@ def join(prefix: str, name: str) -> str:
 
 
 def hint(name: str, names: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest existing name, and the first twelve of them."""
+    """The end of a message about an unknown name: the nearest existing one, and all of a few names; else the shortest."""
     existing = sorted(names)
+    if not existing:
+        return "; there are none"
     near = get_close_matches(name, existing, n=1)
-    listed = f"there are: {', '.join(existing[:12])}{', ...' if len(existing) > 12 else ''}" if existing else "there are none"
-    return f"; did you mean {near[0]}? ({listed})" if near else f"; {listed}"
+    shortest = existing if len(existing) <= 12 else [*sorted(existing, key=len)[:12], "..."]
+    listed = f"there are: {', '.join(shortest)}"
+    if not near:
+        return f"; {listed}"
+    return f"; did you mean {near[0]}?" + (f" ({listed})" if len(existing) <= 12 else "")
 
 
 def nearest_keys(key: str, level: str, names: Sequence[str], keys: Sequence[str]) -> list[str]:

@@ -2,6 +2,6 @@
 
 request.py   what the command asks for            facts.py   what teacher and clips say, before anything heavy is loaded
 road.py      the stages, as public commands       cost.py    their sizes, and the network calls that they take
-run.py       checks, runs the stages, judges      gate.py    the student's scores against the teacher's own few steps
+run.py       checks, runs the stages, judges
 stages.py    how a stage runs: printed commands, Ctrl-C, what is done already. The demo uses it, too
 """

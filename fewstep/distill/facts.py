@@ -55,6 +55,19 @@ class Facts:
         return self.form.latents(self.num_frames, *self.size)
 
     @property
+    def warnings(self) -> list[str]:
+        """What makes the student less than it could be; the report shows the same sentences."""
+        trained = self.teacher.trained_on(self.form)
+        frames, (height, width) = self.num_frames, self.size
+        if trained is None or (frames <= trained[0] and height * width <= trained[1] * trained[2]):
+            return []
+        return [
+            f"the clips are larger ({frames} frames of {height} x {width} pixels) than those that the teacher was trained on "
+            f"({trained[0]} of {trained[1]} x {trained[2]}). Nobody knows what it makes at that size, and the student learns "
+            "from it: look at the teacher's clips in the report, or choose a smaller --num-frames, --height and --width."
+        ]
+
+    @property
     def is_window(self) -> bool:
         """Whether clips are cut into windows."""
         return not self.clips.is_uniform or self.num_frames != self.clips.frames

@@ -8,13 +8,14 @@ further stage runs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 
-from fewstep.distill import gate
 from fewstep.distill.chains import AGAIN, PipelineRequest, Training
 from fewstep.distill.stages import Command, Stage, claim, marker_of, run
 from fewstep.errors import UserError
 from fewstep.evaluation.score_files import read_scores
+from fewstep.evaluation.verdict import advice, conclusion, table, verdicts
 from fewstep.files import lock
 from fewstep.inference.teacher import Teacher, teacher_at
 
@@ -114,7 +115,9 @@ def _report(request: PipelineRequest) -> Command:
     files = [str(_score_file(request, name)) for name in _gates(request)]
     runs = [_run_of(request, training) for training in request.chain.trainings]
     page = ("--out", str(request.work / "report.html"), "--title", f"{request.name}: {Path(request.address).name}")
-    return ("fewstep", "report", *files, *runs, *page)
+    names = [name.removesuffix("_scores") for name in _gates(request)]
+    says = [word for before, name in pairwise(names) for word in ("--verdict", f"{name}:{before}")]
+    return ("fewstep", "report", *files, *runs, *page, *says)
 
 
 def _with_options(request: PipelineRequest, stage: str, *command: str) -> Command:
@@ -159,15 +162,15 @@ def _judge(request: PipelineRequest, name: str) -> None:
     names = _gates(request)
     until = names[: names.index(name) + 1]
     files = {gate_name: _score_file(request, gate_name) for gate_name in until}
-    print(gate.table(files, {gate_name: gate_name.removesuffix("_scores") for gate_name in until}))
+    print(table(files, {gate_name: gate_name.removesuffix("_scores") for gate_name in until}))
     again = f"Train longer, and remove {marker_of(request.work, name)}; or go on from here by --only"
     missed = list(_missed(request.bounds, files[name]))
     if missed:
         raise UserError(f"{name}: {'; '.join(missed)}. {again}")
     if len(until) > 1:
-        before = until[-2].removesuffix("_scores")
-        for verdict in gate.verdicts(files[name], files[until[-2]], f"that of {before}"):
-            print(verdict)
+        scores = verdicts(files[name], files[until[-2]])
+        for line in (*scores, *advice(scores), conclusion(scores)):
+            print(line)
 
 
 def _missed(bounds: Mapping[str, float], file: Path) -> Iterator[str]:

@@ -15,9 +15,9 @@ from pathlib import Path
 from fewstep.distill.facts import Facts
 from fewstep.distill.stages import Command, Stage
 
-SCORED = {  # who is scored, in the order of the table
+SCORED = {  # who is scored, in the order of the table, which adds the network calls: guidance doubles those of a teacher
     "teacher": "teacher",
-    "teacher_few": "teacher, the student's number of steps",
+    "teacher_few": "teacher in few steps",
     "kd": "student after KD",
     "student": "student",
 }
@@ -33,7 +33,12 @@ def stages(facts: Facts) -> list[Stage]:
     request, data = facts.request, str(facts.request.dataset)
     return [
         Stage("check", "the data set is read once", ((("fewstep", "check", "data", data),),), makes_nothing=True),
-        Stage("memory", "the memory that the training needs; nothing is loaded", ((_plan(facts),),), makes_nothing=True),
+        Stage(
+            "memory",
+            "the memory that the training takes on this machine; nothing is loaded",
+            ((_plan(facts),),),
+            makes_nothing=True,
+        ),
         Stage(
             "text",
             "captions become embeddings",
@@ -72,6 +77,11 @@ def score_files(facts: Facts) -> dict[str, Path]:
     return {name: facts.request.out / "scores" / f"{name}.json" for name in names}
 
 
+def rivals(facts: Facts) -> list[str]:
+    """With whom the student is compared: its teacher in as many steps, and the student that DMD2 began with."""
+    return ["teacher_few", *(["kd"] if "kd" in score_files(facts) else [])]
+
+
 # ---- the commands ----------------------------------------------------------------------------------------------------
 
 
@@ -79,7 +89,7 @@ def _plan(facts: Facts) -> Command:
     shape = "x".join(map(str, facts.latent_shape))
     text = () if facts.text.dim is None else (f"text={facts.text.max_tokens}x{facts.text.dim}",)
     words = [word for word in _recipe(facts, facts.request.trainings[-1]) if not word.startswith("networks.student.init=")]
-    return ("fewstep", "plan", *words, f"shape={shape}", *text, f"gpus={facts.request.processes}")
+    return ("fewstep", "plan", *words, f"shape={shape}", *text, f"gpus={facts.request.processes}", "gpu=here")
 
 
 def _text(facts: Facts) -> Iterator[Command]:
@@ -204,7 +214,9 @@ def _report(facts: Facts) -> Command:
     runs = (run_of(facts, training) for training in request.trainings)
     title = f"{Path(request.teacher).name} in {request.steps} steps"
     out = ("--out", str(request.out / "report.html"), "--title", title)
-    return ("fewstep", "report", *map(str, score_files(facts).values()), *runs, *out)
+    says = [word for rival in rivals(facts) for word in ("--verdict", f"student:{rival}")]
+    says += [word for text in facts.warnings for word in ("--warning", text)]
+    return ("fewstep", "report", *map(str, score_files(facts).values()), *runs, *out, *says)
 
 
 def _conditions(facts: Facts) -> tuple[str, ...]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fewstep.distill import cost, gate
+from fewstep.distill import cost
 from fewstep.distill.facts import Facts, facts_of
 from fewstep.distill.request import DistillRequest
-from fewstep.distill.road import SCORED, score_files, stages
+from fewstep.distill.road import SCORED, rivals, score_files, stages
 from fewstep.distill.stages import Stage, claim, run
 from fewstep.errors import UserError
+from fewstep.evaluation.verdict import advice, conclusion, table, verdicts
 from fewstep.files import lock, write_json
 
 AGAIN = "fewstep distill"
@@ -45,6 +46,7 @@ def _about(facts: Facts) -> str:
         f"{' x '.join(map(str, facts.latent_shape))}\n"
         f"student   {request.out}: {request.steps} steps at {times}; {request.method}"
         f"{f', adapters of rank {request.rank}' if request.rank else ''}"
+        + "".join(f"\nwarning   {text}" for text in facts.warnings)
     )
 
 
@@ -61,20 +63,21 @@ def _print(facts: Facts, road: Sequence[Stage]) -> None:
 
 
 def _judge(facts: Facts) -> None:
-    """Prints the scores, and says where the student is worse than the teacher in as few steps."""
+    """Prints the scores, and where the student is worse than its teacher in few calls. The page has the same sentences."""
     request, files = facts.request, score_files(facts)
     print(f"\nthe student: {request.out}")
     if not all(path.is_file() for path in files.values()):
         print("its scores are missing: the same command tries that stage again")
         return
-    print(gate.table(files, SCORED))
+    print(table(files, SCORED))
     report = request.out / "report.html"
     if report.is_file():
         print(f"the report: {report}")
-    verdicts = gate.verdicts(files["student"], files["teacher_few"])
-    for verdict in verdicts:
-        print(verdict)
-    if "kd" in files and any(verdict.is_worse for verdict in gate.verdicts(files["student"], files["kd"])):
-        print("DMD2 made the student of KD worse: train it longer, or with a lower learning rate (dmd2.optim.lr=..)")
-    if request.strict and any(verdict.is_worse for verdict in verdicts):
-        raise UserError("the student is worse than its teacher's own few steps, which --strict does not accept; see above")
+    for text in facts.warnings:
+        print(f"warning: {text}")
+    for rival in rivals(facts):
+        scores = verdicts(files["student"], files[rival])
+        for line in (*scores, *advice(scores), conclusion(scores)):
+            print(line)
+        if request.strict and any(one.is_teacher and one.outcome == "worse" for one in scores):
+            raise UserError(f"the student is worse than {scores[0].whose}, which --strict does not accept; see above")

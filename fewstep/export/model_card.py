@@ -14,9 +14,9 @@ OF_THE_MACHINE = ("lr/", "grad_norm/", "data/")
 
 _OPENS = {
     "diffusers": (
-        "```python\nfrom diffusers import DiffusionPipeline\n\n"
+        "```python\n{imports}from diffusers import DiffusionPipeline\n\n"
         'pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER"{code}\n'
-        'video = pipe("PROMPT").frames[0]\n```'
+        '{control}video = pipe("PROMPT"{argument}).frames[0]\n```'
     ),
     "safetensors": "`student.safetensors` holds the weights; `student.json` tells what they are the weights of.",
     "pt-original": "`model.pt` and its moving averages are in the names of the original Cosmos code.",
@@ -33,7 +33,11 @@ def model_card(card: StudentCard, config: Mapping[str, Any], summary: Mapping[st
     name = job.get("name", card.source)
     guidance = envelope.guidance_in_teacher
     is_teacher = isinstance(sampler, TeacherSampler)
-    code = ", trust_remote_code=True)  # runs pipeline.py: read it" if runs_code else ")"
+    opens = _OPENS[form]
+    if form == "diffusers":
+        code = ", trust_remote_code=True)  # runs pipeline.py: read it" if runs_code else ")"
+        branches = card.spec().control_branches if runs_code else ()
+        opens = opens.format(code=code, **_of_control(branches[0] if branches else None))
     facts = {
         **(_of_teacher(sampler) if isinstance(sampler, TeacherSampler) else _of_student(sampler, guidance)),
         "frames": envelope.num_frames,
@@ -57,7 +61,7 @@ tags: [{"post-training" if is_teacher else "distillation, few-step"}, {kind}]
 
 {_title(sampler, kind)} for {card.step} iteration{"" if card.step == 1 else "s"}; weights: `{card.role}`.
 
-{_OPENS[form].replace("{code}", code)}
+{opens}
 {notes}
 ## Envelope
 
@@ -75,6 +79,20 @@ Trained in this envelope only. Other frames, sizes or steps may look right and b
 
 {scored}
 """
+
+
+def _of_control(name: str | None) -> dict[str, str]:
+    """The lines that read the video of a control and give it to pipeline.py; none for a model without one."""
+    if name is None:
+        return {"imports": "", "control": "", "argument": ""}
+    return {
+        "imports": "import av\nimport numpy as np\nimport torch\n",
+        "control": (
+            f'frames = [frame.to_ndarray(format="rgb24") for frame in av.open("{name.upper()}.mp4").decode(video=0)]\n'
+            f"{name} = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)[None] / 127.5 - 1  # 1 3 T H W, -1 to 1\n"
+        ),
+        "argument": f", control={name}",
+    }
 
 
 def _title(sampler: Sampler, kind: str) -> str:

@@ -270,11 +270,21 @@ def _entry(value: Value) -> dict[str, Any]:
 
 
 def line(results: Mapping[str, Any]) -> str:
-    """The scores one looks at first, and what makes them less than they seem."""
-    headlines = ((score["name"], results["scores"][score["name"]]) for score in results["legend"] if score["is_headline"])
-    values = ((name, v["value"], v["spread"]) for name, v in headlines if v["value"] is not None)
-    text = "  ".join(f"{name} {value:.3g}" + ("" if spread is None else f" +- {spread:.2g}") for name, value, spread in values)
-    return "\n".join([text, *(f"  note: {note}" for note in results["notes"])])
+    """The scores one looks at first; below them the same of known clips, and what makes them less than they seem."""
+    names = [score["name"] for score in results["legend"] if score["is_headline"]]
+    anchors = [f"  {title}: {text}" for title, scores in results["anchors"].items() if (text := _shown(scores, names))]
+    if results["protocol"]["controls"] and "num_calls" in results and "sampler" not in results:
+        anchors.append("  its teacher: the same command with the teacher in its place and its --num-steps and --guidance")
+    return "\n".join([_shown(results["scores"], names), *anchors, *(f"  note: {note}" for note in results["notes"])])
+
+
+def _shown(scores: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The named scores with their spreads, as far as they were measured."""
+    values = ((name, scores[name]["value"], scores[name]["spread"]) for name in names if name in scores)
+    measured = ((name, value, spread) for name, value, spread in values if value is not None)
+    return "  ".join(
+        f"{name} {value:.3g}" + ("" if spread is None else f" +- {spread:.2g}") for name, value, spread in measured
+    )
 
 
 def speed(task: Evaluation, num: int = 16, repeats: int = 3) -> Value:

@@ -15,10 +15,13 @@ from typing import Any
 from fewstep.diffusion import Path as NoisePath
 from fewstep.diffusion import StudentSampler, TeacherSampler
 from fewstep.errors import UserError
+from fewstep.inference.card import Envelope
 from fewstep.inference.model import is_export, is_run, networks_of, outline_of, published_sampler
 from fewstep.networks.contract import Distillation, NetworkSpec
+from fewstep.networks.encoders.codecs import Form
 from fewstep.networks.encoders.text import TextForm, text_form
 from fewstep.networks.files.folders import on_meta
+from fewstep.networks.files.pipeline import PipelineFolder
 from fewstep.networks.lora import Lora
 from fewstep.networks.weights.addresses import checkpoint_of
 
@@ -32,6 +35,23 @@ class Teacher:
     sampler: TeacherSampler
     init: str | None = None  # the address of its weights, where `spec` does not name them
     base: str | None = None  # the pipeline with its codec and text encoder
+    envelope: Envelope = Envelope()  # what its run, export or files say that it was trained on
+
+    def trained_on(self, form: Form) -> tuple[int, int, int] | None:
+        """Frames, height and width of the largest clips that it was trained on; None: nobody says.
+
+        By its card, by its pipeline's model_index.json, or as its family is published. form: of its codec.
+        """
+        card = self.envelope.with_codec(form)
+        stated = {} if self.base is None else PipelineFolder(self.base).trained_on
+        for sizes in (
+            (card.num_frames, card.height, card.width),
+            (stated.get("num_frames"), stated.get("height"), stated.get("width")),
+        ):
+            if all(isinstance(size, int) for size in sizes):
+                frames, height, width = (int(size or 0) for size in sizes)
+                return frames, height, width
+        return self.published.clips
 
     @property
     def path(self) -> NoisePath:
@@ -86,7 +106,7 @@ def teacher_at(address: str, controls: Sequence[str] = ()) -> Teacher:
         init, base = str(folder / "student.safetensors"), None
     elif outline.folder is None and not is_run(address):  # files of published weights
         init = address
-    return Teacher(address, spec, sampler, init, base)
+    return Teacher(address, spec, sampler, init, base, outline.envelope)
 
 
 def _weights_of_run(address: str) -> str | None:

@@ -51,6 +51,7 @@ class Distillation:
 
     guidance: float = 5.0  # w of the teacher, which the student learns
     shift: float = 5.0  # of the student's times, in flow time
+    clips: tuple[int, int, int] | None = None  # frames, height, width: the largest its teachers are published for
     negative: Literal["zeros", "empty"] = "empty"  # the unconditional prompt: zeros, or the embedding of an empty text
     kd_lr: float = 1e-5
     lr: float = 1e-5  # of the student in DMD2

@@ -31,6 +31,7 @@ SCHEDULER = {  # how the teacher is sampled: on an even grid of its flow
     "prediction_type": "flow_prediction",
     "use_flow_sigmas": True,
 }
+TRAINED_ON = {"num_frames": 17, "height": 32, "width": 32}
 NUM_MEASURED = 1024  # clips: the mean of a channel is known to 1 / sqrt(80 x 1024) of its spread
 
 
@@ -137,7 +138,7 @@ def _index(pipeline: Path) -> None:
     parts = {name: pipeline / name / "config.json" for name in ("transformer", "vae")}
     configs = {name: json.loads(path.read_text()) for name, path in parts.items() if path.is_file()}
     version = max(config["_diffusers_version"] for config in configs.values())
-    index = {"_class_name": "DiffusionPipeline", "_diffusers_version": version}
+    index = {"_class_name": "DiffusionPipeline", "_diffusers_version": version, "_trained_on": TRAINED_ON}
     index |= {name: ["diffusers", config["_class_name"]] for name, config in configs.items()}
     index["scheduler"] = ["diffusers", SCHEDULER["_class_name"]]
     scheduler = {**SCHEDULER, "_diffusers_version": version}

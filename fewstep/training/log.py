@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fewstep.environment import has_terminal
 from fewstep.errors import printable, unfiltered
 from fewstep.files import Lines, own_folder, write_text
+from fewstep.progress import TimeLeft
 from fewstep.untrusted.text import read_json_lines
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path | None, title: str, first: int, last: int, watch: bool = True):
-        self.folder, self._goal, self._began, self._first = folder, last, time.monotonic(), first
+        self.folder, self._goal, self._first, self._left = folder, last, first, TimeLeft()
         self.at_start: dict[str, float] = {}
         self.last: dict[str, float] = {}
         self._bar: Progress | None = None
@@ -119,9 +120,8 @@ class RunLog:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, about=losses)
         elif losses:
-            steps = max(step - self._first, 1)
-            rest = (time.monotonic() - self._began) / steps * (self._goal - step)
-            self.say(f"step {step}/{self._goal}  {losses}  ({values.get('samples_per_s', 0):.0f} samples/s, {rest:.0f} s left)")
+            left = self._left.text(step, self._goal, time.monotonic())
+            self.say(f"step {step}/{self._goal}  {losses}  ({values.get('samples_per_s', 0):.0f} samples/s{left})")
 
     def _on_thread_error(self, failed: threading.ExceptHookArgs) -> None:
         # TensorBoard's thread meets a full disk too. It is told once, by whoever writes next, and not as a traceback.

@@ -20,7 +20,7 @@ from fewstep.batch import Batch
 from fewstep.config import check
 from fewstep.data.contract import Dataset
 from fewstep.data.loader import Batches, first_batch
-from fewstep.diffusion import Rng, Sampler
+from fewstep.diffusion import Rng, Sampler, TeacherSampler
 from fewstep.diffusion.derivative import TOLERANCE
 from fewstep.errors import UserError
 from fewstep.files import FULL, explain, write_json
@@ -127,7 +127,7 @@ def _train(run: Run, world: World) -> dict[str, Any]:
     title = f"{run.job.name} on {world.size} x {world.device.type}" if world.size > 1 else run.job.name
     log, stop = RunLog(folder if world.is_main else None, title, progress.step, last), Signals()
     with log, stop, checkpoints, _open_batches(run, data, progress, world, log) as batches:
-        log.say(_greeting(run, data, crew, latest, progress, world))
+        log.say(_greeting(run, data, crew, sampler, latest, progress, world))
         if resumption is not None and resumption.changes:
             log.say(f"settings that changed, the ones before are in {old_config}: {resumption.text()}")
         for warning in other_shapes(run, first) if latest is None else ():
@@ -358,9 +358,13 @@ def _stop_or_return(run: Run, ring: Ring, progress: Progress, crew: Crew, checkp
     return back
 
 
-def _greeting(run: Run, data: Dataset, crew: Crew, latest: Path | None, progress: Progress, world: World) -> str:
+def _greeting(
+    run: Run, data: Dataset, crew: Crew, sampler: Sampler, latest: Path | None, progress: Progress, world: World
+) -> str:
+    names = {"student": "model (networks.student), a teacher to be:"} if isinstance(sampler, TeacherSampler) else {}
     sizes = ", ".join(
-        f"{name} {sum(p.numel() for p in role.weights.values()):,} weights" for name, role in crew.trained.items()
+        f"{names.get(name, name)} {sum(p.numel() for p in role.weights.values()):,} weights"
+        for name, role in crew.trained.items()
     )
     origin = f"resuming {latest} (iteration {progress.step})" if latest else "from the beginning"
     batch = run.trainer.batch_size * run.trainer.grad_accum * world.num_readers

@@ -22,6 +22,7 @@ from fewstep.config import (
     read_command,
     recipe,
 )
+from fewstep.config.problems import hint
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_settings import SHARED, Dmd2, Kd, Optim, Run, Stage, Trainer, message, run, toy
@@ -135,6 +136,15 @@ def test_a_swap_that_leaves_something_open_is_refused() -> None:
     assert message("critic_optim=none", "critic_optim.lr=1") == [
         "critic_optim: given as none, and critic_optim.lr too; keep one"
     ]
+
+
+def test_of_many_names_only_those_like_it_are_listed_or_else_the_shortest() -> None:
+    many = [f"CTRL_7Bv1pt3_lvg_tp_121frames_{n:02d}" for n in range(20)] + ["kd", "dmd2", "rcm", "finetune"]
+    assert hint("dmd", many) == "; did you mean dmd2?"
+    assert hint("finetunes", ["finetune", "lora"]) == "; did you mean finetune? (there are: finetune, lora)"
+    listed = hint("", many)
+    assert listed.startswith("; there are: kd, rcm, dmd2, finetune, CTRL_") and listed.endswith(", ...")
+    assert hint("x", []) == "; there are none"
 
 
 @kind("plain", group="toy_path")

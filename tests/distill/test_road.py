@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shlex
 import sys
@@ -16,9 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "stories"))
 import materials
 from tiny_pipelines import clips
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "evaluation"))
+from score_records import record
+
 from fewstep import TOY
 from fewstep.cli import main
-from fewstep.distill import cost, gate
+from fewstep.distill import cost
 from fewstep.distill.facts import facts_of
 from fewstep.distill.request import DistillRequest
 from fewstep.distill.road import stages
@@ -232,26 +236,49 @@ def test_stages_from_the_first_that_changed_are_done_anew(
     assert done_after(steps=2) == ["check", "text", "latents"]  # pairs have other states
 
 
-def record(folder: Path, name: str, **values: float | None) -> Path:
-    about: dict[str, Any] = {"title": "", "meaning": "", "is_headline": True}
-    legend = [about | {"name": score, "better": "lower" if score == "frechet" else "as real"} for score in values]
-    scores = {score: {"value": value, "spread": 0.3, "num": 8} for score, value in values.items()}
-    (folder / f"{name}.json").write_text(json.dumps({"what": name, "legend": legend, "scores": scores, "sets": []}))
-    return folder / f"{name}.json"
+def test_clips_larger_than_the_teacher_was_trained_on_are_a_warning_in_terminal_and_report(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    big = clips(tmp_path / "big", num=2, frames=25, side=64)
+    words = ["distill", str(TOY), str(big), "--out", str(tmp_path / "student")]
+    sentence = (
+        "the clips are larger (25 frames of 64 x 64 pixels) than those that the teacher was trained on (17 of 32 x 32). Nobody "
+        "knows what it makes at that size"
+    )
+    assert main([*words, "--dryrun"]) == 0
+    text = capsys.readouterr().out
+    assert f"warning   {sentence}" in text  # at the top
+    assert f"--verdict student:teacher_few --verdict student:kd --warning '{sentence}" in text.replace('"', "'")
+    assert main([*words, "--dryrun", "--num-frames", "17", "--height", "32", "--width", "32"]) == 0
+    assert "warning" not in capsys.readouterr().out
+    published = facts_of(replace(request(world), dataset=big))
+    assert published.warnings == []  # Wan is published for 81 frames of 720 x 1280
+    (warning,) = replace(published, size=(1280, 1280)).warnings
+    assert "(25 frames of 1280 x 1280 pixels)" in warning and "(81 of 720 x 1280)" in warning
 
 
-def test_the_verdict(tmp_path: Path) -> None:
-    few = record(tmp_path, "few", frechet=2.0, motion=1.0)
-    worse, same = record(tmp_path, "worse", frechet=2.5, motion=9.0), record(tmp_path, "same", frechet=2.4, motion=9.0)
-    (verdict,) = gate.verdicts(worse, few)  # a score without a better end judges nobody
-    assert verdict.is_worse and "WORSE than its teacher's own few steps (2.5 against 2" in str(verdict)
-    (verdict,) = gate.verdicts(same, few)  # within sqrt(2) 0.3
-    assert not verdict.is_worse and "the student is as good, within the spread, as its teacher's own few steps" in str(verdict)
-    (verdict,) = gate.verdicts(few, worse)
-    assert "the student is better than its teacher's own few steps (2 against 2.5" in str(verdict)
-    assert gate.verdicts(record(tmp_path, "none", frechet=None, motion=1.0), few) == []
-    table = gate.table({"a": few, "b": worse, "c": tmp_path / "missing.json"}, {"a": "few", "b": "student", "c": "no"})
-    assert "2.5 +- 0.3" in table and "no" not in table.split()
-    worse.write_text(worse.read_text().replace("2.5", '"2.5"'))
-    with pytest.raises(ValueError, match=r"worse.json: scores.frechet.value: must be .* got '2.5'. Evaluate the model again"):
-        gate.verdicts(worse, few)
+def test_the_end_of_the_command_says_what_the_report_says(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fewstep.distill.run import _judge  # pyright: ignore[reportPrivateUsage]
+
+    asked = replace(request(world), out=world / "judged", strict=True)
+    facts = replace(facts_of(asked), size=(1280, 1280))
+    for name, value in (("teacher", 1.0), ("teacher_few", 2.0), ("kd", 2.0), ("student", 2.2)):
+        more = {"num_calls": 8 if name == "teacher_few" else 4} | ({"sampler": "unipc"} if "teacher" in name else {})
+        record(asked.out / "scores", name, more, frechet=value)
+    _judge(facts)
+    said = capsys.readouterr().out
+    report = shlex.split({stage.name: stage.commands for stage in stages(facts)}["report"][0])[1:]
+    words = [word for word in report if not word.startswith(str(asked.work_dir))]  # the runs, which are not there
+    assert main(words) == 0
+    page = html.unescape((asked.out / "report.html").read_text())
+    for sentence in (
+        facts.warnings[0],
+        "frechet: the student is as good, within the spread, as its teacher in 8 calls",
+        "As far as 8 clips can tell, the student is as good as its teacher in 8 calls: no score differs",
+        "As far as 8 clips can tell, the student is as good as that of kd",
+    ):
+        assert sentence in said and sentence in page, sentence
+    assert "teacher in few steps, 8 calls" in said and "student, 4 calls" in said
+    record(asked.out / "scores", "student", {"num_calls": 4}, frechet=3.0)
+    with pytest.raises(ValueError, match="the student is worse than its teacher in 8 calls, which --strict does not accept"):
+        _judge(facts)

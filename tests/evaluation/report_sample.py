@@ -8,6 +8,7 @@ import numpy as np
 
 from fewstep.evaluation.plot import Series
 from fewstep.evaluation.report import Chart, Film, Gallery, Gate, Model, Report, Row, Score, Stage, Value
+from fewstep.evaluation.verdict import Verdict
 
 NASTY = "a <red> \"ball\" & a 'box' </script><script>alert(1)</script> {{title}}"
 
@@ -55,6 +56,11 @@ GATES = (
     Gate("never measured", math.nan, 0.8, "higher"),
     Gate("below zero", -0.3, 0.1, "lower"),
 )
+VERDICTS = (
+    Verdict("frechet", "lower", 9.13, 44.4, 1.8, 512, "its teacher in 4 calls"),
+    Verdict("recall", "higher", 0.83, 0.86, 0.05, 512, "its teacher in 4 calls"),
+    Verdict("clip_score", "higher", 0.1, 0.9, 0.05, 512, "its teacher in 4 calls"),
+)
 STAGES = (
     Stage("Render", "fewstep prepare toyworld --out demo/data --num 512", 14.2),
     Stage("Distil", 'OUTPUT_ROOT="demo" fewstep train experiment=toy a.b=<c> && echo ' + "x" * 200, 204.4),
@@ -71,6 +77,8 @@ def small(num_rows: int = 2) -> Report:
     return Report(
         title=NASTY,
         summary=NASTY,
+        verdicts=[VERDICTS],
+        warnings=[NASTY],
         galleries=[
             Gallery("Same prompts, same noise", rows, 16, "Held out."),
             Gallery("Shorter", [Row("b", [Film("c", film(3, 4), "control")])], 8),

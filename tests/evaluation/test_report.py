@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
-from report_sample import GATES, NASTY, SCORES, STAGES, film, models, small
+from report_sample import GATES, NASTY, SCORES, STAGES, VERDICTS, film, models, small
 
 from fewstep.evaluation.report import Film, Gallery, Gate, Model, Report, Row, Score, Value, curves_of, page, write
 from fewstep.evaluation.report.curves import quality_plot
@@ -96,6 +96,11 @@ def wanted_numbers() -> dict[str, float]:
     for gate in GATES:
         put(f"gate|{gate.name}", gate.value, gate.spread)
         put(f"bound|{gate.name}", gate.bound, math.nan)
+    for one in VERDICTS:
+        name = f"verdict|{one.score}|{one.whose}"
+        put(name, one.value, math.nan)
+        put(f"{name}|other", one.other, math.nan)
+        put(f"{name}|apart", one.spread, math.nan)
     for stage in STAGES:
         put(f"seconds|{stage.name}", stage.seconds, math.nan)
     out["gain"] = 251.4 / 3.95

@@ -95,6 +95,7 @@ def test_every_clip_shows_its_very_pixels_frame_by_frame(tab: chromium.Page, fil
 def test_clips_play_in_step_and_stop(tab: chromium.Page, file: Path) -> None:
     tab.open(file, 1280, 900)
     tab.wait(READY)
+    tab.js("document.querySelector('.gallery').scrollIntoView()")  # below the verdict: only what is looked at plays
     tab.js("document.querySelector('.rate').value = '0.25', document.querySelector('.rate').dispatchEvent(new Event('change'))")
     seen = set()
     end = time.monotonic() + 60

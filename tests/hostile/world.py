@@ -169,10 +169,10 @@ def _stage(file: Path) -> object:
 
 
 def _gate(file: Path) -> object:
-    from fewstep.distill import gate
+    from fewstep.evaluation.verdict import table, verdicts
 
     other = file.with_name("other.json")
-    return [str(one) for one in gate.verdicts(file, other)], gate.table({"a": file, "b": other}, {"a": "a", "b": "b"})
+    return [str(one) for one in verdicts(file, other)], table({"a": file, "b": other}, {"a": "a", "b": "b"})
 
 
 def _times(file: Path) -> object:

@@ -13,6 +13,7 @@ import fewstep
 from fewstep.cli import main
 from fewstep.data.files import video
 from fewstep.evaluation.fidelity import ANNOTATED, SAME, UNRELATED
+from fewstep.inference.evaluate import line
 
 NUM = 6
 SCORES = {
@@ -39,8 +40,11 @@ def evaluated(root: Path, model: str | Path, name: str, *words: str) -> dict[str
     return json.loads(out.read_text())
 
 
-def test_all_controls_are_scored_on_generated_clips_with_three_anchors_each(root: Path) -> None:
+def test_all_controls_are_scored_on_generated_clips_with_three_anchors_each(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     record = evaluated(root, fewstep.TOY, "all", "--control", ",".join(SCORES))
+    said = capsys.readouterr().out.splitlines()
     names = [name for scores in SCORES.values() for name in scores]
     assert set(record["scores"]) == set(names) and not any("no file" in note for note in record["notes"])
     anchors = record["anchors"]
@@ -51,6 +55,12 @@ def test_all_controls_are_scored_on_generated_clips_with_three_anchors_each(root
         is_lower = name in ("depth_rmse", "keypoint_distance")
         assert best == (0 if is_lower else 1)
         assert (annotated < chance) if is_lower else (annotated > chance), name  # the annotator tells clips apart
+    for title in (SAME, ANNOTATED, UNRELATED):  # below the scores, for whoever reads the terminal alone
+        (shown,) = (text for text in said if text.startswith(f"  {title}: "))
+        assert f"edge_f1 {anchors[title]['edge_f1']['value']:.3g}" in shown and "edge_recall" not in shown
+    student = record | {"num_calls": 4}
+    assert "its teacher: the same command" in line({key: value for key, value in student.items() if key != "sampler"})
+    assert "its teacher" not in line(record)
     assert anchors[ANNOTATED]["edge_f1"]["value"] == anchors[ANNOTATED]["vis_ssim"]["value"] == 1  # files are lossless
 
 

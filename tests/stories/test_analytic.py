@@ -136,7 +136,7 @@ def test_the_dry_run_of_the_readme_says_all_and_trains_nothing(tmp_path: Path, c
     said = capsys.readouterr()
     folder = tmp_path / "analytic/basic/dry"
     assert said.out == (folder / "config.yaml").read_text() and [path.name for path in folder.iterdir()] == ["config.yaml"]
-    assert "on each GPU, at the worst moment" in said.err
+    assert "in each process, at the worst moment" in said.err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`fewstep demo --quick`, whole: every stage a command, every number with its spread and its n, and a page that plays."""
 
+import html
 import json
 import math
 import shutil
@@ -22,6 +23,7 @@ from fewstep.networks.encoders.codecs import open_codec
 from fewstep.networks.encoders.text import open_text_encoder
 from fewstep.toyworld.demo import page
 from fewstep.toyworld.demo.stages import CALLS, runs_of
+from fewstep.toyworld.demo.verdict import warnings_of
 
 TOY, SHAPE = fewstep.TOY, (8, 5, 4, 4)
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -49,7 +51,25 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "evaluate",
     ):
         assert f"fewstep {command}" in done.stdout, command
+    (folder / "demo" / "said.txt").write_text(done.stdout)
     return folder / "demo"
+
+
+def test_it_ends_in_a_sentence_and_says_that_so_few_clips_rank_nothing(made: Path) -> None:
+    summary, page = json.loads((made / "summary.json").read_text()), html.unescape((made / "report.html").read_text())
+    lines = (made / "said.txt").read_text().splitlines()
+    end = f"Look at {made.resolve()}/report.html; every number with its spread is in demo/summary.json."
+    assert lines[-1].startswith("The demo took ") and lines[-1].endswith(end)
+    (warning,) = warnings_of(summary)
+    assert f"warning: {warning}" in lines and warning in page and "the student is" not in page
+    spreads = [summary[f"frechet_{name}_spread"] for name in ("teacher", "4step", "1step")]
+    assert warning.startswith(
+        f"128 clips rank nothing. Their distances to real clips, {summary['frechet_teacher']:.1f} (teacher,"
+    )
+    assert f"have spreads of {min(spreads):.1f} to {max(spreads):.1f}: a student 1.5 times as far" in warning
+    assert any(line.startswith("student, 4 steps, 4 calls  ") for line in lines)
+    assert any(line.startswith("teacher, 4 calls  ") for line in lines)
+    assert warnings_of(kept()) == []  # of 3 sets of 512
 
 
 def quick(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:

@@ -48,6 +48,8 @@ def test_a_second_run_is_refused_until_the_first_has_ended_even_by_a_kill(
         os.kill(first.pid, signal.SIGKILL)
     assert train(run)["step"] == 2
     assert train(run)["step"] == 2  # its own lock is no one's
+    greeting = (run.job.folder() / "log.txt").read_text().splitlines()[0]
+    assert "from the beginning; model (networks.student), a teacher to be: " in greeting  # finetuning makes no student
 
 
 def test_a_file_system_without_locks_is_no_reason_not_to_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from fewstep.progress import TimeLeft
 from fewstep.training.log import RunLog
+
+
+def test_no_time_is_promised_before_there_is_something_to_go_by() -> None:
+    left = TimeLeft()
+    assert left.text(1, 10, now=300.0) == ""  # the first iteration took five minutes: it compiled and read
+    assert left.text(3, 10, now=304.0) == ", 14 s left"  # two in four seconds since
+    assert left.text(10, 10, now=318.0) == ""
+    assert left.text(0, 10, now=400.0) == ""  # it went back to an earlier checkpoint
 
 
 def test_values_stand_in_metrics_and_in_tensorboard(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from fewstep.parallel import World
 from fewstep.training import iteration, loop
 from fewstep.training.crew import assemble
 from fewstep.training.plan import plan as planning
-from fewstep.training.plan.gpu_fit import advice, answer, dryrun
+from fewstep.training.plan.gpu_fit import advice, answer, dryrun, here
 from fewstep.training.plan.plan import Plan, measure, plan
 from fewstep.training.plan.request import PlanRequest, split_words
 from fewstep.training.run import Checkpoint, Parallel, Run, Trainer
@@ -242,6 +243,25 @@ def test_the_command_answers_in_json_and_says_what_is_missing(tmp_path: Path) ->
     told, text = answer(nowhere, PlanRequest(gpu="h200"))
     assert "ASSUMED, because the data cannot be opened" in text and told["assumed"]
     assert dryrun(nowhere).startswith("memory is not planned")
+
+
+def test_here_is_this_machine_and_nothing_else_is_counted_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    words: list[str] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    _, request = split_words(["gpus=2", "gpu=here", "shape=4x2x6x6", "text=5x32"])
+    record, text = answer(CASES["finetune"], request, words.append)
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 / 2  # of two processes
+    assert f"fits this machine, which has no GPU ({gib:.4g} GiB)" in text and "GPUs" not in text
+    assert "on this machine, which has no GPU, processes: 2, x0 4x4x2x6x6" in text and not record["activations_gib"]
+    assert sum("iteration" in word for word in words) == 1
+    monkeypatch.setattr("fewstep.training.plan.gpu_fit.here", lambda processes: ("this machine, which has no GPU", 0.1))
+    record, text = answer(CASES["finetune"], request)
+    assert "does not fit this machine, which has no GPU (0.1 GiB): " in text and record["activations_gib"]
+    monkeypatch.undo()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "A GPU")
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: SimpleNamespace(total_memory=5 * 2**30))
+    assert here(2) == ("A GPU", 5.0)  # each process has one
 
 
 def test_a_teacher_that_lies_on_the_cpu_counts_while_it_is_asked() -> None:

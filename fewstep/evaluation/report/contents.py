@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from fewstep.evaluation.plot import Series
 from fewstep.evaluation.score import Better as Better
 from fewstep.evaluation.score import Score, Value
+from fewstep.evaluation.verdict import Verdict
 
 Kind = Literal["real", "codec", "teacher", "student", "control"]
 
@@ -119,6 +120,8 @@ class Report:
 
     title: str
     summary: str = ""  # two sentences: what was done, how good it is
+    verdicts: Sequence[Sequence[Verdict]] = ()  # each against one other model
+    warnings: Sequence[str] = ()  # sentences beside the verdicts
     galleries: Sequence[Gallery] = ()
     gates: Sequence[Gate] = ()
     models: Sequence[Model] = ()

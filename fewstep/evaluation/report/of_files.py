@@ -24,6 +24,7 @@ from fewstep.errors import UserError
 from fewstep.evaluation.report.contents import Chart, Film, Gallery, Gate, Kind, Model, Report, Row, Score, Stage, Value
 from fewstep.evaluation.report.curves import curves_of
 from fewstep.evaluation.score_files import read_scores
+from fewstep.evaluation.verdict import Verdict, advice, verdicts
 from fewstep.untrusted.text import read_bytes, read_json
 
 Frames = NDArray[np.uint8]
@@ -48,6 +49,30 @@ class Bound:
             return cls(match[1], match[2] == "<=", float(match[3]))
         except (AssertionError, ValueError):
             raise UserError(f"--bound {text}: is written NAME<=VALUE or NAME>=VALUE, for instance 'ssim>=0.8'") from None
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """Two files of scores by their names: student:teacher."""
+
+    student: str
+    other: str
+
+    @classmethod
+    def parse(cls, text: str) -> Rivals:
+        student, colon, other = text.partition(":")
+        if not colon or not student or not other:
+            raise UserError(f"--verdict {text}: is written STUDENT:OTHER, for instance student:teacher")
+        return cls(student, other)
+
+    def verdicts(self, scored: Sequence[_Scored]) -> list[Verdict]:
+        paths = {one.name: one.path for one in scored}
+        for name in (self.student, self.other):
+            if name not in paths:
+                raise UserError(
+                    f"--verdict {self.student}:{self.other}: no file of scores is called {name}: {', '.join(paths)}"
+                )
+        return verdicts(paths[self.student], paths[self.other])
 
 
 @dataclass(frozen=True)
@@ -90,7 +115,9 @@ class _Scored:
         return texts[0] if texts else f"clip {number}"
 
 
-def report_of(paths: Sequence[Path], *, title: str | None = None, bounds: Sequence[Bound] = ()) -> Report:
+def report_of(
+    paths: Sequence[Path], *, title: str | None = None, bounds: Sequence[Bound] = (), rivals: Sequence[Rivals] = ()
+) -> Report:
     """The report of run folders and files of scores, in the order in which they are named."""
     runs = [path for path in paths if path.is_dir()]
     scored = _scored([path for path in paths if not path.is_dir()])
@@ -104,9 +131,12 @@ def report_of(paths: Sequence[Path], *, title: str | None = None, bounds: Sequen
     legend = _legend(scored, names)
     galleries = [*_pairs(scored), *_seeds(scored), *(gallery for run in runs for gallery in _previews(run))]
     charts: list[Chart] = [chart for run in runs for chart in curves_of(run, run.name)]
+    groups = [pair.verdicts(scored) for pair in rivals]
     return Report(
         title=title or _title(scored, runs),
         summary=_summary(scored, legend),
+        verdicts=groups,
+        warnings=[text for scores in groups for text in advice(scores)],
         galleries=galleries,
         gates=_gates(scored, bounds),
         models=models,

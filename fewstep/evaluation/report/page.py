@@ -12,7 +12,9 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,12 @@ from fewstep.errors import UserError
 from fewstep.evaluation.report.contents import Better, Film, Gallery, Gate, Kind, Model, Report, Row, Value
 from fewstep.evaluation.report.curves import chart_plot, colours_of, quality_plot
 from fewstep.evaluation.report.films import Encoded, encode
+from fewstep.evaluation.verdict import Verdict, conclusion
 from fewstep.files import write_text
 
 _BETTER: Mapping[Better, str] = {"lower": "lower is better", "higher": "higher is better", "as real": "best near real clips"}
 _TICK = '<svg viewBox="0 0 16 16" aria-hidden="true"><path d="M3 8.5l3.4 3.4L13 4.6"/></svg>'
+_EQUAL = '<svg viewBox="0 0 16 16" aria-hidden="true"><path d="M3 6h10M3 10.5h10"/></svg>'
 _CROSS = '<svg viewBox="0 0 16 16" aria-hidden="true"><path d="M4 4l8 8M12 4l-8 8"/></svg>'
 _KIND_COLOURS: Mapping[Kind, str] = {
     "real": "#8A8A8A",
@@ -52,6 +56,7 @@ def page(report: Report, max_bytes: int = 5_000_000) -> str:
     if faults := report.problems():
         raise UserError("the report cannot be written:\n" + "\n".join(f"- {fault}" for fault in faults))
     sections = {
+        "verdict": ("Verdict", _verdicts(report)),
         "watch": ("Watch", _galleries(report, max_bytes - 300_000)),
         "bounds": ("Bounds", _gates(report.gates)),
         "quality": ("Quality", _quality(report)),
@@ -87,6 +92,9 @@ def numbers(report: Report) -> dict[str, Any]:
     return {
         "title": report.title,
         "environment": dict(report.environment),
+        "warnings": list(report.warnings),
+        "verdicts": [asdict(one) | {"outcome": one.outcome, "sentence": str(one)} for one in chain(*report.verdicts)],
+        "conclusions": [conclusion(scores) for scores in report.verdicts],
         "models": [
             {
                 "name": model.name,
@@ -143,6 +151,27 @@ def _facts(report: Report) -> str:
         facts.append((report.time_is, _duration(sum(stage.seconds for stage in report.stages)), count))
     body = "".join(f"<div><dt>{name}</dt><dd>{value}<small>{about}</small></dd></div>" for name, value, about in facts)
     return f'<dl class="facts">{body}</dl>' if facts else ""
+
+
+def _verdicts(report: Report) -> str:
+    """Each student against another model, score by score, and what makes the numbers less than they seem."""
+    groups = "".join(
+        f"<h2>The student and {_esc(scores[0].whose) if scores else 'another'}</h2><p>{_esc(conclusion(scores))}</p>"
+        f'<ul class="gates">{"".join(map(_verdict, scores))}</ul>'
+        for scores in report.verdicts
+    )
+    return "".join(f'<p class="warning"><b>Warning.</b> {_esc(text)}</p>' for text in report.warnings) + groups
+
+
+def _verdict(one: Verdict) -> str:
+    look, sign = {"better": ("met", _TICK), "worse": ("missed", _CROSS), "same": ("same", _EQUAL)}[one.outcome]
+    of = f"verdict|{one.score}|{one.whose}"
+    return (
+        f'<li class="verdict {look}"><span class="mark" role="img" aria-label="{one.outcome}">{sign}</span>'
+        f'<div><h3>{_esc(one.sentence)}</h3><small class="soft num">{_data(one.value, of)} against '
+        f"{_data(one.other, f'{of}|other')}, {one.better} is better, spread {_data(one.spread, f'{of}|apart')}</small>"
+        "</div></li>"
+    )
 
 
 def _galleries(report: Report, max_bytes: int) -> str:

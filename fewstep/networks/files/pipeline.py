@@ -30,6 +30,15 @@ class PipelineFolder:
         return name if isinstance(name, str) else ""
 
     @property
+    def trained_on(self) -> Mapping[str, Any]:
+        """num_frames, height and width of the clips that it was trained on, where model_index.json says so.
+
+        It does under a name with an underscore, which diffusers passes over.
+        """
+        sizes = self.index.get("_trained_on")
+        return sizes if isinstance(sizes, dict) else {}
+
+    @property
     def has_zeros_for_no_prompt(self) -> bool:
         """Whether its unconditional prompt is zeros, and not the empty text: Stable Diffusion XL, unless its file says no."""
         return self.pipeline.startswith("StableDiffusionXL") and bool(self.index.get("force_zeros_for_empty_prompt", True))

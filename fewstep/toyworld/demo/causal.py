@@ -24,6 +24,16 @@ STUDENTS = {  # the name of its scores, and its run
     "sf": "toy_sf",
     "sf_consistency": "toy_sf_consistency",
 }
+TITLES = {
+    "real": "real clips",
+    "tokenizer": "tokenizer",
+    "teacher": f"teacher, {STEPS} steps",
+    "4step": "bidirectional student, 4 steps",
+    "kd_causal": "CausalKD",
+    "consistency": "causal consistency",
+    "sf": "CausalKD, then Self-Forcing",
+    "sf_consistency": "consistency, then Self-Forcing",
+}
 LEARNING: dict[Size, dict[str, int]] = {  # iterations of 32 clips
     "quick": {"kd": 20, "finetune": 20, "consistency": 20, "sf": 20},
     "default": {"kd": 600, "finetune": 300, "consistency": 150, "sf": 300},

@@ -17,7 +17,7 @@ from fewstep.evaluation.long_run import LongRun, looks
 from fewstep.evaluation.plot import Series
 from fewstep.evaluation.report import Chart, Gallery, Gate, Model, Report, Row, Score, curves_of
 from fewstep.files import write_json
-from fewstep.toyworld.demo.causal import LONG_FRAMES, STUDENTS
+from fewstep.toyworld.demo.causal import LONG_FRAMES, STUDENTS, TITLES
 from fewstep.toyworld.demo.page import (
     captions,
     films,
@@ -33,16 +33,6 @@ from fewstep.toyworld.demo.page import (
 from fewstep.toyworld.demo.stages import AGAIN, STEPS, TOY
 from fewstep.untrusted.text import read_json
 
-TITLES = {
-    "real": "real clips",
-    "tokenizer": "tokenizer",
-    "teacher": f"teacher, {STEPS} steps",
-    "4step": "bidirectional student, 4 steps",
-    "kd_causal": "CausalKD",
-    "consistency": "causal consistency",
-    "sf": "CausalKD, then Self-Forcing",
-    "sf_consistency": "consistency, then Self-Forcing",
-}
 BOUND = 1.3  # distance of the better chain over that of the bidirectional four-step student
 CHAINS = {
     "sf": ("toy_kd_causal", "toy_sf"),

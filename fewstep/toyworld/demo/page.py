@@ -27,7 +27,8 @@ from fewstep.inference.evaluate import speed
 from fewstep.inference.evaluation import Evaluation
 from fewstep.inference.model import changed, codec_of, open_model
 from fewstep.inference.request import SamplerOptions
-from fewstep.toyworld.demo.stages import AGAIN, CALLS, FEW, GUIDANCE, METHODS, STEPS, STUDENTS, TOY, runs_of
+from fewstep.toyworld.demo.stages import AGAIN, CALLS, FEW, GUIDANCE, METHODS, STEPS, STUDENTS, TITLES, TOY, runs_of
+from fewstep.toyworld.demo.verdict import verdicts_of, warnings_of
 from fewstep.untrusted.text import read_json, read_text
 
 STUDENT_TITLES = {"kd": "KD", "dmd2": "DMD2", **METHODS}  # of those scored at several numbers of calls
@@ -36,15 +37,6 @@ TEACHER = SamplerOptions(STEPS, "unipc", guidance=GUIDANCE)
 BOUNDS = {  # (ratio to the teacher's distance, share of the gap closed): set before the numbers were known
     "default": {"4step": (1.5, 0.60), "1step": (2.0, 0.50)},
     "long": {"4step": (1.2, 0.85), "1step": (1.5, 0.75)},
-}
-TITLES = {
-    "real": "real clips",
-    "tokenizer": "tokenizer",
-    "teacher": f"teacher, {STEPS} steps",
-    "teacher_4calls": "teacher, 4 calls",
-    "teacher_1call": "teacher, 1 call",
-    "4step": "student, 4 steps",
-    "1step": "student, 1 step",
 }
 
 
@@ -59,6 +51,8 @@ def main(out: Path, size: str, toy: str, methods: Sequence[str] = ()) -> None:
     report = Report(
         title="A many-step world model becomes a one-step and a four-step student",
         summary=_summary_text(summary),
+        verdicts=verdicts_of(out, summary),
+        warnings=warnings_of(summary),
         galleries=galleries(out),
         gates=[*gates(summary, size), *gates_of_methods(summary, methods)],
         models=[

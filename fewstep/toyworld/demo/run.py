@@ -1,19 +1,19 @@
-"""Runs a demo, or goes on with it: its stages, then the numbers that one wants first."""
+"""Runs a demo, or goes on with it: its stages, then the scores, and what they say."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from fewstep.distill import gate
 from fewstep.distill.stages import claim, marker_of, run
 from fewstep.errors import UserError
+from fewstep.evaluation.verdict import table
 from fewstep.files import lock, write_json
 from fewstep.toyworld.demo import causal as chains
-from fewstep.toyworld.demo.stages import AGAIN, FEW, IMPORTS, METHODS, Size, stages
+from fewstep.toyworld.demo.stages import AGAIN, IMPORTS, METHODS, TITLES, Size, stages
+from fewstep.toyworld.demo.verdict import says
 from fewstep.untrusted.text import read_json, read_text
 
 
@@ -38,32 +38,14 @@ def demo(
             claim(list(road()), out)
         for order, stage in enumerate(road()):
             run(stage, out, order, again="fewstep demo", preload=IMPORTS, num_threads=1)
-    for name, few in () if causal else FEW.items():
-        for verdict in gate.verdicts(out / "scores" / f"{name}.json", out / "scores" / f"{few}.json"):
-            print(f"{name}: {verdict}")
-    report = out / "report.html"
-    summary = read_json(out / "summary.json", AGAIN)
-    print(f"\n{json.dumps({k: v for k, v in summary.items() if k in (_SHOWN_CAUSAL if causal else _SHOWN)}, indent=1)}")
-    print(f"the whole took {time.monotonic() - began:.0f} s this time; every number: {out}/summary.json")
-    print(f"the report: {report.resolve()}")
+    report, summary = out / "report.html", read_json(out / "summary.json", AGAIN)
+    titles = chains.TITLES if causal else TITLES
+    print(f"\n{table({name: out / 'scores' / f'{name}.json' for name in titles}, titles)}")
+    for line in () if causal else says(out, summary):
+        print(line)
+    took = f"The demo took {time.monotonic() - began:.0f} s this time"
+    print(f"\n{took}. Look at {report.resolve()}; every number with its spread is in {out}/summary.json.")
     return report
-
-
-_SHOWN_CAUSAL = tuple(
-    f"{name}_{who}{end}"
-    for name in ("frechet", "frechet_ratio", "adherence", "long_drift", "long_sink_rise", "core_seconds")
-    for who in ("teacher", "4step", "kd_causal", "consistency", "sf", "sf_consistency")
-    for end in ("", "_spread")
-)
-_SHOWN = tuple(
-    f"{name}{end}"
-    for name in (
-        *("frechet_real", "frechet_tokenizer", "frechet_teacher", "frechet_teacher_4calls", "frechet_teacher_1call"),
-        *("frechet_4step", "frechet_1step", "frechet_ratio_4step", "frechet_ratio_1step"),
-        *("gap_closed_4step", "gap_closed_1step", "clips_per_s_teacher", "clips_per_s_4step", "clips_per_s_1step"),
-    )
-    for end in ("", "_spread")
-)
 
 
 def _claim(out: Path, size: Size, from_scratch: bool, causal: bool) -> None:

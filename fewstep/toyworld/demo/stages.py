@@ -89,6 +89,15 @@ PLANS: dict[Size, Plan] = {
 STEPS = 35  # of the teacher's solver
 STUDENTS = {"4step": 4, "1step": 1}
 FEW = {"4step": "teacher_4calls", "1step": "teacher_1call"}  # what a student has to beat
+TITLES = {
+    "real": "real clips",
+    "tokenizer": "tokenizer",
+    "teacher": f"teacher, {STEPS} steps",
+    "teacher_4calls": "teacher, 4 calls",
+    "teacher_1call": "teacher, 1 call",
+    "4step": "student, 4 steps",
+    "1step": "student, 1 step",
+}
 # Settings of the trainings in which the toy world differs from the recipes of any teacher. With them each training is that of
 # toy_kd_4step, toy_kd_1step, toy_dmd2_4step or toy_dmd2_1step (tests/toyworld/test_demo_settings.py).
 COMMON = ("ema.profile=constant", "ema.beta=0.98", "optim.schedule=cosine", "trainer.num_threads=1")

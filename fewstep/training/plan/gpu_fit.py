@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from fewstep.batch import Batch
 from fewstep.data.loader import first_batch
@@ -12,10 +15,11 @@ from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full
 from fewstep.training.plan.ledger import PASSING
 from fewstep.training.plan.plan import GIB, Measurement, measure, mock_batch, plan, without_context
-from fewstep.training.plan.request import PlanRequest, memory_of
+from fewstep.training.plan.request import HERE, PlanRequest, memory_of
 from fewstep.training.run import Run
 
 OFFLOAD = "trainer.offload_teacher=true"
+CPU = "this machine, which has no GPU"
 Say = Callable[[str], None]
 
 
@@ -86,9 +90,8 @@ def answer(run: Run, request: PlanRequest, say: Say = _quiet) -> tuple[dict[str,
 
     say: hears of every stage; one can take a minute for billions of weights.
     """
-    gpus, name = request.gpus, request.gpu
-    gib = memory_of(name)
-    note = ""
+    gpus, note = request.gpus, ""
+    name, gib = here(gpus) if request.gpu == HERE else (request.gpu, memory_of(request.gpu))
     if request.shape is not None or request.text is not None:
         batch = mock_batch(run, request.shape, request.text)
     else:
@@ -103,26 +106,39 @@ def answer(run: Run, request: PlanRequest, say: Say = _quiet) -> tuple[dict[str,
     run = run if gpus > 1 else without_context(run)
     measurement = measure(run, batch, say)
     share = measurement.on(gpus)
-    other = replace(run, trainer=replace(run.trainer, checkpointing=not run.trainer.checkpointing))
-    say("the same with the other value of trainer.checkpointing")
-    activations = {run.trainer.checkpointing: measurement, other.trainer.checkpointing: measure(other, batch)}
-    with_, without = (activations[key].on(gpus).parts.get(PASSING, 0) / GIB for key in (True, False))
     fits = share.needed_gib <= gib
+    activations: dict[str, float] = {}
+    if request.gpu != HERE or not fits:  # whoever trains here asks whether it fits, and not what else would
+        other = replace(run, trainer=replace(run.trainer, checkpointing=not run.trainer.checkpointing))
+        say("the same with the other value of trainer.checkpointing")
+        both = {run.trainer.checkpointing: measurement, other.trainer.checkpointing: measure(other, batch)}
+        names = {True: "checkpointing", False: "no_checkpointing"}
+        activations = {text: both[key].on(gpus).parts.get(PASSING, 0) / GIB for key, text in names.items()}
     more = "" if fits else advice(run, batch, measurement, gpus, gib, say)
     record = share.as_json() | {
-        "activations_gib": {"checkpointing": with_, "no_checkpointing": without},
+        "activations_gib": activations,
         "assumed": note,
         "gpu": name,
         "gpu_gib": gib,
         "fits": fits,
         "advice": more,
     }
-    verdict = f"fits {name} ({gib:g} GiB)" if fits else f"does not fit {name} ({gib:g} GiB): {more}"
-    lines = [f"{run.job.name} on {gpus} GPU{'s' if gpus > 1 else ''}, one process each, {share.batch}", str(share)]
+    verdict = f"fits {name} ({gib:.4g} GiB)" if fits else f"does not fit {name} ({gib:.4g} GiB): {more}"
+    where = f"{gpus} GPU{'s' if gpus > 1 else ''}, one process each" if name != CPU else f"{CPU}, processes: {gpus}"
+    lines = [f"{run.job.name} on {where}, {share.batch}", str(share)]
     if note:
         lines.insert(1, f"  these shapes are {note}")
-    lines.append(f"  activations {with_:.3f} GiB with trainer.checkpointing, {without:.3f} GiB without")
+    if activations:
+        with_, without = activations["checkpointing"], activations["no_checkpointing"]
+        lines.append(f"  activations {with_:.3f} GiB with trainer.checkpointing, {without:.3f} GiB without")
     return record, "\n".join([*lines, verdict])
+
+
+def here(processes: int) -> tuple[str, float]:
+    """What this machine trains on, and the GiB that each process can have of it: of its GPU, else of its memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / GIB
+    return CPU, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB / processes
 
 
 def dryrun(run: Run) -> str:

@@ -79,8 +79,8 @@ class Plan:
         width = max(map(len, self.parts))
         lines = [f"  {name:{width}}  {size / GIB:9.3f} GiB" for name, size in sorted(self.parts.items()) if size]
         worst = max(self.turns, key=lambda name: self.turns[name])
-        lines.append(f"  {'sum':{width}}  {self.peak_gib:9.3f} GiB on each GPU, at the worst moment of the {worst} turn")
-        lines.append(f"  {'needed':{width}}  {self.needed_gib:9.3f} GiB, with the device's context and an allocator's gaps")
+        lines.append(f"  {'sum':{width}}  {self.peak_gib:9.3f} GiB in each process, at the worst moment of the {worst} turn")
+        lines.append(f"  {'needed':{width}}  {self.needed_gib:9.3f} GiB, with libraries and an allocator's gaps")
         return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ GPUS = {  # GiB that the driver reports, most of which a process can have
     "h100": 79.6, "a100": 79.2, "a100-40": 39.4, "h200": 139.8, "b200": 178.4, "l40s": 44.4, "a6000": 47.5, "l4": 22.0,
     "rtx4090": 23.5, "rtx5090": 31.4,
 }  # fmt: skip
+HERE = "here"  # the GPU of this machine, or the memory of one without
 
 
 @dataclass(frozen=True)
@@ -18,14 +19,15 @@ class PlanRequest:
     """The GPUs, and the shapes of a batch where there are no data yet."""
 
     gpus: int = 1
-    gpu: str = "h100"  # a name of GPUS, or GiB
+    gpu: str = "h100"  # a name of GPUS, GiB, or HERE
     shape: tuple[int, ...] | None = None  # of latents, C T H W
     text: tuple[int, int] | None = None  # tokens, channels
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
             raise ConfigError(f"gpus={self.gpus}: at least 1")
-        memory_of(self.gpu)
+        if self.gpu != HERE:
+            memory_of(self.gpu)
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], PlanRequest]:
@@ -55,7 +57,7 @@ def memory_of(gpu: str) -> float:
     try:
         return float(gpu)
     except ValueError:
-        raise ConfigError(f"gpu={gpu}: give GiB, or one of {', '.join(GPUS)}") from None
+        raise ConfigError(f"gpu={gpu}: give GiB, or one of {', '.join(GPUS)}, {HERE}") from None
 
 
 def _sizes(name: str, text: str) -> tuple[int, ...]:

@@ -330,8 +330,9 @@ class CosmosSpec(DiffusersSpec):
     @property
     def distillation(self) -> Distillation:
         if self.family == "edm":  # Transfer1: g 5
-            return Distillation(guidance=6.0, negative="zeros", kd_lr=1e-5, lr=5e-7, critic_lr=5e-7)
-        return Distillation(guidance=4.0, negative="zeros", kd_lr=1e-5, lr=1e-6, critic_lr=2e-7)  # Predict2.5: g 3
+            return Distillation(guidance=6.0, clips=(121, 704, 1280), negative="zeros", kd_lr=1e-5, lr=5e-7, critic_lr=5e-7)
+        rates = {"kd_lr": 1e-5, "lr": 1e-6, "critic_lr": 2e-7}
+        return Distillation(guidance=4.0, clips=(93, 704, 1280), negative="zeros", **rates)  # Predict2.5: g 3
 
     def build(self) -> Cosmos:
         options: dict[str, Any] = {"frame_noise": self.frame_noise, "reads_end": self.end_gate is not None}

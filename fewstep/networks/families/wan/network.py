@@ -215,7 +215,7 @@ class WanSpec(DiffusersSpec):
 
     @property
     def distillation(self) -> Distillation:
-        return Distillation(guidance=5.0, kd_lr=7e-5, lr=1e-5, critic_lr=1e-5)  # FastGen, 1.3B
+        return Distillation(guidance=5.0, clips=(81, 720, 1280), kd_lr=7e-5, lr=1e-5, critic_lr=1e-5)  # FastGen, 1.3B
 
     def build(self) -> Wan:
         module = self.in_diffusers(
