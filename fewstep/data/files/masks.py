@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,14 +97,6 @@ def encode(mask: NDArray[np.bool_]) -> dict[str, Any]:  # the layout of pycocoto
     if flat.size and flat[0]:
         lengths = np.concatenate([[0], lengths])  # the first run is always one of outside
     return {"size": [int(flat.size), 1], "counts": _to_text(lengths.astype(np.int64))}
-
-
-def decode(code: Mapping[str, Any]) -> NDArray[np.bool_]:  # as `encode` gives it
-    """The column of bools that a code stands for; ValueError for a code that is damaged or not of one column."""
-    size = code.get("size")
-    if not isinstance(size, (list, tuple)) or not size or not isinstance(size[0], int):
-        raise UserError(f"its size is {_short(size)}, not [pixels, 1]")
-    return _unpack(_ends(code, size[0]), 0, size[0])
 
 
 def _ends(code: Any, pixels: int) -> NDArray[np.int64]:  # whatever the file has for a code

@@ -112,18 +112,20 @@ def open_packs(folder: str | os.PathLike[str], made_from: Mapping[str, str] | No
         raise FileNotFoundError(f"{place}: no packs there")
     packs = [_Pack.open(file) for file in files]
     for pack in packs:
-        _refuse_other(pack, packs[0].made_from | dict(made_from or {}))
+        _refuse_other(pack, packs[0].index.made_from | dict(made_from or {}))
     order = sorted(
-        (label.stem, label.start, file, number) for file, pack in enumerate(packs) for number, label in enumerate(pack.labels)
+        (label.stem, label.start, file, number)
+        for file, pack in enumerate(packs)
+        for number, label in enumerate(pack.index.rows)
     )
     twice = [here[0] for here, after in pairwise(order) if here[:2] == after[:2]]
     if twice:
         raise UserError(f"{place}: holds two rows of {twice[0]}. Run the same `fewstep prepare` again: it drops the stale one")
-    spots = [(file, *packs[file].spans[number]) for _, _, file, number in order]
+    spots = [(file, *packs[file].index.spans[number]) for _, _, file, number in order]
     return Packs(
         folder=Path(folder),
-        made_from=packs[0].made_from,
-        rows=tuple(packs[file].labels[number] for _, _, file, number in order),
+        made_from=packs[0].index.made_from,
+        rows=tuple(packs[file].index.rows[number] for _, _, file, number in order),
         shapes=tuple(packs[file].row_shape(number) for _, _, file, number in order),
         _places=tuple(spots),
         _data=tuple(pack.data for pack in packs),
@@ -158,8 +160,8 @@ class Writer:
             stack.enter_context(lock(self.place / LOCK))
             for file in _files(self.place):
                 pack = _Pack.open(file)
-                _refuse_other(pack, dict.fromkeys(pack.made_from, "left out") | self.made_from)
-                self._packed |= {label.key for label in pack.labels}
+                _refuse_other(pack, dict.fromkeys(pack.index.made_from, "left out") | self.made_from)
+                self._packed |= {label.key for label in pack.index.rows}
             self._lock = stack.pop_all()
         return self
 
@@ -179,13 +181,13 @@ class Writer:
         keys, dropped = {label.key for label in labels}, 0
         for file in _files(self.place):
             pack = _Pack.open(file)
-            live = [number for number, label in enumerate(pack.labels) if label.key in keys]
-            if len(live) == len(pack.labels):
+            live = [number for number, label in enumerate(pack.index.rows) if label.key in keys]
+            if len(live) == len(pack.index.rows):
                 continue
-            dropped += len(pack.labels) - len(live)
+            dropped += len(pack.index.rows) - len(live)
             if live:
-                rows = [pack.data[slice(*pack.spans[number])].clone() for number in live]
-                _write_pack(file, [pack.labels[number] for number in live], rows, self.made_from, pack.lengths_differ)
+                rows = [pack.data[slice(*pack.index.spans[number])].clone() for number in live]
+                _write_pack(file, [pack.index.rows[number] for number in live], rows, self.made_from, pack.index.lengths_differ)
             else:
                 remove(file)
         self._packed &= keys
@@ -237,39 +239,35 @@ class Writer:
 
 
 @dataclass(frozen=True)
-class _Pack:
-    path: Path
-    made_from: dict[str, str]
-    labels: tuple[Label, ...]
-    spans: tuple[tuple[int, int], ...]
-    data: Tensor
-    lengths_differ: bool  # a row is several entries of the first axis, and not just one
-
-    def row_shape(self, number: int) -> tuple[int, ...]:
-        begin, end = self.spans[number]
-        return (end - begin, *self.data.shape[1:]) if self.lengths_differ else tuple(self.data.shape[1:])
-
-    @classmethod
-    def open(cls, path: Path) -> _Pack:
-        tensors, metadata = read_safetensors(path, _AGAIN)
-        data = tensors.get("data", torch.empty(0))  # mapped, not read
-        entries = parse_json(metadata.get("pack", ""), f"{path}: damaged or no pack", _AGAIN, _Header)
-        labels, spans, made_from, lengths = entries.rows, entries.spans, entries.made_from, entries.lengths_differ
-        num = len(data) if data.ndim else 0
-        right = len(spans) == len(labels) and all(0 <= begin < end <= num for begin, end in spans)
-        if not right or not (lengths or all(end == begin + 1 for begin, end in spans)) or not data.is_floating_point():
-            raise UserError(f"{path}: damaged, its index does not fit its data {tuple(data.shape)}. {_AGAIN}")
-        return cls(path, made_from, labels, spans, data, lengths)
-
-
-@dataclass(frozen=True)
-class _Header:
+class _Index:
     """The metadata of a pack."""
 
     made_from: dict[str, str]
     rows: Annotated[tuple[Label, ...], MinLen(1)]
-    spans: tuple[tuple[int, int], ...]
-    lengths_differ: bool
+    spans: tuple[tuple[int, int], ...]  # of each row along the first axis
+    lengths_differ: bool  # a row is several entries of the first axis, and not just one
+
+
+@dataclass(frozen=True)
+class _Pack:
+    path: Path
+    index: _Index
+    data: Tensor  # mapped, not read
+
+    def row_shape(self, number: int) -> tuple[int, ...]:
+        begin, end = self.index.spans[number]
+        return (end - begin, *self.data.shape[1:]) if self.index.lengths_differ else tuple(self.data.shape[1:])
+
+    @classmethod
+    def open(cls, path: Path) -> _Pack:
+        tensors, metadata = read_safetensors(path, _AGAIN)
+        data = tensors.get("data", torch.empty(0))
+        index = parse_json(metadata.get("pack", ""), f"{path}: damaged or no pack", _AGAIN, _Index)
+        num, lengths = len(data) if data.ndim else 0, [end - begin for begin, end in index.spans]
+        right = len(lengths) == len(index.rows) and all(0 <= begin < end <= num for begin, end in index.spans)
+        if not right or not (index.lengths_differ or set(lengths) == {1}) or not data.is_floating_point():
+            raise UserError(f"{path}: damaged, its index does not fit its data {tuple(data.shape)}. {_AGAIN}")
+        return cls(path, index, data)
 
 
 def _write_pack(
@@ -284,18 +282,13 @@ def _write_pack(
             end += len(part)
             unique.append(part)
         spans.append(places[key])
-    header = {
-        "made_from": dict(made_from),
-        "rows": [asdict(label) for label in labels],
-        "spans": spans,
-        "lengths_differ": lengths_differ,
-    }
-    write_tensors(path, {"data": torch.cat(unique)}, {"pack": json.dumps(header, sort_keys=True)})
+    index = _Index(dict(made_from), tuple(labels), tuple(spans), lengths_differ)
+    write_tensors(path, {"data": torch.cat(unique)}, {"pack": json.dumps(asdict(index), sort_keys=True)})
 
 
 def _refuse_other(pack: _Pack, expected: Mapping[str, str]) -> None:
     advice = f"Ask for what it was made from, or remove {pack.path.parent}"
-    cache.refuse_other(pack.path, pack.made_from, dict(sorted(expected.items())), advice)
+    cache.refuse_other(pack.path, pack.index.made_from, dict(sorted(expected.items())), advice)
 
 
 def _loose_or_none(path: Path, made_from: Mapping[str, str]) -> cache.Entry | None:

@@ -40,12 +40,9 @@ class Fit:
     def padding(self) -> NDArray[np.bool_]:
         """(height, width): true for pixels of the margin."""
         out = np.ones(self.size, dtype=bool)
-        inside = [slice(max(want - have, 0) // 2, max(want - have, 0) // 2 + min(have, want)) for have, want in self._pairs()]
-        out[tuple(inside)] = False
+        margins = [max(want - have, 0) // 2 for have, want in zip(self.scaled, self.size, strict=True)]
+        out[tuple(slice(margin, margin + have) for margin, have in zip(margins, self.scaled, strict=True))] = False
         return out
-
-    def _pairs(self) -> list[tuple[int, int]]:
-        return list(zip(self.scaled, self.size, strict=True))
 
 
 def fit(source: Size, target: Size | None, resize: Resize) -> Fit:
