@@ -16,7 +16,7 @@ _PREDICT25 = "dmd2_trigflow_distill_cosmos_predict2"
 _OWN = "A teacher and data of your own: teacher=PIPELINE data.dataset_dir=DIR"
 GROUPS: dict[str, tuple[str, ...]] = {  # the most useful first
     _OWN: (
-        *("finetune", "lora", "kd", "dmd2", "scm", "rcm", "flow_map"),
+        *("finetune", "lora", "kd", "dmd2", "scm", "rcm", "flow_map", "flow_map_on_policy"),
         *("causal_finetune", "causal_consistency", "causal_kd", "self_forcing"),
     ),
     "Cosmos-Predict2.5 and Cosmos-Transfer2.5": (

@@ -5,6 +5,7 @@
     fewstep train experiment=kd teacher=PIPELINE data.dataset_dir=PAIRS steps=4        a student, from the teacher's pairs
     fewstep train experiment=dmd2 teacher=PIPELINE data.dataset_dir=DIR steps=4 networks.student.init=RUN_OF_KD
     fewstep train experiment=scm|rcm|flow_map teacher=PIPELINE data.dataset_dir=DIR    consistency models, a flow map
+    fewstep train experiment=flow_map_on_policy teacher=PIPELINE data.dataset_dir=DIR networks.student.init=RUN_OF_FLOW_MAP
 
     fewstep train experiment=kd teacher=PIPELINE control=edge,vis,depth                one student for several controls
 
@@ -28,7 +29,7 @@ from fewstep.data.mix import Mix, by_control
 from fewstep.diffusion import EDM, VP
 from fewstep.diffusion.times import LogitNormal, LogNormal, Shifted, Uniform
 from fewstep.inference.teacher import Teacher, teacher_at
-from fewstep.methods import DMD2, KD, RCM, SCM, Finetune, FlowMap, Method, StudentSample, TangentTerm, transfer1
+from fewstep.methods import DMD2, KD, RCM, SCM, Finetune, FlowMap, Method, OnPolicy, StudentSample, TangentTerm, transfer1
 from fewstep.networks.contract import NetworkSpec
 from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.families.wan.anyflow import AnyFlowSpec
@@ -136,17 +137,15 @@ def rcm(
 @recipe("flow_map")
 def flow_map(teacher: str = "", steps: int = 4, shift: float | None = None, guidance: float | None = None) -> Run:
     """A flow map of a Wan or Cosmos teacher: one student for any number of steps, from clips. Of Wan: diffusers' AnyFlow."""
+    return _flow_map(_opened(teacher, ()), "flow_map", FlowMap(), steps, shift, guidance)
+
+
+@recipe("flow_map_on_policy")
+def flow_map_on_policy(teacher: str = "", steps: int = 4, shift: float | None = None, guidance: float | None = None) -> Run:
+    """Its second stage, DMD2's term on the student's own jumps; networks.student.init=RUN begins with a run of flow_map."""
     source = _opened(teacher, ())
-    _refuse_steps(steps)
-    method, published = FlowMap(), source.published
-    method = replace(
-        method,
-        velocity=replace(method.velocity, guidance=published.guidance if guidance is None else guidance),
-        num_steps=steps,
-        shift=published.shift if shift is None else shift,
-    )
-    networks = replace(_networks(source, 0), student=Full(_with_second_time(source.spec)))
-    return _from_clips(source, "flow_map", method, networks, (), 0)
+    method = FlowMap(on_policy=OnPolicy(times=Shifted(source.published.shift if shift is None else shift)))
+    return _flow_map(source, "flow_map_on_policy", method, steps, shift, guidance)
 
 
 # ---- parts of the above ----------------------------------------------------------------------------------------------
@@ -203,6 +202,19 @@ def _dmd2(source: Teacher, steps: int, shift: float | None, guidance: float) -> 
     if isinstance(source.path, EDM):  # Transfer1, without its GAN
         return replace(transfer1(), student=student, guidance=guidance, gan=None)
     return DMD2(student=student, guidance=guidance, times=Shifted(source.published.shift if shift is None else shift))
+
+
+def _flow_map(source: Teacher, name: str, method: FlowMap, steps: int, shift: float | None, guidance: float | None) -> Run:
+    _refuse_steps(steps)
+    published = source.published
+    method = replace(
+        method,
+        velocity=replace(method.velocity, guidance=published.guidance if guidance is None else guidance),
+        num_steps=steps,
+        shift=published.shift if shift is None else shift,
+    )
+    networks = replace(_networks(source, 0), student=Full(_with_second_time(source.spec)))
+    return _from_clips(source, name, method, networks, (), 0)
 
 
 def _with_second_time(spec: NetworkSpec) -> NetworkSpec:
