@@ -30,7 +30,7 @@ from fewstep.data.files import keypoints, masks, packs, video
 from fewstep.data.folder.dataset import Folder, layout, parts
 from fewstep.data.folder.layout import Layout, Part
 from fewstep.data.folder.samples import odd_ones, read_caption
-from fewstep.errors import UserError, some
+from fewstep.errors import some
 from fewstep.untrusted.text import digest_of
 
 Level = Literal["error", "warning"]
@@ -94,23 +94,21 @@ class Survey:
         rows = [("samples", str(len(self.samples)))]
         for folder, num in sorted(Counter(part for sample in self.samples for part in sample.parts).items()):
             rows.append((f"with {folder}", str(num)))
-        lengths = [s.num_frames for s in self.samples if s.num_frames is not None]
-        rows += _spread("frames", lengths)
+        rows += _spread("frames", [s.num_frames for s in self.samples])
         rows += _commonest("size (height x width)", [f"{s.size[0]} x {s.size[1]}" for s in self.samples if s.size])
         rows += _commonest("fps", [f"{s.fps:g}" for s in self.samples if s.fps])
         seconds = [s.num_frames / s.fps for s in self.samples if s.num_frames and s.fps]
         rows += _spread("seconds", seconds)
         rows += [("seconds, all", f"{sum(seconds):.1f}")] if seconds else []
-        rows += _spread("motion (levels per frame)", [s.motion for s in self.samples if s.motion is not None])
-        rows += _spread("words of a caption", [s.num_words for s in self.samples if s.num_words is not None])
+        rows += _spread("motion (levels per frame)", [s.motion for s in self.samples])
+        rows += _spread("words of a caption", [s.num_words for s in self.samples])
         captions = {s.caption for s in self.samples if s.caption}
         rows += [("different captions", str(len(captions)))] if captions else []
         for folder in sorted({folder for s in self.samples for folder in s.num_tokens}):
-            rows += _spread(f"tokens in {folder}", [s.num_tokens[folder] for s in self.samples if folder in s.num_tokens])
+            rows += _spread(f"tokens in {folder}", [s.num_tokens.get(folder) for s in self.samples])
         for folder in sorted({folder for s in self.samples for folder in s.shapes}):
-            rows += _commonest(
-                f"shape of {folder}", ["x".join(map(str, s.shapes[folder])) for s in self.samples if folder in s.shapes]
-            )
+            shapes = ["x".join(map(str, s.shapes[folder])) for s in self.samples if folder in s.shapes]
+            rows += _commonest(f"shape of {folder}", shapes)
         for kind, name in (("duplicates", "duplicates"), ("still", "near-static clips")):
             rows.append((name, str(sum(len(p.stems) for p in self.problems if p.kind == kind))))
         return [*rows, *self.facts]
@@ -243,12 +241,40 @@ class _Look:
     change: float | None = None  # the largest of any pixel of the thumbnails, in levels of 255
 
 
+@dataclass(frozen=True)
+class _Own:
+    """What one sample has, by folder: files, and rows of packs."""
+
+    listing: _Files
+    stem: str
+    files: Mapping[str, Path]
+    rows: Mapping[str, Sequence[int]]
+
+    @classmethod
+    def of(cls, listing: _Files, stem: str) -> _Own:
+        files = {folder: paths[stem] for folder, paths in listing.files.items() if stem in paths}
+        return cls(listing, stem, files, {folder: rows[stem] for folder, rows in listing.rows.items() if stem in rows})
+
+    @property
+    def folders(self) -> set[str]:
+        return self.files.keys() | self.rows.keys()
+
+    def path(self, name: str) -> Path:
+        """Its file; of a row, the name that its file would have."""
+        return self.files.get(name, self.listing.place.root / name / self.stem)
+
+    def array(self, name: str) -> Tensor:
+        """An array, from its pack or its file."""
+        if name in self.rows:
+            return self.listing.packed[name].read(self.rows[name][0])
+        return parts.array(self.files[name])
+
+
 def _look(listing: _Files, stem: str) -> _Look:
     """Reads all files of a sample; never raises for their content."""
-    look = _Look(Sample(stem))
-    files = {folder: paths[stem] for folder, paths in listing.files.items() if stem in paths}
-    rows = {folder: numbers[stem] for folder, numbers in listing.rows.items() if stem in numbers}
-    facts: dict[str, Any] = {"parts": tuple(sorted(files.keys() | rows.keys()))}
+    look, own = _Look(Sample(stem)), _Own.of(listing, stem)
+    files = own.files
+    facts: dict[str, Any] = {"parts": tuple(sorted(own.folders))}
     clip = files.get(layout.VIDEOS.folder) or files.get(layout.IMAGES.folder)
     header: video.Header | None = None
     if clip is not None:
@@ -262,21 +288,16 @@ def _look(listing: _Files, stem: str) -> _Look:
             with _collected(look, f"unreadable-{part.folder}"):
                 _look_at_control(look, part, files[part.folder], header)
     if layout.CAPTIONS.folder in files:
-        try:
+        with _collected(look, "unreadable-metas"):
             facts["caption"] = read_caption(files[layout.CAPTIONS.folder])
-        except UserError as error:
-            look.wrong.append(("unreadable-metas", str(error)))
-        except UnicodeDecodeError:
-            look.wrong.append(("unreadable-metas", f"{files[layout.CAPTIONS.folder]}: is not UTF-8 text. Save it as UTF-8"))
     tokens, shapes = dict[str, int](), dict[str, tuple[int, ...]]()
-    for name in listing.texts:
-        if name in files or name in rows:
-            with _collected(look, f"unreadable-{name}"):
-                array = _array(listing, stem, name, files, rows)
-                num = max(len(array), 1) if array.ndim == 2 else 1
-                tokens[name] = int(parts.padded(_path_of(listing, stem, name, files), array, num).mask.sum())
-                shapes[name] = (array.shape[-1],)
-    shapes |= _look_at_pair(look, listing, stem, files, rows, header)
+    for name in [name for name in listing.texts if name in own.folders]:
+        with _collected(look, f"unreadable-{name}"):
+            array = own.array(name)
+            num = max(len(array), 1) if array.ndim == 2 else 1
+            tokens[name] = int(parts.padded(own.path(name), array, num).mask.sum())
+            shapes[name] = (array.shape[-1],)
+    shapes |= _look_at_pair(look, own, header)
     look.sample = Sample(stem, num_tokens=tokens, shapes=shapes, **facts)
     return look
 
@@ -304,56 +325,32 @@ def _look_at_control(look: _Look, part: Part, path: Path, header: video.Header |
                 cls().read(path, Span(0, num), header.size)
 
 
-def _look_at_pair(
-    look: _Look,
-    listing: _Files,
-    stem: str,
-    files: Mapping[str, Path],
-    rows: Mapping[str, Sequence[int]],
-    header: video.Header | None,
-) -> dict[str, tuple[int, ...]]:
+def _look_at_pair(look: _Look, own: _Own, header: video.Header | None) -> dict[str, tuple[int, ...]]:
     """Latents, noise and states: shapes that fit one another and the clip."""
     shapes, latents = dict[str, tuple[int, ...]](), None
     like: dict[str, Tensor] = {}
     if header is not None:
         like["frames"] = torch.empty((header.num_frames, *header.size, 3), device="meta")
-    names = [
-        name
-        for name in (layout.LATENTS.folder, *(f"{p.folder}_latents" for p in _control_parts()))
-        if name in rows.keys() | files.keys()
-    ]
-    for name in names:
+    for name in (layout.LATENTS.folder, *(f"{p.folder}_latents" for p in _control_parts())):
+        if name not in own.folders:
+            continue
         with _collected(look, f"unreadable-{name}"):
-            array = parts.checked_latents(_path_of(listing, stem, name, files), _array(listing, stem, name, files, rows))
+            array = parts.checked_latents(own.path(name), own.array(name))
             shapes[name] = tuple(array.shape)
             if name == layout.LATENTS.folder:
                 latents = array
             elif latents is not None and array.shape[1:] != latents.shape[1:]:
-                look.wrong.append((f"unlike-{name}", f"{stem} ({tuple(array.shape)}, its clip {tuple(latents.shape)})"))
+                look.wrong.append((f"unlike-{name}", f"{own.stem} ({tuple(array.shape)}, its clip {tuple(latents.shape)})"))
     if latents is not None:
         like = {"latents": latents}
-    if layout.NOISE.folder in files:
-        with _collected(look, "unreadable-noise"):
-            noise = parts.noise(files[layout.NOISE.folder])
-            shapes["noise"] = tuple(noise.shape)
-            parts.refuse_foreign_noise(files[layout.NOISE.folder], noise, **like)
-    if layout.PATH.folder in files:
-        with _collected(look, "unreadable-path"):
-            states, _ = parts.states(files[layout.PATH.folder], unknown_times=True)
-            shapes["path"] = tuple(states.shape)
-            parts.refuse_foreign_noise(files[layout.PATH.folder], states[0], **like)
+    for part in (layout.NOISE, layout.PATH):
+        name, is_noise = part.folder, part is layout.NOISE
+        if name in own.files:
+            with _collected(look, f"unreadable-{name}"):
+                array = parts.noise(own.path(name)) if is_noise else parts.states(own.path(name), unknown_times=True)[0]
+                shapes[name] = tuple(array.shape)
+                parts.refuse_foreign_noise(own.path(name), array if is_noise else array[0], **like)
     return shapes
-
-
-def _array(listing: _Files, stem: str, name: str, files: Mapping[str, Path], rows: Mapping[str, Sequence[int]]) -> Tensor:
-    """An array of a sample, from its pack or its file."""
-    if name in rows:
-        return listing.packed[name].read(rows[name][0])
-    return parts.array(files[name])
-
-
-def _path_of(listing: _Files, stem: str, name: str, files: Mapping[str, Path]) -> Path:
-    return files.get(name, listing.place.root / name / stem)
 
 
 @contextmanager
@@ -403,11 +400,9 @@ def _unreadable(looks: Sequence[_Look]) -> Iterator[Problem]:
     for kind, entries in _by_kind(looks, "unreadable-").items():
         for stem, message in entries[:20]:
             yield Problem("error", kind, message, (stem,))
-        if len(entries) > 20:
-            stems = tuple(stem for stem, _ in entries[20:])
-            yield Problem(
-                "error", kind, f"{len(stems)} more files of {kind.removeprefix('unreadable-')}/: {some(stems)}", stems
-            )
+        stems = [stem for stem, _ in entries[20:]]
+        message = f"{len(stems)} more files of {kind.removeprefix('unreadable-')}/: {some(stems)}"
+        yield from _if_any("error", kind, stems, message)
 
 
 def _unlike(looks: Sequence[_Look]) -> Iterator[Problem]:
@@ -443,23 +438,29 @@ def _missing(listing: _Files) -> Iterator[Problem]:
         yield Problem("error", f"missing-{name}", message, tuple(lacking))
 
 
+def _if_any(level: Level, kind: str, stems: Iterable[str], message: str) -> Iterator[Problem]:
+    """A problem of these samples; none if there are none."""
+    names = tuple(stems)
+    if names:
+        yield Problem(level, kind, message, names)
+
+
 def _captions(looks: Sequence[_Look]) -> Iterator[Problem]:
     empty = [look.sample.stem for look in looks if look.sample.caption == ""]
-    if empty:
-        yield Problem("error", "empty-captions", f"{len(empty)} captions are empty: {some(empty)}. Write one", tuple(empty))
+    yield from _if_any("error", "empty-captions", empty, f"{len(empty)} captions are empty: {some(empty)}. Write one")
     short = [s.stem for s in (look.sample for look in looks) if s.num_words is not None and 0 < s.num_words < _FEW_WORDS]
-    if short:
-        message = f"{len(short)} captions have fewer than {_FEW_WORDS} words: {some(short)}"
-        yield Problem("warning", "short-captions", message, tuple(short))
+    message = f"{len(short)} captions have fewer than {_FEW_WORDS} words: {some(short)}"
+    yield from _if_any("warning", "short-captions", short, message)
     texts = Counter(text for look in looks if (text := look.sample.caption))
     num = sum(texts.values())
     if num >= _ENOUGH_CAPTIONS and 2 * len(texts) < num:
         ((text, times),) = texts.most_common(1)
-        message = (
+        yield Problem(
+            "warning",
+            "same-captions",
             f"{num} clips have {len(texts)} different captions; {times} have {text[:80]!r}. A student learns little of the "
+            "text from captions that do not tell clips apart",
         )
-        message += "text from captions that do not tell clips apart"
-        yield Problem("warning", "same-captions", message)
 
 
 def _unread(listing: _Files) -> Iterator[Problem]:
@@ -477,10 +478,9 @@ def _shapes(looks: Sequence[_Look]) -> Iterator[Problem]:
     for name in sorted({name for look in looks for name in look.sample.shapes}):
         shapes = {look.sample.stem: look.sample.shapes[name] for look in looks if name in look.sample.shapes}
         usual, odd = odd_ones(shapes)
-        if odd:
-            names = some([f"{stem} {shapes[stem]}" for stem in odd])
-            message = f"{len(odd)} of {len(shapes)} in {name}/ are not of shape {usual} as the others: {names}. Make them again"
-            yield Problem("error", f"shape-{name}", message, tuple(odd))
+        names = some([f"{stem} {shapes[stem]}" for stem in odd])
+        message = f"{len(odd)} of {len(shapes)} in {name}/ are not of shape {usual} as the others: {names}. Make them again"
+        yield from _if_any("error", f"shape-{name}", odd, message)
 
 
 def _pair_lengths(listing: _Files, looks: Sequence[_Look]) -> Iterator[Problem]:
@@ -489,18 +489,17 @@ def _pair_lengths(listing: _Files, looks: Sequence[_Look]) -> Iterator[Problem]:
         return
     lengths = {look.sample.stem: look.sample.num_frames for look in looks if look.sample.num_frames is not None}
     usual, odd = odd_ones(lengths)
-    if odd:
-        names = some([f"{stem} ({lengths[stem]})" for stem in odd])
-        message = f"{len(odd)} of {len(lengths)} clips of pairs do not have {usual} frames: {names}. A pair is a "
-        message += "whole clip: make it again"
-        yield Problem("error", "pair-length", message, tuple(odd))
+    names = some([f"{stem} ({lengths[stem]})" for stem in odd])
+    message = (
+        f"{len(odd)} of {len(lengths)} clips of pairs do not have {usual} frames: {names}. A pair is a whole clip: make it"
+    )
+    yield from _if_any("error", "pair-length", odd, f"{message} again")
 
 
 def _still(looks: Sequence[_Look]) -> Iterator[Problem]:
     still = [look.sample.stem for look in looks if look.change is not None and look.change <= _STILL]
-    if still:
-        message = f"{len(still)} of {len(looks)} clips hardly move: {some(still)}. A student learns to stand still from them"
-        yield Problem("warning", "still", message, tuple(still))
+    message = f"{len(still)} of {len(looks)} clips hardly move: {some(still)}. A student learns to stand still from them"
+    yield from _if_any("warning", "still", still, message)
 
 
 def _duplicates(looks: Sequence[_Look]) -> Iterator[Problem]:
@@ -523,22 +522,18 @@ def _duplicates(looks: Sequence[_Look]) -> Iterator[Problem]:
             near = np.flatnonzero(np.abs(table[:row] - table[row]).max(1) <= _ALIKE)
             if len(near) and group[row].sample.num_frames == group[near[0]].sample.num_frames:
                 twice[group[row].sample.stem] = group[near[0]].sample.stem
-    if twice:
-        names = some([f"{stem} as {other}" for stem, other in twice.items()])
-        message = f"{len(twice)} of {len(looks)} clips are there before: {names}. They count double in training"
-        yield Problem("warning", "duplicates", message, tuple(twice))
+    names = some([f"{stem} as {other}" for stem, other in twice.items()])
+    message = f"{len(twice)} of {len(looks)} clips are there before: {names}. They count double in training"
+    yield from _if_any("warning", "duplicates", twice, message)
 
 
 def _varied(listing: _Files, looks: Sequence[_Look]) -> Iterator[Problem]:
     """Differences between clips that the right settings allow."""
     if listing.files[layout.NOISE.folder] or listing.files[layout.PATH.folder]:
         return
+    sizes = "Set data.video_size (and data.resize), or data.buckets; of fewstep distill --height, --width"
     for what, advice, of in (
-        (
-            "size",
-            "Set data.video_size (and data.resize), or data.buckets; of fewstep distill --height, --width",
-            lambda s: s.size,
-        ),
+        ("size", sizes, lambda s: s.size),
         ("length", "Set data.num_frames, for windows of one length; fewstep distill does", lambda s: s.num_frames),
         ("fps", "A network that does not receive the rate learns a mixture: sort them apart", lambda s: s.fps),
     ):
@@ -553,15 +548,15 @@ def _without_clip(listing: _Files) -> Iterator[Problem]:
     stems = set(listing.stems)
     for name, paths in listing.files.items():
         others = sorted(set(paths) - stems)
-        if others:
-            message = f"{len(others)} files in {name}/ have no clip of their name: {some(others)}"
-            yield Problem("warning", f"without-clip-{name}", message, tuple(others))
+        message = f"{len(others)} files in {name}/ have no clip of their name: {some(others)}"
+        yield from _if_any("warning", f"without-clip-{name}", others, message)
 
 
-def _spread(name: str, values: Sequence[float]) -> list[tuple[str, str]]:
-    if not values:
+def _spread(name: str, values: Iterable[float | None]) -> list[tuple[str, str]]:
+    there = [value for value in values if value is not None]
+    if not there:
         return []
-    low, mid, high = min(values), float(np.median(values)), max(values)
+    low, mid, high = min(there), float(np.median(there)), max(there)
     text = f"{low:.4g}" if low == high else f"{low:.4g} .. {high:.4g}, median {mid:.4g}"
     return [(name, text)]
 

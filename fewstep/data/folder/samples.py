@@ -55,8 +55,11 @@ def _missing(place: Layout, part: Part, stems: Sequence[str], packs: Mapping[str
     if part.folder not in packs:
         return place.missing(part, stems)
     there = packs[part.folder].by_stem()
-    lacking = [stem for stem in stems if stem not in there]
-    return f"{len(lacking)} of {len(stems)} lack a row in {part.folder}/packs: {some(lacking)}" if lacking else None
+    return _lack_rows(part.folder, [stem for stem in stems if stem not in there], len(stems))
+
+
+def _lack_rows(folder: str, lacking: Sequence[str], num: int) -> str | None:
+    return f"{len(lacking)} of {num} lack a row in {folder}/packs: {some(lacking)}" if lacking else None
 
 
 def buckets_of(spec: FolderSettings, samples: Sequence[Sample]) -> Tensor:
@@ -75,12 +78,8 @@ def samples_of(spec: FolderSettings, place: Layout, packs: Mapping[str, Packs], 
     stems = list(packs[lead.folder].by_stem() if lead.folder in packs else place.files(lead))
     if not stems:
         hint = "" if spec.x0 != "latents" else ". Make them with: fewstep prepare latents, or set data.x0=pixels"
-        others = place.unread(lead)
-        hint += (
-            f". It has files that are not read: {some(others)}; convert them to .mp4"
-            if others and lead == layout.VIDEOS
-            else ""
-        )
+        others = place.unread(lead) if lead == layout.VIDEOS else []
+        hint += f". It has files that are not read: {some(others)}; convert them to .mp4" if others else ""
         raise UserError(f"{place.root}: has no {place.pattern(lead)}{hint}")
     for part in needed:
         problem = _missing(place, part, stems, packs)
@@ -94,11 +93,7 @@ def samples_of(spec: FolderSettings, place: Layout, packs: Mapping[str, Packs], 
         refuse(place, problems)
         if lead.folder in packs:
             return _packed_samples(packs, files, lead.folder)
-        rows = {folder: pack.by_stem() for folder, pack in packs.items()}
-        return tuple(
-            Sample(stem, _of_stem(files, stem), rows={folder: numbers[stem][0] for folder, numbers in rows.items()})
-            for stem in stems
-        )
+        return _samples(packs, files, {stem: [Span()] for stem in stems}, {})
     files["videos"] = files.pop(lead.folder)  # pictures are clips of one frame from here on
     headers, unreadable = _headers(files["videos"])
     if len(unreadable) <= spec.max_bad and headers:
@@ -113,19 +108,32 @@ def samples_of(spec: FolderSettings, place: Layout, packs: Mapping[str, Packs], 
     spans, wrong = spans_of(spec, headers)
     problems += wrong
     refuse(place, problems)
-    rows = {folder: pack.by_stem() for folder, pack in packs.items()}
-    return tuple(
-        Sample(stem, _of_stem(files, stem), span, headers[stem], {folder: numbers[stem][0] for folder, numbers in rows.items()})
-        for stem in stems
-        for span in spans.get(stem, ())
-    )
+    return _samples(packs, files, {stem: spans.get(stem, []) for stem in stems}, headers)
 
 
-def _of_stem(files: Mapping[str, Mapping[str, Path]], stem: str) -> dict[str, Path]:
+_Files = Mapping[str, Mapping[str, Path]]  # by folder and stem
+
+
+def _of_stem(files: _Files, stem: str) -> dict[str, Path]:
     return {folder: paths[stem] for folder, paths in files.items()}
 
 
-def _packed_samples(packs: Mapping[str, Packs], files: Mapping[str, Mapping[str, Path]], lead: str) -> tuple[Sample, ...]:
+def _samples(
+    packs: Mapping[str, Packs],
+    files: _Files,
+    spans: Mapping[str, Sequence[Span]],
+    headers: Mapping[str, video.Header],
+) -> tuple[Sample, ...]:
+    """One sample for each span of a clip. What is packed has one row for each clip."""
+    tables = {folder: pack.by_stem() for folder, pack in packs.items()}
+    return tuple(
+        Sample(stem, _of_stem(files, stem), span, headers.get(stem), {folder: rows[stem][0] for folder, rows in tables.items()})
+        for stem, windows in spans.items()
+        for span in windows
+    )
+
+
+def _packed_samples(packs: Mapping[str, Packs], files: _Files, lead: str) -> tuple[Sample, ...]:
     """One sample for each row of the latents, a window of a clip or a whole one."""
     by_window = {name: {(r.stem, r.start): n for n, r in enumerate(p.rows)} for name, p in packs.items()}
     out: list[Sample] = []
@@ -145,11 +153,7 @@ def _packed_problems(spec: FolderSettings, place: Layout, packs: Mapping[str, Pa
     problems += _odd_ones("shape", dict(zip(names, main.shapes, strict=True)), again)
     videos = place.files(layout.VIDEOS)
     sizes = {stem: path.stat().st_size for stem, path in videos.items()}
-    stale = [
-        label.stem
-        for label in main.rows
-        if "bytes" in label.facts and sizes.get(label.stem) not in (None, label.facts["bytes"])
-    ]
+    stale = [one.stem for one in main.rows if "bytes" in one.facts and sizes.get(one.stem) not in (None, one.facts["bytes"])]
     if stale:
         problems.append(f"{len(stale)} of {len(names)} latents are of another file than videos/ holds: {some(stale)}. {again}")
     if spec.num_frames is not None:
@@ -162,9 +166,8 @@ def _packed_problems(spec: FolderSettings, place: Layout, packs: Mapping[str, Pa
         if folder.endswith(f"_{spec.latents}"):
             there = {(label.stem, label.start) for label in other.rows}
             lacking = [n for n, label in zip(names, main.rows, strict=True) if (label.stem, label.start) not in there]
-            problems += (
-                [f"{len(lacking)} of {len(names)} lack a row in {folder}/packs: {some(lacking)}. {again}"] if lacking else []
-            )
+            problem = _lack_rows(folder, lacking, len(names))
+            problems += [f"{problem}. {again}"] if problem else []
             unlike = [k for k, v in main.made_from.items() if k != "part" and other.made_from.get(k) != v]
             problems += [f"{folder}/ and {spec.latents}/ were made with another {', '.join(unlike)}. {again}"] if unlike else []
     return problems

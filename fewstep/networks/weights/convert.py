@@ -97,7 +97,7 @@ def convert(
         if union is not None:
             _keep_sizes(pieces, out)
             about = f"the union of {' and '.join(place for _, place, _ in pieces)}"
-            return _write_parts(out, union, dtype, about, parts) if parts else [_write_torch(out, union, dtype, about)]
+            return _write_original(out, union, dtype, about, parts)
     weights = collect(pieces, lora_scale=lora_scale)
     for file in weights.files:
         _refuse_odd(file.tensors, file.source)
@@ -113,8 +113,7 @@ def _with(weights: Collected, add: Sequence[str]) -> Collected:
 
 def _write(out: Path, weights: Collected, model: str | None, dtype: Dtype, parts: int | None) -> list[Written]:
     if out.suffix in (".pt", ".pth"):
-        tensors, about = _originally_named(weights), "original names"
-        return _write_parts(out, tensors, dtype, about, parts) if parts else [_write_torch(out, tensors, dtype, about)]
+        return _write_original(out, _originally_named(weights), dtype, "original names", parts)
     if out.suffix == ".safetensors":
         write_tensors(out, weights.tensors, dtype=_dtype(dtype))
         return [_entry(out, weights.tensors, "our names")]
@@ -185,13 +184,11 @@ def _generation_of_ours(names: Mapping[str, Stored]) -> Generation:
     return "1" if any("learnable_pos_embed." in name or ".after.0." in name for name in names) else "2"
 
 
-def _write_torch(out: Path, tensors: Mapping[str, Stored], dtype: Dtype, about: str) -> Written:
-    write_torch(out, _read(tensors, dtype))
-    return _entry(out, tensors, about)
-
-
-def _write_parts(out: Path, tensors: Mapping[str, Stored], dtype: Dtype, about: str, num: int) -> list[Written]:
-    """OUT_model_mp_0.pt and so on, each as one process of Cosmos 1's tensor parallelism reads it."""
+def _write_original(out: Path, tensors: Mapping[str, Stored], dtype: Dtype, about: str, num: int | None) -> list[Written]:
+    """OUT.pt; in `num` parts OUT_model_mp_0.pt and so on, each as one process of Cosmos 1's tensor parallelism reads it."""
+    if num is None:
+        write_torch(out, _read(tensors, dtype))
+        return [_entry(out, tensors, about)]
     if generation_of(tensors) != "1":
         raise UserError("convert: --parts: only networks of Cosmos 1 (Predict1, Transfer1) were trained in such parts")
     files: list[Written] = []
@@ -272,18 +269,12 @@ def model_of(weights: Collected, name: str | None) -> tuple[str, nn.Module]:
     shapes = {n: tensor.shape for n, tensor in weights.tensors.items()}
     controls = _branch_names(shapes)
     described = _described(weights, name)
-    if described is not None:
-        file, spec = described
-        with torch.device("meta"):
-            module = spec.build().module
-        if {n: tuple(tensor.shape) for n, tensor in module.state_dict().items()} != shapes:
-            raise UserError(_unfit(str(file), module, shapes))
-        return str(file), module
-    if name is not None and name not in MODELS:
-        module = _of_folder(Path(name), controls)
-        if {n: tuple(tensor.shape) for n, tensor in module.state_dict().items()} != shapes:
-            raise UserError(_unfit(name, module, shapes))
-        return name, module
+    if described is not None or (name is not None and name not in MODELS):
+        where = str(name if described is None else described[0])
+        module = _of_folder(Path(where), controls) if described is None else _empty(described[1])
+        if _shapes_of(module) != shapes:
+            raise UserError(_unfit(where, module, shapes))
+        return where, module
     fits: dict[str, nn.Module] = {}
     nearest: tuple[int, str, nn.Module] | None = None
     for candidate, spec in MODELS.items():
@@ -293,12 +284,10 @@ def model_of(weights: Collected, name: str | None) -> tuple[str, nn.Module]:
             continue
         if isinstance(spec, CosmosControlSpec):
             spec = replace(spec, controls=controls)
-        with torch.device("meta"):
-            module = spec.build().module
-        own = {n: tuple(tensor.shape) for n, tensor in module.state_dict().items()}
-        if own == shapes:
+        module = _empty(spec)
+        wrong = len(_shapes_of(module).items() ^ shapes.items())
+        if not wrong:
             fits[candidate] = module
-        wrong = len(own.items() ^ shapes.items())
         if nearest is None or wrong < nearest[0]:
             nearest = wrong, candidate, module
     if len(fits) == 1:
@@ -310,6 +299,16 @@ def model_of(weights: Collected, name: str | None) -> tuple[str, nn.Module]:
     if nearest is None:
         raise UserError(f"convert: no published model{f' called {name}' if name else ''} has such branches")
     raise UserError(_unfit(nearest[1], nearest[2], shapes))
+
+
+def _empty(spec: CosmosSpec) -> nn.Module:
+    """The network without weights."""
+    with torch.device("meta"):
+        return spec.build().module
+
+
+def _shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def published_spec(weights: Collected, name: str | None) -> tuple[str | None, CosmosSpec]:
@@ -376,7 +375,7 @@ def _of_folder(folder: Path, controls: Sequence[str]) -> nn.Module:
 
 
 def _unfit(name: str, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    own = {n: tuple(tensor.shape) for n, tensor in module.state_dict().items()}
+    own = _shapes_of(module)
     problems = [f"  missing: {n}" for n in own if n not in shapes]
     problems += [f"  not in it: {n}" for n in shapes if n not in own]
     problems += [f"  {n}: wants {own[n]}, has {shapes[n]}" for n in own if n in shapes and own[n] != shapes[n]]
