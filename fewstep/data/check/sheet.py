@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.config import choices
-from fewstep.data.check.survey import Problem, Sample, Survey
+from fewstep.data.check.look import Problem, Sample
+from fewstep.data.check.survey import Survey
 from fewstep.data.controls import Pixels, Span
 from fewstep.data.files import video
 from fewstep.data.folder import layout

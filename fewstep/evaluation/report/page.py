@@ -6,28 +6,26 @@ figures of its spread; `data-of` says what it is. So a test, or a script, can re
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fewstep.errors import UserError
-from fewstep.evaluation.report.contents import Better, Film, Gallery, Gate, Kind, Model, Report, Row, Value
+from fewstep.evaluation.report.contents import Film, Gallery, Gate, Kind, Report, Row, Value
 from fewstep.evaluation.report.curves import chart_plot, colours_of, quality_plot
 from fewstep.evaluation.report.films import Encoded, encode
+from fewstep.evaluation.report.scores import scores, speed
+from fewstep.evaluation.report.text import BETTER, data, duration, esc, finite, with_spread
 from fewstep.evaluation.verdict import Verdict, conclusion
 from fewstep.files import write_text
 
-_BETTER: Mapping[Better, str] = {"lower": "lower is better", "higher": "higher is better", "as real": "best near real clips"}
 _TICK = '<svg viewBox="0 0 16 16" aria-hidden="true"><path d="M3 8.5l3.4 3.4L13 4.6"/></svg>'
 _EQUAL = '<svg viewBox="0 0 16 16" aria-hidden="true"><path d="M3 6h10M3 10.5h10"/></svg>'
 _CROSS = '<svg viewBox="0 0 16 16" aria-hidden="true"><path d="M4 4l8 8M12 4l-8 8"/></svg>'
@@ -60,8 +58,8 @@ def page(report: Report, max_bytes: int = 5_000_000) -> str:
         "watch": ("Watch", _galleries(report, max_bytes - 300_000)),
         "bounds": ("Bounds", _gates(report.gates)),
         "quality": ("Quality", _quality(report)),
-        "scores": ("Scores", _scores(report)),
-        "speed": ("Speed", _speed(report.models)),
+        "scores": ("Scores", scores(report)),
+        "speed": ("Speed", speed(report.models)),
         "training": ("Training", _charts(report)),
         "commands": ("Commands", _stages(report)),
         "limits": ("Limits", _limits(report.limits)),
@@ -69,8 +67,8 @@ def page(report: Report, max_bytes: int = 5_000_000) -> str:
     }
     there = {name: (title, body) for name, (title, body) in sections.items() if body}
     slots = {
-        "title": _esc(report.title),
-        "summary": f'<p class="lede">{_esc(report.summary)}</p>' if report.summary else "",
+        "title": esc(report.title),
+        "summary": f'<p class="lede">{esc(report.summary)}</p>' if report.summary else "",
         "facts": _facts(report),
         "nav": '<nav aria-label="Parts">'
         + "".join(f'<a href="#{name}">{title}</a>' for name, (title, _) in there.items())
@@ -86,8 +84,8 @@ def page(report: Report, max_bytes: int = 5_000_000) -> str:
 def numbers(report: Report) -> dict[str, Any]:
     """All numbers of the report as plain containers, nan as None: what the page's button saves."""
 
-    def plain(one: Value) -> dict[str, float | None]:
-        return {"value": _finite(one.value), "spread": _finite(one.spread), "n": one.num}
+    def row(one: Value) -> dict[str, float | None]:
+        return {"value": finite(one.value), "spread": finite(one.spread), "n": one.num}
 
     return {
         "title": report.title,
@@ -101,13 +99,13 @@ def numbers(report: Report) -> dict[str, Any]:
                 "kind": model.kind,
                 "network_calls": model.num_calls,
                 "guidance": model.guidance,
-                "clips_per_s": plain(model.clips_per_s) if model.clips_per_s else None,
-                "scores": {name: plain(one) for name, one in model.scores.items()},
+                "clips_per_s": row(model.clips_per_s) if model.clips_per_s else None,
+                "scores": {name: row(one) for name, one in model.scores.items()},
             }
             for model in report.models
         ],
         "gates": [
-            {"name": gate.name, "value": _finite(gate.value), "bound": gate.bound, "better": gate.better, "met": gate.is_met}
+            {"name": gate.name, "value": finite(gate.value), "bound": gate.bound, "better": gate.better, "met": gate.is_met}
             for gate in report.gates
         ],
         "stages": [{"name": stage.name, "command": stage.command, "seconds": stage.seconds} for stage in report.stages],
@@ -135,7 +133,7 @@ def _facts(report: Report) -> str:
             assert fast.clips_per_s is not None
             gain = fast.clips_per_s.value / first.clips_per_s.value
             facts.append(
-                ("faster, on the clock", f"{_data(gain, 'gain')}&times;", f"{_esc(fast.name)} against {_esc(first.name)}")
+                ("faster, on the clock", f"{data(gain, 'gain')}&times;", f"{esc(fast.name)} against {esc(first.name)}")
             )
     if report.gates:
         met = sum(gate.is_met for gate in report.gates)
@@ -148,7 +146,7 @@ def _facts(report: Report) -> str:
         )
     if report.stages:
         count = f"{len(report.stages)} stage{'s' * (len(report.stages) != 1)}"
-        facts.append((report.time_is, _duration(sum(stage.seconds for stage in report.stages)), count))
+        facts.append((report.time_is, duration(sum(stage.seconds for stage in report.stages)), count))
     body = "".join(f"<div><dt>{name}</dt><dd>{value}<small>{about}</small></dd></div>" for name, value, about in facts)
     return f'<dl class="facts">{body}</dl>' if facts else ""
 
@@ -156,11 +154,11 @@ def _facts(report: Report) -> str:
 def _verdicts(report: Report) -> str:
     """Each student against another model, score by score, and what makes the numbers less than they seem."""
     groups = "".join(
-        f"<h2>The student and {_esc(scores[0].whose) if scores else 'another'}</h2><p>{_esc(conclusion(scores))}</p>"
+        f"<h2>The student and {esc(scores[0].whose) if scores else 'another'}</h2><p>{esc(conclusion(scores))}</p>"
         f'<ul class="gates">{"".join(map(_verdict, scores))}</ul>'
         for scores in report.verdicts
     )
-    return "".join(f'<p class="warning"><b>Warning.</b> {_esc(text)}</p>' for text in report.warnings) + groups
+    return "".join(f'<p class="warning"><b>Warning.</b> {esc(text)}</p>' for text in report.warnings) + groups
 
 
 def _verdict(one: Verdict) -> str:
@@ -168,8 +166,8 @@ def _verdict(one: Verdict) -> str:
     of = f"verdict|{one.score}|{one.whose}"
     return (
         f'<li class="verdict {look}"><span class="mark" role="img" aria-label="{one.outcome}">{sign}</span>'
-        f'<div><h3>{_esc(one.sentence)}</h3><small class="soft num">{_data(one.value, of)} against '
-        f"{_data(one.other, f'{of}|other')}, {one.better} is better, spread {_data(one.spread, f'{of}|apart')}</small>"
+        f'<div><h3>{esc(one.sentence)}</h3><small class="soft num">{data(one.value, of)} against '
+        f"{data(one.other, f'{of}|other')}, {one.better} is better, spread {data(one.spread, f'{of}|apart')}</small>"
         "</div></li>"
     )
 
@@ -193,7 +191,7 @@ def _gallery(gallery: Gallery, supply: Iterator[tuple[Film, Encoded]], colours: 
         at = "" if row.difference is None else f' data-difference="{row.difference:.4f}"'
         note = "" if row.difference is None else f'<span class="soft"> difference {row.difference:.1f}</span>'
         rows.append(
-            f'<div class="row"{at}><h3>{_esc(row.prompt)}{note}</h3>'
+            f'<div class="row"{at}><h3>{esc(row.prompt)}{note}</h3>'
             f'<div class="films" style="--n:{len(films)}">{"".join(films)}</div></div>'
         )
     total = max(clip.num_frames for clip in clips)
@@ -224,8 +222,8 @@ def _gallery(gallery: Gallery, supply: Iterator[tuple[Film, Encoded]], colours: 
     )
     return (
         f'<div class="gallery" data-fps="{gallery.fps:g}" data-frames="{total}" style="--least:{least};--most:{most}">'
-        f"<h2>{_esc(gallery.title)}</h2>"
-        f'<p class="soft">{_esc(about)}{total} frames at {gallery.fps:g} a second, {size}; {quality}.</p>'
+        f"<h2>{esc(gallery.title)}</h2>"
+        f'<p class="soft">{esc(about)}{total} frames at {gallery.fps:g} a second, {size}; {quality}.</p>'
         f"{''.join(rows)}{deck}</div>"
     )
 
@@ -234,16 +232,16 @@ def _film(film: Film, clip: Encoded, row: Row, fps: float, colour: str) -> str:
     about = f"{film.name}: {row.prompt}"
     shared = f'class="source" data-frames="{clip.num_frames}" data-fps="{fps:g}" width="{clip.width}" height="{clip.height}"'
     if clip.mime == "image/webp":
-        element = f'<img {shared} src="{clip.uri}" alt="{_esc(about)}">'
+        element = f'<img {shared} src="{clip.uri}" alt="{esc(about)}">'
     else:
-        element = f'<video {shared} src="{clip.uri}" aria-label="{_esc(about)}" muted loop playsinline autoplay></video>'
-    small = f'<span class="soft">{_esc(film.about)}</span>' if film.about else ""
+        element = f'<video {shared} src="{clip.uri}" aria-label="{esc(about)}" muted loop playsinline autoplay></video>'
+    small = f'<span class="soft">{esc(film.about)}</span>' if film.about else ""
     look = f"--c:{colour};--ratio:{clip.width}/{clip.height}"
     is_fine = clip.height * clip.width <= 128 * 128
     return (
         f'<figure class="film"><button type="button" class="screen{" exact" if is_fine else ""}" style="{look}" '
-        f'data-about="{_esc(about)}" aria-label="Enlarge {_esc(about)}">{element}</button>'
-        f"<figcaption>{_esc(film.name)}{small}</figcaption></figure>"
+        f'data-about="{esc(about)}" aria-label="Enlarge {esc(about)}">{element}</button>'
+        f"<figcaption>{esc(film.name)}{small}</figcaption></figure>"
     )
 
 
@@ -252,20 +250,20 @@ def _gates(gates: Sequence[Gate]) -> str:
         return ""
     items = []
     for gate in gates:
-        unit = f" {_esc(gate.unit)}" if gate.unit else ""
+        unit = f" {esc(gate.unit)}" if gate.unit else ""
         value = gate.value if math.isfinite(gate.value) else 0.0
         low, high = min(0.0, gate.bound, value), 1.12 * max(gate.bound, value)
         span = max(high - low, 1e-12)
         fill = 100 * (value - low) / span
         words = "at most" if gate.better == "lower" else "at least"
         items.append(
-            f'<li class="gate {"met" if gate.is_met else "missed"}" data-name="{_esc(gate.name)}">'
+            f'<li class="gate {"met" if gate.is_met else "missed"}" data-name="{esc(gate.name)}">'
             f'<span class="mark" role="img" aria-label="{"met" if gate.is_met else "not met"}">'
             f"{_TICK if gate.is_met else _CROSS}</span>"
-            f'<div><h3>{_esc(gate.name)}</h3><div class="gauge"><i style="width:{fill:.1f}%"></i>'
+            f'<div><h3>{esc(gate.name)}</h3><div class="gauge"><i style="width:{fill:.1f}%"></i>'
             f'<b style="left:{100 * (gate.bound - low) / span:.1f}%"></b></div></div>'
-            f'<div class="told num">{_with_spread(Value(gate.value, gate.spread), f"gate|{gate.name}")}{unit}'
-            f"<small>{words} {_data(gate.bound, f'bound|{gate.name}')}{unit}</small></div></li>"
+            f'<div class="told num">{with_spread(Value(gate.value, gate.spread), f"gate|{gate.name}")}{unit}'
+            f"<small>{words} {data(gate.bound, f'bound|{gate.name}')}{unit}</small></div></li>"
         )
     met = sum(gate.is_met for gate in gates)
     return (
@@ -283,148 +281,21 @@ def _quality(report: Report) -> str:
     wide, narrow, notes = quality_plot(report.models, score.name, score.title)
     if not wide:
         return ""
-    left_out = f'<p class="small soft">Not in the plot: {_esc(" ".join(notes))}</p>' if notes else ""
+    left_out = f'<p class="small soft">Not in the plot: {esc(" ".join(notes))}</p>' if notes else ""
     return (
         "<h2>Quality against the number of network calls</h2>"
-        f"<p>{_esc(score.meaning)} {_BETTER[score.better].capitalize()}. Lines are the teacher with fewer steps, which is "
+        f"<p>{esc(score.meaning)} {BETTER[score.better].capitalize()}. Lines are the teacher with fewer steps, which is "
         "what a student must beat; points are students; dashed levels make no calls. Bands and whiskers are spreads.</p>"
         f'<div class="plot wide">{wide}</div><div class="plot narrow">{narrow}</div>{left_out}'
-    )
-
-
-def _scores(report: Report) -> str:
-    models = [model for model in report.models if model.scores]
-    if not models:
-        return ""
-    cards, colours = [], colours_of(report.models)
-    for score in report.scores:
-        entries = [(model, model.scores[score.name]) for model in models if model.is_featured and score.name in model.scores]
-        if not score.is_headline or not entries:
-            continue
-        place, is_log = _scale([one for _, one in entries])
-        lanes = "".join(
-            _lane(model.name, colours[model.name], one, place, f"card|{model.name}|{score.name}") for model, one in entries
-        )
-        counts = sorted({one.num for _, one in entries})
-        count = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
-        cards.append(
-            _card(score.title, score.better, score.meaning, lanes, f"{count}{', logarithmic scale' if is_log else ''}")
-        )
-    about = f'<p class="soft">The number after &plusmn; is {_esc(report.spread)}; n is the number of clips.</p>'
-    return f'<h2>Scores</h2>{about}<div class="cards">{"".join(cards)}</div>{_table(report, models, colours)}'
-
-
-def _card(title: str, better: Better, about: str, lanes: str, end: str = "") -> str:
-    return (
-        f'<article class="card"><div class="head"><h3>{_esc(title)}</h3><span class="tag">{_BETTER[better]}</span></div>'
-        f'{f"<p>{_esc(about)}</p>" if about else ""}<ul class="lanes">{lanes}</ul>'
-        f"{f'<p class=end>{_esc(end)}</p>' if end else ''}</article>"
-    )
-
-
-def _table(report: Report, models: Sequence[Model], colours: Mapping[str, str]) -> str:
-    head = "".join(
-        f'<th scope="col"><span class="dot" style="--c:{colours[model.name]}"></span> {_esc(model.name)}</th>'
-        for model in models
-    )
-    lines = [
-        _line_of("network calls", "", [str(m.num_calls) if m.num_calls is not None else "&ndash;" for m in models]),
-        _line_of("guidance", "w of uncond + w (cond - uncond); 1 is off", [_plain(m.guidance) for m in models]),
-    ]
-    for score in report.scores:
-        cells = []
-        for model in models:
-            one = model.scores.get(score.name)
-            cell = "&ndash;" if one is None else f"{_with_spread(one, f'{model.name}|{score.name}')}<small>n {one.num}</small>"
-            cells.append(cell)
-        if any(score.name in model.scores for model in models):
-            about = _BETTER[score.better] if score.is_headline else f"{score.meaning} {_BETTER[score.better].capitalize()}."
-            lines.append(_line_of(score.title, about, cells))
-    if any(model.note for model in models):
-        lines.append(_line_of("made with", "", [f"<small>{_esc(model.note)}</small>" for model in models]))
-    return (
-        "<details><summary>All numbers as a table</summary>"
-        '<div class="scroll" role="region" aria-label="All numbers" tabindex="0">'
-        f'<table><thead><tr><th scope="col"></th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div></details>'
-    )
-
-
-def _line_of(title: str, about: str, cells: Sequence[str]) -> str:
-    small = f"<small>{_esc(about)}</small>" if about else ""
-    return f'<tr><th scope="row">{_esc(title)}{small}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
-
-
-def _lane(name: str, colour: str, one: Value, place: Callable[[float], float], of: str) -> str:
-    track = ""
-    if math.isfinite(one.value):
-        spread = one.spread if math.isfinite(one.spread) else 0.0
-        left, right = place(one.value - spread), place(one.value + spread)
-        track = f'<s style="left:{left:.1f}%;width:{right - left:.1f}%"></s><i style="left:{place(one.value):.1f}%"></i>'
-    return (
-        f'<li class="lane" style="--c:{colour}">{_who(name)}'
-        f'<span class="told num">{_with_spread(one, of)}</span><span class="track" aria-hidden="true">{track}</span></li>'
-    )
-
-
-def _who(name: str) -> str:
-    return f'<span class="who"><span class="dot"></span><span>{_esc(name)}</span></span>'
-
-
-def _scale(scores: Sequence[Value]) -> tuple[Callable[[float], float], bool]:
-    """Position of a value on a track in per cent, and whether the track is logarithmic: then 0 and below are its left end."""
-    finite = [score for score in scores if math.isfinite(score.value)]
-    values = [score.value for score in finite]
-    spreads = [score.spread if math.isfinite(score.spread) else 0.0 for score in finite]
-    if not values:
-        return (lambda value: 0.0), False
-    positive = [value for value in values if value > 0]
-    is_log = len(positive) > 1 and max(positive) > 25 * sorted(positive)[len(positive) // 2 - 1 if len(positive) > 2 else 0]
-    if is_log:
-        low, high = math.log(min(positive) / 1.5), math.log(max(v + s for v, s in zip(values, spreads)))
-        return (lambda value: 2 + 96 * min(max((math.log(max(value, 1e-300)) - low) / (high - low), 0.0), 1.0)), True
-    low, high = min(v - s for v, s in zip(values, spreads)), max(v + s for v, s in zip(values, spreads))
-    if 0 <= low < 0.6 * high:
-        low = 0.0  # a scale from 0 unless the differences would drown in it
-    span = (high - low) or 1.0
-    return (lambda value: 2 + 96 * min(max((value - low) / span, 0.0), 1.0)), False
-
-
-def _speed(models: Sequence[Model]) -> str:
-    timed = [(model, model.clips_per_s) for model in models if model.clips_per_s is not None and model.is_featured]
-    if not timed:
-        return ""
-    colours = colours_of(models)
-    fastest = max(rate.value for _, rate in timed)
-    most = max((model.num_calls or 0 for model, _ in timed), default=0)
-    rates = [(model, f"{100 * rate.value / fastest:.2f}", _with_spread(rate, f"speed|{model.name}")) for model, rate in timed]
-    calls = [
-        (model, f"{100 * model.num_calls / most:.2f}", _data(model.num_calls, f"calls|{model.name}"))
-        for model, _ in timed
-        if model.num_calls is not None
-    ]
-    count = max(rate.num for _, rate in timed)
-    timing = f"Measured over {count} clips each. " if count else ""
-
-    def bars(rows: Sequence[tuple[Model, str, str]]) -> str:
-        return "".join(
-            f'<li class="lane" style="--c:{colours[model.name]}">{_who(model.name)}'
-            f'<span class="told num">{text}</span><span class="bar" style="width:{width}%"></span></li>'
-            for model, width, text in rows
-        )
-
-    return (
-        f'<h2>Speed</h2><p class="soft">{timing}Both scales start at 0 and are linear.</p><div class="cards speed">'
-        f"{_card('Clips a second', 'higher', '', bars(rates))}"
-        f"{_card('Network calls for a clip', 'lower', '', bars(calls))}</div>"
     )
 
 
 def _charts(report: Report) -> str:
     if not report.charts:
         return ""
-    abouts = [f'<p class="small soft">{_esc(chart.about)}</p>' if chart.about else "" for chart in report.charts]
+    abouts = [f'<p class="small soft">{esc(chart.about)}</p>' if chart.about else "" for chart in report.charts]
     figures = "".join(
-        f"<figure><h3>{_esc(chart.title)}</h3>{about}{chart_plot(chart)}</figure>"
+        f"<figure><h3>{esc(chart.title)}</h3>{about}{chart_plot(chart)}</figure>"
         for chart, about in zip(report.charts, abouts, strict=True)
     )
     return (
@@ -438,25 +309,25 @@ def _stages(report: Report) -> str:
         return ""
     total = sum(stage.seconds for stage in report.stages)
     bar = "".join(
-        f'<i style="flex:{max(stage.seconds, 0.001):.3f} 0 0;--k:{i % 5}" title="{_esc(stage.name)}"></i>'
+        f'<i style="flex:{max(stage.seconds, 0.001):.3f} 0 0;--k:{i % 5}" title="{esc(stage.name)}"></i>'
         for i, stage in enumerate(report.stages)
     )
     items = "".join(
-        f'<li><div class="head"><h3>{_esc(stage.name)}</h3>'
-        f'<span class="soft num">{_data(stage.seconds, f"seconds|{stage.name}", _duration(stage.seconds))}</span></div>'
-        f'<div class="command"><pre>{_esc(stage.command)}</pre><button class="quiet copy" type="button" '
-        f'aria-label="Copy the command: {_esc(stage.name)}">Copy</button></div></li>'
+        f'<li><div class="head"><h3>{esc(stage.name)}</h3>'
+        f'<span class="soft num">{data(stage.seconds, f"seconds|{stage.name}", duration(stage.seconds))}</span></div>'
+        f'<div class="command"><pre>{esc(stage.command)}</pre><button class="quiet copy" type="button" '
+        f'aria-label="Copy the command: {esc(stage.name)}">Copy</button></div></li>'
         for stage in report.stages
     )
     return (
-        f'<h2>How it was made</h2><p class="soft">{len(report.stages)} stages, {_duration(total)} in all.</p>'
+        f'<h2>How it was made</h2><p class="soft">{len(report.stages)} stages, {duration(total)} in all.</p>'
         f'<div class="time" aria-hidden="true">{bar}</div><ol class="stages">{items}</ol>'
     )
 
 
 def _limits(limits: Sequence[str]) -> str:
     return (
-        f'<h2>What limits these numbers</h2><div class="limits">{"".join(f"<p>{_esc(text)}</p>" for text in limits)}</div>'
+        f'<h2>What limits these numbers</h2><div class="limits">{"".join(f"<p>{esc(text)}</p>" for text in limits)}</div>'
         if limits
         else ""
     )
@@ -465,55 +336,5 @@ def _limits(limits: Sequence[str]) -> str:
 def _environment(environment: Mapping[str, str]) -> str:
     if not environment:
         return ""
-    pairs = "".join(f"<dt>{_esc(name)}</dt><dd>{_esc(value)}</dd>" for name, value in environment.items())
+    pairs = "".join(f"<dt>{esc(name)}</dt><dd>{esc(value)}</dd>" for name, value in environment.items())
     return f'<h2>Where these numbers come from</h2><dl class="environment">{pairs}</dl>'
-
-
-# ---- numbers and text ------------------------------------------------------------------------------------------------
-
-
-def _with_spread(one: Value, of: str) -> str:
-    """The value and its spread, both to the same decimal: that of the spread's second figure."""
-    if not math.isfinite(one.value):
-        return f'<data value="{one.value!r}" data-of="{_esc(of)}">none</data>'
-    if not math.isfinite(one.spread) or one.spread <= 0:
-        return _data(one.value, of)
-    decimals = min(max(1 - math.floor(math.log10(one.spread)), 0), 6)
-    spread = f'<data value="{float(one.spread)!r}" data-of="{_esc(of)}|spread">{one.spread:.{decimals}f}</data>'
-    return f'{_data(one.value, of, f"{one.value:.{decimals}f}")}<span class="pm"> &plusmn; {spread}</span>'
-
-
-def _data(value: float | int, of: str, text: str = "") -> str:
-    text = text or _plain(value)
-    return f'<data value="{value if isinstance(value, int) else float(value)!r}" data-of="{_esc(of)}">{_minus(text)}</data>'
-
-
-def _plain(value: float | None) -> str:
-    """Three figures, without an exponent for the sizes that scores and speeds have."""
-    if value is None:
-        return "&ndash;"
-    if not math.isfinite(value):
-        return "none"
-    size = abs(value)
-    if isinstance(value, int) or float(value).is_integer():
-        return f"{value:.0f}" if size < 1e7 else f"{value:.3g}"
-    return f"{value:.0f}" if 1000 <= size < 1e7 else f"{value:.3g}"
-
-
-def _minus(text: str) -> str:
-    return f"&minus;{text[1:]}" if text.startswith("-") else text
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def _esc(text: str) -> str:
-    return html.escape(text, quote=True)
