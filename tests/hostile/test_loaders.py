@@ -37,7 +37,7 @@ MADE_HERE = {
             "toyworld/dataset.py",
             "inference/generate.py",
         ),
-        *("inference/pairs.py", "data/loader.py", "toyworld/release.py"),
+        *("inference/pair_folder.py", "data/loader.py", "toyworld/release.py"),
     )
 }
 Calls = Iterator[tuple[str, str, ast.Call]]

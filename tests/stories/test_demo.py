@@ -196,6 +196,7 @@ def test_the_page_opens_without_complaint_and_every_clip_is_there(made: Path) ->
         assert page.js("document.documentElement.scrollWidth") <= 360
         # Eight prompts by real, tokenizer, teacher at 70, 4 and 1 calls and both students; then what plain diffusers made.
         assert page.js("document.querySelectorAll('canvas.live').length") == 8 * 7 + 4 * 2
+        page.js("document.querySelector('.gallery').scrollIntoView()")  # below the verdict: only what is looked at plays
         before = page.js(FRAMES)
         page.wait(f"JSON.stringify({FRAMES}) !== '{json.dumps(before, separators=(',', ':'))}'")
 
