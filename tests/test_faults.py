@@ -1,9 +1,8 @@
 """Every verb that writes, disturbed at its writes and run again: as if nothing had happened.
 
-Disturbed is: no room from some write on, a place that cannot be written, a kill. Each command runs in a copy of one process
-that has everything imported, and so do the commands of which its stages consist: their writes count as one. The slow tests take
-real disks: file systems of some kilobytes, or with few inodes. `demo` is not here: its stages are commands of this table, and
-tests/stories/test_demo_interrupted.py kills it.
+Disturbed is: no room from some write on, a place that cannot be written, a kill, a SIGTERM. Each command runs in a copy of one
+process that has everything imported, and so do the commands of which its stages consist: their writes count as one. The slow
+tests take real disks: file systems of some kilobytes, or with few inodes.
 """
 
 from __future__ import annotations
@@ -14,8 +13,10 @@ import json
 import mmap
 import os
 import random
+import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -65,11 +66,12 @@ COMMANDS = {
     "pipeline": "pipeline toy_self_forcing --prompts prompts.txt --out piped --num-eval 4 pairs.steps=8 "
     + " ".join(f"{name}.trainer.{size}" for name in ("kd", "sf") for size in ("max_iter=1", "batch_size=1", "log_every=1"))
     + " kd.optim.warmup_iters=0 sf.optim.warmup_iters=0",
+    "demo": "demo --quick --out demo",
 }
-FAULTS = ("full", "kill", "quota", "kill", "read-only", "kill", "full", "kill")
-FEWER = {"distill": 4, "pipeline": 4}  # faults: each is a whole road, twice
-LEFT_OUT = ("log.txt", "env.json", ".lock", "events.out.tfevents")  # times, and what differs from process to process
-TIMES = {"seconds", "wall_s", "samples_per_s", "memory_gib", "peak_memory_gib", "data/wait_share"}
+FAULTS = ("full", "kill", "term", "quota", "kill", "term", "read-only", "kill", "term", "full")
+FEWER = {"distill": 4, "pipeline": 4, "demo": 4}  # faults: each is a whole road, twice
+LEFT_OUT = ("log.txt", "env.json", ".lock", "events.out.tfevents", "speed.json")  # times, and what differs in each process
+TIMES = re.compile(r"seconds|wall_s|samples_per_s|(peak_)?memory_gib|data/wait_share|clips_per_s_\w+")
 
 
 # --- the process that runs the commands -------------------------------------------------------------------------------
@@ -83,9 +85,14 @@ def serve() -> None:
     import fewstep.distill.imports  # noqa: F401  # what all commands need
     from fewstep.distill import stages
     from fewstep.inference.model import codec_of, open_model
+    from fewstep.toyworld.demo import imports  # noqa: F401  # the same of the demo's
+    from fewstep.toyworld.demo import stages as demo
 
     torch.set_num_threads(1)
     stages._started = _Copy  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage]  # copies of this process
+    demo.TOY = Path(TOY)
+    learning = demo.Learning(2, 2, ("optim.warmup_iters=0",))
+    demo.PLANS["quick"] = demo.Plan(16, 16, 32, 16, 1, kd=(learning, learning), dmd2=(learning, learning), methods={})
     codec_of(open_model(TOY), TOY)  # imports diffusers' classes
     for line in sys.stdin:
         child = os.fork()
@@ -145,12 +152,16 @@ class _Copy:
         import torch
 
         torch.set_num_threads(1)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
         words = list(command)
         while "=" in words[0]:
             name, _, value = words.pop(0).partition("=")
             os.environ[name] = value
-        sys.argv = words
-        runpy.run_module(words[0], run_name="__main__")
+        if words[0] == sys.executable and words[1] != "-m":  # a program that wants a process without this package
+            os.execv(words[0], words)
+        sys.argv = words[2:] if words[0] == sys.executable else words
+        runpy.run_module(sys.argv[0], run_name="__main__")
 
     def send_signal(self, number: int) -> None:
         with suppress(ProcessLookupError):
@@ -164,7 +175,7 @@ def _disturbed(fault: str, at: int) -> Callable[[], int]:
     """From the `at`-th write on `fault` happens; returns what counts the writes, those of copies of this process included."""
     from fewstep import files
 
-    shared = mmap.mmap(-1, 8)
+    shared, first = mmap.mmap(-1, 8), os.getpid()
 
     def count() -> int:
         return int.from_bytes(shared[:], "little")
@@ -179,6 +190,8 @@ def _disturbed(fault: str, at: int) -> Callable[[], int]:
             shared[:] = num.to_bytes(8, "little")
             if num > at and fault == "kill":
                 os.killpg(0, 9)
+            if num == at + 1 and fault == "term":
+                os.kill(first, signal.SIGTERM)
             if num > at and number:
                 path = next((str(arg) for arg in arguments if isinstance(arg, Path)), None)
                 raise OSError(number, os.strerror(number), *([] if path is None else [path]))
@@ -285,18 +298,20 @@ def content(folder: Path) -> dict[str, str]:
     """A hash of every file by name, without the times in it."""
     hashes: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.name.startswith(LEFT_OUT) and path.parent.name != "piped.work":  # a page with times
+        name = str(path.relative_to(folder))
+        is_page = path.parent.name == "piped.work" or name == "demo/report.html"  # with times
+        if path.is_file() and not path.name.startswith(LEFT_OUT) and not is_page:
             whole = path.read_bytes()
             if path.suffix in (".json", ".jsonl"):
                 whole = "\n".join(map(_timeless, [whole] if path.suffix == ".json" else whole.splitlines())).encode()
-            hashes[str(path.relative_to(folder))] = hashlib.sha256(whole).hexdigest()
+            hashes[name] = hashlib.sha256(whole).hexdigest()
     return hashes
 
 
 def _timeless(text: bytes) -> str:
     def without(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: without(item) for key, item in value.items() if key not in TIMES}
+            return {key: without(item) for key, item in value.items() if not TIMES.fullmatch(key)}
         return [without(item) for item in value] if isinstance(value, list) else value
 
     return json.dumps(without(json.loads(text)))
@@ -316,6 +331,8 @@ def test_disturbed_at_any_write_and_run_again_it_is_as_if_nothing_had_happened(b
         what = f"{name}, {fault} at write {at} of {num}:\n{text}"
         if fault == "kill":
             assert status == -9, what
+        elif fault == "term":
+            assert status in (-signal.SIGTERM, 1) and "Traceback" not in text, what
         else:
             advice = "Change its permissions" if fault == "read-only" else "Free some space"
             _look(bench.place, status, text, advice, what)

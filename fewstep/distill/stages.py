@@ -263,7 +263,11 @@ class _Lane(threading.Thread):
             with process.stdout:
                 for line in process.stdout:
                     _say(f"    {self.mark}{line.rstrip()}")
-            if process.wait() != 0:
+            status = process.wait()
+            if status < 0 and not self._stopped:  # it had no time to say so itself
+                memory = ". The system sends it where memory is short" if -status == signal.SIGKILL else ""
+                _say(f"    {self.mark}ended by signal {-status} ({signal.strsignal(-status)}){memory}")
+            if status != 0:
                 self.failed.append(command)
                 if self.ends_at_failure:
                     return

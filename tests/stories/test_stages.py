@@ -37,6 +37,19 @@ def test_a_command_that_fails_ends_its_lane_and_the_stage_is_to_be_run_again(tmp
     assert (a.read_text(), b.read_text()) == ("1x", "12x")
 
 
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(9, "ended by signal 9 (Killed). The system sends it where memory is short"), (15, "ended by signal 15 (Terminated)")],
+)
+def test_a_command_that_a_signal_ended_is_not_silent(
+    number: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = says(tmp_path / "a", "1", f"import os; os.kill(os.getpid(), {number})")
+    with pytest.raises(ValueError, match="stage 'one' failed, see above"):
+        run(Stage.of("one", "is killed", command), tmp_path, 0)
+    assert f"    {said}\n" in capsys.readouterr().out
+
+
 def marks(out: Path, *stages: Stage) -> None:
     for order, stage in enumerate(stages):
         run(stage, out, order)
