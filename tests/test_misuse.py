@@ -87,6 +87,8 @@ def cases() -> Iterator[tuple[str, list[str], str]]:
             yield option.verb, [*right, f"{name}=x"], name
             continue
         yield option.verb, [*right, name], name
+        if "tuple" not in kind and "list" not in kind and option.verb != "generate":  # a list may have such values
+            yield option.verb, [*right, name, "--nothing"], name
         if name not in EMPTY_IS_TEXT:
             yield option.verb, [*right, name, ""], name
         wrong = ["x"] if "int" in kind or "float" in kind else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -30,6 +31,9 @@ class Verb(TyperCommand):
             if isinstance(value, float) and not math.isfinite(value):
                 raise typer.BadParameter(f"{value}: the value should be a finite number.", ctx=ctx, param=own)
             names = (*param.opts, *param.secondary_opts)
+            looks_like_option = isinstance(value, (str, Path)) and str(value).startswith("--") and str(value) in words
+            if looks_like_option and names[0].startswith("-"):
+                ctx.fail(f"{names[0]}: needs a value, and {value} looks like an option. If it is meant: {names[0]}={value}")
             num = sum(word.partition("=")[0].replace("_", "-") in names for word in words)
             if num > 1 and names[0].startswith("-") and not getattr(param, "multiple", False):
                 print(f"note: {names[0]} is given {num} times; the last one counts", file=sys.stderr)
