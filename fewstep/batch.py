@@ -31,9 +31,7 @@ class _ByRow:
                 return {name: walk(part) for name, part in value.items()}
             return value
 
-        record: Any = self  # Any: that every class of these is a dataclass is not in their common base
-        values = {f.name: getattr(self, f.name) for f in fields(record)}
-        return replace(self, **{name: walk(value) for name, value in values.items() if value is not None})  # pyright: ignore[reportArgumentType]  # each field by its own name
+        return type(self)(**{name: walk(value) for name, value in vars(self).items() if value is not None})
 
     def rows(self: _Rows, index: slice | Tensor) -> _Rows:
         """The same record with only the rows of `index`."""

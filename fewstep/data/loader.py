@@ -75,6 +75,7 @@ class Batches:
     ):
         self._data, self._rows, self._per_step, self._seed, self._end, self._say = data, rows, per_step, seed, end, say
         on_disk = isinstance(data, OnDisk)
+        self._ordered = data if isinstance(data, Ordered) else None  # looking whether it is takes as long as the rest of a read
         workers = loader.num_workers if loader.num_workers is not None else (2 if on_disk else 0)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="read") if workers else None
         self._ahead = max(loader.ahead, workers)
@@ -182,8 +183,8 @@ class Batches:
         return MicroBatch(self._stand_in(int(index[0])), rows[:1], 0.0)
 
     def _index(self, position: Tensor) -> Tensor:
-        if isinstance(self._data, Ordered):
-            return self._data.samples_at(position, self._seed)
+        if self._ordered is not None:
+            return self._ordered.samples_at(position, self._seed)
         return samples_at(position, len(self._data), self._seed)
 
     def _stand_in(self, number: int) -> Batch:

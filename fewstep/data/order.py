@@ -18,9 +18,12 @@ def samples_at(position: Tensor, num: int, seed: int) -> Tensor:
     """The sample number for each position; every sample comes exactly once in positions e num .. (e + 1) num - 1."""
     if num < 1:
         raise UserError("the data set is empty")
+    if not len(position):
+        return position.clone()
+    first = int(position.min()) // num
+    if int(position.max()) // num == first:  # nearly always
+        return _epoch(num, seed, first)[position - first * num]
     epochs = position // num
-    if bool((epochs == epochs[:1]).all()):  # nearly always
-        return _epoch(num, seed, int(epochs[0]))[position - epochs * num] if len(epochs) else position.clone()
     out = torch.empty_like(position)
     for epoch in epochs.unique().tolist():
         inside = epochs == epoch

@@ -47,9 +47,10 @@ class Prediction:
     @classmethod
     def exact(cls, x0: Tensor, eps: Tensor, t: Tensor, path: Path) -> Prediction:
         """The prediction of a perfect network if the data were this x0 alone: the target of denoising."""
-        x_t = path.add_noise(x0, eps, t)
-        _, _, da, ds = coefficients_for(path, t, x_t)
-        return cls(x_t, t, path, da * x0 + ds * eps)
+        dtype = working_dtype(x0, eps)
+        x0, eps = x0.to(dtype), eps.to(dtype)
+        a, s, da, ds = coefficients_for(path, t, x0)
+        return cls(a * x0 + s * eps, t, path, da * x0 + ds * eps)
 
     @property
     def x0(self) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Protocol
 
 import torch
@@ -25,11 +26,13 @@ from fewstep.errors import UserError
 
 def explicit(times: Iterable[float] | Tensor, path: Path | None = None) -> Tensor:
     """The times as a grid. Raises UserError unless they are descending, positive and within the path."""
-    grid = torch.as_tensor(times if isinstance(times, Tensor) else list(times), dtype=torch.float64)
-    if grid.ndim != 1 or len(grid) == 0 or not bool((grid[1:] < grid[:-1]).all()) or not float(grid[-1]) > 0:
-        raise UserError(f"times must be descending and above 0 (the final 0 is left out), but are {floats(grid)}")
-    if path is not None and float(grid[0]) > path.t_max * (1 + 1e-6):  # float32(pi/2) is above pi/2
-        raise UserError(f"the first time {float(grid[0])} is beyond the path's t_max of {path.t_max}")
+    values = floats(times) if isinstance(times, Tensor) else list(times)
+    grid = torch.as_tensor(times if isinstance(times, Tensor) else values, dtype=torch.float64)
+    descends = grid.ndim == 1 and all(later < earlier for earlier, later in pairwise(values))
+    if not descends or not values or not values[-1] > 0:
+        raise UserError(f"times must be descending and above 0 (the final 0 is left out), but are {values}")
+    if path is not None and values[0] > path.t_max * (1 + 1e-6):  # float32(pi/2) is above pi/2
+        raise UserError(f"the first time {values[0]} is beyond the path's t_max of {path.t_max}")
     return grid
 
 

@@ -6,6 +6,7 @@ terms of that turn; the loop does the rest: gradients, clipping, steps, EMA, ran
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ class Terms:
 
     @property
     def total(self) -> Tensor:
-        return torch.stack([value * self.weights[name] for name, value in self.values.items()]).sum()
+        weighted = [value * self.weights[name] for name, value in self.values.items()]
+        return torch.stack(weighted).sum() if len(weighted) > 1 else weighted[0]
 
 
 class Head(Protocol):
@@ -148,10 +150,10 @@ def reduced(error: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
     if reduction in ("mean_all", "half_mean_all"):
         whole = (error if mask is None else error * mask).mean()
         return whole * (0.5 if reduction == "half_mean_all" else 1.0)
-    free = torch.ones_like(error) if mask is None else mask.expand_as(error)
-    sums, count = (error * free).sum(axes), free.sum(axes)
+    sums = (error if mask is None else error * mask).sum(axes)
     if reduction == "sum":
         return sums.mean()
     # A sample without free frames counts as 0 and must not divide by 0.
-    means = sums / count.clamp(min=1)
-    return means.mean() * (0.5 if reduction == "half_mean" else 1.0)
+    count = math.prod(error.shape[1:]) if mask is None else mask.expand_as(error).sum(axes).clamp(min=1)
+    mean = (sums / count).mean()
+    return mean * 0.5 if reduction == "half_mean" else mean

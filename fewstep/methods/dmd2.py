@@ -13,6 +13,7 @@ and at the end. Judge by samples, distances and the health monitors. Published d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -44,11 +45,16 @@ class Normalizer:
 
     def __call__(self, difference: Tensor, sample: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
         axes = tuple(range(1, sample.ndim))
-        free = torch.ones_like(sample) if mask is None else mask.expand_as(sample)
-        area = free if self.over == "free" else torch.ones_like(free)
+        distances = (sample - teacher).abs()
         # Transfer1 writes w = sigma / mean|eps - eps_teacher| before a difference of scores -eps / sigma: the same gradient.
-        distance = ((sample - teacher).abs() * free).sum(axes, keepdim=True) / area.sum(axes, keepdim=True).clamp(min=1)
-        return difference * free / (distance.clamp(min=self.min) + self.add)
+        if mask is None:
+            distance = distances.sum(axes, keepdim=True) / math.prod(sample.shape[1:])
+        else:
+            free = mask.expand_as(sample)
+            area = free if self.over == "free" else torch.ones_like(free)
+            distance = (distances * free).sum(axes, keepdim=True) / area.sum(axes, keepdim=True).clamp(min=1)
+            difference = difference * free
+        return difference / (distance.clamp(min=self.min) + self.add)
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,8 @@ class DMD2:
             terms["regression"] = self.regression.loss(sample, batch)
         watch: dict[str, Tensor] = {}
         with torch.no_grad():
-            gradient = self.normalizer(critic.x0 - teacher.x0, sample, teacher.x0, mask)  # eq. 7, 8
+            goal = teacher.x0
+            gradient = self.normalizer(critic.x0 - goal, sample, goal, mask)  # eq. 7, 8
             if self.guidance_times is not None and self.guidance != 1.0:
                 gradient = gradient + self._guidance_gradient(self.guidance_times, path, nets, sample, batch, mask, rng)
             if self.sample_weight is not None:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from fewstep.batch import Batch, Condition, choose
@@ -62,8 +61,9 @@ class Finetune:
         truth = Prediction.exact(x0, rng.normal_like(x0), t, student.path)
         answer = student(truth.x_t, t, cond)
         error = (answer.read(self.space) - truth.read(self.space)) ** 2
-        weight = self._weight(student.path, t, error)
-        return Terms.of(denoising=reduced(error * weight, free_mask(cond, error), self.reduction))
+        if self.weighting != "none":
+            error = error * self._weight(student.path, t, error)
+        return Terms.of(denoising=reduced(error, free_mask(cond, error), self.reduction))
 
     def sampler(self, path: Path) -> TeacherSampler:
         """That of a many-step model: what is trained here is a teacher, or is post-trained as one.
@@ -92,8 +92,6 @@ class Finetune:
         return choose(drop, batch.negative, batch.cond)
 
     def _weight(self, path: Path, t: Tensor, like: Tensor) -> Tensor:
-        if self.weighting == "none":
-            return torch.ones((), dtype=like.dtype, device=like.device)
         a, s, _, _ = path.coefficients(t)
         if self.weighting == "edm":
             weight = edm_weight(s / a, self.sigma_data)

@@ -183,8 +183,8 @@ def average_gradients(parameters: Iterable[Tensor], world: World, bucket_bytes: 
     One call after the last backward of a step, after any number of forwards, roles and micro-batches; a module
     wrapper would want exactly one forward for each backward. Sharded parameters are averaged by FSDP already.
     """
-    whole = [parameter for parameter in parameters if not is_sharded(parameter)]
-    if world.mesh is None or not whole:
+    whole = [] if world.mesh is None else [parameter for parameter in parameters if not is_sharded(parameter)]
+    if not whole:
         return
     # What no rank used keeps no gradient, as in a process alone; what one rank used counts as 0 on the others.
     counts = torch.tensor([float(parameter.grad is not None) for parameter in whole], device=whole[0].device)

@@ -29,9 +29,7 @@ def refuse_non_finite(
 ) -> dict[str, float]:
     """The gradient norms, as numbers. Raises TrainingError if a loss term or a gradient of this iteration is not finite on some
     rank."""
-    values: list[float] = torch.stack(
-        [number.double().to(world.device) for number in (*norms.values(), *terms.values())]
-    ).tolist()
+    values: list[float] = torch.stack([number.to(world.device) for number in (*norms.values(), *terms.values())]).tolist()
     sizes, losses = dict(zip(norms, values, strict=False)), dict(zip(terms, values[len(norms) :], strict=True))
     if not world.any(not all(map(math.isfinite, values)))[0]:
         return sizes

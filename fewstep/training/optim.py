@@ -79,7 +79,11 @@ class AdamW:
         # The learning rate is a tensor: changing it never recompiles.
         self.param_groups: list[dict[str, Any]] = [{"params": parameters, "lr": torch.tensor(options.lr)}]
         self.state: dict[Tensor, dict[str, Tensor]] = {parameter: {} for parameter in parameters}
-        self._stepped: list[bool] = []  # which parameters took part in the last step, and their tensors
+        # The numbers of steps lie in one tensor: to count with one call is faster than with one for each parameter.
+        self._counts = torch.zeros(len(parameters), device=parameters[0].device if self.defaults["fused"] else "cpu")
+        self._steps = dict(zip(parameters, self._counts.unbind(), strict=True))
+        self._stepped: list[bool] = []  # which parameters took part in the last step, as numbers too, and their tensors
+        self._taking_part = torch.zeros(0)
         self._tensors: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] = ([], [], [], [])
 
     @torch.no_grad()
@@ -92,6 +96,7 @@ class AdamW:
             states = [self.state_of(parameter) for parameter in parameters]
             averages, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
             self._stepped, self._tensors = stepped, (parameters, averages, squares, steps)
+            self._taking_part = torch.tensor(stepped, dtype=torch.float32)
         parameters, averages, squares, steps = self._tensors
         gradients = [cast("Tensor", parameter.grad) for parameter in parameters]
         options = self.options
@@ -101,7 +106,7 @@ class AdamW:
         }  # fmt: skip
         if self.defaults["fused"] and parameters and parameters[0].device.type == "cpu":
             # What `adamw` does after it has sorted the tensors by device and type: here all are alike.
-            torch._foreach_add_(steps, 1)
+            self._counts.add_(self._taking_part)
             torch._fused_adamw_(parameters, gradients, averages, squares, [], steps, **settings)
         else:
             adamw(parameters, gradients, averages, squares, [], steps, fused=self.defaults["fused"], **settings)
@@ -110,7 +115,7 @@ class AdamW:
         """The number of its steps and its two moments, made as zeros where there was no step yet."""
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), device=parameter.device if self.defaults["fused"] else "cpu")
+            state["step"] = self._steps[parameter]
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         return state

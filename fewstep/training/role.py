@@ -68,8 +68,10 @@ class TrainedRole:
         gradients = [w.grad for w in self.weights.values() if w.grad is not None]
         if not gradients:
             raise TrainingError(f"no loss term of this turn depends on role '{self.name}', which the turn is said to train")
-        norm = nn.utils.get_total_norm(gradients)
-        return norm.full_tensor() if is_sharded(norm) else norm
+        if is_sharded(gradients[0]):
+            norm = nn.utils.get_total_norm(gradients)
+            return norm.full_tensor() if is_sharded(norm) else norm
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
     def non_finite_gradients(self) -> list[str]:
         """The weights whose gradient, as far as this rank holds it, has an entry that is no number."""
