@@ -4,8 +4,8 @@
 
 Two published dialects on a small Cosmos, each with whole roles and with adapters on one backbone: `predict25` (four steps, of
 which one is trained; guidance, no GAN) and `transfer1` (one step on EDM; guidance, GAN on features of the teacher's middle
-block), one student turn to four critic turns. An iteration is all that `fewstep train` does: batch, noise, calls, losses,
-backward, norm and checks, clipping, step, average, log.
+block), one student turn to four critic turns. `wan_full`: four steps with guidance and such a GAN on a small Wan. An iteration
+is all that `fewstep train` does: batch, noise, calls, losses, backward, norm and checks, clipping, step, average, log.
 
 The floor of an iteration are its calls on networks of the benchmark's own, on tensors that are there already, with any loss:
 
@@ -39,18 +39,20 @@ import fewstep
 from fewstep.batch import Batch, join
 from fewstep.data.mock import Mock
 from fewstep.diffusion import Rng, features
-from fewstep.methods import DMD2, Warmup, predict25, transfer1
-from fewstep.networks.families.cosmos.network import Cosmos, CosmosSpec
+from fewstep.methods import DMD2, Gan, Warmup, predict25, transfer1
+from fewstep.networks.contract import Network
+from fewstep.networks.families.cosmos.network import CosmosSpec
+from fewstep.networks.families.wan.network import WanSpec
 from fewstep.networks.heads import Conv3dSpec
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks
 from fewstep.training.loop import train
 from fewstep.training.run import Checkpoint, Job, Run, Trainer
 
-BOUND, WARM_UP, RANK = 1.05, 3, 16
+BOUND, WARM_UP, RANK = 1.03, 3, 16
 LAYERS, HEADS, TOKENS = 6, 3, 512
 DATA = Mock((16, 2, 32, 32), (32, 128), num=8)
-PARTS = ("predict25_full", "predict25_lora", "transfer1_full", "transfer1_lora")
+PARTS = ("predict25_full", "predict25_lora", "transfer1_full", "transfer1_lora", "wan_full")
 
 
 @dataclass
@@ -125,27 +127,35 @@ def fused(module: nn.Module) -> Callable[[], None]:
     return step
 
 
-def with_adapters(network: Cosmos) -> Cosmos:
+def with_adapters(network: Network) -> Network:
     from peft import LoraConfig, inject_adapter_in_model
 
     network.module.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(network.lora_targets)), network.module)
+    inject_adapter_in_model(
+        LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(network.traits.lora_targets or ())), network.module
+    )
     network.module.to(DEVICE)
     return network
 
 
-def spec_of(part: str) -> CosmosSpec:
+def spec_of(part: str) -> CosmosSpec | WanSpec:
+    if part.startswith("wan"):
+        return WanSpec(num_heads=HEADS, head_dim=64, num_layers=LAYERS, text_dim=128, ffn_dim=4 * 64 * HEADS)
     spec = CosmosSpec(num_heads=HEADS, head_dim=64, num_layers=LAYERS, text_dim=128, adaln_lora_dim=32, max_size=(8, 64, 64))
     return replace(spec, family="edm", sigma_data=0.5) if part.startswith("transfer1") else spec
 
 
 def run_of(part: str, max_iter: int) -> Run:
-    gan = part.startswith("transfer1")
+    method = replace(predict25(), warmup=Warmup())
+    if part.startswith("transfer1"):
+        method = transfer1()
+    elif part.startswith("wan"):
+        method = DMD2(guidance=5.0, gan=Gan(features="teacher"))
     roles = (Full(), Full()) if part.endswith("full") else (Lora(rank=RANK), Lora(rank=RANK))
-    head = Conv3dSpec(taps=(LAYERS // 2,), channels=64 * HEADS) if gan else None
+    head = Conv3dSpec(taps=(LAYERS // 2,), channels=64 * HEADS) if method.gan else None
     return Run(
         job=Job(project="benchmarks", group="dmd2_step", name=part),
-        method=transfer1() if gan else replace(predict25(), warmup=Warmup()),
+        method=method,
         networks=Networks(spec_of(part), *roles, head=head),
         data=TimedData(part),
         trainer=Trainer(max_iter=max_iter, batch_size=1, log_every=10),
@@ -213,7 +223,7 @@ def main() -> None:
                 "device": device,
                 "versions": {"fewstep": fewstep.__version__, "python": platform.python_version(), "torch": torch.__version__},
                 "parts": parts,
-                "network": f"Cosmos, {LAYERS} blocks of {64 * HEADS}, {TOKENS} tokens",
+                "network": f"Cosmos and Wan, {LAYERS} blocks of {64 * HEADS}, {TOKENS} tokens",
             }
         )
     )

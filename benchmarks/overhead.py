@@ -30,7 +30,7 @@ from fewstep.networks.tiny import TinySpec
 from fewstep.training.loop import train
 from fewstep.training.run import Checkpoint, Job, Run, Trainer
 
-BOUND, GOAL_S, WARM_UP = 1.05, 0.050, 4
+BOUND, GOAL_S, WARM_UP = 1.03, 0.050, 4
 NETWORK = TinySpec("dit", channels=4, width=48, depth=1, num_heads=4)
 SIDE = 16  # latents are C T SIDE SIDE
 

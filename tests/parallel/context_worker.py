@@ -67,7 +67,7 @@ METHODS: dict[str, Any] = {
     "given": Finetune(first_frames=(0.0, 0.5, 0.5)),  # a time for every frame
     "kd": KD(),
     "dmd2": DMD2(student=StudentSample((1.0, 0.6)), student_update_freq=2, gan=GAN),
-    "dmd2_r1": DMD2(student=StudentSample((1.0, 0.6)), student_update_freq=2, gan=replace(GAN, r1_weight=0.5)),
+    "dmd2_r1": DMD2(student=StudentSample((1.0, 0.6)), student_update_freq=2, gan=replace(GAN, r1_weight=0.5, r1_std=0.5)),
     "dmd2_edm": DMD2(student=StudentSample((80.0, 5.0)), student_update_freq=2, gan=GAN),
     "scm": SCM(),
     "self_forcing": SelfForcing(student_update_freq=2),
