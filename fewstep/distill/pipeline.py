@@ -15,7 +15,7 @@ from fewstep.distill.chains import AGAIN, PipelineRequest, Training
 from fewstep.distill.stages import Command, Stage, claim, marker_of, run
 from fewstep.errors import UserError
 from fewstep.evaluation.score_files import read_scores
-from fewstep.evaluation.verdict import advice, conclusion, table, verdicts
+from fewstep.evaluation.verdict import sentences, table, verdicts
 from fewstep.files import lock
 from fewstep.inference.teacher import Teacher, teacher_at
 
@@ -168,9 +168,7 @@ def _judge(request: PipelineRequest, name: str) -> None:
     if missed:
         raise UserError(f"{name}: {'; '.join(missed)}. {again}")
     if len(until) > 1:
-        scores = verdicts(files[name], files[until[-2]])
-        for line in (*scores, *advice(scores), conclusion(scores)):
-            print(line)
+        print("\n".join(sentences(verdicts(files[name], files[until[-2]]))))
 
 
 def _missed(bounds: Mapping[str, float], file: Path) -> Iterator[str]:

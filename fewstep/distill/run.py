@@ -10,7 +10,7 @@ from fewstep.distill.request import DistillRequest
 from fewstep.distill.road import SCORED, rivals, score_files, stages
 from fewstep.distill.stages import Stage, claim, run
 from fewstep.errors import UserError
-from fewstep.evaluation.verdict import advice, conclusion, table, verdicts
+from fewstep.evaluation.verdict import sentences, table, verdicts
 from fewstep.files import lock, write_json
 
 AGAIN = "fewstep distill"
@@ -75,9 +75,9 @@ def _judge(facts: Facts) -> None:
         print(f"the report: {report}")
     for text in facts.warnings:
         print(f"warning: {text}")
-    for rival in rivals(facts):
-        scores = verdicts(files["student"], files[rival])
-        for line in (*scores, *advice(scores), conclusion(scores)):
-            print(line)
-        if request.strict and any(one.is_teacher and one.outcome == "worse" for one in scores):
-            raise UserError(f"the student is worse than {scores[0].whose}, which --strict does not accept; see above")
+    scores = {rival: verdicts(files["student"], files[rival]) for rival in rivals(facts)}
+    for group in scores.values():
+        print("\n".join(sentences(group)))
+    worse = [one for group in scores.values() for one in group if one.is_teacher and one.outcome == "worse"]
+    if request.strict and worse:
+        raise UserError(f"the student is worse than {worse[0].whose}, which --strict does not accept; see above")

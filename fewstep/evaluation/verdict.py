@@ -94,6 +94,11 @@ def advice(scores: Sequence[Verdict]) -> list[str]:
     ]
 
 
+def sentences(scores: Sequence[Verdict]) -> list[str]:
+    """All that a terminal says of the verdicts against one model."""
+    return [*map(str, scores), *advice(scores), conclusion(scores)]
+
+
 def table(files: Mapping[str, Path], titles: Mapping[str, str]) -> str:
     """The headline scores of everyone who was scored, a row each, with the network calls for a clip."""
     records = {name: read_scores(path) for name, path in files.items() if path.is_file()}

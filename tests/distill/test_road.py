@@ -282,3 +282,4 @@ def test_the_end_of_the_command_says_what_the_report_says(world: Path, capsys: p
     record(asked.out / "scores", "student", {"num_calls": 4}, frechet=3.0)
     with pytest.raises(ValueError, match="the student is worse than its teacher in 8 calls, which --strict does not accept"):
         _judge(facts)
+    assert "The last training made the student worse in frechet than that of kd: train it longer" in capsys.readouterr().out

@@ -11,9 +11,12 @@ from fewstep import TOY
 from fewstep.cli import main
 from fewstep.config.command import compose, read_command
 from fewstep.distill.facts import Facts, facts_of
+from fewstep.distill.stages import Stage, marker_of
+from fewstep.files import write_json
 from fewstep.inference.model import changed, open_model
 from fewstep.inference.request import SamplerOptions
-from fewstep.toyworld.demo.stages import GUIDANCE, PLANS, STEPS, STUDENTS, request, students
+from fewstep.toyworld.demo import demo
+from fewstep.toyworld.demo.stages import GUIDANCE, PLANS, STEPS, STUDENTS, request, stages, students
 from fewstep.toyworld.recipes import TEACHER
 from fewstep.training.run import Run
 
@@ -81,3 +84,28 @@ def test_the_pairs_are_solved_as_before(facts: Facts) -> None:
     words = " ".join(one)
     for option in ("--negative zeros", "--max-tokens 40 --mask-text", "--path-times 4 --student-shift 3", "--quality lossless"):
         assert option in words
+
+
+def test_a_demo_goes_on_at_the_first_stage_whose_commands_have_changed(
+    facts: Facts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class EnoughError(Exception):  # what the later stages would make is not looked at
+        pass
+
+    def run(stage: Stage, *_: Any, **more: Any) -> None:
+        if stage.name == "export":
+            raise EnoughError
+
+    out = facts.request.work_dir
+    for stage in stages(out, "default", from_scratch=False):
+        lines = [line.replace("trainer.max_iter=250", "trainer.max_iter=200") for line in stage.commands]
+        write_json(marker_of(out, stage.name), {"commands": lines})
+    (out / "runs" / "1step" / "kd").mkdir(parents=True)
+    monkeypatch.setattr("fewstep.toyworld.demo.run.run", run)
+    with pytest.raises(EnoughError):
+        demo(out)
+    there = {path.stem for path in (out / "stages").iterdir()}
+    assert there == {"world", "text", "latents", "pairs"}
+    text = capsys.readouterr().out
+    assert "the commands of stage 'kd' have changed: trainer.max_iter=200 -> trainer.max_iter=250\n" in text
+    assert f"and so are dmd2, export, scores, report; kept: {out}/runs/1step/kd as kd.001" in text

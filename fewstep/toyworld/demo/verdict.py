@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fewstep.evaluation.verdict import Verdict, conclusion, verdicts
+from fewstep.evaluation.verdict import Verdict, sentences, verdicts
 from fewstep.toyworld.demo.stages import FEW, STUDENTS, TITLES
 
 FARTHER = 0.5  # a student that is farther from real clips than its teacher by this share must be told from it
@@ -16,7 +16,7 @@ def says(out: Path, summary: Mapping[str, Any]) -> Iterator[str]:
     """The lines at the end of the command."""
     yield from (f"warning: {text}" for text in warnings_of(summary))
     for scores in verdicts_of(out, summary):
-        yield from (*map(str, scores), conclusion(scores))
+        yield from sentences(scores)
 
 
 def warnings_of(summary: Mapping[str, Any]) -> list[str]:
