@@ -62,6 +62,10 @@ class Solver:
     device: torch.device | str = "cpu"
     name: str = "the teacher"
 
+    def shape(self, prompts: PairPrompts) -> tuple[int, int, int, int]:
+        """C t h w of the latents of a clip."""
+        return self.codec.shape(prompts.shot.num_frames, prompts.shot.height, prompts.shot.width)
+
     @torch.no_grad()
     def solve(self, material: Material, numbers: Sequence[int], shape: tuple[int, int, int, int]) -> tuple[Solved, Tensor]:
         """The clips of this material, and their noise."""
@@ -89,37 +93,30 @@ class Solved:
 
 def write(
     out: Path,
-    teacher: Network,
-    codec: Codec,
+    solver: Solver,
     prompts: PairPrompts,
-    settings: PairSettings,
     *,
-    name: str = "the teacher",
     record: Mapping[str, Any] | None = None,
     num: int | None = None,
     batch_size: int = 32,
     rank: int = 0,
     world_size: int = 1,
     world: World | None = None,
-    device: torch.device | str = "cpu",
     track: Track = lambda items, total, title: items,
 ) -> int:
     """Writes a pair for each of the first `num` prompts and returns how many of this rank's were new.
 
-    `name` is the teacher's in pairs.json; `record` is what else decides a clip, and the
-    fingerprint of weights that are divided. world: the processes that hold a shard of the
-    weights each, or make each clip together, one of which writes; they call the network side
-    by side, as often as each other.
+    record: what else decides a clip, and the fingerprint of weights that are divided. world: the processes that hold a shard of
+    the weights each, or make each clip together, one of which writes; they call the network side by side, equally often.
     """
-    settings.check(teacher.path)
-    _refuse_other_control(teacher, prompts, name)
-    solver = Solver(teacher, codec, settings, device, name)
-    decisive = {"teacher": name, **_decisive(solver, prompts), **(record or {})}
+    settings = solver.settings
+    settings.check(solver.teacher.path)
+    _refuse_other_control(solver, prompts)
+    decisive = {"teacher": solver.name, **_decisive(solver, prompts), **(record or {})}
     if WEIGHTS not in decisive:
-        decisive[WEIGHTS] = fingerprint_of(teacher.module, {}, sampled=4096)
+        decisive[WEIGHTS] = fingerprint_of(solver.teacher.module, {}, sampled=4096)
     folder = PairFolder.of(out, prompts, settings, decisive)
-    num = folder.checked_num(num)
-    shape = codec.shape(prompts.shot.num_frames, prompts.shot.height, prompts.shot.width)
+    num, shape = folder.checked_num(num), solver.shape(prompts)
     if settings.given_frames >= shape[1]:
         num_given = settings.given_frames
         raise ConfigError(f"--given-frames {num_given}: a clip has {shape[1]} latent frames, one of which must be generated")
@@ -141,27 +138,13 @@ def write(
     return len(mine)
 
 
-def verify(
-    out: Path,
-    teacher: Network,
-    codec: Codec,
-    prompts: PairPrompts,
-    settings: PairSettings,
-    num: int,
-    *,
-    tolerance: float = AGREEMENT["fp32"],
-    device: torch.device | str = "cpu",
-    name: str = "the teacher",
-) -> float:
+def verify(out: Path, solver: Solver, prompts: PairPrompts, num: int, tolerance: float = AGREEMENT["fp32"]) -> float:
     """Solves `num` of the pairs in `out` again, and returns the largest difference from what is stored, relative to its spread.
 
     Raises UserError for a pair that differs by more than `tolerance`.
     """
-    solver = Solver(teacher, codec, settings, device, name)
-    folder = PairFolder.of(out, prompts, settings, None)
+    folder, shape, largest = PairFolder.of(out, prompts, solver.settings, None), solver.shape(prompts), 0.0
     there = [row for row in range(len(prompts.stems)) if folder.files.has(folder.name(row))]
-    shape = codec.shape(prompts.shot.num_frames, prompts.shot.height, prompts.shot.width)
-    largest = 0.0
     for row in evenly(there, num):
         solved, _ = solver.solve(prompts.material([row]), folder.numbers([row]), shape)
         x0, states = folder.files.read(folder.name(row))
@@ -176,13 +159,13 @@ def verify(
     return largest
 
 
-def _refuse_other_control(teacher: Network, prompts: PairPrompts, name: str) -> None:
+def _refuse_other_control(solver: Solver, prompts: PairPrompts) -> None:
     """Raises UserError for a control of the data set that the teacher has no branch for."""
-    branches = teacher.traits.controls
+    branches = solver.teacher.traits.controls
     control = prompts.record()["control"]
     if control is not None and control not in branches:
         listed = f"branches for {', '.join(branches)} only" if branches else "no control branch"
-        raise UserError(f"--control {control}: {name} has {listed}. Leave it out, or choose another teacher")
+        raise UserError(f"--control {control}: {solver.name} has {listed}. Leave it out, or choose another teacher")
 
 
 def _pairs(
@@ -272,24 +255,20 @@ def _run(request: PairsRequest, track: Track, own: Ranks, world: World | None) -
     prompts = alone or _of_folder(request, codec, shot)
     if own.is_main:
         print_shape(prompts)
-    teacher = model.network
-    _refuse_other_control(teacher, prompts, request.model)
-    weights = fingerprint_of(teacher.module, {}, sampled=4096)  # before they are divided
+    solver = Solver(model.network, codec, settings, device, request.model)
+    _refuse_other_control(solver, prompts)
+    weights = fingerprint_of(solver.teacher.module, {}, sampled=4096)  # before they are divided
     place_network(model, torch.device(device), request.precision, world, shard=request.shard)
     new = write(
         request.out,
-        teacher,
-        codec,
+        solver,
         prompts,
-        settings,
-        name=request.model,
         record={"precision": request.precision, WEIGHTS: weights},
         num=request.num,
         batch_size=request.batch_size,
         rank=own.rank if world is None else world.reader,
         world_size=own.size if world is None else world.num_readers,
         world=world,
-        device=device,
         track=track,
     )
     line = f"{request.out}: {new} pairs made{'' if new else ': all were there'}" + (
@@ -298,18 +277,7 @@ def _run(request: PairsRequest, track: Track, own: Ranks, world: World | None) -
     if request.verify and (own.is_main or world is not None):
         if world is not None:
             world.barrier()  # until all pairs are there
-        tolerance = AGREEMENT[request.precision]
-        far = verify(
-            request.out,
-            teacher,
-            codec,
-            prompts,
-            settings,
-            request.verify,
-            tolerance=tolerance,
-            device=device,
-            name=request.model,
-        )
+        far = verify(request.out, solver, prompts, request.verify, AGREEMENT[request.precision])
         line += f"; {request.verify} of them solved again differ by {far:.2g} of their spread at most"
     if isinstance(prompts, FilePrompts):
         remove(prompts.waiting)

@@ -27,7 +27,7 @@ from fewstep.diffusion import Prediction, RectifiedFlow, Rng, TeacherSampler
 from fewstep.diffusion.sampling import student_times
 from fewstep.inference.conditions import Shot
 from fewstep.inference.pair_prompts import FolderPrompts, published_shot
-from fewstep.inference.pairs import PairSettings, verify
+from fewstep.inference.pairs import PairSettings, Solver, verify
 from fewstep.inference.pairs import write as write_pairs
 from fewstep.inference.request import PairsRequest, SamplerOptions, Sizes, path_times_of
 from fewstep.networks.contract import NetworkDefaults, Traits
@@ -76,7 +76,9 @@ class Blocks:
 
 def write(out: Path, teacher: Any, codec: Any, source: Folder, making: PairSettings, **more: Any) -> int:
     needs_clips = source.control is not None or making.given_frames > 0
-    return write_pairs(out, teacher, codec, FolderPrompts.of(source, codec=codec, needs_clips=needs_clips), making, **more)
+    prompts = FolderPrompts.of(source, codec=codec, needs_clips=needs_clips)
+    solver = Solver(teacher, codec, making, name=more.pop("name", "the teacher"))
+    return write_pairs(out, solver, prompts, **more)
 
 
 def dataset(root: Path) -> Folder:
@@ -240,7 +242,7 @@ def test_other_captions_texts_or_weights_do_not_mix_in(tmp_path: Path) -> None:
     (Path(source.dataset_dir) / "metas" / "4.txt").write_text("another clip\n")  # of no pair so far
     assert write(out, Pull(), Blocks(), source, settings(2)) == NUM - 2
     with pytest.raises(ValueError, match=r"shape \[5, 8, 8\], not \[3, 8, 8\]"):
-        write_pairs(out, Pull(), Blocks(), FolderPrompts.of(source, Sizes(num_frames=3)), settings(2))  # type: ignore[arg-type]
+        write_pairs(out, Solver(Pull(), Blocks(), settings(2)), FolderPrompts.of(source, Sizes(num_frames=3)))  # type: ignore[arg-type]
 
 
 def test_a_data_set_that_gains_clips_keeps_its_noise(tmp_path: Path) -> None:
@@ -268,7 +270,7 @@ def test_clips_have_the_shape_of_the_prepared_latents_or_of_the_options(tmp_path
     assert prompts.origin == "the data set's prepared latents (latents/)" and prompts.shot.num_frames == 3
     sizes = Sizes(num_frames=9, height=16, width=8, fps=12.0)  # more frames than the clips have: no clip is read
     prompts = FolderPrompts.of(source, sizes)
-    assert write_pairs(tmp_path / "long", Pull(), Blocks(), prompts, settings(2, quality="lossless")) == NUM  # type: ignore[arg-type]
+    assert write_pairs(tmp_path / "long", Solver(Pull(), Blocks(), settings(2, quality="lossless")), prompts) == NUM  # type: ignore[arg-type]
     made = video.read(tmp_path / "long" / "videos" / "2.mp4")
     assert made.frames.shape == (9, 16, 8, 3) and made.fps == 12.0
     with pytest.raises(ValueError, match="shorter than a window of 9 frames"):
@@ -278,7 +280,7 @@ def test_clips_have_the_shape_of_the_prepared_latents_or_of_the_options(tmp_path
 def test_a_control_of_a_window_is_stored_as_the_teacher_received_it(tmp_path: Path) -> None:
     source, out = replace(dataset(tmp_path / "data"), control=Edge()), tmp_path / "out"
     prompts = FolderPrompts.of(source, Sizes(num_frames=3, height=4, width=8), needs_clips=True)
-    write_pairs(out, Pull(), Blocks(), prompts, settings(2, quality="lossless"))  # type: ignore[arg-type]
+    write_pairs(out, Solver(Pull(), Blocks(), settings(2, quality="lossless")), prompts)  # type: ignore[arg-type]
     stored = video.read(out / "edge" / "1.mp4").frames
     expected = replace(source, num_frames=3, video_size=(4, 8)).open()
     row = [sample.stem for sample in expected.samples].index("1")
@@ -297,7 +299,7 @@ def test_captions_alone_are_enough(tmp_path: Path) -> None:
         FolderPrompts.of(source)
     for sizes, teacher in ((Sizes(FRAMES, SIZE, SIZE), None), (Sizes(), Shot(FRAMES, SIZE, SIZE, 16.0))):
         out = tmp_path / f"alone_{teacher is None}"
-        write_pairs(out, Pull(), Blocks(), FolderPrompts.of(source, sizes, teacher=teacher), settings(2))  # type: ignore[arg-type]
+        write_pairs(out, Solver(Pull(), Blocks(), settings(2)), FolderPrompts.of(source, sizes, teacher=teacher))  # type: ignore[arg-type]
         for n in range(NUM):
             same = [cache.read(f / "latents" / f"{n}.safetensors").tensors["latents"] for f in (out, tmp_path / "whole")]
             assert torch.equal(*same)
@@ -334,9 +336,9 @@ def test_verify_solves_pairs_again(tmp_path: Path) -> None:
     out = made(tmp_path, "out", source)
     prompts = FolderPrompts.of(source)
     making = settings(8, guidance=2.0, seed=3, path_times=TIMES)
-    assert verify(out, Pull(), Blocks(), prompts, making, 3) < 1e-6  # type: ignore[arg-type]
+    assert verify(out, Solver(Pull(), Blocks(), making), prompts, 3) < 1e-6  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"the pair 1 differs by .* of its spread"):
-        verify(out, Pull(), Blocks(), prompts, replace(making, sampler=replace(making.sampler, guidance=3.0)), NUM)  # type: ignore[arg-type]
+        verify(out, Solver(Pull(), Blocks(), replace(making, sampler=replace(making.sampler, guidance=3.0))), prompts, NUM)  # type: ignore[arg-type]
 
 
 def test_a_foreign_folder_is_not_written_into(tmp_path: Path) -> None:
