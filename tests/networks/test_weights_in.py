@@ -529,6 +529,19 @@ print("GREW", top[0] - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="counts resident memory in /proc")
+def test_tensors_that_were_read_and_dropped_are_not_resident(tmp_path: Path) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    for number in range(8):
+        write_tensors(tmp_path / f"{number}.safetensors", {f"{name}{number}": torch.ones(2**21) for name in "abcd"})
+    before, tensors = resident(), open_tensors(tmp_path).tensors
+    for stored in tensors.values():
+        assert stored.read().sum() == 2**21
+    assert resident() - before < 2**25 < sum(stored.num_bytes for stored in tensors.values())
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts anonymous memory in /proc")
 @pytest.mark.parametrize("out", ["out.safetensors", "out.pt"])

@@ -19,7 +19,7 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.files import write_tensors
 from fewstep.untrusted import stored
-from fewstep.untrusted.safe_tensors import open_safetensors
+from fewstep.untrusted.safe_tensors import open_safetensors, read_safetensors
 from fewstep.untrusted.text import Amount, parse_json
 
 _AGAIN = "Delete it and prepare it again"
@@ -64,9 +64,9 @@ def header(path: str | os.PathLike[str], *, made_from: Mapping[str, str] | None 
 
 
 def _read(path: Path, made_from: Mapping[str, str], with_tensors: bool) -> Entry:
-    stored, metadata = open_safetensors(path, _AGAIN)
-    shapes = {name: one.shape for name, one in stored.items()}
-    tensors = {name: one.read() for name, one in stored.items()} if with_tensors else {}
+    content, metadata = (read_safetensors if with_tensors else open_safetensors)(path, _AGAIN)
+    shapes = {name: tuple(one.shape) for name, one in content.items()}
+    tensors = {name: one for name, one in content.items() if isinstance(one, Tensor)}
     tables = {"made_from": dict[str, str], "facts": dict[str, Amount]}
     read = {name: parse_json(metadata.get(name, "{}"), f"{path}: its {name}", _AGAIN, kind) for name, kind in tables.items()}
     entry = Entry(shapes, tensors=tensors, **read)
