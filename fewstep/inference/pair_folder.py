@@ -97,8 +97,8 @@ class PairFolder:
     def todo(self, num: int) -> list[int]:
         return [row for row in range(num) if not self.files.has(self.name(row))]
 
-    def write(self, rows: Sequence[int], pairs: Sequence[Pair]) -> None:
-        """Writes pairs; before the first of them pairs.json, which every rank does with the same content."""
+    def write(self, pairs: Mapping[int, Pair]) -> None:
+        """Writes pairs, by their rows; before the first of them pairs.json, which every rank does with the same content."""
         if self.record is not None and (not (self.files.root / RECORD).is_file() or self._has_new_stems()):
             write_json(self.files.root / RECORD, self.record)
         if isinstance(self.prompts, FilePrompts):
@@ -106,7 +106,7 @@ class PairFolder:
             file = self.files.root / "negative.pickle"
             if negative is not None and not file.is_file():
                 arrays.write_pickle(file, stored_embedding(**negative))
-        for row, pair in zip(rows, pairs, strict=True):
+        for row, pair in pairs.items():
             self.files.write(self.name(row), pair)
 
     def _has_new_stems(self) -> bool:

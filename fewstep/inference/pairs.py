@@ -9,7 +9,7 @@ killed command goes on where it was, ranks divide the work, and one rank or eigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,22 +120,28 @@ def write(
     if settings.given_frames >= shape[1]:
         num_given = settings.given_frames
         raise ConfigError(f"--given-frames {num_given}: a clip has {shape[1]} latent frames, one of which must be generated")
-    todo = folder.todo(num)
-    mine = todo[rank::world_size] if world is not None else [row for row in range(rank, num, world_size) if row in set(todo)]
-    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    extra = 0
+    todo = set(folder.todo(num))
+    # A batch with a pair that is missing is solved whole: in another batch a pair would differ in its last bits.
+    batches_of = [_batches(todo, range(first, num, world_size), batch_size) for first in range(world_size)]
+    batches, extra = batches_of[rank], 0
     if world is not None:
         world.barrier()  # all have looked at what is there, before one writes
-        most = -(-len(todo) // world_size)  # of the process that makes the most
-        extra = -(-most // batch_size) - len(batches)
+        extra = max(map(len, batches_of)) - len(batches)
     for rows in track(batches, len(batches), f"pairs {out}, batches of {batch_size}"):
         material = prompts.material(rows)
         solved, noise = solver.solve(material, folder.numbers(rows), shape)
         if world is None or world.writes:
-            folder.write(rows, _pairs(solver, prompts, rows, material, solved, noise))
+            pairs = zip(rows, _pairs(solver, prompts, rows, material, solved, noise), strict=True)
+            folder.write({row: pair for row, pair in pairs if row in todo})
     for _ in range(extra):
-        solver.solve(prompts.material(todo[-1:]), folder.numbers(todo[-1:]), shape)
-    return len(mine)
+        solver.solve(prompts.material([num - 1]), folder.numbers([num - 1]), shape)
+    return sum(row in todo for rows in batches for row in rows)
+
+
+def _batches(todo: Collection[int], rows: Sequence[int], size: int) -> list[list[int]]:
+    """The rows in batches, without those in which nothing is to do."""
+    batches = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+    return [batch for batch in batches if any(row in todo for row in batch)]
 
 
 def verify(out: Path, solver: Solver, prompts: PairPrompts, num: int, tolerance: float = AGREEMENT["fp32"]) -> float:

@@ -160,15 +160,46 @@ def test_ranks_divide_the_work_and_change_nothing(tmp_path: Path) -> None:
 def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
     source, out = dataset(tmp_path / "data"), tmp_path / "out"
     making, teacher = settings(4), Pull()
-    assert write(out, teacher, Blocks(), source, making, num=3) == 3  # type: ignore[arg-type]
+    assert write(out, teacher, Blocks(), source, making, num=3, batch_size=1) == 3  # type: ignore[arg-type]
     (out / "noise" / "1.pickle").unlink()  # as if killed before it was written
     teacher.asked = 0
-    assert write(out, teacher, Blocks(), source, making, num=4) == 2  # type: ignore[arg-type]
+    assert write(out, teacher, Blocks(), source, making, num=4, batch_size=1) == 2  # type: ignore[arg-type]
     assert teacher.asked == 2 * 4
     with pytest.raises(ValueError, match=r"sampler\.guidance 1.0, not 3.0"):
         write(out, teacher, Blocks(), source, settings(4, guidance=3.0))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"--num 9: .* has 5 samples"):
         write(out, teacher, Blocks(), source, making, num=9)  # type: ignore[arg-type]
+
+
+class Crowd(Pull):
+    """Answers by the size of the batch: as kernels do, but in more than the last bits."""
+
+    def __call__(self, x_t, t, cond: Condition, *, taps=(), cache=None) -> Prediction:
+        answer = super().__call__(x_t, t, cond)
+        return Prediction(x_t, t, self.path, answer.velocity * (1 + len(x_t) / 100))
+
+
+@pytest.mark.parametrize("lacks", [("1",), ("0", "4"), ("2", "3", "4")])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_pairs_that_are_made_later_are_those_of_an_undisturbed_run(
+    lacks: tuple[str, ...], world_size: int, tmp_path: Path
+) -> None:
+    """A kill leaves some pairs of a batch; the others are made in the same batch, and what is there is not written again."""
+    source, out, making, teacher = dataset(tmp_path / "data"), tmp_path / "out", settings(4), Crowd()
+
+    def run() -> int:
+        more = {"batch_size": 2, "world_size": world_size}
+        return sum(write(out, teacher, Blocks(), source, making, rank=rank, **more) for rank in range(world_size))  # type: ignore[arg-type]
+
+    assert run() == NUM
+    whole = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert cache.read(out / "latents/0.safetensors").tensors["latents"].isfinite().all()
+    for name in lacks:
+        (out / "videos" / f"{name}.mp4").unlink()
+    times = {path: path.stat().st_mtime_ns for path in whole if path.exists() and path.stem not in lacks}
+    assert run() == len(lacks)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == whole
+    assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
 def test_a_teacher_that_answers_nan_makes_no_pairs(tmp_path: Path) -> None:
