@@ -53,7 +53,8 @@ def analytic_dmd2_biased() -> Run:
     """Four-step DMD2 against a biased teacher, without GAN: the student inherits the bias."""
     run, start = analytic_dmd2(), "analytic/basic/analytic_biased@latest:student.ema"
     networks = Networks(teacher=BIASED, student=Full(STUDENT, init=start), critic=Full(STUDENT, init=start))
-    return _with_name(replace(run, networks=networks, health=Health()), "analytic_dmd2_biased", "analytic_biased")
+    run = replace(run, method=FOUR_STEPS, networks=networks, health=Health())
+    return _with_name(run, "analytic_dmd2_biased", "analytic_biased")
 
 
 @recipe("analytic_dmd2_gan")
