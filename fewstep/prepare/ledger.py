@@ -75,7 +75,7 @@ class Ledger:
         made_from = parse_json(rows[0], str(self.path), advice, _First).made_from if rows else self.made_from
         read = [parse_json(row, str(self.path), advice, _Line) for row in rows[1:]]
         lines = {line.name: line.content for line in read}
-        if strange := [name for name in lines if Path(name).name != name or name == ".."]:
+        if strange := [name for name in lines if Path(name).name != name or name in ("", "..") or len(name) > 255]:
             raise UserError(f"{self.path}: names {show(strange[0])}, which is no file of its folder. {advice}")
         there = [name for name in lines if self.file_of(name).is_file()]
         if rows and made_from != self.made_from and there:

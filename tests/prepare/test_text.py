@@ -1,6 +1,8 @@
 """Embedded captions come back as the encoder gave them, in the layout of Cosmos; files of others are never replaced."""
 
+import json
 import pickle
+import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -132,9 +134,10 @@ def test_a_line_cut_off_by_a_kill_is_no_damage(folder: Path) -> None:
     ledger.write_bytes(b"?\n")
     with pytest.raises(ValueError, match="damaged"):
         text.write(folder, Words())
-    ledger.write_bytes(lines[0] + b'{"name": "../x", "content": "y"}\n')
-    with pytest.raises(ValueError, match=r"names '\.\./x', which is no file of its folder"):
-        text.write(folder, Words())
+    for name in ("../x", "..", "", 300 * "n"):
+        ledger.write_bytes(lines[0] + json.dumps({"name": name, "content": "y"}).encode() + b"\n")
+        with pytest.raises(ValueError, match=rf"names '{re.escape(name[:40])}.*, which is no file of its folder"):
+            text.write(folder, Words())
 
 
 def test_files_of_someone_else_are_kept(folder: Path) -> None:
