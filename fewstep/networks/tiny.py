@@ -8,7 +8,7 @@ is finite at both ends of every path.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,6 +21,7 @@ from fewstep.config import kind
 from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import AnyPath, spread, working_dtype
 from fewstep.diffusion.prediction import coefficients_for, with_clean_frames
+from fewstep.errors import UserError
 from fewstep.networks.contract import NetworkDefaults, NetworkSpec, Traits
 from fewstep.networks.taps import idle_blocks
 
@@ -90,6 +91,10 @@ class TinySpec(NetworkSpec):
     sigma_data: float = 1.0
     path: AnyPath = RectifiedFlow()
 
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if self.architecture == "dit" and (self.num_heads < 1 or self.width % self.num_heads):
+            yield "num_heads", f"{self.num_heads} heads do not divide a width of {self.width}"
+
     def build(self) -> Tiny:
         module = _Mlp(self) if self.architecture == "mlp" else _Dit(self)
         return Tiny(module, self.path, self.sigma_data, tuple(module.blocks), self.end_time)
@@ -145,6 +150,7 @@ class _Mlp(nn.Module):
     def forward(
         self, y: Tensor, phi: Tensor, cond: Condition, taps: Sequence[int], end: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        _refuse_other(y, "points", 2, self.leave.out_features)
         y = y.to(self.enter.weight.dtype)  # in here, where the weights are those of compute; outside they may be sharded fp32
         emb = _with_label(functional.silu(_times(self.time, self.end, phi, end)), self.label, cond, y.shape[0])
         h, features = self.enter(y), {}
@@ -152,6 +158,11 @@ class _Mlp(nn.Module):
             h = block(h, emb)
             features[i] = h
         return self.leave(functional.silu(h)), tuple(features[i] for i in taps)
+
+
+def _refuse_other(y: Tensor, what: str, num_axes: int, channels: int) -> None:
+    if y.ndim != num_axes or y.shape[1] != channels:
+        raise UserError(f"this tiny network works on {what} of {channels} channels, but was given {list(y.shape[1:])}")
 
 
 def _with_label(emb: Tensor, table: nn.Embedding | None, cond: Condition, num: int) -> Tensor:
@@ -209,6 +220,7 @@ class _Dit(nn.Module):
     def forward(
         self, y: Tensor, phi: Tensor, cond: Condition, taps: Sequence[int], end: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        _refuse_other(y, "latents", 5, self.leave.out_features)
         y = y.to(self.enter.weight.dtype)  # as in _Mlp
         num, _, frames, height, width = y.shape
         mask = torch.zeros(num, frames) if cond.frame_mask is None else cond.frame_mask

@@ -7,6 +7,7 @@ from torch import nn
 
 from fewstep.batch import Condition
 from fewstep.diffusion import EDM, VP, RectifiedFlow, TrigFlow
+from fewstep.errors import UserError
 from fewstep.networks.analytic import GaussianMixture
 from fewstep.networks.tiny import Tiny, TinySpec
 from fewstep.networks.weights.addresses import load_into
@@ -191,6 +192,19 @@ def test_a_label_that_is_no_class_is_refused(spec):
     for wrong in (spec.num_labels, spec.num_labels + 1, -2):
         with pytest.raises((IndexError, ValueError)):
             awake(spec)(x, T, Condition(label=torch.tensor([0, wrong]), text=normal(2, 6, 5)))
+
+
+@pytest.mark.parametrize("spec", [MLP, DIT], ids=["mlp", "dit"])
+def test_data_of_another_shape_are_refused_by_their_shape(spec):
+    points = normal(2, spec.channels)
+    for wrong in (normal(2, spec.channels + 1), points[..., None], video()[:, :1], points if spec is DIT else video()):
+        with pytest.raises(UserError, match=rf"works on .* of {spec.channels} channels, but was given \[{wrong.shape[1]}"):
+            awake(spec)(wrong, T, cond_of())
+
+
+def test_heads_that_do_not_divide_the_width_are_a_problem_of_its_setting():
+    assert [key for key, _ in TinySpec("dit", width=8, num_heads=3).problems()] == ["num_heads"]
+    assert not list(TinySpec("dit", width=8, num_heads=4).problems())
 
 
 @pytest.mark.parametrize("frames, size", [(1, (1, 1)), (5, (3, 2)), (8, (4, 4))])
