@@ -32,7 +32,7 @@ class AverageVelocity:
     share_whole: float = 0.0  # of the samples, with r = 0; AnyFlow 0.25
     guidance: float = 1.0  # w of the teacher, 1 is off; AnyFlow 3.0
     derivative: AnyDerivative = Jvp()
-    weighting: Literal["adaptive", "time"] = "adaptive"  # 1 / (error + c)^power; or t sqrt(1 - t), normalised to mean 1
+    weighting: Literal["adaptive", "time"] = "adaptive"  # 1 / (error + c)^power; or t sqrt(1 - t), mean 1
     power: float = 1.0  # of the adaptive weight; MeanFlow 0.75 on CIFAR-10
     constant: float = 1e-3  # c of the adaptive weight
 

@@ -4,8 +4,8 @@
     stage 2   also DMD2's term on the student's own roll-out of a random number of jumps, from the weights of stage 1
 
 In stage 2 a roll-out of N jumps is made in three: one to a random one of its times, that jump itself, and one to the end, all
-with gradient, so that the student learns what N jumps would do at the cost of three. AnyFlow draws N and the place once for a
-batch; here every sample has its own, because a few hundred iterations would see each N only a few dozen times.
+with gradient, so that the student learns what N jumps would do at the cost of three. Every sample draws its own N and place:
+with one for a batch, a few hundred iterations would see each N only a few dozen times.
 """
 
 from __future__ import annotations
