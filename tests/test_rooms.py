@@ -67,7 +67,7 @@ FLOORS = {
         ("check",),
     ),
     "networks": (
-        ("files", "tokens"),
+        ("files", "grid", "tokens"),
         ("taps", "causal_attention"),
         ("encoders",),
         ("contract",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from fewstep.batch import Condition
 from fewstep.diffusion import Cache, Prediction
 from fewstep.errors import UserError
 from fewstep.networks.contract import Network, Wrapper
+from fewstep.networks.grid import Grid, codes_of, dense
 
 
 @dataclass(frozen=True)
@@ -61,25 +63,61 @@ class Offloaded(Wrapper):
         return list(self._home.values())
 
 
-def to_8bit(modules: Iterable[nn.Module]) -> int:
-    """Rounds the weights of frozen Linear layers in `modules` to eight bits, in place; returns how many layers those are.
+class _Product(torch.autograd.Function):
+    """x W^T + b of a rounded W. What is kept for backward are its codes, not the weight in the type of compute."""
 
-    One scale for each row of a weight, activations as they are (torchao). Gradients go through to the input, not to the weight.
+    @staticmethod
+    def forward(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        return nn.functional.linear(x, dense(codes, scale, x.dtype), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # Any: torch's signature, in all of these
+        ctx.save_for_backward(*inputs[1:3])
+        ctx.save_for_forward(*inputs[1:3])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # of a base that takes anything
+        codes, scale = ctx.saved_tensors
+        return gradients[0] @ dense(codes, scale, gradients[0].dtype), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        codes, scale = ctx.saved_tensors
+        return nn.functional.linear(tangents[0], dense(codes, scale, tangents[0].dtype))
+
+
+class RoundedLinear(nn.Linear):
+    """A frozen Linear layer that holds codes of one byte and their scales in place of its weight."""
+
+    codes: nn.Parameter
+    scale: nn.Parameter
+    dtype: torch.dtype
+
+    @classmethod
+    def take(cls, layer: nn.Linear, grid: Grid) -> None:
+        """Changes `layer` in place: whoever refers to it, an adapter for instance, calls the rounded one."""
+        weight = layer.weight.detach()
+        del layer.weight
+        layer.__class__ = cls
+        assert isinstance(layer, RoundedLinear)
+        layer.codes, layer.scale = (nn.Parameter(part, requires_grad=False) for part in codes_of(weight, grid))
+        layer.dtype = weight.dtype
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]  # networks look at its dtype
+        return dense(self.codes, self.scale, self.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _Product.apply(input, self.codes, self.scale, self.bias)  # pyright: ignore[reportReturnType]  # torch's stub
+
+
+def round_frozen(modules: Iterable[nn.Module], grid: Grid) -> int:
+    """Rounds the weights of frozen Linear layers in `modules`, in place; returns how many layers those are.
+
+    Activations stay as they are. Gradients and tangents go through to the input.
     """
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_  # pyright: ignore[reportMissingImports]  # an extra
-    except ImportError as error:
-        raise UserError(
-            "trainer.frozen=8bit needs torchao: pip install 'fewstep[eight-bit]', or set trainer.frozen=compute"
-        ) from error
-    count = 0
-
-    def is_frozen(layer: nn.Module, name: str) -> bool:
-        nonlocal count
-        is_match = isinstance(layer, nn.Linear) and not any(p.requires_grad for p in layer.parameters())
-        count += is_match
-        return is_match
-
-    for module in modules:
-        quantize_(module, Int8WeightOnlyConfig(version=2), filter_fn=is_frozen)
-    return count
+    layers = {id(layer): layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear)}
+    frozen = [layer for layer in layers.values() if not any(p.requires_grad for p in layer.parameters())]
+    for layer in frozen:
+        RoundedLinear.take(layer, grid)
+    return len(frozen)

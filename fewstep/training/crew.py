@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fewstep.methods.contract import Turn
 from fewstep.networks.contract import Network
-from fewstep.networks.frozen import Offloaded, to_8bit
+from fewstep.networks.frozen import Offloaded, round_frozen
+from fewstep.networks.grid import Grid
 from fewstep.networks.lora import Shared
 from fewstep.networks.roles import FROZEN, Whole, wholes
 from fewstep.parallel import World, has_unreduced, place, reduce_over_replicas
@@ -22,6 +23,7 @@ from fewstep.training.role import TrainedRole
 from fewstep.training.run import Run
 
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FROZEN_GRID: Mapping[str, Grid] = {"8bit": "int8", "float8": "float8"}
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,9 @@ def assemble(run: Run, networks: Mapping[str, Network], world: World) -> Crew:
         )
         if world.context is not None and whole.share_tokens is not None:
             whole.share_tokens(world.context)
-    if run.trainer.frozen == "8bit":
-        to_8bit(whole.module for whole in modules if not whole.trained)
+    grid = FROZEN_GRID.get(run.trainer.frozen)
+    if grid is not None:
+        round_frozen((whole.module for whole in modules if not whole.trained), grid)
     teacher = networks.get("teacher")
     if run.trainer.offload_teacher and teacher is not None and not isinstance(teacher, Shared):
         networks["teacher"] = Offloaded(teacher, world.device)

@@ -60,7 +60,9 @@ class Trainer:
         "blocks"  # with checkpointing: whole blocks; selective: all but their matrix products and attention
     )
     recompute_roles: tuple[str, ...] = ()  # with checkpointing: of these roles only; (): of all
-    frozen: Literal["compute", "8bit"] = "compute"  # precision frozen weights are kept in; 8bit: Linear layers, needs torchao
+    frozen: Literal["compute", "8bit", "float8"] = (
+        "compute"  # what frozen weights are kept in; 8bit (int8), float8: Linear layers
+    )
     offload_teacher: bool = (
         False  # its weights lie on the CPU between its calls; for a teacher that shares its weights with none
     )
@@ -195,7 +197,7 @@ class Run:
                 "warn:trainer.offload_teacher",
                 "has no effect: the teacher's weights are those of the roles that are adapters",
             )
-        for key, is_set in (("offload_teacher", trainer.offload_teacher), ("frozen", trainer.frozen == "8bit")):
+        for key, is_set in (("offload_teacher", trainer.offload_teacher), ("frozen", trainer.frozen != "compute")):
             if is_set and self.parallel.mode == "fsdp":
                 yield (
                     f"trainer.{key}",

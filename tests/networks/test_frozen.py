@@ -1,19 +1,22 @@
 """Frozen networks that take less memory answer as they did, and let gradients through."""
 
 import copy
-import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.batch import Condition
-from fewstep.networks.frozen import Offloaded, to_8bit
+from fewstep.networks.frozen import Offloaded, round_frozen
+from fewstep.networks.grid import Grid, on_grid
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Networks, build, wholes
 from fewstep.networks.tiny import Tiny, TinySpec
 from fewstep.parallel import World, place
+from tests.networks.test_grid import nearest
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 DIT = TinySpec("dit", channels=2, width=32, depth=2, num_heads=2)
@@ -63,42 +66,55 @@ def test_what_is_trained_is_not_offloaded() -> None:
         Offloaded(DIT.build(), torch.device("cpu"))
 
 
-def test_eight_bits_without_torchao_are_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchao"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "torchao", None)
-    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(ValueError, match=r"trainer\.frozen=8bit needs torchao: pip install"):
-        to_8bit([nn.Linear(2, 2)])
-
-
-@pytest.mark.filterwarnings("ignore")  # torchao's
-def test_eight_bits_are_near_and_adapters_on_them_learn_as_on_the_dequantised_weights() -> None:
-    pytest.importorskip("torchao")
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("grid", ["int8", "float8"])
+def test_a_rounded_network_is_the_network_with_rounded_weights_also_below_adapters(grid: Grid, compute: torch.dtype) -> None:
+    """Values, gradients to the input and tangents; and for backward it keeps no weight in the type of compute."""
     nets: Any = build(Networks(DIT, Lora(rank=2)), ("student", "teacher"), 0)
     torch.manual_seed(1)
     for parameter in nets["teacher"].module.parameters():
         nn.init.normal_(parameter, std=0.2)
     (whole,) = wholes(nets)
-    place(whole.module, tuple(whole.blocks), ALONE, mode="ddp", compute=torch.float32, trained=False, adapters=whole.adapters)
+    place(whole.module, tuple(whole.blocks), ALONE, mode="ddp", compute=compute, trained=False, adapters=whole.adapters)
+    plain: Any = build(Networks(DIT), ("teacher",), 0)["teacher"]
+    place(plain.module, tuple(plain.blocks), ALONE, mode="ddp", compute=compute, trained=False)
+    for name, parameter in whole.module.named_parameters():
+        if ".lora_" not in name:
+            plain.module.get_parameter(name.replace(".base_layer", "")).data = parameter.detach().clone()
     x = torch.randn(2, 2, 2, 4, 4)
-    exact = asked(nets["teacher"], x).velocity
-    before = {n: m.weight.detach().clone() for n, m in whole.module.named_modules() if isinstance(m, nn.Linear)}
-    count = to_8bit([whole.module])
-    assert count == 2 + 2 + 5 * 2  # enter, leave, time, and five in each block; no adapter
-    rounded = asked(nets["teacher"], x).velocity
-    assert 1e-5 < float((rounded - exact).abs().max() / exact.abs().max()) < 0.1
+    exact = asked(nets["teacher"], x).velocity.detach()
+    assert round_frozen([whole.module], grid) == 2 + 2 + 5 * 2  # enter, leave, time, and five in each block; no adapter
+    for layer in plain.module.modules():
+        if isinstance(layer, nn.Linear):
+            # bf16 would magnify what float64 and fp32 differ by; `on_grid` has its own test against float64
+            layer.weight.data = (nearest if compute == torch.float32 else on_grid)(layer.weight, grid).to(compute)
+    answers: list[Tensor] = []
+    gradients: list[Tensor] = []
+    tangents: list[Tensor] = []
+    kept: list[int] = []
+    for net in (plain, nets["teacher"]):
+        given, own = x.clone().requires_grad_(), {p.untyped_storage().data_ptr() for p in net.module.parameters()}
+        saved: dict[int, int] = {}
 
-    plain = copy.deepcopy(DIT.build())  # the same network with the weights that eight bits stand for
-    for name, layer in whole.module.named_modules():
-        if isinstance(layer, nn.Linear) and ".lora_" not in name:
-            dense = layer.weight.dequantize() if hasattr(layer.weight, "dequantize") else layer.weight
-            step = before[name].abs().amax(1, keepdim=True) / 127
-            assert bool(((dense - before[name]).abs() <= 0.51 * step).all())
-            plain.module.get_submodule(name.replace(".base_layer", "")).weight.data = dense.detach().clone()
-            if layer.bias is not None:
-                plain.module.get_submodule(name.replace(".base_layer", "")).bias.data = layer.bias.detach().clone()
-    torch.testing.assert_close(asked(plain, x).velocity, rounded, rtol=1e-4, atol=1e-5)
+        def keep(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            answer = asked(net, given)
+        kept.append(sum(size for storage, size in saved.items() if storage not in own))
+        answers.append(answer.velocity.detach())
+        (answer.x0.square().sum() + answer.features[0].float().square().sum()).backward()
+        assert given.grad is not None
+        gradients.append(given.grad)
+        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            tangent = forward_ad.unpack_dual(asked(net, forward_ad.make_dual(x, torch.ones_like(x))).velocity).tangent
+        assert tangent is not None
+        tangents.append(tangent)
+    assert 1e-4 < float((answers[1] - exact).abs().max() / exact.abs().max()) < 0.2
+    for want, got in (answers, gradients, tangents):
+        assert float((got - want).abs().max() / want.abs().max()) <= (1e-5 if compute == torch.float32 else 0)
+    assert kept[1] == kept[0] > 0
     given = x.clone().requires_grad_()
     asked(nets["student"], given).x0.square().sum().backward()
     assert given.grad is not None and all(p.grad is not None for p in nets["student"].module.parameters())

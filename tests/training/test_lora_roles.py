@@ -91,6 +91,21 @@ def test_dmd2_learns_with_student_and_critic_on_the_teacher_s_backbone(root: Pat
     assert told["energy_distance"] < 0.05
 
 
+@pytest.mark.slow
+def test_dmd2_learns_as_well_from_a_rounded_teacher(root: Path) -> None:
+    """Adapters on a rounded backbone, and whole roles beside a rounded teacher."""
+    method = DMD2(student=StudentSample((1.0, 0.7)), times=Shifted(shift=2.0), student_update_freq=2)
+    for roles, rate in ((networks(student=Lora(rank=8), critic=Lora(rank=8)), 2e-3), (networks(), 1e-3)):
+        distances: dict[str, float] = {}
+        for frozen in ("compute", "8bit", "float8"):
+            plain = run(f"{frozen}_{rate}", method, roles, MixtureSamples(MIXTURE), 400, rate)
+            result = train(replace(plain, trainer=replace(plain.trainer, frozen=frozen)))
+            distances[frozen] = result["energy_distance"]
+            assert result["energy_distance_undistilled"] > 0.2
+        print({name: round(value, 4) for name, value in distances.items()})
+        assert max(distances.values()) < 1.5 * distances["compute"] + 0.005
+
+
 def test_finetune_learns_other_data(root: Path) -> None:
     """Post-training: the base knows the mixture, the adapters move it to one component's data."""
     other = replace(MIXTURE, weights=(1.0, 1e-6, 1e-6, 1e-6, 1e-6, 1e-6, 1e-6, 1e-6))

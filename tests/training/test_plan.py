@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 
@@ -272,6 +273,20 @@ def test_a_teacher_that_lies_on_the_cpu_counts_while_it_is_asked() -> None:
     assert there.turns["critic"] - away.turns["critic"] == pytest.approx(weights, rel=0.02)
     assert "host" not in away.parts and "teacher.weights" not in away.parts
     assert away.turns["student"] == there.turns["student"]  # whose worst moment here is the call of the teacher
+
+
+@pytest.mark.parametrize("frozen", [pytest.param("8bit", marks=pytest.mark.slow), "float8"])
+def test_a_rounded_teacher_counts_its_codes_and_scales(frozen: Any) -> None:
+    case = run(DMD2(), Networks(DIT))
+    there, rounded = plan(case), plan(replace(case, trainer=replace(case.trainer, frozen=frozen)))
+    layers = [
+        layer for layer in build(Networks(DIT), ("teacher",), 0)["teacher"].module.modules() if isinstance(layer, nn.Linear)
+    ]
+    spared = sum(3 * layer.weight.numel() - 4 * len(layer.weight) for layer in layers)
+    assert there.parts["teacher.weights"] - rounded.parts["teacher.weights"] == spared
+    assert measured(replace(case, trainer=replace(case.trainer, frozen=frozen))) == pytest.approx(
+        max(rounded.turns.values()), rel=0.03
+    )
 
 
 def test_an_analytic_teacher_has_no_weights_and_is_planned_all_the_same() -> None:
