@@ -20,6 +20,7 @@ from fewstep.diffusion import Denoiser, Prediction, RectifiedFlow, Rng, guided, 
 from fewstep.diffusion.derivative import Agreement, AnyDerivative, Function, Jvp, disagreement
 from fewstep.diffusion.path import spread
 from fewstep.methods.contract import Nets, Terms, free_mask
+from fewstep.parallel import sum_over_processes
 
 FLOW = RectifiedFlow()
 
@@ -32,7 +33,7 @@ class AverageVelocity:
     share_whole: float = 0.0  # of the samples, with r = 0; AnyFlow 0.25
     guidance: float = 1.0  # w of the teacher, 1 is off; AnyFlow 3.0
     derivative: AnyDerivative = Jvp()
-    weighting: Literal["adaptive", "time"] = "adaptive"  # 1 / (error + c)^power; or t sqrt(1 - t), mean 1
+    weighting: Literal["adaptive", "anyflow"] = "adaptive"  # 1 / (error + c)^power; or as in `_anyflow_weight`
     power: float = 1.0  # of the adaptive weight; MeanFlow 0.75 on CIFAR-10
     constant: float = 1e-3  # c of the adaptive weight
 
@@ -48,7 +49,7 @@ class AverageVelocity:
         error = (answer - target) ** 2
         free = torch.ones_like(error) if mask is None else mask.expand_as(error)
         each = (error * free).flatten(1).sum(1) / free.flatten(1).sum(1).clamp(min=1)
-        weight = self._weight(each.detach(), truth.t).to(each.dtype)
+        weight = self._weight(each.detach().double(), truth.t, r).to(each.dtype)
         return Terms.of(average_velocity=(weight * each).mean(), watch={"error": each.detach().mean()})
 
     def draw(self, rng: Rng) -> tuple[Tensor, Tensor]:
@@ -77,16 +78,22 @@ class AverageVelocity:
         way = _along_velocity(on_path(nets.student, FLOW), truth, r, batch.cond, self._velocity(truth, nets, batch))
         return Agreement(self.derivative, disagreement(self.derivative, *way))
 
-    def _weight(self, error: Tensor, t: Tensor) -> Tensor:
+    def _weight(self, error: Tensor, t: Tensor, r: Tensor) -> Tensor:
         if self.weighting == "adaptive":
-            return (error.double() + self.constant) ** -self.power
-        return t * torch.sqrt(1 - t) / MEAN_WEIGHT
+            return (error + self.constant) ** -self.power
+        return _anyflow_weight(error, t, r)
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if not (self.share_instant >= 0 and self.share_whole >= 0 and self.share_instant + self.share_whole <= 1):
             yield "share_instant", "and share_whole are shares of samples, which sum to at most 1"
         if self.source == "data" and self.guidance != 1.0:
             yield "guidance", "has no effect without a teacher: set source=teacher, or guidance=1"
+        if self.source == "teacher" and self.guidance == 1.0 and self.weighting == "anyflow":
+            yield (
+                "weighting",
+                "anyflow scales the losses with r < t to the mean of those with r = t, and a student that starts as its "
+                "teacher has none there: set weighting=adaptive, guidance above 1, or source=data",
+            )
 
 
 def _along_velocity(
@@ -101,7 +108,16 @@ def _along_velocity(
     return average, (x_t, t), (velocity.to(x_t.dtype), torch.ones_like(t)), (t - r, 1 - t)
 
 
-MEAN_WEIGHT = 4 / 15  # of t sqrt(1 - t) over t in 0..1
+def _anyflow_weight(error: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    """t sqrt(1 - t), its mean 1 over t in 0..1, where r = t; elsewhere what makes the loss the mean of those.
+
+    The mean is over this micro-batch on all processes, so that accumulation in smaller ones trains slightly differently.
+    """
+    weight = t * torch.sqrt(1 - t) * 15 / 4
+    loss, is_instant = weight * error, r == t
+    total, count = sum_over_processes(torch.stack((torch.where(is_instant, loss, 0.0).sum(), is_instant.sum().to(loss))))
+    scale = torch.where(count > 0, total / count.clamp(min=1) / (loss + 1e-5), 1.0)
+    return torch.where(is_instant, weight, weight * scale)
 
 
 def ending(student: Denoiser, x_t: Tensor, t: Tensor, r: Tensor, cond: Condition) -> Tensor:

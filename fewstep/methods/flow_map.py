@@ -56,7 +56,7 @@ class OnPolicy:
 @dataclass(frozen=True)
 class FlowMap:
     velocity: AverageVelocity = AverageVelocity(
-        times=times.Shifted(shift=SHIFT), share_whole=0.25, derivative=Difference(step=5e-3), weighting="time"
+        times=times.Shifted(shift=SHIFT), share_whole=0.25, derivative=Difference(step=5e-3)
     )
     on_policy: OnPolicy | None = None  # none: stage 1
     num_steps: int = 4  # jumps of the student's sampler; `generate --num-steps` may choose another number

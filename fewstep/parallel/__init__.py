@@ -1,7 +1,7 @@
 """Processes and shards. It imports torch only, so that inference on several devices needs no trainer."""
 
 from fewstep.parallel.context import Context
-from fewstep.parallel.mesh import World, device_of, is_joined, is_lost_process, join_world, leave_world
+from fewstep.parallel.mesh import World, device_of, is_joined, is_lost_process, join_world, leave_world, sum_over_processes
 from fewstep.parallel.shard import (
     average_gradients,
     has_unreduced,
@@ -27,4 +27,5 @@ __all__ = [
     "local",
     "place",
     "reduce_over_replicas",
+    "sum_over_processes",
 ]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fewstep.environment import ranks
@@ -152,6 +153,13 @@ def device_of(name: str | None) -> str:
 def is_joined() -> bool:
     """True between join_world and leave_world of a run of several processes."""
     return dist.is_initialized()
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of each value over the processes of a run, each of which calls it as often; in a process alone, the values."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
 
 
 def leave_world() -> None:

@@ -250,10 +250,7 @@ def toy_rcm() -> Run:
 def toy_flow_map() -> Run:
     """A flow map of the toy teacher, from its weights: one student for any number of steps."""
     run = _dmd2("toy_flow_map", 4, "")
-    # With "time" the longest jumps drown the others: the error of short ones stays five times as large.
-    velocity = AverageVelocity(
-        times=Shifted(STUDENT_SHIFT), share_whole=0.25, guidance=GUIDANCE, derivative=Difference(), weighting="adaptive"
-    )
+    velocity = AverageVelocity(times=Shifted(STUDENT_SHIFT), share_whole=0.25, guidance=GUIDANCE, derivative=Difference())
     student = Full(replace(TEACHER, pretrained=SHIPPED, end_gate=0.25))
     return replace(
         run,

@@ -337,17 +337,23 @@ def test_meanflow_is_the_papers_loss(source):
     torch.testing.assert_close(found, expected[1], rtol=1e-10, atol=1e-12)
 
 
-def anyflow_error(student, law, rng, x0):
-    """AnyFlow's term with the teacher's velocity, by hand."""
+def anyflow_error(student, law, rng, x0, source):
+    """AnyFlow's first stage by hand, row by row: with r < t, the log of the loss times the mean of the losses with r = t."""
     first, second, share = law.draw(rng, FLOW), law.draw(rng, FLOW), rng.uniform()
     t, r = torch.maximum(first, second), torch.minimum(first, second)
     r = torch.where(share < 0.5, t, torch.where(share >= 0.75, torch.zeros_like(r), r))
-    x = (1 - t)[:, None] * x0 + t[:, None] * rng.normal_like(x0)
-    v = TEACHER(x, t, Condition()).velocity
+    z = rng.normal_like(x0)
+    x = (1 - t)[:, None] * x0 + t[:, None] * z
+    v = z - x0 if source == "data" else TEACHER(x, t, Condition()).velocity
     u = lambda x, t: student(x, t, Condition(end=r)).velocity  # noqa: E731
     change = torch.autograd.functional.jvp(u, (x, t), (v, torch.ones_like(t)))[1]
     error = (u(x, t) - (v - (t - r)[:, None] * change).detach()).square().mean(1)
-    return (error * t * torch.sqrt(1 - t)).mean() * 15 / 4  # the mean of the weight is 4 / 15
+    losses = error * t * torch.sqrt(1 - t) / (4 / 15)  # the mean of the weight is 4 / 15
+    instant = [loss for loss, row in zip(losses, r == t, strict=True) if row]
+    assert 0 < len(instant) < ROWS
+    mean = float(sum(instant).detach()) / len(instant)
+    jumps = [loss for loss, row in zip(losses, r == t, strict=True) if not row]
+    return (sum(instant) + sum(mean * loss / (loss.detach() + 1e-5) for loss in jumps)) / ROWS
 
 
 def rolled_out(student, noise, num_jumps, shift, choices, places):
@@ -365,14 +371,15 @@ def rolled_out(student, noise, num_jumps, shift, choices, places):
     return torch.cat(rows)
 
 
-def test_both_stages_of_a_flow_map_are_anyflows():
+@pytest.mark.parametrize("source", ["teacher", "data"])
+def test_both_stages_of_a_flow_map_are_anyflows(source):
     """The first by the identity; the second adds DMD2's term at the end of each row's own roll-out, and a critic of it."""
     student, critic = small(end_time=True), small()
     law, around, jumps = times.Shifted(shift=3.0), times.Shifted(shift=2.0), (1, 2, 5)
-    velocity = AverageVelocity(times=law, share_whole=0.25, derivative=Jvp(), weighting="time")
+    velocity = AverageVelocity(source=source, times=law, share_whole=0.25, derivative=Jvp(), weighting="anyflow")
     nets = {"student": student, "teacher": TEACHER}
     value, found = gradient(FlowMap(velocity), nets)
-    expected = autograd_of(student, anyflow_error(student, law, Rng(11, 5, range(ROWS)), data().x0))
+    expected = autograd_of(student, anyflow_error(student, law, Rng(11, 5, range(ROWS)), data().x0, source))
     assert value == pytest.approx(expected[0], rel=1e-10)
     torch.testing.assert_close(found, expected[1], rtol=1e-10, atol=1e-12)
 
@@ -381,7 +388,7 @@ def test_both_stages_of_a_flow_map_are_anyflows():
     method = FlowMap(velocity, matching, shift=3.0)
     value, found = gradient(method, nets, turn_step=0)
     rng, x0 = Rng(11, 5, range(ROWS)), data().x0
-    first = 0.3 * anyflow_error(student, law, rng, x0)
+    first = 0.3 * anyflow_error(student, law, rng, x0, source)
     drawn = (rng.uniform() * len(jumps), rng.uniform())
     sample = rolled_out(student, rng.normal_like(x0), jumps, 3.0, *drawn)
     t = around.draw(rng, FLOW)
@@ -447,7 +454,7 @@ def average(derivative):
     return MeanFlow(AverageVelocity(share_instant=0.3, derivative=derivative))
 
 
-MAP = AverageVelocity(share_whole=0.25, derivative=Jvp(), weighting="time")
+MAP = AverageVelocity(share_whole=0.25, derivative=Jvp())
 STATIONARY = {
     "scm": continuous(Jvp()),
     "scm, not normalised": SCM(TangentTerm(tangent=Tangent(warmup_iters=0, constant=0.0, scales="state"))),
