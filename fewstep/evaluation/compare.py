@@ -76,14 +76,14 @@ class _Scores:
         return torch.tensor([math.nan if x is None else x for column in columns for x in column], dtype=torch.float64)
 
 
-def compare(files: Sequence[Path]) -> list[Difference]:
-    """The differences of every score of each file from the first one's."""
+def compare(files: Sequence[Path], *, headlines: bool = False) -> list[Difference]:
+    """The differences of every score, or of the headline scores only, of each file from the first one's."""
     parts = [_Scores.read(path) for path in files]
     with fault_of(f"{parts[0].path} and what it is compared with", "Evaluate the models again"):
         problems = [f"{part.path}: {text}" for part in parts[1:] for text in unlike(parts[0].record, part.record)]
         if problems:
             raise UserError(f"scores of unlike protocols do not compare with {parts[0].path}:\n" + "\n".join(problems))
-        legend = {row["name"]: row for row in parts[0].record["legend"]}
+        legend = {row["name"]: row for row in parts[0].record["legend"] if row["is_headline"] or not headlines}
         rows = [(row, other) for other in parts[1:] for row in legend.values() if _both(row, parts[0], other)]
         return [_difference(row, parts[0], other) for row, other in rows]
 

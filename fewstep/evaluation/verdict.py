@@ -1,16 +1,19 @@
-"""Is a student better than its teacher in few calls, or than the student before it? By the scores of `fewstep evaluate`."""
+"""Is a student better than its teacher in few calls, or than the student before it? By the scores of `fewstep evaluate`.
+
+A score tells two models apart where the 95 % interval of their difference does not hold 0, as in `evaluate --compare`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import hypot
 from pathlib import Path
 from typing import Any, Literal
 
+from fewstep.evaluation.compare import compare
 from fewstep.evaluation.score_files import read_scores
 
-Outcome = Literal["better", "worse", "same"]  # same: within the spread
+Outcome = Literal["better", "worse", "same"]  # same: not told apart
 
 
 @dataclass(frozen=True)
@@ -21,50 +24,49 @@ class Verdict:
     better: str  # "lower" or "higher"
     value: float  # the student's
     other: float
-    spread: float  # of the difference
+    low: float  # of the 95 % interval of value - other
+    high: float
     num: int = 0  # clips
     whose: str = "its teacher"  # of whom the other score is
     is_teacher: bool = True
 
     @property
     def outcome(self) -> Outcome:
-        """Of the student: better or worse by more than the spread, or the same."""
-        lead = self.other - self.value if self.better == "lower" else self.value - self.other
-        return "better" if lead > self.spread else "worse" if -lead > self.spread else "same"
+        if self.low <= 0 <= self.high:
+            return "same"
+        return "better" if (self.value < self.other) == (self.better == "lower") else "worse"
 
     @property
     def sentence(self) -> str:
-        words = {"better": "better than", "worse": "WORSE than", "same": "as good, within the spread, as"}
+        words = {"better": "better than", "worse": "WORSE than", "same": "as good, as far as these clips tell, as"}
         return f"{self.score}: the student is {words[self.outcome]} {self.whose}"
 
     def __str__(self) -> str:
-        numbers = f"{self.value:.4g} against {self.other:.4g}, {self.better} is better, spread {self.spread:.2g}"
+        numbers = (
+            f"{self.value:.4g} against {self.other:.4g}, {self.better} is better, difference {self.low:.2g} to {self.high:.2g}"
+        )
         return f"{self.sentence} ({numbers})"
 
 
 def verdicts(student: Path, other: Path) -> list[Verdict]:
-    """One for each headline score that tells the two files apart and has a better end.
+    """One for each headline score that has a better end and an interval.
 
-    Zero for both tells nothing, nor does a Frechet distance of too few clips.
+    Zero for both tells nothing, nor does a Frechet distance of too few clips. Raises UserError for scores of unlike protocols.
     """
-    return list(_verdicts(read_scores(student), read_scores(other), other.stem))
-
-
-def _verdicts(mine: Mapping[str, Any], other: Mapping[str, Any], stem: str) -> Iterator[Verdict]:
-    notes = [*mine.get("notes", []), *other.get("notes", [])]
-    is_teacher, calls = "sampler" in other, other.get("num_calls")
-    whose = ("its teacher" if is_teacher else f"that of {stem}") + (f" in {_calls(calls)}" if is_teacher and calls else "")
-    for score in mine["legend"]:
-        name, better = score["name"], score.get("better")
-        pair = [record["scores"].get(name) for record in (mine, other)]
-        if better not in ("lower", "higher") or not score.get("is_headline"):
-            continue
-        if any(entry is None or entry["value"] is None for entry in pair) or pair[0]["value"] == pair[1]["value"] == 0:
-            continue
-        if name.startswith("frechet") and any("undetermined" in note for note in notes):
-            continue
-        spread, num = hypot(*(entry.get("spread") or 0.0 for entry in pair)), min(entry.get("num", 0) for entry in pair)
-        yield Verdict(name, better, pair[0]["value"], pair[1]["value"], spread, num, whose, is_teacher)
+    mine, others = read_scores(student), read_scores(other)
+    notes = [*mine.get("notes", []), *others.get("notes", [])]
+    is_few = any("undetermined" in note for note in notes)
+    better = {score["name"]: score.get("better") for score in mine["legend"]}
+    is_teacher, calls = "sampler" in others, others.get("num_calls")
+    whose = ("its teacher" if is_teacher else f"that of {other.stem}") + (
+        f" in {_calls(calls)}" if is_teacher and calls else ""
+    )
+    return [
+        Verdict(row.score, better[row.score], row.value_other, row.value_first, row.low, row.high, row.num, whose, is_teacher)
+        for row in compare([other, student], headlines=True)
+        if better[row.score] in ("lower", "higher") and row.verdict != "not measured"
+        if not (row.value_first == row.value_other == 0) and not (is_few and row.score.startswith("frechet"))
+    ]
 
 
 def conclusion(scores: Sequence[Verdict]) -> str:
@@ -77,10 +79,14 @@ def conclusion(scores: Sequence[Verdict]) -> str:
     num, same, whose = max(one.num for one in scores), len(outcomes["same"]), scores[0].whose
     clips = f"{num} clips" if num else "so few clips"
     if same == len(scores):
-        return f"As far as {clips} can tell, the student is as good as {whose}: no score differs by more than its spread."
-    sides = [f"{outcome} in {' and '.join(outcomes[outcome])}" for outcome in ("better", "worse") if outcomes[outcome]]
-    rest = f" In {same} of {len(scores)} scores they differ by less: {clips} do not rank them there." if same else ""
-    return f"Against {whose} the student is, by more than the spread, {' and '.join(sides)}.{rest}"
+        return f"As far as {clips} can tell, the student is as good as {whose}: no score tells the two apart."
+    sides = [f"{outcome} in {_list(outcomes[outcome])}" for outcome in ("better", "worse") if outcomes[outcome]]
+    rest = f" By {same} of {len(scores)} scores {clips} do not tell them apart." if same else ""
+    return f"Against {whose} the student is {', and '.join(sides)}.{rest}"
+
+
+def _list(names: Sequence[str]) -> str:
+    return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), names[-1]])
 
 
 def advice(scores: Sequence[Verdict]) -> list[str]:
@@ -89,7 +95,7 @@ def advice(scores: Sequence[Verdict]) -> list[str]:
     if not worse:
         return []
     return [
-        f"The last training made the student worse in {' and '.join(worse)} than {scores[0].whose}: train it longer, or with a "
+        f"The last training made the student worse in {_list(worse)} than {scores[0].whose}: train it longer, or with a "
         "lower learning rate (optim.lr=..)."
     ]
 

@@ -273,8 +273,8 @@ def test_the_end_of_the_command_says_what_the_report_says(world: Path, capsys: p
     page = html.unescape((asked.out / "report.html").read_text())
     for sentence in (
         facts.warnings[0],
-        "frechet: the student is as good, within the spread, as its teacher in 8 calls",
-        "As far as 8 clips can tell, the student is as good as its teacher in 8 calls: no score differs",
+        "frechet: the student is as good, as far as these clips tell, as its teacher in 8 calls",
+        "As far as 8 clips can tell, the student is as good as its teacher in 8 calls: no score tells",
         "As far as 8 clips can tell, the student is as good as that of kd",
     ):
         assert sentence in said and sentence in page, sentence

@@ -57,9 +57,9 @@ GATES = (
     Gate("below zero", -0.3, 0.1, "lower"),
 )
 VERDICTS = (
-    Verdict("frechet", "lower", 9.13, 44.4, 1.8, 512, "its teacher in 4 calls"),
-    Verdict("recall", "higher", 0.83, 0.86, 0.05, 512, "its teacher in 4 calls"),
-    Verdict("clip_score", "higher", 0.1, 0.9, 0.05, 512, "its teacher in 4 calls"),
+    Verdict("frechet", "lower", 9.13, 44.4, -38.8, -31.7, 512, "its teacher in 4 calls"),
+    Verdict("recall", "higher", 0.83, 0.86, -0.13, 0.07, 512, "its teacher in 4 calls"),
+    Verdict("clip_score", "higher", 0.1, 0.9, -0.9, -0.7, 512, "its teacher in 4 calls"),
 )
 STAGES = (
     Stage("Render", "fewstep prepare toyworld --out demo/data --num 512", 14.2),

@@ -15,6 +15,13 @@ def record(folder: Path, name: str, more: Mapping[str, Any] | None = None, **val
     legend = [about | {"name": score, "better": better.get(score, "as real")} for score in values]
     scores = {score: {"value": value, "spread": 0.3, "num": 8} for score, value in values.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"what": name, "legend": legend, "scores": scores, "sets": [{}], **(more or {})}
+    content: dict[str, Any] = {
+        "what": name,
+        "legend": legend,
+        "scores": scores,
+        "sets": [{"per_clip": {}}],
+        "protocol": {},
+        **(more or {}),
+    }
     (folder / f"{name}.json").write_text(json.dumps(content))
     return folder / f"{name}.json"

@@ -100,7 +100,8 @@ def wanted_numbers() -> dict[str, float]:
         name = f"verdict|{one.score}|{one.whose}"
         put(name, one.value, math.nan)
         put(f"{name}|other", one.other, math.nan)
-        put(f"{name}|apart", one.spread, math.nan)
+        put(f"{name}|low", one.low, math.nan)
+        put(f"{name}|high", one.high, math.nan)
     for stage in STAGES:
         put(f"seconds|{stage.name}", stage.seconds, math.nan)
     out["gain"] = 251.4 / 3.95

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from score_records import record
@@ -20,21 +21,31 @@ TEACHER = {"sampler": "unipc", "num_calls": 8}
 
 def test_one_score(tmp_path: Path) -> None:
     few = record(tmp_path, "few", TEACHER, frechet=2.0, motion=1.0)
-    worse, same = record(tmp_path, "worse", frechet=2.5, motion=9.0), record(tmp_path, "same", frechet=2.4, motion=9.0)
+    worse, same = record(tmp_path, "worse", frechet=2.9, motion=9.0), record(tmp_path, "same", frechet=2.8, motion=9.0)
     (verdict,) = verdicts(worse, few)  # a score without a better end judges nobody
     assert verdict.outcome == "worse"
     assert str(verdict) == (
-        "frechet: the student is WORSE than its teacher in 8 calls (2.5 against 2, lower is better, spread 0.42)"
+        "frechet: the student is WORSE than its teacher in 8 calls (2.9 against 2, lower is better, difference 0.068 to 1.7)"
     )
-    (verdict,) = verdicts(same, few)  # within sqrt(2) 0.3
+    (verdict,) = verdicts(same, few)  # within 1.96 sqrt(2) 0.3
     assert verdict.outcome == "same"
-    assert "the student is as good, within the spread, as its teacher in 8 calls (2.4 against 2" in str(verdict)
+    assert "the student is as good, as far as these clips tell, as its teacher in 8 calls (2.8 against 2" in str(verdict)
     (verdict,) = verdicts(few, worse)
-    assert verdict.outcome == "better" and "the student is better than that of worse (2 against 2.5" in str(verdict)
+    assert verdict.outcome == "better" and "the student is better than that of worse (2 against 2.9" in str(verdict)
     assert verdicts(record(tmp_path, "none", frechet=None, motion=1.0), few) == []
-    worse.write_text(worse.read_text().replace("2.5", '"2.5"'))
-    with pytest.raises(ValueError, match=r"worse.json: scores.frechet.value: must be .* got '2.5'. Evaluate the model again"):
+    worse.write_text(worse.read_text().replace("2.9", '"2.9"'))
+    with pytest.raises(ValueError, match=r"worse.json: scores.frechet.value: must be .* got '2.9'. Evaluate the model again"):
         verdicts(worse, few)
+
+
+def test_two_equal_models_are_told_apart_in_one_score_of_twenty(tmp_path: Path) -> None:
+    """Each value is drawn around the same truth with the spread that its file states."""
+    draws = torch.randn(300, 2, generator=torch.Generator().manual_seed(0)) * 0.3 + 5
+    outcomes = []
+    for mine, other in draws.tolist():
+        files = (record(tmp_path, name, frechet=value) for name, value in (("student", mine), ("kd", other)))
+        outcomes += [one.outcome for one in verdicts(*files)]
+    assert 4 < sum(outcome != "same" for outcome in outcomes) < 27  # of 300: 15 expected, deviation 3.8
 
 
 def test_what_tells_nothing_is_no_verdict(tmp_path: Path) -> None:
@@ -44,16 +55,16 @@ def test_what_tells_nothing_is_no_verdict(tmp_path: Path) -> None:
     assert conclusion([]) == "No score tells the two apart: score more clips (--num-eval, --num)."
 
 
-SAME = "As far as 8 clips can tell, the student is as good as its teacher in 8 calls: no score differs by more than its spread."
-WORSE = "Against its teacher in 8 calls the student is, by more than the spread, worse in frechet."
-MIXED = "Against its teacher in 8 calls the student is, by more than the spread, better in recall and worse in frechet."
-NOT_RANKED = " In 1 of 2 scores they differ by less: 8 clips do not rank them there."
+SAME = "As far as 8 clips can tell, the student is as good as its teacher in 8 calls: no score tells the two apart."
+WORSE = "Against its teacher in 8 calls the student is worse in frechet."
+MIXED = "Against its teacher in 8 calls the student is better in recall, and worse in frechet."
+NOT_RANKED = " By 1 of 2 scores 8 clips do not tell them apart."
 
 
 @pytest.mark.parametrize(
     ("frechet", "recall", "sentence"), [(2.1, 0.6, SAME), (9.0, 0.6, WORSE + NOT_RANKED), (9.0, 1.6, MIXED)]
 )
-def test_the_conclusion_says_what_the_spread_allows(tmp_path: Path, frechet: float, recall: float, sentence: str) -> None:
+def test_the_conclusion_says_what_the_intervals_allow(tmp_path: Path, frechet: float, recall: float, sentence: str) -> None:
     few = record(tmp_path, "few", TEACHER, frechet=2.0, recall=0.5)
     assert conclusion(verdicts(record(tmp_path, "student", frechet=frechet, recall=recall), few)) == sentence
 

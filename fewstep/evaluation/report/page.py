@@ -155,7 +155,7 @@ def _verdicts(report: Report) -> str:
     """Each student against another model, score by score, and what makes the numbers less than they seem."""
     groups = "".join(
         f"<h2>The student and {esc(scores[0].whose) if scores else 'another'}</h2><p>{esc(conclusion(scores))}</p>"
-        f'<ul class="gates">{"".join(map(_verdict, scores))}</ul>'
+        f'<details><summary>Score by score</summary><ul class="gates">{"".join(map(_verdict, scores))}</ul></details>'
         for scores in report.verdicts
     )
     return "".join(f'<p class="warning"><b>Warning.</b> {esc(text)}</p>' for text in report.warnings) + groups
@@ -167,7 +167,8 @@ def _verdict(one: Verdict) -> str:
     return (
         f'<li class="verdict {look}"><span class="mark" role="img" aria-label="{one.outcome}">{sign}</span>'
         f'<div><h3>{esc(one.sentence)}</h3><small class="soft num">{data(one.value, of)} against '
-        f"{data(one.other, f'{of}|other')}, {one.better} is better, spread {data(one.spread, f'{of}|apart')}</small>"
+        f"{data(one.other, f'{of}|other')}, {one.better} is better, difference {data(one.low, f'{of}|low')} to "
+        f"{data(one.high, f'{of}|high')}</small>"
         "</div></li>"
     )
 
