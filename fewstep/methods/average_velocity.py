@@ -2,8 +2,10 @@
 
     u = v - (t - r) du/dt,   du/dt along (v, 1, 0) in (x_t, t, r)              Geng et al. 2025, arXiv:2505.13447, eq. 6
 
-At r = t it is the velocity itself. v is the teacher's, guided, or that of the data, eps - x0. The network receives r in
-`cond.end`; the path is the rectified flow, on which a jump is x_r = x_t - (t - r) u.
+At r = t it is the velocity itself. v is the teacher's, guided, or that of the data, eps - x0, guided by the student's own
+velocity under the negative condition (eq. 19). AnyFlow guides the answer instead, with a derivative along the velocity that is
+not guided, so that its fixed point is another below r = t. The network receives r in `cond.end`; the path is the rectified
+flow, on which a jump is x_r = x_t - (t - r) u.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewstep.batch import Batch, Condition
+from fewstep.batch import Batch, Condition, choose
 from fewstep.diffusion import Denoiser, Prediction, RectifiedFlow, Rng, guided, on_path, times
 from fewstep.diffusion.derivative import Agreement, AnyDerivative, Function, Jvp, disagreement
 from fewstep.diffusion.path import spread
@@ -31,17 +33,23 @@ class AverageVelocity:
     times: times.AnyTimes = times.LogitNormal(mean=-0.4, std=1.0)  # two draws of it, ordered, are t and r
     share_instant: float = 0.5  # of the samples, with r = t; MeanFlow 0.75 (CIFAR-10: 0.25), AnyFlow 0.5
     share_whole: float = 0.0  # of the samples, with r = 0; AnyFlow 0.25
-    guidance: float = 1.0  # w of the teacher, 1 is off; AnyFlow 3.0
+    guidance: float = 1.0  # w of v, 1 is off; AnyFlow 3.0
+    drop_condition: float = 0.0  # share of samples trained on the negative condition, without guidance
     derivative: AnyDerivative = Jvp()
     weighting: Literal["adaptive", "anyflow"] = "adaptive"  # 1 / (error + c)^power; or as in `_anyflow_weight`
     power: float = 1.0  # of the adaptive weight; MeanFlow 0.75 on CIFAR-10
     constant: float = 1e-3  # c of the adaptive weight
 
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"x0", "negative"} if self.guidance != 1.0 or self.drop_condition else {"x0"})
+
     def __call__(self, nets: Nets, batch: Batch, rng: Rng) -> Terms:
         """The term of a student turn."""
-        cond, student = batch.cond, on_path(nets.student, FLOW)
         truth, r = self._truth(batch, rng)
-        velocity = self._velocity(truth, nets, batch)
+        batch, w = self._conditioned(batch, rng)
+        cond, student = batch.cond, on_path(nets.student, FLOW)
+        velocity = self._velocity(truth, nets, batch, w)
         change = self.derivative.along(*_along_velocity(student, truth, r, cond, velocity))
         target = velocity - spread(truth.t - r, change).to(change.dtype) * change
         answer = ending(student, truth.x_t, truth.t, r, cond)
@@ -59,12 +67,25 @@ class AverageVelocity:
         r = torch.where(share < self.share_instant, t, r)
         return t, torch.where(share >= 1 - self.share_whole, torch.zeros_like(r), r)
 
+    def _conditioned(self, batch: Batch, rng: Rng) -> tuple[Batch, Tensor | float]:
+        """The batch, a share of its samples under the negative condition, and w of every sample."""
+        if not self.drop_condition:
+            return batch, self.guidance
+        assert batch.negative is not None
+        is_dropped = rng.uniform() < self.drop_condition
+        return replace(batch, cond=choose(is_dropped, batch.negative, batch.cond)), torch.where(is_dropped, 1.0, self.guidance)
+
     @torch.no_grad()
-    def _velocity(self, truth: Prediction, nets: Nets, batch: Batch) -> Tensor:
-        if self.source == "data":
+    def _velocity(self, truth: Prediction, nets: Nets, batch: Batch, w: Tensor | float) -> Tensor:
+        if self.source == "teacher":
+            teacher = guided(on_path(nets.teacher, FLOW), batch.negative, self.guidance)
+            return teacher(truth.x_t, truth.t, batch.cond).velocity
+        if self.guidance == 1.0:
             return truth.velocity
-        teacher = guided(on_path(nets.teacher, FLOW), batch.negative, self.guidance)
-        return teacher(truth.x_t, truth.t, batch.cond).velocity
+        assert batch.negative is not None
+        without = ending(on_path(nets.student, FLOW), truth.x_t, truth.t, truth.t, batch.negative)
+        scale = spread(w, without).to(without.dtype) if isinstance(w, Tensor) else w
+        return without + scale * (truth.velocity - without)
 
     def _truth(self, batch: Batch, rng: Rng) -> tuple[Prediction, Tensor]:
         """The data, noised to t; and r."""
@@ -75,7 +96,8 @@ class AverageVelocity:
     def agreement(self, nets: Nets, batch: Batch, rng: Rng) -> Agreement:
         """How far the derivative of the student in this loss is from one by differences."""
         truth, r = self._truth(batch, rng)
-        way = _along_velocity(on_path(nets.student, FLOW), truth, r, batch.cond, self._velocity(truth, nets, batch))
+        velocity = self._velocity(truth, nets, batch, self.guidance)
+        way = _along_velocity(on_path(nets.student, FLOW), truth, r, batch.cond, velocity)
         return Agreement(self.derivative, disagreement(self.derivative, *way))
 
     def _weight(self, error: Tensor, t: Tensor, r: Tensor) -> Tensor:
@@ -86,8 +108,8 @@ class AverageVelocity:
     def problems(self) -> Iterable[tuple[str, str]]:
         if not (self.share_instant >= 0 and self.share_whole >= 0 and self.share_instant + self.share_whole <= 1):
             yield "share_instant", "and share_whole are shares of samples, which sum to at most 1"
-        if self.source == "data" and self.guidance != 1.0:
-            yield "guidance", "has no effect without a teacher: set source=teacher, or guidance=1"
+        if not 0 <= self.drop_condition < 1:
+            yield "drop_condition", f"is a share of samples, 0 up to but not 1, not {self.drop_condition}"
         if self.source == "teacher" and self.guidance == 1.0 and self.weighting == "anyflow":
             yield (
                 "weighting",

@@ -71,7 +71,7 @@ class FlowMap:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"x0", "negative"} if self.velocity.guidance != 1.0 else {"x0"})
+        return self.velocity.needs
 
     def turn(self, step: int) -> Turn:
         if self.on_policy is None or is_student_turn(step, self.on_policy.student_update_freq, Warmup()):

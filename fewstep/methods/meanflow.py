@@ -34,7 +34,7 @@ class MeanFlow:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"x0", "negative"} if self.velocity.guidance != 1.0 else {"x0"})
+        return self.velocity.needs
 
     def turn(self, step: int) -> Turn:
         return Turn("student", ("student",))

@@ -314,6 +314,46 @@ def test_tcm_asks_its_first_stage_below_and_at_the_boundary():
     torch.testing.assert_close(found, expected[1], rtol=1e-9, atol=1e-11)
 
 
+@dataclass(frozen=True)
+class Moved:
+    """A network that reads its condition: its input is moved by it."""
+
+    inner: object
+
+    path = FLOW
+    module = property(lambda self: self.inner.module)
+
+    def __call__(self, x_t, t, cond, *, taps=(), cache=None):
+        return Prediction(x_t, t, FLOW, self.inner(x_t + cond.text[:, 0], t, cond).velocity)
+
+
+def test_guidance_from_data_is_the_students_own():
+    """eps - x0 is pushed away from the student's velocity under the negative condition, but for samples trained on that one."""
+    student, share, w = Moved(small(end_time=True)), 0.25, 3.0
+    text = Rng(8, 0, range(ROWS)).normal((1, 2), F64)
+    batch = replace(data(), cond=Condition(text=text), negative=Condition(text=-0.5 * torch.ones_like(text)))
+    method = MeanFlow(AverageVelocity(source="data", guidance=w, drop_condition=share, power=0.0))
+    value, found = gradient(method, {"student": student}, batch=batch)
+    assert method.needs == {"x0", "negative"}
+
+    rng, law = Rng(11, 5, range(ROWS)), times.LogitNormal(-0.4, 1.0)
+    first, second, instant = law.draw(rng, FLOW), law.draw(rng, FLOW), rng.uniform()
+    t, r = torch.maximum(first, second), torch.minimum(first, second)
+    r = torch.where(instant < 0.5, t, r)
+    z = rng.normal_like(batch.x0)
+    x = (1 - t)[:, None] * batch.x0 + t[:, None] * z
+    drop = (rng.uniform() < share)[:, None]
+    assert 0 < drop.sum() < ROWS
+    without = student(x, t, replace(batch.negative, end=t)).velocity.detach()
+    v = torch.where(drop, z - batch.x0, (1 - w) * without + w * (z - batch.x0))
+    cond = Condition(text=torch.where(drop[..., None], batch.negative.text, text), end=r)
+    u = lambda x, t: student(x, t, cond).velocity  # noqa: E731
+    change = torch.autograd.functional.jvp(u, (x, t), (v, torch.ones_like(t)))[1]
+    expected = autograd_of(student, (u(x, t) - (v - (t - r)[:, None] * change).detach()).square().mean())
+    assert value == pytest.approx(expected[0], rel=1e-10)
+    torch.testing.assert_close(found, expected[1], rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("source", ["teacher", "data"])
 def test_meanflow_is_the_papers_loss(source):
     student = small(end_time=True)
