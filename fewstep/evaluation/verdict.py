@@ -58,9 +58,7 @@ def verdicts(student: Path, other: Path) -> list[Verdict]:
     is_few = any("undetermined" in note for note in notes)
     better = {score["name"]: score.get("better") for score in mine["legend"]}
     is_teacher, calls = "sampler" in others, others.get("num_calls")
-    whose = ("its teacher" if is_teacher else f"that of {other.stem}") + (
-        f" in {_calls(calls)}" if is_teacher and calls else ""
-    )
+    whose = ("its teacher" if is_teacher else other.stem) + (f" in {_calls(calls)}" if is_teacher and calls else "")
     return [
         Verdict(row.score, better[row.score], row.value_other, row.value_first, row.low, row.high, row.num, whose, is_teacher)
         for row in compare([other, student], headlines=True)

@@ -275,11 +275,11 @@ def test_the_end_of_the_command_says_what_the_report_says(world: Path, capsys: p
         facts.warnings[0],
         "frechet: the student is as good, as far as these clips tell, as its teacher in 8 calls",
         "As far as 8 clips can tell, the student is as good as its teacher in 8 calls: no score tells",
-        "As far as 8 clips can tell, the student is as good as that of kd",
+        "As far as 8 clips can tell, the student is as good as kd",
     ):
         assert sentence in said and sentence in page, sentence
     assert "teacher in few steps, 8 calls" in said and "student, 4 calls" in said
     record(asked.out / "scores", "student", {"num_calls": 4}, frechet=3.0)
     with pytest.raises(ValueError, match="the student is worse than its teacher in 8 calls, which --strict does not accept"):
         _judge(facts)
-    assert "The last training made the student worse in frechet than that of kd: train it longer" in capsys.readouterr().out
+    assert "The last training made the student worse in frechet than kd: train it longer" in capsys.readouterr().out

@@ -31,7 +31,7 @@ def test_one_score(tmp_path: Path) -> None:
     assert verdict.outcome == "same"
     assert "the student is as good, as far as these clips tell, as its teacher in 8 calls (2.8 against 2" in str(verdict)
     (verdict,) = verdicts(few, worse)
-    assert verdict.outcome == "better" and "the student is better than that of worse (2 against 2.9" in str(verdict)
+    assert verdict.outcome == "better" and "the student is better than worse (2 against 2.9" in str(verdict)
     assert verdicts(record(tmp_path, "none", frechet=None, motion=1.0), few) == []
     worse.write_text(worse.read_text().replace("2.9", '"2.9"'))
     with pytest.raises(ValueError, match=r"worse.json: scores.frechet.value: must be .* got '2.9'. Evaluate the model again"):
@@ -73,7 +73,7 @@ def test_a_training_that_made_the_student_worse_is_told_with_what_to_do(tmp_path
     student, kd = record(tmp_path, "student", frechet=9.0), record(tmp_path, "kd", frechet=2.0)
     (sentence,) = advice(verdicts(student, kd))
     assert sentence == (
-        "The last training made the student worse in frechet than that of kd: train it longer, or with a lower learning rate "
+        "The last training made the student worse in frechet than kd: train it longer, or with a lower learning rate "
         "(optim.lr=..)."
     )
     assert advice(verdicts(student, record(tmp_path, "few", TEACHER, frechet=2.0))) == [] == advice(verdicts(kd, student))

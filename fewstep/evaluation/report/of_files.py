@@ -134,7 +134,7 @@ def report_of(
     groups = [pair.verdicts(scored) for pair in rivals]
     return Report(
         title=title or _title(scored, runs),
-        summary=_summary(scored, legend),
+        summary="" if groups else _summary(scored, legend),  # the verdict says more
         verdicts=groups,
         warnings=[text for scores in groups for text in advice(scores)],
         galleries=galleries,

@@ -154,11 +154,15 @@ def _facts(report: Report) -> str:
 def _verdicts(report: Report) -> str:
     """Each student against another model, score by score, and what makes the numbers less than they seem."""
     groups = "".join(
-        f"<h2>The student and {esc(scores[0].whose) if scores else 'another'}</h2><p>{esc(conclusion(scores))}</p>"
-        f'<details><summary>Score by score</summary><ul class="gates">{"".join(map(_verdict, scores))}</ul></details>'
+        f"<p>{esc(conclusion(scores))}</p>"
+        f"<details><summary>Against {esc(scores[0].whose)}, score by score</summary>"
+        f'<ul class="gates">{"".join(map(_verdict, scores))}</ul></details>'
+        if scores
+        else f"<p>{esc(conclusion(scores))}</p>"
         for scores in report.verdicts
     )
-    return "".join(f'<p class="warning"><b>Warning.</b> {esc(text)}</p>' for text in report.warnings) + groups
+    warnings = "".join(f'<p class="warning"><b>Warning.</b> {esc(text)}</p>' for text in report.warnings)
+    return f"<h2>Verdict</h2>{warnings}{groups}" if warnings or groups else ""
 
 
 def _verdict(one: Verdict) -> str:
