@@ -22,7 +22,6 @@ from fewstep.diffusion import Denoiser, Prediction, RectifiedFlow, Rng, guided, 
 from fewstep.diffusion.derivative import Agreement, AnyDerivative, Function, Jvp, disagreement
 from fewstep.diffusion.path import spread
 from fewstep.methods.contract import Nets, Terms, free_mask
-from fewstep.parallel import sum_over_processes
 
 FLOW = RectifiedFlow()
 
@@ -57,7 +56,7 @@ class AverageVelocity:
         error = (answer - target) ** 2
         free = torch.ones_like(error) if mask is None else mask.expand_as(error)
         each = (error * free).flatten(1).sum(1) / free.flatten(1).sum(1).clamp(min=1)
-        weight = self._weight(each.detach().double(), truth.t, r).to(each.dtype)
+        weight = self._weight(each.detach().double(), truth.t, r, nets).to(each.dtype)
         return Terms.of(average_velocity=(weight * each).mean(), watch={"error": each.detach().mean()})
 
     def draw(self, rng: Rng) -> tuple[Tensor, Tensor]:
@@ -100,10 +99,10 @@ class AverageVelocity:
         way = _along_velocity(on_path(nets.student, FLOW), truth, r, batch.cond, velocity)
         return Agreement(self.derivative, disagreement(self.derivative, *way))
 
-    def _weight(self, error: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    def _weight(self, error: Tensor, t: Tensor, r: Tensor, nets: Nets) -> Tensor:
         if self.weighting == "adaptive":
             return (error + self.constant) ** -self.power
-        return _anyflow_weight(error, t, r)
+        return _anyflow_weight(error, t, r, nets)
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if not (self.share_instant >= 0 and self.share_whole >= 0 and self.share_instant + self.share_whole <= 1):
@@ -130,14 +129,14 @@ def _along_velocity(
     return average, (x_t, t), (velocity.to(x_t.dtype), torch.ones_like(t)), (t - r, 1 - t)
 
 
-def _anyflow_weight(error: Tensor, t: Tensor, r: Tensor) -> Tensor:
+def _anyflow_weight(error: Tensor, t: Tensor, r: Tensor, nets: Nets) -> Tensor:
     """t sqrt(1 - t), its mean 1 over t in 0..1, where r = t; elsewhere what makes the loss the mean of those.
 
     The mean is over this micro-batch on all processes, so that accumulation in smaller ones trains slightly differently.
     """
     weight = t * torch.sqrt(1 - t) * 15 / 4
     loss, is_instant = weight * error, r == t
-    total, count = sum_over_processes(torch.stack((torch.where(is_instant, loss, 0.0).sum(), is_instant.sum().to(loss))))
+    total, count = nets.summed(torch.stack((torch.where(is_instant, loss, 0.0).sum(), is_instant.sum().to(loss))))
     scale = torch.where(count > 0, total / count.clamp(min=1) / (loss + 1e-5), 1.0)
     return torch.where(is_instant, weight, weight * scale)
 

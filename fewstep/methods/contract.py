@@ -83,6 +83,9 @@ class Nets:
 
     roles: Mapping[str, Any]  # Any: a Denoiser each, but for the head
     averaged: Callable[[], AbstractContextManager[None]] = nullcontext  # within, the student has its moving average as weights
+    summed: Callable[[Tensor], Tensor] = lambda values: (
+        values
+    )  # each value's sum over the processes, which all call it as often
 
     @property
     def head(self) -> Head:

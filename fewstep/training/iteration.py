@@ -13,7 +13,7 @@ from torch import Tensor
 from fewstep.batch import Batch
 from fewstep.diffusion import Rng
 from fewstep.methods.contract import Nets, Terms, Turn
-from fewstep.parallel import World
+from fewstep.parallel import World, sum_over_processes
 from fewstep.training.crew import Crew
 from fewstep.training.run import Run
 
@@ -38,7 +38,9 @@ def gradients(run: Run, crew: Crew, turn: Turn, parts: Iterable[Part]) -> Iterat
     for micro, part in enumerate(parts):
         if num > 1:
             crew.reduce_over_replicas(micro + 1 == num)
-        for terms in run.method.losses(turn, Nets(crew.networks, crew.student.averaged), part.batch, part.rng):
+        for terms in run.method.losses(
+            turn, Nets(crew.networks, crew.student.averaged, sum_over_processes), part.batch, part.rng
+        ):
             (terms.total * part.weight).backward()
             for name in turn.trains:
                 crew.trained[name].absorb()
