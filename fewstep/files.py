@@ -43,6 +43,7 @@ _ADVICE = {  # what to do about an error of the file system
     **dict.fromkeys((errno.EISDIR, errno.ENOTEMPTY), "A folder stands there: choose another name, or move it"),
     errno.ENAMETOOLONG: "Choose a shorter name",
     errno.ELOOP: "Links are not followed here: remove it",
+    errno.ENXIO: "A device or a socket stands there: remove it",
     errno.EIO: "The disk failed: choose another place",
 }
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)  # of file systems that have none
@@ -235,18 +236,11 @@ class Lines:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            with writing(path):
-                self._descriptor = _open(
-                    path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-                )
-            is_file = stat.S_ISREG(os.fstat(self._descriptor).st_mode)
-        except OSError as error:
-            if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
-                raise
-            is_file = False
-        if not is_file:
-            raise UserError(f"{path}: must be a file, and no link. Remove it")
+        with writing(path):
+            self._descriptor = _open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            self.close()
+            raise UserError(f"{path}: must be a file, and no device or pipe. Remove it")
 
     def add(self, line: str) -> None:
         """On a full disk the file stays as it was, without a part of the line."""

@@ -187,7 +187,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     with whole_folder(place / "folder") as partial:
         files.write_text(partial / "file", "ours")
     for use in (lambda: Lines(place / "log"), lambda: lock(place / ".lock").__enter__()):
-        with pytest.raises(UserError, match="must be a file, and no link"):
+        with pytest.raises(UserError, match="Links are not followed here: remove it"):
             use()
     with pytest.raises(UserError, match="is a link, which is not followed"):
         files.own_folder(place / "checkpoints")

@@ -54,13 +54,9 @@ def read_layers(cls: type[T], layers: Sequence[Any], overrides: Sequence[str] = 
 
 
 class _Edit(dict[str, Any]):
-    """The part of a command line for one key: `own` is its value, and the items are the edits below it.
-
-    Among the parts of a value it has no `own`: it is a change inside a value, and the text beside it came before.
-    """
+    """The part of a command line for one key: `own` is its value, and the items are the edits below it."""
 
     own: Text | None = None
-    beside: Text | None = None
 
 
 class _Reader:
@@ -86,7 +82,19 @@ class _Reader:
             for name in key.split("."):
                 node = node.setdefault(name, _Edit())
             node.own = Text(text)  # the last one counts: `repeated` says so to the user
+        self.contradictions(root, "")
         return root
+
+    def contradictions(self, edits: _Edit, level: str) -> None:
+        """Adds a problem for each value that one command line gives as a whole and again by its parts."""
+        for name, edit in edits.items():
+            key, whole, kind = join(level, name), edit.own, edit.get("kind", _Edit()).own
+            if edit and whole is not None and (_is_mapping_text(whole) or whole.lower() in ("none", "null")):
+                parts = ", ".join(part for part in _keys_of(edit, key) if part != key)
+                self.problems.append((key, f"given as {show(whole)}, and {parts} too; keep one"))
+            elif whole is not None and kind not in (None, whole):
+                self.problems.append((key, f"given twice, as {show(whole)} and as {show(kind)}; keep one"))
+            self.contradictions(edit, key)
 
     def report(self) -> None:
         """Raises ConfigError if there was any problem.
@@ -151,7 +159,6 @@ class _Reader:
                 entries: Mapping[str, Any] = {name: getattr(part, name) for name in settings}
             else:
                 entries = self.mapping(part, key, f"the settings of {cls.__name__} ({', '.join(settings)})")
-            self.clash(part, key)
             self.lose({name: value for name, value in entries.items() if name not in settings}, key, list(settings))
             for name in settings.keys() & entries.keys():
                 layers[name].append(entries[name])
@@ -199,19 +206,13 @@ class _Reader:
         if any(not isinstance(name, str) for name in names):
             self.problems.append((join(key, "kind"), f"must be a name{hint('', registry.entries(group))}"))
             return None, {}
-        if isinstance(part, _Edit) and names and part.beside not in (None, names[0]):
-            self.problems.append((key, f"given twice, as {show(part.beside)} and as {show(names[0])}; keep one"))
         rest = {name: value for name, value in values.items() if name != "kind"}
-        inside = _below(rest, part.beside) if isinstance(part, _Edit) else rest
-        return (str(names[0]) if names else None), inside
+        return (str(names[0]) if names else None), _Edit(rest) if isinstance(part, _Edit) else rest
 
     def maybe(self, member: Any, parts: Layers, key: str) -> Any:
         nones = [index for index, part in enumerate(parts) if _is_none(part, member)]
         parts = parts[nones[-1] + 1 :] if nones else parts
         if not parts:
-            return None
-        if nones and isinstance(parts[0], _Edit) and parts[0].beside is not None:
-            self.problems.append((key, f"given as none, and {', '.join(_keys_of(parts[0], key))} too; keep one"))
             return None
         return self.read(member, parts, key)
 
@@ -271,12 +272,6 @@ class _Reader:
                 self.problems.append((key, f"expected names, got the key {show(name)}; put it in quotes"))
         return {name: value for name, value in values.items() if isinstance(name, str)}
 
-    def clash(self, part: Any, key: str) -> None:
-        """Adds a problem for each key that one command line sets inside `key={...}` and again by itself."""
-        if isinstance(part, _Edit) and part.beside is not None and _is_mapping_text(part.beside):
-            for name in part.keys() & _Reader().mapping(part.beside, key, "").keys():
-                self.problems.append((join(key, name), f"given twice, inside {key}={{...}} and by itself; keep one"))
-
     def lose(self, entries: Mapping[str, Any], level: str, names: list[str]) -> None:
         """Adds an unknown key for each entry below a level that has only these names."""
         for name, value in entries.items():
@@ -290,13 +285,7 @@ _NOTHING: Any = object()  # the value of a key of which only parts are set
 def _opened(layer: Any) -> Layers:
     if not isinstance(layer, _Edit) or layer.own is None:
         return [layer]
-    return [layer.own, _below(layer, layer.own)] if layer else [layer.own]
-
-
-def _below(edits: Mapping[str, Any], beside: Text | None) -> _Edit:
-    below = _Edit(edits)
-    below.beside = beside
-    return below
+    return [layer.own, _Edit(layer)] if layer else [layer.own]
 
 
 def _edits_of(parts: Layers) -> list[_Edit]:

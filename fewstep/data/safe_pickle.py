@@ -14,7 +14,7 @@ from fewstep.untrusted.arrays import data_symbols
 from fewstep.untrusted.pickles import MAX_OPCODES, Budget, Reader, UnsafePickle, check_result
 from fewstep.untrusted.text import read_bytes
 
-__all__ = ["MAX_BYTES", "MAX_OPCODES", "UnsafePickle", "load", "loads"]
+__all__ = ["MAX_BYTES", "UnsafePickle", "load", "loads"]
 
 MAX_BYTES = 2 << 30
 _COPIES = 4  # bytes built per byte of the file: text -> bytes -> storage -> tensor is the longest honest chain
@@ -31,19 +31,17 @@ _FOREIGN = (
 )
 
 
-def load(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, max_opcodes: int = MAX_OPCODES) -> Any:
+def load(path: str | os.PathLike[str]) -> Any:
     """The plain data of one pickle; raises UnsafePickle, and never runs anything the file names.
 
     Tensors come back on the CPU without gradient, arrays writable. Costs about 2 us an opcode (a 14 MB noise file: a few dozen
     opcodes); arrays are copied twice.
     """
-    return loads(read_bytes(path, max_bytes), name=os.fspath(path), max_bytes=max_bytes, max_opcodes=max_opcodes)
+    return loads(read_bytes(path, MAX_BYTES), os.fspath(path))
 
 
-def loads(data: bytes, *, name: str = "<bytes>", max_bytes: int = MAX_BYTES, max_opcodes: int = MAX_OPCODES) -> Any:
+def loads(data: bytes, name: str = "<bytes>", max_opcodes: int = MAX_OPCODES) -> Any:
     """The same of a pickle held in memory; `name` stands for it in messages."""
-    if len(data) > max_bytes:
-        raise UnsafePickle(f"{name}: more than {max_bytes:,} bytes. If you trust it, pass a larger max_bytes.")
     for magic, what in _FOREIGN:
         if data.startswith(magic):
             raise UnsafePickle(f"{name}: not a pickle but {what}.")
@@ -54,7 +52,7 @@ def loads(data: bytes, *, name: str = "<bytes>", max_bytes: int = MAX_BYTES, max
         from fewstep.untrusted.torch_files import storage_symbols
 
         symbols |= storage_symbols(name, budget)
-    value = Reader(name, budget, symbols).run(stream)
+    value = Reader(stream, name, budget, symbols).run()
     if rest := len(data) - stream.tell():
         raise UnsafePickle(f"{name}: damaged, {rest:,} bytes follow the end of the pickle. Write the file again.")
     check_result(value, name)

@@ -7,7 +7,7 @@ It says how the network is built, how it is sampled, and in which envelope it wa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +25,6 @@ from fewstep.untrusted.text import read_json
 
 FILE = "student.json"
 OF_THE_PIPELINE = ("schedule", "network_family", "latent_scale", "latent_channels")  # what an exported pipeline.py reads
-
-SHARED = ("source", "role", "step", "notes", "files")
 
 
 @dataclass(frozen=True)
@@ -52,19 +50,19 @@ class Envelope:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Record:
-    """The keys of every card that are typed here. `network` may be of a kind that only the user's own files register."""
-
+class _Shared:
     envelope: Envelope = Envelope()
-    source: str = ""
-    role: str = ""
-    step: int | None = None
-    notes: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
+    source: str = ""  # name of the run
+    role: str = ""  # whose weights of that run
+    step: int | None = None  # iterations of its training
+    notes: tuple[str, ...] = ()  # what a reader of the export must know
+    files: tuple[str, ...] = ()  # what the export wrote, relative to its folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Student(_Record):
+class _Student(_Shared):
+    """The file of a student, but for `network`, which may be of a kind that only the user's own files register."""
+
     kind: Literal["student"] = "student"
     times: tuple[float, ...]
     path: AnyPath
@@ -74,7 +72,7 @@ class _Student(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Teacher(_Record):
+class _Teacher(_Shared):
     """A many-step model: trained on data alone, or a teacher that was post-trained."""
 
     kind: Literal["teacher"] = "teacher"
@@ -86,16 +84,10 @@ class _Network:
     network: AnyNetwork
 
 
-@dataclass(frozen=True)
-class StudentCard:
+@dataclass(frozen=True, kw_only=True)
+class StudentCard(_Shared):
     network: Mapping[str, Any]  # its kind and settings, as they are written in a configuration
     sampler: Sampler
-    envelope: Envelope = Envelope()
-    source: str = ""  # name of the run
-    role: str = ""  # whose weights of that run
-    step: int | None = None  # iterations of its training
-    notes: tuple[str, ...] = ()  # what a reader of the export must know
-    files: tuple[str, ...] = ()  # what the export wrote, relative to its folder
     pipeline: Mapping[str, Any] = field(default_factory=dict[str, Any])  # OF_THE_PIPELINE, of a folder of diffusers
 
     @classmethod
@@ -112,13 +104,12 @@ class StudentCard:
             record = parse(_Teacher if data.get("kind") == "teacher" else _Student, data)
         except ConfigError as error:
             raise UserError(f"{path} is damaged: {'; '.join(str(error).splitlines())}. {advice}") from None
-        shared = {name: getattr(record, name) for name in SHARED}
         if isinstance(record, _Teacher):
             sampler: Sampler = record.sampler
         else:
             sampler = StudentSampler(record.times, record.path, record.renoise, by_chunk=record.by_chunk, shift=record.shift)
-        envelope = replace(record.envelope, num_inference_steps=num_steps(sampler))
-        return cls(network, sampler, envelope, pipeline=pipeline, **shared)
+        record = replace(record, envelope=replace(record.envelope, num_inference_steps=num_steps(sampler)))
+        return cls(network=network, sampler=sampler, pipeline=pipeline, **_shared(record))
 
     def write(self, folder: Path) -> None:
         """Writes the card into `folder`, whole or not at all."""
@@ -126,13 +117,12 @@ class StudentCard:
 
     def as_json(self) -> dict[str, Any]:
         """The content of the file."""
-        shared = {name: getattr(self, name) for name in SHARED}
         sampler = self.sampler
         if isinstance(sampler, TeacherSampler):
-            record = dump(_Teacher(sampler=sampler, envelope=self.envelope, **shared))
+            record = dump(_Teacher(sampler=sampler, **_shared(self)))
         else:
             own = {name: getattr(sampler, name) for name in ("times", "path", "renoise", "by_chunk", "shift")}
-            record = dump(_Student(envelope=self.envelope, **own, **shared))
+            record = dump(_Student(**own, **_shared(self)))
         del record["envelope"]["num_inference_steps"]  # that of the sampler
         return record | {"num_inference_steps": num_steps(sampler), "network": self.network, **self.pipeline}
 
@@ -140,6 +130,10 @@ class StudentCard:
         """What builds the network. Raises ConfigError if its kind is not registered."""
         refuse_sizes(self.network, FILE)
         return parse(_Network, {"network": self.network}).network
+
+
+def _shared(card: _Shared) -> dict[str, Any]:
+    return {each.name: getattr(card, each.name) for each in fields(_Shared)}
 
 
 def num_steps(sampler: Sampler) -> int:

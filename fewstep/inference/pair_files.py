@@ -65,33 +65,33 @@ class PairFiles:
         """The name of the files of a pair."""
         return stem if self.form == "ours" else f"{number:06d}"
 
+    def file(self, part: Part, name: str) -> Path:
+        suffix = ".pth" if self.form == "fastgen" and ".pth" in part.suffixes else part.suffixes[0]
+        return self.place.file(part, name).with_suffix(suffix)
+
     def has(self, name: str) -> bool:
-        if self.form == "fastgen":
-            states = ("path.pth",) if self.has_states else ()
-            return all((self.root / name / file).is_file() for file in ("latent.pth", *states, "prompt.txt", "video.mp4"))
-        parts = [layout.VIDEOS, layout.CAPTIONS, layout.NOISE, layout.LATENTS] + ([layout.PATH] if self.has_states else [])
+        parts = [layout.VIDEOS, layout.CAPTIONS, layout.LATENTS] + ([layout.PATH] if self.has_states else [])
+        parts += [layout.NOISE] if self.form == "ours" else []
         parts += [] if self.control is None else [layout.control_latents(self.control)]
-        return all(self.place.file(part, name).is_file() for part in parts)
+        return all(self.file(part, name).is_file() for part in parts)
 
     def caption(self, name: str) -> str:
-        return read_caption(self.place.file(layout.CAPTIONS, name))
+        return read_caption(self.file(layout.CAPTIONS, name))
 
     def embedding(self, name: str) -> Tensor | None:
         """(tokens, D): the embedding that was stored with a pair."""
         if self.text is None:
             return None
-        path = self.root / name / "txt_emb.pth" if self.form == "fastgen" else self.place.file(layout.text(self.text), name)
+        part = layout.text(self.text)
+        path = self.root / name / "txt_emb.pth" if self.form == "fastgen" else self.file(part, name)
         if not path.is_file():  # copied under the suffix that it had
-            path = self.place.files(layout.text(self.text)).get(name, path)
+            path = self.place.files(part).get(name, path)
         return arrays.read_one(path, "text") if path.is_file() else None
 
     def read(self, name: str) -> tuple[Tensor, Tensor | None]:
         """x0 of a pair, and its states."""
-        if self.form == "fastgen":
-            states = arrays.read_one(self.root / name / "path.pth") if self.has_states else None
-            return arrays.read_one(self.root / name / "latent.pth"), states
-        states = arrays.read(self.place.file(layout.PATH, name))["path"] if self.has_states else None
-        return arrays.read_one(self.place.file(layout.LATENTS, name), "latents"), states
+        states = arrays.read_one(self.file(layout.PATH, name), "path") if self.has_states else None
+        return arrays.read_one(self.file(layout.LATENTS, name), "latents"), states
 
     def write(self, name: str, pair: Pair) -> None:
         if self.form == "fastgen":
@@ -115,14 +115,13 @@ class PairFiles:
         video.write(place.file(layout.VIDEOS, name), pair.frames, pair.fps, quality=self.quality)  # last: it says "done"
 
     def _write_fastgen(self, name: str, pair: Pair) -> None:
-        folder = self.root / name
-        write_text(folder / "prompt.txt", pair.caption + "\n")
+        write_text(self.file(layout.CAPTIONS, name), pair.caption + "\n")
         text = next(iter(_entries(pair.text).values()), None)
         tensors = {"txt_emb": text, "path": pair.states, "noise": pair.noise, "latent": pair.x0}
         for file, tensor in tensors.items():
             if tensor is not None:
-                write_torch(folder / f"{file}.pth", tensor.detach().cpu().clone())
-        video.write(folder / "video.mp4", pair.frames, pair.fps, quality=self.quality)
+                write_torch(self.root / name / f"{file}.pth", tensor.detach().cpu().clone())
+        video.write(self.file(layout.VIDEOS, name), pair.frames, pair.fps, quality=self.quality)
 
 
 def check_form(form: Form, control: str | None, text: Path | Mapping[str, Tensor] | None) -> None:

@@ -324,7 +324,7 @@ class FilePrompts:
                 pooled = stored_pooled(encoder, text)
                 tensors = {"text": stored_embedding(encoder, text)} | ({} if pooled is None else {"pooled": pooled})
                 cache.write(self._file(text), tensors)
-        return max(cache.header(self._file(text)).shapes["text"][0] for text in texts)
+        return max(cache.read(self._file(text)).shapes["text"][0] for text in texts)
 
     def material(self, rows: Sequence[int]) -> Material:
         cond = condition_of([self._embedding(self.captions[row]) for row in rows], self.mask_text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def best_first(records: Sequence[RunRecord], score: str, highest: bool = False) 
 
     def rank(record: RunRecord) -> tuple[bool, float]:
         value = record.values.get(score, math.nan)
-        return (math.isnan(value), -value if highest else value) if not math.isnan(value) else (True, 0.0)
+        return (True, 0.0) if math.isnan(value) else (False, -value if highest else value)
 
     return sorted(records, key=rank)
 
@@ -102,10 +103,7 @@ def score_of(records: Sequence[RunRecord], name: str | None) -> str | None:
         raise UserError(f"--by {name}: no run has it; there are {', '.join(every) or 'no values yet'}")
     if name is not None:
         return name
-    counts: dict[str, int] = {}
-    for record in records:
-        for key in record.scores:
-            counts[key] = counts.get(key, 0) + 1
+    counts = Counter(key for record in records for key in record.scores)
     return max(counts, key=lambda key: counts[key], default=None)
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from fewstep.errors import UserError
-from fewstep.untrusted.pickles import Budget, Entry, Pending, RefusalError, Symbol, exactly, short
+from fewstep.untrusted.pickles import Budget, Pending, RefusalError, Symbol, exactly, short
 
 _SIMPLE_DTYPE = re.compile(r"b1|[iuf]\d{1,2}")
 
 
-def data_symbols(budget: Budget) -> dict[str, Entry]:
+def data_symbols(budget: Budget) -> dict[str, Any]:
     """The names that plain data may use."""
 
     def encode(text: str, encoding: str = "latin1") -> bytes:
@@ -57,7 +57,7 @@ def data_symbols(budget: Budget) -> dict[str, Entry]:
     def scalar(element: Any, raw: Any) -> Any:  # the numpy scalar of whichever type
         return _array(raw, element, (), "C", budget)[()]
 
-    symbols: dict[str, Entry] = {
+    symbols: dict[str, Any] = {
         "_codecs.encode": encode,
         "__builtin__.bytes": lambda: b"",  # of protocol 2, which has no other bytes than encoded text
         "collections.OrderedDict": lambda: OrderedDict[Any, Any](),  # not with items, which may have equal hashes
@@ -99,10 +99,7 @@ def _array(raw: Any, dtype: Any, shape: Any, order: str, budget: Budget) -> np.n
     if num * dtype.itemsize != len(raw):
         raise RefusalError(f"an array of shape {shape!s:.80} of {dtype} from {len(raw):,} bytes")
     budget.charge(len(raw))
-    if not raw:
-        return np.zeros(shape, dtype, order="F" if order == "F" else "C")
-    flat = np.frombuffer(raw, dtype)
-    if dtype.kind == "b":
-        flat = flat.view(np.uint8) != 0  # a bool must not hold 2
-    native = flat.dtype.newbyteorder("=")  # torch takes no other
-    return flat.reshape(shape, order="F" if order == "F" else "C").astype(native, order="K", copy=True)
+    is_bool = dtype.kind == "b"  # a bool must not hold 2
+    array = np.ndarray(shape, np.uint8 if is_bool else dtype, raw, order="F" if order == "F" else "C")
+    native = array.dtype.newbyteorder("=")  # torch takes no other
+    return np.asarray(array != 0) if is_bool else array.astype(native, order="K", copy=True)

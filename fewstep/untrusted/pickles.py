@@ -1,8 +1,10 @@
-"""Pickles read as data. The stream is interpreted here, one opcode at a time, and nothing in it is ever called.
+"""Pickles read as data: a pickle is a program, and of its language only what builds plain data is here.
 
-Pickle is a program: `pickle.load` imports what the file names and calls it. This reader knows some forty opcodes, and of names
-those that its caller admits, each of which stands for a function of this package; there is no `pickle.Unpickler` behind it, no
-import, no getattr, no `__setstate__`, no `torch.load`. Everything else is refused by name.
+`pickle.load` imports what the file names and calls it. This reader is the stack machine of the standard library in Python,
+whose table of opcodes is cut to some forty: those that push a constant, and those that put constants into lists, tuples and
+dictionaries. What touches a name is written here: of names only those are known that the caller admits, each of which stands
+for a function of this package; nothing is imported, no attribute of a name is taken, no `__setstate__` called. Everything else
+is refused by name.
 
 Budgets limit decompression bombs: bytes of the file, opcodes, bytes that builders may copy (in proportion to the file, since an
 honest pickle holds every byte it unpacks to), the depth and the unfolded size of the result, and keys that share a hash.
@@ -10,10 +12,10 @@ honest pickle holds every byte it unpacks to), the depth and the unfolded size o
 
 from __future__ import annotations
 
+import pickle
 import pickletools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -25,18 +27,8 @@ MAX_OPCODES = 2_000_000  # a container costs some 100 bytes for its one opcode, 
 _MAX_DEPTH = 100  # containers in containers; keeps repr, json and copy of the result off the recursion limit
 _MAX_UNFOLDED = 50_000_000  # elements met by one who walks the result; a billion-laughs list is small only while shared
 _MAX_KEY_PARTS = 64  # hash() of a tuple walks it, shared parts again and again, in C and without a depth limit
-_MAX_INT_BITS = 8_192
 _MAX_EQUAL_HASHES = 32  # different keys; each new one is compared with all of them
 
-_CONSTANTS = frozenset(
-    (
-        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "UNICODE", "BINUNICODE"),
-        *("SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-    )
-)
-_FIXED = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_FRESH = {"EMPTY_LIST": list, "EMPTY_DICT": dict}
-_IGNORED = frozenset(("PROTO", "FRAME"))
 _SCALARS = frozenset((str, bytes, int, float, bool, type(None)))
 
 
@@ -47,24 +39,8 @@ class UnsafePickle(UserError):  # noqa: N818  # the name says what the file is
 
 
 Builder = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A name that stands for a value."""
-
-    value: Any
-
-
-@dataclass(frozen=True)
-class Object:
-    """A name whose objects are begun without arguments, by the opcode NEWOBJ."""
-
-    begin: Callable[[], Any]
-
-
-Entry = Builder | Constant | Object | None
-Symbols = Mapping[str, Entry]  # a name -> what builds its value; None: admitted, but never called
+# A name -> what builds its value; None: admitted, but never called; anything else that cannot be called is the value itself.
+Symbols = Mapping[str, Any]
 
 
 class Budget:
@@ -113,160 +89,156 @@ class RefusalError(Exception):
 class Symbol:
     """A known name of the stream. It stands for `build`; the thing the name means elsewhere is not touched."""
 
-    def __init__(self, name: str, build: Builder | Object | None):
+    def __init__(self, name: str, build: Builder | None):
         self.name, self.build = name, build
 
 
 class Pending:
-    """An array or dtype between the opcode that starts it and the BUILD that fills it; `slots` are its places in the memo."""
+    """An array or dtype between the opcode that starts it and the BUILD that fills it; then it stands for its value."""
 
     def __init__(self, build: Callable[[Any], Any]):
         self.build = build
-        self.slots: list[int] = []
+        self.value: Any = self
 
 
-class Reader:
-    """A stack machine for the opcodes that plain data needs."""
+class _Memo(dict[int, Any]):
+    def __getitem__(self, slot: int) -> Any:
+        value = super().__getitem__(slot)
+        return value.value if isinstance(value, Pending) else value
 
-    def __init__(self, name: str, budget: Budget, symbols: Symbols, persistent: Callable[[Any], Any] | None = None):
-        self.name, self.budget, self.symbols, self.persistent = name, budget, symbols, persistent
-        self.stack: list[Any] = []
-        self.marked: list[list[Any]] = []  # the stacks below the open marks
-        self.memo: dict[int, Any] = {}
 
-    def run(self, stream: BinaryIO) -> Any:  # as load
+_MACHINE: Any = pickle._Unpickler  # the one in Python, which typeshed leaves out
+
+
+class Reader(_MACHINE):
+    """The stack machine, with the opcodes of `_HANDLERS`."""
+
+    def __init__(
+        self,
+        stream: BinaryIO,
+        name: str,
+        budget: Budget,
+        symbols: Symbols,
+        persistent: Callable[[Any], Any] | None = None,
+    ):
+        super().__init__(stream)
+        self.stream, self.name, self.budget, self.symbols, self.persistent = stream, name, budget, symbols, persistent
+        self.memo = _Memo()
+        self.place = stream.tell()
+
+    def run(self) -> Any:  # as load
         """The object on top of the stack at STOP; the stream is left behind the STOP."""
-        place = stream.tell()
-        opcodes = pickletools.genops(stream)
-        while True:
-            try:
-                opcode, arg, position = next(opcodes)
-                place = position or 0
-            except Exception as error:  # pickletools passes on whatever its number and text parsers raise
-                raise self._damaged(place, error) from None
-            self.budget.opcodes -= 1
-            if self.budget.opcodes < 0:
-                raise UnsafePickle(f"{self.name}: too many objects. If you trust it, pass a larger max_opcodes.")
-            try:
-                if opcode.name == "STOP":
-                    if self.marked or len(self.stack) != 1:
-                        raise UserError("the stack does not hold one object")
-                    return self.stack[0]
-                self._step(opcode.name, arg)
-            except RefusalError as refusal:
-                error = UnsafePickle(
-                    f"{self.name}: refused at byte {place:,}: {refusal}. Only numbers, text, plain containers, numpy arrays "
-                    "and torch tensors are read from pickles; have its maker write npy, safetensors or json instead."
-                )
-                error.wants = refusal.wants
-                raise error from None
-            except UnsafePickle:
-                raise
-            except (LookupError, TypeError, ValueError, OverflowError, MemoryError, RuntimeError, AttributeError) as error:
-                raise self._damaged(place, error) from None
+        try:
+            value = self.load()
+            if self.stack or self.metastack:
+                raise UserError("the stack does not hold one object")
+            return value
+        except RefusalError as refusal:
+            error = UnsafePickle(
+                f"{self.name}: refused at byte {self.place:,}: {refusal}. Only numbers, text, plain containers, numpy arrays "
+                "and torch tensors are read from pickles; have its maker write npy, safetensors or json instead."
+            )
+            error.wants = refusal.wants
+            raise error from None
+        except UnsafePickle:
+            raise
+        except Exception as error:  # the machine lets out whatever its parsers of numbers and text raise
+            why = "it ends too early" if isinstance(error, EOFError) else str(error)[:120] or type(error).__name__
+            raise UnsafePickle(
+                f"{self.name}: not a pickle, or a damaged one, near byte {self.place:,} ({why}). Write the file again."
+            ) from None
 
-    def _damaged(self, place: int, error: Exception) -> UnsafePickle:
-        why = str(error)[:120] or type(error).__name__
-        return UnsafePickle(f"{self.name}: not a pickle, or a damaged one, near byte {place:,} ({why}). Write the file again.")
+    @property
+    def dispatch(self) -> Reader:
+        """The table in which the machine looks up each opcode."""
+        return self
 
-    def _step(self, name: str, arg: Any) -> None:  # the type of arg follows from the opcode
-        stack, memo = self.stack, self.memo
-        if name in _CONSTANTS:
-            if type(arg) is int and arg.bit_length() > _MAX_INT_BITS:
-                raise RefusalError(f"an integer of {arg.bit_length():,} bits")
-            stack.append(arg)
-        elif name in ("BINPUT", "MEMOIZE", "LONG_BINPUT", "PUT"):
-            slot = len(memo) if name == "MEMOIZE" else arg
-            memo[slot] = stack[-1]
-            if isinstance(stack[-1], Pending):
-                stack[-1].slots.append(slot)
-        elif name in ("BINGET", "LONG_BINGET", "GET"):
-            stack.append(memo[arg])
-        elif name in _FIXED:
-            stack.append(_FIXED[name])
-        elif name in _FRESH:
-            stack.append(_FRESH[name]())
-        elif name == "MARK":
-            self.marked.append(stack)
-            self.stack = []
-        elif name == "TUPLE":
-            items = self._pop_mark()
-            self.stack.append(tuple(items))
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            num = int(name[-1])
-            if len(stack) < num:
-                raise UserError("stack underflow")
-            stack[-num:] = [tuple(stack[-num:])]
-        elif name == "SETITEMS":
-            items = self._pop_mark()
-            set_items(self.budget, self.stack[-1], items)
-        elif name == "SETITEM":
-            value, key = stack.pop(), stack.pop()
-            set_items(self.budget, stack[-1], [key, value])
-        elif name == "APPENDS":
-            items = self._pop_mark()
-            exactly(self.stack[-1], list).extend(items)
-        elif name == "APPEND":
-            item = stack.pop()
-            exactly(stack[-1], list).append(item)
-        elif name == "GLOBAL":
-            module, _, attribute = arg.partition(" ")
-            stack.append(self._symbol(module, attribute))
-        elif name == "STACK_GLOBAL":
-            attribute, module = stack.pop(), stack.pop()
-            stack.append(self._symbol(exactly(module, str), exactly(attribute, str)))
-        elif name == "NEWOBJ" and isinstance(stack[-2], Symbol) and isinstance(stack[-2].build, Object):
-            args, symbol = stack.pop(), stack.pop()
-            if args != ():
-                raise RefusalError(f"an object of {symbol.name} with arguments")
-            stack.append(symbol.build.begin())
-        elif name == "REDUCE":
-            args, symbol = stack.pop(), stack.pop()
-            if not isinstance(symbol, Symbol) or not callable(symbol.build):
-                raise RefusalError(f"it calls {symbol.name if isinstance(symbol, Symbol) else type(symbol).__name__}")
-            stack.append(symbol.build(*exactly(args, tuple)))
-        elif name == "BUILD":
-            state, pending = stack.pop(), stack.pop()
-            if type(pending) is OrderedDict and type(state) is dict:  # a module's state_dict: versions, which are no weights
-                stack.append(pending)
-                return
-            if not isinstance(pending, Pending):
-                raise RefusalError(f"it sets the state of a {type(pending).__name__}")
-            value = pending.build(state)
-            for slot in pending.slots:
-                if memo[slot] is pending:
-                    memo[slot] = value
-            stack.append(value)
-        elif name == "LIST":
-            items = self._pop_mark()
-            self.stack.append(items)
-        elif name == "DICT":
-            items, fresh = self._pop_mark(), {}
-            set_items(self.budget, fresh, items)
-            self.stack.append(fresh)
-        elif name == "BINPERSID" and self.persistent is not None:
-            stack.append(self.persistent(stack.pop()))
-        elif name == "POP" and stack:
-            stack.pop()
-        elif name in ("POP", "POP_MARK"):
-            self._pop_mark()
-        elif name == "DUP":
-            stack.append(stack[-1])
-        elif name not in _IGNORED:
-            raise RefusalError(f"the opcode {name}, which plain data never needs")
+    def __getitem__(self, code: int) -> Callable[[Reader], None]:
+        self.place = self.stream.tell() - 1
+        self.budget.opcodes -= 1
+        if self.budget.opcodes < 0:
+            raise UnsafePickle(
+                f"{self.name}: more than {MAX_OPCODES:,} objects. Have its maker write npy, safetensors or json instead."
+            )
+        if code not in _HANDLERS:
+            names = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
+            raise RefusalError(f"the opcode {names[code]}, which plain data never needs")
+        return _HANDLERS[code]
 
-    def _pop_mark(self) -> list[Any]:
-        items, self.stack = self.stack, self.marked.pop()
-        return items
-
-    def _symbol(self, module: str, attribute: str) -> Any:  # a Symbol, or the value of a constant
-        full = f"{module}.{attribute}"
+    def find_class(self, module: str, name: str) -> Any:  # a Symbol, or a value
+        full = f"{module}.{name}"
         if full not in self.symbols:
             refusal = RefusalError(f"it asks for {full[:200]!r}")
             refusal.wants = full[:200]
             raise refusal
-        builder = self.symbols[full]
-        return builder.value if isinstance(builder, Constant) else Symbol(full, builder)
+        entry = self.symbols[full]
+        return Symbol(full, entry) if entry is None or callable(entry) else entry
+
+    def persistent_load(self, pid: Any) -> Any:
+        if self.persistent is None:
+            raise RefusalError("the opcode BINPERSID, which plain data never needs")
+        return self.persistent(pid)
+
+    def decimal(self) -> None:  # and no other base: the digits of that one are limited by Python
+        text = self.readline()[:-1].removesuffix(b"L")
+        self.append(text == b"01" if text in (b"00", b"01") else int(text))
+
+    def buffer(self) -> None:  # without making room for what is claimed
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
+
+    def call(self) -> None:
+        args, symbol = self.stack.pop(), self.stack.pop()
+        if not isinstance(symbol, Symbol) or symbol.build is None:
+            raise RefusalError(f"it calls {symbol.name if isinstance(symbol, Symbol) else type(symbol).__name__}")
+        self.append(symbol.build(*exactly(args, tuple)))
+
+    def fill(self) -> None:
+        state, pending = self.stack.pop(), self.stack[-1]
+        if type(pending) is OrderedDict and type(state) is dict:  # a module's state_dict: versions, which are no weights
+            return
+        if not isinstance(pending, Pending):
+            raise RefusalError(f"it sets the state of a {type(pending).__name__}")
+        pending.value = self.stack[-1] = pending.build(state)
+
+    def put_items(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) not in (dict, OrderedDict):
+            raise RefusalError(f"it sets items of a {type(target).__name__}")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[self.budget.key(key)] = value
+
+    def put_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.put_items([key, value])
+
+    def table(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self.put_items(items)
+
+    def extend(self, items: list[Any]) -> None:
+        exactly(self.stack[-1], list).extend(items)
+
+
+_OF_THE_MACHINE = (
+    *("PROTO", "STOP", "MARK", "POP", "POP_MARK", "DUP", "GLOBAL", "STACK_GLOBAL", "BINPERSID", "NONE", "NEWTRUE", "NEWFALSE"),
+    *("BININT", "BININT1", "BININT2", "LONG1", "FLOAT", "BINFLOAT", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "LIST"),
+    *("EMPTY_DICT", "GET", "BINGET", "LONG_BINGET", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"),
+)
+_HANDLERS: dict[int, Callable[[Reader], None]] = {
+    **{code: _MACHINE.dispatch[code] for code in (getattr(pickle, name)[0] for name in _OF_THE_MACHINE)},
+    pickle.FRAME[0]: lambda reader: reader.read(8),
+    **dict.fromkeys((pickle.INT[0], pickle.LONG[0]), Reader.decimal),
+    pickle.BYTEARRAY8[0]: Reader.buffer,
+    **dict.fromkeys((pickle.REDUCE[0], pickle.NEWOBJ[0]), Reader.call),
+    pickle.BUILD[0]: Reader.fill,
+    pickle.APPEND[0]: lambda reader: reader.extend([reader.stack.pop()]),
+    pickle.APPENDS[0]: lambda reader: reader.extend(reader.pop_mark()),
+    pickle.SETITEM[0]: Reader.put_item,
+    pickle.SETITEMS[0]: lambda reader: reader.put_items(reader.pop_mark()),
+    pickle.DICT[0]: Reader.table,
+}
 
 
 def exactly(value: Any, kind: type) -> Any:  # value may be anything the stream held
@@ -278,15 +250,6 @@ def exactly(value: Any, kind: type) -> Any:  # value may be anything the stream 
 def short(value: Any) -> str:  # value may be anything the stream held
     """Text for a message. Only text is shown: the repr of shared tuples can be longer than the memory."""
     return repr(value[:40]) if type(value) is str else f"of type {type(value).__name__}"
-
-
-def set_items(budget: Budget, target: Any, flat: list[Any]) -> None:  # target is on the stack, of any type
-    if type(target) not in (dict, OrderedDict):
-        raise RefusalError(f"it sets items of a {type(target).__name__}")
-    if len(flat) % 2:
-        raise UserError("a key without a value")
-    for key, value in zip(flat[::2], flat[1::2], strict=True):
-        target[budget.key(key)] = value
 
 
 def check_result(root: Any, name: str) -> None:  # as load

@@ -2,6 +2,7 @@
 only as far as its declared type.
 
     read_bytes(path)   read_text(path)   read_json(path, advice, kind)   read_json_lines(path)   digest_of(path)
+    typed(value, where, advice, kind)          what a pickle held, in the type that is declared for it
     with opened(path) as file: ...             a file, and no pipe or device, which may have no end
     with fault_of(place): ...                  whatever a library raises is the fault of the file there
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +23,7 @@ from typing import Annotated, Any, TypeVar, overload
 
 from annotated_types import Ge, Le, Predicate
 
-from fewstep.errors import UserError, show
+from fewstep.errors import UserError
 from fewstep.files import NAME_RULE, is_plain
 
 # What is read of a file whole. JSON takes up to thirty times its bytes in memory: a list in three of them.
@@ -105,10 +107,20 @@ def parse_json(content: str | bytes, where: str, advice: str, kind: Any = dict[s
     except UnicodeDecodeError as error:
         problem = f"damaged, no JSON: is not UTF-8 text (byte {error.start})"
     except ValidationError as error:
-        problem = "; ".join(_problem(item) for item in error.errors(include_url=False, include_context=False)[:3])
+        problem = _problems(error)
     except (ValueError, RecursionError) as error:
         problem = str(error) if isinstance(error, UserError) else f"damaged, no JSON: {error}"
     raise UserError(f"{where}: {problem}{advice and '. '}{advice}")
+
+
+def typed(value: Any, where: str, advice: str, kind: type[T]) -> T:  # value: whatever a pickle held
+    """The value as `kind`, a dataclass or a list of them. Raises UserError as `read_json`."""
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_problems(error)}. {advice}") from None
 
 
 @contextmanager
@@ -160,6 +172,10 @@ def _adapter(kind: Any) -> Any:  # Any: pydantic's TypeAdapter, imported when it
     return TypeAdapter(kind)
 
 
+def _problems(error: Any) -> str:  # Any: pydantic's ValidationError
+    return "; ".join(map(_problem, error.errors(include_url=False, include_context=False)[:3]))
+
+
 def _problem(item: Any) -> str:  # Any: pydantic's description of an error
     if item["type"] == "json_invalid":
         return f"damaged, no JSON: {item['msg'].removeprefix('Invalid JSON: ')}"
@@ -167,4 +183,4 @@ def _problem(item: Any) -> str:  # Any: pydantic's description of an error
     if item["type"] == "missing":
         return f"lacks {key}"
     rule = NAME_RULE if item["type"] == "predicate_failed" else item["msg"].replace("Input should be", "must be")
-    return f"{f'{key}: ' if key else ''}{rule}, got {show(item['input'])}"
+    return f"{f'{key}: ' if key else ''}{rule}, got {reprlib.repr(item['input'])}"

@@ -23,12 +23,9 @@ from fewstep.untrusted.pickles import (
     MAX_OPCODES,
     Budget,
     Builder,
-    Constant,
-    Object,
     Pending,
     Reader,
     RefusalError,
-    Symbol,
     Symbols,
     UnsafePickle,
     check_result,
@@ -36,12 +33,13 @@ from fewstep.untrusted.pickles import (
 )
 from fewstep.untrusted.text import opened
 
-_STORAGES = {
+_ELEMENTS = {
     "Half": torch.float16, "BFloat16": torch.bfloat16, "Float": torch.float32, "Double": torch.float64, "Byte": torch.uint8,
     "Char": torch.int8, "Short": torch.int16, "Int": torch.int32, "Long": torch.int64, "Bool": torch.bool,
     "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128,
 }  # fmt: skip
-_DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+_STORAGES: Symbols = {f"torch.{name}Storage": dtype for name, dtype in _ELEMENTS.items()}
+_STORAGES |= {"torch.storage.UntypedStorage": torch.uint8}  # of bytes; what is in them is said with each tensor
 _MAGIC = 0x1950A86A20F9469CFC6C  # of the old format, which a pickled tensor carries
 _VERSION = 1001
 _MAX_EXPANDED = 2**20  # elements of a tensor that shows others more than once
@@ -50,14 +48,16 @@ _MAX_EXPANDED = 2**20  # elements of a tensor that shows others more than once
 class _Storage:
     """The elements of a storage as bytes, until tensors are laid over them."""
 
-    def __init__(self, dtype: torch.dtype | None, num: int):
-        self.dtype, self.num = dtype, num
+    def __init__(self, identity: tuple[torch.dtype, str, int]):
+        self.dtype, _, self.num = identity
         self.flat: Tensor | None = None  # uint8
 
-    def fill(self, flat: Tensor) -> None:
-        if self.num * (1 if self.dtype is None else self.dtype.itemsize) != len(flat):
-            raise RefusalError(f"a torch storage of {self.num:,} {self.dtype or 'bytes'} from {len(flat):,} bytes")
-        self.flat = flat
+    def fill(self, buffer: mmap.mmap | bytearray, start: int, size: int) -> None:
+        """Maps its elements from `size` bytes, which begin at `start`."""
+        if size != self.num * self.dtype.itemsize or start + size > len(buffer):
+            kind = str(self.dtype).removeprefix("torch.")
+            raise RefusalError(f"a torch storage of {self.num:,} {kind} from {min(size, len(buffer) - start):,} bytes")
+        self.flat = torch.frombuffer(buffer, dtype=torch.uint8, count=size, offset=start) if size else torch.empty(0).byte()
 
 
 def load_torch(path: str | os.PathLike[str]) -> Any:  # Any: whatever was saved, out of tensors and plain containers
@@ -82,7 +82,7 @@ def storage_symbols(name: str, budget: Budget) -> Mapping[str, Builder]:
         if exactly(raw, bytes).startswith(b"PK"):
             raise RefusalError("a torch storage in a zip archive")
         budget.charge(len(raw))
-        root = _old(io.BytesIO(raw), bytearray(raw), f"{name} (torch storage)", budget, _KINDS)
+        root = _old(io.BytesIO(raw), bytearray(raw), f"{name} (torch storage)", budget, _STORAGES)
         if not isinstance(root, _Storage):
             raise RefusalError("a torch object other than one storage")
         return root
@@ -100,7 +100,7 @@ def storage_symbols(name: str, budget: Budget) -> Mapping[str, Builder]:
 
 def _load(file: BinaryIO, buffer: mmap.mmap | bytearray, name: str, verifies: bool) -> Any:
     budget = Budget(MAX_OPCODES, 4 * len(buffer) + 4096)
-    symbols = {**data_symbols(budget), **_symbols()}
+    symbols = {**data_symbols(budget), **_SYMBOLS}
     try:
         if buffer[:2] == b"PK":
             value = _zip(file, buffer, name, budget, symbols, verifies)
@@ -136,15 +136,15 @@ def _zip(
         storages: dict[str, _Storage] = {}
 
         def persistent(identity: Any) -> _Storage:
-            dtype, key, num = _identity(identity)
+            storage = _identity(identity)
+            key = storage[1]
             if key not in storages:
-                entry = entries[f"{start}data/{key}"]
-                storages[key] = _Storage(dtype, num)
-                storages[key].fill(_bytes(buffer, *_place(buffer, entry, verifies)))
+                storages[key] = _Storage(storage)
+                storages[key].fill(buffer, *_place(buffer, entries[f"{start}data/{key}"], verifies))
             return storages[key]
 
         pickled = io.BytesIO(archive.read(f"{start}data.pkl"))
-        return Reader(f"{name} (data.pkl)", budget, symbols, persistent).run(pickled)
+        return Reader(pickled, f"{name} (data.pkl)", budget, symbols, persistent).run()
 
 
 def _place(buffer: mmap.mmap | bytearray, entry: zipfile.ZipInfo, verifies: bool) -> tuple[int, int]:
@@ -154,8 +154,6 @@ def _place(buffer: mmap.mmap | bytearray, entry: zipfile.ZipInfo, verifies: bool
     if header[:4] != b"PK\x03\x04":
         raise RefusalError("its table of contents does not fit the archive")
     start = at + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-    if start + entry.file_size > len(buffer):
-        raise RefusalError("it was cut short")
     if verifies and zlib.crc32(memoryview(buffer)[start : start + entry.file_size]) != entry.CRC:
         raise RefusalError("its content is not what was written")
     return start, entry.file_size
@@ -166,11 +164,11 @@ def _old(file: BinaryIO, buffer: mmap.mmap | bytearray, name: str, budget: Budge
     storages: dict[str, _Storage] = {}
 
     def persistent(identity: Any) -> _Storage:
-        dtype, key, num = _identity(identity)
-        return storages.setdefault(key, _Storage(dtype, num))
+        storage = _identity(identity)
+        return storages.setdefault(storage[1], _Storage(storage))
 
     def part(symbols: Symbols) -> Any:
-        return Reader(name, budget, symbols, persistent).run(file)
+        return Reader(file, name, budget, symbols, persistent).run()
 
     if part({}) != _MAGIC or part({}) != _VERSION:
         raise RefusalError("no file of torch.save, or one of an unknown format")
@@ -178,89 +176,61 @@ def _old(file: BinaryIO, buffer: mmap.mmap | bytearray, name: str, budget: Budge
     if type(system) is not dict or system.get("little_endian") is not True:
         raise RefusalError("tensors of a big-endian machine")
     at = file.tell()
-    part(symbols)  # this one tells which storages there are; they follow
+    part({**symbols, **_NO_TENSORS})  # which storages there are, by `persistent`; what they hold follows
     keys = part({})
     if type(keys) is not list or sorted(keys) != sorted(storages):
         raise RefusalError("its storages are not those that its tensors name")
     place = file.tell()
     for key in keys:
-        storage = storages[key]
-        num = int.from_bytes(buffer[place : place + 8], "little")
-        size = num * (1 if storage.dtype is None else storage.dtype.itemsize)
-        if num != storage.num or place + 8 + size > len(buffer):
-            kind = str(storage.dtype).removeprefix("torch.")
-            raise RefusalError(f"a torch storage of {storage.num:,} {kind} from {len(buffer) - place - 8:,} bytes")
-        storage.fill(_bytes(buffer, place + 8, size))
+        size = int.from_bytes(buffer[place : place + 8], "little") * storages[key].dtype.itemsize
+        storages[key].fill(buffer, place + 8, size)
         place += 8 + size
     file.seek(at)
     return part(symbols)
 
 
-def _identity(identity: Any) -> tuple[torch.dtype | None, str, int]:
+def _identity(identity: Any) -> tuple[torch.dtype, str, int]:
     """The type, the key and the number of elements of a storage that a stream names."""
-    tag, kind, key, _, num, *view = exactly(identity, tuple)
-    if tag != "storage" or not isinstance(kind, Symbol) or any(part is not None for part in view):
+    tag, dtype, key, _, num, *view = exactly(identity, tuple)
+    if tag != "storage" or any(part is not None for part in view):
         raise RefusalError("a torch object other than a storage")
-    return _STORAGES.get(kind.name.removeprefix("torch.").removesuffix("Storage")), exactly(key, str), exactly(num, int)
-
-
-def _bytes(buffer: mmap.mmap | bytearray, start: int, size: int) -> Tensor:
-    return torch.frombuffer(buffer, dtype=torch.uint8, count=size, offset=start) if size else torch.empty(0, dtype=torch.uint8)
+    return exactly(dtype, torch.dtype), exactly(key, str), exactly(num, int)
 
 
 def _tensor(
     storage: Any, offset: Any, size: Any, stride: Any, dtype: torch.dtype | None = None, expanded: int = _MAX_EXPANDED
 ) -> Tensor:
     """A view of a storage. One that shows elements more than once is small: a byte could claim to be a terabyte."""
-    dtype = dtype or exactly(storage, _Storage).dtype
+    element: torch.dtype = dtype or exactly(storage, _Storage).dtype
     size, stride = shape_of(size), shape_of(stride)
-    if dtype is None or storage.flat is None:
+    if storage.flat is None:
         raise RefusalError("a tensor of a storage that is not there")
     num = math.prod(size)
     if num == 0:
-        return torch.zeros(size, dtype=dtype)
-    there = len(storage.flat) // dtype.itemsize
+        return torch.zeros(size, dtype=element)
+    there = len(storage.flat) // element.itemsize
     last = exactly(offset, int) + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if offset < 0 or last >= there or num > max(there, expanded):
-        raise RefusalError(f"a tensor of shape {size!s:.80} of {dtype} from {len(storage.flat):,} bytes")
+        raise RefusalError(f"a tensor of shape {size!s:.80} of {element} from {len(storage.flat):,} bytes")
     flat: Tensor = storage.flat
-    if flat.data_ptr() % dtype.itemsize:
+    if flat.data_ptr() % element.itemsize:
         flat = flat.clone()
-    flat = flat.ne(0) if dtype == torch.bool else flat[: there * dtype.itemsize].view(dtype)  # a bool must not hold 2
+    flat = flat.ne(0) if element == torch.bool else flat[: there * element.itemsize].view(element)  # a bool must not hold 2
     return flat.as_strided(size, stride, offset)
 
 
-_KINDS: Symbols = {f"torch.{kind}Storage": None for kind in _STORAGES} | {"torch.storage.UntypedStorage": None}
-
-
-def _symbols() -> Symbols:
-    def tensor(data: Any, offset: Any, size: Any, stride: Any, gradient: Any, hooks: Any, *metadata: Any) -> Tensor | None:
-        # None: what the storages of the old format hold follows, see _old
-        return None if exactly(data, _Storage).flat is None else _tensor(data, offset, size, stride)
-
-    def typed_tensor(
-        data: Any, offset: Any, size: Any, stride: Any, gradient: Any, hooks: Any, dtype: Any, *more: Any
-    ) -> Tensor:
-        return _tensor(data, offset, size, stride, exactly(dtype, torch.dtype))
-
-    def parameter(data: Any, gradient: Any, hooks: Any) -> Tensor | None:
-        return data if data is None else exactly(data, Tensor)
-
-    def as_arguments(*args: Any) -> Any:
-        """What a stream gives, as plain data: a device, a layout."""
-        return args[0] if args else ""
-
-    def in_memory() -> Pending:  # what Transformer Engine keeps beside its weights
-        return Pending(lambda state: exactly(exactly(state, tuple)[0], bytes))
-
-    return {
-        **_KINDS,
-        **{name: Constant(dtype) for name, dtype in _DTYPES.items()},
-        "torch._utils._rebuild_tensor_v2": tensor,
-        "torch._utils._rebuild_tensor_v3": typed_tensor,
-        "torch._utils._rebuild_parameter": parameter,
-        "torch.Size": lambda sizes: torch.Size(shape_of(tuple(exactly(sizes, tuple)))),
-        "torch.device": as_arguments,
-        "torch.serialization._get_layout": as_arguments,
-        "_io.BytesIO": Object(in_memory),
-    }
+_NO_TENSORS: Symbols = dict.fromkeys(("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"), lambda *_: None)
+_SYMBOLS: Symbols = {
+    **_STORAGES,
+    **{str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)},
+    "torch._utils._rebuild_tensor_v2": lambda data, offset, size, stride, *_: _tensor(data, offset, size, stride),
+    "torch._utils._rebuild_tensor_v3": lambda data, offset, size, stride, gradient, hooks, dtype, *_: _tensor(
+        data, offset, size, stride, exactly(dtype, torch.dtype)
+    ),
+    "torch._utils._rebuild_parameter": lambda data, *_: exactly(data, Tensor),
+    "torch.Size": lambda sizes: torch.Size(shape_of(tuple(exactly(sizes, tuple)))),
+    **dict.fromkeys(
+        ("torch.device", "torch.serialization._get_layout"), lambda *args: args[0] if args else ""
+    ),  # as plain data
+    "_io.BytesIO": lambda: Pending(lambda state: exactly(exactly(state, tuple)[0], bytes)),  # of Transformer Engine
+}

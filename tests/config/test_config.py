@@ -134,7 +134,7 @@ def test_a_swap_that_leaves_something_open_is_refused() -> None:
     assert message("second.lr=3") == ["second: choose a toy_method first, with second=NAME; there are: dmd2, kd"]
     assert message("method=none") == ["method: no toy_method is named 'none'; there are: dmd2, kd"]
     assert message("critic_optim=none", "critic_optim.lr=1") == [
-        "critic_optim: given as none, and critic_optim.lr too; keep one"
+        "critic_optim: given as 'none', and critic_optim.lr too; keep one"
     ]
 
 
@@ -221,7 +221,7 @@ def test_of_a_setting_given_twice_the_last_counts_and_a_contradiction_is_refused
     assert run("optim.lr=1", "optim.lr=2").optim.lr == 2.0
     command = read_command(["experiment=x", "optim.lr=1", "a.b=3", "optim.lr=1", "optim.lr=2", "a.b=3"])
     assert command.repeated() == ["optim.lr is given 3 times; the last one counts: optim.lr=2, not 1, 1"]
-    assert message("optim={lr: 1}", "optim.lr=2") == ["optim.lr: given twice, inside optim={...} and by itself; keep one"]
+    assert message("optim={lr: 1}", "optim.lr=2") == ["optim: given as '{lr: 1}', and optim.lr too; keep one"]
     assert message("method=kd", "method.kind=dmd2") == ["method: given twice, as 'kd' and as 'dmd2'; keep one"]
 
 

@@ -134,7 +134,7 @@ def _array(file: Path) -> object:
 def _cache(file: Path) -> object:
     from fewstep.data.files import cache
 
-    return cache.header(file), cache.read(file)
+    return cache.read(file).tensors
 
 
 def _video(file: Path) -> object:

@@ -14,9 +14,9 @@ from fewstep.networks.encoders.codecs import Form
 from fewstep.networks.tiny import TinySpec
 
 CARD = StudentCard(
-    {"kind": "tiny", "width": 8},
-    StudentSampler((80.0, 2.5), EDM(sigma_data=0.5), "same"),
-    Envelope((4, 3, 8, 8), 9, 64, 64, fps=16.0, num_inference_steps=2, guidance_in_teacher=3.0),
+    network={"kind": "tiny", "width": 8},
+    sampler=StudentSampler((80.0, 2.5), EDM(sigma_data=0.5), "same"),
+    envelope=Envelope((4, 3, 8, 8), 9, 64, 64, fps=16.0, num_inference_steps=2, guidance_in_teacher=3.0),
     source="kd",
     role="student.ema",
     step=500,
@@ -29,7 +29,9 @@ CARD = StudentCard(
 TEACHER = replace(CARD, sampler=TeacherSampler(num_steps=12, shift=3.0), envelope=Envelope(num_inference_steps=12))
 
 
-@pytest.mark.parametrize("card", [CARD, TEACHER, StudentCard(CARD.network, CARD.sampler, Envelope(num_inference_steps=2))])
+@pytest.mark.parametrize(
+    "card", [CARD, TEACHER, StudentCard(network=CARD.network, sampler=CARD.sampler, envelope=Envelope(num_inference_steps=2))]
+)
 def test_a_card_is_read_as_it_was_written(card: StudentCard, tmp_path: Path) -> None:
     card.write(tmp_path)
     assert StudentCard.read(tmp_path, "Export it again") == card

@@ -401,14 +401,14 @@ def test_a_hostile_table_of_contents_runs_nothing(tmp_path: Path) -> None:
     for info in metadata.storage_data.values():
         info.relative_path = "../../secret"
     (tmp_path / "model/.metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(ValueError, match="names a file outside of it"):
+    with pytest.raises(ValueError, match=r"names the file .../../secret.: must be a plain file name"):
         read(str(tmp_path / "model"))
     assert not (tmp_path / "ran").exists()
 
 
 def test_an_index_names_no_file_outside_its_folder(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
-    with pytest.raises(ValueError, match="names a file outside its folder"):
+    with pytest.raises(ValueError, match=r"weight_map\.a: must be a plain file name"):
         open_tensors(tmp_path)
 
 

@@ -50,7 +50,7 @@ def folder_of(tmp_path: Path, network: Any, sampler: StudentSampler, pipeline: A
     envelope = Envelope(latent_shape=shape)
     out = tmp_path / "student"
     out.mkdir()
-    card = StudentCard({}, sampler, envelope)
+    card = StudentCard(network={}, sampler=sampler, envelope=envelope)
     write_folder(Model(network, None, sampler, envelope), card, out, Base(tmp_path / "base")).write(out)
     return out
 
@@ -115,7 +115,7 @@ def teacher_folder(tmp_path: Path, network: Any, pipeline: Any) -> Path:
     pipeline.save_pretrained(tmp_path / "base")
     out, sampler = tmp_path / "teacher", TeacherSampler.for_path(network.path)
     out.mkdir()
-    card = StudentCard({"kind": "wan"}, sampler)
+    card = StudentCard(network={"kind": "wan"}, sampler=sampler)
     write_folder(Model(network, None, sampler), card, out, Base(tmp_path / "base")).write(out)
     return out
 
@@ -181,7 +181,7 @@ def test_a_post_trained_teacher_without_a_base_takes_guidance(tmp_path: Path) ->
     network = randomised(WAN.build())
     out, sampler = tmp_path / "teacher", replace(TeacherSampler.for_path(network.path), num_steps=3)
     out.mkdir()
-    write_folder(Model(network, None, sampler), StudentCard({}, sampler), out, Base()).write(out)
+    write_folder(Model(network, None, sampler), StudentCard(network={}, sampler=sampler), out, Base()).write(out)
     pipe: Any = DiffusionPipeline.from_pretrained(str(out), trust_remote_code=True)
     noise, text, negative = draw(1, 4, 3, 8, 4), draw(1, 6, 16, seed=2), draw(1, 6, 16, seed=3)
     given = {"prompt_embeds": text, "latents": noise, "output_type": "latent", "guidance_scale": 4.0}
@@ -265,7 +265,7 @@ def test_transfer_2_5_goes_out_as_a_transformer_and_its_controlnet(tmp_path: Pat
     network, sampler = randomised(spec.build()), StudentSampler(FLOW, RectifiedFlow(), "same")
     out = tmp_path / "student"
     out.mkdir()
-    card = StudentCard({}, sampler, Envelope(latent_shape=(2, 3, 4, 4)))
+    card = StudentCard(network={}, sampler=sampler, envelope=Envelope(latent_shape=(2, 3, 4, 4)))
     write_folder(Model(network, None, sampler, card.envelope), card, out, Base()).write(out)
     pipe: Any = DiffusionPipeline.from_pretrained(str(out), trust_remote_code=True)
     noise, text, control = Rng.of_samples([3]).normal((2, 3, 4, 4)), draw(1, 5, 8), draw(1, 2, 3, 4, 4, seed=5)
@@ -281,4 +281,4 @@ def test_what_diffusers_cannot_sample_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"no scheduler of diffusers takes the steps of this student, renoise=same.*--format safetensors"
     ):
-        write_folder(Model(network, None, sampler), StudentCard({}, sampler), tmp_path, Base())
+        write_folder(Model(network, None, sampler), StudentCard(network={}, sampler=sampler), tmp_path, Base())

@@ -242,7 +242,7 @@ def test_people_from_arrays_and_pickles(folder: Path, tmp_path: Path) -> None:
         ("seg", "x.npy", np.ones((5, 32, 32)), "holds float64; a label map has a whole number"),
         ("keypoint", "x.npy", np.ones((5, 133, 3)), r"where \(frames, people, 133, 3\) is wanted"),
         ("keypoint", "x.pickle", {0: []}, "4 of 5 frames have no entry"),
-        ("seg", "x.pickle", {"a": 1}, "a segmentation is a list"),
+        ("seg", "x.pickle", {"a": 1}, "A segmentation is a list"),
         ("seg", "x.csv", None, r"has no file for x; wanted is one of \.npy"),
     ],
 )

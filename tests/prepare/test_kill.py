@@ -157,7 +157,7 @@ def test_killed_at_random_points_and_run_again_it_is_as_if_nothing_had_happened(
                 if path.suffix == ".mp4":
                     video.probe(path)
                 if path.suffix == ".safetensors":
-                    cache.header(path)
+                    cache.read(path)
     assert kills
     assert command(out, codec) < NUM
     assert command(out, codec) == 0

@@ -20,7 +20,9 @@ def test_a_start_from_a_run_on_other_shapes_is_named(tmp_path: Path, monkeypatch
     (folder / "checkpoints" / "iter_000000001").mkdir(parents=True)
     (folder / "checkpoints" / "iter_000000001" / ".metadata").touch()
     (folder / "checkpoints" / "latest_checkpoint.txt").write_text("iter_000000001")
-    StudentCard({"kind": "tiny"}, StudentSampler((1.0,), RectifiedFlow()), Envelope((8, 9, 4, 4))).write(folder)
+    StudentCard(
+        network={"kind": "tiny"}, sampler=StudentSampler((1.0,), RectifiedFlow()), envelope=Envelope((8, 9, 4, 4))
+    ).write(folder)
     run = build_recipe("toy_kd_1step")
     student = replace(run.networks.student, init=f"{folder}:student")
     run = replace(run, networks=replace(run.networks, student=student, teacher_init="teacher.pt"))

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -27,12 +28,16 @@ _AGAIN = "Delete it and prepare it again"
 
 @dataclass(frozen=True)
 class Entry:
-    """The header of a cache file, and its tensors if they were read."""
+    """The header of a cache file; its tensors are read when they are asked for."""
 
+    path: Path
     shapes: Mapping[str, tuple[int, ...]]
     made_from: Mapping[str, str]
     facts: Mapping[str, float]
-    tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        return read_safetensors(self.path, _AGAIN)[0]
 
 
 def write(
@@ -54,23 +59,12 @@ def encoded(
 
 
 def read(path: str | os.PathLike[str], *, made_from: Mapping[str, str] | None = None) -> Entry:
-    """The file with its tensors; refuses one that is damaged, or made from something else than `made_from` says."""
-    return _read(Path(path), made_from or {}, with_tensors=True)
-
-
-def header(path: str | os.PathLike[str], *, made_from: Mapping[str, str] | None = None) -> Entry:
-    """As `read`, without the tensors: costs a few kB of reading."""
-    return _read(Path(path), made_from or {}, with_tensors=False)
-
-
-def _read(path: Path, made_from: Mapping[str, str], with_tensors: bool) -> Entry:
-    content, metadata = (read_safetensors if with_tensors else open_safetensors)(path, _AGAIN)
-    shapes = {name: tuple(one.shape) for name, one in content.items()}
-    tensors = {name: one for name, one in content.items() if isinstance(one, Tensor)}
+    """The file, of which this reads some kB; refuses one that is damaged, or made from something else than `made_from` says."""
+    stored, metadata = open_safetensors(path, _AGAIN)
     tables = {"made_from": dict[str, str], "facts": dict[str, Amount]}
     read = {name: parse_json(metadata.get(name, "{}"), f"{path}: its {name}", _AGAIN, kind) for name, kind in tables.items()}
-    entry = Entry(shapes, tensors=tensors, **read)
-    refuse_other(path, entry.made_from, made_from, _AGAIN)
+    entry = Entry(Path(path), {name: one.shape for name, one in stored.items()}, **read)
+    refuse_other(entry.path, entry.made_from, made_from or {}, _AGAIN)
     return entry
 
 

@@ -21,10 +21,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import InstanceOf, StrictInt
 
 from fewstep.data.files.arrays import write_pickle
 from fewstep.data.safe_pickle import load as load_pickle
 from fewstep.errors import UserError
+from fewstep.untrusted.text import typed
 
 _SEEN = 0.6  # a point below this score is not drawn (Transfer1)
 _RADIUS, _WIDTH, _AT_HEIGHT = 2, 4, 704  # px, of points and lines, at the height Transfer1 draws them
@@ -59,17 +61,12 @@ def write_objects(path: str | os.PathLike[str], phrases: Sequence[str], keypoint
     write_pickle(path, frames)
 
 
-def read_raw(path: str | os.PathLike[str]) -> dict[int, list[dict[str, Any]]]:  # a table has what its writer put in
+def read_raw(
+    path: str | os.PathLike[str],
+) -> Mapping[int | np.integer, list[dict[str, Any]]]:  # a table has what its writer put in
     """The tables of a file by frame, with its outer layout checked."""
-    value = load_pickle(path)
-    if not isinstance(value, dict) or not value:
-        raise UserError(f"{path}: keypoints are a table from frame to a list of figures, not a {type(value).__name__}")
-    for frame, figures in value.items():
-        if not isinstance(frame, (int, np.integer)) or not isinstance(figures, list):
-            raise UserError(f"{path}: entry {frame!r:.40} is not a frame number with a list of figures")
-        if not all(isinstance(figure, dict) for figure in figures):
-            raise UserError(f"{path}: frame {frame} holds something else than tables of keypoints")
-    return {int(frame): figures for frame, figures in value.items()}
+    advice = "Keypoints are a table from the number of a frame to the list of its figures, each a table"
+    return typed(load_pickle(path), str(path), advice, dict[StrictInt | InstanceOf[np.integer], list[dict[str, Any]]])
 
 
 def read(path: str | os.PathLike[str], frames: Sequence[int]) -> list[list[Figure]]:

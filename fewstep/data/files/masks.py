@@ -9,20 +9,25 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge
 from numpy.typing import NDArray
+from pydantic import Strict
 
 from fewstep.data.files.arrays import write_pickle
 from fewstep.data.safe_pickle import load as load_pickle
 from fewstep.errors import UserError
+from fewstep.untrusted.text import Count, typed
 
 _MAX_GROUPS = 8  # of 5 bits in one number: 2^39 pixels; more is damage
 _MAX_PIXELS = 2**36  # of a clip: 18 hours of 1080p at 1 fps; more is damage
+Length = Annotated[int, Ge(1), Strict()]
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,30 @@ class Mask:
         return out
 
 
+@dataclass(frozen=True)
+class _Code:
+    size: tuple[Count, Count]
+    counts: bytes | list[Count]
+
+
+@dataclass(frozen=True)
+class _Packed:
+    data: _Code
+    mask_shape: tuple[Length, Length, Length]
+
+
+@dataclass(frozen=True)
+class _Row:
+    phrase: str
+    segmentation_mask_rle: _Packed
+
+
+_LAYOUT = (
+    "A segmentation is a list with one entry for each object, {'phrase': text, 'segmentation_mask_rle': {'data': {'size': "
+    "[pixels, 1], 'counts': bytes}, 'mask_shape': (frames, height, width)}}: one code holds the whole clip"
+)
+
+
 def write(path: str | os.PathLike[str], pairs: Iterable[tuple[str, NDArray[np.bool_]]]) -> None:
     """Writes (phrase, bool mask T H W) of each object."""
     rows = [
@@ -58,27 +87,13 @@ def write(path: str | os.PathLike[str], pairs: Iterable[tuple[str, NDArray[np.bo
 
 def read(path: str | os.PathLike[str]) -> list[Mask]:
     """The masks of a file, still packed; refuses every other layout by name."""
-    rows = load_pickle(path)
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: a segmentation is a list with one entry for each object, not a {type(rows).__name__}")
     out: list[Mask] = []
-    for number, row in enumerate(rows):
-        where = f"{path}: object {number}"
-        packed = row.get("segmentation_mask_rle") if isinstance(row, dict) else None
-        if not isinstance(row, dict) or not isinstance(packed, dict) or not isinstance(row.get("phrase"), str):
-            raise UserError(f"{where} is not {{'phrase': text, 'segmentation_mask_rle': {{'data': .., 'mask_shape': ..}}}}")
-        shape = packed.get("mask_shape")
-        if not isinstance(shape, (tuple, list)) or len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-            raise UserError(
-                f"{where}: mask_shape is {_short(shape)}, not (frames, height, width): one code holds the whole clip "
-                "(the prose of Cosmos-Transfer1 says (height, width); its code and its files do not)"
-            )
-        frames, height, width = shape
+    for number, row in enumerate(typed(load_pickle(path), str(path), _LAYOUT, list[_Row])):
+        packed = row.segmentation_mask_rle
         try:
-            ends = _ends(packed.get("data"), frames * height * width)
-        except ValueError as error:
-            raise UserError(f"{where} ({row['phrase'][:40]!r}): {error}") from None
-        out.append(Mask(row["phrase"], (frames, height, width), ends))
+            out.append(Mask(row.phrase, packed.mask_shape, _ends(packed.data, math.prod(packed.mask_shape))))
+        except UserError as error:
+            raise UserError(f"{path}: object {number} ({row.phrase[:40]!r}): {error}") from None
     shapes = {mask.shape for mask in out}
     if len(shapes) > 1:
         raise UserError(f"{path}: its objects have masks of different shapes: {', '.join(map(str, sorted(shapes)))}")
@@ -99,23 +114,11 @@ def encode(mask: NDArray[np.bool_]) -> dict[str, Any]:  # the layout of pycocoto
     return {"size": [int(flat.size), 1], "counts": _to_text(lengths.astype(np.int64))}
 
 
-def _ends(code: Any, pixels: int) -> NDArray[np.int64]:  # whatever the file has for a code
+def _ends(code: _Code, pixels: int) -> NDArray[np.int64]:
     """Where each run ends, checked: as many pixels as there must be, no run of negative length."""
-    if not isinstance(code, dict) or "counts" not in code or "size" not in code:
-        what = f"a table with {', '.join(map(str, list(code)[:5]))}" if isinstance(code, dict) else _short(code)
-        raise UserError(f"its data is {what}, not COCO's {{'size': [pixels, 1], 'counts': bytes}}")
-    size = code["size"]
-    if not isinstance(size, (list, tuple)) or list(size) != [pixels, 1] or not 0 < pixels <= _MAX_PIXELS:
-        raise UserError(f"the size of its code is {_short(size)}, not [{pixels}, 1]: the whole clip as one column")
-    counts = code["counts"]
-    if isinstance(counts, str):
-        counts = counts.encode("ascii", "replace")
-    if isinstance(counts, bytes):
-        lengths = _from_text(counts)
-    elif isinstance(counts, list) and all(isinstance(n, int) and 0 <= n <= pixels for n in counts):
-        lengths = np.array(counts, dtype=np.int64)
-    else:
-        raise UserError(f"its counts are {_short(counts)}, not bytes")
+    if code.size != (pixels, 1) or pixels > _MAX_PIXELS:
+        raise UserError(f"the size of its code is {list(code.size)}, not [{pixels}, 1]: the whole clip as one column")
+    lengths = _from_text(code.counts) if isinstance(code.counts, bytes) else np.array(code.counts, np.int64)
     if (lengths < 0).any() or (lengths > pixels).any() or int(lengths.sum()) != pixels:
         raise UserError(f"its runs do not add up to the {pixels} pixels of mask_shape: damaged, or of another clip")
     return lengths.cumsum()
@@ -163,9 +166,3 @@ def _from_text(text: bytes) -> NDArray[np.int64]:
     values[1::2] = values[1::2].cumsum()
     values[2::2] = values[2::2].cumsum()
     return values
-
-
-def _short(value: Any) -> str:  # whatever the file held
-    if isinstance(value, (tuple, list)) and len(value) <= 4 and all(isinstance(n, (int, float)) for n in value):
-        return repr(value)[:80]
-    return f"a {type(value).__name__}"

@@ -18,8 +18,9 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -64,17 +65,15 @@ class Packs:
     made_from: Mapping[str, str]
     rows: tuple[Label, ...]
     shapes: tuple[tuple[int, ...], ...]  # of each row
-    _places: tuple[tuple[int, int, int], ...]  # file, first and last + 1 along its first axis
-    _data: tuple[Tensor, ...]  # mapped: a row costs memory while it is used
+    _places: tuple[tuple[_Pack, int], ...]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, row: int) -> Tensor:
         """A row, in the precision of the file: C T H W for latents, tokens D for texts."""
-        file, begin, end = self._places[row]
-        part = self._data[file][begin:end]
-        return (part[0] if len(self.shapes[row]) < part.ndim else part).clone()
+        pack, number = self._places[row]
+        return pack.row(number).reshape(self.shapes[row]).clone()
 
     def video_size(self) -> video.Size | None:
         """The height and width that its clips were resized to; None: each kept its own."""
@@ -93,10 +92,10 @@ class Packs:
 
     def by_stem(self) -> dict[str, list[int]]:
         """The rows of each sample; a clip with several windows has as many."""
-        out: dict[str, list[int]] = {}
+        out = defaultdict[str, list[int]](list)
         for number, row in enumerate(self.rows):
-            out.setdefault(row.stem, []).append(number)
-        return out
+            out[row.stem].append(number)
+        return dict(out)
 
 
 def has_packs(folder: str | os.PathLike[str]) -> bool:
@@ -114,21 +113,17 @@ def open_packs(folder: str | os.PathLike[str], made_from: Mapping[str, str] | No
     for pack in packs:
         _refuse_other(pack, packs[0].index.made_from | dict(made_from or {}))
     order = sorted(
-        (label.stem, label.start, file, number)
-        for file, pack in enumerate(packs)
-        for number, label in enumerate(pack.index.rows)
+        ((label.stem, label.start), pack.path, number, pack) for pack in packs for number, label in enumerate(pack.index.rows)
     )
-    twice = [here[0] for here, after in pairwise(order) if here[:2] == after[:2]]
+    twice = [here[0][0] for here, after in pairwise(order) if here[0] == after[0]]
     if twice:
         raise UserError(f"{place}: holds two rows of {twice[0]}. Run the same `fewstep prepare` again: it drops the stale one")
-    spots = [(file, *packs[file].index.spans[number]) for _, _, file, number in order]
     return Packs(
         folder=Path(folder),
         made_from=packs[0].index.made_from,
-        rows=tuple(packs[file].index.rows[number] for _, _, file, number in order),
-        shapes=tuple(packs[file].row_shape(number) for _, _, file, number in order),
-        _places=tuple(spots),
-        _data=tuple(pack.data for pack in packs),
+        rows=tuple(pack.index.rows[number] for _, _, number, pack in order),
+        shapes=tuple(pack.row_shape(number) for _, _, number, pack in order),
+        _places=tuple((pack, number) for _, _, number, pack in order),
     )
 
 
@@ -152,8 +147,8 @@ class Writer:
         self.new = 0  # rows that `put` had to make
         self._lock = ExitStack()
         self._packed: set[tuple[str, int, str]] = set()
-        self._waiting: dict[tuple[int, ...], list[Label]] = {}  # by shape of a row
-        self._waiting_bytes: dict[tuple[int, ...], int] = {}
+        self._waiting = defaultdict[tuple[int, ...], list[Label]](list)  # by shape of a row
+        self._waiting_bytes = Counter[tuple[int, ...]]()
 
     def __enter__(self) -> Writer:
         with ExitStack() as stack:
@@ -186,7 +181,7 @@ class Writer:
                 continue
             dropped += len(pack.index.rows) - len(live)
             if live:
-                rows = [pack.data[slice(*pack.index.spans[number])].clone() for number in live]
+                rows = [pack.row(number).clone() for number in live]
                 _write_pack(file, [pack.index.rows[number] for number in live], rows, self.made_from, pack.index.lengths_differ)
             else:
                 remove(file)
@@ -197,22 +192,19 @@ class Writer:
         """A row, made by `make` unless it is there. Refuses numbers that are not finite (an overflow of 16 bits, too)."""
         if label.key in self._packed:
             return
-        path = self._loose(label)
-        # A damaged or foreign file among those that wait is ours alone: it is made again.
-        entry = _loose_or_none(path, self.made_from | {"content": label.content})
-        if entry is None:
+        path, origin, shape = self._loose(label), self.made_from | {"content": label.content}, None
+        with suppress(OSError, UserError, KeyError):  # a damaged or foreign file there is ours alone: it is made again
+            shape = cache.read(path, made_from=origin).shapes["data"]
+        if shape is None:
             tensor = make()
-            if not bool(torch.isfinite(tensor).all()):
-                num = int((~torch.isfinite(tensor)).sum())
+            if num := int((~torch.isfinite(tensor)).sum()):
                 raise UserError(f"{label.stem}: {num} of {tensor.numel()} numbers are not finite in {tensor.dtype}")
-            cache.write(path, {"data": tensor}, made_from=self.made_from | {"content": label.content}, facts=label.facts)
+            cache.write(path, {"data": tensor}, made_from=origin, facts=label.facts)
             self.new += 1
             shape = tuple(tensor.shape)
-        else:
-            shape = entry.shapes["data"]
         group = shape[1:] if self.lengths_differ else shape
-        self._waiting.setdefault(group, []).append(label)
-        self._waiting_bytes[group] = self._waiting_bytes.get(group, 0) + path.stat().st_size
+        self._waiting[group].append(label)
+        self._waiting_bytes[group] += path.stat().st_size
         self._packed.add(label.key)
         if self._waiting_bytes[group] >= self.pack_bytes:
             self._write(group)
@@ -224,10 +216,8 @@ class Writer:
         parts = [cache.read(self._loose(label)).tensors["data"] for label in labels]
         if not self.lengths_differ:
             parts = [part[None] for part in parts]
-        numbers = [int(file.stem) for file in _files(self.place)]
-        _write_pack(
-            self.place / f"{max(numbers, default=-1) + 1:05d}.safetensors", labels, parts, self.made_from, self.lengths_differ
-        )
+        number = max((int(file.stem) for file in _files(self.place)), default=-1) + 1
+        _write_pack(self.place / f"{number:05d}.safetensors", labels, parts, self.made_from, self.lengths_differ)
         for label in labels:
             remove(self._loose(label))
 
@@ -252,7 +242,10 @@ class _Index:
 class _Pack:
     path: Path
     index: _Index
-    data: Tensor  # mapped, not read
+    data: Tensor  # mapped: a row costs memory while it is used
+
+    def row(self, number: int) -> Tensor:
+        return self.data[slice(*self.index.spans[number])]
 
     def row_shape(self, number: int) -> tuple[int, ...]:
         begin, end = self.index.spans[number]
@@ -289,14 +282,6 @@ def _write_pack(
 def _refuse_other(pack: _Pack, expected: Mapping[str, str]) -> None:
     advice = f"Ask for what it was made from, or remove {pack.path.parent}"
     cache.refuse_other(pack.path, pack.index.made_from, dict(sorted(expected.items())), advice)
-
-
-def _loose_or_none(path: Path, made_from: Mapping[str, str]) -> cache.Entry | None:
-    try:
-        entry = cache.header(path, made_from=made_from)
-    except (FileNotFoundError, ValueError):
-        return None
-    return entry if "data" in entry.shapes else None
 
 
 def _files(place: Path) -> list[Path]:

@@ -30,7 +30,7 @@ def checked_latents(path: Path, latents: Tensor) -> Tensor:
 
 def fact(path: Path, name: str) -> float | None:
     """A fact from the header of a cache file of this project; None for other formats, and where it has no such fact."""
-    return cache.header(path).facts.get(name) if path.suffix == ".safetensors" else None
+    return cache.read(path).facts.get(name) if path.suffix == ".safetensors" else None
 
 
 def noise(path: Path) -> Tensor:

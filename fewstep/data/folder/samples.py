@@ -296,7 +296,7 @@ def _latent_problems(spec: FolderSettings, files: Mapping[str, Path]) -> list[st
         if path.suffix != ".safetensors":
             continue
         try:
-            entries[stem] = cache.header(path)
+            entries[stem] = cache.read(path)
         except ValueError as error:
             problems.append(str(error))
     again = "Encode them again: fewstep prepare latents"

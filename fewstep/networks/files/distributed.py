@@ -19,18 +19,16 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.files import new_file
+from fewstep.files import new_file, plain_name
 from fewstep.untrusted.arrays import data_symbols, shape_of
 from fewstep.untrusted.pickles import (
     Budget,
-    Constant,
-    Object,
     Pending,
     Reader,
     Symbols,
@@ -61,34 +59,28 @@ def open_distributed(folder: Path, only_tensors: bool = False) -> dict[str, Stor
 
     Entries that are no tensors are pickles; they are left out, or with `only_tensors` refused. Raises UserError.
     """
-    table = read_metadata(folder)
-    others = [name for name, entry in table.tensors.items() if not entry]
+    entries, places = _table(folder / ".metadata")
+    others = [name for name, entry in entries.items() if not entry]
     if only_tensors and others:
         raise UserError(f"'{folder}': its entry {others[0]} is no tensor, and is not read")
     with fault_of(folder / ".metadata"):
-        return _entries(folder, table)
-
-
-def _entries(folder: Path, table: Table) -> dict[str, Stored]:
-    tensors = {name: entry for name, entry in table.tensors.items() if entry}
-    sizes = {(name, shape_of(c["offsets"])): shape_of(c["sizes"]) for name, entry in tensors.items() for c in entry["chunks"]}
-    chunks: dict[str, list[Chunk]] = {}
-    for (name, offsets), info in table.places.items():
-        if Path(info["relative_path"]).name != info["relative_path"]:
-            raise UserError(f"'{folder}': its table of contents names a file outside of it, {info['relative_path']}")
-        if (name, offsets) in sizes:
-            if info.get("transform_descriptors"):
-                raise UserError(
-                    f"'{folder}' is compressed ({', '.join(info['transform_descriptors'])}), which is not read here"
-                )
-            chunk = Chunk(offsets, sizes[name, offsets], folder / info["relative_path"], info["offset"], info["length"])
-            chunks.setdefault(name, []).append(chunk)
-    result: dict[str, Stored] = {}
-    for name, entry in tensors.items():
-        shape, dtype = shape_of(tuple(entry["size"])), entry["properties"]
-        read_part = partial(_read, folder, name, shape, dtype, chunks.get(name, []))
-        result[name] = Stored(shape, dtype, partial(read_part, [0] * len(shape), shape), read_part)
-    return result
+        tensors = {name: entry for name, entry in entries.items() if entry}
+        sizes = {(name, shape_of(c["offsets"])): shape_of(c["sizes"]) for name, e in tensors.items() for c in e["chunks"]}
+        chunks: dict[str, list[Chunk]] = {name: [] for name in tensors}
+        for (name, offsets), info in places.items():
+            file = plain_name(info["relative_path"], f"'{folder}': its table of contents names the file")
+            if (name, offsets) in sizes:
+                if info.get("transform_descriptors"):
+                    kinds = ", ".join(info["transform_descriptors"])
+                    raise UserError(f"'{folder}' is compressed ({kinds}), which is not read here")
+                chunk = Chunk(offsets, sizes[name, offsets], folder / file, info["offset"], info["length"])
+                chunks[name].append(chunk)
+        result: dict[str, Stored] = {}
+        for name, entry in tensors.items():
+            shape, dtype = shape_of(tuple(entry["size"])), entry["properties"]
+            read_part = partial(_read, folder, name, shape, dtype, chunks[name])
+            result[name] = Stored(shape, dtype, partial(read_part, [0] * len(shape), shape), read_part)
+        return result
 
 
 def _read(
@@ -115,8 +107,7 @@ def _read(
                 raise ValueError(
                     f"a chunk is {whole.dtype} {tuple(whole.shape)}, where the table of contents says {dtype} {chunk.sizes}"
                 )
-            source = whole.detach()[tuple(map(slice, _less(starts, chunk.offsets), _less(ends, chunk.offsets)))]
-            result[tuple(map(slice, _less(starts, offsets), _less(ends, offsets)))] = source
+            result[_slices(starts, ends, offsets)] = whole.detach()[_slices(starts, ends, chunk.offsets)]
     except (TypeError, ValueError, RuntimeError, OSError) as error:
         raise UserError(f"'{folder}' cannot be read at {name}: {error}") from error
     return result
@@ -131,8 +122,8 @@ def _bytes_of(chunk: Chunk) -> bytes:
         return file.read(chunk.length)
 
 
-def _less(places: Sequence[int], offsets: Sequence[int]) -> list[int]:
-    return [place - offset for place, offset in zip(places, offsets, strict=True)]
+def _slices(starts: Sequence[int], ends: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(start - first, end - first) for start, end, first in zip(starts, ends, origin, strict=True))
 
 
 def _overlap(chunks: Sequence[Chunk]) -> bool:
@@ -147,23 +138,19 @@ def _meet(a: Chunk, b: Chunk) -> bool:
     return all(start < other + length and other < start + size for start, size, other, length in extents)
 
 
-@dataclass(frozen=True)
-class Table:
-    """The table of contents of a checkpoint, as plain data."""
-
-    tensors: Mapping[str, Mapping[str, Any]]  # size, properties (the type), chunks; {} for what is no tensor
-    places: Mapping[tuple[str, tuple[int, ...]], Mapping[str, Any]]  # by name and offsets: relative_path, offset, length
+# The entries by name: size, properties (the type) and chunks of a tensor, () for what is none; and by name and offsets, where
+# each chunk lies: relative_path, offset, length.
+_Table = tuple[Mapping[str, Mapping[str, Any]], Mapping[tuple[str, tuple[int, ...]], Mapping[str, Any]]]
 
 
-def read_metadata(folder: Path) -> Table:
+def _table(path: Path) -> _Table:
     """The table of contents of a distributed checkpoint, without running it."""
-    path = folder / ".metadata"
     try:
         content = read_bytes(path, _MAX_METADATA_BYTES)
         budget = Budget(len(content), 4 * len(content))
-        metadata = Reader(str(path), budget, {**data_symbols(budget), **_SYMBOLS}).run(io.BytesIO(content))
+        metadata = Reader(io.BytesIO(content), str(path), budget, {**data_symbols(budget), **_SYMBOLS}).run()
         check_result(metadata, str(path))
-        return Table(exactly(metadata["state_dict_metadata"], dict), metadata["storage_data"] or {})
+        return exactly(metadata["state_dict_metadata"], dict), metadata["storage_data"] or {}
     except UnsafePickle as error:
         reason = f"it wants to load {error.wants}, which a table of contents has no use for" if error.wants else str(error)
         raise UserError(f"'{path}' is not read: {reason}") from None
@@ -190,80 +177,66 @@ def _plain(*values: Any) -> Any:
 
 _METADATA, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 _SYMBOLS: Symbols = {
-    **{
-        f"{_METADATA}.{name}": Object(_record)
-        for name in ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "StorageMeta")
-    },
-    f"{_FILES}._StorageInfo": Object(_record),
-    f"{_METADATA}.BytesStorageMetadata": Object(dict),
-    f"{_METADATA}.TensorProperties": Object(_properties),
-    f"{_METADATA}.MetadataIndex": Object(_index),
+    **{f"{_METADATA}.{name}": _record for name in ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "StorageMeta")},
+    f"{_FILES}._StorageInfo": _record,
+    f"{_METADATA}.BytesStorageMetadata": _plain,
+    f"{_METADATA}.TensorProperties": _properties,
+    f"{_METADATA}.MetadataIndex": _index,
     f"{_METADATA}._MEM_FORMAT_ENCODING": _plain,
     "torch.Size": lambda sizes: shape_of(sizes),
     "torch.serialization._get_layout": _plain,
     "pathlib.PosixPath": _plain,
     "pathlib._local.PosixPath": _plain,
-    **{str(dtype): Constant(dtype) for dtype in SAFETENSORS_NAMES},
+    **{str(dtype): dtype for dtype in SAFETENSORS_NAMES},
 }
 
 
-# --- writing: the records of the format, by the names that they have there
+# --- writing
 
 
-class Record:
-    """The fields of a record; `module` is where torch keeps its class."""
+@dataclass(frozen=True, eq=False)
+class _Record:
+    """An object of a class of the format, made with `args`, its fields or whatever its class makes of `state`."""
 
-    module = "torch.distributed.checkpoint.metadata"
-
-    def __init__(self, **fields: Any):
-        self.__dict__.update(fields)
-
-
-class Metadata(Record): ...
+    kind: str
+    state: Any = None
+    args: tuple[Any, ...] = ()
 
 
-class TensorStorageMetadata(Record): ...
+_PICKLER: Any = pickle._Pickler  # the one in Python: it can name a class without importing it; typeshed leaves it out
 
 
-class ChunkStorageMetadata(Record): ...
+class _Pickler(_PICKLER):
+    def save_record(self, record: _Record) -> None:
+        module, _, name = record.kind.rpartition(".")
+        self.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())
+        self.save(record.args)
+        self.write(pickle.REDUCE if record.args else pickle.NEWOBJ)
+        if record.state is not None:
+            self.save(record.state)
+            self.write(pickle.BUILD)
 
-
-class MetadataIndex(Record): ...
-
-
-class TensorProperties(Record):
-    state: tuple[Any, ...]  # dtype, layout, requires_grad, memory format, pin_memory
-
-    def __getstate__(self) -> tuple[Any, ...]:
-        return self.state
-
-
-class _StorageInfo(Record):
-    module = "torch.distributed.checkpoint.filesystem"
-
-
-class _MEM_FORMAT_ENCODING(Record):  # noqa: N801  # the name that torch gives it
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.__dict__["value"],)
+    dispatch: ClassVar[dict[type, Any]] = {**_PICKLER.dispatch, _Record: save_record}
 
 
 def write_distributed(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a checkpoint into a folder that exists, as DCP does in a process alone; `dcp.load` reads it in any layout."""
-    name_of_file = "__0_0.distcp"
-    entries: dict[str, TensorStorageMetadata] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
-    for name, start, length in write_chunks(folder / name_of_file, tensors):
+    file = "__0_0.distcp"
+    entries: dict[str, _Record] = {}
+    places: dict[_Record, _Record] = {}
+    for name, start, length in write_chunks(folder / file, tensors):
         tensor = tensors[name]
         origin = torch.Size([0] * tensor.ndim)
-        properties = TensorProperties(state=(tensor.dtype, torch.strided, False, _MEM_FORMAT_ENCODING(value=0), False))
-        chunk = ChunkStorageMetadata(offsets=origin, sizes=tensor.shape)
-        entries[name] = TensorStorageMetadata(properties=properties, size=tensor.shape, chunks=[chunk])
-        place = MetadataIndex(fqn=name, offset=origin, index=0)
-        places[place] = _StorageInfo(relative_path=name_of_file, offset=start, length=length)
-    keys = {name: (name,) for name in entries}
-    metadata = Metadata(state_dict_metadata=entries, planner_data=keys, storage_data=places, storage_meta=None, version="1.0.0")
-    with new_file(folder / ".metadata") as file:
-        _Pickler(file, protocol=4).dump(metadata)
+        form = tensor.dtype, torch.strided, False, _Record(f"{_METADATA}._MEM_FORMAT_ENCODING", args=(0,)), False
+        chunk = _Record(f"{_METADATA}.ChunkStorageMetadata", {"offsets": origin, "sizes": tensor.shape})
+        entry = {"properties": _Record(f"{_METADATA}.TensorProperties", form), "size": tensor.shape, "chunks": [chunk]}
+        entries[name] = _Record(f"{_METADATA}.TensorStorageMetadata", entry)
+        place = _Record(f"{_METADATA}.MetadataIndex", {"fqn": name, "offset": origin, "index": 0})
+        places[place] = _Record(f"{_FILES}._StorageInfo", {"relative_path": file, "offset": start, "length": length})
+    fields = {"state_dict_metadata": entries, "planner_data": {name: (name,) for name in entries}, "storage_data": places}
+    with new_file(folder / ".metadata") as metadata:
+        record = _Record(f"{_METADATA}.Metadata", fields | {"storage_meta": None, "version": "1.0.0"})
+        _Pickler(metadata, protocol=4).dump(record)
 
 
 def write_chunks(path: Path, tensors: Mapping[str, Tensor]) -> list[tuple[str, int, int]]:
@@ -278,15 +251,3 @@ def write_chunks(path: Path, tensors: Mapping[str, Tensor]) -> list[tuple[str, i
             torch.save(whole, file)
             places.append((name, start, file.tell() - start))
     return places
-
-
-_PICKLER: Any = pickle._Pickler  # the one in Python: it can name a class without importing it; typeshed leaves it out
-
-
-class _Pickler(_PICKLER):
-    def save_global(self, obj: Any, name: str | None = None) -> None:
-        if isinstance(obj, type) and issubclass(obj, Record):
-            self.write(pickle.GLOBAL + f"{obj.module}\n{obj.__name__}\n".encode())
-            self.memoize(obj)
-        else:
-            super().save_global(obj, name)

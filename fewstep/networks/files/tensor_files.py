@@ -25,7 +25,7 @@ from fewstep.errors import UserError
 from fewstep.untrusted.pickles import UnsafePickle
 from fewstep.untrusted.safe_tensors import open_safetensors
 from fewstep.untrusted.stored import Stored
-from fewstep.untrusted.text import read_json
+from fewstep.untrusted.text import Name, read_json
 from fewstep.untrusted.torch_files import load_torch
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -58,7 +58,7 @@ class TensorFile:
 class _Index:
     """What is read of model.safetensors.index.json."""
 
-    weight_map: dict[str, str]
+    weight_map: dict[str, Name]
 
 
 def is_tensor_file(place: str) -> bool:
@@ -69,9 +69,9 @@ def is_tensor_file(place: str) -> bool:
     if not path.is_dir() or (path / "checkpoints").is_dir():
         return False
     if (path / ".metadata").is_file():
-        from fewstep.networks.files.distributed import read_metadata
+        from fewstep.networks.files.distributed import open_distributed
 
-        return not any(re.match(r"\w+\.(weights|ema)\.", name) for name in read_metadata(path).tensors)
+        return not any(re.match(r"\w+\.(weights|ema)\.", name) for name in open_distributed(path))
     return bool(_safetensors_in(path)) or (path / MODEL).is_file()
 
 
@@ -83,10 +83,12 @@ def open_tensors(place: str | Path, part: str | None = None) -> TensorFile:
     path = Path(place)
     if _is_split(path):
         file = _split(path, part)
+    elif not path.exists() or (path.suffix in SUFFIXES and not path.is_file()):
+        raise UserError(f"no weights at '{place}': there is no such file")
     elif path.suffix == ".safetensors":
-        file = TensorFile(str(path), open_safetensors(_existing(path), _INCOMPLETE)[0])
+        file = TensorFile(str(path), open_safetensors(path, _INCOMPLETE)[0])
     elif path.suffix in TORCH_SUFFIXES:
-        file = _torch_file(_existing(path), part)
+        file = _torch_file(path, part)
     elif (path / ".metadata").is_file():
         from fewstep.networks.files.distributed import open_distributed
 
@@ -98,22 +100,14 @@ def open_tensors(place: str | Path, part: str | None = None) -> TensorFile:
         file = TensorFile(str(path), merged)
     elif (path / MODEL).is_file():
         file = _torch_file(path / MODEL, part)
-    elif path.is_dir():
-        raise UserError(f"no weights in '{place}': the folder holds no .safetensors files, no {MODEL} and no .metadata file")
     else:
-        raise UserError(f"no weights at '{place}': there is no such file")
+        raise UserError(f"no weights in '{place}': it is no folder with .safetensors files, {MODEL} or .metadata")
     if not file.tensors:
         raise UserError(f"'{file.source}' holds no tensors")
     file = _one_net(file, part)
     if part is not None and file.part != part:
         raise UserError(f"'{place}' holds one set of weights only, none is called '{part}'")
     return TensorFile(file.source, _plain(file.tensors), file.part, file.ignored)
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise UserError(f"no weights at '{path}': there is no such file")
-    return path
 
 
 # --- one set of several
@@ -222,11 +216,8 @@ def _safetensors_in(folder: Path) -> list[Path]:
     """The files of one model: those its index names, or all; of a pipeline's folder, those of its transformer."""
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
-        names = sorted(set(read_json(indices[0], "Copy that folder again", _Index).weight_map.values()))
-        odd = [name for name in names if Path(name).name != name]
-        if odd:
-            raise UserError(f"{indices[0]}: names a file outside its folder, {odd[0]}")
-        return [folder / name for name in names]
+        names = read_json(indices[0], "Copy that folder again", _Index).weight_map.values()
+        return [folder / name for name in sorted(set(names))]
     files = sorted(folder.glob("*.safetensors"))
     if not files and (folder / "transformer").is_dir():
         return _safetensors_in(folder / "transformer")
@@ -290,15 +281,13 @@ def split(tensors: Mapping[str, Tensor], num: int) -> list[dict[str, Tensor]]:
 def _joined(name: str, parts: list[Stored], stem: str) -> Stored:
     axis = _axis_of(name)
     first = parts[0]
-    fixed = [tuple(size for i, size in enumerate(one.shape) if i != axis) for one in parts]
+    fixed = {tuple(size for i, size in enumerate(one.shape) if i != axis) for one in parts}
+    if len(fixed) > 1 or (axis is not None and len(first.shape) != 2):
+        raise UserError(
+            f"{stem}: '{name}' is cut in a way that is not known here; its parts are {[one.shape for one in parts]}"
+        )
     if axis is None:
-        if any(one.shape != first.shape for one in parts):
-            raise UserError(
-                f"{stem}: '{name}' is cut in a way that is not known here; its parts are {[one.shape for one in parts]}"
-            )
         return Stored(first.shape, first.dtype, partial(_equal, name, parts, stem))
-    if any(len(one.shape) != 2 for one in parts) or len(set(fixed)) > 1:
-        raise UserError(f"{stem}: the parts of '{name}' do not fit along axis {axis}: {[one.shape for one in parts]}")
     whole = list(first.shape)
     whole[axis] = sum(one.shape[axis] for one in parts)
     return Stored(tuple(whole), first.dtype, lambda: torch.cat([one.read() for one in parts], axis))
