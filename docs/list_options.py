@@ -83,6 +83,11 @@ def _quoted(words: Iterable[str]) -> str:
 
 
 def _sentence(same: list[Option]) -> str:
+    """The help of the first verb, and that of a verb where the option means something else beside another one."""
+    special = [option for option in same if option.help.startswith("With --")]
+    if special and len(special) < len(same):
+        texts = (f"`{option.verb}`: {_sentence([option])}" for option in special)
+        return " ".join([_sentence([option for option in same if option not in special]), *texts])
     text = same[0].help.replace("|", "\\|")
     text = text if len(text.split()[0]) == 1 else f"{text[0].upper()}{text[1:]}"  # w stays w
     return text if text.endswith(".") else f"{text}."

@@ -371,7 +371,10 @@ def _reserved(partial: Path, is_folder: bool) -> int | None:
         try:
             if is_folder:
                 partial.mkdir()
-                descriptor = _open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    descriptor = _open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                except FileNotFoundError:  # not locked yet, it was taken for one that was left there
+                    continue
             else:
                 descriptor = _open(partial, _NEW)
         except FileExistsError:

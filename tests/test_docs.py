@@ -24,6 +24,7 @@ from fewstep.inference import coming_from_cosmos
 from fewstep.inference import command as generate_command
 from fewstep.training.plan.request import split_words
 from fewstep.training.run import Run
+from fewstep.training.search import Request
 from fewstep.training.trials import plan_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -223,7 +224,8 @@ def of_recipes() -> list[tuple[str, str]]:
 def test_a_run_that_a_page_starts_can_be_composed(page: str, command: str) -> None:
     verb, words = split(command)
     if verb == "sweep":
-        assert plan_sweep(read_command([word for word in words if "=" in word]), Run).trials
+        request = Request(1) if "--trials" in words else None
+        assert plan_sweep(read_command([word for word in words if "=" in word]), Run, request).keys
         return
     words = [f"teacher={TOY}" if word.startswith("teacher=") else word for word in words]  # the reader's own is not here
     settings = [word for word in words if word not in ("...", "a.b=c", "--json")]

@@ -280,3 +280,21 @@ def test_a_folder_that_is_replaced_is_there_whenever_a_kill_comes(tmp_path: Path
     with whole_folder(folder, replaces=True) as partial:
         files.write_text(partial / "a", "again")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"] and [path.name for path in folder.iterdir()] == ["a"]
+
+
+def test_a_hidden_folder_that_another_process_removes_at_once_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between being made and being locked it looks like one that a killed process left there."""
+    opened, seen = files._open, list[Path]()
+
+    def gone(path: Path, flags: int) -> int:
+        if flags & os.O_DIRECTORY and not seen:
+            seen.append(path)
+            path.rmdir()
+        return opened(path, flags)
+
+    monkeypatch.setattr(files, "_open", gone)
+    with whole_folder(tmp_path / "a") as partial:
+        (partial / "x").write_text("y")
+    assert (tmp_path / "a/x").read_text() == "y" and len(seen) == 1

@@ -39,7 +39,8 @@ LEAST = {
     "--num": 1, "--num-frames": 1, "--height": 1, "--width": 1, "--batch-size": 1, "--num-steps": 1, "--max-tokens": 1,
     "--tile": 1, "--sets": 1, "--seeds": 1, "--calls": 1, "--threads": 1, "--sequence-interval": 1, "--start-frame-interval": 1,
     "--shard-mib": 1, "--steps": 1, "--rank": 1, "--teacher-steps": 1, "--num-pairs": 1, "--kd-iters": 1, "--iters": 1,
-    "--num-eval": 1, "--dim": 1, "--latent-channels": 1, "--processes": 1, "--context": 1, "--chunk": 1, "--span": 1,
+    "--num-eval": 1, "--trials": 1, "--dim": 1, "--latent-channels": 1, "--processes": 1, "--context": 1, "--chunk": 1,
+    "--span": 1,
     "--given-frames": 0, "--workers": 0, "--verify": 0, "--latency": 0, "--measure": 0, "--keep": 0, "--seed": 0,
 }  # fmt: skip
 

@@ -9,48 +9,74 @@ from typing import Annotated
 import typer
 
 from fewstep.cli.app import app
-from fewstep.cli.options import FREE, imports, option
+from fewstep.cli.options import FREE, UsageError, imports, one_of, option
+from fewstep.training.search import SAMPLERS
 
 
 @app.command(context_settings=FREE)
 def sweep(
     context: typer.Context,
     workers: Annotated[int, option("--workers", "Number of trials at once; on a machine with GPUs each has one of them.")] = 1,
-    by: Annotated[str | None, option("--by", "Score to sort by. Default: the first that the previews measure.")] = None,
+    trials: Annotated[int | None, option("--trials", "Number of trials that a sampler asks for. Default: the grid.")] = None,
+    sampler: Annotated[
+        str | None, option("--sampler", f"With --trials: {', '.join(SAMPLERS)}. Default: tpe.", callback=one_of(*SAMPLERS))
+    ] = None,
+    seed: Annotated[int | None, option("--seed", "With --trials: seed of the sampler. Default: 0.")] = None,
+    by: Annotated[
+        str | None, option("--by", "Score to sort by, and to search for. Default: the first that previews measure.")
+    ] = None,
     highest: Annotated[bool, option("--highest", "The highest score is the best.")] = False,
     dry_run: Annotated[bool, option("--dry-run", "Print the commands and run nothing.")] = False,
 ) -> None:
     """Train every combination of several values: fewstep sweep experiment=NAME optim.lr=1e-5,5e-6 trainer.batch_size=8,16.
 
+    Or search: fewstep sweep experiment=NAME optim.lr=1e-6..1e-4 method.kind=kd,dmd2 --trials 20 --by SCORE.
+
     Each trial is a run folder beside the others. The same command resumes, and trains no trial twice.
     """
+    if trials is None and (sampler is not None or seed is not None):
+        raise UsageError("--sampler and --seed go with --trials, the number of trials that a sampler asks for.")
     from fewstep.config import read_command
     from fewstep.errors import UserError
     from fewstep.recipes import refuse_unknown
-    from fewstep.training.trials import Queue, plan_sweep, show
+    from fewstep.training.search import Request
+    from fewstep.training.trials import Queue, plan_sweep, show, space_of
 
     command = read_command([word for word in context.args if word != "--dryrun"])
     refuse_unknown(command)
+    request = None if trials is None else Request(trials, sampler or "tpe", seed or 0, by, highest)
+    space_of(command, request)
     with imports():
         from fewstep.training.run import Run
-    grid = plan_sweep(command, Run)
+    plan = plan_sweep(command, Run, request)
+    for change in [] if request is None else plan.changes():
+        print(f"note: changed since the newest trial was drawn: {change}", file=sys.stderr)
+    from fewstep.distill.stages import run_each, text_of
+
     if dry_run or "--dryrun" in context.args:
-        from fewstep.distill.stages import text_of
-
-        for trial in grid.trials:
-            print(text_of(grid.command(trial)))
+        drawn = plan.trials()
+        new = plan.ask() if len(drawn) < plan.num else None
+        for trial in (*drawn, *([new] if new else [])):
+            if not trial.problem:
+                print(text_of(plan.command(trial)))
+        if len(drawn) + 1 < plan.num:
+            print(f"note: the results decide the settings of {plan.num - len(drawn) - 1} more", file=sys.stderr)
         return
-    from fewstep.distill.stages import run_each
-
-    for stage in grid.stages:  # once, before several trials would each begin to train it
+    for stage in plan.stages:  # once, before several trials would each begin to train it
         if run_each([iter([("fewstep", "train", f"experiment={stage}")])], PRELOAD):
             raise UserError(f"stage {stage}, from which all trials start, failed, see above")
-    queue = Queue(grid)
-    failed = run_each([queue.commands(place) for place in _places(workers)], PRELOAD)
-    print(show(grid, by, highest))
-    print(f"{grid.folder}/trials.json")
+    queue = Queue(plan)
+    run_each([queue.commands(place) for place in _places(workers)], PRELOAD)
+    if queue.error is not None:
+        raise queue.error
+    print(show(plan, by, highest))
+    print(f"{plan.folder}/trials.json")
+    trained = plan.trials()
+    if len(trained) < plan.num:
+        print("note: every combination of the values has been tried", file=sys.stderr)
+    failed = [trial for trial in trained if not trial.is_over]
     if failed:
-        raise UserError(f"{len(failed)} of {len(grid.trials)} trials failed, see above; the same command runs these again")
+        raise UserError(f"{len(failed)} of {plan.num} trials failed, see above; the same command runs these again")
 
 
 PRELOAD = "fewstep.training.command"

@@ -178,7 +178,10 @@ def run(
 
 
 def run_each(commands: Sequence[Iterator[Command]], preload: str = IMPORTS, num_threads: int | None = None) -> list[Command]:
-    """Runs the commands of each iterator, one after the other, beside those of the others. Returns those that failed."""
+    """Runs the commands of each iterator, one after the other, beside those of the others. Returns those that failed.
+
+    An empty command says that there is none at this moment: the iterator is asked again after a second.
+    """
     marks = [f"[{number + 1}] " if len(commands) > 1 else "" for number in range(len(commands))]
     lanes = [_Lane(each, mark, preload, num_threads, ends_at_failure=False) for each, mark in zip(commands, marks, strict=True)]
     _run(lanes)
@@ -252,9 +255,10 @@ class _Lane(threading.Thread):
             self.ended.set()
 
     def _run(self) -> None:
-        for command in self.commands:
-            if self._stopped:
-                return
+        while not self._stopped and (command := next(self.commands, None)) is not None:
+            if not command:
+                time.sleep(1.0)
+                continue
             _say(f"{self.mark}$ {text_of(command)}")
             process = self._running = _started(command, self.preload, self.num_threads)
             if self._stopped:  # meanwhile

@@ -15,7 +15,7 @@ from fewstep.methods.contract import Turn
 from fewstep.parallel import World
 from fewstep.training.checkpoint import Checkpoints
 from fewstep.training.crew import Crew
-from fewstep.training.errors import TrainingError
+from fewstep.training.errors import Diverged
 
 
 def refuse_non_finite(
@@ -27,7 +27,7 @@ def refuse_non_finite(
     world: World,
     checkpoints: Checkpoints,
 ) -> dict[str, float]:
-    """The gradient norms, as numbers. Raises TrainingError if a loss term or a gradient of this iteration is not finite on some
+    """The gradient norms, as numbers. Raises Diverged if a loss term or a gradient of this iteration is not finite on some
     rank."""
     values: list[float] = torch.stack([number.to(world.device) for number in (*norms.values(), *terms.values())]).tolist()
     sizes, losses = dict(zip(norms, values, strict=False)), dict(zip(terms, values[len(norms) :], strict=True))
@@ -42,7 +42,7 @@ def refuse_non_finite(
     where = " (rank {})" if world.size > 1 else ""
     messages = [text + where.format(rank) for rank, text in enumerate(world.gather("; ".join(problems))) if text]
     checkpoints.finish()
-    raise TrainingError(
+    raise Diverged(
         f"iteration {step}, {turn.label} turn, training {', '.join(norms)}: {'; '.join(messages)}. No weight was "
         f"changed by this iteration; the last checkpoint is {checkpoints.latest() or 'none'}. Look at the data of this "
         "iteration, or lower optim.lr"

@@ -23,7 +23,7 @@ from fewstep.data.loader import Batches, first_batch
 from fewstep.diffusion import Rng, Sampler, TeacherSampler
 from fewstep.diffusion.derivative import TOLERANCE
 from fewstep.errors import UserError
-from fewstep.files import FULL, explain, write_json
+from fewstep.files import FULL, explain, remove, write_json
 from fewstep.methods.contract import Nets
 from fewstep.networks.contract import Network
 from fewstep.networks.files.checkpoints import newest_in
@@ -35,7 +35,7 @@ from fewstep.training import iteration
 from fewstep.training.alone import alone_in
 from fewstep.training.checkpoint import Checkpoints, Progress
 from fewstep.training.crew import Crew, assemble
-from fewstep.training.errors import Interrupted, TrainingError
+from fewstep.training.errors import Diverged, Interrupted, TrainingError
 from fewstep.training.guard import refuse_non_finite
 from fewstep.training.health import Monitor, Ring
 from fewstep.training.heap import keep_freed_memory
@@ -43,6 +43,7 @@ from fewstep.training.log import RunLog
 from fewstep.training.looks import Looks
 from fewstep.training.meter import Meter
 from fewstep.training.original_files import write_original_files
+from fewstep.training.records import DIVERGED, SUMMARY
 from fewstep.training.resume import Resumption
 from fewstep.training.run import Run
 from fewstep.training.run_folder import (
@@ -72,6 +73,10 @@ def train(run: Run) -> dict[str, Any]:
     try:
         with alone_in(run.job.folder()) if world.is_main else nullcontext():
             return _train(run.on_readers(world.num_readers), world)
+    except Diverged as error:
+        if world.is_main:
+            write_json(run.job.folder() / DIVERGED, {"reason": str(error)})
+        raise
     except RuntimeError as error:
         if isinstance(error, TrainingError) or world.mesh is None or not is_lost_process(error):
             raise
@@ -208,7 +213,8 @@ def _train(run: Run, world: World) -> dict[str, Any]:
         checkpoints.finish()
         results = summary(run, log.at_start, log.last, progress, world)
         if world.is_main:
-            write_json(folder / "summary.json", results)
+            write_json(folder / SUMMARY, results)
+            remove(folder / DIVERGED)
         scores = [f"  {name} {log.last[name]:.4f}" for name in log.at_start]
         log.say(f"done: {folder}/summary.json" + "".join(scores))
     return results
@@ -348,7 +354,7 @@ def _stop_or_return(run: Run, ring: Ring, progress: Progress, crew: Crew, checkp
     healthy = checkpoints.latest(healthy_only=True)
     if ring.action == "stop" or healthy is None or progress.rollbacks >= run.health.max_rollbacks:
         note = "" if ring.action == "stop" else f" ({progress.rollbacks} roll-backs so far)"
-        raise TrainingError(
+        raise Diverged(
             f"stopped at iteration {progress.step}: {ring}{note}. The last healthy checkpoint is {healthy or 'none'}"
         )
     back = replace(_restore(checkpoints, healthy, crew), rollbacks=progress.rollbacks + 1, wall_s=progress.wall_s)

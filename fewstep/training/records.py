@@ -17,8 +17,9 @@ from fewstep.errors import UserError
 from fewstep.untrusted.text import read_json, read_json_lines
 
 CONFIG, SUMMARY, METRICS = "config.yaml", "summary.json", "metrics.jsonl"
+DIVERGED = "diverged.json"  # why the same command would not finish the run either
 _COSTS = ("step", "samples", "student_updates", "rollbacks", "wall_s", "peak_memory_gib", "num_processes")
-State = Literal["finished", "unfinished", "damaged"]
+State = Literal["finished", "unfinished", "diverged", "damaged", "refused"]  # refused: of a sweep, never begun
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,14 @@ class RunRecord:
                 summary = read_json(folder / SUMMARY, "Train again to write it anew")
                 newest |= {name: float(value) for name, value in summary.items() if _is_number(value)}
                 # A finished run goes on with a larger trainer.max_iter, and its summary.json is old until it ends.
-                is_finished = int(newest.get("step", 0)) >= int(settings.get("trainer.max_iter", 0))
-                return cls(
-                    folder, settings, newest, max(step, int(newest["step"])), "finished" if is_finished else "unfinished"
-                )
+                last = int(newest["step"])
+                has_patience = settings.get("checkpoint.patience", "none") != "none"  # which may have ended it earlier
+                if last >= int(settings.get("trainer.max_iter", 0)) or (has_patience and step <= last):
+                    return cls(folder, settings, newest, max(step, last), "finished")
+                step = max(step, last)
         except (UserError, OSError, AttributeError, KeyError, ValueError):
             return cls(folder, {}, {}, 0, "damaged")
-        return cls(folder, settings, newest, step, "unfinished")
+        return cls(folder, settings, newest, step, "diverged" if (folder / DIVERGED).is_file() else "unfinished")
 
     @property
     def name(self) -> str:

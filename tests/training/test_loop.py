@@ -231,7 +231,7 @@ def test_a_number_that_is_none_stops_before_the_step(where: str, said: str, row:
     with pytest.raises(TrainingError) as caught:
         train(run)
     message = str(caught.value)
-    assert said in message
+    assert said in message and json.loads((run.job.folder() / "diverged.json").read_text()) == {"reason": message}
     for part in ("iteration 2", "joint turn", "critic, student", "No weight was changed", "iter_000000002"):
         assert part in message
     for role in ("student", "critic"):  # neither that of the bad numbers, nor the one before it in the same turn

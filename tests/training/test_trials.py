@@ -50,15 +50,17 @@ def test_values_are_separated_by_commas_outside_of_brackets_and_quotes() -> None
 
 def test_every_combination_is_a_run_folder_beside_the_others(root: Path) -> None:
     sweep = swept(*SIX)
-    assert [trial.folder.name for trial in sweep.trials] == [
+    assert [trial.folder.name for trial in sweep.trials()] == [
         f"analytic_finetune.lr={lr},batch_size={size}" for lr in ("1e-3", "2e-3", "4e-3") for size in ("32", "64")
     ]
-    assert {trial.folder.parent for trial in sweep.trials} == {root / "analytic/basic"}
-    command = sweep.command(sweep.trials[3])
+    assert {trial.folder.parent for trial in sweep.trials()} == {root / "analytic/basic"}
+    command = sweep.command(sweep.trials()[3])
     assert command[:3] == ("fewstep", "train", "experiment=analytic_finetune")
-    assert {"optim.lr=2e-3", "trainer.batch_size=64", f"job.name={sweep.trials[3].folder.name}"} == set(command[3:])
+    assert {"optim.lr=2e-3", "trainer.batch_size=64", f"job.name={sweep.trials()[3].folder.name}"} == set(command[3:])
     named = swept(*SIX, "job.name=study")
-    assert named.folder == root / "analytic/basic/study.sweep" and named.trials[0].folder.name == "study.lr=1e-3,batch_size=32"
+    assert (
+        named.folder == root / "analytic/basic/study.sweep" and named.trials()[0].folder.name == "study.lr=1e-3,batch_size=32"
+    )
 
 
 def test_a_sweep_that_cannot_run_is_refused_with_every_problem() -> None:
@@ -77,18 +79,18 @@ def test_finished_trials_are_left_out_and_locked_ones_come_last(root: Path) -> N
     from fewstep.training.alone import alone_in
 
     sweep = swept(*SIX)
-    write_run(sweep.trials[0].folder, 1e-3, 2000, 2000, energy_distance=0.3)
-    sweep.trials[1].folder.mkdir(parents=True)
+    write_run(sweep.trials()[0].folder, 1e-3, 2000, 2000, energy_distance=0.3)
+    sweep.trials()[1].folder.mkdir(parents=True)
     commands = Queue(sweep).commands(("NAME=1",))
-    with alone_in(sweep.trials[1].folder):
+    with alone_in(sweep.trials()[1].folder):
         names = [next(commands)[-1] for _ in range(4)]
     names += [command[-1] for command in commands]
-    assert names == [f"job.name={sweep.trials[n].folder.name}" for n in (2, 3, 4, 5, 1)]
+    assert names == [f"job.name={sweep.trials()[n].folder.name}" for n in (2, 3, 4, 5, 1)]
 
 
 def test_the_table_of_trials_is_sorted_and_written(root: Path) -> None:
     sweep = swept("experiment=analytic_finetune", "optim.lr=1e-3,2e-3,4e-3")
-    for trial, score in zip(sweep.trials, (0.3, 0.1), strict=False):
+    for trial, score in zip(sweep.trials(), (0.3, 0.1), strict=False):
         write_run(trial.folder, float(trial.settings[0][1]), 2000, 2000, energy_distance=score)
     text = show(sweep, None).splitlines()
     assert text[0].split()[:4] == ["trial", "state", "step", "energy_distance"]
@@ -153,7 +155,7 @@ def test_a_sweep_that_was_killed_ends_with_six_results_and_runs_none_twice(root:
     settings = ["checkpoint.save_iter=100", "checkpoint.keep_last=9"]
     quiet = subprocess.DEVNULL
     first = subprocess.Popen([*command, *settings], stdout=quiet, stderr=quiet, start_new_session=True)
-    trials = [trial.folder for trial in swept(*SIX).trials]
+    trials = [trial.folder for trial in swept(*SIX).trials()]
 
     def finished() -> list[Path]:
         return [folder for folder in trials if (folder / "summary.json").is_file()]
