@@ -63,7 +63,7 @@ FLOORS = {
         ("files",),
         ("controls", "contract", "order"),
         ("folder",),
-        ("shards", "mix", "mock", "loader"),
+        ("mix", "mock", "loader"),
         ("check",),
     ),
     "networks": (

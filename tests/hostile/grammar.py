@@ -199,7 +199,6 @@ VALUES = (
         "{out}",
         "{out}/x",
         "{out}/x.mp4",
-        "{home}/shards",
         "{home}/evil.py",
         "x,y",
     ),
