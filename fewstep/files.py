@@ -298,7 +298,7 @@ def writing(path: Path, partial: Path | None = None) -> Iterator[None]:
         raise WriteError(_message(path, number), number) from error
 
 
-def explain(error: OSError) -> str:
+def explain(error: OSError | UserError) -> str:
     """The message of an error of the file system: the path, the reason, what to do."""
     if isinstance(error, UserError) or error.errno is None:
         return str(error)

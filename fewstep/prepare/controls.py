@@ -29,7 +29,7 @@ from fewstep.data.folder.layout import Layout
 from fewstep.errors import UserError, some
 from fewstep.files import write_bytes
 from fewstep.prepare.latents import ahead_of
-from fewstep.prepare.ledger import NAME, Ledger
+from fewstep.prepare.ledger import NAME, open_ledger
 from fewstep.prepare.summary import Summary
 from fewstep.progress import track
 from fewstep.untrusted.text import ANY_SIZE, read_bytes
@@ -72,7 +72,7 @@ def write(dataset_dir: str | Path, maker: Maker, ahead: int = 2) -> Summary:
     path = place.root / maker.type / NAME if place.form == "flat" else place.root / f"{NAME}.{maker.type}"
     new = foreign = 0
     failed: list[str] = []
-    with Ledger(path, maker.made_from, lambda stem: place.file(part, stem)) as ledger:
+    with open_ledger(path, maker.made_from, lambda stem: place.file(part, stem)) as ledger:
 
         def work(stem: str) -> tuple[str, str, Any]:
             try:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewstep.batch import Batch
 from fewstep.config import ConfigError, choices
-from fewstep.data.files.packs import Label, Writer
+from fewstep.data.files.packs import Label, open_writer
 from fewstep.data.folder.dataset import Folder, FolderData, layout
 from fewstep.data.folder.encoding import hash_of, origin_of
 from fewstep.data.folder.samples import Sample
@@ -116,7 +116,7 @@ def _write_part(
         _label(sample, part, hashes, data.spec.resize == "pad") for sample in track(samples, len(samples), f"hashing {part}")
     ]
     failed: list[str] = []
-    with Writer(data.layout.root / folder_of(part, into), origin_of(data.spec, part, codec.fingerprint, dtype)) as writer:
+    with open_writer(data.layout.root / folder_of(part, into), origin_of(data.spec, part, codec.fingerprint, dtype)) as writer:
         dropped = writer.keep_only(labels)
         todo = [number for number, label in enumerate(labels) if not writer.has(label)]
         _refuse_full_disk(data.layout.root, len(todo), shape)

@@ -10,11 +10,10 @@ another program; it is left as it is and never replaced.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from fewstep.errors import UserError, show
 from fewstep.files import Lines, lock, remove
@@ -34,24 +33,20 @@ class _Line:
     content: str
 
 
+@contextmanager
+def open_ledger(path: Path, made_from: Mapping[str, str], file_of: Callable[[str], Path]) -> Iterator[Ledger]:
+    """The lines at `path`, one process at a time. Raises UserError if files of another origin are there."""
+    with lock(path) as file:
+        yield Ledger(file, made_from, file_of)
+
+
 class Ledger:
-    """The lines of one folder, one process at a time."""
+    """The lines of one folder."""
 
-    def __init__(self, path: Path, made_from: Mapping[str, str], file_of: Callable[[str], Path]):
-        self.path, self.made_from, self.file_of = path, dict(made_from), file_of
-        self._lines: dict[str, str] = {}
-        self._file: Lines | None = None
-        self._lock = ExitStack()
-
-    def __enter__(self) -> Ledger:
-        with ExitStack() as stack:
-            self._file = stack.enter_context(lock(self.path))
-            self._read()
-            self._lock = stack.pop_all()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._lock.close()
+    def __init__(self, file: Lines, made_from: Mapping[str, str], file_of: Callable[[str], Path]):
+        self.path, self.made_from, self.file_of = file.path, dict(made_from), file_of
+        self._file = file
+        self._lines = self._read()
 
     def state(self, name: str, content: str) -> str:
         """done, todo, or foreign: there, but written by another program."""
@@ -67,8 +62,7 @@ class Ledger:
             self._append({"name": name, "content": content})
             self._lines[name] = content
 
-    def _read(self) -> None:
-        assert self._file is not None
+    def _read(self) -> dict[str, str]:
         whole = self._file.content()
         end = whole.rfind(b"\n") + 1  # what follows is a line that a kill cut off; its file was not begun
         advice, rows = "Remove it: files that are there are then kept as yours", whole[:end].splitlines()
@@ -86,10 +80,9 @@ class Ledger:
                 "another folder, or remove them"
             )
         self._file.cut(end if there else 0)
-        self._lines = lines if there else {}
         if not there:
             self._append({"made_from": self.made_from})
+        return lines if there else {}
 
     def _append(self, row: Mapping[str, object]) -> None:
-        assert self._file is not None
         self._file.add(json.dumps(row))

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fewstep.data.files.arrays import write_pickle
-from fewstep.data.files.packs import Label, Writer, has_packs
+from fewstep.data.files.packs import Label, has_packs, open_writer
 from fewstep.data.folder import layout, parts
 from fewstep.data.folder.layout import Layout
 from fewstep.data.folder.samples import captions_of, read_caption
 from fewstep.errors import UserError, some
 from fewstep.files import write_bytes, write_json, write_text
 from fewstep.networks.encoders.text import TextEncoder, stored_embedding, stored_pooled
-from fewstep.prepare.ledger import NAME, Ledger
+from fewstep.prepare.ledger import NAME, open_ledger
 from fewstep.prepare.summary import Summary
 from fewstep.progress import track
 from fewstep.untrusted.text import read_bytes, read_json
@@ -55,7 +55,7 @@ def write(
                 f"{place.root / folder}: holds single files, which packs would hide. Remove them, or --format pickle"
             )
         labels = [Label(stem, hash_of(text)) for stem, text in texts.items()]
-        with Writer(place.root / folder, made_from, lengths_differ=True) as writer:
+        with open_writer(place.root / folder, made_from, lengths_differ=True) as writer:
             writer.keep_only(labels)
             for label, (_, text) in zip(labels, items, strict=True):
                 writer.put(label, lambda text=text: embed(text))
@@ -64,7 +64,7 @@ def write(
         raise UserError(f"{place.root / folder}: holds packs, which would hide single files. Remove them, or --format packed")
     content = lru_cache(maxsize=64)(lambda text: _content(encoder, text))
     new = foreign = 0
-    with Ledger(_ledger(place, folder), made_from, lambda stem: place.file(part, stem)) as ledger:
+    with open_ledger(_ledger(place, folder), made_from, lambda stem: place.file(part, stem)) as ledger:
         for stem, text in items:
             state = ledger.state(stem, hash_of(text))
             foreign += state == "foreign"

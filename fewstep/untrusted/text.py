@@ -24,7 +24,7 @@ from typing import Annotated, Any, TypeVar, overload
 from annotated_types import Ge, Le, Predicate
 
 from fewstep.errors import UserError
-from fewstep.files import NAME_RULE, is_plain
+from fewstep.files import NAME_RULE, explain, is_plain
 
 # What is read of a file whole. JSON takes up to thirty times its bytes in memory: a list in three of them.
 _MAX_TEXT_BYTES = 2**24
@@ -82,10 +82,8 @@ def read_json(path: str | os.PathLike[str], advice: str, kind: Any = dict[str, A
     """
     try:
         content = read_bytes(path, MAX_JSON_BYTES)
-    except OSError as error:
-        raise UserError(f"{os.fspath(path)}: {error.strerror}. {advice}") from None
-    except UserError as error:
-        raise UserError(f"{error}. {advice}") from None
+    except (OSError, UserError) as error:
+        raise UserError(f"{explain(error)}. {advice}") from None
     return parse_json(content, os.fspath(path), advice, kind)
 
 

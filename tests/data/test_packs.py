@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.data.files.packs import MAKING, Label, Writer, has_packs, open_packs
+from fewstep.data.files.packs import MAKING, Label, has_packs, open_packs, open_writer
 
 ORIGIN = {"codec": "a", "dtype": "float16"}
 LABELS = [Label(f"clip_{n // 2}", f"hash_{n // 2}", 8 * (n % 2), {"fps": 16.0 + n}) for n in range(10)]
@@ -21,8 +21,7 @@ def tensor(number: int) -> Tensor:
 
 def fill(folder: Path, labels: list[Label] = LABELS, stop_at: int | None = None, pack_bytes: int = 500) -> int:
     """Rows made; the writer dies at one of them, as a killed process would."""
-    writer = Writer(folder, ORIGIN, pack_bytes=pack_bytes)
-    with writer:
+    with open_writer(folder, ORIGIN, pack_bytes=pack_bytes) as writer:
         writer.keep_only(labels)
         for label in labels:
 
@@ -47,7 +46,6 @@ def test_rows_come_back_in_order_with_what_they_were_made_from(tmp_path: Path) -
     assert list(packs.rows) == LABELS and len(packs) == 10 and packs.made_from == ORIGIN
     for number in range(10):
         assert torch.equal(packs.read(number), tensor(number)) and packs.shapes[number] == (2, 3, 4)
-    assert torch.equal(packs.stacked([7, 2]), torch.stack([tensor(7), tensor(2)]))
     assert packs.by_stem()["clip_3"] == [6, 7]
     packs.read(0).zero_()  # a copy: nobody can change the file through it
     assert torch.equal(open_packs(tmp_path).read(0), tensor(0))
@@ -79,7 +77,7 @@ def test_a_row_that_waited_and_was_packed_before_the_kill_is_not_packed_twice(tm
 def test_rows_of_other_lengths_and_equal_content_share_a_pack(tmp_path: Path) -> None:
     texts = [torch.full((n, 3), float(n)).half() for n in (4, 1, 2)]
     labels = [Label("a", "x"), Label("b", "y"), Label("c", "z"), Label("d", "x")]
-    with Writer(tmp_path, ORIGIN, lengths_differ=True) as writer:
+    with open_writer(tmp_path, ORIGIN, lengths_differ=True) as writer:
         for label, made in zip(labels, [*texts, texts[0]], strict=True):
             writer.put(label, lambda made=made: made)
     packs = open_packs(tmp_path)
@@ -90,7 +88,7 @@ def test_rows_of_other_lengths_and_equal_content_share_a_pack(tmp_path: Path) ->
 
 
 def test_rows_of_different_shapes_lie_in_packs_of_their_own(tmp_path: Path) -> None:
-    with Writer(tmp_path, ORIGIN) as writer:
+    with open_writer(tmp_path, ORIGIN) as writer:
         for number in range(4):
             writer.put(Label(f"{number}", f"{number}"), lambda number=number: torch.full((1 + number % 2, 2), float(number)))
     packs = open_packs(tmp_path)
@@ -101,7 +99,7 @@ def test_rows_of_different_shapes_lie_in_packs_of_their_own(tmp_path: Path) -> N
 def test_clips_that_changed_or_are_gone_are_dropped_and_the_others_kept(tmp_path: Path) -> None:
     fill(tmp_path)
     changed = [Label("clip_0", "new", 0), *LABELS[1:6], *LABELS[8:]]
-    with Writer(tmp_path, ORIGIN) as writer:
+    with open_writer(tmp_path, ORIGIN) as writer:
         assert writer.keep_only(changed) == 3
         for label in changed:
             writer.put(label, lambda: torch.ones(2, 3, 4).half())
@@ -117,7 +115,7 @@ def test_another_origin_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"made from something else: codec is 'a', not 'b'\. Ask for what it was made from"):
         open_packs(tmp_path, {"codec": "b"})
     with pytest.raises(ValueError, match="codec is 'a', not 'b', dtype is 'float16', not 'left out'"):
-        Writer(tmp_path, {"codec": "b"}).__enter__()
+        open_writer(tmp_path, {"codec": "b"}).__enter__()
     file = tmp_path / "packs" / "00000.safetensors"
     for change in ({"made_from": {"codec": "c"}}, {}):
         told = json.loads(__import__("safetensors").safe_open(file, "pt").metadata()["pack"]) | change
@@ -127,15 +125,15 @@ def test_another_origin_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_two_processes_do_not_write_at_once(tmp_path: Path) -> None:
-    with Writer(tmp_path, ORIGIN), pytest.raises(ValueError, match="another process writes here"):
-        Writer(tmp_path, ORIGIN).__enter__()
-    with Writer(tmp_path, ORIGIN):
+    with open_writer(tmp_path, ORIGIN), pytest.raises(ValueError, match="another process writes here"):
+        open_writer(tmp_path, ORIGIN).__enter__()
+    with open_writer(tmp_path, ORIGIN):
         pass
 
 
 def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     told = r"clip_0: 1 of 2 numbers are not finite in torch\.float16"
-    with pytest.raises(ValueError, match=told), Writer(tmp_path, ORIGIN) as writer:
+    with pytest.raises(ValueError, match=told), open_writer(tmp_path, ORIGIN) as writer:
         writer.put(LABELS[0], lambda: torch.tensor([70000.0, 1.0]).half())
     assert not has_packs(tmp_path)
 

@@ -220,9 +220,9 @@ def _metrics(file: Path) -> object:
 
 
 def _ledger(file: Path) -> object:
-    from fewstep.prepare.ledger import Ledger
+    from fewstep.prepare.ledger import open_ledger
 
-    with Ledger(file, {}, lambda name: file.with_name(name)) as ledger:
+    with open_ledger(file, {}, lambda name: file.with_name(name)) as ledger:
         return ledger.state("clip_1", "x")
 
 

@@ -2,7 +2,7 @@
 
     DIR/latents/packs/00000.safetensors     one tensor `data`, rows one after another; the header says what each row is
 
-    with Writer(folder, {"codec": "9f2c...", "dtype": "float16"}) as writer:
+    with open_writer(folder, {"codec": "9f2c...", "dtype": "float16"}) as writer:
         for label in labels:
             writer.put(label, lambda: encode(label))           # not called for rows that are there
     packs = open_packs(folder, made_from={"codec": "9f2c..."})   # ValueError if another codec made it
@@ -19,12 +19,11 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated
 
 import torch
@@ -86,10 +85,6 @@ class Packs:
         video.refuse_size(self.folder, *numbers)
         return numbers[0], numbers[1]
 
-    def stacked(self, rows: Sequence[int]) -> Tensor:
-        """Rows of one shape as one tensor."""
-        return torch.stack([self.read(row) for row in rows])
-
     def by_stem(self) -> dict[str, list[int]]:
         """The rows of each sample; a clip with several windows has as many."""
         out = defaultdict[str, list[int]](list)
@@ -127,45 +122,40 @@ def open_packs(folder: str | os.PathLike[str], made_from: Mapping[str, str] | No
     )
 
 
-class Writer:
+@contextmanager
+def open_writer(
+    folder: str | os.PathLike[str], made_from: Mapping[str, str], *, pack_bytes: int = 2**28, lengths_differ: bool = False
+) -> Iterator[Writer]:
     """Adds rows to the packs of a folder, one process at a time; what is there already is not made again.
 
     Rows go into packs in the order of `put`, rows of one shape together, about `pack_bytes` to a pack. With `lengths_differ`
     the first axis of a row counts tokens, and rows of different lengths share a pack.
     """
+    place = Path(folder) / FOLDER
+    with lock(place / LOCK):
+        writer = Writer(place, dict(made_from), pack_bytes, lengths_differ)
+        yield writer
+        writer.finish()
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        made_from: Mapping[str, str],
-        *,
-        pack_bytes: int = 2**28,
-        lengths_differ: bool = False,
-    ):
-        self.place, self.made_from = Path(folder) / FOLDER, dict(made_from)
-        self.pack_bytes, self.lengths_differ = pack_bytes, lengths_differ
+
+class Writer:
+    """What `open_writer` gives."""
+
+    def __init__(self, place: Path, made_from: dict[str, str], pack_bytes: int, lengths_differ: bool):
+        self.place, self.made_from, self.pack_bytes, self.lengths_differ = place, made_from, pack_bytes, lengths_differ
         self.new = 0  # rows that `put` had to make
-        self._lock = ExitStack()
-        self._packed: set[tuple[str, int, str]] = set()
         self._waiting = defaultdict[tuple[int, ...], list[Label]](list)  # by shape of a row
         self._waiting_bytes = Counter[tuple[int, ...]]()
+        packs = [_Pack.open(file) for file in _files(place)]
+        for pack in packs:
+            _refuse_other(pack, dict.fromkeys(pack.index.made_from, "left out") | made_from)
+        self._packed = {label.key for pack in packs for label in pack.index.rows}
 
-    def __enter__(self) -> Writer:
-        with ExitStack() as stack:
-            stack.enter_context(lock(self.place / LOCK))
-            for file in _files(self.place):
-                pack = _Pack.open(file)
-                _refuse_other(pack, dict.fromkeys(pack.index.made_from, "left out") | self.made_from)
-                self._packed |= {label.key for label in pack.index.rows}
-            self._lock = stack.pop_all()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with self._lock:
-            if kind is None:
-                for group in list(self._waiting):
-                    self._write(group)
-                remove(self.place / MAKING)
+    def finish(self) -> None:
+        """Writes the rows that wait."""
+        for group in list(self._waiting):
+            self._write(group)
+        remove(self.place / MAKING)
 
     def has(self, label: Label) -> bool:
         """Whether a row is packed, or waits for a full pack."""

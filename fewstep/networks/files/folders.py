@@ -65,13 +65,18 @@ def _opened(cls: Any, address: str, subfolder: str) -> Any:
 
 def load(cls: Any, address: str, subfolder: str | None = None, **how: Any) -> Any:
     """`from_pretrained` of a class of diffusers, which alone would give fresh random values to weights that the files lack."""
+    where = f"{address}/{subfolder}" if subfolder else address
     try:
         module, wrong = _load(cls, address, subfolder, how)
     except UserError:
-        _look(Path(address) / (subfolder or ""))
+        files = sorted(Path(where).glob("*.safetensors"))
+        if Path(where).is_dir() and not files and not list(Path(where).glob("*.bin")):
+            name = "diffusion_pytorch_model.safetensors"
+            raise UserError(f"{where}: its weights are missing ({name}). Copy that folder again, whole") from None
+        for file in files:
+            open_safetensors(file, "Copy it again, whole")  # the libraries do not say which file is damaged
         raise
     if wrong:
-        where = f"{address}/{subfolder}" if subfolder else address
         problems = "; ".join(f"{what.replace('_', ' ')}: {names}" for what, names in wrong.items())
         raise UserError(f"{where}: its weights do not fit its config.json: {problems}")
     return module
@@ -145,18 +150,3 @@ def on_meta() -> Iterator[None]:
 
     with torch.device("meta"), unread():
         yield
-
-
-def _look(folder: Path) -> None:
-    """ValueError for a folder without weights, or with a file of them that was cut short."""
-    if not folder.is_dir():
-        return
-    files = sorted(folder.glob("*.safetensors"))
-    if not files and not list(folder.glob("*.bin")):
-        name = "diffusion_pytorch_model.safetensors"
-        raise UserError(f"{folder}: its weights are missing ({name}). Copy that folder again, whole")
-    for file in files:
-        try:
-            open_safetensors(file, "")
-        except UserError as error:
-            raise UserError(f"{file}: damaged, perhaps cut short ({error}). Copy it again") from None

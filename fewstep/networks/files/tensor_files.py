@@ -129,22 +129,21 @@ def _one_net(whole: TensorFile, part: str | None) -> TensorFile:
 
 def _plain(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """The tensors without what training wraps around names; two that become one are refused."""
-    plain: dict[str, Stored] = {}
     names = list(tensors)
-    short = {name: name for name in names}
+    if not any("." in name for name in names) and any(name.count("-") > 1 for name in names):
+        names = [name.replace("-", ".") for name in names]  # how Cosmos 1 writes its averages
     for wrapper in _WRAPPERS:
-        short = {name: now.replace(wrapper, "") for name, now in short.items()}
-    if names and not any("." in name for name in names) and any(name.count("-") > 1 for name in names):
-        short = {name: now.replace("-", ".") for name, now in short.items()}  # how Cosmos 1 writes its averages
+        names = [name.replace(wrapper, "") for name in names]
     for start in _STARTS:
-        if names and all(now.startswith(start) for now in short.values()):
-            short = {name: now.removeprefix(start) for name, now in short.items()}
-    for name, now in short.items():
+        if all(name.startswith(start) for name in names):
+            names = [name.removeprefix(start) for name in names]
+    plain: dict[str, Stored] = {}
+    for name, tensor in zip(names, tensors.values(), strict=True):
         if not name.isprintable():
             raise UserError(f"a tensor of the file is called {name!r}, which is no name")
-        if now in plain:
-            raise UserError(f"two tensors of the file are called '{now}' once the wrappers of training are taken off")
-        plain[now] = tensors[name]
+        if name in plain:
+            raise UserError(f"two tensors of the file are called '{name}' once the wrappers of training are taken off")
+        plain[name] = tensor
     return plain
 
 
