@@ -48,11 +48,6 @@ def shifted(num: int, shift: float = 1.0) -> Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
-def log_linear(num: int, t_max: float, t_min: float) -> Tensor:
-    """Evenly spaced in log t, both ends met."""
-    return torch.logspace(math.log10(t_max), math.log10(t_min), num, dtype=torch.float64)
-
-
 def even(num: int, t_max: float) -> Tensor:
     """t_max (1 .. 1/num), evenly spaced in the path's own time."""
     return t_max * torch.arange(num, 0, -1, dtype=torch.float64) / num

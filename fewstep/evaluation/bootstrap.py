@@ -86,20 +86,6 @@ def resampled(
     return Spread(float(score(*sets)), float(np.std(scores, ddof=1)), float(low), float(high), level, num, draws)
 
 
-def paired_difference(a: Clips, b: Clips, *, draws: int = 1000, level: float = 0.95, seed: int = 0) -> Spread:
-    """The mean of a - b over clips that share prompt, noise and control, with its bootstrap interval; a and b are (n,).
-
-    Much narrower than the difference of two spreads: what the prompts have in common cancels.
-    """
-    first, second = (torch.as_tensor(x, dtype=torch.float64).cpu() for x in (a, b))
-    if first.shape != second.shape or first.ndim != 1:
-        raise UserError(
-            f"a pair of scores per clip was expected, not shapes {tuple(first.shape)} and {tuple(second.shape)}. "
-            "Score both models on the same clips, in the same order."
-        )
-    return resampled(lambda difference: float(difference.mean()), first - second, draws=draws, level=level, seed=seed)
-
-
 def _num_clips(sets: tuple[Clips, ...], paired: bool, least: int) -> int:
     counts = [len(s) for s in sets]
     if not counts or min(counts) < least:

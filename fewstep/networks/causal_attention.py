@@ -84,14 +84,6 @@ class Group:
     keys: tuple[int, ...]  # frames of what is cached and of the call, one after the other
 
 
-def mask_of(groups: Sequence[Group], num_queries: int, num_keys: int) -> Tensor:
-    """(queries, keys) in frames, true where a query attends to a key: the block mask that `groups` stand for."""
-    mask = torch.zeros(num_queries, num_keys, dtype=torch.bool)
-    for group in groups:
-        mask[group.queries.start : group.queries.stop, list(group.keys)] = True
-    return mask
-
-
 @dataclass(frozen=True)
 class Rotation:
     """The rotary embedding of a family: a table for positions in time 0 .. n - 1, and its application to queries or keys."""

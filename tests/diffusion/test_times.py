@@ -49,10 +49,7 @@ def test_shifted_is_the_schedule_of_predict_2_5():
     torch.testing.assert_close(ratio(FLOW, grid[1:]), 5 * ratio(FLOW, times.shifted(35)[1:]), rtol=1e-12, atol=0)
 
 
-def test_log_linear_and_even():
-    grid = times.log_linear(7, 80.0, 0.002)
-    torch.testing.assert_close(grid.log().diff(), torch.full((6,), math.log(0.002 / 80) / 6, dtype=F64))
-    assert float(grid[0]) == pytest.approx(80) and float(grid[-1]) == pytest.approx(0.002)
+def test_even():
     torch.testing.assert_close(times.even(4, 2.0), torch.tensor([2.0, 1.5, 1.0, 0.5], dtype=F64))
 
 

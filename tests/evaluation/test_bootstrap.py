@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fewstep.evaluation import frechet_distance, precision_recall
-from fewstep.evaluation.bootstrap import Spread, half_sampled, paired_difference, resampled
+from fewstep.evaluation.bootstrap import Spread, half_sampled, resampled
 
 torch.set_num_threads(1)
 
@@ -70,16 +70,6 @@ def test_clips_are_drawn_whole_and_pairs_together() -> None:
     assert resampled(gap, x, x + 1, paired=True).stderr < 1e-7
 
 
-def test_paired_differences() -> None:
-    rng = np.random.default_rng(4)
-    prompt = rng.normal(size=100) * 5
-    teacher, student = prompt + rng.normal(size=100) * 0.1, prompt + 0.1 + rng.normal(size=100) * 0.1
-    spread = paired_difference(student, teacher)
-    assert 0.05 < spread.low < 0.1 < spread.high < 0.15
-    assert spread.verdict(0.0) == "missed" and spread.verdict(0.0, "higher") == "met"
-    assert spread == paired_difference(student, teacher)
-
-
 def test_verdicts() -> None:
     spread = Spread(1.0, 0.1, 0.8, 1.2, 0.95, 10, 100)
     assert [spread.verdict(bound) for bound in (1.5, 1.1, 0.5)] == ["met", "undetermined", "missed"]
@@ -91,5 +81,3 @@ def test_wrong_sets_are_refused() -> None:
         half_sampled(mean, np.zeros(3))
     with pytest.raises(ValueError, match="paired sets must hold the same clips"):
         resampled(lambda a, b: 0.0, np.zeros(5), np.zeros(6), paired=True)
-    with pytest.raises(ValueError, match="same clips, in the same order"):
-        paired_difference(np.zeros(5), np.zeros(6))

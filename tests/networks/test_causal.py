@@ -17,7 +17,7 @@ from fewstep.diffusion import RectifiedFlow, Rng, StudentSampler, features
 from fewstep.diffusion.by_chunk import ByChunk
 from fewstep.errors import UserError
 from fewstep.networks.causal import Causal, CausalSpec, KeyValueCache
-from fewstep.networks.causal_attention import Causality, mask_of
+from fewstep.networks.causal_attention import Causality
 from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.families.cosmos.predict import PREDICT1_7B
 from fewstep.networks.families.wan.experts import ExpertsSpec
@@ -123,7 +123,9 @@ def test_the_answer_is_that_of_upstream_attention_under_the_block_mask(family: s
     """Within the span positions are those of the clip, so that upstream's own layers with a dense mask say the same."""
     causality, frames = Causality(chunk=2, span=9), 7
     network, x, t, cond = build(family, causality), clip(7), levels(7), text()
-    mask = mask_of(causality.groups(frames), frames, frames)
+    mask = torch.zeros(frames, frames, dtype=torch.bool)
+    for group in causality.groups(frames):
+        mask[group.queries.start : group.queries.stop, list(group.keys)] = True
     tokens = mask.repeat_interleave(SIDE * SIDE // 4, 0).repeat_interleave(SIDE * SIDE // 4, 1)
     with torch.no_grad():
         ours = network(x, t, cond).velocity
