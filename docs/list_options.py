@@ -1,21 +1,24 @@
-"""Writes docs/options.md, every option of every verb, from the code: python docs/list_options.py
+"""Writes docs/options.md, every option of every verb, and fewstep/recipes/settings.json: python docs/list_options.py
 
-tests/test_docs.py fails where the page is not current; tests/test_options.py walks the verbs with the functions of this file.
+tests/test_docs.py and tests/test_options.py fail where these are not current; the second walks the verbs with this file.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from typer.main import get_command
 
+from fewstep import registry
 from fewstep.cli import main  # noqa: F401  # all verbs are there
 from fewstep.cli.app import app
 from fewstep.inference import command as generate
+from fewstep.recipes import SETTINGS
 
 PAGE = Path(__file__).parent / "options.md"
 HEAD = """# Options
@@ -71,6 +74,43 @@ def page() -> str:
     return HEAD + "\n".join(rows) + "\n"
 
 
+def settings() -> str:
+    """The text of fewstep/recipes/settings.json: the settings of every run by level, and the names of those that some have."""
+    from fewstep.config.recipes import recipes
+    from fewstep.config.types import Choice, Items, Maybe, Record, Table, settings_of, shape_of
+    from fewstep.training.run import Run
+
+    others = {each.name for recipe in recipes().values() for each in fields(recipe.parameters)} | {"kind"}
+    seen: set[type] = set()
+
+    def add(declared: Any) -> None:
+        """Adds the names of a type, and of all that can stand in its place or below it."""
+        shape = shape_of(declared)
+        if isinstance(shape, Maybe | Table | Items):
+            parts = shape.types if isinstance(shape, Items) else (shape.declared if isinstance(shape, Maybe) else shape.value,)
+            for part in parts:
+                add(part)
+        classes = [shape.cls] if isinstance(shape, Record) else []
+        if isinstance(shape, Choice):
+            classes = [entry if isinstance(entry, type) else type(entry()) for entry in registry.entries(shape.group).values()]
+        for cls in set(classes) - seen:
+            seen.add(cls)
+            for name, setting in settings_of(cls).items():
+                others.add(name)
+                add(setting.declared)
+
+    def below(declared: Any) -> dict[str, Any] | None:
+        shape = shape_of(declared)
+        if isinstance(shape, Maybe):
+            return below(shape.declared)
+        if isinstance(shape, Record):
+            return {name: below(setting.declared) for name, setting in settings_of(shape.cls).items()}
+        add(declared)
+        return None if isinstance(shape, Choice | Items | Table) else {}
+
+    return json.dumps({"tree": below(Run), "others": sorted(others)}, indent=1) + "\n"
+
+
 def _verbs(command: Any, name: str) -> Iterator[tuple[str, Any]]:  # Any: typer carries a click of its own
     for word, child in getattr(command, "commands", {}).items():
         yield from _verbs(child, f"{name} {word}".strip())
@@ -96,3 +136,5 @@ def _sentence(same: list[Option]) -> str:
 if __name__ == "__main__":
     PAGE.write_text(page())
     print(PAGE)
+    SETTINGS.write_text(settings())
+    print(SETTINGS)

@@ -7,7 +7,12 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 from fewstep.cli.options import SPELLINGS
+from fewstep.config import Command, ConfigError, compose
+from fewstep.recipes import SETTINGS, refuse_mistyped
+from fewstep.training.run import Run
 
 
 def _listing() -> ModuleType:
@@ -63,3 +68,21 @@ def test_no_option_has_two_names() -> None:
 def test_every_whole_number_has_a_least_value() -> None:
     bare = [f"{option.verb} {option.spellings[0]}" for option in OPTIONS if "int" in str(option.type) and option.least is None]
     assert [name for name in bare if not name.startswith("generate ")] == []  # whose values are checked by its request
+
+
+def test_settings_that_are_refused_without_torch_are_those_of_the_classes() -> None:
+    assert SETTINGS.read_text() == listing.settings(), "run: python docs/list_options.py"
+
+
+@pytest.mark.parametrize("word", ["trainer.max_itr=3", "optim.lrr=1", "trainr.max_iter=2", "optim.schedul=cosine", "job.nam=x"])
+def test_a_mistyped_setting_is_refused_as_the_classes_refuse_it(word: str) -> None:
+    with pytest.raises(ConfigError) as late:
+        compose(Command("analytic_dmd2", (), (word,)), Run)
+    with pytest.raises(ConfigError) as early:
+        refuse_mistyped([word])
+    assert str(early.value) == str(late.value)
+
+
+@pytest.mark.parametrize("word", ["method.guidanc=1", "data.num=3", "optim.betas.0=1", "teacher=x", "steps=2", "optim.zzz=1"])
+def test_what_some_run_may_have_or_nothing_is_like_is_left_to_the_classes(word: str) -> None:
+    refuse_mistyped([word])

@@ -80,6 +80,7 @@ def distill(
     kd.KEY=VALUE and dmd2.KEY=VALUE change settings of the trainings: fewstep distill TEACHER CLIPS --out S dmd2.optim.lr=1e-6
     """
     from fewstep.distill.request import DistillRequest
+    from fewstep.recipes import refuse_mistyped
 
     request = DistillRequest(
         teacher, dataset, out, steps, method, rank or (RANK if lora else 0), control, guidance, shift=shift, negative=negative,
@@ -88,6 +89,8 @@ def distill(
         num_eval=num_eval, processes=processes, precision=precision, calls_per_s=calls_per_s, work=work, strict=strict,
         settings=tuple(context.args),
     )  # fmt: skip
+    for training in request.trainings:
+        refuse_mistyped(request.settings_of(training), training)
     with imports():
         from fewstep.distill.run import distill as run
 

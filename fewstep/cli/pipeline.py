@@ -10,6 +10,7 @@ import typer
 from fewstep.cli.app import app
 from fewstep.cli.options import UsageError, file_to_read, folder_to_read, folder_to_write, imports, one_of, option
 from fewstep.distill.chains import CHAINS, PipelineRequest
+from fewstep.recipes import refuse_mistyped
 
 
 @app.command(context_settings={"allow_extra_args": True})
@@ -50,6 +51,8 @@ def pipeline(
     request = PipelineRequest(
         name, out, teacher, prompts, dataset, chunk, span, stages, processes, num_eval, bounds, tuple(context.args)
     )
+    for training in request.chain.trainings:
+        refuse_mistyped(request.settings_of(training.name), training.name)
     with imports():
         from fewstep.distill.pipeline import pipeline as run
 

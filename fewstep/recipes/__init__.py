@@ -1,14 +1,22 @@
 """Recipes: functions that return one complete Run, registered by name.
 
 The names stand here once more, by what they are for, so that a command with a mistyped name is refused, and that they can be
-listed in a useful order; a test compares them with what is registered.
+listed in a useful order; a test compares them with what is registered. So do the names of settings, in settings.json, which
+`python docs/list_options.py` writes: reading the classes that declare them imports torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
 from fewstep.config import Command, ConfigError
-from fewstep.config.problems import hint
+from fewstep.config.problems import hint, join, nearest_keys
 from fewstep.registry import registered
+from fewstep.untrusted.text import read_json
 
 _CONTROLS = ("depth", "edge", "keypoint", "seg", "vis")
 _TRANSFER1 = "CTRL_7Bv1pt3_lvg_tp_121frames_control_input"
@@ -58,8 +66,19 @@ GROUPS: dict[str, tuple[str, ...]] = {  # the most useful first
 NAMES = frozenset(name for names in GROUPS.values() for name in names)
 
 
+SETTINGS = Path(__file__).with_name("settings.json")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """settings.json."""
+
+    tree: dict[str, Any]  # the settings of every run: those below a name, or null where they depend on what is chosen
+    others: list[str]  # names of settings of the kinds that can be chosen, and of parameters of recipes
+
+
 def refuse_unknown(command: Command) -> None:
-    """Raises ConfigError if the command names no run, or a recipe that neither this package nor a file of it can have."""
+    """Raises ConfigError if the command names no run, or a recipe or a setting that no run of this package can have."""
     if any(file.endswith(".py") for file in command.files):
         return  # which may register the name
     if command.experiment is None and not command.files:
@@ -69,3 +88,33 @@ def refuse_unknown(command: Command) -> None:
         )
     if command.experiment is not None and command.experiment not in NAMES | registered("recipe"):
         raise ConfigError([("experiment", f"no recipe is named {command.experiment!r}{hint(command.experiment, NAMES)}")])
+    refuse_mistyped(command.overrides)
+
+
+def refuse_mistyped(overrides: Iterable[str], prefix: str = "") -> None:
+    """Raises ConfigError, which names them below `prefix`, for settings KEY=VALUE that no run has, spelled like others."""
+    settings = read_json(SETTINGS, "Install fewstep again", Settings)
+    keys = [word.partition("=")[0] for word in overrides]
+    if problems := [(join(prefix, key), text) for key in keys if (text := _mistyped(key, settings))]:
+        raise ConfigError(problems)
+
+
+def _mistyped(key: str, settings: Settings) -> str | None:
+    """The message about a setting that no run has, and that is spelled like one of its level; None for every other."""
+    level, names = "", settings.tree
+    for word in key.split("."):
+        if names is None:
+            return None
+        if word not in names:
+            if not get_close_matches(word, names, n=1) or {word, key.rpartition(".")[2]} & {*settings.others}:
+                return None
+            near = nearest_keys(key, level, list(names), list(_keys(settings.tree)))
+            return f"no such setting; did you mean {' or '.join(near)}?" if near else None
+        level, names = join(level, word), names[word]
+    return None
+
+
+def _keys(tree: Mapping[str, Any], level: str = "") -> Iterator[str]:
+    for name, below in tree.items():
+        yield join(level, name)
+        yield from _keys(below or {}, join(level, name))
