@@ -60,6 +60,7 @@ COMMANDS = {
     "compare": f"compare {RUN} {RUN} --out plot.svg",
     "launch": f"launch {TRAINING} job.name=new --to slurm",
     "sweep": f"sweep {TRAINING.replace('max_iter=3', 'max_iter=1')} job.name=new optim.lr=1e-3,2e-3",
+    "sweep search": f"sweep {TRAINING.replace('max_iter=3', 'max_iter=1')} job.name=new optim.lr=1e-3..2e-3 --trials 2",
     "distill": "distill TOY set --out distilled --steps 2 --method kd --kd-iters 2 --teacher-steps 4 --num-pairs 2 "
     "--num-eval 4",
     "pipeline": "pipeline toy_self_forcing --prompts prompts.txt --out piped --num-eval 4 pairs.steps=8 "

@@ -30,7 +30,7 @@ def sweep(
 ) -> None:
     """Train every combination of several values: fewstep sweep experiment=NAME optim.lr=1e-5,5e-6 trainer.batch_size=8,16.
 
-    Or search: fewstep sweep experiment=NAME optim.lr=1e-6..1e-4 method.kind=kd,dmd2 --trials 20 --by SCORE.
+    Or search: fewstep sweep experiment=NAME optim.lr=1e-6..1e-4 ema.beta=0.99,0.999 --trials 20.
 
     Each trial is a run folder beside the others. The same command resumes, and trains no trial twice.
     """

@@ -181,3 +181,21 @@ def test_a_sweep_that_was_killed_ends_with_six_results_and_runs_none_twice(root:
         assert steps == sorted(set(steps)) and steps[-1] == 400
         assert RunRecord.read(folder).state == "finished"
     assert len(json.loads((swept(*SIX).folder / "trials.json").read_text())["trials"]) == 6
+
+
+@pytest.mark.slow
+def test_a_sweep_that_waits_for_another_process_ends_when_it_is_stopped(root: Path) -> None:
+    from fewstep.training.alone import alone_in
+
+    words = ["experiment=analytic_finetune", "optim.lr=1e-3,2e-3"]
+    first, second = (trial.folder for trial in swept(*words).trials())
+    with alone_in(first), alone_in(second):
+        command = [sys.executable, "-m", "fewstep", "sweep", *words]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not (second / ".lock.sweep").is_file():  # it has looked whether it may train it
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(30) == 1
+    assert not any((folder / "config.yaml").is_file() for folder in (first, second))
