@@ -37,6 +37,7 @@ WRONG = {  # one wrong use of every verb
     "prepare toyworld": "--num 3",
     "prepare text": "folder",
     "prepare controls": "folder --type x",
+    "prepare shards": "folder",
     "prepare latents": "folder --codec x --resize y",
     "check data": "--html x.html",
 }

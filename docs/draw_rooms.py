@@ -35,7 +35,7 @@ WORDS = {  # what is in a room
     "methods": "losses",
     "networks": "families, codecs, weights",
     "parallel": "mesh, FSDP2",
-    "prepare": "controls, latents, texts",
+    "prepare": "controls, latents, shards",
     "recipes": "complete runs",
     "toyworld": "the embedded example",
     "training": "loop, checkpoints, plan",

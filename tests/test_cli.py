@@ -16,7 +16,7 @@ from fewstep.registry import groups
 
 VERBS = (
     *("train", "plan", "export", "convert", "generate", "ls", "pairs", "evaluate", "report", "demo"),
-    *("prepare", "prepare toyworld", "prepare text", "prepare controls", "prepare latents"),
+    *("prepare", "prepare toyworld", "prepare text", "prepare controls", "prepare shards", "prepare latents"),
     *("check", "check data"),
 )
 WRONG = {  # a use of a verb that is wrong: what the answer names
@@ -100,6 +100,8 @@ WRONG = {  # a use of a verb that is wrong: what the answer names
     "prepare text EMPTY --text-encoder EMPTY --form z": "'z' is not one of pickle, packed",
     "prepare controls EMPTY --type y": "'y' is not one of edge, vis",
     "prepare controls EMPTY --type edge --preset y": "'y' is not one of none, very_low",
+    "prepare shards EMPTY": "Missing option '--out'",
+    "prepare shards EMPTY --out x --shard-mib 0": "'--shard-mib': 0: the value should be greater",
     "prepare latents EMPTY --codec EMPTY --resize z": "'z' is not one of stretch, crop",
     "prepare latents EMPTY --codec EMPTY --scale 0": "'--scale': 0 is not a number above 0",
     "prepare latents EMPTY --codec EMPTY --height 3": "--height and --width go together",
@@ -203,9 +205,9 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tm
     def fail(*args: object) -> None:
         raise ValueError("zip() argument 2 is longer than argument 1")
 
-    monkeypatch.setattr("fewstep.prepare.commands.controls", fail)
+    monkeypatch.setattr("fewstep.prepare.commands.shards", fail)
     with pytest.raises(ValueError, match=r"zip\(\) argument"):
-        main(["prepare", "controls", str(tmp_path), "--type", "edge"])
+        main(["prepare", "shards", str(tmp_path), "--out", "x"])
 
 
 def test_no_name_of_a_file_commands_a_terminal_whoever_prints_it(

@@ -45,6 +45,7 @@ COMMANDS = {
     "prepare codec": "prepare codec set --out codec --iters 1 --batch-size 1",
     "prepare controls": "prepare controls set --type vis",
     "prepare latents": "prepare latents set --codec TOY --measure 1",
+    "prepare shards": "prepare shards set --out tars --parts videos,metas --shard-mib 1",
     "check data": "check data set --html sheet.html --threads 1",
     "pairs": f"pairs TOY set --out pairs --path-times 1 --num 2 --batch-size 1 --control edge {SIZES}",
     "pairs fastgen": f"pairs TOY set --out pairs --num 2 --batch-size 1 --format fastgen {SIZES}",

@@ -43,6 +43,7 @@ RIGHT = {
     "prepare words": "EMPTY --out words",
     "prepare codec": "EMPTY --out codec",
     "prepare controls": "EMPTY --type edge",
+    "prepare shards": "EMPTY --out tars",
     "prepare latents": "EMPTY --codec EMPTY",
 }
 READ_FILES = {"--config", "--prompts", "--embedding", "--negative-embedding", "--input", "--controlnet-specs", "-i"}

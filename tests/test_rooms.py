@@ -63,7 +63,7 @@ FLOORS = {
         ("files",),
         ("controls", "contract", "order"),
         ("folder",),
-        ("mix", "mock", "loader"),
+        ("shards", "mix", "mock", "loader"),
         ("check",),
     ),
     "networks": (

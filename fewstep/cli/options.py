@@ -90,6 +90,13 @@ def folder_to_write(value: Path | None) -> Path | None:
     return _to_write(value, is_folder=True)
 
 
+def store_to_write(value: str | None) -> str | None:
+    """The same, of a folder or of an address elsewhere."""
+    if value is not None and "://" not in value:
+        folder_to_write(Path(value))
+    return value
+
+
 def file_to_write(value: Path | None) -> Path | None:
     """Refuses a file in whose place a folder stands."""
     return _to_write(value, is_folder=False)

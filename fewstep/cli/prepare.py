@@ -22,6 +22,7 @@ from fewstep.cli.options import (
     option,
     positive,
     size_of,
+    store_to_write,
 )
 
 prepare = Verbs(no_args_is_help=True, help="Make data sets and what they need; a killed command resumes.")
@@ -165,6 +166,21 @@ def prepare_controls(
 
     print(controls(folder, type_, preset, model, files, metric, quality, device))
     next_step("fewstep", "prepare", "latents", folder, "--codec", "PIPELINE", "--control", type_)
+
+
+@prepare.command(name="shards")
+def prepare_shards(
+    folder: Annotated[Path, typer.Argument(help="The data set.", metavar="DIR", callback=folder_to_read)],
+    out: Annotated[
+        str, option("--out", "Folder, or URL of any store that fsspec reaches: s3://bucket/set.", callback=store_to_write)
+    ],
+    parts: Annotated[str | None, option("--parts", "Write only these folders, separated by commas: videos,metas,edge.")] = None,
+    shard_mib: Annotated[int, option("--shard-mib", "Size in MiB at which a shard ends.")] = 1024,
+) -> None:
+    """Pack a data set into tar files with an index, for data=shards."""
+    from fewstep.prepare.commands import shards
+
+    print(shards(folder, out, parts, shard_mib))
 
 
 @prepare.command(name="latents")

@@ -1,1 +1,1 @@
-"""Data sets: folders of clips, videos, controls, loaders. It never imports networks."""
+"""Data sets: folders of clips, videos, controls, shards, loaders. It never imports networks."""

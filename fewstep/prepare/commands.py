@@ -95,6 +95,13 @@ def controls(
     return f"{folder / type}: {controls_.write(folder, maker).text('clips')}"
 
 
+def shards(folder: Path, out: str, parts: str | None, shard_mib: int) -> str:
+    from fewstep.prepare.shards import write
+
+    summary = write(folder, out, parts=None if parts is None else parts.split(","), shard_bytes=shard_mib * 2**20)
+    return f"{out}: {summary.text('samples')}"
+
+
 def _check_into(folder: Path, into: str, example: str) -> None:
     reserved = {part.folder for part in (layout.VIDEOS, layout.IMAGES, layout.CAPTIONS, layout.NOISE, layout.PATH)}
     if not into or "/" in into or into.startswith(".") or into in reserved:

@@ -199,6 +199,7 @@ VALUES = (
         "{out}",
         "{out}/x",
         "{out}/x.mp4",
+        "{home}/shards",
         "{home}/evil.py",
         "x,y",
     ),

@@ -26,7 +26,7 @@ EXCEPTIONS = {
 # Files of the package itself, and text that this process has written or that a library has made.
 OWN = (
     *("networks/support.py", "networks/families/published.py", "evaluation/report/page.py", "export/to_diffusers.py"),
-    *("evaluation/report/films.py", "toyworld/release.py", "toyworld/scores.py", "training/resume.py"),
+    *("prepare/shards.py", "evaluation/report/films.py", "toyworld/release.py", "toyworld/scores.py", "training/resume.py"),
 )
 MADE_HERE = {
     "json.loads": (

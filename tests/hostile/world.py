@@ -57,6 +57,8 @@ TARGETS = (
     Target("set/t5_xxl/clip_1.pickle", "check data {home}/set --threads 1", "bytes"),
     Target("set/videos/clip_1.mp4", "prepare controls {home}/set --type edge", "bytes", 5),
     Target("set/edge/.made.jsonl", "prepare controls {home}/set --type edge", "lines"),
+    Target("set/metas/clip_1.txt", "prepare shards {home}/set --out {out}/shards", "text"),
+    Target("shards/index.json", "prepare shards {home}/set --out {home}/shards"),
     Target("pictures/images/clip_1.png", "check data {home}/pictures --threads 1", "bytes", 15),
     Target("arrays/noise/clip_1.npy", "check data {home}/arrays --threads 1", "bytes"),
     Target("arrays/latents/clip_1.safetensors", "check data {home}/arrays --threads 1", "bytes", 15),
@@ -191,6 +193,12 @@ def _caption(file: Path) -> object:
     return read_caption(file)
 
 
+def _shards(file: Path) -> object:
+    from fewstep.data.shards import Shards
+
+    return len(Shards(str(file.parent), num_frames=5).open())
+
+
 def _command(option: str) -> Callable[[Path], object]:
     def read(file: Path) -> object:
         from fewstep.inference.command import read_command
@@ -254,6 +262,7 @@ READERS = (
     *[Reader("arrays/latents/clip_1.safetensors", _cache, "bytes"), Reader("arrays/noise/clip_1.npy", _array, "bytes")] * 2,
     *[Reader("set/t5_xxl/clip_1.pickle", _array, "bytes"), Reader("fastgen/000001/latent.pth", _array, "bytes")] * 2,
     *[Reader("set/videos/clip_1.mp4", _video, "bytes"), Reader("pictures/images/clip_1.png", _video, "bytes")] * 2,
+    *[Reader("shards/index.json", _shards), Reader("shards/000000.json", _shards)] * 2,
     *[Reader("prompts.jsonl", _command("--prompts"), "lines"), Reader("spec.json", _command("-i"))] * 2,
     *[Reader("mine.json", _compared), Reader("teacher/transformer/config.json", _teacher)] * 2,
     Reader("spec.json", _command("--controlnet_specs")),
@@ -322,6 +331,7 @@ def build(home: Path) -> None:
     write_json(home / "records/pairs.json", {"path_times": [1.0, 0.5], "seed": 0})
     write_json(home / "records/clip.json", {"made": {"seed": 3, "size": [16, 24]}, "prompt": "x"})
     (home / "records/clip.mp4").touch()
+    run(f"prepare shards {home}/set --out {home}/shards")
     run(f"prepare controls {home}/set --type edge")
     run(
         "train experiment=analytic_kd job.project=case job.group=home job.name=run trainer.max_iter=4 trainer.batch_size=8 "

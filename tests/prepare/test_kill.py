@@ -25,7 +25,7 @@ from torch import Tensor
 from fewstep.data.files import cache, packs, video
 from fewstep.data.folder.dataset import Folder
 from fewstep.networks.encoders.codecs import Codec, codec_of
-from fewstep.prepare import controls, latents, text
+from fewstep.prepare import controls, latents, shards, text
 from fewstep.toyworld import dataset
 from fewstep.toyworld.physics import World
 
@@ -62,6 +62,7 @@ COMMANDS: dict[str, Callable[[Path, Codec], int]] = {
     "latents": lambda out, codec: latents.write(Folder(str(out), text=None), codec, ahead=0).new,
     "controls edge": lambda out, codec: controls.write(out, controls.OfFrames("edge", "random")).new,
     "controls seg": lambda out, codec: controls.write(out, controls.OfFiles("seg", out / "files")).new,
+    "shards": lambda out, codec: shards.write(out, str(out / "tars"), parts=["videos", "metas"], shard_bytes=1).new,
 }
 
 

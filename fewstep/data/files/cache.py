@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.files import write_tensors
+from fewstep.untrusted import stored
 from fewstep.untrusted.safe_tensors import open_safetensors, read_safetensors
 from fewstep.untrusted.text import Amount, parse_json
 
@@ -47,8 +48,14 @@ def write(
     facts: Mapping[str, float] | None = None,
 ) -> None:
     """Writes the tensors, in their dtypes; a file of that name is replaced at once, when the new one is complete."""
-    origin = {"made_from": json.dumps(made_from or {}, sort_keys=True), "facts": json.dumps(facts or {}, sort_keys=True)}
-    write_tensors(path, tensors, origin)
+    write_tensors(path, tensors, _metadata(made_from, facts))
+
+
+def encoded(
+    tensors: Mapping[str, Tensor], *, made_from: Mapping[str, str] | None = None, facts: Mapping[str, float] | None = None
+) -> bytes:
+    """The content of the file that `write` makes of the same."""
+    return b"".join(stored.encoded(tensors, _metadata(made_from, facts)))
 
 
 def read(path: str | os.PathLike[str], *, made_from: Mapping[str, str] | None = None) -> Entry:
@@ -67,3 +74,7 @@ def refuse_other(path: Path, origin: Mapping[str, str], expected: Mapping[str, s
     if wrong:
         differences = ", ".join(f"{key} is {origin.get(key, 'unknown')!r}, not {value!r}" for key, value in wrong.items())
         raise UserError(f"{path}: made from something else: {differences}. {advice}")
+
+
+def _metadata(made_from: Mapping[str, str] | None, facts: Mapping[str, float] | None) -> dict[str, str]:
+    return {"made_from": json.dumps(made_from or {}, sort_keys=True), "facts": json.dumps(facts or {}, sort_keys=True)}

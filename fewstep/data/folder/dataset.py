@@ -12,7 +12,8 @@ never one computed again: the edges of the teacher's output are not the edges th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -51,12 +52,13 @@ class Folder(FolderSettings):
 class FolderData:
     """The samples of a `Folder`, checked. `stems` and `captions` have one entry per sample, as `batch` counts them."""
 
-    def __init__(self, spec: Folder):
+    def __init__(self, spec: Folder, place: Layout | None = None, samples: tuple[Sample, ...] | None = None):
+        """samples: those of shards, which are checked already."""
         self.spec = spec
-        self.layout = Layout.open(spec.dataset_dir)
-        self.packs = packs_of(spec, self.layout)
+        self.layout = place or Layout.open(spec.dataset_dir)
+        self.packs = {} if samples is not None else packs_of(spec, self.layout)
         self.left_out: dict[str, str] = {}  # samples whose clip cannot be opened, and why; data.max_bad of them at the most
-        self.samples = samples_of(spec, self.layout, self.packs, self.left_out)
+        self.samples = samples_of(spec, self.layout, self.packs, self.left_out) if samples is None else samples
         self._bucket = buckets_of(spec, self.samples)
         self._members = [(self._bucket == bucket).nonzero()[:, 0] for bucket in self._bucket.unique().tolist()]
         self._encoder = Encoder(spec) if spec.x0 == "encode" else None
@@ -289,6 +291,11 @@ class FolderData:
         spec, own = self.spec, sample.header.size
         return fit(own, spec.buckets[nearest_shape(own, spec.buckets)] if spec.buckets else spec.video_size, spec.resize)
 
+    @contextmanager
+    def _file(self, name: str) -> Iterator[Path]:
+        """A file of the data set that belongs to no sample."""
+        yield self.layout.root / name
+
     def _read_negative(self) -> Embedding | None:
         spec = self.spec
         if spec.negative is None:
@@ -296,7 +303,8 @@ class FolderData:
         like = self._embedding(self.samples[0])
         if spec.negative == "zeros":
             return like.zeros()
-        return parts.negative_embedding(self.layout.root / spec.negative, like, str(spec.text))
+        with self._file(spec.negative) as path:
+            return parts.negative_embedding(path, like, str(spec.text))
 
 
 class _Memory:
