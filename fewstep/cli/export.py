@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
 from fewstep.cli.app import app
 from fewstep.cli.options import OWN, folder_to_write, imports, load, model_to_read, next_step, one_of, option
 
+GRIDS = ("int8", "int4", "float8")
 FORMS = ("auto", "diffusers", "safetensors", "pt-original", "lora", "delta")
 
 
@@ -30,6 +31,9 @@ def export(
         list[str] | None, option("--add", "Add a delta or adapters to the weights, FILE or FILE:SCALE; may be repeated.")
     ] = None,
     rank: Annotated[int | None, option("--rank", "With --format delta: also write it as adapters of this rank.")] = None,
+    rounding: Annotated[
+        str | None, option("--rounding", f"Round the weights of Linear layers: {', '.join(GRIDS)}.", callback=one_of(*GRIDS))
+    ] = None,
     config: Annotated[Path | None, OWN] = None,
 ) -> None:
     """Write the student of a run (its moving average) as plain diffusers or in another form, with a model card."""
@@ -39,6 +43,6 @@ def export(
         from fewstep.export.export import export as write
 
     pipeline = {"codec": codec, "text_encoder": text_encoder}
-    for path in write(run, out, checked_form(form), base, **pipeline, add=add or (), rank=rank):
+    for path in write(run, out, checked_form(form), base, **pipeline, add=add or (), rank=rank, rounding=cast(Any, rounding)):
         print(path)
     next_step("fewstep", "generate", out, "--prompt", "...")

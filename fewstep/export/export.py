@@ -29,10 +29,20 @@ from fewstep.files import copy_entry, restore, whole_folder, write_tensors, writ
 from fewstep.inference.card import FILE as CARD
 from fewstep.inference.card import StudentCard
 from fewstep.inference.model import networks_of, of_run
+from fewstep.networks.grid import Grid, round_linear
 from fewstep.networks.weights.addresses import locate, read
 from fewstep.training.checkpoint import read_progress
 from fewstep.untrusted.text import read_json
 
+ROUNDED = (
+    "The weights of Linear layers are values of {grid}, written as plain tensors. torchao's `quantize_` with `{config}` stores "
+    "them in that type and changes none of them."
+)
+TORCHAO: Mapping[Grid, str] = {
+    "int8": "IntxWeightOnlyConfig(torch.int8, PerAxis(0), mapping_type=MappingType.SYMMETRIC_NO_CLIPPING_ERR)",
+    "int4": "IntxWeightOnlyConfig(torch.int4, PerGroup(32), mapping_type=MappingType.SYMMETRIC_NO_CLIPPING_ERR)",
+    "float8": "Float8WeightOnlyConfig()",
+}
 Form = Literal["auto", "diffusers", "safetensors", "pt-original", "lora", "delta"]
 
 
@@ -53,12 +63,14 @@ def export(
     text_encoder: str | None = None,
     add: Sequence[str] = (),
     rank: int | None = None,
+    rounding: Grid | None = None,
 ) -> list[Path]:
     """Writes the export, whole or not at all, and returns its files. An earlier export in `out` is replaced; other files stay.
 
     base: a pipeline, folder or hub id; the diffusers form takes its vae, text encoder and tokenizer, which no run has.
     codec, text_encoder: others than those of the base, or where there is none.
     add: files of deltas or adapters, FILE or FILE:SCALE, that are added to the weights. rank: of the adapters beside a delta.
+    rounding: the grid to which the weights of Linear layers are rounded at the end; a student trained so has its own.
     """
     folder, role = locate(address)
     usual, why = _usual_form(folder.parent.parent)
@@ -76,27 +88,41 @@ def export(
         raise UserError(f"--rank has no effect with --format {form}: it is of the adapters beside a delta")
     if add and form in ("lora", "pt-original"):
         raise UserError(f"--add cannot be written with --format {form}: take diffusers, safetensors or delta")
+    grid = _rounding(folder.parent.parent, rounding)
+    if grid is not None and (form in ("lora", "delta") or (form == "pt-original" and rounding is not None)):
+        raise UserError(f"--format {form} cannot hold weights that are rounded to {grid}: take diffusers or safetensors")
     parts = Base.of(base, codec, text_encoder)
     files = _files_beside(out)
     with whole_folder(out, replaces=True) as partial:
-        _write(f"{folder}:{role}", folder, role, partial, form, parts, add, rank)
+        _write(f"{folder}:{role}", folder, role, partial, form, parts, add, rank, grid)
         _keep(files, out, partial)
     return sorted(path for path in out.rglob("*") if path.is_file() and path.relative_to(out) not in files)
 
 
 def _write(
-    address: str, checkpoint: Path, role: str, out: Path, form: Form, base: Base, add: Sequence[str], rank: int | None
+    address: str,
+    checkpoint: Path,
+    role: str,
+    out: Path,
+    form: Form,
+    base: Base,
+    add: Sequence[str],
+    rank: int | None,
+    grid: Grid | None,
 ) -> None:
     run = checkpoint.parent.parent
     if not (run / CARD).is_file():
         raise UserError(f"{run}: has no {CARD}: its method makes nothing that is sampled, a tokenizer for instance")
     # As the run wrote it: its method and network may live in a file of the user's, which is not needed here.
     card = StudentCard.read(run, "It is written anew when the run goes on")
+    is_rounded = card.rounding is not None and not add  # as it was trained
     card = replace(card, source=run.name, role=role, step=read_progress(checkpoint).step)
     config = read_yaml_mapping(read_text(run / "config.yaml"), str(run / "config.yaml"))
     if add:
         card = replace(card, notes=(f"To the weights of the run were added: {', '.join(Path(file).name for file in add)}.",))
-    if form == "safetensors" and not _is_lora(config) and not add:
+    if grid is not None:
+        card = replace(card, rounding=grid, notes=(*card.notes, ROUNDED.format(grid=grid, config=TORCHAO[grid])))
+    if form == "safetensors" and not _is_lora(config) and not add and grid is None:
         _save(read(address), out / "student.safetensors", card)
     else:
         try:
@@ -107,6 +133,8 @@ def _write(
                 "take --format safetensors"
             ) from None
         _add(model.network.module, add)
+        if grid is not None and not is_rounded:
+            round_linear(model.network.module, grid)
         if form == "safetensors":
             _save(model.network.module.state_dict(), out / "student.safetensors", card)
         elif form == "diffusers":
@@ -158,6 +186,14 @@ def _usual_form(run: Path) -> tuple[Form, str]:
     except ConfigError:  # a network of the user's own, whose file is not loaded
         return "safetensors", ""
     return checked_form(form), why
+
+
+def _rounding(run: Path, grid: Grid | None) -> Grid | None:
+    """The grid of the student's own training, or the one to round to afterwards."""
+    own = StudentCard.read(run, "It is written anew when the run goes on").rounding if (run / CARD).is_file() else None
+    if own is not None and grid not in (None, own):
+        raise UserError(f"--rounding {grid}: this student was trained with weights of {own}, and is written with these")
+    return own or grid
 
 
 def _is_lora(config: Mapping[str, Any]) -> bool:

@@ -21,6 +21,7 @@ from fewstep.files import write_json
 from fewstep.networks.contract import AnyNetwork
 from fewstep.networks.encoders.codecs import Form
 from fewstep.networks.files.folders import refuse_sizes
+from fewstep.networks.grid import Grid
 from fewstep.untrusted.text import read_json
 
 FILE = "student.json"
@@ -55,6 +56,7 @@ class _Shared:
     source: str = ""  # name of the run
     role: str = ""  # whose weights of that run
     step: int | None = None  # iterations of its training
+    rounding: Grid | None = None  # the grid that the weights of its Linear layers are rounded to; none: they are not
     notes: tuple[str, ...] = ()  # what a reader of the export must know
     files: tuple[str, ...] = ()  # what the export wrote, relative to its folder
 

@@ -33,6 +33,7 @@ from fewstep.networks.encoders.codecs import Autoencoder, open_codec
 from fewstep.networks.files import hub
 from fewstep.networks.files.folders import on_meta
 from fewstep.networks.files.pipeline import PipelineFolder, is_diffusers_folder
+from fewstep.networks.grid import round_linear
 from fewstep.networks.lora import Lora, merged
 from fewstep.networks.roles import Networks, build
 from fewstep.networks.weights.addresses import Piece, checkpoint_of, collect, load_into, pieces_of, read, tell
@@ -154,13 +155,16 @@ def _of_run(address: str) -> Outline:
 
 
 def student_network(nets: Networks, tensors: Mapping[str, Tensor], source: str) -> Network:
-    """A plain network with the student's weights; adapters are merged into the teacher's."""
+    """A plain network with the student's weights, rounded as it was trained; adapters are merged into the teacher's."""
     role = nets.student
     if not isinstance(role, Lora):
         spec: Any = nets.spec_of("student")
         with fault_of(source):  # sizes for which there is no memory
             network = spec.build()
         load_into(network.module, tensors, source)
+        grid = nets.rounding_of("student")
+        if grid is not None:
+            round_linear(network.module, grid)
         return network
     network = build(nets, ("teacher",), 0)["teacher"]
     whole = merged(network.module.state_dict(), tensors, role.scale_of)

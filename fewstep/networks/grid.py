@@ -45,7 +45,7 @@ def on_grid(weight: Tensor, grid: Grid) -> Tensor:
     return dense(*codes_of(weight, grid))
 
 
-def linear_weights(module: nn.Module) -> list[nn.Parameter]:
+def linear_weights(module: nn.Module) -> list[Tensor]:
     """What of `module` is rounded: the weights of its Linear layers, each once."""
     return list({id(layer.weight): layer.weight for layer in module.modules() if isinstance(layer, nn.Linear)}.values())
 

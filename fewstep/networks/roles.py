@@ -18,6 +18,7 @@ from fewstep.networks.causal import Causal, CausalSpec
 from fewstep.networks.causal_attention import Causality
 from fewstep.networks.contract import AnyNetwork, Network
 from fewstep.networks.files.folders import Configurations, noting, unread
+from fewstep.networks.grid import Grid
 from fewstep.networks.heads import AnyHead
 from fewstep.networks.lora import Backbone, Lora, Shared, as_adapters
 from fewstep.networks.weights.addresses import load_into, read
@@ -50,6 +51,9 @@ class Full:
     # "teacher": a copy of its weights; "random"; or a weights address (networks/weights). Two experts each get those of one
     init: str = "teacher"
     causal: Causality | None = None  # chunk-wise causal attention over the same weights; none: as the network is
+    rounding: Grid | None = (
+        None  # of a student: its Linear layers compute with weights of this grid, and float ones are trained
+    )
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if self.network is not None and self.init == "teacher" and not self.network.starts_as_teacher:
@@ -71,6 +75,16 @@ class Networks:
             role = getattr(self, name)
             if role.causal is not None and role.network is None and isinstance(self.teacher, CausalSpec):
                 yield f"{name}.causal", "is set, but this role has the network of the teacher, which is causal already"
+        if self.rounding_of("critic") is not None:
+            yield (
+                "critic.rounding",
+                "is for the student, which is sampled with rounded weights; a critic is not used afterwards",
+            )
+
+    def rounding_of(self, role: str) -> Grid | None:
+        """The grid of the weights that `role` computes with; None: they are as they are trained."""
+        own = getattr(self, role, None)
+        return own.rounding if isinstance(own, Full) else None
 
     def spec_of(self, role: str) -> AnyNetwork | None:
         """What builds a network by itself for the weights of `role`; adapters are merged into it."""

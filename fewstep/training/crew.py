@@ -95,7 +95,14 @@ def assemble(run: Run, networks: Mapping[str, Network], world: World) -> Crew:
     if run.trainer.offload_teacher and teacher is not None and not isinstance(teacher, Shared):
         networks["teacher"] = Offloaded(teacher, world.device)
     trained = {
-        name: TrainedRole(name, network, run.optim_of(name), run.ema if name == "student" else None, compute)
+        name: TrainedRole(
+            name,
+            network,
+            run.optim_of(name),
+            run.ema if name == "student" else None,
+            compute,
+            run.networks.rounding_of(name),
+        )
         for name, network in networks.items()
         if name not in FROZEN
     }

@@ -3,6 +3,9 @@
 Weights, gradients that are summed, optimiser state and average are fp32 whatever the compute precision: at learning rate 1e-5 a
 bf16 weight of size 0.02 would not move, because its last bit is worth 1e-4. With precision=bf16 the module holds a rounded copy
 of the fp32 weights; under FSDP2 the sharded weights are fp32 and the gathered ones bf16.
+
+With a grid (networks.student.rounding) the module holds the nearest weights of the grid, under FSDP2 a rounded shard: rows stay
+whole. The gradient at the rounded weights is that of the fp32 ones (straight through: Bengio et al. 2013, arXiv:1308.3432).
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.networks.contract import Network
+from fewstep.networks.grid import Grid, linear_weights, on_grid
 from fewstep.parallel import World, average_gradients, is_sharded, kept_in_fp32, local
 from fewstep.training import ema as averaging
 from fewstep.training.ema import Ema
@@ -23,7 +27,15 @@ from fewstep.training.optim import Optim, state_of
 
 
 class TrainedRole:
-    def __init__(self, name: str, network: Network, optim: Optim, average: Ema | None, compute: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        name: str,
+        network: Network,
+        optim: Optim,
+        average: Ema | None,
+        compute: torch.dtype = torch.float32,
+        grid: Grid | None = None,
+    ):
         self.name, self.network, self.optim = name, network, optim
         module = network.module
         self.live = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -36,12 +48,20 @@ class TrainedRole:
         # One and the same tensor where compute is fp32, and where it is FSDP that gathers in `compute`. Otherwise the module
         # gets the rounded copy, and the original stays here as it was read.
         self.weights: dict[str, Tensor] = dict(self.live)
-        self.rounds = compute != torch.float32 and not any(is_sharded(p) for p in self.live.values())
+        shards = any(is_sharded(p) for p in self.live.values())
+        self.rounds = grid is not None or (compute != torch.float32 and not shards)
+        self.on_grid: dict[str, Grid] = {}  # what is rounded
+        if grid is not None:
+            linear = {id(weight) for weight in linear_weights(module)}
+            self.on_grid = {n: grid for n, p in self.live.items() if id(p) in linear}
         if self.rounds:
-            self.weights = {n: nn.Parameter(p.detach().float()) for n, p in self.live.items()}
             exact_names = kept_in_fp32(module)
             for n, live in self.live.items():
-                live.data = live.data.to(torch.float32 if n in exact_names else compute)
+                weight = live.detach().float()
+                self.weights[n] = nn.Parameter(weight.clone() if n in self.on_grid else weight)
+                if not shards:
+                    live.data = live.data.to(torch.float32 if n in exact_names else compute)
+            self._round()
         self.optimizer = optim.build(self.weights.values())
         self.average_config = average if average is not None and average.profile != "none" else None
         self.average = {n: w.detach().clone() for n, w in self.weights.items()} if self.average_config else {}
@@ -93,13 +113,13 @@ class TrainedRole:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within, the network answers with its moving average (with its weights, where there is no average), as in use."""
-        weights = {n: p.detach().clone() for n, p in self.live.items()} if self.average else {}
+        weights = {n: p.detach().clone() for n, p in self.live.items()} if self.average and not self.rounds else {}
         self.network.module.eval()
         try:
             self._write(self.average)
             yield
         finally:
-            self._write(weights)
+            self._write(self.weights if self.rounds and self.average else weights)
             self.network.module.train()
 
     def state(self) -> dict[str, Tensor]:
@@ -121,9 +141,13 @@ class TrainedRole:
     @torch.no_grad()
     def _round(self) -> None:
         if self.rounds:
-            torch._foreach_copy_(list(self.live.values()), list(self.weights.values()))
+            self._write(self.weights)
 
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            self.live[name].copy_(value)
+        plain = [name for name in values if name not in self.on_grid]
+        if plain:
+            torch._foreach_copy_([local(self.live[name]) for name in plain], [local(values[name]) for name in plain])
+        for name, grid in self.on_grid.items():
+            if name in values:
+                local(self.live[name]).copy_(on_grid(local(values[name]), grid))

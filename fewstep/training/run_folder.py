@@ -53,7 +53,12 @@ def write_records(run: Run, folder: Path, sampler: Sampler, first: Batch, noted:
     if noted:
         write_json(folder / MODELS, noted)
     network: Any = run.networks.spec_of("student")  # Any: @kind gives it the attribute
-    card = StudentCard(network={"kind": network.kind, **dump(network)}, sampler=sampler, envelope=envelope(run, first))
+    card = StudentCard(
+        network={"kind": network.kind, **dump(network)},
+        sampler=sampler,
+        envelope=envelope(run, first),
+        rounding=run.networks.rounding_of("student"),
+    )
     card.write(folder)
     return old_config
 

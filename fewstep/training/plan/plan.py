@@ -90,7 +90,7 @@ class Measurement:
 
     run: Run
     turns: Mapping[str, Sequence[Mapping[str, int]]]  # bytes by label at the moments of each turn that may be its worst
-    rounded: tuple[str, ...]  # roles whose module holds a bf16 copy of its fp32 weights: under FSDP only the gathered ones are
+    copies: Mapping[str, float]  # labels of modules' rounded copies of fp32 weights, and how much of each FSDP keeps
     gathered: int  # weights and gradients of the blocks at work, whole, under FSDP
     batch: str
 
@@ -110,11 +110,13 @@ class Measurement:
         """From bytes of a GPU that holds everything to those of one that holds a share."""
         if shards == 1:
             return lambda parts: parts
-        copies = {f"{role}.weights" for role in self.rounded}
-        return lambda parts: (
-            {name: size if name == PASSING else math.ceil(size / shards) for name, size in parts.items() if name not in copies}
-            | {"gathered": self.gathered}
-        )
+
+        def share(parts: Mapping[str, int]) -> Mapping[str, int]:
+            held = {name: size * self.copies.get(name, 1) for name, size in parts.items()}
+            shared = {name: math.ceil(size if name == PASSING else size / shards) for name, size in held.items() if size}
+            return shared | {"gathered": self.gathered}
+
+        return share
 
 
 def plan(run: Run, gpus: int = 1, batch: Batch | None = None) -> Plan:
@@ -150,8 +152,10 @@ def measure(run: Run, batch: Batch, say: Callable[[str], None] = lambda text: No
             turns.setdefault(turn.label, []).extend(ledger.moments())
             for role in crew.trained.values():
                 role.take_turn(False)
-    rounded = tuple(name for name, role in crew.trained.items() if role.rounds)
-    return Measurement(run, turns, rounded, gathered, _shapes(batch))
+    # Under FSDP bf16 weights are gathered ones only; those of a grid are fp32 shards beside the ones that are trained.
+    grown = torch.float32.itemsize / COMPUTE[run.trainer.precision].itemsize
+    copies = {f"{name}.weights": grown if role.on_grid else 0 for name, role in crew.trained.items() if role.rounds}
+    return Measurement(run, turns, copies, gathered, _shapes(batch))
 
 
 def mock_batch(run: Run, shape: tuple[int, ...] | None, text: tuple[int, int] | None) -> Batch:
