@@ -21,9 +21,9 @@ from fewstep.recipes.analytic import (
     MIXTURE,
     PRETRAINED,
     STUDENT,
-    analytic_dmd2,
     analytic_dmd2_onestep,
     analytic_finetune,
+    four_steps,
 )
 from fewstep.training.health import Health
 from fewstep.training.optim import Optim
@@ -51,9 +51,9 @@ def analytic_biased() -> Run:
 @recipe("analytic_dmd2_biased")
 def analytic_dmd2_biased() -> Run:
     """Four-step DMD2 against a biased teacher, without GAN: the student inherits the bias."""
-    run, start = analytic_dmd2(), "analytic/basic/analytic_biased@latest:student.ema"
+    run, start = four_steps(), "analytic/basic/analytic_biased@latest:student.ema"
     networks = Networks(teacher=BIASED, student=Full(STUDENT, init=start), critic=Full(STUDENT, init=start))
-    run = replace(run, method=FOUR_STEPS, networks=networks, health=Health())
+    run = replace(run, networks=networks, health=Health())
     return _with_name(run, "analytic_dmd2_biased", "analytic_biased")
 
 
@@ -71,7 +71,7 @@ def analytic_dmd2_gan() -> Run:
 @recipe("analytic_f_distill")
 def analytic_f_distill() -> Run:
     """Four-step f-distill (Jensen-Shannon) against the exact teacher."""
-    run = analytic_dmd2()
+    run = four_steps()
     return replace(
         _with_name(run, "analytic_f_distill"),
         method=replace(FOUR_STEPS, gan=Gan(weight=1e-2, features="critic"), sample_weight=FDivergence("js")),
@@ -82,7 +82,7 @@ def analytic_f_distill() -> Run:
 @recipe("analytic_ladd")
 def analytic_ladd() -> Run:
     """Four-step LADD: the features are those of the flow-matching model, the real samples are data."""
-    run = analytic_dmd2()
+    run = four_steps()
     return replace(
         _with_name(run, "analytic_ladd"),
         method=LADD(times=Shifted(shift=2.0), gan=Gan(weight=1.0, r1_weight=1.0, r1_std=0.05)),
@@ -106,7 +106,7 @@ def analytic_sid() -> Run:
 @recipe("analytic_phased")
 def analytic_phased() -> Run:
     """Two phases with one expert each against the exact teacher; both experts start from the flow-matching model."""
-    run = analytic_dmd2()
+    run = four_steps()
     return replace(
         _with_name(run, "analytic_phased"),
         method=PhasedDMD(t_list=(1.0, 0.75), times=Shifted(shift=2.0), student_update_freq=3, steps_per_phase=2000),
@@ -119,6 +119,6 @@ def analytic_phased() -> Run:
 def analytic_reward() -> Run:
     """Four-step DMD2, weighted towards the right; the student can represent the teacher and ends at it all the same."""
     return replace(
-        _with_name(analytic_dmd2(), "analytic_reward"),
+        _with_name(four_steps(), "analytic_reward"),
         method=replace(FOUR_STEPS, sample_weight=RewardWeight(reward=Toward(direction=(1.0, 0.0)), beta=1.0, max_weight=5.0)),
     )
