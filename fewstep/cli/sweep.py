@@ -40,7 +40,7 @@ def sweep(
     from fewstep.errors import UserError
     from fewstep.recipes import refuse_unknown
     from fewstep.training.search import Request
-    from fewstep.training.trials import Queue, plan_sweep, show, space_of
+    from fewstep.training.trials import SUMMARY, Queue, first, plan_sweep, show, space_of
 
     command = read_command([word for word in context.args if word != "--dryrun"])
     refuse_unknown(command)
@@ -63,7 +63,7 @@ def sweep(
             print(f"note: the results decide the settings of {plan.num - len(drawn) - 1} more", file=sys.stderr)
         return
     for stage in plan.stages:  # once, before several trials would each begin to train it
-        if run_each([iter([("fewstep", "train", f"experiment={stage}")])], PRELOAD):
+        if run_each([first(stage)], PRELOAD):
             raise UserError(f"stage {stage}, from which all trials start, failed, see above")
     queue = Queue(plan)
     run_each([queue.commands(place) for place in _places(workers)], PRELOAD)
@@ -77,6 +77,8 @@ def sweep(
     failed = [trial for trial in trained if not trial.is_over]
     if failed:
         raise UserError(f"{len(failed)} of {plan.num} trials failed, see above; the same command runs these again")
+    if not any((trial.folder / SUMMARY).is_file() for trial in trained):
+        raise UserError("no trial has finished; the table says why")
 
 
 PRELOAD = "fewstep.training.command"

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from fewstep.config import Command, ConfigError, compose, dump
+from fewstep.config import Command, ConfigError, build_recipe, compose, dump
 from fewstep.errors import UserError
 from fewstep.files import Locked, WriteError, lock, whole_folder, write_json, write_text
 from fewstep.training import search
@@ -343,14 +343,9 @@ class Queue:
             self._done |= {trial.folder for trial in rest if trial.is_over}
             rest = [trial for trial in rest if trial.folder not in self._done]
             for trial in rest:
-                try:
-                    held.enter_context(lock(trial.folder / ".lock.sweep"))
-                except Locked:
-                    continue
-                if not trial.is_locked and not trial.is_over:
+                if _holds(trial, held):
                     self._done.add(trial.folder)
                     return trial, False
-                held.close()
             if self._is_exhausted or len(trials) >= self._sweep.num:
                 return None, not rest
             new = self._sweep.ask()
@@ -358,6 +353,29 @@ class Queue:
                 self._is_exhausted = True
             else:
                 self._sweep.claim(new)
+
+
+def first(stage: str) -> Iterator[tuple[str, ...]]:
+    """The command that trains a stage, unless it is finished; empty ones while another process trains it."""
+    trial = Trial((), build_recipe(stage).job.folder(), stage)
+    while not trial.is_over:
+        with ExitStack() as held:
+            if _holds(trial, held):
+                yield ("fewstep", "train", f"experiment={stage}")
+                return
+        yield ()
+
+
+def _holds(trial: Trial, held: ExitStack) -> bool:
+    """Whether this process alone may train it until `held` is closed."""
+    try:
+        held.enter_context(lock(trial.folder / ".lock.sweep"))
+    except Locked:
+        return False
+    if trial.is_locked or trial.is_over:
+        held.close()
+        return False
+    return True
 
 
 def split_values(text: str) -> list[str]:
@@ -384,6 +402,10 @@ def show(sweep: Sweep, score: str | None, highest: bool = False) -> str:
     begun = {record.folder: (trial, record) for trial in sweep.trials() if (record := trial.record()) is not None}
     records = [record for _, record in begun.values()]
     score = score_of(records, score)
+    reasons = (
+        {} if sweep.request is None else {folder: trial.failure(record, score) for folder, (trial, record) in begun.items()}
+    )
+    records = [replace(record, values={}) if reasons.get(record.folder) else record for record in records]  # not in the order
     ordered = best_first(records, score, highest) if score else records
     rows = [("trial", "state", "step", score or "score", *sweep.keys)]
     described: list[dict[str, Any]] = []
@@ -397,13 +419,12 @@ def show(sweep: Sweep, score: str | None, highest: bool = False) -> str:
                 "folder": str(record.folder),
                 "state": record.state,
                 "settings": dict(trial.settings),
-                "values": dict(record.values),
+                "values": dict(begun[record.folder][1].values),
             }
         )
-        reason = "" if sweep.request is None else trial.failure(record, score)
-        if reason:
-            described[-1]["failure"] = reason
-            failures.append(f"{record.folder.name} counts as failed: {reason}")
+        if reasons.get(record.folder):
+            described[-1]["failure"] = reasons[record.folder]
+            failures.append(f"{record.folder.name} counts as failed: {reasons[record.folder]}")
     missing = sweep.num - len(records)
     write_json(sweep.folder / "trials.json", {"by": score, "trials": described})
     picture = _plot(sweep, [(dict(begun[record.folder][0].settings), record) for record in ordered], score)

@@ -220,6 +220,7 @@ def test_settings_that_are_invalid_and_runs_without_a_result_count_as_failed() -
         trained.append(trial)
         if len(trained) == 2:
             (trial.folder / "config.yaml").write_text("trainer:\n  max_iter: 1\n")
+            (trial.folder / "metrics.jsonl").write_text('{"step": 0, "energy_distance": 0.1}\n')  # before the first step
             (trial.folder / "diverged.json").write_text('{"reason": "loss term \'kd\' is nan"}')
         else:
             finish(trial, **{"other" if len(trained) == 3 else "energy_distance": 1.0})
@@ -229,6 +230,8 @@ def test_settings_that_are_invalid_and_runs_without_a_result_count_as_failed() -
     assert len(trained) >= 3 and len(refused) == 8 - len(trained) > 0
     assert all("trainer.batch_size: must be at least 1" in trial.problem for trial in refused)
     text = show(sweep, "energy_distance")
+    cells = {line.split()[1]: line.split()[3] for line in reversed(text.splitlines()[1:9])}
+    assert cells == {"finished": "1", "diverged": "-", "refused": "-"} and text.splitlines()[1].split()[1] == "finished"
     assert f"trial{trained[1].number:03d} counts as failed: loss term 'kd' is nan" in text
     assert f"trial{trained[2].number:03d} counts as failed: energy_distance is not in its summary.json" in text
     assert text.count("counts as failed: trainer.batch_size: must be at least 1") == len(refused)

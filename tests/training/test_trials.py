@@ -16,7 +16,7 @@ from fewstep.cli import main
 from fewstep.config import ConfigError, read_command
 from fewstep.training.records import RunRecord, best_first, find_runs, score_of
 from fewstep.training.run import Run
-from fewstep.training.trials import Queue, Sweep, plan_sweep, show, split_values
+from fewstep.training.trials import Queue, Sweep, first, plan_sweep, show, split_values
 
 SIX = ("experiment=analytic_finetune", "optim.lr=1e-3,2e-3,4e-3", "trainer.batch_size=32,64")
 
@@ -86,6 +86,15 @@ def test_finished_trials_are_left_out_and_locked_ones_come_last(root: Path) -> N
         names = [next(commands)[-1] for _ in range(4)]
     names += [command[-1] for command in commands]
     assert names == [f"job.name={sweep.trials()[n].folder.name}" for n in (2, 3, 4, 5, 1)]
+
+
+def test_a_stage_is_trained_by_one_process_and_waited_for_by_others(root: Path) -> None:
+    folder = root / "analytic/basic/analytic_finetune"
+    commands, others = first("analytic_finetune"), first("analytic_finetune")
+    assert next(commands) == ("fewstep", "train", "experiment=analytic_finetune") and next(others) == ()
+    assert list(commands) == [] and next(others)[0] == "fewstep"  # it was not finished there
+    write_run(folder, 1e-3, 2000, 2000)
+    assert list(others) == [] == list(first("analytic_finetune"))
 
 
 def test_the_table_of_trials_is_sorted_and_written(root: Path) -> None:
