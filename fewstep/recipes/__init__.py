@@ -92,11 +92,20 @@ def refuse_unknown(command: Command) -> None:
 
 
 def refuse_mistyped(overrides: Iterable[str], prefix: str = "") -> None:
-    """Raises ConfigError, which names them below `prefix`, for settings KEY=VALUE that no run has, spelled like others."""
+    """Raises ConfigError, which names them below `prefix`, for settings KEY=VALUE that no run has, spelled like others.
+
+    Not if one of the others depends on what is chosen: the classes know whether it is wrong, too, and one error names all.
+    """
     settings = read_json(SETTINGS, "Install fewstep again", Settings)
     keys = [word.partition("=")[0] for word in overrides]
-    if problems := [(join(prefix, key), text) for key in keys if (text := _mistyped(key, settings))]:
-        raise ConfigError(problems)
+    problems = {key: text for key in keys if (text := _mistyped(key, settings))}
+    if problems and all(key in problems or _is_there(key, settings.tree) for key in keys):
+        raise ConfigError([(join(prefix, key), text) for key, text in problems.items()])
+
+
+def _is_there(key: str, tree: Mapping[str, Any]) -> bool:
+    first, _, rest = key.partition(".")
+    return first in tree and (not rest or _is_there(rest, tree[first] or {}))
 
 
 def _mistyped(key: str, settings: Settings) -> str | None:
