@@ -6,7 +6,7 @@ that one message holds every problem.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -91,9 +91,8 @@ def samples_of(spec: FolderSettings, place: Layout, packs: Mapping[str, Packs], 
     if spec.x0 == "latents":
         problems += _packed_problems(spec, place, packs) if lead.folder in packs else _latent_problems(spec, files[lead.folder])
         refuse(place, problems)
-        if lead.folder in packs:
-            return _packed_samples(packs, files, lead.folder)
-        return _samples(packs, files, {stem: [Span()] for stem in stems}, {})
+        spans = _spans_of_rows(packs[lead.folder]) if lead.folder in packs else {stem: [Span()] for stem in stems}
+        return _samples(packs, files, spans, {})
     files["videos"] = files.pop(lead.folder)  # pictures are clips of one frame from here on
     headers, unreadable = _headers(files["videos"])
     if len(unreadable) <= spec.max_bad and headers:
@@ -111,39 +110,31 @@ def samples_of(spec: FolderSettings, place: Layout, packs: Mapping[str, Packs], 
     return _samples(packs, files, {stem: spans.get(stem, []) for stem in stems}, headers)
 
 
-_Files = Mapping[str, Mapping[str, Path]]  # by folder and stem
-
-
-def _of_stem(files: _Files, stem: str) -> dict[str, Path]:
-    return {folder: paths[stem] for folder, paths in files.items()}
-
-
 def _samples(
     packs: Mapping[str, Packs],
-    files: _Files,
+    files: Mapping[str, Mapping[str, Path]],  # by folder and stem
     spans: Mapping[str, Sequence[Span]],
     headers: Mapping[str, video.Header],
 ) -> tuple[Sample, ...]:
-    """One sample for each span of a clip. What is packed has one row for each clip."""
-    tables = {folder: pack.by_stem() for folder, pack in packs.items()}
-    return tuple(
-        Sample(stem, _of_stem(files, stem), span, headers.get(stem), {folder: rows[stem][0] for folder, rows in tables.items()})
-        for stem, windows in spans.items()
-        for span in windows
-    )
-
-
-def _packed_samples(packs: Mapping[str, Packs], files: _Files, lead: str) -> tuple[Sample, ...]:
-    """One sample for each row of the latents, a window of a clip or a whole one."""
-    by_window = {name: {(r.stem, r.start): n for n, r in enumerate(p.rows)} for name, p in packs.items()}
+    """One sample for each span of a clip. Its rows in packs are those of the same window, or else of the whole clip."""
+    tables = {folder: {(row.stem, row.start): number for number, row in enumerate(pack.rows)} for folder, pack in packs.items()}
     out: list[Sample] = []
-    for label in packs[lead].rows:
-        rows = {name: table.get((label.stem, label.start), table.get((label.stem, 0))) for name, table in by_window.items()}
-        span = Span(label.start, int(label.facts.get("num_frames", 1)), int(label.facts.get("stride", 1)))
-        own_rows = {name: row for name, row in rows.items() if row is not None}
-        assert own_rows.keys() == rows.keys(), label  # ensured by `_packed_problems`
-        out.append(Sample(label.stem, _of_stem(files, label.stem), span, rows=own_rows))
+    for stem, windows in spans.items():
+        own = {folder: paths[stem] for folder, paths in files.items()}
+        for span in windows:
+            places = (stem, span.start), (stem, 0)
+            rows = {folder: table[next(place for place in places if place in table)] for folder, table in tables.items()}
+            out.append(Sample(stem, own, span, headers.get(stem), rows))
     return tuple(out)
+
+
+def _spans_of_rows(packs: Packs) -> dict[str, list[Span]]:
+    """The windows of the rows, in their order."""
+    spans = defaultdict[str, list[Span]](list)
+    for label in packs.rows:
+        span = Span(label.start, int(label.facts.get("num_frames", 1)), int(label.facts.get("stride", 1)))
+        spans[label.stem].append(span)
+    return spans
 
 
 def _packed_problems(spec: FolderSettings, place: Layout, packs: Mapping[str, Packs]) -> list[str]:

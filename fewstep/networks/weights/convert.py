@@ -269,36 +269,31 @@ def model_of(weights: Collected, name: str | None) -> tuple[str, nn.Module]:
     shapes = {n: tensor.shape for n, tensor in weights.tensors.items()}
     controls = _branch_names(shapes)
     described = _described(weights, name)
-    if described is not None or (name is not None and name not in MODELS):
-        where = str(name if described is None else described[0])
-        module = _of_folder(Path(where), controls) if described is None else _empty(described[1])
-        if _shapes_of(module) != shapes:
-            raise UserError(_unfit(where, module, shapes))
-        return where, module
-    fits: dict[str, nn.Module] = {}
-    nearest: tuple[int, str, nn.Module] | None = None
-    for candidate, spec in MODELS.items():
-        if name is not None and candidate != name:
-            continue
-        if isinstance(spec, CosmosControlSpec) != bool(controls):
-            continue
-        if isinstance(spec, CosmosControlSpec):
-            spec = replace(spec, controls=controls)
-        module = _empty(spec)
-        wrong = len(_shapes_of(module).items() ^ shapes.items())
-        if not wrong:
-            fits[candidate] = module
-        if nearest is None or wrong < nearest[0]:
-            nearest = wrong, candidate, module
-    if len(fits) == 1:
-        return next(iter(fits.items()))
-    if fits:
+    modules: dict[str, nn.Module] = {}
+    if described is not None:
+        modules = {str(described[0]): _empty(described[1])}
+    elif name is not None and name not in MODELS:
+        modules = {name: _of_folder(Path(name), controls)}
+    for candidate, spec in MODELS.items() if not modules else ():
+        if name in (None, candidate) and isinstance(spec, CosmosControlSpec) == bool(controls):
+            modules[candidate] = _empty(replace(spec, controls=controls) if isinstance(spec, CosmosControlSpec) else spec)
+    if not modules:
+        raise UserError(f"convert: no published model{f' called {name}' if name else ''} has such branches")
+    problems = {candidate: _problems(module, shapes) for candidate, module in modules.items()}
+    fits = [candidate for candidate, lines in problems.items() if not lines]
+    if len(fits) > 1:
         raise UserError(
             f"convert: the weights fit {' and '.join(fits)}, which differ in their positions; say which with --model"
         )
-    if nearest is None:
-        raise UserError(f"convert: no published model{f' called {name}' if name else ''} has such branches")
-    raise UserError(_unfit(nearest[1], nearest[2], shapes))
+    if not fits:
+        nearest = min(problems, key=lambda candidate: len(problems[candidate]))
+        lines = some(problems[nearest], 12, "\n")
+        raise UserError(
+            f"convert: the weights fit none of the published models; the nearest is {nearest}:\n{lines}\nFor a model of other "
+            f"dimensions, put a {SIZES} with its settings beside the weights, give --model FOLDER with its config.json, or "
+            "write OUT.safetensors, which needs none"
+        )
+    return fits[0], modules[fits[0]]
 
 
 def _empty(spec: CosmosSpec) -> nn.Module:
@@ -307,8 +302,11 @@ def _empty(spec: CosmosSpec) -> nn.Module:
         return spec.build().module
 
 
-def _shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+def _problems(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """One line for each tensor that the module lacks, has too many, or wants in another shape."""
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    lines = [f"  missing: {n}" for n in own if n not in shapes] + [f"  not in it: {n}" for n in shapes if n not in own]
+    return lines + [f"  {n}: wants {own[n]}, has {shapes[n]}" for n in own if n in shapes and own[n] != shapes[n]]
 
 
 def published_spec(weights: Collected, name: str | None) -> tuple[str | None, CosmosSpec]:
@@ -372,19 +370,6 @@ def _of_folder(folder: Path, controls: Sequence[str]) -> nn.Module:
     base = empty(CosmosTransformer3DModel, folder / "transformer")
     branches = {name: empty(CosmosControlNetModel, folder / "controlnet") for name in controls}
     return Controlled(base, branches, dict.fromkeys(controls, 1.0), freezes_base=False)
-
-
-def _unfit(name: str, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    own = _shapes_of(module)
-    problems = [f"  missing: {n}" for n in own if n not in shapes]
-    problems += [f"  not in it: {n}" for n in shapes if n not in own]
-    problems += [f"  {n}: wants {own[n]}, has {shapes[n]}" for n in own if n in shapes and own[n] != shapes[n]]
-    lines = some(problems, 12, "\n")
-    return (
-        f"convert: the weights fit none of the published models; the nearest is {name}:\n{lines}\nFor a model of other "
-        f"dimensions, put a {SIZES} with its settings beside the weights, give --model FOLDER with its config.json, or write "
-        "OUT.safetensors, which needs none"
-    )
 
 
 # --- both
