@@ -135,18 +135,18 @@ class _Reader:
         return len(self.problems) + len(self.unknown)
 
     def attempt(self, key: str, call: Callable[..., Any], *arguments: Any, **fields: Any) -> Any:
+        """What the call returns; _NOTHING and a problem if it raises ValueError."""
         try:
             return call(*arguments, **fields)
         except ValueError as error:
             self.problems.append((key, str(error)))
+            return _NOTHING
 
     def leaf(self, declared: Any, parts: Layers, key: str) -> Any:
         for edit in _edits_of(parts):
             self.lose(edit, key, [])
         value = self.value(declared, parts, key)
-        if value is _NOTHING:
-            return None
-        return self.attempt(key, read_leaf, declared, value)
+        return value if value is _NOTHING else self.attempt(key, read_leaf, declared, value)
 
     def record(self, cls: type, parts: Layers, key: str) -> Any:
         settings = settings_of(cls)
@@ -218,13 +218,10 @@ class _Reader:
 
     def items(self, declared: Any, shape: Items, parts: Layers, key: str) -> Any:
         value = self.value(declared, parts, key)
+        if isinstance(value, str):
+            value = self.attempt(key, _listed, value)
         if value is _NOTHING:
             return None
-        if isinstance(value, str):
-            before = self.count()
-            value = self.attempt(key, _listed, value)
-            if self.count() != before:
-                return None
         if not isinstance(value, (list, tuple)):
             self.problems.append((key, f"expected {type_text(declared)}, got {show(value)}"))
             return None
@@ -259,11 +256,10 @@ class _Reader:
     def mapping(self, part: Any, key: str, expected: str) -> Mapping[str, Any]:
         """The part as a mapping with names for keys; {} and a problem if it is none."""
         if isinstance(part, str) and _is_mapping_text(part):
-            before = self.count()
             part = self.attempt(key, read_yaml, part)
-            if self.count() != before:
-                return {}
         if not isinstance(part, Mapping):
+            if part is _NOTHING:
+                return {}
             self.problems.append((key, f"expected {expected}, got {show(part)}"))
             return {}
         values = cast("Mapping[Any, Any]", part)

@@ -23,10 +23,7 @@ _COPIES = 4  # bytes built per byte of the file: text -> bytes -> storage -> ten
 _FOREIGN = (
     (b"PK\x03\x04", "a zip archive (torch.save or .npz); read it with torch.load(weights_only=True) or numpy.load"),
     (b"\x93NUMPY", "a .npy array; read it with numpy.load(allow_pickle=False)"),
-    (b"\x1f\x8b", "gzip-compressed; unpack it first"),
-    (b"BZh", "bzip2-compressed; unpack it first"),
-    (b"\xfd7zXZ", "xz-compressed; unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "zstd-compressed; unpack it first"),
+    ((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"), "compressed, by gzip or its kin; unpack it first"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run: git lfs pull"),
 )
 

@@ -19,6 +19,7 @@ from fewstep.untrusted.text import read_json, read_json_lines
 CONFIG, SUMMARY, METRICS = "config.yaml", "summary.json", "metrics.jsonl"
 DIVERGED = "diverged.json"  # why the same command would not finish the run either
 _COSTS = ("step", "samples", "student_updates", "rollbacks", "wall_s", "peak_memory_gib", "num_processes")
+_RATES = ("samples_per_s", "memory_gib")
 State = Literal["finished", "unfinished", "diverged", "damaged", "refused"]  # refused: of a sweep, never begun
 
 
@@ -61,14 +62,10 @@ class RunRecord:
     @property
     def scores(self) -> dict[str, float]:
         """What previews measured, then losses and health; without costs, rates, and the values before the first step."""
-        measured = [
-            name for name in self.values if "/" not in name and name not in _COSTS and not name.endswith("_undistilled")
-        ]
-        rest = [name for name in self.values if name.startswith(("loss/", "health/"))]
-        return {name: self.values[name] for name in (*(m for m in measured if m not in _RATES), *rest)}
-
-
-_RATES = ("samples_per_s", "memory_gib")
+        names = [name for name in self.values if name not in (*_COSTS, *_RATES) and not name.endswith("_undistilled")]
+        measured = [name for name in names if "/" not in name]
+        rest = [name for name in names if name.startswith(("loss/", "health/"))]
+        return {name: self.values[name] for name in (*measured, *rest)}
 
 
 def find_runs(root: Path) -> Iterator[RunRecord]:

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fewstep.data.safe_pickle import UnsafePickle, load, loads
+from fewstep.untrusted.pickles import _HANDLERS, Reader
 
 _NUMBERS = np.random.default_rng(0)
 
@@ -359,6 +360,29 @@ def test_bombs_are_refused_before_they_swell(name: str) -> None:
     finally:
         tracemalloc.stop()
     assert peak < 40e6, f"{peak / 1e6:.0f} MB"
+
+
+def test_of_the_standard_machine_only_what_touches_no_name_and_claims_no_memory_is_taken() -> None:
+    ours = {
+        "REDUCE",
+        "NEWOBJ",
+        "BUILD",
+        "APPEND",
+        "APPENDS",
+        "SETITEM",
+        "SETITEMS",
+        "DICT",
+        "BYTEARRAY8",
+        "INT",
+        "LONG",
+        "FRAME",
+    }
+    never = {"INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER", "LONG4"}
+    machine = pickle._Unpickler.dispatch  # type: ignore[attr-defined]
+    for name in ours | never:
+        code = getattr(pickle, name)[0]
+        assert (code in _HANDLERS) == (name in ours) and _HANDLERS.get(code) is not machine[code], name
+    assert Reader.find_class is not pickle._Unpickler.find_class  # type: ignore[attr-defined]
 
 
 def test_limits_are_named() -> None:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -117,33 +118,25 @@ def growing(
 
         def append(frames: NDArray[np.uint8]) -> None:
             nonlocal stream
+            height, width = frames.shape[1:3]
+            if quality != "lossless" and (height % 2 or width % 2):
+                raise UserError(
+                    f"{path}: H.264 halves the chroma, so height and width must be even, not {height} x {width}: crop or pad "
+                    'by one, or pass quality="lossless"'
+                )
             if stream is None:
-                stream = _video_stream(container, path, frames, fps, quality, (codec, pixels, options))
+                stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
+                stream.width, stream.height, stream.pix_fmt = width, height, pixels
+                if quality != "lossless":
+                    stream.codec_context.colorspace, stream.codec_context.color_range = _SMPTE170M, _LIMITED
+                if height * width < _MANY_PIXELS:
+                    stream.codec_context.thread_count = 1
             for frame in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
 
         yield append
         if stream is not None:
             container.mux(stream.encode())
-
-
-def _video_stream(
-    container: Any, path: str | os.PathLike[str], frames: NDArray[np.uint8], fps: float, quality: Quality, form: Any
-) -> Any:  # Any: PyAV's container and stream; name of the encoder, of its pixels, and its options
-    codec, pixels, options = form
-    height, width = frames.shape[1:3]
-    if quality != "lossless" and (height % 2 or width % 2):
-        raise UserError(
-            f"{path}: H.264 halves the chroma, so height and width must be even, not {height} x {width}: crop or pad by one, "
-            'or pass quality="lossless"'
-        )
-    stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
-    stream.width, stream.height, stream.pix_fmt = width, height, pixels
-    if quality != "lossless":
-        stream.codec_context.colorspace, stream.codec_context.color_range = _SMPTE170M, _LIMITED
-    if height * width < _MANY_PIXELS:
-        stream.codec_context.thread_count = 1
-    return stream
 
 
 def probe(path: str | os.PathLike[str]) -> Header:
@@ -308,23 +301,27 @@ def _header(path: Path, stream: VideoStream) -> Header:
 def _decoded(
     path: Path, container: InputContainer, stream: VideoStream, header: Header, start: int
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """(place, frame) in order, from some place at or before `start`."""
-    place = 0
+    """(place, frame) in order, from some place at or before `start`; refuses frames that are damaged or of another size."""
+    frames, first = container.decode(stream), 0
     if start > _SEEK_OVER:
         tick = 1 / (header.fps * float(stream.time_base or 1))
         began = stream.start_time or 0
         container.seek(round(began + start * tick), stream=stream, backward=True)
         frames = container.decode(stream)
-        for frame in frames:  # one: it tells where the seek has led
-            place = round(((frame.pts or 0) - began) / tick)
-            if place <= start:
-                yield place, _sound(path, header, frame, place)
-                yield from ((place + n, _sound(path, header, frame, place + n)) for n, frame in enumerate(frames, 1))
-                return
-            break
-        container.seek(began, stream=stream, backward=True)  # index and pictures disagree: count from the beginning
-    for place, frame in enumerate(container.decode(stream)):
-        yield place, _sound(path, header, frame, place)
+        lead = next(frames, None)  # it tells where the seek has led
+        first = start + 1 if lead is None else round(((lead.pts or 0) - began) / tick)
+        if lead is not None and first <= start:
+            frames = chain([lead], frames)
+        else:  # index and pictures disagree: count from the beginning
+            container.seek(began, stream=stream, backward=True)
+            frames, first = container.decode(stream), 0
+    for place, frame in enumerate(frames, first):
+        if frame.is_corrupt:
+            raise UserError(f"{path}: damaged near frame {place}. Write or download it again")
+        if (frame.height, frame.width) != header.size:
+            sizes = f"{frame.height} x {frame.width}, but its header says {header.height} x {header.width}"
+            raise UserError(f"{path}: frame {place} is {sizes}. Write it again at one size")
+        yield place, frame
 
 
 def _damaged(path: Path, header: Header, num: int, count: int) -> UserError:
@@ -334,17 +331,6 @@ def _damaged(path: Path, header: Header, num: int, count: int) -> UserError:
         f"{path}: damaged, its header tells of {header.num_frames} frames, but only {num} of the {count} to be read could be "
         "decoded. Write or download it again"
     )
-
-
-def _sound(path: Path, header: Header, frame: VideoFrame, place: int) -> VideoFrame:
-    if frame.is_corrupt:
-        raise UserError(f"{path}: damaged near frame {place}. Write or download it again")
-    if (frame.height, frame.width) != header.size:
-        raise UserError(
-            f"{path}: frame {place} is {frame.height} x {frame.width}, but its header says {header.height} x {header.width}. "
-            "Write it again at one size"
-        )
-    return frame
 
 
 def _converter(width: int, height: int) -> Callable[[VideoFrame], NDArray[Any]]:

@@ -130,12 +130,9 @@ def _overlap(chunks: Sequence[Chunk]) -> bool:
     """Whether two chunks share an element. Chunks lie in order along one axis wherever a process has a slice of a tensor."""
     ordered = sorted(chunks, key=lambda chunk: chunk.offsets)
     axes = [axis for axis, starts in enumerate(zip(*(chunk.offsets for chunk in chunks), strict=True)) if len(set(starts)) > 1]
-    return any(_meet(a, b) for a, b in (pairwise(ordered) if len(axes) == 1 else combinations(ordered, 2)))
-
-
-def _meet(a: Chunk, b: Chunk) -> bool:
-    extents = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
-    return all(start < other + length and other < start + size for start, size, other, length in extents)
+    pairs = pairwise(ordered) if len(axes) == 1 else combinations(ordered, 2)
+    extents = (zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True) for a, b in pairs)
+    return any(all(start < other + m and other < start + n for start, n, other, m in each) for each in extents)
 
 
 # The entries by name: size, properties (the type) and chunks of a tensor, () for what is none; and by name and offsets, where
