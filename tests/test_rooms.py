@@ -72,7 +72,7 @@ FLOORS = {
         ("encoders",),
         ("contract",),
         ("causal",),
-        ("analytic", "frozen", "heads", "lora", "tiny"),
+        ("analytic", "frozen", "heads", "lora", "saved", "tiny"),
         ("families",),
         ("support", "weights"),
         ("roles",),

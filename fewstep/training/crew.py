@@ -17,6 +17,7 @@ from fewstep.networks.frozen import Offloaded, round_frozen
 from fewstep.networks.grid import Grid
 from fewstep.networks.lora import Shared
 from fewstep.networks.roles import FROZEN, Whole, wholes
+from fewstep.networks.saved import SavedOnHost
 from fewstep.parallel import World, has_unreduced, place, reduce_over_replicas
 from fewstep.training.errors import TrainingError
 from fewstep.training.role import TrainedRole
@@ -94,6 +95,7 @@ def assemble(run: Run, networks: Mapping[str, Network], world: World) -> Crew:
     teacher = networks.get("teacher")
     if run.trainer.offload_teacher and teacher is not None and not isinstance(teacher, Shared):
         networks["teacher"] = Offloaded(teacher, world.device)
+    networks |= {role: SavedOnHost(networks[role], world.device) for role in run.trainer.offload_activations}
     trained = {
         name: TrainedRole(
             name,

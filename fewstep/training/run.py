@@ -60,6 +60,9 @@ class Trainer:
         "blocks"  # with checkpointing: whole blocks; selective: all but their matrix products and attention
     )
     recompute_roles: tuple[str, ...] = ()  # with checkpointing: of these roles only; (): of all
+    offload_activations: tuple[
+        str, ...
+    ] = ()  # with checkpointing: block inputs of these roles' calls wait on the host; (): none
     frozen: Literal["compute", "8bit", "float8"] = (
         "compute"  # what frozen weights are kept in; 8bit (int8), float8: Linear layers
     )
@@ -140,9 +143,11 @@ class Run:
         for name in ("max_iter", "batch_size", "grad_accum", "log_every"):
             if getattr(trainer, name) < 1:
                 yield f"trainer.{name}", f"must be at least 1, not {getattr(trainer, name)}"
-        unknown = sorted(set(trainer.recompute_roles) - set(self.method.roles))
-        if unknown:
-            yield "trainer.recompute_roles", f"names {', '.join(unknown)}; this method has {', '.join(self.method.roles)}"
+        for key in ("recompute_roles", "offload_activations"):
+            unknown = sorted(set(getattr(trainer, key)) - set(self.method.roles))
+            if unknown:
+                yield f"trainer.{key}", f"names {', '.join(unknown)}; this method has {', '.join(self.method.roles)}"
+        yield from self._problems_of_offload()
         if not trainer.checkpointing and (trainer.recompute_roles or trainer.recompute != "blocks"):
             yield "warn:trainer.recompute", "and trainer.recompute_roles have no effect without trainer.checkpointing=true"
         if trainer.global_batch is not None and trainer.global_batch % trainer.batch_size:
@@ -210,6 +215,16 @@ class Run:
         for key, value in (("head_optim", self.head_optim), ("networks.head", self.networks.head)):
             if value is not None and "head" not in self.method.roles:
                 yield f"warn:{key}", f"has no effect: method {type(self.method).__name__} trains no discriminator"
+
+    def _problems_of_offload(self) -> Iterable[tuple[str, str]]:
+        trainer, key = self.trainer, "trainer.offload_activations"
+        whole = set(trainer.offload_activations) - set(trainer.recompute_roles or self.method.roles)
+        if trainer.offload_activations and not trainer.checkpointing:
+            yield key, "needs trainer.checkpointing=true: without it all that a block computes would travel, and not its input"
+        elif whole & set(self.method.roles):
+            yield key, f"names {', '.join(sorted(whole))}, whose blocks are not recomputed (trainer.recompute_roles)"
+        if "head" in trainer.offload_activations:
+            yield key, "names head, a discriminator, which has no blocks to recompute"
 
     def _problems_of_context(self) -> Iterable[tuple[str, str]]:
         if self.parallel.context < 1:

@@ -166,7 +166,10 @@ everything = make("fsdp_everything", "dmd2", "dit", "fsdp", 2, batch_size=2, gra
 RUNS["fsdp_everything"] = replace(everything, checkpoint=Checkpoint(save_iter=3, async_write=True))
 for net in ("lora", "grid"):
     name = f"fsdp_everything_{net}"
-    RUNS[name] = make(name, "dmd2", net, "fsdp", 2, batch_size=2, grad_accum=2, checkpointing=True)
+    offloads = METHODS["dmd2"][0].roles if net == "grid" else ()
+    RUNS[name] = make(
+        name, "dmd2", net, "fsdp", 2, batch_size=2, grad_accum=2, checkpointing=True, offload_activations=offloads
+    )
 probe = replace(
     make("fsdp_probe", "finetune", "mlp", "fsdp", 2, precision="bf16"),
     networks=Networks(student=full(ProbeSpec())), preview=None, health=Health(), method=Finetune(times=Listed((0.999, 0.5))),
@@ -345,7 +348,7 @@ def test_two_processes_train_what_one_trains(desk: Desk, mode: str, case: str) -
     ],
 )
 def test_and_so_do_the_other_layouts(desk: Desk, name: str, reference: str) -> None:
-    """Replicas of shards; and accumulation, recomputed blocks and checkpoints in the background, all at once."""
+    """Replicas of shards; accumulation, recomputed blocks, activations on the host, checkpoints in the background at once."""
     assert_like(desk, name, reference)
 
 

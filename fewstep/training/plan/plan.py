@@ -36,6 +36,7 @@ from fewstep.networks.files.folders import unread
 from fewstep.networks.frozen import Offloaded
 from fewstep.networks.lora import Lora, Shared
 from fewstep.networks.roles import Full, Networks, Whole, build
+from fewstep.networks.saved import SavedOnHost
 from fewstep.parallel import Context, World
 from fewstep.training import iteration
 from fewstep.training.crew import COMPUTE, Crew, assemble
@@ -289,8 +290,12 @@ def _enter(ledger: Ledger, crew: Crew) -> None:
 
         for live in role.live.values():
             live.register_post_accumulate_grad_hook(note)
-    if isinstance(crew.teacher, Offloaded):
-        ledger.hold(crew.teacher.at_home(), HOST)
+    for network in crew.networks.values():
+        if isinstance(network, SavedOnHost):
+            network.watchers.append(lambda: ledger.entering(HOST))
+            network = network.inner
+        if isinstance(network, Offloaded):
+            ledger.hold(network.at_home(), HOST)
 
 
 def _entering(ledger: Ledger, label: str, function: Callable[[], None]) -> Callable[[], None]:
