@@ -118,3 +118,15 @@ def test_a_rounded_network_is_the_network_with_rounded_weights_also_below_adapte
     given = x.clone().requires_grad_()
     asked(nets["student"], given).x0.square().sum().backward()
     assert given.grad is not None and all(p.grad is not None for p in nets["student"].module.parameters())
+
+
+@pytest.mark.slow
+def test_a_rounded_layer_is_compiled_whole() -> None:
+    layers = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)).requires_grad_(False)
+    assert round_frozen([layers], "float8") == 2
+    results: list[tuple[Tensor, Tensor]] = []
+    for module in (layers, torch.compile(layers, backend="aot_eager", fullgraph=True)):
+        x = torch.linspace(-1, 1, 32).reshape(4, 8).requires_grad_()
+        answer = module(x)
+        results.append((answer.detach(), *torch.autograd.grad(answer.square().sum(), x)))
+    torch.testing.assert_close(results[1], results[0])
