@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import CosmosTransformer3DModel
 from torch import Tensor, nn
 
 from fewstep.batch import Condition
@@ -30,6 +31,7 @@ from fewstep.training.optim import Optim
 from fewstep.training.plan.plan import plan
 from fewstep.training.role import TrainedRole
 from fewstep.training.run import Checkpoint, Job, Parallel, Run, Trainer
+from tests.export.test_export import NET, trained
 
 MIXTURE = MixtureSpec(means=((1.0, 0.0), (-1.0, 0.5)), stds=(0.2, 0.3))
 TINY = TinySpec(width=64, depth=2)
@@ -136,6 +138,18 @@ def test_a_dense_student_is_rounded_afterwards_by_export_alone(tmp_path: Path, c
     ):
         assert main(more) == 2
         assert message in " ".join(capfd.readouterr().err.split())
+
+
+def test_diffusers_class_opens_the_rounded_weights(tmp_path: Path) -> None:
+    run = trained(tmp_path, "cosmos", method=KD(), nets=Networks(student=Full(NET, init="random", rounding="int8")))
+    out = tmp_path / "student"
+    assert main(["export", str(run), "--out", str(out), "--format", "diffusers"]) == 0
+    theirs = CosmosTransformer3DModel.from_pretrained(out / "transformer")
+    ours = open_model(str(run)).network.module.state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.state_dict().items())
+    for layer in theirs.modules():
+        if isinstance(layer, nn.Linear):
+            torch.testing.assert_close(on_grid(layer.weight, "int8"), layer.weight.detach(), rtol=3e-7, atol=0)
 
 
 def test_what_cannot_be_rounded_is_refused_by_name() -> None:
