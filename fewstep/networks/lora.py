@@ -28,6 +28,7 @@ from fewstep.errors import UserError
 from fewstep.networks.causal import Causal
 from fewstep.networks.causal_attention import Causality
 from fewstep.networks.contract import Network, Wrapper
+from fewstep.networks.grid import Grid
 
 
 @kind("lora", group="role")
@@ -44,6 +45,7 @@ class Lora:
     train: tuple[str, ...] = ()  # endings of names of other layers, trained in full beside the adapters (norms, embeddings)
     init: str = "teacher"  # "teacher": begins as the teacher; or the address of adapters, or of a full student to extract them
     causal: Causality | None = None  # chunk-wise causal attention for this role alone; none: as the teacher is
+    rounding: Grid | None = None  # none, always: for students with weights of their own (full)
 
     @property
     def network(self) -> None:
@@ -80,6 +82,8 @@ class Lora:
                 )
         if self.targets is not None and not self.targets and not self.train:
             yield "targets", "is empty and so is train: not one weight of this role would be trained"
+        if self.rounding is not None:
+            yield "rounding", "is for a student with weights of its own (full): those of adapters are sums with the teacher's"
         if self.init == "random":
             yield "init", "cannot be random for adapters: they lie over the teacher's weights. teacher, or a weights address"
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.batch import Condition
 from fewstep.cli import main
-from fewstep.config import ConfigError, check, parse
+from fewstep.config import ConfigError, check
 from fewstep.diffusion import Rng, StudentSampler, TeacherSampler
 from fewstep.evaluation import energy_distance
 from fewstep.inference.model import open_model
@@ -20,6 +20,7 @@ from fewstep.inference.synthetic import MixtureSamples, TeacherPairs
 from fewstep.methods import KD
 from fewstep.networks.analytic import MixtureSpec
 from fewstep.networks.grid import Grid, on_grid
+from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full, Networks, build
 from fewstep.networks.tiny import TinySpec
 from fewstep.networks.weights.addresses import read
@@ -156,8 +157,8 @@ def test_what_cannot_be_rounded_is_refused_by_name() -> None:
     run = run_of("no", "int4")
     with pytest.raises(ConfigError, match=r"networks\.critic\.rounding: is for the student"):
         check(replace(run, networks=replace(run.networks, critic=Full(rounding="int4"))))
-    with pytest.raises(ConfigError, match=r"student\.rounding"):
-        parse(Networks, {"student": {"kind": "lora", "rounding": "int4"}})
+    with pytest.raises(ConfigError, match=r"student\.rounding: is for a student with weights of its own \(full\)"):
+        check(replace(run, networks=Networks(TINY, student=Lora(rounding="int4"))))
 
 
 def test_the_plan_counts_the_rounded_weights_beside_the_float_ones() -> None:
