@@ -60,17 +60,17 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        threading.excepthook = self._hook
         if self._bar is not None:
             self._bar.stop()
-        if self.folder is None:
-            return
-        for close in (self._metrics.close, self._text.close, self._close_board):
+        full: OSError | None = None  # a full disk; if something went wrong before, that is what must be heard
+        for close in (self._metrics.close, self._text.close, self._close_board) if self.folder is not None else ():
             try:
                 close()
-            except OSError:  # a full disk; if something went wrong before, that is what must be heard
-                if error is None:
-                    raise
+            except OSError as problem:
+                full = full or problem
+        threading.excepthook = self._hook  # TensorBoard's thread ends as the board is closed
+        if full is not None and error is None:
+            raise full
 
     def rewind(self, step: int) -> None:
         """Forgets what was logged after `step`: the run goes back there, and will log it again."""
