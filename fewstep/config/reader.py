@@ -5,7 +5,7 @@ layer that speaks of it; choosing another kind forgets what the layers below sai
 problem, so that one error names all of them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, cast
 
 from fewstep import registry
@@ -48,15 +48,13 @@ def read_layers(cls: type[T], layers: Sequence[Any], overrides: Sequence[str] = 
     also: names that the same command line could set besides, to be suggested for an unknown one.
     """
     reader = _Reader(also)
-    result = reader.record(cls, [*layers, *_opened(reader.edits(overrides))], "")
+    result = reader.record(cls, [*layers, *reader.edits(overrides)], "")
     reader.report()
     return cast(T, result)
 
 
 class _Edit(dict[str, Any]):
-    """The part of a command line for one key: `own` is its value, and the items are the edits below it."""
-
-    own: Text | None = None
+    """One override, a.b=c as {a: {b: Text(c)}}: it changes a part of a value, where any other mapping is a whole one."""
 
 
 class _Reader:
@@ -68,33 +66,30 @@ class _Reader:
         self.keys: list[str] = list(also)
         self.also = list(also)
 
-    def edits(self, overrides: Sequence[str]) -> _Edit:
-        root = _Edit()
+    def edits(self, overrides: Sequence[str]) -> list[_Edit]:
+        texts: dict[str, Text] = {}
         for word in overrides:
             key, equals, text = word.partition("=")
             if not key or not equals:
                 self.problems.append((key, f"{show(word)} is not KEY=VALUE"))
-                continue
-            if key.count(".") >= 100:  # far deeper than any configuration, not yet too deep for Python's stack
+            elif key.count(".") >= 100:  # far deeper than any configuration, not yet too deep for Python's stack
                 self.problems.append((key, "no such setting; keys are at most 100 names deep"))
-                continue
-            node = root
-            for name in key.split("."):
-                node = node.setdefault(name, _Edit())
-            node.own = Text(text)  # the last one counts: `repeated` says so to the user
-        self.contradictions(root, "")
-        return root
-
-    def contradictions(self, edits: _Edit, level: str) -> None:
-        """Adds a problem for each value that one command line gives as a whole and again by its parts."""
-        for name, edit in edits.items():
-            key, whole, kind = join(level, name), edit.own, edit.get("kind", _Edit()).own
-            if edit and whole is not None and (_is_mapping_text(whole) or whole.lower() in ("none", "null")):
-                parts = ", ".join(part for part in _keys_of(edit, key) if part != key)
-                self.problems.append((key, f"given as {show(whole)}, and {parts} too; keep one"))
-            elif whole is not None and kind not in (None, whole):
+            else:
+                texts[key] = Text(text)  # the last one counts: `repeated` says so to the user
+        for key, whole in texts.items():
+            parts = [other for other in texts if other.startswith(f"{key}.")]
+            kind = texts.get(f"{key}.kind", whole)
+            if parts and (_is_mapping_text(whole) or whole.lower() in ("none", "null")):
+                self.problems.append((key, f"given as {show(whole)}, and {', '.join(parts)} too; keep one"))
+            elif kind != whole:
                 self.problems.append((key, f"given twice, as {show(whole)} and as {show(kind)}; keep one"))
-            self.contradictions(edit, key)
+        layers: list[_Edit] = []
+        for key in sorted(texts, key=lambda key: key.removesuffix(".kind").count(".")):  # what is chosen before what is in it
+            layer: Any = texts[key]
+            for name in reversed(key.split(".")):
+                layer = _Edit({name: layer})
+            layers.append(layer)
+        return layers
 
     def report(self) -> None:
         """Raises ConfigError if there was any problem.
@@ -110,9 +105,8 @@ class _Reader:
         if self.problems:
             raise ConfigError(self.problems)
 
-    def read(self, declared: Any, layers: Layers, key: str) -> Any:
+    def read(self, declared: Any, parts: Layers, key: str) -> Any:
         self.keys.append(key)
-        parts = [part for layer in layers for part in _opened(layer)]
         before = self.count()
         match shape_of(declared):
             case Leaf():
@@ -202,12 +196,12 @@ class _Reader:
         if isinstance(part, str) and not _is_mapping_text(part):
             return str(part), {}
         values = self.mapping(part, key, type_text(Annotated[Any, OneOf(group)]))
-        names = _opened(values["kind"]) if "kind" in values else []
-        if any(not isinstance(name, str) for name in names):
+        name = values.get("kind")
+        if "kind" in values and not isinstance(name, str):
             self.problems.append((join(key, "kind"), f"must be a name{hint('', registry.entries(group))}"))
             return None, {}
         rest = {name: value for name, value in values.items() if name != "kind"}
-        return (str(names[0]) if names else None), _Edit(rest) if isinstance(part, _Edit) else rest
+        return (None if name is None else str(name)), _Edit(rest) if isinstance(part, _Edit) else rest
 
     def maybe(self, member: Any, parts: Layers, key: str) -> Any:
         nones = [index for index, part in enumerate(parts) if _is_none(part, member)]
@@ -271,17 +265,14 @@ class _Reader:
     def lose(self, entries: Mapping[str, Any], level: str, names: list[str]) -> None:
         """Adds an unknown key for each entry below a level that has only these names."""
         for name, value in entries.items():
-            keys = list(_keys_of(value, join(level, name))) if isinstance(value, _Edit) else [join(level, name)]
-            self.unknown.extend((key, level, names) for key in keys)
+            key = join(level, name)
+            while isinstance(value, _Edit):
+                ((name, value),) = value.items()
+                key = f"{key}.{name}"
+            self.unknown.append((key, level, names))
 
 
 _NOTHING: Any = object()  # the value of a key of which only parts are set
-
-
-def _opened(layer: Any) -> Layers:
-    if not isinstance(layer, _Edit) or layer.own is None:
-        return [layer]
-    return [layer.own, _Edit(layer)] if layer else [layer.own]
 
 
 def _edits_of(parts: Layers) -> list[_Edit]:
@@ -291,13 +282,6 @@ def _edits_of(parts: Layers) -> list[_Edit]:
 def _last_value(parts: Layers) -> Any:
     values = [part for part in parts if not isinstance(part, _Edit)]
     return values[-1] if values else _NOTHING
-
-
-def _keys_of(edit: _Edit, key: str) -> Iterator[str]:
-    if edit.own is not None:
-        yield key
-    for name, below in edit.items():
-        yield from _keys_of(below, f"{key}.{name}")
 
 
 def _is_mapping_text(text: str) -> bool:

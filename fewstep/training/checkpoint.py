@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.errors import UserError, some
-from fewstep.files import explain, free_bytes, move, new_folder, own_folder, remove, write_json, write_text
+from fewstep.files import WriteError, explain, free_bytes, move, new_folder, own_folder, remove, write_json, write_text
 from fewstep.networks.files.checkpoints import BEST, POINTER, newest_in, whole_ones
 from fewstep.networks.files.distributed import open_distributed, write_distributed
 from fewstep.parallel import World
@@ -278,16 +278,6 @@ def _first_line(error: BaseException) -> str:
 
 def _root(error: BaseException) -> BaseException:
     """The root of the chain, and of what DCP gathered from the ranks."""
-    while True:
-        by_rank = getattr(error, "failures", None)  # of DCP's exception, which may not be imported
-        if by_rank:
-            error = next(iter(by_rank.values()))[0]
-        elif error.__cause__ is not None:
-            error = error.__cause__
-        else:
-            break
-    # torch's zip writer answers a full disk with one error and its own clean-up with another: the first one is the news.
-    context = error.__context__
-    while context is not None:
-        error, context = (context if isinstance(context, OSError) else error), context.__context__
-    return error
+    by_rank = getattr(error, "failures", None)  # of DCP's exception, which may not be imported
+    cause = next(iter(by_rank.values()))[0] if by_rank else error.__cause__
+    return error if cause is None or isinstance(error, WriteError) else _root(cause)

@@ -116,11 +116,9 @@ def open_tensors(place: str | Path, part: str | None = None) -> TensorFile:
 def _one_net(whole: TensorFile, part: str | None) -> TensorFile:
     """One of the networks that stand side by side under `net.`, `net_ema.`, ..; its names start with `net.`."""
     have = [net for net in _NETS if any(name.startswith(f"{net}.") for name in whole.tensors)]
-    if len(have) < 2 and part not in have:
-        return whole
-    if part is not None and part not in have:
+    if part not in have and (len(have) < 2 or part is not None):
         return whole  # refused by the caller, unless `part` was found by then
-    prefix = part or ("net_ema" if "net_ema" in have else "net" if "net" in have else None)
+    prefix = part or next((net for net in ("net_ema", "net") if net in have), None)
     if prefix is None:
         raise UserError(f"'{whole.source}' holds {' and '.join(have)}: say which, as {whole.source}:{have[0]}")
     tensors = {f"net.{n.removeprefix(f'{prefix}.')}": t for n, t in whole.tensors.items() if n.startswith(f"{prefix}.")}
