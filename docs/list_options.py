@@ -80,7 +80,8 @@ def settings() -> str:
     from fewstep.config.types import Choice, Items, Maybe, Record, Table, settings_of, shape_of
     from fewstep.training.run import Run
 
-    others = {each.name for recipe in recipes().values() for each in fields(recipe.parameters)} | {"kind"}
+    ours = (recipe for recipe in recipes().values() if recipe.module.startswith("fewstep."))  # not those of a test
+    others = {each.name for recipe in ours for each in fields(recipe.parameters)} | {"kind"}
     seen: set[type] = set()
 
     def add(declared: Any) -> None:
@@ -93,7 +94,7 @@ def settings() -> str:
         classes = [shape.cls] if isinstance(shape, Record) else []
         if isinstance(shape, Choice):
             classes = [entry if isinstance(entry, type) else type(entry()) for entry in registry.entries(shape.group).values()]
-        for cls in set(classes) - seen:
+        for cls in {cls for cls in classes if cls.__module__.startswith("fewstep.")} - seen:
             seen.add(cls)
             for name, setting in settings_of(cls).items():
                 others.add(name)

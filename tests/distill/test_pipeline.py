@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "evaluation"))
+from score_records import record
 
 from fewstep import TOY
 from fewstep.cli import main
@@ -85,18 +88,14 @@ def test_a_gate_prints_both_students_and_ends_where_a_bound_is_missed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = request(tmp_path, bounds={"frechet": 20.0})
-    scores = tmp_path / "student.work" / "scores"
-    scores.mkdir(parents=True)
-    legend = [{"name": "frechet", "title": "", "meaning": "", "better": "lower", "is_headline": True}]
     for name, value in (("kd", 15.0), ("sf", 25.0)):
-        record = {"what": name, "legend": legend, "scores": {"frechet": {"value": value, "spread": 1.0}}, "sets": []}
-        (scores / f"{name}.json").write_text(json.dumps(record))
+        record(tmp_path / "student.work" / "scores", name, frechet=value)
     _judge(asked, "kd_scores")
     with pytest.raises(UserError, match=r"sf_scores: frechet is 25, and its bound is 20 \(lower is better\)"):
         _judge(asked, "sf_scores")
     capsys.readouterr()
     _judge(request(tmp_path), "sf_scores")
     shown = capsys.readouterr().out
-    assert "15 +- 1" in shown and "the student is WORSE than that of kd" in shown
+    assert "15 +- 0.3" in shown and "the student is WORSE than kd" in shown
     with pytest.raises(UserError, match="is no score of"):
         _judge(request(tmp_path, bounds={"fid": 1.0}), "kd_scores")
