@@ -70,8 +70,8 @@ class AverageVelocity:
         """The batch, a share of its samples under the negative condition, and w of every sample."""
         if not self.drop_condition:
             return batch, self.guidance
-        assert batch.negative is not None
-        is_dropped = rng.uniform() < self.drop_condition
+        assert batch.negative is not None and batch.x0 is not None
+        is_dropped = rng.uniform().to(batch.x0.device) < self.drop_condition
         return replace(batch, cond=choose(is_dropped, batch.negative, batch.cond)), torch.where(is_dropped, 1.0, self.guidance)
 
     @torch.no_grad()

@@ -77,15 +77,17 @@ class Head(Protocol):
         ...
 
 
+def _alone(values: Tensor) -> Tensor:
+    return values
+
+
 @dataclass(frozen=True)
 class Nets:
     """The networks of a method by role. Only the roles that the method lists are there."""
 
     roles: Mapping[str, Any]  # Any: a Denoiser each, but for the head
     averaged: Callable[[], AbstractContextManager[None]] = nullcontext  # within, the student has its moving average as weights
-    summed: Callable[[Tensor], Tensor] = lambda values: (
-        values
-    )  # each value's sum over the processes, which all call it as often
+    summed: Callable[[Tensor], Tensor] = _alone  # each value's sum over the processes, which all call it as often
 
     @property
     def head(self) -> Head:
