@@ -458,7 +458,7 @@ def test_the_command_says_one_thing_and_its_exit_status(
         assert told.count("fewstep: ") == 1
 
 
-@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere"])
+@pytest.mark.parametrize("name", ["../elsewhere", "/elsewhere"])
 def test_a_run_stays_inside_of_the_output_root(name: str) -> None:
     with pytest.raises(ConfigError, match="name: is a folder inside OUTPUT_ROOT"):
         check(Job(name=name))

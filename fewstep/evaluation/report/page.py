@@ -153,16 +153,16 @@ def _facts(report: Report) -> str:
 
 def _verdicts(report: Report) -> str:
     """Each student against another model, score by score, and what makes the numbers less than they seem."""
-    groups = "".join(
-        f"<p>{esc(conclusion(scores))}</p>"
-        f"<details><summary>Against {esc(scores[0].whose)}, score by score</summary>"
-        f'<ul class="gates">{"".join(map(_verdict, scores))}</ul></details>'
-        if scores
-        else f"<p>{esc(conclusion(scores))}</p>"
-        for scores in report.verdicts
-    )
+    groups = "".join(f"<p>{esc(conclusion(scores))}</p>{_score_by_score(scores)}" for scores in report.verdicts)
     warnings = "".join(f'<p class="warning"><b>Warning.</b> {esc(text)}</p>' for text in report.warnings)
     return f"<h2>Verdict</h2>{warnings}{groups}" if warnings or groups else ""
+
+
+def _score_by_score(scores: Sequence[Verdict]) -> str:
+    if not scores:
+        return ""
+    rows = "".join(map(_verdict, scores))
+    return f'<details><summary>Against {esc(scores[0].whose)}, score by score</summary><ul class="gates">{rows}</ul></details>'
 
 
 def _verdict(one: Verdict) -> str:
