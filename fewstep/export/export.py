@@ -154,13 +154,13 @@ def _write(
 
             card = replace(card, notes=(*card.notes, *write_delta(model, networks, out, rank)))
     index = out / "model_index.json"
-    runs_code = index.is_file() and isinstance(read_json(index, "Export it again").get("_class_name"), list)
+    name = read_json(index, "Export it again").get("_class_name") if index.is_file() else None
     summary = run / "summary.json"
     scores = read_json(summary, "It is written anew when the run ends") if summary.is_file() else {}
     write_text(out / "config.yaml", read_text(run / "config.yaml"))
     names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     card = replace(card, files=tuple(sorted(names | {CARD, "README.md"})))
-    write_text(out / "README.md", model_card(card, config, scores, form, runs_code))
+    write_text(out / "README.md", model_card(card, config, scores, form, name if isinstance(name, str) else None))
     card.write(out)
 
 

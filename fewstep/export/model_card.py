@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,12 +12,13 @@ from fewstep.inference.card import Envelope, StudentCard
 NOT_SCORES = {"step", "samples", "student_updates", "rollbacks", "wall_s", "peak_memory_gib", "num_processes", "memory_gib"}
 NOT_SCORES |= {"samples_per_s"}
 OF_THE_MACHINE = ("lr/", "grad_norm/", "data/")
+_VIDEO, _PICTURE = {"result": "video", "field": "frames"}, {"result": "picture", "field": "images"}  # that a pipeline returns
 
 _OPENS = {
     "diffusers": (
         "```python\n{imports}from diffusers import DiffusionPipeline\n\n"
         'pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER"{code}\n'
-        '{control}video = pipe("PROMPT"{argument}).frames[0]\n```'
+        '{control}{result} = pipe("PROMPT"{argument}).{field}[0]\n```'
     ),
     "safetensors": "`student.safetensors` holds the weights; `student.json` tells what they are the weights of.",
     "pt-original": "`model.pt` and its moving averages are in the names of the original Cosmos code.",
@@ -25,8 +27,10 @@ _OPENS = {
 }
 
 
-def model_card(card: StudentCard, config: Mapping[str, Any], summary: Mapping[str, Any], form: str, runs_code: bool) -> str:
-    """README.md of an exported student. runs_code: diffusers needs the folder's own pipeline.py to sample it."""
+def model_card(
+    card: StudentCard, config: Mapping[str, Any], summary: Mapping[str, Any], form: str, pipeline: str | None
+) -> str:
+    """README.md of an exported student. pipeline: the class of diffusers that samples it; None: the folder's own."""
     envelope, sampler = card.envelope, card.sampler
     job = config.get("job") or {}
     method, data = config.get("method") or {}, config.get("data") or {}
@@ -35,9 +39,10 @@ def model_card(card: StudentCard, config: Mapping[str, Any], summary: Mapping[st
     is_teacher = isinstance(sampler, TeacherSampler)
     opens = _OPENS[form]
     if form == "diffusers":
-        code = ", trust_remote_code=True)  # runs pipeline.py: read it" if runs_code else ")"
-        branches = card.spec().control_branches if runs_code else ()
-        opens = opens.format(code=code, **_of_control(branches[0] if branches else None))
+        code = ")" if pipeline else ", trust_remote_code=True)  # runs pipeline.py: read it"
+        branches = () if pipeline else card.spec().control_branches
+        call = _of_upstream(pipeline, card) if pipeline else _of_control(branches[0] if branches else None)
+        opens = opens.format(code=code, **call)
     facts = {
         **(_of_teacher(sampler) if isinstance(sampler, TeacherSampler) else _of_student(sampler, guidance)),
         "frames": envelope.num_frames,
@@ -84,8 +89,9 @@ Trained in this envelope only. Other frames, sizes or steps may look right and b
 def _of_control(name: str | None) -> dict[str, str]:
     """The lines that read the video of a control and give it to pipeline.py; none for a model without one."""
     if name is None:
-        return {"imports": "", "control": "", "argument": ""}
+        return {"imports": "", "control": "", "argument": "", **_VIDEO}
     return {
+        **_VIDEO,
         "imports": "import av\nimport numpy as np\nimport torch\n",
         "control": (
             f'frames = [frame.to_ndarray(format="rgb24") for frame in av.open("{name.upper()}.mp4").decode(video=0)]\n'
@@ -93,6 +99,18 @@ def _of_control(name: str | None) -> dict[str, str]:
         ),
         "argument": f", control={name}",
     }
+
+
+def _of_upstream(pipeline: str, card: StudentCard) -> dict[str, str]:
+    """A call with the student's steps and size: by default the class takes those of its published model, and guidance."""
+    import diffusers
+
+    takes = inspect.signature(getattr(diffusers, pipeline).__call__).parameters
+    values = {"num_frames": card.envelope.num_frames, "height": card.envelope.height, "width": card.envelope.width}
+    if isinstance(card.sampler, StudentSampler):
+        values |= {"num_inference_steps": len(card.sampler.times), "guidance_scale": 1.0}
+    argument = "".join(f", {key}={value}" for key, value in values.items() if value is not None and key in takes)
+    return {"imports": "", "control": "", "argument": argument, **(_VIDEO if "num_frames" in takes else _PICTURE)}
 
 
 def _title(sampler: Sampler, kind: str) -> str:

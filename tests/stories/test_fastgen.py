@@ -24,16 +24,15 @@ ALONE = 'import sys\nsys.modules["fewstep"] = None  # it cannot be imported here
 PLAIN = f"""
 import json, torch
 from pathlib import Path
-from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
-pipe = DiffusionPipeline.from_pretrained("student")
-assert type(pipe).__name__ == json.loads(Path("pipeline/model_index.json").read_text())["_class_name"]
-torch.manual_seed(7)
-steps = json.loads(Path("student/student.json").read_text())["num_inference_steps"]
-is_picture = "unet" in pipe.components
-shape = {{"height": 32, "width": 32}} | ({{}} if is_picture else {{"num_frames": 9}})
-made = pipe({PROMPT!r}, num_inference_steps=steps, guidance_scale=1.0, output_type="latent", **shape)
-save_file({{"latents": (made.images[:, :, None] if is_picture else made.frames).contiguous()}}, "plain.safetensors")
+code = Path("student/README.md").read_text().split("```python")[1].split("```")[0]  # as the model card says
+call = "torch.manual_seed(7) and pipe({PROMPT!r}, output_type='latent'"
+code = code.replace("THIS_FOLDER", "student").replace('pipe("PROMPT"', call)
+names = {{"torch": torch}}
+exec(code, names)
+assert type(names["pipe"]).__name__ == json.loads(Path("pipeline/model_index.json").read_text())["_class_name"]
+latents = names["video"] if "video" in names else names["picture"][:, None]
+save_file({{"latents": latents[None].contiguous()}}, "plain.safetensors")
 """
 STORIES = {
     "WanT2V_kd_path": ("wan", "WanT2V/config_kd_path.py", "wan_kd", [1.0, 0.9375, 5 / 6, 0.625]),
