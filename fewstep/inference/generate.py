@@ -28,7 +28,7 @@ from fewstep.inference.fit import Plan, check_text, plan_of
 from fewstep.inference.guardrails import Guardrail, Judge
 from fewstep.inference.model import Outline, codec_of, folder_of, outline_of, place_network, refuse_context
 from fewstep.inference.prompts import Blocked, blocks, check_plugins, prepare
-from fewstep.inference.record import differences
+from fewstep.inference.record import differences, stamps
 from fewstep.inference.request import ClipRequest, GenerateRequest, files_of
 from fewstep.inference.stages import Component
 from fewstep.inference.stream import refuse_stream, stream_clips
@@ -75,12 +75,14 @@ def generate(
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"two clips are called '{twice[0]}': they would be one file")
-    records = {clip.name: _record(request, clip) for clip in request.clips}
+    files = stamps(filter(None, (request.model, request.codec, request.text_encoder, request.image_encoder)))
+    records = {clip.name: _record(request, clip, files) for clip in request.clips}
     mine = request.clips if world is not None else request.clips[rank::world_size]
     todo = [clip for clip in mine if not _is_done(request.out, clip.name, records[clip.name])]
     for clip in todo:
         clip.check_files()
     if not todo:
+        say(f"{request.out}: nothing to do, its clips are there and were made in this way: {len(mine)}")
         return 0
     check_plugins(request)
     if world is not None:
@@ -216,8 +218,8 @@ def _pictures(request: GenerateRequest, plan: Plan, device: torch.device) -> Cli
     return open_image_encoder(request.image_encoder or str(model.folder), dtype=dtype, device=device)
 
 
-def _record(request: GenerateRequest, clip: ClipRequest) -> dict[str, Any]:
-    """The settings that decide the clip."""
+def _record(request: GenerateRequest, clip: ClipRequest, files: Mapping[str, str]) -> dict[str, Any]:
+    """The settings that decide the clip, and stamps of the files that it is made from; `files` are those of the models."""
     left_out = {"out", "clips", "device", "force", "save_noise", "student_only", "shard", "context", "batch_size"}
     left_out |= {"offload", "stream"}
     left_out |= set() if request.published_guidance else {"published_guidance"}
@@ -231,6 +233,8 @@ def _record(request: GenerateRequest, clip: ClipRequest) -> dict[str, Any]:
     own = asdict(clip)
     if not clip.switches:
         del own["switches"]
+    inputs = [clip.source, clip.embedding, clip.negative_embedding, *(control.source for control in clip.control.values())]
+    settings["files"] = {**files, **stamps(str(path) for path in inputs if path is not None)}
     return json.loads(json.dumps(settings | {"clip": own}, default=str))
 
 
@@ -247,7 +251,10 @@ def _is_done(out: Path, name: str, record: Mapping[str, Any]) -> bool:
     before = about.get("made")
     if not isinstance(before, dict | None):
         raise UserError(f"{file}: made: must be a mapping. {advice}")
-    others = [f"{key} {old!r} and not {new!r}" for key, old, new in differences(before or {}, record)]
+    others = [
+        f"another content of {key.removeprefix('files.')}" if key.startswith("files") else f"{key} {old!r} and not {new!r}"
+        for key, old, new in differences({"files": {}} | (before or {}), record)
+    ]
     if before is not None and not others:
         return not about.get("interrupted", False)
     how = "in an unknown way" if before is None else f"with {', '.join(others[:3])}"

@@ -100,6 +100,20 @@ def dropped_frames(root: Path) -> None:
         container.mux(stream.encode())
 
 
+def turned(root: Path) -> None:
+    """A phone held upright writes its pictures on their side, and a mark that turns them."""
+    import av
+
+    frames = video.read(root / f"videos/{LAST}.mp4").frames
+    with av.open(str(root / f"videos/{LAST}.mp4"), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.set_display_rotation(-90)
+        for pixels in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
 def masks_of_the_prose(root: Path) -> None:
     """The layout that the documentation beside the format describes: bytes for data, (H, W) for the shape."""
     row = {"phrase": "cup", "segmentation_mask_rle": {"data": b"0100", "mask_shape": (32, 32)}}
@@ -166,6 +180,7 @@ MISTAKES: list[tuple[str, dict[str, Any], Spoil, str, str, str]] = [
     ("empty mp4", {}, put(f"videos/{LAST}.mp4", b""), "unreadable-videos", "not a readable video", "not a readable video"),
     ("sound only", {}, sound_only, "unreadable-videos", "has no video, only audio", "has no video, only audio"),
     ("variable frame rate", {}, dropped_frames, "unreadable-videos", "no fixed frame rate.*ffmpeg -i", "no fixed frame rate"),
+    ("turned by a mark", {}, turned, "unreadable-videos", "turns them by 90 degrees.*ffmpeg -i", "turns them by 90 degrees"),
     ("empty caption", TEXT, put(f"metas/{LAST}.txt", b" \n"), "empty-captions", "1 captions are empty: clip_000002",
      "1 of 3 captions are empty"),
     ("caption not UTF-8", TEXT, put(f"metas/{LAST}.txt", b"\xff\xfeabc"), "unreadable-metas", "not UTF-8", "not UTF-8"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -153,6 +155,25 @@ def test_a_killed_command_goes_on_and_another_one_does_not_mix_in(student: Path,
     with pytest.raises(ValueError, match=r"p_0000: is there and was made with clip\.seed 0 and not 1"):
         made(tmp_path / "out", *asked, "--seed", "1")
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_clips_of_other_weights_or_of_another_input_are_not_taken_for_those_asked_for(
+    student: Path, clip: Path, tmp_path: Path
+) -> None:
+    """A student that was exported anew has the address of the one before, an edited video the name of the one before."""
+    again = Path(shutil.copytree(student, tmp_path / "again"))
+    source = Path(shutil.copy(clip, tmp_path / "source.mp4"))
+    asked = [str(again), "--prompt", "a ball", "--input", str(source), "--num-input-frames", "1"]
+    told: list[str] = []
+    assert made(tmp_path / "out", *asked) == 1
+    assert made(tmp_path / "out", *asked, told=told) == 0
+    assert "nothing to do" in told[-1]
+    for changed, name in ((next(again.rglob("*.safetensors")), again), (source, source)):
+        before = changed.stat().st_mtime_ns
+        os.utime(changed, ns=(1, 1))
+        with pytest.raises(ValueError, match=f"output: is there and was made with another content of {name}"):
+            made(tmp_path / "out", *asked)
+        os.utime(changed, ns=(1, before))
 
 
 def test_an_embedding_stands_for_a_prompt(student: Path, tmp_path: Path) -> None:

@@ -154,8 +154,8 @@ def _duplicates(looks: Sequence[Look]) -> Iterator[Problem]:
             near = np.flatnonzero(np.abs(table[:row] - table[row]).max(1) <= _ALIKE)
             if len(near) and group[row].sample.num_frames == group[near[0]].sample.num_frames:
                 twice[group[row].sample.stem] = group[near[0]].sample.stem
-    names = some([f"{stem} as {other}" for stem, other in twice.items()])
-    message = f"{len(twice)} of {len(looks)} clips are there before: {names}. They count double in training"
+    names = some([f"{stem} of {other}" for stem, other in twice.items()])
+    message = f"{len(twice)} of {len(looks)} clips are copies of others: {names}. They count double in training"
     yield from _if_any("warning", "duplicates", twice, message)
 
 

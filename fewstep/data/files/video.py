@@ -321,6 +321,11 @@ def _decoded(
         if (frame.height, frame.width) != header.size:
             sizes = f"{frame.height} x {frame.width}, but its header says {header.height} x {header.width}"
             raise UserError(f"{path}: frame {place} is {sizes}. Write it again at one size")
+        if frame.rotation:
+            raise UserError(
+                f"{path}: its pictures are stored turned, and a player turns them by {abs(frame.rotation)} degrees. Turn the "
+                f"pictures themselves: ffmpeg -i {path.name} turned.mp4"
+            )
         yield place, frame
 
 
