@@ -90,9 +90,6 @@ class Causal(Wrapper):
         sites.install()
         return cls(network, causality, sites)
 
-    def inside(self) -> Network:
-        return self.inner
-
     @property
     def module(self) -> nn.Module:
         return self.inner.module

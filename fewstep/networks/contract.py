@@ -5,7 +5,7 @@ A network family is two classes, each of which inherits its defaults from here:
     class MyNetwork(NetworkDefaults): path, module, blocks, __call__     and what differs from the defaults
     class MySpec(NetworkSpec): build()                                   a frozen dataclass, registered with @kind
 
-Wrappers (adapters over a shared backbone, weights kept on the CPU) inherit from Wrapper, which asks the network inside.
+Wrappers (adapters over a shared backbone, weights kept on the CPU) inherit from Wrapper, which asks the inner network.
 """
 
 from __future__ import annotations
@@ -174,40 +174,47 @@ class Network(Denoiser, NetworkDefaults, Protocol):
 
 
 class Wrapper(NetworkDefaults):
-    """A network around another one, which decides everything but the call and the module."""
+    """A network around another one, `inner`, which decides everything but the call and the module."""
 
-    def inside(self) -> Network:
-        raise NotImplementedError
+    inner: Network
 
     @property
     def path(self) -> Path:
-        return self.inside().path
+        return self.inner.path
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        return self.inside().blocks
+        return self.inner.blocks
 
     @property
     def traits(self) -> Traits:
-        return self.inside().traits
+        return self.inner.traits
 
     def new_cache(self, like: Tensor) -> Cache:
-        return self.inside().new_cache(like)
+        return self.inner.new_cache(like)
 
     def chunks(self, num_frames: int) -> tuple[range, ...]:
-        return self.inside().chunks(num_frames)
+        return self.inner.chunks(num_frames)
 
     def before(self, start: int) -> Sequence[int]:
-        return self.inside().before(start)
+        return self.inner.before(start)
 
     def begin(self, cond: Condition, beginning: Beginning) -> Condition:
-        return self.inside().begin(cond, beginning)
+        return self.inner.begin(cond, beginning)
 
     def with_frames(self, cond: Condition, frames: Tensor, mask: Tensor) -> Condition:
-        return self.inside().with_frames(cond, frames, mask)
+        return self.inner.with_frames(cond, frames, mask)
 
     def share_tokens(self, context: Context) -> None:
-        self.inside().share_tokens(context)
+        self.inner.share_tokens(context)
+
+
+def with_copies(weights: Mapping[str, Tensor], first: str, second: str) -> Mapping[str, Tensor]:
+    """`weights`, and those below `first` once more below `second`, a part that begins as its copy; where there are none yet."""
+    if any(name.startswith(second) for name in weights):
+        return weights
+    copies = {second + name.removeprefix(first): value.clone() for name, value in weights.items() if name.startswith(first)}
+    return {**weights, **copies}
 
 
 class NetworkSpec:

@@ -37,9 +37,6 @@ class Offloaded(Wrapper):
             self._home[parameter] = home.pin_memory() if self.device.type == "cuda" else home
             parameter.data = self._home[parameter]
 
-    def inside(self) -> Network:
-        return self.inner
-
     @property
     def module(self) -> nn.Module:
         return self.inner.module

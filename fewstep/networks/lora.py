@@ -180,16 +180,13 @@ class Shared(Wrapper):
     backbone: Backbone
     role: str | None
     module: nn.Module  # the adapters and what else is this role's own, named as in the network; all of it, with role None
-    network: Network  # that of the backbone, as this role calls it: causal or not
-
-    def inside(self) -> Network:
-        return self.network
+    inner: Network  # that of the backbone, as this role calls it: causal or not
 
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
     ) -> Prediction:
         with self.backbone.speaking(*([] if self.role is None else [self.role])):
-            return self.network(x_t, t, cond, taps=taps, cache=cache)
+            return self.inner(x_t, t, cond, taps=taps, cache=cache)
 
 
 class _Switched(nn.Module):

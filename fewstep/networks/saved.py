@@ -28,9 +28,6 @@ class SavedOnHost(Wrapper):
     watchers: list[Callable[[], AbstractContextManager[None]]] = field(default_factory=list, repr=False)  # entered for a copy
     _streams: list[torch.cuda.Stream] = field(default_factory=list, repr=False)
 
-    def inside(self) -> Network:
-        return self.inner
-
     @property
     def module(self) -> nn.Module:
         return self.inner.module

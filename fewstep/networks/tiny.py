@@ -22,7 +22,7 @@ from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import AnyPath, spread, working_dtype
 from fewstep.diffusion.prediction import coefficients_for, with_clean_frames
 from fewstep.errors import UserError
-from fewstep.networks.contract import NetworkDefaults, NetworkSpec, Traits
+from fewstep.networks.contract import NetworkDefaults, NetworkSpec, Traits, with_copies
 from fewstep.networks.taps import idle_blocks
 
 
@@ -68,9 +68,7 @@ class Tiny(NetworkDefaults):
 
     def own_weights(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """A flow map begins with the weights of a network without a second time: its answer does not depend on it then."""
-        if not self.traits.reads_end or any(name.startswith("end.") for name in weights):
-            return weights
-        return {**weights, **{f"end.{name[5:]}": value.clone() for name, value in weights.items() if name.startswith("time.")}}
+        return with_copies(weights, "time.", "end.") if self.reads_end else weights
 
     def _angle(self, t: Tensor) -> Tensor:
         a, s, _, _ = self.path.coefficients(t)

@@ -40,9 +40,10 @@ class FlowAdapter(Adapter):
         return RectifiedFlow()
 
 
-def enters_in_compute_dtype(
-    module: _M, weight: Callable[[_M], Tensor], exact: Sequence[str] = ("timestep", "guidance", "added_cond_kwargs")
-) -> _M:
+EXACT = ("timestep", "guidance", "added_cond_kwargs", "image_rotary_emb")
+
+
+def enters_in_compute_dtype(module: _M, weight: Callable[[_M], Tensor], exact: Sequence[str] = EXACT) -> _M:
     """`module`, whose tensor arguments but those in `exact` come in the type that `weight` has at that moment.
 
     Only inside the call are the weights those of compute: under FSDP they are sharded fp32 before and gathered bf16 in it.
@@ -51,13 +52,16 @@ def enters_in_compute_dtype(
 
     def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         dtype = weight(module).dtype
-        return args, {
-            name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() and name not in exact else value
-            for name, value in kwargs.items()
-        }
+        return args, {name: value if name in exact else _cast(value, dtype) for name, value in kwargs.items()}
 
     module.register_forward_pre_hook(enter, with_kwargs=True)
     return module
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:  # Any: a tensor, several, or a plain argument
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    return tuple(_cast(part, dtype) for part in value) if isinstance(value, tuple) else value
 
 
 def needed(cond: Condition, field: str, network: str, what: str) -> Tensor:

@@ -29,12 +29,12 @@ from fewstep.diffusion.precondition import edm_preconditioning, with_noise
 from fewstep.diffusion.prediction import with_clean_frames
 from fewstep.errors import UserError
 from fewstep.networks.causal_attention import Sites, counts_anew
-from fewstep.networks.contract import DiffusersSpec, Distillation, Scheduling, Traits
+from fewstep.networks.contract import DiffusersSpec, Distillation, Scheduling, Traits, with_copies
 from fewstep.networks.families.cosmos.attention import CosmosCrossAttention, CosmosSelfAttention, rotate
 from fewstep.networks.families.cosmos.keys import original_names, refuse_apart
-from fewstep.networks.families.cosmos.second_time import TwoTimes, both, with_second_time
+from fewstep.networks.families.cosmos.second_time import FIRST, SECOND, TwoTimes, both
 from fewstep.networks.families.cosmos.transfer1 import Transfer1Branch
-from fewstep.networks.families.upstream import Adapter, refuse_context
+from fewstep.networks.families.upstream import Adapter, enters_in_compute_dtype, refuse_context
 from fewstep.networks.files.folders import from_folder
 from fewstep.networks.taps import block_outputs
 from fewstep.networks.tokens import Sharing, follow_plans, refuse_heads
@@ -182,7 +182,7 @@ class Cosmos(Adapter):
         return {"transformer": module.base, "controlnet": branches[0]}
 
     def own_weights(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return with_second_time(weights) if self.reads_end else weights
+        return with_copies(weights, FIRST, SECOND) if self.reads_end else weights
 
     def in_original_names(self) -> dict[str, Tensor]:
         if self.reads_end:
@@ -379,30 +379,14 @@ class CosmosSpec(DiffusersSpec):
 
 
 def framed(module: nn.Module) -> nn.Module:
-    """The module with what its door needs, where FSDP may stand: see the two hooks."""
-    module.register_forward_pre_hook(_enter_in_compute_dtype, with_kwargs=True)
+    """The module with what its door needs, where FSDP may stand."""
     module.register_forward_hook(_leave_whole)
-    return module
+    return enters_in_compute_dtype(module, lambda cosmos: cosmos.patch_embed.proj.weight)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]  # an attribute of a module
 
 
 def _leave_whole(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """The answer as a tensor of its own: FSDP warns of one that is a view, which upstream's is."""
     return (output[0].clone(), *output[1:]) if isinstance(output, tuple) else output
-
-
-def _enter_in_compute_dtype(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Tensors come in the type the weights have at that moment; times stay as they are.
-
-    Only inside the call are the weights those of compute: under FSDP they are sharded fp32 before and gathered bf16 in it.
-    """
-    dtype = module.patch_embed.proj.weight.dtype
-    return args, {name: value if name == "timestep" else _cast(value, dtype) for name, value in kwargs.items()}
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:  # Any: a tensor, several, or a plain argument
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    return tuple(_cast(part, dtype) for part in value) if isinstance(value, tuple) else value
 
 
 def _refuse_unfit(config: Any, shape: tuple[int, ...], text: Tensor) -> None:  # Any: diffusers' FrozenDict

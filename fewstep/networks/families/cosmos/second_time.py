@@ -8,7 +8,6 @@ from. The weights of the second are those of the first below time_embed.end.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,11 +35,3 @@ class TwoTimes(nn.Module):
 def both(t: Tensor, r: Tensor) -> Tensor:
     """t and r as one tensor: diffusers' network hands its one timestep on to `time_embed`, where they part again."""
     return torch.complex(t, r)
-
-
-def with_second_time(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The weights of a network with one time, and those of its second embedding; unchanged where they have both."""
-    if any(name.startswith(SECOND) for name in weights):
-        return weights
-    copies = {SECOND + name.removeprefix(FIRST): value.clone() for name, value in weights.items() if name.startswith(FIRST)}
-    return {**weights, **copies}

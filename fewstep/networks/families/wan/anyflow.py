@@ -8,7 +8,7 @@ at r = t the answer is Wan's. Exported, a student opens in diffusers' AnyFlowPip
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +20,7 @@ from fewstep.diffusion import Cache, Path, Prediction, RectifiedFlow
 from fewstep.diffusion.path import working_dtype
 from fewstep.diffusion.prediction import with_clean_frames
 from fewstep.errors import UserError
-from fewstep.networks.contract import DiffusersSpec, Traits
+from fewstep.networks.contract import DiffusersSpec, Traits, with_copies
 from fewstep.networks.families.upstream import FlowAdapter, enters_in_compute_dtype
 from fewstep.networks.families.wan.network import TEXT_TOKENS, WanSpec, text_of
 from fewstep.networks.files.pipeline import PipelineFolder
@@ -75,10 +75,7 @@ class AnyFlow(FlowAdapter):
         return with_clean_frames(Prediction(x, t, self.path, raw.to(x.dtype), features), cond.frames, cond.frame_mask)
 
     def own_weights(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        if any(name.startswith(SECOND) for name in weights):
-            return weights
-        copies = {SECOND + name.removeprefix(FIRST): value.clone() for name, value in weights.items() if name.startswith(FIRST)}
-        return {**weights, **copies}
+        return with_copies(weights, FIRST, SECOND)
 
 
 @kind("anyflow", group="network")
@@ -129,11 +126,5 @@ class AnyFlowSpec(DiffusersSpec):
             rope_max_seq_len=self.max_positions,
             gate_value=self.gate,
         )
-        return AnyFlow(enters_in_compute_dtype(module, _first_weight, ("timestep", "r_timestep")), self.text_tokens)
-
-    def in_folder(self, folder: str) -> AnyFlowSpec:
-        return replace(self, pretrained=folder)
-
-
-def _first_weight(network: Any) -> Tensor:
-    return network.patch_embedding.weight
+        exact = ("timestep", "r_timestep")
+        return AnyFlow(enters_in_compute_dtype(module, lambda flow: flow.patch_embedding.weight, exact), self.text_tokens)
