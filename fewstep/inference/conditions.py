@@ -19,6 +19,7 @@ from fewstep.data import controls
 from fewstep.data.files import arrays, video
 from fewstep.errors import UserError
 from fewstep.inference.chunks import Chunk
+from fewstep.inference.model import text_encoder_address
 from fewstep.inference.request import ClipRequest, GenerateRequest
 from fewstep.networks.contract import Beginning, FirstFrames, Network
 from fewstep.networks.encoders.codecs import Autoencoder, to_uint8
@@ -65,11 +66,7 @@ def texts_of(
     todo |= {text or "" for text in negatives}
     if not todo:
         return texts
-    address = request.text_encoder
-    if address is None:
-        if folder is None or (folder.is_dir() and not (folder / "text_encoder").is_dir()):
-            raise UserError(f"{request.model} has no text encoder beside it: give --text-encoder, or --embedding FILE")
-        address = str(folder)
+    address = text_encoder_address(request.text_encoder, folder, request.model, "--text-encoder, or --embedding FILE")
     encoder = open_text_encoder(address, max_tokens=request.max_tokens, device=device)
     prompts = sorted(todo)
     embeddings, masks = encoder.encode(prompts)

@@ -6,20 +6,18 @@ when others are given; a size, a number of frames or a rate beyond its envelope 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from fewstep.diffusion import TeacherSampler
 from fewstep.diffusion.sampling import Sampler, student_times
 from fewstep.errors import UserError
 from fewstep.inference.chunks import Chunk, chunks_of
+from fewstep.inference.coming_from_cosmos import Print
 from fewstep.inference.conditions import Shot, check_given, is_made_from_frames, is_origin
 from fewstep.inference.model import Envelope, Model, Outline, changed, codec_address
 from fewstep.inference.request import ClipRequest, GenerateRequest
 from fewstep.networks.encoders.codecs import Autoencoder, open_codec
 from fewstep.networks.files.folders import on_meta
-
-Print = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from fewstep.data.files import arrays, video
 from fewstep.environment import ranks
 from fewstep.errors import UserError
 from fewstep.files import plain_name, write_bytes, write_json, write_text
+from fewstep.inference.coming_from_cosmos import Print
 from fewstep.inference.conditions import Text, is_origin, texts_of
 from fewstep.inference.films import Film, Studio, films
 from fewstep.inference.fit import Plan, check_text, plan_of
@@ -29,7 +30,7 @@ from fewstep.inference.guardrails import Guardrail, Judge
 from fewstep.inference.model import Outline, codec_of, folder_of, outline_of, place_network, refuse_context
 from fewstep.inference.prompts import Blocked, blocks, check_plugins, prepare
 from fewstep.inference.record import differences, stamps
-from fewstep.inference.request import ClipRequest, GenerateRequest, files_of
+from fewstep.inference.request import ClipRequest, GenerateRequest, files_of, quality_of
 from fewstep.inference.stages import Component
 from fewstep.inference.stream import refuse_stream, stream_clips
 from fewstep.networks.contract import Network
@@ -37,8 +38,6 @@ from fewstep.networks.encoders.codecs import Autoencoder
 from fewstep.networks.encoders.vision import ClipVision
 from fewstep.parallel import World, device_of, join_world, leave_world
 from fewstep.untrusted.text import read_json
-
-Print = Callable[[str], None]
 
 
 def run(request: GenerateRequest) -> int:
@@ -264,7 +263,7 @@ def _is_done(out: Path, name: str, record: Mapping[str, Any]) -> bool:
 def _write(request: GenerateRequest, clip: ClipRequest, film: Film, number: int, plan: Plan, record: Mapping[str, Any]) -> Path:
     """Writes clip `number` of a film; returns the file of its frames."""
     frames, fps = film.frames[number], plan.shot.fps
-    quality = "lossless" if request.quality == "lossless" else int(request.quality)
+    quality = quality_of(request.quality)
     if request.save_noise:
         arrays.write_pickle(request.out / "noise" / f"{clip.name}.pickle", film.noise[number].numpy())
     for name, control in film.controls[number].items() if request.save_controls else ():

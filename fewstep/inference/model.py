@@ -218,31 +218,6 @@ def teacher_sampler(network: Network, address: str | None) -> TeacherSampler:
     return replace(published_sampler(network.path, address), boundary=network.traits.boundary)
 
 
-def sampler_before_loading(address: str, controls: Sequence[str] = ()) -> tuple[TeacherSampler, Path_] | None:
-    """Sampler and path of a teacher by its configuration alone; None where only the loaded network says them."""
-    folder = Path(address)
-    if is_export(folder):
-        card = StudentCard.read(folder, "Export it again")
-        spec, sampler = card.spec(), card.sampler
-    elif is_run(address):
-        place, _, role = address.partition(":")
-        run = checkpoint_of(place).parent.parent
-        networks = networks_of(run)
-        if role == "teacher":
-            spec, sampler = networks.teacher, None
-        else:
-            spec = networks.student.network or networks.teacher
-            sampler = StudentCard.read(run, "It is written anew when the run goes on").sampler
-    elif pieces_of(address) is None or is_diffusers_folder(folder):
-        spec, sampler = spec_of(address, controls), None
-    else:
-        return None
-    path: Any = getattr(spec, "path", None)  # Any: a field of some configurations, and a property of others
-    if path is None or isinstance(sampler, StudentSampler):
-        return None
-    return sampler or published_sampler(path, None if spec is None else spec.source), path
-
-
 def published_sampler(path: Path_, address: str | None) -> TeacherSampler:
     """How a teacher on `path` is sampled: as the pipeline at `address` says, else as published for the path."""
     sampler = TeacherSampler.for_path(path)
@@ -328,6 +303,15 @@ def codec_of(
     scale = path.sigma_data if isinstance(path, EDM) else 1.0  # the latents of an EDM network have the spread of its data
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return open_codec(codec_address(model, name, address), scale=scale, tile=tile, dtype=dtype, device=device)
+
+
+def text_encoder_address(address: str | None, folder: Path | None, name: str, options: str) -> str:
+    """`address`, or that of the text encoder in the folder of the model that the user called `name`. options: what to give."""
+    if address is not None:
+        return address
+    if folder is None or (folder.is_dir() and not (folder / "text_encoder").is_dir()):
+        raise UserError(f"{name} has no text encoder beside it: give {options}")
+    return str(folder)
 
 
 def codec_address(model: Model, name: str, address: str | None) -> str:

@@ -27,6 +27,15 @@ from fewstep.environment import Ranks, ranks
 from fewstep.errors import UserError
 from fewstep.files import remove
 from fewstep.inference.conditions import Shot
+from fewstep.inference.model import (
+    changed,
+    codec_of,
+    folder_of,
+    outline_of,
+    place_network,
+    refuse_context,
+    text_encoder_address,
+)
 from fewstep.inference.pair_files import Pair, evenly
 from fewstep.inference.pair_folder import PairFolder, PairSettings
 from fewstep.inference.pair_prompts import (
@@ -41,7 +50,7 @@ from fewstep.inference.pair_prompts import (
     read_captions,
     shot_of,
 )
-from fewstep.inference.request import PairsRequest
+from fewstep.inference.request import PairsRequest, quality_of
 from fewstep.networks.contract import Network
 from fewstep.networks.encoders.codecs import Codec, fingerprint_of, to_uint8
 from fewstep.networks.files.pipeline import PipelineFolder
@@ -241,22 +250,18 @@ def run(request: PairsRequest, track: Track) -> str:
 
 
 def _run(request: PairsRequest, track: Track, own: Ranks, world: World | None) -> str:
-    from fewstep.inference.model import changed, codec_of, open_model, place_network, refuse_context, sampler_before_loading
-
     device = device_of(request.device)
-    controls = [] if request.control is None else [request.control]
-    early = sampler_before_loading(request.model, controls)
-    if early is not None:
-        _settings(request, changed(early[0], request.sampling), early[1])
+    outline = outline_of(request.model, controls=[] if request.control is None else [request.control])
+    refuse_context(outline.spec, world, request.model)
+    sketch = outline.skeleton()
+    if not isinstance(sketch.sampler, TeacherSampler):
+        raise UserError(f"{request.model}: is a student; pairs are made by a teacher")
+    settings = _settings(request, changed(sketch.sampler, request.sampling), sketch.network.path)
     shot = published_shot(request.model) if request.sizes.is_partial else None
     alone: PairPrompts | None = None
     if request.prompts is not None:
         alone = _of_file(request, shot_of(request.sizes, teacher=shot, source=str(request.prompts)), device, own)
-    model = open_model(request.model, controls=controls)
-    refuse_context(model.spec, world, request.model)
-    if not isinstance(model.sampler, TeacherSampler):
-        raise UserError(f"{request.model}: is a student; pairs are made by a teacher")
-    settings = _settings(request, changed(model.sampler, request.sampling), model.network.path)
+    model = outline.open()
     codec = codec_of(model, request.model, request.codec, precision=request.precision, device=device)
     prompts = alone or _of_folder(request, codec, shot)
     if own.is_main:
@@ -305,7 +310,7 @@ def _settings(request: PairsRequest, sampler: TeacherSampler, path: NoisePath) -
         request.seed,
         sampler.student_times(at, path, request.student_shift) if isinstance(at, int) else at,
         request.given_frames,
-        "lossless" if request.quality == "lossless" else int(request.quality),
+        quality_of(request.quality),
         "fastgen" if request.form == "fastgen" else "ours",
     )
     settings.check(path)
@@ -313,7 +318,6 @@ def _settings(request: PairsRequest, sampler: TeacherSampler, path: NoisePath) -
 
 
 def _of_folder(request: PairsRequest, codec: Codec, teacher: Shot | None) -> FolderPrompts:
-    from fewstep.inference.model import folder_of
     from fewstep.networks.encoders.text import TextForm, text_form
 
     assert request.dataset is not None
@@ -333,19 +337,15 @@ def _of_folder(request: PairsRequest, codec: Codec, teacher: Shot | None) -> Fol
 
 def _of_file(request: PairsRequest, shot: Shot, device: str, own: Ranks) -> FilePrompts:
     """The prompts of a file, embedded: the encoder, larger than many a network, is let go before the teacher is loaded."""
-    from fewstep.inference.model import folder_of
     from fewstep.networks.encoders.text import open_text_encoder
 
     assert request.prompts is not None
     stems, captions = read_captions(request.prompts)
-    address, folder = request.text_encoder, folder_of(request.model)
+    folder = folder_of(request.model)
+    address = text_encoder_address(request.text_encoder, folder, request.model, "--text-encoder FOLDER")
     negative = request.negative or request.negative_prompt
     if negative is None:
         negative = ZEROS if PipelineFolder(str(folder or address)).has_zeros_for_no_prompt else ""
-    if address is None:
-        if folder is None or (folder.is_dir() and not (folder / "text_encoder").is_dir()):
-            raise UserError(f"{request.model} has no text encoder beside it: give --text-encoder FOLDER")
-        address = str(folder)
     encoder = open_text_encoder(address, max_tokens=request.max_tokens, device=device)
     prompts = FilePrompts(
         request.prompts,

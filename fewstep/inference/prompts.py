@@ -5,17 +5,16 @@ One model at a time is in memory: it is opened, reads the prompts of all clips, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from fewstep.errors import UserError, some
+from fewstep.inference.coming_from_cosmos import Print
 from fewstep.inference.guardrails import Guardrail
 from fewstep.inference.request import ClipRequest, GenerateRequest
 from fewstep.inference.stages import release_memory
-
-Print = Callable[[str], None]
 
 
 class Blocked(UserError):  # noqa: N818  # reads as what it is

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from fewstep.config import ConfigError
 from fewstep.errors import UserError
@@ -23,6 +23,30 @@ from fewstep.inference.guardrails import Guardrail
 from fewstep.inference.upsamplers import Upsampler
 from fewstep.solvers import SOLVERS
 from fewstep.untrusted.text import parse_json, read_text
+
+PRECISIONS = ("fp32", "bf16")
+
+
+def _refuse_below(request: Any, least: int, *names: str) -> None:  # Any: one of the records here
+    """Raises ConfigError for a field that is set and below `least`, by the name of its option."""
+    for name in names:
+        value = getattr(request, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: at least {least}")
+
+
+def quality_of(text: str) -> Literal["lossless"] | int:
+    """The quality of an mp4, as --quality has it. Raises ConfigError for another text."""
+    if text == "lossless":
+        return "lossless"
+    if not text.isdigit() or int(text) > 51:
+        raise ConfigError(f"--quality is 'lossless' or a CRF from 0 to 51, not {text!r}")
+    return int(text)
+
+
+def refuse_other_precision(name: str) -> None:
+    if name not in PRECISIONS:
+        raise ConfigError(f"--precision is one of {', '.join(PRECISIONS)}, not {name!r}")
 
 
 @dataclass(frozen=True)
@@ -48,8 +72,7 @@ class SamplerOptions:
     def __post_init__(self) -> None:
         if self.solver is not None and self.solver not in SOLVERS:
             raise ConfigError(f"--sampler is one of {', '.join(SOLVERS)}, not {self.solver!r}")
-        if self.num_steps is not None and self.num_steps < 1:
-            raise ConfigError(f"--num-steps {self.num_steps}: at least 1")
+        _refuse_below(self, 1, "num_steps")
         for name in ("guidance", "guidance_low"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
@@ -140,23 +163,14 @@ class GenerateRequest:
                 clip.check_files()
 
     def __post_init__(self) -> None:
-        if self.quality != "lossless" and not (self.quality.isdigit() and int(self.quality) <= 51):
-            raise ConfigError(f"--quality is 'lossless' or a CRF from 0 to 51, not {self.quality!r}")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"--precision is one of {', '.join(PRECISIONS)}, not {self.precision!r}")
-        for name in ("num_frames", "height", "width", "chunk_frames", "batch_size", "max_tokens", "tile", "context"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {value}: at least 1")
+        quality_of(self.quality)
+        refuse_other_precision(self.precision)
+        _refuse_below(self, 1, "num_frames", "height", "width", "chunk_frames", "batch_size", "max_tokens", "tile", "context")
+        _refuse_below(self, 0, "overlap")
         if self.fps is not None and not 0 < self.fps < float("inf"):
             raise ConfigError(f"--fps {self.fps:g}: above 0")
-        if self.overlap is not None and self.overlap < 0:
-            raise ConfigError(f"--overlap {self.overlap}: at least 0")
         for clip in self.clips:
-            if clip.seed < 0:
-                raise ConfigError(f"--seed {clip.seed}: at least 0")
-            if clip.num_input_frames < 0:
-                raise ConfigError(f"--num-input-frames {clip.num_input_frames}: at least 0")
+            _refuse_below(clip, 0, "seed", "num_input_frames")
             plain_name(clip.name, "the name of a clip")
             if clip.switches and not self.stream:
                 raise ConfigError("--switch-at: the prompt changes in a stream; add --stream")
@@ -179,10 +193,7 @@ class Sizes:
     fps: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_frames", "height", "width"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {value}: at least 1")
+        _refuse_below(self, 1, "num_frames", "height", "width")
         if self.fps is not None and not 0 < self.fps < 1e6:
             raise ConfigError(f"--fps {self.fps}: a rate in frames per second")
         if (self.height is None) != (self.width is None):
@@ -248,24 +259,12 @@ class PairsRequest:
             raise ConfigError(f"--negative {self.negative}: a file of a data set. With --prompts give --negative-prompt TEXT")
         if self.form not in ("ours", "fastgen"):
             raise ConfigError(f"--format is ours or fastgen, not {self.form!r}")
-        if self.quality != "lossless" and not self.quality.isdigit():
-            raise ConfigError(f"--quality is 'lossless' or a CRF from 0 to 51, not {self.quality!r}")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"--precision is one of {', '.join(PRECISIONS)}, not {self.precision!r}")
-        for name, least in (
-            ("batch_size", 1),
-            ("num", 1),
-            ("given_frames", 0),
-            ("verify", 0),
-            ("max_tokens", 1),
-            ("context", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"--{name.replace('_', '-')} {value}: at least {least}")
+        quality_of(self.quality)
+        refuse_other_precision(self.precision)
+        _refuse_below(self, 1, "batch_size", "num", "max_tokens", "context")
+        _refuse_below(self, 0, "given_frames", "verify")
 
 
-PRECISIONS = ("fp32", "bf16")
 OFFLOADED = {  # parts of a pipeline: the option that loads each for its stage only
     "network": "--offload-diffusion-transformer",
     "codec": "--offload-tokenizer",

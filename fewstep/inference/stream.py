@@ -29,7 +29,7 @@ from fewstep.files import write_json, write_text
 from fewstep.inference.conditions import Parts, Text, conditions, footage
 from fewstep.inference.films import Studio
 from fewstep.inference.fit import Plan
-from fewstep.inference.request import ClipRequest, GenerateRequest
+from fewstep.inference.request import ClipRequest, GenerateRequest, quality_of
 from fewstep.networks.contract import Network
 from fewstep.networks.encoders.codecs import Autoencoder, to_uint8
 from fewstep.networks.encoders.streaming import StreamingDecoder
@@ -117,7 +117,7 @@ def stream_clips(
     plan = studio.plan
     sampler = plan.sampler
     assert isinstance(sampler, StudentSampler)
-    quality: video.Quality = "lossless" if request.quality == "lossless" else int(request.quality)
+    quality = quality_of(request.quality)
     for number, clip in enumerate(clips, 1):
         clock = Clock()
         write_text(request.out / f"{clip.name}.txt", clip.prompt + "\n")

@@ -82,7 +82,7 @@ def controls(
 ) -> str:
     from fewstep.prepare import controls as controls_
 
-    best = _quality(quality)
+    best: Any = quality if quality is None or quality == "lossless" else int(quality)  # the option refuses others
     if files is not None:
         maker: controls_.Maker = controls_.OfFiles(cast(controls_.Type, type), files, metric, best)
     elif type == "edge" or type == "vis":
@@ -106,11 +106,3 @@ def _check_into(folder: Path, into: str, example: str) -> None:
     reserved = {part.folder for part in (layout.VIDEOS, layout.IMAGES, layout.CAPTIONS, layout.NOISE, layout.PATH)}
     if not into or "/" in into or into.startswith(".") or into in reserved:
         raise ConfigError(f"--into names a folder of its own in {folder}, {example} for instance, not {into!r}")
-
-
-def _quality(text: str | None) -> Any:  # crf, "lossless" or None
-    if text is None or text == "lossless":
-        return text
-    if not text.isdigit() or int(text) > 51:
-        raise ConfigError(f"--quality is lossless, or a crf from 0 (best) to 51, not {text!r}")
-    return int(text)
