@@ -12,7 +12,7 @@ from fewstep.config.listing import Row, fields_help, settings_help
 from fewstep.config.problems import ConfigError, check
 from fewstep.config.reader import apply_overrides, parse
 from fewstep.config.recipes import Recipe, build_recipe, find_recipe, recipe, recipes
-from fewstep.config.types import OneOf, choices, kind, preset, presets
+from fewstep.config.types import OneOf, alike, choices, kind, preset, presets
 
 __all__ = [
     "Command",
@@ -20,6 +20,7 @@ __all__ = [
     "OneOf",
     "Recipe",
     "Row",
+    "alike",
     "apply_overrides",
     "build_recipe",
     "check",

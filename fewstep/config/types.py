@@ -12,6 +12,7 @@ from fewstep.errors import UserError
 
 C = TypeVar("C", bound=type)
 F = TypeVar("F", bound=Callable[[], Any])
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ def kind(name: str, *, group: str) -> Callable[[C], C]:
         return cls
 
     return decorate
+
+
+def alike(cls: type[R], other: Any, **more: Any) -> R:  # Any: another dataclass; fields of `cls`
+    """A `cls` with the values of those of its fields that `other` has, too, and with `more`."""
+    shared = {field.name for field in fields(other)}
+    return cls(**{f.name: getattr(other, f.name) for f in fields(cast(Any, cls)) if f.name in shared} | more)
 
 
 def preset(name: str, *, group: str) -> Callable[[F], F]:

@@ -214,9 +214,5 @@ def with_targets(times: Tensor, at: Tensor) -> Tensor:
     inner = [t for t in grid[1:-1] if t not in targets]
     for target in targets:
         if inner and target not in grid:
-            inner.remove(_nearest(inner, target))
+            inner.remove(min(inner, key=lambda t: abs(t - target)))
     return torch.tensor(sorted({grid[0], grid[-1], *inner, *targets}, reverse=True), dtype=torch.float64)
-
-
-def _nearest(numbers: Sequence[float], target: float) -> float:
-    return min(numbers, key=lambda number: abs(number - target))

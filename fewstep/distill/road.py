@@ -48,7 +48,7 @@ def stages(facts: Facts) -> list[Stage]:
         ),
         *(
             [Stage("controls", "the control is made from the clips", (tuple(_controls(facts)),))]
-            if _is_made(request.control)
+            if request.control in ("edge", "vis")  # of the clips; others come from files: fewstep prepare controls --from
             else []
         ),
         Stage.of("latents", "clips become latents of the video tokenizer", *_latents(facts)),
@@ -104,10 +104,6 @@ def _sets(facts: Facts) -> tuple[Path, ...]:
     """The data set, and the one whose prompts are scored."""
     request = facts.request
     return (request.dataset,) if request.heldout is None else (request.dataset, request.heldout)
-
-
-def _is_made(control: str | None) -> bool:
-    return control in ("edge", "vis")  # of the clips alone; the others come from files (fewstep prepare controls --from)
 
 
 def _controls(facts: Facts) -> Iterator[Command]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fewstep.batch import Batch, Condition
-from fewstep.config import kind
+from fewstep.config import alike, kind
 from fewstep.diffusion import Path, Rng, TeacherSampler, on_path, times
 from fewstep.diffusion.by_chunk import ByChunk, CausalDenoiser
 from fewstep.diffusion.path import AnyPath
@@ -80,19 +80,7 @@ class CausalFinetune(ByChunks):
     @property
     def _finetune(self) -> Finetune:
         """The loss, which is that of whole clips."""
-        return Finetune(
-            space=self.space,
-            weighting=self.weighting,
-            sigma_data=self.sigma_data,
-            min_snr_gamma=self.min_snr_gamma,
-            reduction=self.reduction,
-            times=self.times,
-            path=self.path,
-            drop_condition=self.drop_condition,
-            first_frames=self.first_frames,
-            frame_noise=self.frame_noise,
-            num_sample_steps=self.num_sample_steps,
-        )
+        return alike(Finetune, self)
 
     def _context(self, network: CausalDenoiser, x0: Tensor, cond: Condition, chunks: tuple[range, ...], rng: Rng) -> Tensor:
         """The clip; for a share of samples as the network makes it out of noise in one call, so that it learns to go on from

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fewstep.batch import Batch
-from fewstep.config import kind, preset
+from fewstep.config import alike, kind, preset
 from fewstep.diffusion import Path, Rng, StudentSampler, times
 from fewstep.diffusion.path import AnyPath
 from fewstep.methods.causal_sample import CausalSample
@@ -49,24 +49,7 @@ class SelfForcing(ByChunks):
     @property
     def dmd2(self) -> DMD2:
         """The loss, with this method's sample."""
-        return DMD2(
-            student=self.student,
-            path=self.path,
-            first_frames=self.first_frames,
-            frame_noise=self.frame_noise,
-            times=self.times,
-            guidance=self.guidance,
-            guidance_interval=self.guidance_interval,
-            guidance_times=self.guidance_times,
-            normalizer=self.normalizer,
-            sample_weight=self.sample_weight,
-            reduction=self.reduction,
-            critic=self.critic,
-            gan=self.gan,
-            regression=self.regression,
-            student_update_freq=self.student_update_freq,
-            warmup=self.warmup,
-        )
+        return alike(DMD2, self)
 
     @property
     def roles(self) -> tuple[str, ...]:

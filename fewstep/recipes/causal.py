@@ -15,9 +15,9 @@ the same class and random data; toy_kd_causal and toy_sf are the stages of the t
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
-from fewstep.config import recipe
+from fewstep.config import alike, recipe
 from fewstep.data.folder.dataset import Folder
 from fewstep.data.mock import Mock
 from fewstep.inference.teacher import teacher_at
@@ -29,7 +29,6 @@ from fewstep.methods import (
     CausalKD,
     CausalSample,
     Critic,
-    Finetune,
     Gan,
     Grid,
     SelfForcing,
@@ -88,8 +87,8 @@ def self_forcing(
     run = general.dmd2(teacher, steps, shift, guidance, rank=rank)
     dmd2 = run.method
     assert isinstance(dmd2, DMD2)
-    shared = {f.name: getattr(dmd2, f.name) for f in fields(DMD2) if f.name != "student"}
-    run = replace(run, method=SelfForcing(student=CausalSample(t_list=dmd2.student.t_list, critic_exit="last"), **shared))
+    sample = CausalSample(t_list=dmd2.student.t_list, critic_exit="last")
+    run = replace(run, method=alike(SelfForcing, dmd2, student=sample))
     return _causal(run, f"self_forcing_{steps}step", Causality(chunk, span, sink))
 
 
@@ -97,10 +96,8 @@ def self_forcing(
 def causal_finetune(teacher: str = "", chunk: int = 3, span: int = 21, sink: int = 0, rank: int = 0) -> Run:
     """A many-step causal model from any teacher, by teacher forcing on clips: what consistency and causal scores start from."""
     run = general.lora(teacher, rank) if rank else general.finetune(teacher)
-    plain = run.method
-    assert isinstance(plain, Finetune)
-    shared = {f.name: getattr(plain, f.name) for f in fields(Finetune) if f.name != "per_frame_times"}
-    return _causal(replace(run, method=CausalFinetune(**shared)), "causal_finetune", Causality(chunk, span, sink))
+    method = alike(CausalFinetune, run.method)
+    return _causal(replace(run, method=method), "causal_finetune", Causality(chunk, span, sink))
 
 
 @recipe("causal_consistency")

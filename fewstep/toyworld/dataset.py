@@ -33,7 +33,6 @@ from fewstep.networks.encoders.text import open_text_encoder
 from fewstep.prepare import text
 from fewstep.progress import track
 from fewstep.toyworld import captions, clips, physics, scenes
-from fewstep.toyworld.clips import Clip
 from fewstep.toyworld.physics import Event, Scene, World
 from fewstep.toyworld.workers import spawned
 from fewstep.untrusted.text import read_json
@@ -202,7 +201,8 @@ def _use_one_thread() -> None:
 def _write_clip(job: _Job) -> _Label:
     world, seed, index, place, parts = job
     clip = clips.clip(world, seed, index)
-    stem, rgb, phrases = stem_of(index), clip.rgb, _phrases(clip.scene)
+    stem, rgb = stem_of(index), clip.rgb
+    phrases = [f"{body.colour} {body.shape}" for body in clip.scene.bodies]
 
     def film(part: Part, frames: Callable[[], np.ndarray]) -> None:
         if part in parts:
@@ -217,16 +217,8 @@ def _write_clip(job: _Job) -> _Label:
     if KEYPOINT in parts:
         keypoints.write_objects(place.file(KEYPOINT, stem), phrases, clip.keypoints)
     if layout.CAPTIONS in parts:
-        _write_caption(place.file(layout.CAPTIONS, stem), clip)
+        write_text(place.file(layout.CAPTIONS, stem), clip.caption + "\n")
     return _label_of(index, clip.scene, clip.caption, clip.events)
-
-
-def _phrases(scene: Scene) -> list[str]:
-    return [f"{body.colour} {body.shape}" for body in scene.bodies]
-
-
-def _write_caption(path: Path, clip: Clip) -> None:
-    write_text(path, clip.caption + "\n")
 
 
 def grey_of_depth(depth: NDArray[np.floating], near: float, far: float) -> Pixels:

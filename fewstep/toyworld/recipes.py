@@ -15,11 +15,11 @@ After each training `python -m fewstep.toyworld.release` copies the weights into
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Literal
 
 import fewstep
-from fewstep.config import recipe
+from fewstep.config import alike, recipe
 from fewstep.data.controls import Control, Depth
 from fewstep.data.folder.dataset import Folder
 from fewstep.diffusion import TrigFlow
@@ -70,11 +70,7 @@ TEACHER = CosmosSpec(
     rope_scale=(1.0, 1.0, 1.0),
     padding_mask=False,
 )
-CONTROLLED = CosmosControlSpec(
-    **{f.name: getattr(TEACHER, f.name) for f in fields(TEACHER)},
-    num_control_blocks=1,
-    hint_channels=LATENT_CHANNELS,
-)
+CONTROLLED = alike(CosmosControlSpec, TEACHER, num_control_blocks=1, hint_channels=LATENT_CHANNELS)
 
 
 def _job(name: str, *after: str) -> Job:

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from fewstep.config import parse
+from fewstep.config import alike, parse
 from fewstep.config.text import read_text, read_yaml_mapping
 from fewstep.errors import UserError, some
 from fewstep.files import whole_folder, write_json, write_tensors, write_text, write_torch
@@ -115,7 +115,7 @@ def _write(out: Path, weights: Collected, model: str | None, dtype: Dtype, parts
     if out.suffix in (".pt", ".pth"):
         return _write_original(out, _originally_named(weights), dtype, "original names", parts)
     if out.suffix == ".safetensors":
-        write_tensors(out, weights.tensors, dtype=_dtype(dtype))
+        write_tensors(out, weights.tensors, dtype=DTYPES.get(dtype))
         return [_entry(out, weights.tensors, "our names")]
     if out.suffix:
         raise UserError(f"convert: cannot write '{out}': it must end in .pt or .safetensors, or be a folder for diffusers")
@@ -201,7 +201,7 @@ def _write_original(out: Path, tensors: Mapping[str, Stored], dtype: Dtype, abou
 
 
 def _read(tensors: Mapping[str, Stored], dtype: Dtype) -> dict[str, torch.Tensor]:
-    kind = _dtype(dtype)
+    kind = DTYPES.get(dtype)
     weights = {name: tensor.read() for name, tensor in tensors.items()}
     if kind is not None:
         weights = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
@@ -253,12 +253,12 @@ def _write_shards(folder: Path, tensors: Mapping[str, Stored], dtype: Dtype) -> 
         sizes[-1] += tensor.num_bytes
     stem = "diffusion_pytorch_model"
     if len(shards) == 1:
-        write_tensors(folder / f"{stem}.safetensors", tensors, dtype=_dtype(dtype))
+        write_tensors(folder / f"{stem}.safetensors", tensors, dtype=DTYPES.get(dtype))
         return
     places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(folder / file, shard, dtype=_dtype(dtype))
+        write_tensors(folder / file, shard, dtype=DTYPES.get(dtype))
         places |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
     write_json(folder / f"{stem}.safetensors.index.json", index, indent=2)
@@ -346,7 +346,7 @@ def _described(weights: Collected, name: str | None) -> tuple[Path, CosmosSpec] 
         return file, spec
     if controls:
         return file, replace(spec, controls=controls)
-    return file, CosmosSpec(**{f.name: getattr(spec, f.name) for f in fields(CosmosSpec)})
+    return file, alike(CosmosSpec, spec)
 
 
 def _branch_names(names: Iterable[str]) -> tuple[str, ...]:
@@ -373,10 +373,6 @@ def _of_folder(folder: Path, controls: Sequence[str]) -> nn.Module:
 
 
 # --- both
-
-
-def _dtype(name: Dtype) -> torch.dtype | None:
-    return DTYPES.get(name)
 
 
 def _entry(path: Path, tensors: Mapping[str, Stored], about: str) -> Written:

@@ -7,27 +7,22 @@ writes into config.json when it converts them. All share 16 latent channels, pat
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any
 
+from fewstep.config import alike
 from fewstep.networks.families.cosmos.control import CosmosControlSpec
 from fewstep.networks.families.cosmos.network import CosmosSpec
 from fewstep.networks.families.cosmos.predict import PREDICT, PREDICT1_7B, PREDICT2_5_2B
 
 
-def _controlled(base: CosmosSpec, **more: Any) -> CosmosControlSpec:  # Any: settings of its branches
-    """`base` with control branches."""
-    return CosmosControlSpec(**{field.name: getattr(base, field.name) for field in fields(base)} | more)
-
-
 def transfer1_7b(*controls: str) -> CosmosControlSpec:
     """Cosmos-Transfer1 7B conditioned on `controls`: of depth, edge, keypoint, seg, vis."""
-    return _controlled(PREDICT1_7B, style="transfer1", num_control_blocks=3, controls=controls or ("edge",))
+    return alike(CosmosControlSpec, PREDICT1_7B, style="transfer1", num_control_blocks=3, controls=controls or ("edge",))
 
 
 def transfer2_5_2b(*controls: str) -> CosmosControlSpec:
     """Cosmos-Transfer2.5 2B conditioned on `controls`: of depth, edge, seg, vis (which it calls blur)."""
-    return _controlled(PREDICT2_5_2B, image_context_dim=1152, num_control_blocks=4, controls=controls or ("edge",))  # SigLIP
+    branch = {"image_context_dim": 1152, "num_control_blocks": 4}  # SigLIP
+    return alike(CosmosControlSpec, PREDICT2_5_2B, controls=controls or ("edge",), **branch)
 
 
 # Frames, height, width and rate of the clips that the inference commands of a generation make where none are given.

@@ -73,7 +73,7 @@ class Experts(NetworkDefaults):
             return self._ask(self.high, x_t, t, cond, taps)
         is_high = self.is_high(t, cond)
         calls = [(self.high, is_high), (self.low, ~is_high)]
-        if self._is_sharded():
+        if any(is_sharded(parameter) for parameter in self.module.parameters()):
             # Every rank must enter the same blocks, or the gathering of their weights waits for ever. A rank with no row for an
             # expert that another rank asks shows it one of its own rows, and the answer counts nothing.
             needs = torch.stack([rows.any() for _, rows in calls]).to(device=x_t.device, dtype=torch.int32)
@@ -135,9 +135,6 @@ class Experts(NetworkDefaults):
 
         raw = self.module(ask)
         return Prediction(answers[0].x_t, t, self.path, raw.velocity, tuple(raw.features))
-
-    def _is_sharded(self) -> bool:
-        return any(is_sharded(parameter) for parameter in self.module.parameters())
 
 
 @kind("experts", group="network")
