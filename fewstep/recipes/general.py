@@ -91,21 +91,8 @@ def dmd2(
     """DMD2 of any teacher into a student of `steps` steps; networks.student.init=RUN begins with a run of kd."""
     source = _opened(teacher, control)
     _refuse_steps(steps)
-    published = source.published
-    networks = _networks(source, rank)
-    run = Run(
-        job=_job(source, f"dmd2_{steps}step"),
-        method=_dmd2(source, steps, shift, published.guidance if guidance is None else guidance),
-        networks=replace(networks, critic=Lora(rank=rank)) if rank else networks,
-        data=_data(source, "clips", control, negative=_negative(source)),
-        optim=Optim(lr=_lr(source, published.lr, 2e-4, rank), betas=(0.0, 0.99), clip=1.0),
-        critic_optim=Optim(lr=_lr(source, published.critic_lr, 4e-4, rank), betas=(0.0, 0.99), clip=1.0),
-        ema=EMA,
-        trainer=_trainer(source, 6000),
-        checkpoint=Checkpoint(save_iter=500),
-        parallel=_parallel(source),
-    )
-    return watched(run)
+    method = _dmd2(source, steps, shift, source.published.guidance if guidance is None else guidance)
+    return _from_clips(source, f"dmd2_{steps}step", method, _networks(source, rank), control, rank)
 
 
 @recipe("scm")
@@ -128,10 +115,8 @@ def rcm(
     _refuse_steps(steps, most=len(RCM_STEPS))
     method, w = RCM(), source.published.guidance if guidance is None else guidance
     dmd = replace(method.dmd, student=StudentSample(RCM_STEPS[:steps]), guidance=w)
-    networks = _networks(source, rank)
-    networks = replace(networks, critic=Lora(rank=rank)) if rank else networks
     method = RCM(replace(method.consistency, guidance=w), dmd)
-    return _from_clips(source, f"rcm_{steps}step", method, networks, control, rank)
+    return _from_clips(source, f"rcm_{steps}step", method, _networks(source, rank), control, rank)
 
 
 @recipe("flow_map")
@@ -172,7 +157,7 @@ def _refuse_steps(steps: int, most: int | None = None) -> None:
 
 def _finetune(name: str, source: Teacher, control: tuple[Control, ...], rank: int) -> Run:
     adapted = Networks(teacher=source.spec, teacher_init=source.init, student=Lora(rank=rank)) if rank else None
-    whole = Networks(student=Full(source.spec, init=_init(source)))
+    whole = Networks(student=Full(source.spec, init=source.init or "random"))
     return Run(
         job=_job(source, name),
         method=_denoising(source),
@@ -232,27 +217,25 @@ def _networks(source: Teacher, rank: int) -> Networks:
 
 
 def _from_clips(source: Teacher, name: str, method: Method, networks: Networks, control: tuple[Control, ...], rank: int) -> Run:
-    """A run on clips with the learning rates of DMD2."""
+    """A run on clips with the learning rates of DMD2; with adapters (`rank`) the critic has them, too."""
     published = source.published
-    critic = Optim(lr=_lr(source, published.critic_lr, 4e-4, rank), betas=(0.0, 0.99), clip=1.0)
+    optim = Optim(lr=_lr(source, published.lr, 2e-4, rank), betas=(0.0, 0.99), clip=1.0)
+    critic = replace(optim, lr=_lr(source, published.critic_lr, 4e-4, rank)) if "critic" in method.roles else None
+    if critic and rank:
+        networks = replace(networks, critic=Lora(rank=rank))
     run = Run(
         job=_job(source, name),
         method=method,
         networks=networks,
         data=_data(source, "clips", control, negative=_negative(source)),
-        optim=Optim(lr=_lr(source, published.lr, 2e-4, rank), betas=(0.0, 0.99), clip=1.0),
-        critic_optim=critic if "critic" in method.roles else None,
+        optim=optim,
+        critic_optim=critic,
         ema=EMA,
         trainer=_trainer(source, 6000),
         checkpoint=Checkpoint(save_iter=500),
         parallel=_parallel(source),
     )
     return watched(run)
-
-
-def _init(source: Teacher) -> str:
-    """Where a network without a teacher has its weights: in its specification's folder, or at an address."""
-    return "random" if source.init is None else source.init  # "random" takes those of the folder
 
 
 def _data(
