@@ -51,6 +51,16 @@ class OnDisk(Protocol):
         ...
 
 
+@runtime_checkable
+class Encoded(Protocol):
+    """A data set that may hold latents."""
+
+    @property
+    def codec(self) -> str | None:
+        """The fingerprint of the codec that made them; None where no file says so."""
+        ...
+
+
 class BadSamples(UserError):  # noqa: N818  # reads as what it is
     """Samples that cannot be read: the reason by row of the index."""
 

@@ -171,6 +171,7 @@ def _recipe(facts: Facts, training: str, *more: str) -> tuple[str, ...]:
     words += (f"data.dataset_dir={data}", "job.project=runs", f"job.group={request.name}", f"job.name={training}")
     if facts.text != facts.teacher.text:
         words += (f"data.max_tokens={facts.text.max_tokens}", f"data.mask_text={str(facts.text.uses_mask).lower()}")
+    words += () if facts.codec == facts.teacher.base else (f"preview.codec={facts.codec}",)
     words += () if request.precision is None else (f"trainer.precision={request.precision}",)
     own = request.settings_of(training)
     keys = {word.partition("=")[0] for word in own}

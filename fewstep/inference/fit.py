@@ -72,6 +72,9 @@ def plan_of(request: GenerateRequest, outline: Outline, say: Print) -> Plan:
     noises_input = request.sampling.sigma_max is not None and is_below_own(sampler, model)
     if noises_input and any(is_origin(clip) for clip in request.clips):
         say(f"--sigma-max {request.sampling.sigma_max:g}: clips start from their --input with noise of this sigma")
+    is_guided = sampler.guidance != 1.0 or getattr(sampler, "guidance_low", None) not in (None, 1.0)  # of a teacher
+    if not is_guided and any(clip.negative or clip.negative_embedding for clip in request.clips):
+        say("warning: --negative-prompt has no effect without guidance, w = 1")
     return Plan(model, codec, sampler, shot, chunks, noises_input)
 
 

@@ -14,7 +14,7 @@ from fewstep.training.crew import Crew
 from fewstep.training.log import RunLog
 from fewstep.training.preview import Scene
 from fewstep.training.run import Run
-from fewstep.training.run_folder import base_of
+from fewstep.training.run_folder import pipeline_of
 
 
 class Looks:
@@ -37,8 +37,7 @@ class Looks:
         """The numbers of a preview of the student's average. The first one, which makes what never changes, is not counted."""
         run, crew, began = self._run, self._crew, time.monotonic()
         assert run.preview is not None
-        path, teacher = crew.student.network.path, run.networks.teacher
-        base = base_of(run.networks) if teacher is None or teacher.source is None else teacher.source
+        path = crew.student.network.path
         rate = first_batch(self._data, 1).cond.fps
         with crew.student.averaged(), torch.no_grad():
             scene = Scene(
@@ -50,7 +49,7 @@ class Looks:
                 self._world.device,
                 self._world.is_main,
                 self._data,
-                base,
+                pipeline_of(run.networks),
                 float(getattr(run.method, "guidance", 1.0)),  # of methods with a teacher
                 float(path.sigma_data) if isinstance(path, EDM) else 1.0,
                 None if rate is None else float(rate[0]),

@@ -48,6 +48,7 @@ from fewstep.training.resume import Resumption
 from fewstep.training.run import Run
 from fewstep.training.run_folder import (
     noted_in,
+    other_codec,
     other_shapes,
     peak_memory_gib,
     refuse_parted_branches,
@@ -135,7 +136,9 @@ def _train(run: Run, world: World) -> dict[str, Any]:
         log.say(_greeting(run, data, crew, sampler, latest, progress, world))
         if resumption is not None and resumption.changes:
             log.say(f"settings that changed, the ones before are in {old_config}: {resumption.text()}")
-        for warning in other_shapes(run, first) if latest is None else ():
+        warnings = other_shapes(run, first) if latest is None else []
+        warnings += other_codec(run, data, crew.student.network) if latest is None and world.is_main else []
+        for warning in warnings:
             log.say(f"warning: {warning}")
         checked = _check_derivative(run, crew, first, world, log)
         looks = Looks(run, crew, sampler, data, world, log)

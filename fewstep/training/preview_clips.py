@@ -21,7 +21,6 @@ run's time is left out; the first and the last are always made.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -42,7 +41,7 @@ from fewstep.evaluation import pixels
 from fewstep.evaluation.features.contract import resized
 from fewstep.files import write_bytes, write_tensors
 from fewstep.inference.model import teacher_sampler
-from fewstep.networks.encoders.codecs import Codec, open_codec, to_uint8
+from fewstep.networks.encoders.codecs import Codec, codec_beside, to_uint8
 from fewstep.training.preview import Scene
 from fewstep.untrusted.safe_tensors import read_safetensors
 
@@ -76,7 +75,7 @@ class ClipsPreview:
         batch = first_batch(scene.data if self.data is None else self.data.open(), self.num)
         if batch.x0 is None or batch.x0.ndim != 5:
             return {}  # no clips: points, or data without answers
-        codec = _codec(self.codec or scene.base, scene.latent_scale)
+        codec = codec_beside(self.codec or scene.base, scene.latent_scale)
         if codec is None and batch.x0.shape[1] != 3:
             if scene.step == 0:
                 beside = f" beside {scene.base}" if scene.base else ""
@@ -209,16 +208,6 @@ class Decoder:
             return clip.repeat(factor, axis=1).repeat(factor, axis=2)
         scale = min(1.0, _MOST / long)
         return resized(clip, 2 * max(1, round(clip.shape[1] * scale / 2)), 2 * max(1, round(clip.shape[2] * scale / 2)))
-
-
-@functools.lru_cache(maxsize=1)
-def _codec(address: str | None, scale: float) -> Codec | None:
-    """The codec at an address, on the CPU, where the network leaves it room; None where there is none."""
-    from pathlib import Path
-
-    if address is None or not ((Path(address) / "vae").is_dir() or (Path(address) / "config.json").is_file()):
-        return None
-    return open_codec(address, scale=scale)
 
 
 def grid(films: Mapping[str, list[Film]]) -> Film:

@@ -17,8 +17,9 @@ import torch
 import fewstep
 from fewstep.batch import Batch
 from fewstep.config import dump
+from fewstep.data.contract import Dataset, Encoded
 from fewstep.data.mix import Mix
-from fewstep.diffusion import Sampler
+from fewstep.diffusion import EDM, Sampler
 from fewstep.errors import UserError
 from fewstep.files import own_folder, write_json
 from fewstep.inference.card import FILE as CARD
@@ -27,6 +28,7 @@ from fewstep.inference.model import check_sampler, teacher_sampler
 from fewstep.methods import Finetune, SelfForcing
 from fewstep.networks.causal import CausalSpec
 from fewstep.networks.contract import Network
+from fewstep.networks.encoders.codecs import codec_beside
 from fewstep.networks.files.folders import Configurations
 from fewstep.networks.files.pipeline import is_diffusers_folder
 from fewstep.networks.roles import Full, Networks
@@ -101,6 +103,12 @@ def base_of(networks: Networks) -> str | None:
     return weights if is_diffusers_folder(Path(weights)) else None
 
 
+def pipeline_of(networks: Networks) -> str | None:
+    """The pipeline that the teacher's or the student's weights come from, with its codec."""
+    teacher = networks.teacher
+    return base_of(networks) if teacher is None or teacher.source is None else teacher.source
+
+
 def refuse_untrained_span(run: Run, first: Batch) -> None:
     """Raises UserError where a causal student would reach farther back than in any clip that it is trained on."""
     spec = run.networks.spec_of("student")
@@ -165,6 +173,22 @@ def other_shapes(run: Run, first: Batch) -> list[str]:
             "width). If that is not meant: the data of both stages have one shape (fewstep pairs --num-frames --height --width)"
         )
     return out
+
+
+def other_codec(run: Run, data: Dataset, network: Network) -> list[str]:
+    """A warning if the latents are those of another codec than the pipeline's, or have another scale: they train, too."""
+    address = getattr(run.preview, "codec", None) or pipeline_of(run.networks)  # of previews without clips there is none
+    path = network.path
+    scale = float(path.sigma_data) if isinstance(path, EDM) else 1.0
+    origin = data.codec if isinstance(data, Encoded) else None
+    codec = None if origin is None else codec_beside(address, scale)
+    if codec is None or codec.fingerprint == origin:
+        return []
+    words = f"--codec {address}" + ("" if scale == 1.0 else f" --scale {scale:g}")
+    return [
+        f"data: the latents were made by another codec than that of {address}, at another scale, or in tiles. If that is not "
+        f"meant, make them anew: fewstep prepare latents DIR {words}"
+    ]
 
 
 def _shape_of_run(address: str) -> tuple[int, ...] | None:

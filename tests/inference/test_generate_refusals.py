@@ -42,18 +42,20 @@ def test_beyond_the_envelope_it_warns_and_against_its_training_it_refuses(studen
         "5",
         "--sampler",
         "heun",
+        "--negative-prompt",
+        "red",
         told=told,
     )
     said = "\n".join(told)
     assert "5 frames: this student was trained on 9" in said
     assert "32 pixels high: this student was trained on 16" in said
-    assert "--sampler has no effect" in said
+    assert "--sampler has no effect" in said and "--negative-prompt has no effect" in said
     with pytest.raises(ValueError, match=r"--num-steps 8: this student takes 2.*guidance w = 3: .*--force"):
         made(tmp_path / "b", str(student), "--prompt", "a ball", "--num-steps", "8", "--guidance", "3")
     told.clear()
     forced = ["--num-steps", "3", "--guidance", "2", "--force"]
-    assert made(tmp_path / "b", str(student), "--prompt", "a ball", *forced, told=told) == 1
-    assert "warning: --num-steps 3" in told[0]
+    assert made(tmp_path / "b", str(student), "--prompt", "a ball", "--negative-prompt", "red", *forced, told=told) == 1
+    assert "warning: --num-steps 3" in told[0] and "--negative-prompt" not in "".join(told)
     with pytest.raises(ValueError, match="is a teacher"):
         made(tmp_path / "c", str(teacher), "--prompt", "a ball", "--use_distilled", *SIZE)
     with pytest.raises(ValueError, match="does not say what clips it makes: give --num-frames, --height, --width"):

@@ -1,17 +1,27 @@
-"""A run that begins with the weights of a run on latents of another shape says so: KD and DMD2 on unlike clips train, too."""
+"""Data that fit in shape alone are named: latents of another shape than those of the run before, of another codec or scale."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from fewstep.batch import Batch
 from fewstep.config import build_recipe
-from fewstep.diffusion import RectifiedFlow, StudentSampler
+from fewstep.data.files.packs import Label, open_writer
+from fewstep.data.folder.dataset import Folder
+from fewstep.diffusion import EDM, RectifiedFlow, StudentSampler
 from fewstep.inference.card import Envelope, StudentCard
-from fewstep.training.run_folder import other_shapes
+from fewstep.networks.encoders.codecs import open_codec
+from fewstep.training.preview_clips import ClipsPreview
+from fewstep.training.run_folder import other_codec, other_shapes
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "stories"))
+import materials
 
 
 def test_a_start_from_a_run_on_other_shapes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,3 +42,22 @@ def test_a_start_from_a_run_on_other_shapes_is_named(tmp_path: Path, monkeypatch
     card = json.loads((folder / "student.json").read_text())
     (folder / "student.json").write_text(json.dumps(card | {"envelope": {}}))
     assert other_shapes(run, Batch(x0=torch.zeros(2, 8, 5, 4, 4))) == []
+
+
+def test_latents_of_another_codec_or_scale_are_named(tmp_path: Path) -> None:
+    """Codecs of Wan and Cosmos 1 have as many channels, and an EDM network wants half the scale."""
+    materials.wan_codec(tmp_path / "own")
+    materials.cosmos_codec(tmp_path / "other")
+    codec = open_codec(tmp_path / "own")
+    with open_writer(tmp_path / "data" / "latents", {"codec": codec.fingerprint}) as writer:
+        writer.put(Label("a", content="03ab", facts={"fps": 24.0, "num_frames": 9}), lambda: torch.zeros(4, 3, 8, 8).half())
+    data = Folder(str(tmp_path / "data"), x0="latents", text=None).open()
+    for name, path, says in (
+        ("own", RectifiedFlow(), ""),
+        ("own", EDM(), f"prepare latents DIR --codec {tmp_path}/own --scale 0.5"),
+        ("other", RectifiedFlow(), f"prepare latents DIR --codec {tmp_path}/other"),
+        ("nothing", RectifiedFlow(), ""),
+    ):
+        run = replace(build_recipe("toy_kd_1step"), preview=ClipsPreview(codec=str(tmp_path / name)))
+        network: Any = SimpleNamespace(path=path)
+        assert [text.endswith(says) for text in other_codec(run, data, network)] == [True] * bool(says), (name, path)

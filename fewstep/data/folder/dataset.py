@@ -98,6 +98,11 @@ class FolderData:
         """The name of each sample's files; a clip with several windows is repeated."""
         return [sample.stem for sample in self.samples]
 
+    @property
+    def codec(self) -> str | None:
+        packs = self.packs.get(self.spec.latents) if self.spec.x0 == "latents" else None
+        return None if packs is None else packs.made_from.get("codec")
+
     def captions(self) -> list[str]:
         """The caption of each sample, from metas/*.txt or */prompt.txt; refuses missing and empty ones."""
         stems = list(dict.fromkeys(self.stems))

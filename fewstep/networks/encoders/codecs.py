@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -237,6 +237,14 @@ def open_codec(
     module = load(getattr(diffusers, name), str(address), subfolder, torch_dtype=dtype)
     folder = Path(address) / subfolder if subfolder else Path(address)
     return _around(module.to(device), _FORMS[name], scale, tile, folder / "mean_std.pt")
+
+
+@lru_cache(maxsize=1)
+def codec_beside(address: str | None, scale: float) -> Codec | None:
+    """The codec in a folder, on the CPU, where a network in training leaves it room; None where there is none."""
+    if address is None or not ((Path(address) / "vae").is_dir() or (Path(address) / "config.json").is_file()):
+        return None
+    return open_codec(address, scale=scale)
 
 
 def form_of(address: str | Path) -> Form:
