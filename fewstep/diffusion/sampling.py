@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fewstep.batch import Condition
+from fewstep.config import OneOf, kind
 from fewstep.diffusion import samplers
 from fewstep.diffusion.by_chunk import ByChunk, CausalDenoiser, Switch, chunk_by_chunk
 from fewstep.diffusion.denoiser import Denoiser, on_path
@@ -31,6 +32,7 @@ SIGMA = EDM(t_max=1e9)  # the path whose time is the noise-to-signal ratio, as f
 Grid = Literal["flow", "karras", "even"]
 
 
+@kind("student", group="sampler")
 @dataclass(frozen=True)
 class StudentSampler:
     """How a student is meant to be sampled; saved with its weights: other times or another renoise are another model."""
@@ -104,6 +106,7 @@ class StudentSampler:
         return chunk_by_chunk(student, denoiser, noise, cond, solve, settings, rng, switches=switches)
 
 
+@kind("teacher", group="sampler")
 @dataclass(frozen=True)
 class TeacherSampler:
     """How a teacher is sampled: solver, grid and guidance. `for_path` has the published values.
@@ -225,6 +228,7 @@ class TeacherSampler:
 
 
 Sampler = StudentSampler | TeacherSampler
+AnySampler = Annotated[Sampler, OneOf("sampler")]  # a field that holds one of them
 
 
 def _per_chunk(denoiser: Denoiser, negative: Condition | None, w: float, path: Path) -> Callable[[range], Denoiser]:

@@ -1,4 +1,4 @@
-"""The card of a model: `student.json`, which lies beside the weights of a run and of an export. Its kind is student or teacher.
+"""The card of a model: `student.json`, which lies beside the weights of a run and of an export.
 
 It says how the network is built, how it is sampled, and in which envelope it was trained. Runs and exports write it here,
 `open_model` reads it here; whatever is damaged in it is one UserError that names the file and the key.
@@ -7,15 +7,12 @@ It says how the network is built, how it is sampled, and in which envelope it wa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from fewstep.config import ConfigError, dump, parse
-from fewstep.diffusion import Sampler, StudentSampler, TeacherSampler
-from fewstep.diffusion.by_chunk import ByChunk
-from fewstep.diffusion.path import AnyPath
-from fewstep.diffusion.rollout import Renoise
+from fewstep.config import ConfigError, alike, dump, parse
+from fewstep.diffusion.sampling import AnySampler, Sampler, TeacherSampler
 from fewstep.errors import UserError
 from fewstep.files import write_json
 from fewstep.networks.contract import AnyNetwork
@@ -51,7 +48,10 @@ class Envelope:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Shared:
+class _Record:
+    """The file, but for `network`, which may be of a kind that only the user's own files register, and OF_THE_PIPELINE."""
+
+    sampler: AnySampler  # that of a teacher: of a many-step model that was trained on data alone, or post-trained
     envelope: Envelope = Envelope()
     source: str = ""  # name of the run
     role: str = ""  # whose weights of that run
@@ -61,35 +61,14 @@ class _Shared:
     files: tuple[str, ...] = ()  # what the export wrote, relative to its folder
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Student(_Shared):
-    """The file of a student, but for `network`, which may be of a kind that only the user's own files register."""
-
-    kind: Literal["student"] = "student"
-    times: tuple[float, ...]
-    path: AnyPath
-    renoise: Renoise = "fresh"
-    by_chunk: ByChunk | None = None
-    shift: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Teacher(_Shared):
-    """A many-step model: trained on data alone, or a teacher that was post-trained."""
-
-    kind: Literal["teacher"] = "teacher"
-    sampler: TeacherSampler
-
-
 @dataclass(frozen=True)
 class _Network:
     network: AnyNetwork
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentCard(_Shared):
+class StudentCard(_Record):
     network: Mapping[str, Any]  # its kind and settings, as they are written in a configuration
-    sampler: Sampler
     pipeline: Mapping[str, Any] = field(default_factory=dict[str, Any])  # OF_THE_PIPELINE, of a folder of diffusers
 
     @classmethod
@@ -103,15 +82,11 @@ class StudentCard(_Shared):
         if not isinstance(network, dict) or not isinstance(network.get("kind"), str):
             raise UserError(f"{path} is damaged: network: needs a mapping with the kind of the network. {advice}")
         try:
-            record = parse(_Teacher if data.get("kind") == "teacher" else _Student, data)
+            record = parse(_Record, data)
         except ConfigError as error:
             raise UserError(f"{path} is damaged: {'; '.join(str(error).splitlines())}. {advice}") from None
-        if isinstance(record, _Teacher):
-            sampler: Sampler = record.sampler
-        else:
-            sampler = StudentSampler(record.times, record.path, record.renoise, by_chunk=record.by_chunk, shift=record.shift)
-        record = replace(record, envelope=replace(record.envelope, num_inference_steps=num_steps(sampler)))
-        return cls(network=network, sampler=sampler, pipeline=pipeline, **_shared(record))
+        envelope = replace(record.envelope, num_inference_steps=num_steps(record.sampler))
+        return alike(cls, record, network=network, pipeline=pipeline, envelope=envelope)
 
     def write(self, folder: Path) -> None:
         """Writes the card into `folder`, whole or not at all."""
@@ -119,23 +94,14 @@ class StudentCard(_Shared):
 
     def as_json(self) -> dict[str, Any]:
         """The content of the file."""
-        sampler = self.sampler
-        if isinstance(sampler, TeacherSampler):
-            record = dump(_Teacher(sampler=sampler, **_shared(self)))
-        else:
-            own = {name: getattr(sampler, name) for name in ("times", "path", "renoise", "by_chunk", "shift")}
-            record = dump(_Student(**own, **_shared(self)))
+        record = dump(alike(_Record, self))
         del record["envelope"]["num_inference_steps"]  # that of the sampler
-        return record | {"num_inference_steps": num_steps(sampler), "network": self.network, **self.pipeline}
+        return record | {"num_inference_steps": num_steps(self.sampler), "network": self.network, **self.pipeline}
 
     def spec(self) -> AnyNetwork:
         """What builds the network. Raises ConfigError if its kind is not registered."""
         refuse_sizes(self.network, FILE)
         return parse(_Network, {"network": self.network}).network
-
-
-def _shared(card: _Shared) -> dict[str, Any]:
-    return {each.name: getattr(card, each.name) for each in fields(_Shared)}
 
 
 def num_steps(sampler: Sampler) -> int:

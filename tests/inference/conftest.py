@@ -34,7 +34,8 @@ def student(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_parts(folder)
     module: Any = NET.build().module
     module.save_pretrained(folder / "transformer")
-    told = {"times": TIMES, "renoise": "fresh", "path": {"kind": "rectified_flow"}, "envelope": FIRST}
+    sampler = {"kind": "student", "times": TIMES, "renoise": "fresh", "path": {"kind": "rectified_flow"}}
+    told: dict[str, Any] = {"sampler": sampler, "envelope": FIRST}
     told["network"] = {"kind": "cosmos", **dump(NET)}
     (folder / "student.json").write_text(json.dumps(told))
     return folder

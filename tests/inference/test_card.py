@@ -38,15 +38,20 @@ def test_a_card_is_read_as_it_was_written(card: StudentCard, tmp_path: Path) -> 
     assert card.spec() == TinySpec(width=8)
 
 
+def in_sampler(**change: Any) -> dict[str, Any]:
+    return {"sampler": CARD.as_json()["sampler"] | change}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"times": None}, "times: expected"),
-        ({"times": "soon"}, "times"),
-        ({"times": [1.0, "x"]}, r"times\.1: expected"),
-        ({"renoise": "never"}, "renoise: expected"),
-        ({"path": {"kind": "detour"}}, "path: no path is named 'detour'"),
-        ({"path": 3}, "path: expected"),
+        (in_sampler(times=None), r"sampler\.times: expected"),
+        (in_sampler(times="soon"), r"sampler\.times"),
+        (in_sampler(times=[1.0, "x"]), r"sampler\.times\.1: expected"),
+        (in_sampler(renoise="never"), r"sampler\.renoise: expected"),
+        (in_sampler(path={"kind": "detour"}), r"sampler\.path: no path is named 'detour'"),
+        (in_sampler(path=3), r"sampler\.path: expected"),
+        ({"sampler": {"kind": "guess"}}, "sampler: no sampler is named 'guess'"),
         ({"network": None}, "network: needs a mapping"),
         ({"network": {"width": 8}}, "network: needs a mapping with the kind"),
         ({"envelope": []}, "envelope: expected"),
@@ -64,7 +69,7 @@ def test_what_is_damaged_is_named_with_its_file_and_key(change: dict[str, Any], 
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["times", "path", "network"])
+@pytest.mark.parametrize("key", ["sampler", "network"])
 def test_a_missing_key_is_named(key: str, tmp_path: Path) -> None:
     content = CARD.as_json()
     del content[key]

@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,8 @@ def controlled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_parts(folder)
     state = {name: value.contiguous().clone() for name, value in network.module.state_dict().items()}
     save_file(state, folder / "student.safetensors")
-    told = {"times": TIMES, "renoise": "same", "path": {"kind": "rectified_flow"}, "envelope": FIRST}
+    sampler = {"kind": "student", "times": TIMES, "renoise": "same", "path": {"kind": "rectified_flow"}}
+    told: dict[str, Any] = {"sampler": sampler, "envelope": FIRST}
     told["network"] = {"kind": "cosmos_control", **dump(spec)}
     (folder / "student.json").write_text(json.dumps(told))
     return folder

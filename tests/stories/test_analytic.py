@@ -118,12 +118,13 @@ def test_the_student_leaves_as_safetensors_and_samples_alike_elsewhere(short_roo
     folder = trained(short_root, "analytic_dmd2", *SHORT["analytic_dmd2"])
     assert main(["export", str(folder), "--out", str(tmp_path / "student")]) == 0
     about = json.loads((tmp_path / "student" / "student.json").read_text())
-    assert about["num_inference_steps"] == 4 and about["renoise"] == "fresh" and about["path"] == {"kind": "rectified_flow"}
+    sampler = about["sampler"]
+    assert about["num_inference_steps"] == 4 and sampler["renoise"] == "fresh" and sampler["path"] == {"kind": "rectified_flow"}
     config = from_yaml(Run, tmp_path / "student" / "config.yaml")
     student = config.networks.student.network.build()
     student.module.load_state_dict(load_file(tmp_path / "student" / "student.safetensors"))
     rng = Rng.of_samples(torch.arange(4096))
-    made = samplers.few_step(student, rng.normal((2,)), about["times"], Condition(), renoise=about["renoise"], rng=rng)
+    made = samplers.few_step(student, rng.normal((2,)), sampler["times"], Condition(), renoise=sampler["renoise"], rng=rng)
     wanted = MIXTURE.build().sample(Rng(999, 0, torch.arange(4096)))
     assert RectifiedFlow() == student.path
     assert energy_distance(made, wanted) <= 0.02

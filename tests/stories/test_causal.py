@@ -24,8 +24,8 @@ def test_pairs_causal_kd_bridge_self_forcing(tmp_path: Path, real: bool, family:
     teacher = tiny_pipelines.PIPELINES[family](tmp_path / family)
     walk("causal.sh", tmp_path, real=real, TEACHER=str(teacher), NAME=family)
     card = json.loads((tmp_path / "student" / "student.json").read_text())
-    assert card["network"]["kind"] == "causal" and card["by_chunk"] == {"first_times": None, "context_noise": 0.0}
-    assert card["times"] == [0.999, 0.937, 0.833, 0.624]
+    assert card["network"]["kind"] == "causal" and card["sampler"]["by_chunk"] == {"first_times": None, "context_noise": 0.0}
+    assert card["sampler"]["times"] == [0.999, 0.937, 0.833, 0.624]
     film, streamed = (video.read(tmp_path / folder / "output.mp4").frames for folder in ("clips", "streamed"))
     assert len(film) == 33 and np.array_equal(film, streamed)
     figures = json.loads((tmp_path / "streamed" / "output.json").read_text())["stream"]
