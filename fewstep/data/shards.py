@@ -26,11 +26,12 @@ from annotated_types import Ge, Le, Predicate
 from torch import Tensor
 
 from fewstep.config import kind
+from fewstep.data.controls import Span
 from fewstep.data.files import video
 from fewstep.data.folder.dataset import Folder, FolderData, layout
 from fewstep.data.folder.layout import Layout
 from fewstep.data.folder.parts import Embedding
-from fewstep.data.folder.samples import Sample, parts_of, size_problems, spans_of
+from fewstep.data.folder.samples import Sample, parts_of, refuse, samples_with, windows_of
 from fewstep.errors import UserError, some
 from fewstep.files import is_plain, write_bytes
 from fewstep.untrusted.text import MAX_JSON_BYTES, Amount, Count, Name, parse_json
@@ -207,7 +208,7 @@ def hash_of(text: str) -> str:
 
 def _samples(spec: Shards, index: Index) -> tuple[Sample, ...]:
     """Every sample with its windows. Raises one UserError with all problems."""
-    root = spec.dataset_dir
+    place = Layout(Path(spec.dataset_dir))
     problems = [f"data.{key}: {message}" for key, message in spec.problems() if not key.startswith("warn:")]
     lead = spec.latents if spec.x0 == "latents" else layout.VIDEOS.folder
     needed = [lead, *(part.folder for part in parts_of(spec))]
@@ -217,28 +218,20 @@ def _samples(spec: Shards, index: Index) -> tuple[Sample, ...]:
             problems.append(
                 f"{len(lacking)} of {len(index.samples)} lack {part}: {some(lacking)}; shards have {some(index.parts, 20)}"
             )
-    if problems or not index.samples:
-        raise UserError("\n".join(f"{root}: {problem}" for problem in problems or ["its shards hold no samples"]))
-    files = {stem: {part: Path(f"{stem}{members[part].suffix}") for part in needed} for stem, members in index.samples.items()}
+    refuse(place, problems if index.samples else ["its shards hold no samples"])
+    files = {part: {stem: Path(f"{stem}{row[part].suffix}") for stem, row in index.samples.items()} for part in needed}
     if spec.x0 == "latents":
-        return tuple(Sample(stem, parts) for stem, parts in files.items())
-    headers = {stem: header for stem, members in index.samples.items() if (header := members[lead].of_video) is not None}
-    spans, wrong = spans_of(spec, headers)
-    wrong += size_problems(spec, headers)
-    if spec.control is not None and spec.control.folder in needed:
-        name = spec.control.folder
-        odd = [s for s, h in headers.items() if index.samples[s][name].of_video not in (None, h)]
-        wrong += [f"{len(odd)} of {len(headers)} {name} videos differ from their clip: {some(odd)}. {_AGAIN}"] if odd else []
-    if wrong:
-        raise UserError("\n".join(f"{root}: {problem}" for problem in wrong))
-    return tuple(Sample(stem, parts, span, headers[stem]) for stem, parts in files.items() for span in spans.get(stem, ()))
+        return samples_with(files, {stem: [Span()] for stem in index.samples}, {}, {})
+    control = spec.control.folder if spec.control is not None else ""
+    headers, controls = (
+        {stem: header for stem, row in index.samples.items() if part in needed and (header := row[part].of_video)}
+        for part in (lead, control)
+    )
+    return windows_of(spec, place, files, headers, controls)
 
 
 def read_json(fs: Any, path: str, remedy: str, kind: type[T]) -> T:  # fs: of fsspec, which carries no types
     """As `untrusted.text.read_json`, from any store. Raises FileNotFoundError where there is no such file."""
-    try:
-        if not fs.isfile(path):  # a pipe would be read for ever
-            raise FileNotFoundError
-        return parse_json(fs.cat_file(path, end=MAX_JSON_BYTES), f"{path}: damaged", remedy, kind)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file. {remedy}") from None
+    if not fs.isfile(path):  # a pipe would be read for ever
+        raise FileNotFoundError(f"{path}: no such file. {remedy}")
+    return parse_json(fs.cat_file(path, end=MAX_JSON_BYTES), f"{path}: damaged", remedy, kind)

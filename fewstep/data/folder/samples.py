@@ -92,29 +92,41 @@ def samples_of(spec: FolderSettings, place: Layout, packs: Mapping[str, Packs], 
         problems += _packed_problems(spec, place, packs) if lead.folder in packs else _latent_problems(spec, files[lead.folder])
         refuse(place, problems)
         spans = _spans_of_rows(packs[lead.folder]) if lead.folder in packs else {stem: [Span()] for stem in stems}
-        return _samples(packs, files, spans, {})
+        return samples_with(files, spans, {}, packs)
     files["videos"] = files.pop(lead.folder)  # pictures are clips of one frame from here on
     headers, unreadable = _headers(files["videos"])
     if len(unreadable) <= spec.max_bad and headers:
         left_out |= unreadable
-        stems = [stem for stem in stems if stem not in unreadable]
     else:
         errors = list(unreadable.values())
         problems += errors[:5] + ([f"{len(errors) - 5} more videos cannot be read"] if len(errors) > 5 else [])
-    problems += size_problems(spec, headers)
+    controls: Mapping[str, video.Header] = {}
     if spec.control is not None and spec.control.suffix == ".mp4" and spec.control_from == "files":
-        problems += _control_problems(spec.control.folder, files[spec.control.folder], headers)
+        controls, unreadable = _headers({s: path for s, path in files[spec.control.folder].items() if s in headers})
+        problems += list(unreadable.values())[:5]
+    return windows_of(spec, place, files, headers, controls, problems, packs)
+
+
+def windows_of(
+    spec: FolderSettings,
+    place: Layout,
+    files: Mapping[str, Mapping[str, Path]],
+    headers: Mapping[str, video.Header],
+    controls: Mapping[str, video.Header],  # headers of the control videos
+    problems: Sequence[str] = (),
+    packs: Mapping[str, Packs] | None = None,
+) -> tuple[Sample, ...]:
+    """The samples of clips with these headers. Raises one UserError with `problems`, and those of the headers."""
     spans, wrong = spans_of(spec, headers)
-    problems += wrong
-    refuse(place, problems)
-    return _samples(packs, files, {stem: spans.get(stem, []) for stem in stems}, headers)
+    refuse(place, [*problems, *_size_problems(spec, headers), *_control_problems(spec, controls, headers), *wrong])
+    return samples_with(files, {stem: spans.get(stem, []) for stem in headers}, headers, packs or {})
 
 
-def _samples(
-    packs: Mapping[str, Packs],
+def samples_with(
     files: Mapping[str, Mapping[str, Path]],  # by folder and stem
     spans: Mapping[str, Sequence[Span]],
     headers: Mapping[str, video.Header],
+    packs: Mapping[str, Packs],
 ) -> tuple[Sample, ...]:
     """One sample for each span of a clip. Its rows in packs are those of the same window, or else of the whole clip."""
     tables = {folder: {(row.stem, row.start): number for number, row in enumerate(pack.rows)} for folder, pack in packs.items()}
@@ -227,22 +239,23 @@ def _headers(files: Mapping[str, Path]) -> tuple[dict[str, video.Header], dict[s
     return {stem: result for stem, result in results.items() if isinstance(result, video.Header)}, errors
 
 
-def size_problems(spec: FolderSettings, headers: Mapping[str, video.Header]) -> list[str]:
+def _size_problems(spec: FolderSettings, headers: Mapping[str, video.Header]) -> list[str]:
     if spec.video_size is not None or spec.buckets or not headers:
         return []
     return _odd_ones("size", {s: h.size for s, h in headers.items()}, "Set data.video_size or data.buckets to resize them")
 
 
-def _control_problems(name: str, files: Mapping[str, Path], headers: Mapping[str, video.Header]) -> list[str]:
+def _control_problems(
+    spec: FolderSettings, controls: Mapping[str, video.Header], headers: Mapping[str, video.Header]
+) -> list[str]:
     """Control videos that do not go frame by frame with their clip."""
-    own, unreadable = _headers({stem: path for stem, path in files.items() if stem in headers})
-    problems = list(unreadable.values())[:5]
-    odd: dict[str, list[str]] = {}
-    for stem, header in own.items():
+    odd = defaultdict[str, list[str]](list)
+    for stem, header in controls.items():
         for what, here, theirs in header.differences(headers[stem]):
-            odd.setdefault(what, []).append(f"{stem} ({here}, its clip {theirs})")
-    return problems + [
-        f"{len(stems)} of {len(files)} {name}/*.mp4 differ from their clip in {what}: {some(stems)}. Make them again"
+            odd[what].append(f"{stem} ({here}, its clip {theirs})")
+    name = spec.control.folder if spec.control is not None else ""
+    return [
+        f"{len(stems)} of {len(controls)} {name}/*.mp4 differ from their clip in {what}: {some(stems)}. Make them again"
         for what, stems in odd.items()
     ]
 
