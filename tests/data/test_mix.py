@@ -196,7 +196,7 @@ def test_pictures_are_clips_of_one_frame(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shorter than a window of 5 frames"):
         Folder(str(tmp_path), text=None, num_frames=5).open()
     (tmp_path / "images" / "p1.png").write_bytes((tmp_path / "images" / "p1.png").read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"p1\.png: not a readable picture"):
+    with pytest.raises(ValueError, match=r"p1\.png: cannot be opened"):
         Folder(str(tmp_path), text=None).open().batch(torch.tensor([1]))
 
 

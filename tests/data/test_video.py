@@ -152,7 +152,7 @@ def test_a_picture_whose_text_unpacks_without_end_is_refused(tmp_path: Path) -> 
     text, content = b"zTXtk\0\0" + zlib.compress(bytes(2**23)), path.read_bytes()
     chunk = (len(text) - 4).to_bytes(4, "big") + text + zlib.crc32(text).to_bytes(4, "big")
     path.write_bytes(content[:33] + chunk + content[33:])  # behind its header
-    with pytest.raises(UserError, match="not a readable picture"):
+    with pytest.raises(UserError, match="cannot be opened"):
         video.probe(path)
 
 
@@ -189,7 +189,7 @@ def test_other_wrong_use(tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("not a video")
     with pytest.raises(ValueError, match=r"text\.mp4: not a readable video"):
         video.probe(tmp_path / "text.mp4")
-    with pytest.raises(FileNotFoundError, match=r"none\.mp4: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.mp4"):
         video.probe(tmp_path / "none.mp4")
     video.write(tmp_path / "a.mp4", smooth(5), 24)
     with pytest.raises(ValueError, match=r"has 5 frames, but frame 6 is wanted \(start 2, count 3, stride 2\)"):
@@ -229,7 +229,7 @@ def test_a_reader_is_chosen_among_the_formats_that_are_named(tmp_path: Path, mon
         raise AssertionError("a program was started")
 
     monkeypatch.setattr("subprocess.Popen", refuse)
-    with pytest.raises(UserError, match="not a readable picture"):
+    with pytest.raises(UserError, match="cannot be opened"):
         video.read(postscript)
     video.write(tmp_path / "real.mp4", np.zeros((3, 32, 32, 3), np.uint8), 8)
     playlist = tmp_path / "b.mp4"

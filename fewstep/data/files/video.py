@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from fewstep.errors import UserError
 from fewstep.files import whole_file
-from fewstep.untrusted.text import opened
+from fewstep.untrusted.text import fault_of, opened
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -174,19 +174,13 @@ def read(
                 f"{path}: has {header.num_frames} frames, but frame {last} is wanted (start {start}, count {count}, stride "
                 f"{stride}). Ask for a shorter window, or leave this clip out"
             )
-        height, width = size or header.size
-        out: NDArray[np.uint8] | None = None
-        convert = _converter(width, height)
-        num = 0
-        for place, frame in _decoded(path, container, stream, header, start):
-            if out is None:  # the first picture is what the header says: only then is memory taken for all of them
-                out = np.empty((count, height, width, 3), dtype=np.uint8)
-            if place >= start and (place - start) % stride == 0:
-                out[num] = convert(frame)
-                num += 1
-            if num == count:
-                return Frames(out, header.fps / stride)
-    raise _damaged(path, header, num, count)
+        out = np.empty((0, 0, 0, 3), dtype=np.uint8)
+        pictures = _pictures(path, container, stream, header, size, range(start, last + 1, stride))
+        for num, picture in zip(range(count), pictures, strict=False):  # what follows the last one is not decoded
+            if num == 0:  # the first picture is what the header says: only then is memory taken for all of them
+                out = np.empty((count, *picture.shape), dtype=np.uint8)
+            out[num] = picture
+        return Frames(out, header.fps / stride)
 
 
 def stream(path: str | os.PathLike[str], size: Size | None = None) -> Iterator[NDArray[np.uint8]]:
@@ -196,14 +190,8 @@ def stream(path: str | os.PathLike[str], size: Size | None = None) -> Iterator[N
         yield from read(path, size=size).frames
         return
     with _opened(path) as (container, stream):
-        header, num = _header(path, stream), 0
-        height, width = size or header.size
-        convert = _converter(width, height)
-        for _, frame in _decoded(path, container, stream, header, 0):
-            yield convert(frame)
-            num += 1
-    if num != header.num_frames:
-        raise _damaged(path, header, num, header.num_frames)
+        header = _header(path, stream)
+        yield from _pictures(path, container, stream, header, size, range(header.num_frames))
 
 
 def is_picture(path: str | os.PathLike[str]) -> bool:
@@ -227,8 +215,6 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its video stream; every error of FFmpeg becomes one UserError."""
     import av
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
     _refuse_endless(path)
     try:
         with av.open(str(path), options=_VIDEO_FORMATS, metadata_errors="replace") as container:
@@ -329,13 +315,22 @@ def _decoded(
         yield place, frame
 
 
-def _damaged(path: Path, header: Header, num: int, count: int) -> UserError:
-    if num > count:
-        return UserError(f"{path}: its index does not list all of its frames. Convert it: ffmpeg -i {path.name} whole.mp4")
-    return UserError(
-        f"{path}: damaged, its header tells of {header.num_frames} frames, but only {num} of the {count} to be read could be "
-        "decoded. Write or download it again"
-    )
+def _pictures(
+    path: Path, container: InputContainer, stream: VideoStream, header: Header, size: Size | None, places: range
+) -> Iterator[NDArray[np.uint8]]:
+    """The frames at `places`, as RGB of `size`; refuses a video that has fewer frames, or more, than its index."""
+    convert, num = _converter(*reversed(size or header.size)), 0
+    for place, frame in _decoded(path, container, stream, header, places.start):
+        if place >= header.num_frames:
+            raise UserError(f"{path}: its index does not list all of its frames. Convert it: ffmpeg -i {path.name} whole.mp4")
+        if place in places:
+            yield convert(frame)
+            num += 1
+    if num < len(places):
+        raise UserError(
+            f"{path}: damaged, its header tells of {header.num_frames} frames, but only {num} of the {len(places)} to be read "
+            "could be decoded. Write or download it again"
+        )
 
 
 def _converter(width: int, height: int) -> Callable[[VideoFrame], NDArray[Any]]:
@@ -365,17 +360,15 @@ def _picture(path: Path) -> Iterator[Image]:
     """An image whose header is read; every error becomes one UserError, and so does a decompression bomb."""
     from PIL import Image, ImageOps
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with warnings.catch_warnings(), Image.open(path, formats=_PICTURE_FORMATS) as picture:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            refuse_size(path, picture.height, picture.width)
-            yield ImageOps.exif_transpose(picture)
-    except UserError:
-        raise
-    except Exception as error:  # Pillow lets out whatever its parsers raise
-        raise UserError(f"{path}: not a readable picture ({str(error)[:120]}). Write or download it again") from None
+    opened(path).close()  # refuses what is no file
+    with (
+        fault_of(path, "Write or download it again"),
+        warnings.catch_warnings(),
+        Image.open(path, formats=_PICTURE_FORMATS) as picture,
+    ):
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        refuse_size(path, picture.height, picture.width)
+        yield ImageOps.exif_transpose(picture)
 
 
 def _pixels_of(picture: Image, size: Size | None) -> NDArray[np.uint8]:
