@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fewstep.data.files.cache import refuse_other
 from fewstep.errors import UserError, show
 from fewstep.files import Lines, lock, remove
 from fewstep.untrusted.text import parse_json
@@ -72,13 +73,9 @@ class Ledger:
         if strange := [name for name in lines if Path(name).name != name or name in ("", "..") or len(name) > 255]:
             raise UserError(f"{self.path}: names {show(strange[0])}, which is no file of its folder. {advice}")
         there = [name for name in lines if self.file_of(name).is_file()]
-        if rows and made_from != self.made_from and there:
-            keys = sorted(key for key in made_from | self.made_from if made_from.get(key) != self.made_from.get(key))
-            differences = ", ".join(f"{key} {made_from.get(key)!r}, not {self.made_from.get(key)!r}" for key in keys)
-            raise UserError(
-                f"{self.path.parent}: {len(there)} files were made with {differences}. Use those settings, write to "
-                "another folder, or remove them"
-            )
+        if there:
+            advice = f"Use its settings, write to another folder, or remove its {len(there)} files"
+            refuse_other(self.path.parent, made_from, dict.fromkeys(made_from, "left out") | self.made_from, advice)
         self._file.cut(end if there else 0)
         if not there:
             self._append({"made_from": self.made_from})

@@ -114,7 +114,7 @@ def test_files_are_the_control_of_the_frames(folder: Path, type_: Any, preset: A
     before = content(folder)
     assert write(folder, OfFrames(type_, preset)) == Summary(NUM, 0, 0)
     assert content(folder) == before
-    with pytest.raises(ValueError, match=f"3 files were made with preset '{preset}', not 'high'"):
+    with pytest.raises(ValueError, match=f"preset is '{preset}', not 'high'.*remove its 3 files"):
         write(folder, OfFrames(type_, "high"))
 
 
