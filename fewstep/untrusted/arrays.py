@@ -45,14 +45,12 @@ def data_symbols(budget: Budget) -> dict[str, Any]:
         return Pending(build)
 
     def frombuffer(raw: Any, element: Any, shape: Any, order: Any, axes: Any = None) -> np.ndarray:
-        if order == "K":  # numpy 2.3 and later: C order of the axes as they lie in memory
-            array = _array(raw, element, shape, "C", budget)
-            if axes is None or len(shape_of(axes)) != array.ndim:
-                raise UserError("the order of axes does not fit the shape")
-            return array.transpose(axes)
-        if order not in ("C", "F"):
+        if order not in ("C", "F", "K"):
             raise UserError("unknown memory order")
-        return _array(raw, element, shape, order, budget)
+        array = _array(raw, element, shape, order, budget)
+        if order == "K":  # numpy 2.3 and later: C order of the axes as they lie in memory
+            return array.transpose(shape_of(axes))
+        return array
 
     def scalar(element: Any, raw: Any) -> Any:  # the numpy scalar of whichever type
         return _array(raw, element, (), "C", budget)[()]

@@ -18,8 +18,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from fewstep.errors import UserError
 
 MAX_OPCODES = 2_000_000  # a container costs some 100 bytes for its one opcode, so this also bounds memory: 200 MB
@@ -35,8 +33,6 @@ _SCALARS = frozenset((str, bytes, int, float, bool, type(None)))
 class UnsafePickle(UserError):  # noqa: N818  # the name says what the file is
     """A pickle that is damaged, too large, or holds more than arrays, tensors and plain containers."""
 
-    wants: str | None = None  # what it would have imported
-
 
 Builder = Callable[..., Any]
 # A name -> what builds its value; None: admitted, but never called; anything else that cannot be called is the value itself.
@@ -44,10 +40,11 @@ Symbols = Mapping[str, Any]
 
 
 class Budget:
-    """The remaining budget, shared by a pickle and the storages inside it."""
+    """The remaining budget of a file of `size` bytes, shared by a pickle and the storages inside it."""
 
-    def __init__(self, opcodes: int, copied: int):
-        self.opcodes, self.copied = opcodes, copied
+    def __init__(self, size: int, opcodes: int = MAX_OPCODES):
+        self.opcodes = opcodes
+        self.copied = 4 * size + 4096  # text -> bytes -> storage -> tensor is the longest honest chain
         self._keys: dict[int, list[Any]] = {}  # different keys by their hash
 
     def charge(self, num_bytes: int) -> None:
@@ -62,16 +59,8 @@ class Budget:
         """
         if type(key) in (str, bytes):  # their hashes are salted
             return key
-        parts, num_parts = [key], 0
-        while parts:
-            part = parts.pop()
-            num_parts += 1
-            if type(part) is tuple:
-                parts.extend(part)
-            elif type(part) not in _SCALARS and not isinstance(part, np.generic):
-                raise RefusalError(f"a {type(part).__name__} as a key")
-            if num_parts + len(parts) > _MAX_KEY_PARTS:
-                raise RefusalError(f"a key of more than {_MAX_KEY_PARTS} parts")
+        if _extent(key, 0, {})[1] > _MAX_KEY_PARTS:
+            raise RefusalError(f"a key of more than {_MAX_KEY_PARTS} parts")
         others = self._keys.setdefault(hash(key), [])
         if key not in others:
             others.append(key)
@@ -82,8 +71,6 @@ class Budget:
 
 class RefusalError(Exception):
     """The reason why a stream is refused; the reader adds the file's name and the place."""
-
-    wants: str | None = None
 
 
 class Symbol:
@@ -127,19 +114,19 @@ class Reader(_MACHINE):
         self.place = stream.tell()
 
     def run(self) -> Any:  # as load
-        """The object on top of the stack at STOP; the stream is left behind the STOP."""
+        """The object on top of the stack at STOP, which is data; the stream is left behind the STOP."""
         try:
             value = self.load()
             if self.stack or self.metastack:
                 raise UserError("the stack does not hold one object")
+            _extent(value, 0, {})
             return value
         except RefusalError as refusal:
-            error = UnsafePickle(
+            raise UnsafePickle(
                 f"{self.name}: refused at byte {self.place:,}: {refusal}. Only numbers, text, plain containers, numpy arrays "
-                "and torch tensors are read from pickles; have its maker write npy, safetensors or json instead."
-            )
-            error.wants = refusal.wants
-            raise error from None
+                "and torch tensors are read. If you trust the file, load it where it was made and save those alone, as npy, "
+                "safetensors or json"
+            ) from None
         except UnsafePickle:
             raise
         except Exception as error:  # the machine lets out whatever its parsers of numbers and text raise
@@ -168,9 +155,7 @@ class Reader(_MACHINE):
     def find_class(self, module: str, name: str) -> Any:  # a Symbol, or a value
         full = f"{module}.{name}"
         if full not in self.symbols:
-            refusal = RefusalError(f"it asks for {full[:200]!r}")
-            refusal.wants = full[:200]
-            raise refusal
+            raise RefusalError(f"it asks for {full[:200]!r}")
         entry = self.symbols[full]
         return Symbol(full, entry) if entry is None or callable(entry) else entry
 
@@ -252,32 +237,25 @@ def short(value: Any) -> str:  # value may be anything the stream held
     return repr(value[:40]) if type(value) is str else f"of type {type(value).__name__}"
 
 
-def check_result(root: Any, name: str) -> None:  # as load
-    """Refuses what is no data (a bare name, a half-built array), cycles, depth, and results that unfold without end."""
-    measured: dict[int, tuple[int, int]] = {}  # id of a finished container: its depth, its unfolded size
-    open_: set[int] = set()
-    todo: list[tuple[Any, bool]] = [(root, False)]
-    while todo:
-        value, is_finished = todo.pop()
-        kind = type(value)
-        if kind in _SCALARS:
-            continue
-        if kind in (list, tuple, dict, OrderedDict):
-            children = list(value) if kind in (list, tuple) else [*value.keys(), *value.values()]
-            if is_finished:
-                inner = [measured.get(id(child), (0, 1)) for child in children]
-                depth = 1 + max((d for d, _ in inner), default=0)
-                size = 1 + sum(s for _, s in inner)
-                if depth > _MAX_DEPTH or size > _MAX_UNFOLDED:
-                    raise UnsafePickle(f"{name}: refused: containers {depth} deep with {size:,} elements once unfolded.")
-                measured[id(value)] = depth, size
-                open_.discard(id(value))
-            elif id(value) in open_:
-                raise UnsafePickle(f"{name}: refused: a container that contains itself.")
-            elif id(value) not in measured:
-                open_.add(id(value))
-                todo.append((value, True))
-                todo.extend((child, False) for child in children if type(child) not in _SCALARS)
-        elif isinstance(value, (Symbol, Pending)):
-            what = value.name if isinstance(value, Symbol) else "a half-built array or tensor"
-            raise UnsafePickle(f"{name}: refused: it holds {what} as a value, which is not data.")
+def _extent(value: Any, above: int, memo: dict[int, tuple[int, int]]) -> tuple[int, int]:  # value: as load
+    """How many containers deep a value is, and how many elements one meets who walks it, in `above` others.
+
+    memo: extents of containers by their id. Refuses what is no data (a bare name, a half-built array), what is too deep, as a
+    cycle is, and what unfolds to too much.
+    """
+    if isinstance(value, (Symbol, Pending)):
+        what = value.name if isinstance(value, Symbol) else "a half-built array or tensor"
+        raise RefusalError(f"it holds {what} as a value, which is not data")
+    if type(value) not in (list, tuple, dict, OrderedDict):
+        return 0, 1
+    if id(value) not in memo:
+        if above == _MAX_DEPTH:
+            raise RefusalError(f"containers more than {_MAX_DEPTH} deep, or one that contains itself")
+        children = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        extents = [_extent(child, above + 1, memo) for child in children if type(child) not in _SCALARS]
+        num = 1 + len(children) + sum(size for _, size in extents)
+        memo[id(value)] = 1 + max((depth for depth, _ in extents), default=0), num
+    depth, num = memo[id(value)]
+    if depth + above > _MAX_DEPTH or num > _MAX_UNFOLDED:
+        raise RefusalError(f"containers {depth + above} deep with {num:,} elements once unfolded")
+    return depth, num

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.untrusted.stored import SAFETENSORS_DTYPES, Stored
+from fewstep.untrusted.text import fault_of
 
 _MAX_TENSORS = 2**17  # of one file; each costs some 16 us and 1 kB before it is read
 
@@ -50,14 +51,11 @@ def _read(path: str | os.PathLike[str], advice: str, name: str) -> Tensor:
 
 @contextmanager
 def _opened(path: str | os.PathLike[str], advice: str) -> Iterator[Any]:  # Any: the library's file, which has no type
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file. {advice}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            if len(file.keys()) > _MAX_TENSORS:
-                raise UserError(f"{path}: holds {len(file.keys()):,} tensors; at most {_MAX_TENSORS:,} are read. {advice}")
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged or no safetensors file ({error}). {advice}") from None
+    with fault_of(path, advice), safe_open(path, framework="pt") as file:
+        if len(file.keys()) > _MAX_TENSORS:
+            raise UserError(f"{path}: holds {len(file.keys()):,} tensors; at most {_MAX_TENSORS:,} are read. {advice}")
+        yield file

@@ -368,7 +368,7 @@ MISTAKES: list[tuple[str, dict[str, Any], Spoil, str]] = [
         tensors("path/clip_000000.safetensors", path=torch.zeros(1, 4, 3, 8, 4), path_times=torch.ones(1)),
         r"shape \(4, 3, 8, 4\), but its clip's latents are \(4, 3, 8, 8\)",
     ),
-    ("damaged cache", {"x0": "latents"}, text("latents/clip_000001.safetensors", b"\x10"), "damaged or no safetensors file"),
+    ("damaged cache", {"x0": "latents"}, text("latents/clip_000001.safetensors", b"\x10"), "cannot be opened"),
     (
         "latents of another codec",
         {"x0": "latents"},

@@ -165,5 +165,5 @@ def index(change: Callable[[dict], None]) -> Callable[[Path], None]:
 def test_a_damaged_pack_is_named(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     fill(tmp_path)
     spoil(tmp_path / "packs" / "00000.safetensors")
-    with pytest.raises(ValueError, match=r"00000\.safetensors: damaged"):
+    with pytest.raises(ValueError, match=r"00000\.safetensors: (damaged|cannot be opened)"):
         open_packs(tmp_path)

@@ -121,7 +121,7 @@ def test_a_pickle_of_python_2_is_refused_in_one_line() -> None:
         b"cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
         b"U\x08\x00\x00\x80?\x00\x00\x00@tb."
     )
-    with pytest.raises(UnsafePickle, match=r"the opcode SHORT_BINSTRING.*have its maker write npy, safetensors or json"):
+    with pytest.raises(UnsafePickle, match=r"the opcode SHORT_BINSTRING.*save those alone, as npy, safetensors or json"):
         loads(data)
 
 
@@ -243,7 +243,7 @@ HOSTILE = {
     "encode as a codec": (b"c_codecs\nencode\n(Vx\nVbz2\ntR.", "encoding 'bz2'"),
     "bytes of a number": (b"c__builtin__\nbytes\n(I1000000000000\ntR.", "damaged"),
     "bytearray of a number": (b"c__builtin__\nbytearray\n(I1000000000000\ntR.", r"__builtin__\.bytearray"),
-    "array as a key": (b"\x80\x04}]K\x01s.", "as a key"),
+    "array as a key": (b"\x80\x04}]K\x01s.", "unhashable"),
     "list in itself": (b"\x80\x04]\x94h\x00a.", "contains itself"),
     "integer of 16 kB": (b"\x80\x02\x8b\x00\x40\x00\x00" + b"\x7f" * 0x4000 + b".", "the opcode LONG4"),
     "torch: pickle in the storage": (_torch_pickle_inside(pickle.dumps(Calls(os.system, "touch hacked"))), r"posix\.system"),
@@ -325,7 +325,7 @@ BOMBS = {
         b"\x80\x04(]\x94" + b"".join(b"]\x94(" + b"h%c" % i * 10 + b"e" for i in range(60)) + b"t.", "once unfolded"
     ),
     "laughing tuples": (b"\x80\x04" + _laughing(90) + b"h\x5a.", "once unfolded"),
-    "laughing tuples as a key": (b"\x80\x04" + _laughing(90) + b"}h\x5aNs.", "a key of more than 64 parts"),
+    "laughing tuples as a key": (b"\x80\x04" + _laughing(90) + b"}h\x5aNs.", "once unfolded"),
     "laughing tuples in a set": (b"\x80\x04" + _laughing(90) + b"\x8f(h\x5a\x90.", "the opcode EMPTY_SET"),
     "laughing tuples as an encoding": (b"\x80\x04" + _laughing(90) + b"c_codecs\nencode\n(Vx\nh\x5atR.", "of type tuple"),
     "laughing tuples as a dtype": (b"\x80\x04" + _laughing(90) + b"cnumpy\ndtype\nh\x5a\x85R.", "of type tuple"),
@@ -333,9 +333,9 @@ BOMBS = {
         b"\x80\x04" + _laughing(90) + b"cnumpy.core.numeric\n_frombuffer\n(C\x00" + _U1 + b"h\x5aX\x01\x00\x00\x00CtR.",
         "not a shape",
     ),
-    "deep lists": (b"]" * 20_000 + b"a" * 19_999 + b".", "101 deep"),
-    "deep tuples": (b")" + b"\x85" * 20_000 + b".", "101 deep"),
-    "deep tuples as a key": (b"}N" + b"\x85" * 20_000 + b"Ns.", "a key of more than 64 parts"),
+    "deep lists": (b"]" * 20_000 + b"a" * 19_999 + b".", "more than 100 deep"),
+    "deep tuples": (b")" + b"\x85" * 20_000 + b".", "more than 100 deep"),
+    "deep tuples as a key": (b"}N" + b"\x85" * 20_000 + b"Ns.", "more than 100 deep"),
     "many tables": (b"\x80\x04(" + b"}" * 110_000 + b"t.", "more than 2,000,000 objects"),
     "one text encoded again and again": (
         b"\x80\x04c_codecs\nencode\n\x94X\x00\x00\x10\x00" + b"x" * (1 << 20) + b"\x94\x85\x94(" + b"h\x00h\x02R" * 50 + b"t.",

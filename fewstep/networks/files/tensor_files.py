@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.untrusted.pickles import UnsafePickle
+from fewstep.networks.files.distributed import open_distributed
 from fewstep.untrusted.safe_tensors import open_safetensors
 from fewstep.untrusted.stored import Stored
 from fewstep.untrusted.text import Name, read_json
@@ -69,8 +69,6 @@ def is_tensor_file(place: str) -> bool:
     if not path.is_dir() or (path / "checkpoints").is_dir():
         return False
     if (path / ".metadata").is_file():
-        from fewstep.networks.files.distributed import open_distributed
-
         return not any(re.match(r"\w+\.(weights|ema)\.", name) for name in open_distributed(path))
     return bool(_safetensors_in(path)) or (path / MODEL).is_file()
 
@@ -90,8 +88,6 @@ def open_tensors(place: str | Path, part: str | None = None) -> TensorFile:
     elif path.suffix in TORCH_SUFFIXES:
         file = _torch_file(path, part)
     elif (path / ".metadata").is_file():
-        from fewstep.networks.files.distributed import open_distributed
-
         file = TensorFile(str(path), open_distributed(path))
     elif path.is_dir() and _safetensors_in(path):
         merged: dict[str, Stored] = {}
@@ -184,26 +180,13 @@ def _chosen_set(sets: Mapping[str, Mapping[str, Any]], part: str | None, source:
 
 
 def _torch_file(path: Path, part: str | None) -> TensorFile:
-    tree = _saved(path)
+    tree = load_torch(path)
     sets = _sets(tree) or {"": {}}
     at = _chosen_set(sets, part, str(path))
     entries = sets[at]
     tensors = {name: Stored.of(value) for name, value in entries.items() if isinstance(value, Tensor)}
     name = part if part is not None and (at == part or at.endswith(f".{part}")) else at
     return TensorFile(str(path), tensors, name, len(entries) - len(tensors))
-
-
-def _saved(path: Path) -> Any:  # Any: whatever was saved, out of tensors and plain containers
-    """What torch.save wrote, its tensors mapped from the file; refuses whatever would run code."""
-    try:
-        return load_torch(path)
-    except UnsafePickle as error:
-        if error.wants is None:
-            raise UserError(f"{str(error).rstrip('.')}. {_INCOMPLETE}") from None
-        raise UserError(
-            f"'{path}' is not read: it wants to load {error.wants}, and weights are data. If you trust the file, load it where "
-            "it was made and save its tensors alone"
-        ) from None
 
 
 # --- safetensors
