@@ -33,6 +33,8 @@ from fewstep.untrusted.text import read_json
 GUARDED = (
     "diffusers' {cls} wants the package cosmos_guardrail; without it, give `from_pretrained` a `safety_checker` of your own."
 )
+# Settings of a network that its codec and text encoders must fit.
+DOORS = ("out_channels", "text_dim", "text_embed_dim", "cross_attention_dim", "joint_attention_dim", "image_dim")
 PIPELINE = Path(__file__).with_name("student_pipeline.py.txt")
 
 
@@ -45,6 +47,8 @@ def write_folder(model: Model, card: StudentCard, out: Path, base: Base) -> Stud
     for name, part in parts.items():
         part.save_pretrained(str(out / name))
         index[name] = ["diffusers", type(part).__name__]
+    if base.pipeline is not None and not traits.pipeline_class:  # which another class than the base's samples
+        _refuse_foreign(base.pipeline, parts)
     base_class = base.copy_parts(out, index)
     if _standalone(out) is not None:
         index.pop("text_encoder", None)  # no class of transformers: pipeline.py reads it
@@ -81,6 +85,21 @@ def write_folder(model: Model, card: StudentCard, out: Path, base: Base) -> Stud
     scale = network.path.sigma_data if isinstance(network.path, EDM) else 1.0  # an EDM network's state has its data's spread
     pipeline = {"schedule": steps, "network_family": settings, "latent_scale": scale, "latent_channels": channels}
     return replace(card, envelope=envelope, pipeline=pipeline)
+
+
+def _refuse_foreign(base: Path, parts: Mapping[str, Any]) -> None:  # Any: networks of diffusers
+    """Refuses a pipeline of another network: its codec, text encoder and loop would be taken for the student's."""
+    for name, part in parts.items():
+        config = base / name / "config.json"
+        theirs = read_json(config, ADVICE) if config.is_file() else {}
+        own = {"_class_name": type(part).__name__, **part.config}
+        for key in ("_class_name", *DOORS):
+            if key in theirs and theirs[key] != own.get(key):
+                what = key.removeprefix("_").replace("_", " ")
+                raise UserError(
+                    f"--base {base}: the {what} of its {name} is {theirs[key]}, that of the student {own.get(key)}. Take the "
+                    "pipeline that the student's teacher is part of"
+                )
 
 
 def _why_own_loop(sampler: StudentSampler, base: Path | None, base_class: str, scheduling: Scheduling, fit: Fit | None) -> str:

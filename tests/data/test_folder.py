@@ -173,6 +173,8 @@ def test_pairs_of_latents(source: Path) -> None:
 
 
 def test_pairs_of_pixels_and_a_negative_from_a_file(source: Path, toy: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no negative.pickle.*prepare text --negative-prompt TEXT"):
+        Folder(str(toy), num_frames=9, negative="negative.pickle").open()
     write_pickle(toy / "negative.pickle", [np.ones((2, 6), dtype=np.float16)])
     batch = (
         Folder(str(toy), num_frames=9, max_tokens=4, mask_text=True, negative="negative.pickle", pairs=("noise",))

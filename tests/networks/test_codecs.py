@@ -74,7 +74,9 @@ def test_a_clip_that_does_not_fit_is_refused_with_what_would() -> None:
     codec = codec_of(wan_vae())
     with pytest.raises(ValueError, match=r"10 frames do not fit; it takes 1 \+ k \* 4: 9 or 13"):
         codec.encode(clip(10, 16, 16))
-    with pytest.raises(ValueError, match=r"16 x 20 pixels do not fit; both sides must be multiples of 8"):
+    with pytest.raises(
+        ValueError, match=r"16 x 20 pixels do not fit; both sides must be multiples of 8, --height 16 --width 16"
+    ):
         codec.shape(9, 16, 20)
 
 

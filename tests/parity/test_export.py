@@ -18,6 +18,7 @@ import test_cosmos_pipelines as cosmos
 from fewstep.batch import Condition
 from fewstep.diffusion import VP, RectifiedFlow, Rng, StudentSampler, TeacherSampler, guided, samplers
 from fewstep.diffusion.times import shifted
+from fewstep.errors import UserError
 from fewstep.export.base import Base
 from fewstep.export.to_diffusers import write_folder
 from fewstep.inference.card import Envelope, StudentCard
@@ -127,6 +128,27 @@ def wan_base(network: Any, scheduler: Any) -> Any:
     vae = AutoencoderKLWan(**VAE, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
     none: Any = {"tokenizer": None, "text_encoder": None}
     return WanPipeline(vae=vae, transformer=network.module, scheduler=scheduler, **none)
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (replace(WAN, text_dim=24), "the text dim of its transformer is 24, that of the student 16"),
+        (
+            cosmos.PREDICT1,
+            "the class name of its transformer is CosmosTransformer3DModel, that of the student WanTransformer3DM",
+        ),
+    ],
+)
+def test_a_base_of_another_network_is_refused(tmp_path: Path, other: Any, says: str) -> None:
+    """It has a codec, a text encoder and a loop of its own, and diffusers would take them for the student's."""
+    from diffusers import UniPCMultistepScheduler
+
+    other.build().module.save_pretrained(tmp_path / "base" / "transformer")
+    wan_base(WAN.build(), UniPCMultistepScheduler()).save_config(tmp_path / "base")
+    network, sampler = WAN.build(), StudentSampler(FLOW, RectifiedFlow(), "fresh")
+    with pytest.raises(UserError, match=says):
+        write_folder(Model(network, None, sampler), StudentCard(network={}, sampler=sampler), tmp_path, Base(tmp_path / "base"))
 
 
 def test_a_post_trained_teacher_is_a_pipeline_of_its_base(tmp_path: Path) -> None:

@@ -308,8 +308,14 @@ class FolderData:
         like = self._embedding(self.samples[0])
         if spec.negative == "zeros":
             return like.zeros()
-        with self._file(spec.negative) as path:
-            return parts.negative_embedding(path, like, str(spec.text))
+        try:
+            with self._file(spec.negative) as path:
+                return parts.negative_embedding(path, like, str(spec.text))
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.layout.root}: has no {spec.negative}, the text that guidance pushes away from. Make it with: fewstep "
+                "prepare text --negative-prompt TEXT (the empty text is usual), or set data.negative=zeros"
+            ) from None
 
 
 class _Memory:

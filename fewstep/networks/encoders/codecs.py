@@ -109,7 +109,11 @@ class Autoencoder:
                 f"{name}: {frames} frames do not fit; it takes 1 + k * {form.frames_step}: {fits} or {fits + form.frames_step}"
             )
         if height % form.space or width % form.space:
-            raise UserError(f"{name}: {height} x {width} pixels do not fit; both sides must be multiples of {form.space}")
+            fit = " --width ".join(str(max(side - side % form.space, form.space)) for side in (height, width))
+            raise UserError(
+                f"{name}: {height} x {width} pixels do not fit; both sides must be multiples of {form.space}, "
+                f"--height {fit} for instance"
+            )
         shape = form.latents(frames, height, width)
         num = shape[1]
         if self.mean.shape[2] not in (1, num) and num > self.mean.shape[2]:

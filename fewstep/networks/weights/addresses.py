@@ -240,7 +240,9 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str, *, 
             problems.append(f"  {name}: is {other} in the network, but another tensor in the weights")
     if problems:
         lines = some(problems, 12, "\n")
-        raise UserError(f"the weights at '{source}' do not fit the network:\n{lines}")
+        hint = "\n  they are adapters: begin with the folder that fewstep export makes of them with --base"
+        is_lora = any(".lora_A." in name for name in tensors)
+        raise UserError(f"the weights at '{source}' do not fit the network:\n{lines}{hint if is_lora else ''}")
     if not replaces:
         module.load_state_dict(dict(tensors), strict=True)
         return len(own)

@@ -395,7 +395,10 @@ def _refuse_unfit(config: Any, shape: tuple[int, ...], text: Tensor) -> None:  #
     if channels != config.out_channels:
         raise UserError(f"this Cosmos network works on latents of {config.out_channels} channels, but was given {channels}")
     if any(side % patch for side, patch in zip(sides, config.patch_size, strict=True)):
-        raise UserError(f"this Cosmos network reads patches of {config.patch_size} latents, which do not divide {tuple(sides)}")
+        raise UserError(
+            f"this Cosmos network reads patches of {config.patch_size} latents, which do not divide {tuple(sides)} (T H W). "
+            "Prepare the latents at another --height and --width"
+        )
     learnt = config.extra_pos_embed_type == "learnable"  # one table for each axis; without, one length for all of them
     longest = max(size // patch for size, patch in zip(config.max_size, config.patch_size, strict=True))
     most = [size if learnt else longest * patch for size, patch in zip(config.max_size, config.patch_size, strict=True)]

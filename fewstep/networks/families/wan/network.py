@@ -83,7 +83,7 @@ class Wan(FlowAdapter):
         if any(side % patch for side, patch in zip((frames, height, width), config.patch_size, strict=True)):
             raise UserError(
                 f"this Wan network reads patches of {tuple(config.patch_size)} latents, which do not divide "
-                f"{(frames, height, width)}"
+                f"{(frames, height, width)} (T H W). Prepare the latents at another --height and --width"
             )
         inputs, time = x, 1000 * t.double()
         if self.whole_times:
