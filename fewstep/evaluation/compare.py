@@ -2,9 +2,9 @@
 
 Every file is compared with the first. Both were scored on the same prompts with the same noise, so differences are paired:
 
-    scores of single clips       mean difference over clips, bootstrap interval over clips
-    MMD, coverage, ..            difference of the scores of the same random halves of the clips, from the stored features
-    all others                   difference of the two values, intervals added as if independent
+    clip by clip    scores of single clips: the mean difference, with its error over the prompts
+    same halves     scores of sets: the difference of the values, with its deviation over the same random halves of the clips
+    independent     scores of which a file keeps neither: intervals added as if independent, which are wide
 
 "As real" scores are compared by their distance from the real clips' value. A difference is real where its 95 % interval does
 not hold 0. Files with different protocols are refused: their numbers do not compare.
@@ -19,20 +19,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from fewstep.errors import UserError
-from fewstep.evaluation.bootstrap import halves, resampled
-from fewstep.evaluation.mmd import mmd_of_subsets
-from fewstep.evaluation.neighbours import of_subsets
+from fewstep.evaluation.bootstrap import student_quantile
 from fewstep.evaluation.score_files import read_scores
 from fewstep.files import write_json
-from fewstep.untrusted.safe_tensors import read_safetensors
 from fewstep.untrusted.text import fault_of
 
 How = Literal["clip by clip", "same halves", "independent"]
 Verdict = Literal["better", "worse", "no difference", "not measured"]
+_Floats = NDArray[np.float64]
+
+COVERS = (
+    "Intervals cover other prompts and noises for the same weights, not another training: "
+    "two trainings of one recipe can differ by more."
+)
+WIDE = (
+    "independent: not both files keep what pairs the score, so that its interval is wide. Evaluate both models again; "
+    "a scorer of your own returns Record(per_clip=..) or Value(draws=..)."
+)
 
 
 @dataclass(frozen=True)
@@ -57,23 +64,20 @@ class Difference:
 class _Scores:
     path: Path
     record: Mapping[str, Any]
-    features: Mapping[str, Tensor]
 
     @classmethod
     def read(cls, path: Path) -> _Scores:
         record = read_scores(path)
         if record.get("protocol") is None:
             raise UserError(f"{path}: is no file of scores with a protocol. Evaluate the model again")
-        features = path.with_suffix("") / "features.safetensors"
-        if not features.is_file():
-            return cls(path, record, {})
-        return cls(path, record, read_safetensors(features, "Evaluate the model again")[0])
+        return cls(path, record)
 
-    def per_clip(self, name: str) -> Tensor | None:
+    def per_clip(self, name: str) -> NDArray[np.float64] | None:
+        """The score of each clip (set, number); None where a set has none."""
         columns = [part["per_clip"].get(name) for part in self.record["sets"]]
-        if not columns or any(column is None for column in columns):
+        if not columns or any(column is None or len(column) != len(columns[0]) for column in columns):
             return None
-        return torch.tensor([math.nan if x is None else x for column in columns for x in column], dtype=torch.float64)
+        return np.array([[math.nan if x is None else x for x in column] for column in columns])
 
 
 def compare(files: Sequence[Path], *, headlines: bool = False) -> list[Difference]:
@@ -113,7 +117,9 @@ def _difference(row: Mapping[str, Any], first: _Scores, other: _Scores) -> Diffe
     a, b = (math.nan if value is None else float(value) for value in values)
     real = _real(first.record, name) if better == "as real" else None
     value, low, high, how, num = (
-        _clip_by_clip(name, first, other, real) or _same_halves(name, first, other) or _independent(name, first, other, real)
+        _clip_by_clip(name, first, other, real)
+        or _same_halves(name, first, other, real)
+        or _independent(name, first, other, real)
     )
     if not all(map(math.isfinite, (value, low, high))) or (better == "as real" and real is None):
         verdict: Verdict = "not measured"
@@ -134,48 +140,43 @@ def _real(record: Mapping[str, Any], name: str) -> float | None:
 
 
 def _clip_by_clip(name: str, first: _Scores, other: _Scores, real: float | None) -> _Found | None:
+    """The error is that over clip numbers: the clips of one number in all sets are of one prompt."""
     a, b = first.per_clip(name), other.per_clip(name)
-    if a is None or b is None or len(a) != len(b):
+    if a is None or b is None or a.shape != b.shape:
         return None
-    both = a.isfinite() & b.isfinite()
-    if int(both.sum()) < 2:
+    both = np.isfinite(a) & np.isfinite(b)
+    counts = both.sum(axis=0)
+    num = int((counts > 0).sum())
+    if num < 2:
         return None
-    rows = torch.stack([a[both], b[both]], dim=1)
-
-    def score(some: Tensor) -> float:
-        mean_a, mean_b = some.mean(dim=0).tolist()
-        return mean_b - mean_a if real is None else abs(mean_b - real) - abs(mean_a - real)
-
-    spread = resampled(score, rows, draws=1000)
-    return spread.value, spread.low, spread.high, "clip by clip", len(rows)
+    each = np.where(both, _apart(a, b, float(a[both].mean()), float(b[both].mean()), real), 0.0)
+    value = float(each.sum() / counts.sum())
+    residuals = (each.sum(axis=0) - value * counts)[counts > 0] / counts[counts > 0].mean()
+    reach = student_quantile(num - 1) * float(residuals.std(ddof=1)) / math.sqrt(num)
+    return value, value - reach, value + reach, "clip by clip", int(counts.sum())
 
 
-def _same_halves(name: str, first: _Scores, other: _Scores) -> _Found | None:
-    score, _, network = name.partition("_")
-    measure = {"mmd": mmd_of_subsets, "coverage": _coverage}.get(score)
-    keys = sorted(key for key in first.features if key.endswith(f"/{network}"))
-    if measure is None or not keys or not all(key in other.features for key in keys):
+def _same_halves(name: str, first: _Scores, other: _Scores, real: float | None) -> _Found | None:
+    """The error is the deviation of the difference between random halves of the clips."""
+    a, b = (part.record["scores"][name] for part in (first, other))
+    counts = {len(part.get("draws", ())) for part in (a, b)}
+    if a["value"] is None or b["value"] is None or len(counts) > 1 or min(counts) < 2:
         return None
-    values, variances, num = list[float](), list[float](), 0
-    for key in keys:
-        a, b, real = (rows.double() for rows in (first.features[key], other.features[key], first.features[f"{key}.real"]))
-        if len(a) != len(b):
-            return None
-        if score == "coverage":  # of equal numbers of clips
-            a, b, real = (rows[: min(len(a), len(real))] for rows in (a, b, real))
-        subsets = [torch.arange(len(a)), *halves(len(a), 50)]
-        pairs = zip(measure(a, real, subsets), measure(b, real, subsets), strict=True)
-        whole, *some = (of_b - of_a for of_a, of_b in pairs)
-        values.append(whole)
-        variances.append(statistics.variance(some))
-        num += len(a)
-    value, reach = sum(values) / len(values), 1.96 * math.sqrt(sum(variances)) / len(variances)
+    of_a, of_b = (np.array([part["value"], *part["draws"]], dtype=np.float64) for part in (a, b))
+    value, *each = _apart(of_a, of_b, a["value"], b["value"], real).tolist()
+    error = statistics.stdev(each)
+    num = min(a["num"], b["num"])
+    num_prompts = max(2, num // len(first.record["sets"]))
+    reach = error * student_quantile(1 / (1 / (len(each) - 1) + 1 / (num_prompts - 1)))  # few draws, of few clips
     return value, value - reach, value + reach, "same halves", num
 
 
-def _coverage(rows: Tensor, real: Tensor, subsets: Sequence[Tensor]) -> list[float]:
-    k = min(5, max(1, len(rows) // 2 - 1))
-    return [one.coverage for one in of_subsets(real, rows, [(subset, subset) for subset in subsets], k)]
+def _apart(a: _Floats, b: _Floats, of_a: float, of_b: float, real: float | None) -> _Floats:
+    """b - a; of "as real" scores how much farther b is from the real value, on the sides of it on which the scores are."""
+    if real is None:
+        return b - a
+    side_a, side_b = (1.0 if of >= real else -1.0 for of in (of_a, of_b))
+    return side_b * (b - real) - side_a * (a - real)
 
 
 def _independent(name: str, first: _Scores, other: _Scores, real: float | None) -> _Found:
@@ -202,7 +203,9 @@ def table(rows: Sequence[Difference]) -> str:
                 f"  {row.verdict:13}  {row.score:28} {row.value_first:10.4g} -> {row.value_other:10.4g}   "
                 f"difference {row.difference:9.3g} {interval}  ({row.how}, {row.num} clips)"
             )
-    return "\n".join(lines)
+    if any(row.how == "independent" and row.verdict != "not measured" for row in rows):
+        lines.append(WIDE)
+    return "\n".join([*lines, COVERS])
 
 
 def write(out: Path, rows: Sequence[Difference]) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.evaluation.bootstrap import half_sampled, halves
+from fewstep.evaluation.bootstrap import REAL, half_sampled, halves
 from fewstep.evaluation.diversity import vendi
 from fewstep.evaluation.frechet import Moments, frechet_score
 from fewstep.evaluation.mmd import mmd_of_subsets
@@ -137,14 +137,14 @@ def compare(samples: FeatureSet, real: FeatureSet, scale: Scale, *, draws: int =
         raise UserError(f"{min(len(samples), len(real))} clips are too few to compare sets: at least {LEAST}, better hundreds")
     rows, others = scaled(samples, scale), scaled(real, scale)
     scores, notes = _frechet(samples, real, scale, seed)
-    whole, *some = mmd_of_subsets(rows, others, [torch.arange(len(rows)), *halves(len(rows), draws, seed)])
-    scores["mmd"] = Value(whole, float(np.std(some, ddof=1)), len(rows))
+    parts = zip(halves(len(rows), draws, seed), halves(len(others), draws, REAL), strict=True)
+    whole, *some = mmd_of_subsets(rows, others, [(torch.arange(len(rows)), torch.arange(len(others))), *parts])
+    scores["mmd"] = Value.of_draws(whole, some, len(rows))
     scores |= _neighbours(rows, others, draws, seed)
     if copies := num_zero_balls(rows, _num_neighbours(len(rows))):
         notes.append(f"{copies} clips have exact copies: precision and recall mean nothing")
     if bool((rows.norm(dim=1) > 0).all()):
-        of_vendi = half_sampled(vendi, rows, draws=10, seed=seed)
-        scores["vendi"] = Value(of_vendi.value, of_vendi.stderr, len(rows))
+        scores["vendi"] = half_sampled(vendi, rows, draws=10, seed=seed)
     return Comparison(scores, notes)
 
 
@@ -154,11 +154,10 @@ def scaled(part: FeatureSet, scale: Scale) -> Tensor:
 
 
 def _frechet(samples: FeatureSet, real: FeatureSet, scale: Scale, seed: int) -> tuple[dict[str, Value], list[str]]:
-    """The distance of all rows, its spread, and its bias, from halves of the groups of clips."""
-    whole_real = real.moments().scaled(*scale)
-    full = frechet_score(samples.moments().scaled(*scale), whole_real)
+    """The distance of all rows; its spread, from leaving out each group of clips of both sets; its bias, from halves."""
+    full = frechet_score(samples.moments().scaled(*scale), real.moments().scaled(*scale))
     generator = np.random.default_rng(seed)
-    against_all, of_halves = list[float](), list[float]()
+    of_halves = list[float]()
     for _ in range(HALVINGS):
         order, other = generator.permutation(GROUPS), generator.permutation(GROUPS)
         for half in (slice(GROUPS // 2), slice(GROUPS // 2, None)):
@@ -166,13 +165,16 @@ def _frechet(samples: FeatureSet, real: FeatureSet, scale: Scale, seed: int) -> 
             theirs = real.moments(other[half].tolist()).scaled(*scale)
             if min(mine.count, theirs.count) < 2:
                 continue
-            against_all.append(frechet_score(mine, whole_real).value)
             of_halves.append(frechet_score(mine, theirs).value)
     if len(of_halves) < 2:
         return {"frechet": Value(full.value, math.nan, len(samples))}, [_undetermined(min(full.num_a, full.num_b), full.dims)]
     bias = float(np.mean(of_halves)) - full.value
+    rest = [[group for group in range(GROUPS) if group != left] for left in range(GROUPS)]
+    without = [frechet_score(samples.moments(few).scaled(*scale), real.moments(few).scaled(*scale)).value for few in rest]
+    # The jackknife over groups; as draws its values deviate by the standard error: (G - 1) / sqrt(G) times as far.
+    draws = full.value + (GROUPS - 1) / math.sqrt(GROUPS) * (np.array(without) - np.mean(without))
     scores = {
-        "frechet": Value(full.value, float(np.std(against_all, ddof=1)), len(samples)),
+        "frechet": Value.of_draws(full.value, draws.tolist(), len(samples)),
         "frechet_bias": Value(bias, float(np.std(of_halves, ddof=1)) / math.sqrt(len(of_halves)), len(samples)),
     }
     return scores, [] if full.is_determined else [_undetermined(min(full.num_a, full.num_b), full.dims)]
@@ -196,5 +198,5 @@ def _neighbours(rows: Tensor, others: Tensor, draws: int, seed: int) -> dict[str
         picks = halves(num, 2 * draws, seed)
         subsets = list(zip(picks[::2], picks[1::2], strict=True))
     whole, *some = of_subsets(others, rows, [(everything, everything), *subsets], k)
-    spreads = np.std(some, axis=0, ddof=1).tolist() if some else [math.nan] * len(whole)
-    return {name: Value(value, spread, num) for name, value, spread in zip(whole._fields, whole, spreads, strict=True)}
+    columns: list[list[float]] = np.array(some).reshape(-1, len(whole)).T.tolist()
+    return {name: Value.of_draws(value, column, num) for name, value, column in zip(whole._fields, whole, columns, strict=True)}

@@ -13,7 +13,6 @@ Frames are vectors here: latents, or frames shrunk to a few cells (`looks`), so 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,7 @@ from torch.nn import functional
 from fewstep.config import kind
 from fewstep.errors import UserError
 from fewstep.evaluation.bootstrap import half_sampled
-from fewstep.evaluation.score import Clip, ClipSet, Record, Score, Scorer, Value
+from fewstep.evaluation.score import Clip, ClipSet, Record, Score, Scorer
 
 
 def drift_by_segments(frames: Tensor, num: int) -> list[float]:
@@ -125,11 +124,7 @@ class LongRun(Scorer):
 
     def score(self, samples: ClipSet, reference: Any) -> Record:
         frames = looks(samples.clips)
-        scores: dict[str, Value] = {}
-        for name, value in self._scores(frames).items():
-            one = partial(self._one, name)
-            spread = half_sampled(one, frames, draws=20).stderr if len(frames) >= 4 else math.nan
-            scores[name] = Value(value, spread, len(frames))
+        scores = {score.name: half_sampled(partial(self._one, score.name), frames) for score in LEGEND}
         drift, similarity = self.curves(frames)
         notes = (f"drift by segments: {_listed(drift)}", f"similarity to the beginning by segments: {_listed(similarity)}")
         return Record(f"long clips in {self.segments} segments", scores, 0, notes)

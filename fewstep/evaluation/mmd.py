@@ -20,35 +20,42 @@ def mmd(a: Samples, b: Samples) -> float:
     not). KID is usually quoted as the mean of this over subsets of 1000, times 1000; over all pairs it has the same mean and
     less noise.
     """
-    return mmd_of_subsets(a, b, [torch.arange(len(a))])[0]
+    return mmd_of_subsets(a, b, [(torch.arange(len(a)), torch.arange(len(b)))])[0]
 
 
-def mmd_of_subsets(a: Samples, b: Samples, subsets: Sequence[Tensor]) -> list[float]:
-    """`mmd` of each of these subsets of `a`, given as indices of rows, against all of `b`.
+def mmd_of_subsets(a: Samples, b: Samples, subsets: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
+    """`mmd` of each of these subsets (rows of `a`, rows of `b`), for spreads.
 
     Each entry of the kernel is computed once, whatever the number of subsets, and none is kept: memory is a few blocks.
     """
     a, b = as_pair(a, b, ("a", "b"))
-    masks = torch.zeros(len(subsets), len(a), dtype=a.dtype, device=a.device)
-    for row, subset in zip(masks, subsets, strict=True):
-        row[subset] = 1
-    within, across = torch.zeros_like(masks[:, 0]), torch.zeros_like(masks[:, 0])
+    of_a, of_b = (_masks(rows, [pair[side] for pair in subsets]) for side, rows in enumerate((a, b)))
     step = max(1, _ELEMENTS // max(len(a), len(b)))
+    across = torch.zeros_like(of_a[:, 0])
     for first in range(0, len(a), step):
-        rows, picks = a[first : first + step], masks[:, first : first + step]
-        kernel = _kernel(rows, a)
+        across += (of_a[:, first : first + step] @ _kernel(a[first : first + step], b) * of_b).sum(dim=1)
+    num_a, num_b = of_a.sum(dim=1), of_b.sum(dim=1)
+    return (_within(a, of_a, step) + _within(b, of_b, step) - 2 * across / (num_a * num_b)).tolist()
+
+
+def _masks(rows: Tensor, subsets: Sequence[Tensor]) -> Tensor:
+    """1 for each row of a subset (subset, row), 0 for the others."""
+    masks = torch.zeros(len(subsets), len(rows), dtype=rows.dtype, device=rows.device)
+    for mask, subset in zip(masks, subsets, strict=True):
+        mask[subset] = 1
+    return masks
+
+
+def _within(rows: Tensor, masks: Tensor, step: int) -> Tensor:
+    """The mean of the kernel over all pairs of different rows of each subset."""
+    total = torch.zeros_like(masks[:, 0])
+    for first in range(0, len(rows), step):
+        kernel = _kernel(rows[first : first + step], rows)
         kernel.diagonal(first).zero_()  # of a row with itself
-        within += (picks @ kernel * masks).sum(dim=1)
-        across += picks @ _kernel(rows, b).sum(dim=1)
-    num_a, num_b = masks.sum(dim=1), len(b)
-    within_b = sum(float(_kernel(rows, b).sum()) for rows in b.split(step)) - float(_kernel_of_self(b))
-    scores = within / (num_a * (num_a - 1)) + within_b / (num_b * (num_b - 1)) - 2 * across / (num_a * num_b)
-    return scores.tolist()
+        total += (masks[:, first : first + step] @ kernel * masks).sum(dim=1)
+    num = masks.sum(dim=1)
+    return total / (num * (num - 1))
 
 
 def _kernel(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.T / a.shape[1] + 1).pow(3)
-
-
-def _kernel_of_self(rows: Tensor) -> Tensor:
-    return (rows.square().sum(dim=1) / rows.shape[1] + 1).pow(3).sum()

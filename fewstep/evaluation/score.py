@@ -9,10 +9,12 @@ from a file of the user's own (`--config FILE.py`):
         legend = (Score("brightness", "Brightness", "Mean of all pixels, 0 to 255.", "as real", is_headline=True),)
 
         def score(self, samples, reference):
-            return Record("mean of pixels", {"brightness": mean_over_clips([clip.mean() for clip in samples.clips])})
+            values = [clip.mean() for clip in samples.clips]
+            return Record("mean of pixels", {"brightness": mean_over_clips(values)}, per_clip={"brightness": values})
 
 Its legend says what each score means and which direction is better. The summary line, the report and the demo's page show a
-score as the legend has it.
+score as the legend has it. `per_clip`, or for a score of the whole set the draws of bootstrap.half_sampled, pair two models in
+`--compare`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fewstep.config import OneOf
 from fewstep.data.controls import Control
@@ -57,6 +58,14 @@ class Value(NamedTuple):
     spread: float = math.nan  # standard error of a set, or the deviation between sets if that is larger; nan: not measured
     num: int = 0  # clips (groups, flights), of all sets
     per_set: tuple[float, ...] = ()  # the value of each set, if there are several
+    draws: tuple[float, ...] = ()  # the score of random halves, the same clip numbers for every model: pairs differences
+
+    @classmethod
+    def of_draws(cls, value: float, draws: Sequence[float], num: int) -> Value:
+        """With the deviation of the draws as its spread. Draws that were not all measured pair nothing and are left out."""
+        finite = [float(draw) for draw in draws if math.isfinite(draw)]
+        spread = statistics.stdev(finite) if len(finite) > 1 else math.nan
+        return cls(float(value), spread, num, draws=tuple(finite) if len(finite) == len(draws) else ())
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """The normal interval about the value; nan where no spread was measured."""
@@ -74,7 +83,6 @@ class Record:
     notes: tuple[str, ...] = ()  # what makes a score less than it seems
     anchors: Mapping[str, Mapping[str, Value]] = field(default_factory=dict[str, Mapping[str, Value]])  # scores of known clips
     per_clip: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])  # in the order of the set
-    features: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # n d, for paired differences of set scores
 
     def __getitem__(self, name: str) -> Value:
         return self.scores[name]
@@ -88,7 +96,6 @@ class Record:
             (*self.notes, *other.notes),
             {**self.anchors, **other.anchors},
             {**self.per_clip, **other.per_clip},
-            {**self.features, **other.features},
         )
 
     def flat(self, who: str = "") -> dict[str, float]:
@@ -180,8 +187,9 @@ def over_sets(parts: Sequence[Value]) -> Value:
     """Mean over the sets; the spread is that within a set, or the deviation between sets if that is larger.
 
     A set in which nothing could be measured (no flight, for gravity) is nan and is left out of the mean; the mean over no set
-    is nan.
+    is nan. A draw is that of all sets together: their clips of one number are of one prompt.
     """
+    draws = [part.draws for part in parts if math.isfinite(part.value)]
     values = [part.value for part in parts if math.isfinite(part.value)]
     within = [part.spread for part in parts if math.isfinite(part.spread)]
     spreads = ([statistics.mean(within)] if within else []) + ([statistics.stdev(values)] if len(values) > 1 else [])
@@ -190,4 +198,5 @@ def over_sets(parts: Sequence[Value]) -> Value:
         max(spreads, default=math.nan),
         sum(part.num for part in parts),
         tuple(part.value for part in parts),
+        tuple(map(statistics.fmean, zip(*draws, strict=True))) if len(set(map(len, draws))) == 1 else (),
     )

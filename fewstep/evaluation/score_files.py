@@ -18,6 +18,7 @@ class _Value:
     value: float | None
     spread: float | None = None
     num: Count = 0
+    draws: list[float] = field(default_factory=list[float])
 
 
 @dataclass(frozen=True)

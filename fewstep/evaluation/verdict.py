@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fewstep.evaluation.compare import compare
+from fewstep.evaluation.compare import COVERS, compare
 from fewstep.evaluation.score_files import read_scores
 
 Outcome = Literal["better", "worse", "same"]  # same: not told apart
@@ -100,7 +100,7 @@ def advice(scores: Sequence[Verdict]) -> list[str]:
 
 def sentences(scores: Sequence[Verdict]) -> list[str]:
     """All that a terminal says of the verdicts against one model."""
-    return [*map(str, scores), *advice(scores), conclusion(scores)]
+    return [*map(str, scores), *advice(scores), conclusion(scores), *([COVERS] if scores else [])]
 
 
 def table(files: Mapping[str, Path], titles: Mapping[str, str]) -> str:

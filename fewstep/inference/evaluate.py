@@ -33,7 +33,7 @@ from fewstep.environment import Ranks, ranks
 from fewstep.errors import UserError
 from fewstep.evaluation.measured import Divisible, Job, Measured, Part, Shares, Watch
 from fewstep.evaluation.score import ClipSet, Record, Scorer, Value, over_sets
-from fewstep.files import remove, write_json, write_tensors, write_text
+from fewstep.files import remove, write_json, write_text
 from fewstep.inference.clip_sets import SEEDS, Source, Subject, keep, opened, subject_of
 from fewstep.inference.evaluation import Evaluation, Protocol, hash_of_texts, hashes_of, scorers_of
 from fewstep.inference.model import changed, codec_of, open_model
@@ -70,7 +70,6 @@ def run(task: Evaluation, protocol: Protocol | None = None) -> dict[str, Any] | 
         if part is not None
     ]
     results = _results(task, subject, scored)
-    _write_features(task, [one.record for one in scored])
     _keep_more(task, subject)
     Protocol.of(task).write(task.out.with_suffix("") / "protocol.yaml")
     write_json(task.out, results)
@@ -209,7 +208,7 @@ def _results(task: Evaluation, subject: Subject, scored: Sequence[_Scored]) -> d
         "protocol": {**_protocol(task, subject), "frames_height_width": shapes[:20]},
         "notes": sorted({*few, *(note for record in records for note in record.notes)}),
         "legend": [asdict(score) for scorer in task.scorers for score in scorer.legend if score.name in values],
-        "scores": {name: _entry(value) for name, value in values.items()},
+        "scores": {name: _entry(value) | {"draws": value.draws} for name, value in values.items()},
         "anchors": _anchors(records),
         "sets": [one.listing() for one in scored],
     }
@@ -245,13 +244,6 @@ def _anchors(records: Sequence[Record]) -> dict[str, Any]:
         names = dict.fromkeys(name for column in columns for name in column)
         out[title] = {name: _entry(over_sets([column[name] for column in columns if name in column])) for name in names}
     return out
-
-
-def _write_features(task: Evaluation, records: Sequence[Record]) -> None:
-    """Features of the clips, from which differences between two models are computed clip by clip."""
-    tensors = {f"{k}/{name}": rows for k, record in enumerate(records) for name, rows in record.features.items()}
-    if tensors:
-        write_tensors(task.out.with_suffix("") / "features.safetensors", tensors)
 
 
 def _number(x: float) -> float | None:

@@ -30,12 +30,12 @@ from torch import Tensor
 from fewstep.config import kind
 from fewstep.data.files.video import Header
 from fewstep.errors import UserError
-from fewstep.evaluation.bootstrap import half_sampled, halves
+from fewstep.evaluation.bootstrap import REAL, half_sampled, halves
 from fewstep.evaluation.diversity import mean_pairwise_distance, vendi
-from fewstep.evaluation.frechet import FrechetLimit, Remembered, frechet_distance, frechet_extrapolated
+from fewstep.evaluation.frechet import Remembered, frechet_distance, frechet_extrapolated
 from fewstep.evaluation.mmd import mmd_of_subsets
 from fewstep.evaluation.neighbours import num_zero_balls, of_subsets
-from fewstep.evaluation.score import Clip, ClipSet, Need, Record, Score, Scorer, Value, over_sets
+from fewstep.evaluation.score import Clip, ClipSet, Need, Record, Score, Scorer, Value, mean_over_clips, over_sets
 from fewstep.files import write_tensors
 from fewstep.toyworld import clips, features, physics, probes, raycast
 from fewstep.toyworld.features import Clips, FeatureNet, as_clips
@@ -209,19 +209,34 @@ def score(
         raise UserError(f"{least} clips are too few to score: sets, and the real clips, need {LEAST} and better hundreds.")
     captions = probes.descriptions(prompts)
     notes: list[str] = []
-    columns = [_scores_of(clips, captions, stats, net, draws, seed, notes) for seed, clips in enumerate(sets)]
-    scores = {name: over_sets([column[name] for column in columns]) for name in columns[0]}
+    against = _Real(stats, draws)
+    columns = [_scores_of(clips, captions, against, net, draws, seed, notes) for seed, clips in enumerate(sets)]
+    scores = {name: over_sets([column[name] for column, _ in columns]) for name in columns[0][0]}
     if groups is not None:
         scores["seed_diversity"] = _seed_diversity(groups, net, draws)
-    return Record(features.name(net), scores, len(stats.features), tuple(dict.fromkeys(notes)))
+    per_clip = {name: np.concatenate([each[name] for _, each in columns]).tolist() for name in columns[0][1]}
+    return Record(features.name(net), scores, len(stats.features), tuple(dict.fromkeys(notes)), per_clip=per_clip)
+
+
+class _Real:
+    """The real clips, all of them and random halves, which every set is compared with."""
+
+    def __init__(self, stats: Reference, draws: int) -> None:
+        self.stats = stats
+        self.halves = halves(len(stats.features), draws, REAL)
+        self.features, self.random_features = (
+            [Remembered(rows), *(Remembered(rows[half]) for half in self.halves)]
+            for rows in (stats.features, stats.random_features)
+        )
 
 
 def _scores_of(
-    clips: Tensor, captions: probes.Description, stats: Reference, net: FeatureNet, draws: int, seed: int, notes: list[str]
-) -> dict[str, Value]:
+    clips: Tensor, captions: probes.Description, real: _Real, net: FeatureNet, draws: int, seed: int, notes: list[str]
+) -> tuple[dict[str, Value], dict[str, probes.Floats]]:
+    """The scores of one set, and those of each of its clips; `seed` thins it for extrapolation."""
     own, witness = _features(clips, net)
-    real, real_witness = Remembered(stats.features), Remembered(stats.random_features)
-    limit = frechet_extrapolated(own, real, scales=_SCALES, seed=seed)
+    stats = real.stats
+    limit = frechet_extrapolated(own, real.features[0], scales=_SCALES, seed=seed)
     if not limit.is_determined:
         few = f"one in {max(_SCALES):g} of the {len(own)} clips, which are fewer than its {limit.full.dims} features"
         notes.append(f"frechet is undetermined: it also takes {few}.")
@@ -231,31 +246,39 @@ def _scores_of(
     num = min(len(own), len(stats.features))
     same = stats.features[:num]
 
-    def of_set(measure: Callable[[Tensor], float], rows: Tensor) -> Value:
-        spread = half_sampled(lambda some: measure(_tensor(some)), rows, draws=draws, seed=seed)
-        return Value(spread.value, spread.stderr, len(rows))
+    subsets = [torch.arange(len(own)), *halves(len(own), draws)]
 
-    def extrapolated(rows: Tensor, against: Remembered) -> FrechetLimit:
-        return frechet_extrapolated(rows, against, scales=_SCALES, draws=4, seed=seed)
+    def of_set(measure: Callable[[Tensor, Remembered], float], rows: Tensor, others: Sequence[Remembered]) -> Value:
+        whole, *some = [measure(rows[subset], against) for subset, against in zip(subsets, others, strict=True)]
+        return Value.of_draws(whole, some, len(rows))
+
+    def extrapolated(rows: Tensor, against: Remembered) -> float:
+        thinning = seed if len(rows) == len(own) else 0  # halves are thinned alike in every set
+        return frechet_extrapolated(rows, against, scales=_SCALES, draws=4, seed=thinning).value
 
     out = {
-        "frechet": of_set(lambda rows: extrapolated(rows, real).value, own)._replace(value=limit.value),
-        "frechet_plain": of_set(lambda rows: frechet_distance(rows, real), own),
-        "frechet_random_net": of_set(lambda rows: extrapolated(rows, real_witness).value, witness),
+        "frechet": of_set(extrapolated, own, real.features)._replace(value=limit.value),
+        "frechet_plain": of_set(frechet_distance, own, real.features),
+        "frechet_random_net": of_set(extrapolated, witness, real.random_features),
     }
-    of_all, *of_halves = mmd_of_subsets(own, stats.features, [torch.arange(len(own)), *halves(len(own), draws, seed)])
-    out["mmd"] = Value(of_all, float(np.std(of_halves, ddof=1)), len(own))
-    picks = halves(num, 2 * draws, seed)
-    subsets = [(torch.arange(num), torch.arange(num)), *zip(picks[1::2], picks[::2], strict=True)]
-    whole, *parts = of_subsets(same, own[:num], subsets)
-    for name, value, spread in zip(whole._fields, whole, np.std(parts, axis=0, ddof=1), strict=True):
-        out[name] = Value(value, float(spread), num)
-    out["vendi"] = of_set(vendi, own)
-    return out | _probed(probes.parse(clips), captions, stats, draws, seed)
+    pairs = zip(subsets, [torch.arange(len(stats.features)), *real.halves], strict=True)
+    whole, *some = mmd_of_subsets(own, stats.features, list(pairs))
+    out["mmd"] = Value.of_draws(whole, some, len(own))
+    picks = halves(num, 2 * draws)
+    fractions, *parts = of_subsets(
+        same, own[:num], [(torch.arange(num), torch.arange(num)), *zip(picks[1::2], picks[::2], strict=True)]
+    )
+    for name, value, column in zip(fractions._fields, fractions, np.transpose(parts).tolist(), strict=True):
+        out[name] = Value.of_draws(value, column, num)
+    out["vendi"] = half_sampled(vendi, own, draws=draws)
+    probed, per_clip = _probed(probes.parse(clips), captions, stats, draws)
+    return out | probed, per_clip
 
 
-def _probed(parsed: probes.Parsed, captions: probes.Description, stats: Reference, draws: int, seed: int) -> dict[str, Value]:
-    """Means over clips and medians over flights."""
+def _probed(
+    parsed: probes.Parsed, captions: probes.Description, stats: Reference, draws: int
+) -> tuple[dict[str, Value], dict[str, probes.Floats]]:
+    """Means over clips and medians over flights, and the numbers of each clip."""
     num = len(parsed.present)
     colours = probes.colours_match(parsed, captions)
     both = parsed.present & captions.present
@@ -272,26 +295,19 @@ def _probed(parsed: probes.Parsed, captions: probes.Description, stats: Referenc
         "permanence": probes.permanence(parsed),
         "flights": np.bincount(flights.clip, minlength=num).astype(np.float64),
     }
-    out: dict[str, Value] = {}
-    for name, values in per_clip.items():
-        finite = values[~np.isnan(values)]
-        if len(finite) < 4:
-            out[name] = Value(float(finite.mean()) if len(finite) else float("nan"), float("nan"), len(finite))
-            continue
-        spread = half_sampled(lambda some: float(some.mean()), finite, draws=draws, seed=seed)
-        out[name] = Value(spread.value, spread.stderr, len(finite))
+    out = {name: mean_over_clips(values.tolist()) for name, values in per_clip.items()}
     real = float(stats.pull_px.median()) if len(stats.pull_px) else float("nan")
     for name, values in (("gravity", flights.gravity), ("gravity_ratio", flights.pull_px / real)):
         is_known = ~np.isnan(values)
-        out[name] = _median_over_flights(flights.clip[is_known], values[is_known], num, draws, seed)
-    return out
+        out[name] = _median_over_flights(flights.clip[is_known], values[is_known], num, draws)
+    return out, per_clip
 
 
 def _adheres(parsed: probes.Parsed, captions: probes.Description) -> NDArray[np.bool_]:
     return probes.colours_match(parsed, captions) & probes.shapes_match(parsed, captions)
 
 
-def _median_over_flights(clip: NDArray[np.integer], values: probes.Floats, num: int, draws: int, seed: int) -> Value:
+def _median_over_flights(clip: NDArray[np.integer], values: probes.Floats, num: int, draws: int) -> Value:
     """The median over flights; halves are halves of the clips, since flights of a clip are not independent."""
     if len(values) < 4:
         return Value(float("nan"), float("nan"), len(values))
@@ -300,8 +316,7 @@ def _median_over_flights(clip: NDArray[np.integer], values: probes.Floats, num: 
         some = values[np.isin(clip, pick.numpy())]
         return float(np.median(some)) if len(some) else float("nan")
 
-    of_halves = [median(pick) for pick in halves(num, 2 * draws, seed)[::2]]  # the generated clips of precision's pairs
-    return Value(float(np.median(values)), float(np.nanstd(of_halves, ddof=1)), len(values))
+    return Value.of_draws(float(np.median(values)), [median(pick) for pick in halves(num, draws)], len(values))
 
 
 def _seed_diversity(groups: Clips, net: FeatureNet, draws: int) -> Value:
@@ -311,15 +326,8 @@ def _seed_diversity(groups: Clips, net: FeatureNet, draws: int) -> Value:
         raise UserError(f"groups must be (prompts, seeds, T, H, W, 3) with two seeds or more, not {tuple(tensor.shape)}.")
     values = features.features(tensor.flatten(0, 1), net).unflatten(0, tensor.shape[:2])
     each = torch.tensor([mean_pairwise_distance(group) for group in values])
-    if len(each) < 4:
-        return Value(float(each.mean()), float("nan"), len(each), (float(each.mean()),))
     spread = half_sampled(lambda some: float(some.mean()), each, draws=draws)
-    return Value(spread.value, spread.stderr, len(each), (spread.value,))
-
-
-def _tensor(rows: Clips) -> Tensor:
-    assert isinstance(rows, Tensor)
-    return rows
+    return spread._replace(per_set=(spread.value,))
 
 
 # ---- anchors: clips whose faults are known ---------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_equal_laws_fall_on_both_sides_of_zero() -> None:
 def test_subsets_have_the_mmd_of_their_rows() -> None:
     rng = np.random.default_rng(4)
     a, b = rng.normal(size=(20, 3)), rng.normal(size=(31, 3)) + 0.3
-    subsets = ([3, 1, 8, 19], list(range(20)), [0, 5])
-    assert mmd_of_subsets(a, b, list(map(torch.tensor, subsets))) == pytest.approx(
-        [by_loops(a[rows], b) for rows in subsets], rel=1e-10
+    subsets = (([3, 1, 8, 19], [30, 2, 7]), (list(range(20)), list(range(31))), ([0, 5], [1, 2]))
+    assert mmd_of_subsets(a, b, [(torch.tensor(rows), torch.tensor(others)) for rows, others in subsets]) == pytest.approx(
+        [by_loops(a[rows], b[others]) for rows, others in subsets], rel=1e-10
     )

@@ -51,7 +51,6 @@ TARGETS = (
     Target("run/config.yaml", "report {home}/run --out {out}/x.html", "yaml", 5),
     Target("run/env.json", "report {home}/run --out {out}/x.html", weight=5),
     Target("mine.json", "evaluate --compare {home}/mine.json {home}/other.json", weight=20),
-    Target("mine/features.safetensors", "evaluate --compare {home}/mine.json {home}/other.json", "bytes"),
     Target("set/metas/clip_1.txt", "check data {home}/set --threads 1", "text"),
     Target("set/videos/clip_1.mp4", "check data {home}/set --threads 1", "bytes", 15),
     Target("set/t5_xxl/clip_1.pickle", "check data {home}/set --threads 1", "bytes"),
@@ -267,7 +266,6 @@ READERS = (
     *[Reader("mine.json", _compared), Reader("teacher/transformer/config.json", _teacher)] * 2,
     Reader("spec.json", _command("--controlnet_specs")),
     Reader("teacher/model_index.json", _teacher),
-    Reader("mine/features.safetensors", lambda file: _compared(file.parent.with_suffix(".json")), "bytes"),
     Reader("vae/config.json", _codec),
     Reader("text_encoder/config.json", _words),
     Reader("parts/model.safetensors.index.json", lambda file: _tensors(file.parent)),
@@ -365,15 +363,13 @@ def build(home: Path) -> None:
         "what": "student",
         "num_calls": 4,
         "legend": [{"name": n, "title": n, "meaning": "m", "better": "lower", "is_headline": True} for n in names],
-        "scores": {n: {"value": 1.5, "spread": 0.25, "num": 8} for n in names},
-        "sets": [{"per_clip": {"frechet": [1.0, 2.0], "recall": [0.5, 0.25]}, "num": 2, "scores": {"frechet": 1.0}}],
+        "scores": {n: {"value": 1.5, "spread": 0.25, "num": 8, "draws": [1.0, 2.0, 1.5]} for n in names},
+        "sets": [{"per_clip": {"recall": [0.5, 0.25]}, "num": 2, "scores": {"frechet": 1.0}}],
         "protocol": {"num": 8, "frames_height_width": [[9, 16, 24]]},
         "notes": [],
     }
     for name in ("mine", "other"):
         write_json(home / f"{name}.json", scores)
-        (home / name).mkdir()
-        save_file({"x": torch.randn(4, 3)}, home / name / "features.safetensors")
     (home / "prompts.jsonl").write_text(
         "".join(json.dumps({"prompt": f"row {n}", "seed": n, "name": f"r{n}"}) + "\n" for n in range(3))
     )

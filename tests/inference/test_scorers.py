@@ -9,14 +9,17 @@ import pytest
 from fewstep.cli import main
 from fewstep.data.controls import Edge, Vis
 from fewstep.data.files import masks, video
+from fewstep.evaluation.bootstrap import halves, student_quantile
 
 NUM, FRAMES, SIZE = 6, 9, (24, 40)
 
 MINE = '''
 from dataclasses import dataclass
 
+import numpy as np
+
 from fewstep.config import kind
-from fewstep.evaluation import Record, Score, Scorer, mean_over_clips
+from fewstep.evaluation import Record, Score, Scorer, half_sampled, mean_over_clips
 
 
 @kind("my_contrast", group="scorer")
@@ -26,13 +29,17 @@ class Contrast(Scorer):
 
     scale: float = 1.0
 
-    legend = (Score("contrast", "Contrast", "Standard deviation of all pixels of a clip.", "as real", is_headline=True),)
+    legend = (
+        Score("contrast", "Contrast", "Standard deviation of all pixels of a clip.", "as real", is_headline=True),
+        Score("range", "Range", "Difference between the largest and the smallest contrast.", "lower"),
+    )
 
     def score(self, samples, reference):
         clips = list(samples.clips)
         assert len(samples.prompts) == len(clips)
         values = [self.scale * float(clip.std()) for clip in clips]
-        return Record("pixels", {"contrast": mean_over_clips(values)}, notes=(f"{clips[0].shape}",))
+        scores = {"contrast": mean_over_clips(values), "range": half_sampled(np.ptp, np.array(values))}
+        return Record("pixels", scores, notes=(f"{clips[0].shape}",), per_clip={"contrast": values})
 '''
 
 
@@ -80,11 +87,41 @@ def test_a_scorer_in_a_file_of_ones_own_scores_clips_of_any_size(
             "meaning": "Standard deviation of all pixels of a clip.",
             "better": "as real",
             "is_headline": True,
-        }
+        },
+        {
+            "name": "range",
+            "title": "Range",
+            "meaning": "Difference between the largest and the smallest contrast.",
+            "better": "lower",
+            "is_headline": False,
+        },
     ]
     assert record["scorers"] == [{"kind": "my_contrast", "scale": 0.5}] and record["notes"] == ["(9, 24, 40, 3)"]
     assert f"contrast {value['value']:.3g} +- " in capsys.readouterr().out
     assert video.read(tmp_path / "scores" / "00.mp4").frames.shape == (FRAMES, *SIZE, 3)
+
+
+def test_a_scorer_of_ones_own_is_paired(folder: Path, tmp_path: Path) -> None:
+    """By what its record keeps: contrast of each clip, and the range of random halves."""
+    (tmp_path / "mine.py").write_text(MINE.replace("my_contrast", "my_paired"))
+    contrasts: list[list[float]] = []
+    for name, factor in (("a", 0.5), ("b", 0.9)):
+        for n in range(NUM):
+            clip = (factor * video.read(folder / "videos" / f"{n}.mp4").frames).astype(np.uint8)
+            video.write(tmp_path / name / f"{n}.mp4", clip, 8.0, quality="lossless")
+        words = ("--config", str(tmp_path / "mine.py"), "--scorer", "my_paired", "--out", str(tmp_path / f"{name}_scores.json"))
+        assert main(["evaluate", str(tmp_path / name), *words, "--sets", "1"]) == 0
+        contrasts.append([float(video.read(tmp_path / name / f"{n}.mp4").frames.std()) for n in range(NUM)])
+    files = [str(tmp_path / f"{name}_scores.json") for name in "ab"]
+    assert main(["evaluate", "--compare", *files, "--out", str(tmp_path / "ab.json")]) == 0
+    rows = {row["score"]: row for row in json.loads((tmp_path / "ab.json").read_text())["differences"]}
+    assert rows["contrast"]["how"] == "clip by clip" and rows["range"]["how"] == "same halves"
+    assert rows["range"]["difference"] == pytest.approx(np.ptp(contrasts[1]) - np.ptp(contrasts[0]))
+    picks = [half.numpy() for half in halves(NUM, 20)]
+    differences = [np.ptp(np.array(contrasts[1])[pick]) - np.ptp(np.array(contrasts[0])[pick]) for pick in picks]
+    error = np.std(differences, ddof=1)
+    reach = student_quantile(1 / (1 / 19 + 1 / (NUM - 1))) * error
+    assert rows["range"]["high"] - rows["range"]["difference"] == pytest.approx(reach)
 
 
 def test_clips_keep_the_controls_that_were_made_of_them_and_others_do_not(folder: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import UserError
+from fewstep.evaluation.compare import COVERS
 from fewstep.evaluation.report.contents import Film, Gallery, Gate, Kind, Report, Row, Value
 from fewstep.evaluation.report.curves import chart_plot, colours_of, quality_plot
 from fewstep.evaluation.report.films import Encoded, encode
@@ -155,7 +156,8 @@ def _verdicts(report: Report) -> str:
     """Each student against another model, score by score, and what makes the numbers less than they seem."""
     groups = "".join(f"<p>{esc(conclusion(scores))}</p>{_score_by_score(scores)}" for scores in report.verdicts)
     warnings = "".join(f'<p class="warning"><b>Warning.</b> {esc(text)}</p>' for text in report.warnings)
-    return f"<h2>Verdict</h2>{warnings}{groups}" if warnings or groups else ""
+    covers = f'<p class="soft">{COVERS}</p>' if any(report.verdicts) else ""
+    return f"<h2>Verdict</h2>{warnings}{groups}{covers}" if warnings or groups else ""
 
 
 def _score_by_score(scores: Sequence[Verdict]) -> str:
