@@ -9,8 +9,8 @@ import typer
 
 from fewstep.cli.app import app
 from fewstep.cli.options import CONTROLS, GUIDANCE, folder_to_read, folder_to_write, imports, one_of, option, positive, size_of
+from fewstep.distill.request import METHODS, DistillRequest
 
-METHODS = ("kd", "dmd2", "kd+dmd2")
 RANK = 32  # of the adapters of --lora
 
 
@@ -79,7 +79,6 @@ def distill(
 
     kd.KEY=VALUE and dmd2.KEY=VALUE change settings of the trainings: fewstep distill TEACHER CLIPS --out S dmd2.optim.lr=1e-6
     """
-    from fewstep.distill.request import DistillRequest
     from fewstep.recipes import refuse_mistyped
 
     request = DistillRequest(

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from fewstep.distill.chains import AGAIN, PipelineRequest, Training
-from fewstep.distill.stages import Command, Stage, claim, marker_of, run
+from fewstep.distill.stages import Command, Stage, claim, launcher, marker_of, print_commands, run, with_own
 from fewstep.errors import UserError
 from fewstep.evaluation.score_files import read_scores
 from fewstep.evaluation.verdict import sentences, table, verdicts
@@ -25,10 +25,7 @@ def pipeline(request: PipelineRequest, dryrun: bool = False) -> None:
     road = stages(request, teacher_at(request.address))
     assert [stage.name for stage in road] == list(request.chain.stages)
     if dryrun:
-        for stage in road:
-            print(f"\n--- {stage.name}: {stage.about}")
-            for command in stage.commands:
-                print(f"$ {command}")
+        print_commands(road)
         print("\ndry run: nothing was written")
         return
     with lock(request.work / ".lock"):
@@ -47,8 +44,8 @@ def stages(request: PipelineRequest, teacher: Teacher) -> list[Stage]:
     trainings = request.chain.trainings
     out = list(_data(request))
     for number, training in enumerate(trainings):
-        lanes = ((_train(request, number),),)
-        out.append(Stage(training.name, training.about, lanes, resumes=(Path(_run_of(request, training)),)))
+        resumes = (Path(_run_of(request, training)),)
+        out.append(Stage.of(training.name, training.about, _train(request, number), resumes=resumes))
         if not training.is_scored:
             continue
         about = "the gate: the student's clips against those of the data"
@@ -58,7 +55,7 @@ def stages(request: PipelineRequest, teacher: Teacher) -> list[Stage]:
         else:
             about = "the student's weights as a file: what the next training begins with"
             out.append(Stage.of("bridge", about, _export(request, "bridge", training, _bridge(request))))
-    return [*out, Stage("report", "one page: scores, curves, clips", ((_report(request),),), is_optional=True)]
+    return [*out, Stage.of("report", "one page: scores, curves, clips", _report(request), is_optional=True)]
 
 
 # ---- the commands ----------------------------------------------------------------------------------------------------
@@ -67,9 +64,18 @@ def stages(request: PipelineRequest, teacher: Teacher) -> list[Stage]:
 def _data(request: PipelineRequest) -> Iterator[Stage]:
     data, teacher = str(request.data), request.address
     if request.chain.pairs is not None:
-        words = (*_launcher(request), "pairs", teacher, "--prompts", str(request.prompts), "--out", data, *request.chain.pairs)
+        words = (
+            *launcher(request.processes),
+            "pairs",
+            teacher,
+            "--prompts",
+            str(request.prompts),
+            "--out",
+            data,
+            *request.chain.pairs,
+        )
         about = "ODE pairs: the teacher makes clips of the prompts, and states on the way are kept"
-        yield Stage("pairs", about, ((_with_options(request, "pairs", *words),),), resumes=(request.data,))
+        yield Stage.of("pairs", about, _with_options(request, "pairs", *words), resumes=(request.data,))
         return
     text = _with_options(request, "text", "fewstep", "prepare", "text", data, "--text-encoder", teacher)
     yield Stage.of("text", "captions become embeddings", text)
@@ -92,10 +98,8 @@ def _train(request: PipelineRequest, number: int) -> Command:
         words += [f"networks.student.causal.{key}={value}" for key, value in own.items() if value is not None]
     words += [f"data.dataset_dir={request.data}", *training.words]
     words += ["job.project=runs", "job.group=causal", f"job.name={training.name}", "job.after=[]"]
-    own_words = request.settings_of(training.name)
-    keys = {word.partition("=")[0] for word in own_words}
-    others = [word for word in words if word.partition("=")[0] not in keys]
-    return (f"OUTPUT_ROOT={request.work}", *_launcher(request), "train", *others, *own_words)
+    words = with_own(words, request.settings_of(training.name))
+    return (f"OUTPUT_ROOT={request.work}", *launcher(request.processes), "train", *words)
 
 
 def _scores(request: PipelineRequest, training: Training, teacher: Teacher) -> Command:
@@ -131,11 +135,6 @@ def _with_options(request: PipelineRequest, stage: str, *command: str) -> Comman
         elif option not in words:
             words += [option, value] if equals else [option]
     return tuple(words)
-
-
-def _launcher(request: PipelineRequest) -> tuple[str, ...]:
-    num = request.processes
-    return ("fewstep",) if num == 1 else ("torchrun", "--standalone", f"--nproc_per_node={num}", "-m", "fewstep")
 
 
 def _run_of(request: PipelineRequest, training: Training) -> str:

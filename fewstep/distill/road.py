@@ -9,11 +9,10 @@ its scores and its report beside it. The demo (toyworld/demo/stages.py) takes th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from fewstep.distill.facts import Facts
-from fewstep.distill.stages import Command, Stage
+from fewstep.distill.stages import Command, Stage, launcher, with_own
 
 SCORED = {  # who is scored, in the order of the table, which adds the network calls: guidance doubles those of a teacher
     "teacher": "teacher",
@@ -32,12 +31,9 @@ def stages(facts: Facts) -> list[Stage]:
     """The stages of a request, in their order."""
     request, data = facts.request, str(facts.request.dataset)
     return [
-        Stage("check", "the data set is read once", ((("fewstep", "check", "data", data),),), makes_nothing=True),
-        Stage(
-            "memory",
-            "the memory that the training takes on this machine; nothing is loaded",
-            ((_plan(facts),),),
-            makes_nothing=True,
+        Stage.of("check", "the data set is read once", ("fewstep", "check", "data", data), makes_nothing=True),
+        Stage.of(
+            "memory", "the memory that the training takes on this machine; nothing is loaded", _plan(facts), makes_nothing=True
         ),
         Stage(
             "text",
@@ -61,7 +57,7 @@ def stages(facts: Facts) -> list[Stage]:
             advice="The student is complete without them",
             is_optional=True,
         ),
-        Stage("report", "one page: clips in step, scores, curves", ((_report(facts),),), is_optional=True),
+        Stage.of("report", "one page: clips in step, scores, curves", _report(facts), is_optional=True),
     ]
 
 
@@ -127,15 +123,15 @@ def _trainings(facts: Facts) -> Iterator[Stage]:
     trainings = facts.request.trainings
     if "kd" in trainings:
         calls = facts.sampler.num_calls
-        pairs = Stage.of("pairs", f"the teacher makes clips from noise, {calls} network calls each", _pairs(facts))
-        yield replace(pairs, resumes=(facts.request.work_dir / "pairs",))
+        about = f"the teacher makes clips from noise, {calls} network calls each"
+        yield Stage.of("pairs", about, _pairs(facts), resumes=(facts.request.work_dir / "pairs",))
         yield _training(facts, "kd", "knowledge distillation: the student regresses onto the teacher's clips")
     if "dmd2" in trainings:
         yield _training(facts, "dmd2", "distribution matching: the student learns from the difference of two scores")
 
 
 def _training(facts: Facts, name: str, about: str) -> Stage:
-    return replace(Stage.of(name, about, _train(facts, name)), resumes=(Path(run_of(facts, name)),))
+    return Stage.of(name, about, _train(facts, name), resumes=(Path(run_of(facts, name)),))
 
 
 def _pairs(facts: Facts) -> Command:
@@ -146,14 +142,14 @@ def _pairs(facts: Facts) -> Command:
     words += () if facts.codec == facts.teacher.base else ("--codec", facts.codec)
     words += () if request.precision is None else ("--precision", request.precision)
     where = (str(request.dataset), "--out", str(request.work_dir / "pairs"))
-    return (*_launcher(facts), "pairs", request.teacher, *where, *words)
+    return (*launcher(request.processes), "pairs", request.teacher, *where, *words)
 
 
 def _train(facts: Facts, training: str) -> Command:
     iters = facts.iters(training)
     sizes = (f"trainer.max_iter={iters}", f"checkpoint.save_iter={max(1, min(500, iters // 4))}")
     sizes += (f"trainer.log_every={max(1, min(50, iters // 10))}",)
-    return (_root(facts), *_launcher(facts), "train", *_recipe(facts, training, *sizes))
+    return (_root(facts), *launcher(facts.request.processes), "train", *_recipe(facts, training, *sizes))
 
 
 def _recipe(facts: Facts, training: str, *more: str) -> tuple[str, ...]:
@@ -173,9 +169,7 @@ def _recipe(facts: Facts, training: str, *more: str) -> tuple[str, ...]:
         words += (f"data.max_tokens={facts.text.max_tokens}", f"data.mask_text={str(facts.text.uses_mask).lower()}")
     words += () if facts.codec == facts.teacher.base else (f"preview.codec={facts.codec}",)
     words += () if request.precision is None else (f"trainer.precision={request.precision}",)
-    own = request.settings_of(training)
-    keys = {word.partition("=")[0] for word in own}
-    return (*(word for word in (*words, *more) if word.partition("=")[0] not in keys), *own)
+    return with_own((*words, *more), request.settings_of(training))
 
 
 def _export(facts: Facts) -> Command:
@@ -225,8 +219,3 @@ def _conditions(facts: Facts) -> tuple[str, ...]:
 
 def _root(facts: Facts) -> str:
     return f"OUTPUT_ROOT={facts.request.work_dir}"
-
-
-def _launcher(facts: Facts) -> tuple[str, ...]:
-    num = facts.request.processes
-    return ("fewstep",) if num == 1 else ("torchrun", "--standalone", f"--nproc_per_node={num}", "-m", "fewstep")

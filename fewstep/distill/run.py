@@ -8,7 +8,7 @@ from fewstep.distill import cost
 from fewstep.distill.facts import Facts, facts_of
 from fewstep.distill.request import DistillRequest
 from fewstep.distill.road import SCORED, rivals, score_files, stages
-from fewstep.distill.stages import Stage, claim, run
+from fewstep.distill.stages import Stage, claim, print_commands, run
 from fewstep.errors import UserError
 from fewstep.evaluation.verdict import sentences, table, verdicts
 from fewstep.files import lock, write_json
@@ -51,10 +51,7 @@ def _about(facts: Facts) -> str:
 
 
 def _print(facts: Facts, road: Sequence[Stage]) -> None:
-    for stage in road:
-        print(f"\n--- {stage.name}: {stage.about}")
-        for command in stage.commands:
-            print(f"$ {command}")
+    print_commands(road)
     rate = cost.speed(facts, facts.request.work_dir)
     print(f"\n{cost.table(facts, rate)}")
     if rate is None:

@@ -41,14 +41,33 @@ class Stage:
     resumes: tuple[Path, ...] = ()  # files and folders that its commands would go on with: moved aside where it is done anew
 
     @classmethod
-    def of(cls, name: str, about: str, *commands: Command) -> Stage:
-        """Commands side by side, a lane each."""
-        return cls(name, about, tuple((command,) for command in commands))
+    def of(cls, name: str, about: str, *commands: Command, **more: Any) -> Stage:
+        """Commands side by side, a lane each; `more` are its other fields."""
+        return cls(name, about, tuple((command,) for command in commands), **more)
 
     @property
     def commands(self) -> list[str]:
         """Every command, as one would type it."""
         return [text_of(command) for lane in self.lanes for command in lane]
+
+
+def launcher(processes: int) -> Command:
+    """How a command of this package begins, which so many processes run."""
+    return ("fewstep",) if processes == 1 else ("torchrun", "--standalone", f"--nproc_per_node={processes}", "-m", "fewstep")
+
+
+def with_own(words: Sequence[str], own: Sequence[str]) -> Command:
+    """The words KEY=VALUE of a training; those of the user replace ours."""
+    keys = {word.partition("=")[0] for word in own}
+    return (*(word for word in words if word.partition("=")[0] not in keys), *own)
+
+
+def print_commands(stages: Sequence[Stage]) -> None:
+    """What would run, for --dryrun."""
+    for stage in stages:
+        print(f"\n--- {stage.name}: {stage.about}")
+        for command in stage.commands:
+            print(f"$ {command}")
 
 
 def marker_of(out: Path, name: str) -> Path:

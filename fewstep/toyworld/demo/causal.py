@@ -11,10 +11,11 @@ the seconds of both.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from fewstep.distill.stages import Command, Stage
-from fewstep.toyworld.demo.stages import PLANS, STEPS, TOY, Size, beginning, kept_for_the_page, shared
+from fewstep.toyworld.demo.stages import PLANS, STEPS, TEXT, TOY, Size, beginning, evaluation, kept_for_the_page, shared
 from fewstep.toyworld.recipes import GUIDANCE, STUDENT_SHIFT
 
 NUM_LONG, LONG_FRAMES = 64, 197  # clips of ten times the latent frames of training: 1 + 4 x 49
@@ -43,8 +44,7 @@ LEARNING: dict[Size, dict[str, int]] = {  # iterations of 32 clips
 
 def stages(out: Path, size: Size) -> list[Stage]:
     plan, much, toy = PLANS[size], LEARNING[size], str(TOY)
-    world, heldout, real, pairs = (str(out / name) for name in ("world", "heldout", "real", "pairs"))
-    text = ("--max-tokens", "40", "--mask-text")
+    world, heldout, pairs = (str(out / name) for name in ("world", "heldout", "pairs"))
 
     def train(recipe: str, iters: int) -> Command:
         sizes = (f"trainer.max_iter={iters}", f"checkpoint.save_iter={min(iters, 50)}", "health.every=none", "preview=none")
@@ -57,20 +57,18 @@ def stages(out: Path, size: Size) -> list[Stage]:
     def run_of(recipe: str) -> str:
         return str(*runs_of(recipe))
 
-    def score(name: str, what: str, *more: str) -> Command:
-        where = ("--prompts", heldout, "--real", real, "--out", str(out / "scores" / f"{name}.json"), *text)
-        return ("fewstep", "evaluate", what, *where, "--num", str(plan.num_eval), "--sets", str(plan.sets), *more)
+    score = partial(evaluation, out, plan)
 
     def student(name: str) -> Command:
         return score(name, run_of(STUDENTS[name]), "--codec", toy)
 
     def long(name: str) -> Command:
-        words = ("--prompts", heldout, "--codec", toy, *text, "--scorer", "long_run", "--num-frames", str(LONG_FRAMES))
+        words = ("--prompts", heldout, "--codec", toy, *TEXT, "--scorer", "long_run", "--num-frames", str(LONG_FRAMES))
         words += ("--num", str(min(NUM_LONG, plan.num_eval)), "--sets", "1")
         return ("fewstep", "evaluate", run_of(STUDENTS[name]), *words, "--out", str(out / "scores" / f"long_{name}.json"))
 
     def half_of_the_pairs(rank: int) -> Command:
-        words = ("fewstep", "pairs", toy, world, "--out", pairs, "--num", str(plan.num_pairs), *text)
+        words = ("fewstep", "pairs", toy, world, "--out", pairs, "--num", str(plan.num_pairs), *TEXT)
         words += ("--steps", str(STEPS), "--sampler", "unipc", "--guidance", str(GUIDANCE))
         return shared((*words, "--path-times", "4", "--student-shift", str(STUDENT_SHIFT)), rank)
 

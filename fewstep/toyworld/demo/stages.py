@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -102,6 +103,7 @@ TITLES = {
 # toy_kd_4step, toy_kd_1step, toy_dmd2_4step or toy_dmd2_1step (tests/toyworld/test_demo_settings.py).
 COMMON = ("ema.profile=constant", "ema.beta=0.98", "optim.schedule=cosine", "trainer.num_threads=1")
 COMMON += ("health.every=none", "preview=none")  # the demo looks at its students in its last stages
+TEXT = ("--max-tokens", "40", "--mask-text")  # of the toy world's captions, for a network
 KD = (*COMMON, "optim.warmup_iters=20")
 DMD2 = (*COMMON, "optim.warmup_iters=10", "method.student_update_freq=2", "method.times.shift=1")
 
@@ -163,14 +165,11 @@ def students(out: Path, size: Size, facts: Facts, methods: Sequence[str] = ()) -
     facts: of the request for the student of four steps.
     """
     plan, toy = PLANS[size], facts.request.teacher
-    real, heldout = str(out / "real"), out / "heldout"
+    heldout = out / "heldout"
     four = {stage.name: stage for stage in road.stages(facts)}
     one = {stage.name: stage for stage in road.stages(replace(facts, request=request(out, size, toy, "1step")))}
 
-    def score(name: str, what: str, *more: str) -> Command:
-        where = ("--prompts", str(heldout), "--real", real, "--out", str(out / "scores" / f"{name}.json"))
-        where = (*where, "--max-tokens", "40", "--mask-text")
-        return ("fewstep", "evaluate", what, *where, "--num", str(plan.num_eval), "--sets", str(plan.sets), *more)
+    score = partial(evaluation, out, plan)
 
     def few(name: str, calls: int) -> Command:
         return score(name, toy, "--calls", str(calls), "--guidance", str(GUIDANCE))
@@ -253,6 +252,12 @@ def trained(out: Path, method: str, much: Sequence[Learning], toy: str) -> Itera
         words = (*job, *learning.more, *sizes, *other)
         yield (f"OUTPUT_ROOT={out}", "fewstep", "train", f"experiment=toy_{run.name}", *words)
         before = run
+
+
+def evaluation(out: Path, plan: Plan, name: str, what: str, *more: str) -> Command:
+    """Scores of clips of the held-out prompts, compared with the real ones."""
+    where = ("--prompts", str(out / "heldout"), "--real", str(out / "real"), "--out", str(out / "scores" / f"{name}.json"))
+    return ("fewstep", "evaluate", what, *where, *TEXT, "--num", str(plan.num_eval), "--sets", str(plan.sets), *more)
 
 
 def shared(pairs: Command, rank: int) -> Command:
