@@ -94,10 +94,10 @@ class Source:
             if task.given_frames:
                 mask = first_frames(torch.full((len(rows),), task.given_frames, device=device), noise.shape[2]).to(noise.dtype)
                 cond = network.with_frames(cond, codec.encode(batch.x0), mask)
-            negative = (
-                None if batch.negative is None else replace(cond, text=batch.negative.text, text_mask=batch.negative.text_mask)
-            )
-            return to_uint8(codec.decode(self.sampler(network, noise, cond, rng, negative)), task.what)
+            other = batch.negative  # its text, beside what cond has besides text
+            if other is not None:
+                other = replace(cond, text=other.text, text_mask=other.text_mask, pooled=other.pooled)
+            return to_uint8(codec.decode(self.sampler(network, noise, cond, rng, other)), task.what)
 
         return make
 

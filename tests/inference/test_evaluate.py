@@ -15,6 +15,7 @@ from fewstep.data.files import video
 from fewstep.diffusion import StudentSampler, TeacherSampler
 from fewstep.evaluation.score import Value, over_sets
 from fewstep.inference import latency
+from fewstep.inference.clip_sets import Source
 from fewstep.inference.evaluate import line, run
 from fewstep.inference.evaluation import Evaluation
 from fewstep.inference.model import Model, codec_of, open_model
@@ -50,6 +51,26 @@ def test_latency_counts_network_calls_and_names_what_a_rate_is_of() -> None:
     assert all(row["p5"] <= row["median"] <= row["p95"] for row in seconds.values())
     assert found["frames_per_s_denoise_only"] == pytest.approx(17 / seconds["denoise"]["median"])
     assert found["frames_per_s_end_to_end"] == pytest.approx(17 / seconds["end_to_end"]["median"])
+
+
+def test_guidance_pushes_away_from_the_whole_negative_text() -> None:
+    """SDXL and Flux read a pooled vector, too: that of the negative text is another one."""
+    model, seen = open_model(TOY), list[Condition]()
+    codec = codec_of(model, TOY)
+    cond, negative = (Condition(text=torch.full((1, 4, 64), value), pooled=torch.full((1, 6), value)) for value in (1.0, 0.0))
+
+    def sampler(_network: object, noise: torch.Tensor, _cond: Condition, _rng: object, other: Condition) -> torch.Tensor:
+        seen.append(other)
+        return noise
+
+    class Data:
+        def batch(self, index: torch.Tensor) -> Batch:
+            return Batch(x0=torch.zeros(1, 3, 5, 32, 32), cond=cond, negative=negative, index=index)
+
+    source = Source(model, sampler, codec, Data())  # pyright: ignore[reportArgumentType]  # as much of them as is used
+    source.generated(Evaluation("m", None, None, Path("scores.json"), batch_size=1, device="cpu"), 1, 0)
+    assert seen[0].text is not None and seen[0].pooled is not None
+    assert not seen[0].text.any() and not seen[0].pooled.any()
 
 
 def test_what_would_have_no_effect_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
