@@ -180,6 +180,14 @@ def _model(text: str) -> str:
     return text
 
 
+# How options of one kind are read, and what --help calls their values.
+_COUNT: dict[str, Any] = {"type": int, "metavar": "N"}
+_REAL: dict[str, Any] = {"type": _number, "metavar": "X"}
+_WEIGHT: dict[str, Any] = {"type": _number, "metavar": "W"}
+_FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
+_MODEL: dict[str, Any] = {"type": _model, "metavar": "FOLDER"}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"generate: {message} (fewstep generate --help)")
@@ -206,28 +214,10 @@ def _of_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Model").add_argument
     add("model", nargs="?", metavar="MODEL", help="a run, a folder of fewstep export or of diffusers, a hub id, Cosmos weights")
     add("--network", metavar="NAME", help="the published Cosmos network, where MODEL is weights whose shapes fit several")
-    add(
-        "--codec",
-        "--tokenizer-dir",
-        metavar="FOLDER",
-        help="folder or hub id of the autoencoder (default: the model's own)",
-    )
-    add(
-        "--text-encoder",
-        "--encoder",
-        type=_model,
-        metavar="FOLDER",
-        help="folder or hub id of the text encoder (default: the model's own)",
-    )
-    add(
-        "--image-encoder",
-        type=_model,
-        metavar="FOLDER",
-        help="of Wan 2.1 I2V: a pipeline's folder or hub id (default: the model's own)",
-    )
-    add(
-        "--max-tokens", type=int, metavar="N", help="cut texts to N tokens; embeddings are also padded (default: the encoder's)"
-    )
+    add("--codec", "--tokenizer-dir", metavar="FOLDER", help="folder or hub id of the autoencoder (default: the model's own)")
+    add("--text-encoder", "--encoder", **_MODEL, help="folder or hub id of the text encoder (default: the model's own)")
+    add("--image-encoder", **_MODEL, help="of Wan 2.1 I2V: a pipeline's folder or hub id (default: the model's own)")
+    add("--max-tokens", **_COUNT, help="cut texts to N tokens; embeddings are also padded (default: the encoder's)")
     add("--config", type=_file, metavar="FILE.py", help="file that registers networks, guardrails or controls of your own")
     add("--use-distilled", dest="student_only", action="store_true", help="refuse a model that is no student")
 
@@ -235,47 +225,38 @@ def _of_model(parser: argparse.ArgumentParser) -> None:
 def _of_prompts(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Prompts").add_argument
     add("--prompt", metavar="TEXT", help="text of one clip")
-    add("--prompts", type=Path, metavar="FILE", help="file of prompts, one a line (.txt) or as JSON (.jsonl)")
+    add("--prompts", **_FILE, help="file of prompts, one a line (.txt) or as JSON (.jsonl)")
     help = "text that guidance moves away from (default: the empty text; of SDXL zeros)"
     add("--negative-prompt", dest="negative", metavar="TEXT", help=help)
-    add("--embedding", type=Path, metavar="FILE", help="embedding of the prompt, instead of a text encoder")
-    add("--negative-embedding", type=Path, metavar="FILE", help="embedding of the negative prompt (default: zeros)")
-    add("--label", type=int, metavar="N", help="class, for class-conditional networks")
+    add("--embedding", **_FILE, help="embedding of the prompt, instead of a text encoder")
+    add("--negative-embedding", **_FILE, help="embedding of the negative prompt (default: zeros)")
+    add("--label", **_COUNT, help="class, for class-conditional networks")
 
 
 def _of_frames(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("First frames and controls").add_argument
-    add("--input", dest="source", type=Path, metavar="FILE", help="picture or video that begins the clip or makes a control")
-    add(
-        "--num-input-frames", type=int, metavar="N", help="frames of --input that begin the clip (default: 1; with --control 0)"
-    )
+    add("--input", dest="source", **_FILE, help="picture or video that begins the clip or makes a control")
+    add("--num-input-frames", **_COUNT, help="frames of --input that begin the clip (default: 1; with --control 0)")
     add("--control", action="append", default=[], metavar="NAME[=FILE]", help="a control; without a file made from --input")
-    add("--controlnet-specs", type=Path, metavar="FILE", help="JSON file of controls, as Cosmos-Transfer1 has it")
-    add(
-        "-i",
-        "--spec",
-        dest="spec",
-        type=Path,
-        metavar="FILE",
-        help="JSON file of one clip, as Predict2.5 and Transfer2.5 have it",
-    )
+    add("--controlnet-specs", **_FILE, help="JSON file of controls, as Cosmos-Transfer1 has it")
+    add("-i", "--spec", dest="spec", **_FILE, help="JSON file of one clip, as Predict2.5 and Transfer2.5 have it")
     add("--inference-type", metavar="TYPE", help="of Predict2.5: text2world, image2world or video2world")
 
 
 def _of_clip(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Clip (default: as a student was trained; a teacher needs frames and size)").add_argument
-    add("--num-frames", type=int, metavar="N", help="number of frames")
-    add("--height", type=int, metavar="N", help="pixels")
-    add("--width", type=int, metavar="N", help="pixels")
+    add("--num-frames", **_COUNT, help="number of frames")
+    add("--height", **_COUNT, help="pixels")
+    add("--width", **_COUNT, help="pixels")
     add("--fps", type=_number, metavar="RATE", help="frames per second (default: the student's own, or 24)")
-    add("--chunk-frames", type=int, metavar="N", help="frames made at once; a longer clip is made chunk after chunk")
-    add("--overlap", type=int, metavar="N", help="frames that a chunk takes from the one before (default: 1)")
+    add("--chunk-frames", **_COUNT, help="frames made at once; a longer clip is made chunk after chunk")
+    add("--overlap", **_COUNT, help="frames that a chunk takes from the one before (default: 1)")
 
 
 def _of_sampler(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Sampling (of a teacher; default: as published)").add_argument
-    add("--seed", type=int, metavar="N", help="of the first clip; each further one has one more (default: 0)")
-    add("--num-steps", "--steps", type=int, metavar="N", help="steps of the solver")
+    add("--seed", **_COUNT, help="of the first clip; each further one has one more (default: 0)")
+    add("--num-steps", "--steps", **_COUNT, help="steps of the solver")
     add(
         "--sampler",
         dest="solver",
@@ -284,16 +265,11 @@ def _of_sampler(parser: argparse.ArgumentParser) -> None:
         help=f"the solver: {', '.join(SOLVERS)}",
         metavar="NAME",
     )
-    add(
-        "--guidance",
-        type=_number,
-        metavar="W",
-        help="w in uncond + w (cond - uncond); 1 is off (default); beside Cosmos' names g",
-    )
-    add("--guidance-scale", type=_number, metavar="W", help="w, as diffusers and FastGen have it")
-    add("--guidance-low", type=_number, metavar="W", help="w of Wan A14B's low-noise expert; --guidance is the other's")
-    add("--shift", type=_number, metavar="X", help="shift of a grid in flow time")
-    add("--sigma-max", type=_number, metavar="X", help="where the grid of an EDM teacher begins")
+    add("--guidance", **_WEIGHT, help="w in uncond + w (cond - uncond); 1 is off (default); beside Cosmos' names g")
+    add("--guidance-scale", **_WEIGHT, help="w, as diffusers and FastGen have it")
+    add("--guidance-low", **_WEIGHT, help="w of Wan A14B's low-noise expert; --guidance is the other's")
+    add("--shift", **_REAL, help="shift of a grid in flow time")
+    add("--sigma-max", **_REAL, help="where the grid of an EDM teacher begins")
     add("--force", action="store_true", help="use steps or a guidance that a student was not trained for")
 
 
@@ -334,18 +310,13 @@ def _of_memory(parser: argparse.ArgumentParser) -> None:
         help="fp32 or bf16, of network and codec (default: fp32)",
     )
     add("--batch-size", type=int, default=1, metavar="N", help="clips that go through the network together (default: 1)")
-    add("--tile", type=int, metavar="N", help="pixels along a tile of the codec, to save memory; not exact")
+    add("--tile", **_COUNT, help="pixels along a tile of the codec, to save memory; not exact")
     add("--offload", action="store_true", help="keep each part in memory for its stage only")
     for part, option in OFFLOADED.items():
         add(option, dest=f"offload_{part}", action="store_true", help=f"the same for the {part} alone")
     add("--shard", action="store_true", help="each process of torchrun holds a part of the weights, instead of all of them")
-    add(
-        "--context",
-        type=int,
-        metavar="N",
-        help="N processes of torchrun make each clip together, for a shorter wait (default: 1)",
-    )
-    add("--num-gpus", type=int, metavar="N", help="torchrun's number of processes, which make each clip together: --context N")
+    add("--context", **_COUNT, help="N processes of torchrun make each clip together, for a shorter wait (default: 1)")
+    add("--num-gpus", **_COUNT, help="torchrun's number of processes, which make each clip together: --context N")
 
 
 def _of_others(parser: argparse.ArgumentParser) -> None:
