@@ -36,7 +36,7 @@ from fewstep.inference.stream import refuse_stream, stream_clips
 from fewstep.networks.contract import Network
 from fewstep.networks.encoders.codecs import Autoencoder
 from fewstep.networks.encoders.vision import ClipVision
-from fewstep.parallel import World, device_of, join_world, leave_world
+from fewstep.parallel import COMPUTE, World, device_of, join_world, leave_world
 from fewstep.untrusted.text import read_json
 
 
@@ -213,8 +213,8 @@ def _pictures(request: GenerateRequest, plan: Plan, device: torch.device) -> Cli
         return None
     from fewstep.networks.encoders.vision import open_image_encoder
 
-    dtype = torch.bfloat16 if request.precision == "bf16" else torch.float32
-    return open_image_encoder(request.image_encoder or str(model.folder), dtype=dtype, device=device)
+    address = request.image_encoder or str(model.folder)
+    return open_image_encoder(address, dtype=COMPUTE[request.precision], device=device)
 
 
 def _record(request: GenerateRequest, clip: ClipRequest, files: Mapping[str, str]) -> dict[str, Any]:

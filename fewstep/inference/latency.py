@@ -11,7 +11,6 @@ ambiguous, so it has two names: frames_per_s_denoise_only and frames_per_s_end_t
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from fewstep.diffusion import Rng
 from fewstep.diffusion.sampling import Sampler
 from fewstep.inference.model import Model
 from fewstep.networks.encoders.codecs import Codec
+from fewstep.parallel import peak_memory_gib
 
 
 def measure(
@@ -58,7 +58,7 @@ def measure(
         "frames_per_s_end_to_end": frames / stages["end_to_end"]["median"],
         "frames": frames,
         "size": list(batch.x0.shape[3:]),
-        "peak_memory_gib": _peak_gib(device),
+        "peak_memory_gib": peak_memory_gib(device),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads",
         "has_text": text is not None,
     }
@@ -93,10 +93,3 @@ def _timed(stage: Callable[[], object], repeats: int, device: str) -> list[float
 def _percentiles(values: list[float]) -> dict[str, float]:
     low, high = np.quantile(values, [0.05, 0.95])
     return {"median": statistics.median(values), "p5": float(low), "p95": float(high)}
-
-
-def _peak_gib(device: str) -> float:
-    """Of the device since the measurement began; on a CPU the peak of the whole process."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

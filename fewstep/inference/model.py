@@ -38,7 +38,7 @@ from fewstep.networks.lora import Lora, merged
 from fewstep.networks.roles import Networks, build
 from fewstep.networks.weights.addresses import Piece, checkpoint_of, collect, load_into, pieces_of, read, tell
 from fewstep.networks.weights.folders import spec_of
-from fewstep.parallel import World, place
+from fewstep.parallel import COMPUTE, World, place
 from fewstep.untrusted.text import fault_of
 
 
@@ -276,7 +276,7 @@ def place_network(
 ) -> None:
     """Moves the network to its device, whole or as this process's shard, in the precision in which it computes; where
     processes of `world` share clips, it computes this one's share of their tokens."""
-    network, compute = model.network, torch.bfloat16 if precision == "bf16" else torch.float32
+    network, compute = model.network, COMPUTE[precision]
     mode = "fsdp" if shard else "ddp"
     place(network.module, network.blocks, world or World(0, 1, device, None), mode=mode, compute=compute, trained=False)
     if world is not None and world.context is not None:
@@ -301,8 +301,8 @@ def codec_of(
     """The codec at `address`, or the one beside the model that the user called `name`, at the scale of the model's latents."""
     path = model.network.path
     scale = path.sigma_data if isinstance(path, EDM) else 1.0  # the latents of an EDM network have the spread of its data
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return open_codec(codec_address(model, name, address), scale=scale, tile=tile, dtype=dtype, device=device)
+    address = codec_address(model, name, address)
+    return open_codec(address, scale=scale, tile=tile, dtype=COMPUTE[precision], device=device)
 
 
 def text_encoder_address(address: str | None, folder: Path | None, name: str, options: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -148,6 +149,13 @@ def device_of(name: str | None) -> str:
     if int(number or 0) >= num:
         raise UserError(f"--device {name}: this machine has {num} devices of this kind. Take --device cpu, or leave it out")
     return name
+
+
+def peak_memory_gib(device: torch.device | str) -> float:
+    """Most memory held so far: of the GPU, since its count was last reset, or resident in this process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def is_joined() -> bool:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 Mode = Literal["ddp", "fsdp"]
+COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of a precision, as users name it
 Contexts = Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fewstep.methods.contract import Turn
@@ -18,12 +17,11 @@ from fewstep.networks.grid import Grid
 from fewstep.networks.lora import Shared
 from fewstep.networks.roles import FROZEN, Whole, wholes
 from fewstep.networks.saved import SavedOnHost
-from fewstep.parallel import World, has_unreduced, place, reduce_over_replicas
+from fewstep.parallel import COMPUTE, World, has_unreduced, place, reduce_over_replicas
 from fewstep.training.errors import TrainingError
 from fewstep.training.role import TrainedRole
 from fewstep.training.run import Run
 
-COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FROZEN_GRID: Mapping[str, Grid] = {"8bit": "int8", "float8": "float8"}
 
 

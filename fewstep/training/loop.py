@@ -30,7 +30,7 @@ from fewstep.networks.files.checkpoints import newest_in
 from fewstep.networks.lora import Shared
 from fewstep.networks.roles import FROZEN, build
 from fewstep.networks.weights.addresses import load_into, locate, read
-from fewstep.parallel import World, is_joined, is_lost_process, leave_world
+from fewstep.parallel import World, is_joined, is_lost_process, leave_world, peak_memory_gib
 from fewstep.training import iteration
 from fewstep.training.alone import alone_in
 from fewstep.training.checkpoint import Checkpoints, Progress
@@ -50,7 +50,6 @@ from fewstep.training.run_folder import (
     noted_in,
     other_codec,
     other_shapes,
-    peak_memory_gib,
     refuse_parted_branches,
     refuse_untrained_span,
     sampler_of,

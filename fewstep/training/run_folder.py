@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import shlex
 import sys
 from collections.abc import Mapping
@@ -33,7 +32,7 @@ from fewstep.networks.files.folders import Configurations
 from fewstep.networks.files.pipeline import is_diffusers_folder
 from fewstep.networks.roles import Full, Networks
 from fewstep.networks.weights.addresses import checkpoint_of
-from fewstep.parallel import World
+from fewstep.parallel import World, peak_memory_gib
 from fewstep.training.checkpoint import Progress
 from fewstep.training.resume import write_config
 from fewstep.training.run import Run
@@ -219,13 +218,6 @@ def _typed_command() -> str:
     name = "fewstep" if Path(program).name in ("fewstep", "__main__.py") else program
     root = os.environ.get("OUTPUT_ROOT")
     return (f"OUTPUT_ROOT={shlex.quote(root)} " if root else "") + shlex.join([name, *words])
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far: of the GPU, or resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def summary(

@@ -37,9 +37,9 @@ from fewstep.networks.frozen import Offloaded
 from fewstep.networks.lora import Lora, Shared
 from fewstep.networks.roles import Full, Networks, Whole, build
 from fewstep.networks.saved import SavedOnHost
-from fewstep.parallel import Context, World
+from fewstep.parallel import COMPUTE, Context, World
 from fewstep.training import iteration
-from fewstep.training.crew import COMPUTE, Crew, assemble
+from fewstep.training.crew import Crew, assemble
 from fewstep.training.plan.ledger import HOST, PASSING, Ledger
 from fewstep.training.run import Run
 
