@@ -19,7 +19,7 @@ from fewstep.untrusted.text import read_json, read_json_lines
 CONFIG, SUMMARY, METRICS = "config.yaml", "summary.json", "metrics.jsonl"
 DIVERGED = "diverged.json"  # why the same command would not finish the run either
 _COSTS = ("step", "samples", "student_updates", "rollbacks", "wall_s", "peak_memory_gib", "num_processes")
-_RATES = ("samples_per_s", "memory_gib")
+_RATES = ("samples_per_s", "memory_gib", "derivative_error")
 State = Literal["finished", "unfinished", "diverged", "damaged", "refused"]  # refused: of a sweep, never begun
 
 
@@ -63,7 +63,7 @@ class RunRecord:
     def scores(self) -> dict[str, float]:
         """What previews measured, then losses and health; without costs, rates, and the values before the first step."""
         names = [name for name in self.values if name not in (*_COSTS, *_RATES) and not name.endswith("_undistilled")]
-        measured = [name for name in names if "/" not in name]
+        measured = [name for name in names if "/" not in name or (name.startswith("preview/") and name.endswith("_mse"))]
         rest = [name for name in names if name.startswith(("loss/", "health/"))]
         return {name: self.values[name] for name in (*measured, *rest)}
 

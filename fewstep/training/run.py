@@ -101,6 +101,13 @@ class Checkpoint:
         return self.patience is not None and stale >= self.patience
 
 
+def _remedy(missing: list[str]) -> str:
+    """Where fields of a batch come from that data lack."""
+    if missing == ["negative"]:
+        return "Set data.text=t5_xxl and data.negative=zeros, or negative.pickle (fewstep prepare text --negative-prompt TEXT)"
+    return "Pairs of noise and answer, and states on the way, come from a teacher: fewstep pairs, or data=teacher_pairs"
+
+
 @dataclass(frozen=True)
 class Run:
     method: AnyMethod
@@ -158,8 +165,7 @@ class Run:
                 "data",
                 (
                     f"method {type(self.method).__name__} needs {', '.join(missing)}, but this data has only "
-                    f"{', '.join(sorted(self.data.fields))}. Pairs of noise and answer, and states on the way, come from a "
-                    "teacher: data=teacher_pairs"
+                    f"{', '.join(sorted(self.data.fields))}. {_remedy(missing)}"
                 ),
             )
         if "teacher" in self.method.roles and self.networks.teacher is None:

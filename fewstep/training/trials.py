@@ -283,7 +283,7 @@ def _plan_search(base: Command, run_type: type[Any], space: Mapping[str, Values]
             problems = list(error.problems)
     if run is None:
         raise ConfigError(problems)
-    if request.by is None and run.preview is None:
+    if request.by is None and not _previews_measure(run):
         raise UserError("--by: which score decides? No preview measures one here; a value of metrics.jsonl does: --by loss/kd")
     written = dict(flat(dump(run)))
 
@@ -296,6 +296,15 @@ def _plan_search(base: Command, run_type: type[Any], space: Mapping[str, Values]
 
     space = {key: of_type(key, values) for key, values in space.items()}
     return Sweep(base, run_type, run.job.name, _tables(run), run.job.after, space, request=request)
+
+
+def _previews_measure(run: Any) -> bool:
+    """Whether previews measure a score of which the lowest is best: those of clips with a teacher or the noise of each clip."""
+    from fewstep.training.preview_clips import ClipsPreview
+
+    if isinstance(run.preview, ClipsPreview):
+        return "teacher" in run.method.roles or "noise" in run.data.fields
+    return run.preview is not None
 
 
 def _tables(run: Any) -> Path:

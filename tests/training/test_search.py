@@ -291,6 +291,7 @@ def test_resumed_with_other_ranges_it_says_so_and_leaves_out_what_lies_outside()
         (["optim.lrr=1e-5..1e-3", "--trials", "3"], "optim.lrr: no such setting; did you mean optim.lr?"),
         (["optim.lr=-2..-1", "--trials", "3"], "optim.lr: is -1."),
         (["optim.lr=1e-5..1e-3", "preview=none", "--trials", "3"], "--by: which score decides?"),
+        (["optim.lr=1e-5..1e-3", "preview=clips", "--trials", "3"], "--by: which score decides?"),  # motion is no score
         (["job.name=1..3", "--trials", "3"], "job.name: has several values"),
     ],
 )

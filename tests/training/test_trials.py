@@ -14,7 +14,7 @@ import pytest
 
 from fewstep.cli import main
 from fewstep.config import ConfigError, read_command
-from fewstep.training.records import RunRecord, best_first, find_runs, score_of
+from fewstep.training.records import RunRecord, best_first, find_runs, run_at, score_of
 from fewstep.training.run import Run
 from fewstep.training.trials import Queue, Sweep, first, plan_sweep, show, split_values
 
@@ -130,6 +130,14 @@ def test_runs_are_read_whatever_state_they_are_in(root: Path) -> None:
     assert runs["begun"].step == 3 and runs["begun"].scores == {"loss/kd": 0.25}
     assert list(runs["done"].scores) == ["energy_distance", "loss/kd"]
     assert score_of(list(runs.values()), None) == "loss/kd"  # three have it
+    clips = {
+        "preview/motion": 0.1,
+        "preview/teacher_mse": 0.4,
+        "preview/teacher_mse_undistilled": 0.9,
+        "derivative_error": 0.01,
+    }
+    write_run(root / "q/g/clips", 1e-3, 4, 4, **clips)
+    assert list(run_at("q/g/clips").scores) == ["preview/teacher_mse", "loss/kd"]  # the least motion is not the best
     ordered = best_first(list(runs.values()), "energy_distance")
     assert [record.folder.name for record in ordered[:2]] == ["longer", "done"]
 

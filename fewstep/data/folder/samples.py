@@ -192,7 +192,9 @@ def _remedy(part: Part, spec: FolderSettings) -> str:
     if part in (layout.NOISE, layout.PATH):
         return ". A teacher makes clips and what they came from together: fewstep pairs"
     if part.folder == spec.text:
-        return ". Embed the captions: fewstep prepare text, or set data.text=none"
+        return (
+            ". Embed the captions: fewstep prepare text (--prompt TEXT gives one to clips without any), or set data.text=none"
+        )
     if part.folder.endswith(f"_{spec.latents}"):
         return ". Encode them: fewstep prepare latents"
     return ". Make them with: fewstep prepare controls" + (", or set data.control_from=video" if callable(spec.control) else "")

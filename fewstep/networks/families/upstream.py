@@ -68,7 +68,8 @@ def needed(cond: Condition, field: str, network: str, what: str) -> Tensor:
     """The field of the condition, which this network cannot do without."""
     value = getattr(cond, field)
     if value is None:
-        raise UserError(f"{network} reads {what} from cond.{field}, and the batch has none")
+        hint = ". Embed captions (fewstep prepare text; --prompt TEXT gives one to all), and set data.text=t5_xxl"
+        raise UserError(f"{network} reads {what} from cond.{field}, and the batch has none{hint if field == 'text' else ''}")
     return value
 
 

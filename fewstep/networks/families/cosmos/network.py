@@ -198,7 +198,10 @@ class Cosmos(Adapter):
         """The raw output in x's type, and the tapped blocks' outputs as B C T H W."""
         config = self.base.config
         if cond.text is None:
-            raise UserError("Cosmos reads its prompt from cond.text (B, tokens, channels), and the batch has none")
+            raise UserError(
+                "Cosmos reads its prompt from cond.text (B, tokens, channels), and the batch has none. Embed captions (fewstep "
+                "prepare text; --prompt TEXT gives one to all), and set data.text=t5_xxl"
+            )
         num, _, frames, height, width = scaled.shape
         num_frames = 1 if counts_anew(self.base.rope) else frames  # a causal network counts positions from each chunk's first
         _refuse_unfit(config, (scaled.shape[1], num_frames, height, width), cond.text)
