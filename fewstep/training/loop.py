@@ -269,7 +269,8 @@ def _check_derivative(run: Run, crew: Crew, first: Batch, world: World, log: Run
             f"{finding} on the first samples, where {most:g} may be rounding: a part of the network, for instance an attention "
             "kernel, has a wrong tangent. Choose another kernel, or derivative=difference with a step that suits the network"
         )
-    log.say(f"{finding}{'' if agreement.derivative.is_exact else ' of other steps'}")
+    advice = "" if error <= most else ": its step does not suit this network; choose another derivative.step"
+    log.say(f"{finding}{'' if agreement.derivative.is_exact else f' of other steps{advice}'}")
     return record
 
 

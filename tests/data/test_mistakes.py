@@ -100,6 +100,19 @@ def dropped_frames(root: Path) -> None:
         container.mux(stream.encode())
 
 
+def renamed(root: Path) -> None:
+    """A WebM with the suffix of mp4: its index has the key frames, the first one here."""
+    import av
+
+    frames = video.read(root / f"videos/{LAST}.mp4").frames
+    with av.open(str(root / f"videos/{LAST}.mp4"), "w", format="webm") as container:
+        stream = container.add_stream("libvpx-vp9", rate=16)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for pixels in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
 def turned(root: Path) -> None:
     """A phone held upright writes its pictures on their side, and a mark that turns them."""
     import av
@@ -180,6 +193,7 @@ MISTAKES: list[tuple[str, dict[str, Any], Spoil, str, str, str]] = [
     ("empty mp4", {}, put(f"videos/{LAST}.mp4", b""), "unreadable-videos", "not a readable video", "not a readable video"),
     ("sound only", {}, sound_only, "unreadable-videos", "has no video, only audio", "has no video, only audio"),
     ("variable frame rate", {}, dropped_frames, "unreadable-videos", "no fixed frame rate.*ffmpeg -i", "no fixed frame rate"),
+    ("WebM renamed to mp4", {}, renamed, "unreadable-videos", "is a Matroska or WebM file.*ffmpeg -i", "is a Matroska or WebM"),
     ("turned by a mark", {}, turned, "unreadable-videos", "turns them by 90 degrees.*ffmpeg -i", "turns them by 90 degrees"),
     ("empty caption", TEXT, put(f"metas/{LAST}.txt", b" \n"), "empty-captions", "1 captions are empty: clip_000002",
      "1 of 3 captions are empty"),

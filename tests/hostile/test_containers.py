@@ -162,5 +162,6 @@ def test_a_video_whose_index_lists_key_frames_alone(tmp_path: Path) -> None:
         for _ in range(4):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
         container.mux(stream.encode())
-    with pytest.raises(UserError, match=r"index does not list all of its frames\. Convert it: ffmpeg -i x\.mp4"):
-        list(video.stream(tmp_path / "x.mp4"))
+    for reader in (video.probe, video.read, lambda path: list(video.stream(path))):  # none takes the key frames for all of them
+        with pytest.raises(UserError, match=r"does not list its frames\. Convert it: ffmpeg -i x\.mp4"):
+            reader(tmp_path / "x.mp4")

@@ -256,6 +256,10 @@ def _refuse_endless(path: Path) -> None:
 
 def _header(path: Path, stream: VideoStream) -> Header:
     """From the index of the file: one entry for each frame, with its place in the file and its time."""
+    if "matroska" in stream.container.format.name:  # which lists key frames only
+        raise UserError(
+            f"{path}: is a Matroska or WebM file, which does not list its frames. Convert it: ffmpeg -i {path.name} a.mp4"
+        )
     if len(stream.index_entries) > MAX_FRAMES:
         raise UserError(f"{path}: its index has {len(stream.index_entries):,} frames, at most {MAX_FRAMES:,} are read. Cut it")
     entries = [(e.timestamp, e.pos + e.size) for e in stream.index_entries if not e.is_discard]
