@@ -40,7 +40,7 @@ def test_the_card_of_a_controlled_student_gives_the_control(tmp_path: Path, monk
     opens = SimpleNamespace(from_pretrained=lambda folder, trust_remote_code: pipe)
     monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(DiffusionPipeline=opens))
     monkeypatch.chdir(tmp_path)
-    text = model_card(card({"kind": "cosmos_control", "controls": ["edge"]}), {}, {}, "diffusers", runs_code=True)
+    text = model_card(card({"kind": "cosmos_control", "controls": ["edge"]}), {}, {}, "diffusers", pipeline=None)
     values: dict[str, Any] = {}
     exec(code_of(text), values)
     ((prompt, words),) = calls
@@ -49,6 +49,11 @@ def test_the_card_of_a_controlled_student_gives_the_control(tmp_path: Path, monk
 
 
 def test_a_student_without_a_control_is_called_with_a_prompt_alone() -> None:
-    code = code_of(model_card(card({"kind": "wan"}), {}, {}, "diffusers", runs_code=False))
+    code = code_of(model_card(card({"kind": "wan"}), {}, {}, "diffusers", pipeline=None))
     assert code.splitlines()[0] == "from diffusers import DiffusionPipeline"
     assert code.splitlines()[-1] == 'video = pipe("PROMPT").frames[0]'
+
+
+def test_the_call_of_a_pipeline_of_diffusers_has_the_students_steps_and_no_guidance() -> None:
+    code = code_of(model_card(card({"kind": "wan"}), {}, {}, "diffusers", pipeline="WanPipeline"))
+    assert code.splitlines()[-1] == 'video = pipe("PROMPT", num_inference_steps=2, guidance_scale=1.0).frames[0]'
