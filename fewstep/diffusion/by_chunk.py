@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from fewstep.batch import Condition
-from fewstep.diffusion.denoiser import Cache, Denoiser
-from fewstep.diffusion.path import Path
+from fewstep.diffusion.denoiser import Around, Cache, Denoiser
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.rng import Rng
 
@@ -56,15 +55,11 @@ class ByChunk:
 
 
 @dataclass(frozen=True)
-class WithCache:
+class WithCache(Around):
     """A denoiser whose calls attend to one cache: solvers need not know of it."""
 
     inner: Denoiser
     cache: Cache
-
-    @property
-    def path(self) -> Path:
-        return self.inner.path
 
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None

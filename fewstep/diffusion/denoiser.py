@@ -40,6 +40,16 @@ class Denoiser(Protocol):
         ...
 
 
+class Around:
+    """A denoiser around another one, `inner`, on its path."""
+
+    inner: Denoiser
+
+    @property
+    def path(self) -> Path:
+        return self.inner.path
+
+
 def on_path(denoiser: Denoiser, path: Path) -> Denoiser:
     """The same network on another path: the time is matched by noise-to-signal ratio, the state is rescaled.
 

@@ -25,18 +25,14 @@ from fewstep.diffusion.path import spread
 from fewstep.errors import UserError
 
 Function = Callable[..., Tensor]  # of the inputs one by one: a state, then times (B,)
+Room = tuple[Tensor, Tensor]  # how far (B,) h may go down and up before an input leaves where the function is defined
 
 
 class Derivative(Protocol):
     is_exact: ClassVar[bool]  # but for rounding
 
-    def along(
-        self, function: Function, inputs: Sequence[Tensor], direction: Sequence[Tensor], room: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        """d/dh function(inputs + h direction) at h = 0, without a graph.
-
-        room: how far (B,) h may go down and up before an input leaves where the function is defined; None: anywhere.
-        """
+    def along(self, function: Function, inputs: Sequence[Tensor], direction: Sequence[Tensor], room: Room | None) -> Tensor:
+        """d/dh function(inputs + h direction) at h = 0, without a graph; room: None: h may go anywhere."""
         ...
 
 
@@ -51,11 +47,7 @@ class Jvp:
     is_exact: ClassVar[bool] = True
 
     def along(
-        self,
-        function: Function,
-        inputs: Sequence[Tensor],
-        direction: Sequence[Tensor],
-        room: tuple[Tensor, Tensor] | None = None,
+        self, function: Function, inputs: Sequence[Tensor], direction: Sequence[Tensor], room: Room | None = None
     ) -> Tensor:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
             duals = [_dual(value, change) for value, change in zip(inputs, direction, strict=True)]
@@ -78,11 +70,7 @@ class Difference:
     step: float = 1e-2  # h; float32 loses about 1e-7 / h, a smooth network h^2. AnyFlow and FastGen on Wan: 5e-3
 
     def along(
-        self,
-        function: Function,
-        inputs: Sequence[Tensor],
-        direction: Sequence[Tensor],
-        room: tuple[Tensor, Tensor] | None = None,
+        self, function: Function, inputs: Sequence[Tensor], direction: Sequence[Tensor], room: Room | None = None
     ) -> Tensor:
         num = len(inputs[0])
         step = torch.full((num,), self.step, dtype=torch.float64, device=inputs[0].device)

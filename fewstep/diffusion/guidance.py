@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fewstep.batch import Condition, join
-from fewstep.diffusion.denoiser import Cache, Denoiser
-from fewstep.diffusion.path import Path, spread
+from fewstep.diffusion.denoiser import Around, Cache, Denoiser
+from fewstep.diffusion.path import spread
 from fewstep.diffusion.prediction import Prediction
 from fewstep.errors import UserError
 
@@ -64,7 +64,7 @@ def with_and_without(
 
 
 @dataclass(frozen=True)
-class _Guided:
+class _Guided(Around):
     inner: Denoiser
     negative: Condition
     w: float
@@ -72,10 +72,6 @@ class _Guided:
     below: tuple[float, float] | None
     rescale: float
     negative_grad: bool
-
-    @property
-    def path(self) -> Path:
-        return self.inner.path
 
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None

@@ -27,6 +27,7 @@ from fewstep.diffusion.times import explicit
 from fewstep.errors import UserError
 
 Renoise = Literal["fresh", "same", "ode", "map"]
+Times = Sequence[float] | Tensor
 
 
 def start(path: Path, noise: Tensor, t: float) -> Tensor:
@@ -46,7 +47,7 @@ def start(path: Path, noise: Tensor, t: float) -> Tensor:
 def rollout(
     denoiser: Denoiser,
     x: Tensor,
-    times: Sequence[float] | Tensor,
+    times: Times,
     cond: Condition,
     *,
     renoise: Renoise = "fresh",
@@ -85,13 +86,7 @@ def rollout(
 
 @torch.no_grad()
 def few_step(
-    denoiser: Denoiser,
-    x: Tensor,
-    times: Sequence[float] | Tensor,
-    cond: Condition,
-    *,
-    renoise: Renoise = "fresh",
-    rng: Rng | None = None,
+    denoiser: Denoiser, x: Tensor, times: Times, cond: Condition, *, renoise: Renoise = "fresh", rng: Rng | None = None
 ) -> Tensor:
     """x0 of a student asked at each of `times`, descending, without the final 0; x is the state at times[0]."""
     return rollout(denoiser, x, times, cond, renoise=renoise, rng=rng).x0

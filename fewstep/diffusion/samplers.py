@@ -62,21 +62,13 @@ def heun(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, *, on_st
 
 def dpmpp_2m(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, *, on_state: OnState | None = None) -> Tensor:
     """Order 2 multistep in x0, Lu et al. 2022, arXiv:2211.01095, algorithm 2; the first step is of order 1."""
-    x = x.to(working_dtype(x))
-    steps = _Exponential(denoiser.path, times, x)
-    last = None
-    for i in range(len(times) - 1):
-        _report(on_state, times[i], x)
-        x0 = _predict(denoiser, x, times[i], cond).x0
-        guess = x0
-        if last is not None:
-            # 1 / (2 r) with r = h_last / h: 0 when the last step came from pure noise, an infinite h.
-            lean = float(steps.h[i] / steps.h[i - 1]) / 2
-            guess = (1 + lean) * x0 - lean * last
-        x = steps.shrink[i] * x + steps.gain[i] * guess
-        last = x0
-    _report(on_state, times[-1], x)
-    return _predict(denoiser, x, times[-1], cond).x0
+
+    def guess(steps: _Exponential, i: int, x0: Tensor, last: Tensor) -> Tensor:
+        # 1 / (2 r) with r = h_last / h: 0 when the last step came from pure noise, an infinite h.
+        lean = float(steps.h[i] / steps.h[i - 1]) / 2
+        return (1 + lean) * x0 - lean * last
+
+    return _two_points(denoiser, x, times, cond, guess, on_state)
 
 
 def res_2ab(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, *, on_state: OnState | None = None) -> Tensor:
@@ -84,22 +76,37 @@ def res_2ab(denoiser: Denoiser, x: Tensor, times: Tensor, cond: Condition, *, on
 
     x_t = e^-h x_s + h (b1 x0_s + b2 x0_1) in the EDM scaling; phi1(z) = (e^z - 1)/z, phi2(z) = (phi1(z) - 1)/z at z = -h.
     """
-    x = x.to(working_dtype(x))
-    steps = _Exponential(denoiser.path, times, x)
-    last = None
-    for i in range(len(times) - 1):
-        _report(on_state, times[i], x)
-        x0 = _predict(denoiser, x, times[i], cond).x0
+
+    def guess(steps: _Exponential, i: int, x0: Tensor, last: Tensor) -> Tensor:
         h = steps.h[i]
         h_phi1 = -torch.expm1(-h)
         h_b2 = torch.zeros_like(h)
-        if last is not None and bool(torch.isfinite(steps.h[i - 1])):
+        if bool(torch.isfinite(steps.h[i - 1])):
             c2 = -steps.h[i - 1] / h
             phi2 = (h_phi1 / h - 1) / -h
             h_b2 = h * phi2 / c2
         h_b1 = h_phi1 - h_b2
-        guess = (h_b1 / h_phi1) * x0 + (h_b2 / h_phi1) * (x0 if last is None else last)
-        x = steps.shrink[i] * x + steps.gain[i] * guess.to(x.dtype)
+        return ((h_b1 / h_phi1) * x0 + (h_b2 / h_phi1) * last).to(x0.dtype)
+
+    return _two_points(denoiser, x, times, cond, guess, on_state)
+
+
+def _two_points(
+    denoiser: Denoiser,
+    x: Tensor,
+    times: Tensor,
+    cond: Condition,
+    guess: Callable[[_Exponential, int, Tensor, Tensor], Tensor],
+    on_state: OnState | None,
+) -> Tensor:
+    """Exponential steps towards what `guess` makes of the newest x0 and the one before; the first is towards its x0 alone."""
+    x = x.to(working_dtype(x))
+    steps = _Exponential(denoiser.path, times, x)
+    last: Tensor | None = None
+    for i in range(len(times) - 1):
+        _report(on_state, times[i], x)
+        x0 = _predict(denoiser, x, times[i], cond).x0
+        x = steps.shrink[i] * x + steps.gain[i] * (x0 if last is None else guess(steps, i, x0, last))
         last = x0
     _report(on_state, times[-1], x)
     return _predict(denoiser, x, times[-1], cond).x0

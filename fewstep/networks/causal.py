@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.batch import Condition
 from fewstep.config import kind
@@ -89,10 +89,6 @@ class Causal(Wrapper):
             )
         sites.install()
         return cls(network, causality, sites)
-
-    @property
-    def module(self) -> nn.Module:
-        return self.inner.module
 
     @property
     def traits(self) -> Traits:

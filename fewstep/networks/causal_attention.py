@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
-from fewstep.networks.tokens import Attend, AttentionPlan, Rotate, SelfAttention, follow_plans
+from fewstep.networks.tokens import Attend, AttentionPlan, Processor, Rotate, SelfAttention, follow_plans
 
 KeysValues = tuple[Tensor, Tensor]  # B F P H D each: frames, tokens of a frame, heads, channels; keys before rotation
 
@@ -190,11 +190,11 @@ def counts_anew(rope: nn.Module) -> bool:
     return isinstance(vars(rope).get("forward"), Planned)
 
 
-class CrossAttention:
+class CrossAttention(Processor):
     """A processor of diffusers that keeps the keys and values of the text in `memory`, if it has one."""
 
     def __init__(self, before: Any):
-        self.before = before
+        super().__init__(before)
         self.memory: dict[int, KeysValues] | None = None
 
     def text(self, project: Callable[[], KeysValues]) -> KeysValues:

@@ -174,9 +174,13 @@ class Network(Denoiser, NetworkDefaults, Protocol):
 
 
 class Wrapper(NetworkDefaults):
-    """A network around another one, `inner`, which decides everything but the call and the module."""
+    """A network around another one, `inner`, which decides everything but the call."""
 
     inner: Network
+
+    @property
+    def module(self) -> nn.Module:
+        return self.inner.module
 
     @property
     def path(self) -> Path:

@@ -37,10 +37,6 @@ class Offloaded(Wrapper):
             self._home[parameter] = home.pin_memory() if self.device.type == "cuda" else home
             parameter.data = self._home[parameter]
 
-    @property
-    def module(self) -> nn.Module:
-        return self.inner.module
-
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
     ) -> Prediction:

@@ -179,8 +179,12 @@ class Shared(Wrapper):
 
     backbone: Backbone
     role: str | None
-    module: nn.Module  # the adapters and what else is this role's own, named as in the network; all of it, with role None
+    own: nn.Module  # the adapters and what else is this role's own, named as in the network; all of it, with role None
     inner: Network  # that of the backbone, as this role calls it: causal or not
+
+    @property
+    def module(self) -> nn.Module:
+        return self.own
 
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.batch import Condition
 from fewstep.diffusion import Cache, Prediction
@@ -27,10 +27,6 @@ class SavedOnHost(Wrapper):
     device: torch.device
     watchers: list[Callable[[], AbstractContextManager[None]]] = field(default_factory=list, repr=False)  # entered for a copy
     _streams: list[torch.cuda.Stream] = field(default_factory=list, repr=False)
-
-    @property
-    def module(self) -> nn.Module:
-        return self.inner.module
 
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None

@@ -37,11 +37,38 @@ class AttentionPlan(ABC):
         """Self-attention, B N H D; queries and keys before rotation."""
 
 
-class SelfAttention:
-    """A processor of diffusers that follows a plan in the place of its rotary embedding, if there is one."""
+class Processor:
+    """A processor of diffusers in the place of another one, `before`, which answers where this one does not."""
+
+    def __init__(self, before: Any):  # Any: no class of diffusers says what a processor is
+        self.before = before
+
+    def answer(self, attn: Any, x: Tensor, text: Tensor | None, mask: Tensor | None, plan: Any) -> Tensor | None:
+        """Attention of x by the plan, if that is one, or to the text. None: as before."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Any = None,  # Wan's name of it
+        image_rotary_emb: Any = None,  # Cosmos'
+    ) -> Tensor:
+        plan = image_rotary_emb if rotary_emb is None else rotary_emb
+        answer = self.answer(attn, hidden_states, encoder_hidden_states, attention_mask, plan)
+        if answer is None:
+            answer = self.before(attn, hidden_states, encoder_hidden_states, attention_mask, plan)
+        return answer
+
+
+class SelfAttention(Processor):
+    """One that follows a plan in the place of its rotary embedding, if there is one."""
 
     def __init__(self, layer: int, before: Any):  # Any: the processor that it replaces
-        self.layer, self.before = layer, before
+        super().__init__(before)
+        self.layer = layer
 
 
 def follow_plans(layers: Iterable[Any], processor: Callable[[int, Any], SelfAttention]) -> None:

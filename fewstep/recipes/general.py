@@ -65,18 +65,10 @@ def kd(teacher: str = "", steps: int = 4, shift: float | None = None, control: t
     """KD of any teacher into a student of `steps` steps, on its pairs (`fewstep pairs`); rank=32: adapters."""
     source = _opened(teacher, control)
     _refuse_steps(steps)
-    run = Run(
-        job=_job(source, f"kd_{steps}step"),
-        method=KD(student_sample_steps=steps, t_list=source.times(steps, shift)),
-        networks=_networks(source, rank),
-        data=_data(source, "pairs", control, pairs=("noise",) if steps == 1 else ("path",)),
-        optim=Optim(lr=_lr(source, source.published.kd_lr, 5e-4, rank), betas=(0.9, 0.99), clip=1.0),
-        ema=EMA,
-        trainer=_trainer(source, 6000),
-        checkpoint=Checkpoint(save_iter=500),
-        parallel=_parallel(source),
-    )
-    return watched(run)
+    method = KD(student_sample_steps=steps, t_list=source.times(steps, shift))
+    data = _data(source, "pairs", control, pairs=("noise",) if steps == 1 else ("path",))
+    optim = Optim(lr=_lr(source, source.published.kd_lr, 5e-4, rank), betas=(0.9, 0.99), clip=1.0)
+    return watched(_run(source, f"kd_{steps}step", method, _networks(source, rank), data, optim))
 
 
 @recipe("dmd2")
@@ -158,17 +150,9 @@ def _refuse_steps(steps: int, most: int | None = None) -> None:
 def _finetune(name: str, source: Teacher, control: tuple[Control, ...], rank: int) -> Run:
     adapted = Networks(teacher=source.spec, teacher_init=source.init, student=Lora(rank=rank)) if rank else None
     whole = Networks(student=Full(source.spec, init=source.init or "random"))
-    return Run(
-        job=_job(source, name),
-        method=_denoising(source),
-        networks=adapted or whole,
-        data=_data(source, "clips", control, negative=_negative(source)),
-        optim=Optim(lr=_lr(source, 2e-5, 5e-4, rank), betas=(0.9, 0.99), weight_decay=0.01, clip=1.0),
-        ema=EMA,
-        trainer=_trainer(source, 2000),
-        checkpoint=Checkpoint(save_iter=500),
-        parallel=_parallel(source),
-    )
+    data = _data(source, "clips", control, negative=_negative(source))
+    optim = Optim(lr=_lr(source, 2e-5, 5e-4, rank), betas=(0.9, 0.99), weight_decay=0.01, clip=1.0)
+    return _run(source, name, _denoising(source), adapted or whole, data, optim, iterations=2000)
 
 
 def _denoising(source: Teacher) -> Finetune:
@@ -223,19 +207,32 @@ def _from_clips(source: Teacher, name: str, method: Method, networks: Networks, 
     critic = replace(optim, lr=_lr(source, published.critic_lr, 4e-4, rank)) if "critic" in method.roles else None
     if critic and rank:
         networks = replace(networks, critic=Lora(rank=rank))
-    run = Run(
+    data = _data(source, "clips", control, negative=_negative(source))
+    return watched(_run(source, name, method, networks, data, optim, critic))
+
+
+def _run(
+    source: Teacher,
+    name: str,
+    method: Method,
+    networks: Networks,
+    data: Folder | Mix,
+    optim: Optim,
+    critic_optim: Optim | None = None,
+    iterations: int = 6000,
+) -> Run:
+    return Run(
         job=_job(source, name),
         method=method,
         networks=networks,
-        data=_data(source, "clips", control, negative=_negative(source)),
+        data=data,
         optim=optim,
-        critic_optim=critic,
+        critic_optim=critic_optim,
         ema=EMA,
-        trainer=_trainer(source, 6000),
+        trainer=_trainer(source, iterations),
         checkpoint=Checkpoint(save_iter=500),
         parallel=_parallel(source),
     )
-    return watched(run)
 
 
 def _data(

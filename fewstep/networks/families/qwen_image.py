@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fewstep.batch import Condition
 from fewstep.config import kind
 from fewstep.diffusion import Cache, Denoiser, Path, Prediction, RectifiedFlow
+from fewstep.diffusion.denoiser import Around
 from fewstep.diffusion.guidance import with_and_without
 from fewstep.diffusion.path import working_dtype
 from fewstep.networks.contract import DiffusersSpec, Distillation, Scheduling, Traits
@@ -60,14 +61,10 @@ def guided_at_length(denoiser: Denoiser, negative: Condition, w: float) -> Denoi
 
 
 @dataclass(frozen=True)
-class _GuidedAtLength:
+class _GuidedAtLength(Around):
     inner: Denoiser
     negative: Condition
     w: float
-
-    @property
-    def path(self) -> Path:
-        return self.inner.path
 
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None

@@ -23,10 +23,11 @@ class Adapter(NetworkDefaults):
 
     module: nn.Module
     part: ClassVar[str] = "transformer"  # what pipelines call it
+    blocks_part: ClassVar[str] = "transformer_blocks"  # and what it calls its blocks
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        return tuple(self.module.transformer_blocks)  # pyright: ignore[reportArgumentType]  # an attribute of a module
+        return tuple(getattr(self.module, self.blocks_part))
 
     def parts(self) -> dict[str, Any]:
         return {self.part: self.module}

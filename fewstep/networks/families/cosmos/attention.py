@@ -26,39 +26,25 @@ def _heads(attn: Any, x: Tensor) -> Tensor:
 
 
 class CosmosSelfAttention(SelfAttention):
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Any = None,
-    ) -> Tensor:
-        if not isinstance(image_rotary_emb, AttentionPlan):
-            return self.before(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        queries = attn.norm_q(_heads(attn, attn.to_q(hidden_states)))
-        keys = attn.norm_k(_heads(attn, attn.to_k(hidden_states)))
-        values = _heads(attn, attn.to_v(hidden_states))
-        answer = image_rotary_emb.attention(self.layer, queries, keys, values, attend_with_diffusers)
+    def answer(self, attn: Any, x: Tensor, text: Tensor | None, mask: Tensor | None, plan: Any) -> Tensor | None:
+        if not isinstance(plan, AttentionPlan):
+            return None
+        queries = attn.norm_q(_heads(attn, attn.to_q(x)))
+        keys = attn.norm_k(_heads(attn, attn.to_k(x)))
+        values = _heads(attn, attn.to_v(x))
+        answer = plan.attention(self.layer, queries, keys, values, attend_with_diffusers)
         return attn.to_out[1](attn.to_out[0](answer.flatten(2).type_as(queries)))
 
 
 class CosmosCrossAttention(CrossAttention):
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Any = None,
-    ) -> Tensor:
+    def answer(self, attn: Any, x: Tensor, text: Tensor | None, mask: Tensor | None, plan: Any) -> Tensor | None:
         if self.memory is None:
-            return self.before(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        queries = attn.norm_q(_heads(attn, attn.to_q(hidden_states)))
+            return None
+        queries = attn.norm_q(_heads(attn, attn.to_q(x)))
 
         def project() -> tuple[Tensor, Tensor]:
-            keys = attn.norm_k(_heads(attn, attn.to_k(encoder_hidden_states)))
-            return keys, _heads(attn, attn.to_v(encoder_hidden_states))
+            keys = attn.norm_k(_heads(attn, attn.to_k(text)))
+            return keys, _heads(attn, attn.to_v(text))
 
-        answer = attend_with_diffusers(queries, *self.text(project), attention_mask)
+        answer = attend_with_diffusers(queries, *self.text(project), mask)
         return attn.to_out[1](attn.to_out[0](answer.flatten(2).type_as(queries)))

@@ -39,14 +39,12 @@ class AnyFlow(FlowAdapter):
     module: nn.Module  # AnyFlowTransformer3DModel
     text_tokens: int = TEXT_TOKENS  # shorter texts are padded with zeros, which it attends to
 
+    blocks_part = "blocks"
+
     @property
     def traits(self) -> Traits:
         targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
         return Traits(lora_targets=targets, first_frames="time", reads_end=True, pipeline_class="AnyFlowPipeline")
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return tuple(self.module.blocks)  # pyright: ignore[reportArgumentType]  # an attribute of a module
 
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None

@@ -22,39 +22,25 @@ def rotate(x: Tensor, table: tuple[Tensor, ...], rows: slice) -> Tensor:
 
 
 class WanSelfAttention(SelfAttention):
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: Any = None,
-    ) -> Tensor:
-        if not isinstance(rotary_emb, AttentionPlan):
-            return self.before(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-        queries = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        keys = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1))
-        values = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
-        answer = rotary_emb.attention(self.layer, queries, keys, values, attend_with_diffusers)
+    def answer(self, attn: Any, x: Tensor, text: Tensor | None, mask: Tensor | None, plan: Any) -> Tensor | None:
+        if not isinstance(plan, AttentionPlan):
+            return None
+        queries = attn.norm_q(attn.to_q(x)).unflatten(2, (attn.heads, -1))
+        keys = attn.norm_k(attn.to_k(x)).unflatten(2, (attn.heads, -1))
+        values = attn.to_v(x).unflatten(2, (attn.heads, -1))
+        answer = plan.attention(self.layer, queries, keys, values, attend_with_diffusers)
         return attn.to_out[1](attn.to_out[0](answer.flatten(2).type_as(queries)))
 
 
 class WanCrossAttention(CrossAttention):
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: Any = None,
-    ) -> Tensor:
+    def answer(self, attn: Any, x: Tensor, text: Tensor | None, mask: Tensor | None, plan: Any) -> Tensor | None:
         if self.memory is None or attn.add_k_proj is not None:  # the keys of a picture's features are computed at every call
-            return self.before(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-        queries = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+            return None
+        queries = attn.norm_q(attn.to_q(x)).unflatten(2, (attn.heads, -1))
 
         def project() -> tuple[Tensor, Tensor]:
-            keys = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1))
-            return keys, attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1))
+            keys = attn.norm_k(attn.to_k(text)).unflatten(2, (attn.heads, -1))
+            return keys, attn.to_v(text).unflatten(2, (attn.heads, -1))
 
         answer = attend_with_diffusers(queries, *self.text(project))
         return attn.to_out[1](attn.to_out[0](answer.flatten(2).type_as(queries)))

@@ -45,6 +45,8 @@ class Wan(FlowAdapter):
     whole_times: bool = False  # ask at floor(1000 t), as upstream's UniPC sampler does
     text_tokens: int = TEXT_TOKENS  # shorter texts are padded with zeros, which it attends to
 
+    blocks_part = "blocks"
+
     @property
     def traits(self) -> Traits:
         config: Any = self.module.config  # Any: diffusers' FrozenDict
@@ -60,10 +62,6 @@ class Wan(FlowAdapter):
             text_channels=config.text_dim,
             pipeline_settings=None if has_picture else own_pipeline,
         )
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return tuple(self.module.blocks)  # pyright: ignore[reportArgumentType]  # an attribute of a module
 
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, taps: Sequence[int] = (), cache: Cache | None = None
