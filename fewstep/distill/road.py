@@ -8,9 +8,14 @@ its scores and its report beside it. The demo (toyworld/demo/stages.py) takes th
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+from fewstep.data.folder.layout import CAPTIONS, IMAGES, VIDEOS
+from fewstep.data.folder.samples import read_caption
+from fewstep.data.folder.texts import opened
 from fewstep.distill.facts import Facts
 from fewstep.distill.stages import Command, Stage, launcher, with_own
 
@@ -30,8 +35,9 @@ EXPORTED = {
 def stages(facts: Facts) -> list[Stage]:
     """The stages of a request, in their order."""
     request, data = facts.request, str(facts.request.dataset)
+    reads = partial(stamp_of, request.dataset)
     return [
-        Stage.of("check", "the data set is read once", ("fewstep", "check", "data", data), makes_nothing=True),
+        Stage.of("check", "the data set is read once", ("fewstep", "check", "data", data), makes_nothing=True, reads=reads),
         Stage.of(
             "memory", "the memory that the training takes on this machine; nothing is loaded", _plan(facts), makes_nothing=True
         ),
@@ -41,6 +47,7 @@ def stages(facts: Facts) -> list[Stage]:
             (tuple(_text(facts)),),
             advice="A text encoder that does not know the words of the captions can be replaced: --text-encoder FOLDER "
             "(`fewstep prepare words` trains a small one)",
+            reads=reads,
         ),
         *(
             [Stage("controls", "the control is made from the clips", (tuple(_controls(facts)),))]
@@ -59,6 +66,15 @@ def stages(facts: Facts) -> list[Stage]:
         ),
         Stage.of("report", "one page: clips in step, scores, curves", _report(facts), is_optional=True),
     ]
+
+
+def stamp_of(dataset: Path) -> str:
+    """A hash of the names and sizes of the clips and of the captions; the same wherever the data set lies."""
+    place = opened(dataset)
+    files = [*place.files(VIDEOS).values(), *place.files(IMAGES).values()]
+    facts = [(path.name, path.stat().st_size) for path in files]
+    captions = [(stem, read_caption(path)) for stem, path in place.files(CAPTIONS).items()]
+    return hashlib.sha256(repr((facts, captions)).encode()).hexdigest()[:16]
 
 
 def run_of(facts: Facts, training: str) -> str:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
@@ -28,6 +28,7 @@ from fewstep.files import move, remove, write_json
 from fewstep.untrusted.text import read_json
 
 Command = tuple[str, ...]
+OTHER_FILES = "clips or captions have been added, changed or removed since stage"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Stage:
     advice: str = ""  # printed where the stage fails
     is_optional: bool = False  # the stages after it do without: its failure is told and does not end the road
     makes_nothing: bool = False  # it only checks: where its commands change, it is done anew, and none after it
+    reads: Callable[[], str] | None = None  # a stamp of the user's files that its commands read: others are as other commands
     resumes: tuple[Path, ...] = ()  # files and folders that its commands would go on with: moved aside where it is done anew
 
     @classmethod
@@ -82,6 +84,7 @@ class Done:
     commands: list[str]
     seconds: float = 0.0
     folder: str = ""  # in which they ran
+    reads: str = ""  # of the files that they read
 
 
 def read_marker(marker: Path) -> Done:
@@ -118,6 +121,8 @@ def _changes(stage: Stage, out: Path) -> str:
     if not marker.is_file():
         return ""
     done = read_marker(marker)
+    if stage.reads is not None and done.reads not in ("", stage.reads()):
+        return OTHER_FILES
     before, now = (" ".join(lines).split() for lines in (done.commands, stage.commands))
     if len(before) == len(now) and all(_are_same(*words, done.folder) for words in zip(before, now, strict=True)):
         return ""
@@ -149,9 +154,9 @@ def _about_changes(stages: Sequence[Stage], out: Path) -> str:
     after = [stage.name for stage in later if marker_of(out, stage.name).is_file()]
     also = f", and so {'are' if len(after) > 1 else 'is'} {', '.join(after)}" if after else ""
     names = [f"{path} as {_aside(path).name}" for stage in stages for path in stage.resumes if path.exists()]
-    return f"the commands of stage '{first.name}' have changed: {_changes(first, out)}\n  it is done anew{also}" + (
-        f"; kept: {', '.join(names)}" if names else ""
-    )
+    what = _changes(first, out)
+    about = f"the commands of stage '{first.name}' have changed: {what}" if what != OTHER_FILES else f"{what} '{first.name}'"
+    return f"{about}\n  it is done anew{also}" + (f"; kept: {', '.join(names)}" if names else "")
 
 
 def _aside(path: Path) -> Path:
@@ -191,7 +196,8 @@ def run(
         "folder": str(Path.cwd()),
         "seconds": round(time.monotonic() - began, 1),
     }
-    write_json(marker, about | {"about": stage.about})
+    reads = {} if stage.reads is None else {"reads": stage.reads()}
+    write_json(marker, about | reads | {"about": stage.about})
     print(f"    {about['seconds']} s", flush=True)
     return True
 

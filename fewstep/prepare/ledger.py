@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fewstep.data.files.cache import refuse_other
+from fewstep.data.folder.layout import LEDGER
 from fewstep.errors import UserError, show
 from fewstep.files import Lines, lock, remove
 from fewstep.untrusted.text import parse_json
 
-NAME = ".made.jsonl"
+NAME = LEDGER
 
 
 @dataclass(frozen=True)

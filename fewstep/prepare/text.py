@@ -8,7 +8,6 @@ once.
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from functools import lru_cache
 from pathlib import Path
@@ -18,11 +17,11 @@ from fewstep.data.files.arrays import write_pickle
 from fewstep.data.files.packs import Label, has_packs, open_writer
 from fewstep.data.folder import layout, parts
 from fewstep.data.folder.layout import Layout
-from fewstep.data.folder.samples import captions_of, read_caption
+from fewstep.data.folder.samples import captions_of, hash_of_text, read_caption, text_ledger
 from fewstep.errors import UserError, some
 from fewstep.files import write_bytes, write_json, write_text
 from fewstep.networks.encoders.text import TextEncoder, stored_embedding, stored_pooled
-from fewstep.prepare.ledger import NAME, open_ledger
+from fewstep.prepare.ledger import open_ledger
 from fewstep.prepare.summary import Summary
 from fewstep.progress import track
 from fewstep.untrusted.text import read_bytes, read_json
@@ -54,7 +53,7 @@ def write(
             raise UserError(
                 f"{place.root / folder}: holds single files, which packs would hide. Remove them, or --format pickle"
             )
-        labels = [Label(stem, hash_of(text)) for stem, text in texts.items()]
+        labels = [Label(stem, hash_of_text(text)) for stem, text in texts.items()]
         with open_writer(place.root / folder, made_from, lengths_differ=True) as writer:
             writer.keep_only(labels)
             for label, (_, text) in zip(labels, items, strict=True):
@@ -64,13 +63,13 @@ def write(
         raise UserError(f"{place.root / folder}: holds packs, which would hide single files. Remove them, or --format packed")
     content = lru_cache(maxsize=64)(lambda text: _content(encoder, text))
     new = foreign = 0
-    with open_ledger(_ledger(place, folder), made_from, lambda stem: place.file(part, stem)) as ledger:
+    with open_ledger(text_ledger(place, folder), made_from, lambda stem: place.file(part, stem)) as ledger:
         for stem, text in items:
-            state = ledger.state(stem, hash_of(text))
+            state = ledger.state(stem, hash_of_text(text))
             foreign += state == "foreign"
             if state == "todo":
                 value = content(text)
-                ledger.begin(stem, hash_of(text))
+                ledger.begin(stem, hash_of_text(text))
                 write_pickle(place.file(part, stem), value)
                 new += 1
     return Summary(len(texts), new, foreign)
@@ -129,10 +128,6 @@ def captions(place: Layout) -> dict[str, str]:
     return texts
 
 
-def hash_of(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
 # ---- parts of the above --------------------------------------------------------------------------------------------
 
 
@@ -157,7 +152,3 @@ def _write_prompt(place: Layout, prompt: str) -> None:
     for stem in place.files(layout.VIDEOS) or place.files(layout.LATENTS):
         if stem not in files:
             write_text(place.file(layout.CAPTIONS, stem), prompt + "\n")
-
-
-def _ledger(place: Layout, folder: str) -> Path:
-    return place.root / folder / NAME if place.form == "flat" else place.root / f"{NAME}.{folder}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import shlex
+import shutil
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from fewstep.cli import main
 from fewstep.distill import cost
 from fewstep.distill.facts import facts_of
 from fewstep.distill.request import DistillRequest
-from fewstep.distill.road import stages
+from fewstep.distill.road import stages, stamp_of
 from fewstep.distill.stages import claim, marker_of
 from fewstep.networks.families.cosmos.models import MODELS, transfer1_7b
 
@@ -234,6 +235,15 @@ def test_stages_from_the_first_that_changed_are_done_anew(
     assert "and so are export, scores, report; kept: " in said and said.endswith("runs/student/dmd2 as dmd2.001\n")
     assert done_after(settings=("dmd2.optim.lr=1e-5",)) == [n for n in names[: names.index("dmd2")] if n != "memory"]
     assert done_after(steps=2) == ["check", "text", "latents"]  # pairs have other states
+
+
+def test_clips_and_captions_are_known_again_wherever_they_lie(tmp_path: Path) -> None:
+    before = stamp_of(data := clips(tmp_path / "clips", num=2))
+    assert stamp_of(Path(shutil.copytree(data, tmp_path / "copy"))) == before  # with other times of change
+    (data / "metas" / "clip_001.txt").write_text("a green dot")
+    edited = stamp_of(data)
+    shutil.copy(data / "videos" / "clip_000.mp4", data / "videos" / "clip_002.mp4")
+    assert len({before, edited, stamp_of(data)}) == 3
 
 
 def test_clips_larger_than_the_teacher_was_trained_on_are_a_warning_in_terminal_and_report(

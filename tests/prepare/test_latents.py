@@ -114,6 +114,15 @@ def test_a_rerun_encodes_what_is_new_or_changed_and_drops_what_is_gone(toy: Path
     torch.testing.assert_close(found, codec.encode(pixels), rtol=2**-11, atol=2**-20)
 
 
+def test_a_clip_that_was_added_since_is_not_left_out_without_a_word(toy: Path, codec: Autoencoder) -> None:
+    latents.write(spec(toy), codec)
+    shutil.copy(toy / "videos" / "clip_000000.mp4", toy / "videos" / "new.mp4")
+    with pytest.raises(ValueError, match=f"1 of {NUM + 1} clips have no latents: new. Run fewstep prepare latents again"):
+        spec(toy, x0="latents").open()
+    data = spec(toy, x0="latents", max_bad=1).open()
+    assert len(data) == NUM and data.left_out == {"new": "has no latents"}
+
+
 def test_another_codec_or_setting_is_refused_by_name_before_anything_is_encoded(toy: Path, codec: Autoencoder) -> None:
     latents.write(spec(toy), codec)
     before = content(toy / "latents")

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from fewstep import cli
+from fewstep.data.check.survey import survey
 from fewstep.data.files import video
 from fewstep.data.files.arrays import write_pickle
 from fewstep.data.folder.dataset import Folder
+from fewstep.data.folder.texts import Texts
 from fewstep.prepare import text
 
 CAPTIONS = {"a": "a red ball", "b": "a blue box rolls", "c": "a red ball", "d": "nothing"}
@@ -121,6 +123,21 @@ def test_stopped_and_run_again_it_is_as_if_nothing_had_happened(folder: Path, fo
         path.unlink() if path.is_file() else path.rmdir()
     text.write(folder, Words(), form=form)
     assert content(folder / "t5_xxl") == stopped
+
+
+@pytest.mark.parametrize("form", ["pickle", "packed"])
+def test_a_caption_that_was_edited_since_is_named_by_whoever_reads_its_embedding(folder: Path, form: text.Form) -> None:
+    text.write(folder, Words(), form=form)
+    settings = Folder(str(folder), text="t5_xxl")
+    assert len(settings.open()) == len(Texts.open(settings).captions) == len(CAPTIONS)
+    (folder / "metas" / "b.txt").write_text("a green box rolls\n")
+    said = "1 of 4 captions have changed since t5_xxl/ was made of them: b. Run fewstep prepare text again"
+    for reader in (settings.open, lambda: Texts.open(settings)):
+        with pytest.raises(ValueError, match=said):
+            reader()
+    assert said in [problem.message for problem in survey(folder, num_threads=1).problems if problem.kind == "stale-t5_xxl"]
+    assert text.write(folder, Words(), form=form).new == 1
+    assert len(settings.open()) == len(CAPTIONS)
 
 
 def test_a_line_cut_off_by_a_kill_is_no_damage(folder: Path) -> None:

@@ -55,6 +55,23 @@ def marks(out: Path, *stages: Stage) -> None:
         run(stage, out, order)
 
 
+def test_a_stage_is_done_anew_where_the_files_that_it_reads_have_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = ["a", "b"]
+    first = Stage.of("text", "about", says(tmp_path / "text", "1"), reads=lambda: " ".join(clips))
+    road = [first, Stage.of("train", "about", says(tmp_path / "train", "1"))]
+    for _ in range(2):
+        claim(road, tmp_path)
+        marks(tmp_path, *road)
+    assert capsys.readouterr().out.count("done earlier") == 2
+    clips.append("c")
+    claim(road, tmp_path)
+    assert "clips or captions have been added, changed or removed since stage 'text'" in capsys.readouterr().out
+    marks(tmp_path, *road)
+    assert (tmp_path / "text").read_text() == (tmp_path / "train").read_text() == "11"
+
+
 def test_what_has_changed_is_said_and_done_anew_with_all_after_it_and_nothing_is_lost(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

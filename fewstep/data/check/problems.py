@@ -10,7 +10,7 @@ import numpy as np
 
 from fewstep.data.check.look import Files, Level, Look, Problem
 from fewstep.data.folder.dataset import layout
-from fewstep.data.folder.samples import odd_ones
+from fewstep.data.folder.samples import odd_ones, stale_texts
 from fewstep.errors import some
 
 _STILL = 8  # levels of 255; no pixel of the thumbnails changes by more
@@ -23,6 +23,7 @@ _ENOUGH_CAPTIONS = 6  # clips, from which on equal captions are worth a warning
 def problems_of(listing: Files, looks: Sequence[Look]) -> Iterator[Problem]:
     """All problems, errors first, each kind once."""
     problems = [*listing.broken, *_unreadable(looks), *_unlike(looks), *_missing(listing), *_captions(looks), *_shapes(looks)]
+    problems += _stale_texts(listing, looks)
     problems += [*_pair_lengths(listing, looks), *_still(looks), *_duplicates(looks), *_varied(listing, looks)]
     problems += [*_without_clip(listing), *unread(listing)]
     yield from sorted(problems, key=lambda problem: problem.level != "error")
@@ -75,6 +76,14 @@ def _if_any(level: Level, kind: str, stems: Iterable[str], message: str) -> Iter
     names = tuple(stems)
     if names:
         yield Problem(level, kind, message, names)
+
+
+def _stale_texts(listing: Files, looks: Sequence[Look]) -> Iterator[Problem]:
+    texts = {look.sample.stem: look.sample.caption for look in looks if look.sample.caption}
+    for folder in listing.texts:
+        stale = stale_texts(listing.place, folder, texts, listing.packed.get(folder))
+        message = f"{len(stale)} of {len(texts)} captions have changed since {folder}/ was made of them: {some(stale)}"
+        yield from _if_any("error", f"stale-{folder}", stale, f"{message}. Run fewstep prepare text again")
 
 
 def _captions(looks: Sequence[Look]) -> Iterator[Problem]:

@@ -44,6 +44,7 @@ class Part:
 
 VIDEOS = Part("videos", (".mp4",), ("video",))
 IMAGES = Part("images", PICTURES, ("image",))
+LEDGER = ".made.jsonl"  # the list of the files that a command wrote, and of what
 CAPTIONS = Part("metas", (".txt",), ("prompt",))
 NOISE = Part("noise", (".pickle", ".safetensors", ".npy", ".pth"), ("noise",))
 PATH = Part("path", _ARRAYS, ("path",))

@@ -6,6 +6,7 @@ that one message holds every problem.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from fewstep.data.folder import layout
 from fewstep.data.folder.layout import Layout, Part
 from fewstep.data.folder.settings import FolderSettings
 from fewstep.errors import UserError, some
-from fewstep.untrusted.text import read_text
+from fewstep.untrusted.text import read_json_lines, read_text
 
 _PROBE_THREADS = 8  # headers are small reads from disk: waiting, not work
 _MAX_CAPTION_BYTES = 2**20
@@ -86,10 +87,15 @@ def samples_of(spec: FolderSettings, place: Layout, packs: Mapping[str, Packs], 
         problems += [f"{problem}{_remedy(part, spec)}"] if problem else []
     if spec.text is not None and place.files(layout.CAPTIONS):  # Transfer1's pairs have embeddings and no captions
         problem = place.missing(layout.CAPTIONS, stems)
-        problems += [problem] if problem else captions_of(place, stems)[1]
+        texts, unusable = ({}, [problem]) if problem else captions_of(place, stems)
+        problems += [*unusable, *stale_problem(place, spec.text, texts, packs.get(spec.text))]
     files = {part.folder: place.files(part) for part in (lead, *needed) if part.folder not in packs}
     if spec.x0 == "latents":
-        problems += _packed_problems(spec, place, packs) if lead.folder in packs else _latent_problems(spec, files[lead.folder])
+        problems += (
+            _packed_problems(spec, place, packs, left_out)
+            if lead.folder in packs
+            else _latent_problems(spec, files[lead.folder])
+        )
         refuse(place, problems)
         spans = _spans_of_rows(packs[lead.folder]) if lead.folder in packs else {stem: [Span()] for stem in stems}
         return samples_with(files, spans, {}, packs)
@@ -149,8 +155,8 @@ def _spans_of_rows(packs: Packs) -> dict[str, list[Span]]:
     return spans
 
 
-def _packed_problems(spec: FolderSettings, place: Layout, packs: Mapping[str, Packs]) -> list[str]:
-    """Rows of different shapes, of clips that changed since, or without the same window of their control."""
+def _packed_problems(spec: FolderSettings, place: Layout, packs: Mapping[str, Packs], left_out: dict[str, str]) -> list[str]:
+    """Rows of different shapes, of clips that changed since, or without the same window of their control; clips without any."""
     main, again, problems = packs[spec.latents], "Run fewstep prepare latents again", list[str]()
     names = [f"{label.stem}@{label.start}" if label.start else label.stem for label in main.rows]
     problems += _odd_ones("shape", dict(zip(names, main.shapes, strict=True)), again)
@@ -159,6 +165,11 @@ def _packed_problems(spec: FolderSettings, place: Layout, packs: Mapping[str, Pa
     stale = [one.stem for one in main.rows if "bytes" in one.facts and sizes.get(one.stem) not in (None, one.facts["bytes"])]
     if stale:
         problems.append(f"{len(stale)} of {len(names)} latents are of another file than videos/ holds: {some(stale)}. {again}")
+    there = main.by_stem()
+    lacking = [stem for stem in videos if stem not in there]
+    if len(lacking) > spec.max_bad:
+        problems.append(f"{len(lacking)} of {len(videos)} clips have no latents: {some(lacking)}. {again}, or remove them")
+    left_out |= dict.fromkeys(lacking, "has no latents")
     if spec.num_frames is not None:
         odd = [n for n, label in zip(names, main.rows, strict=True) if label.facts.get("num_frames") != spec.num_frames]
         if odd:
@@ -220,6 +231,32 @@ def captions_of(place: Layout, stems: Sequence[str]) -> tuple[dict[str, str], li
     if empty:
         problems.append(f"{len(empty)} of {len(stems)} captions are empty: {some(empty)}. Write one, or remove the clip")
     return texts, problems
+
+
+def stale_problem(place: Layout, folder: str, texts: Mapping[str, str], packs: Packs | None) -> list[str]:
+    """A problem if captions have changed since `fewstep prepare text` embedded them; of other embeddings nobody knows."""
+    stale = stale_texts(place, folder, texts, packs)
+    names = f"{len(stale)} of {len(texts)} captions have changed since {folder}/ was made of them: {some(stale)}"
+    return [f"{names}. Run fewstep prepare text again"] if stale else []
+
+
+def stale_texts(place: Layout, folder: str, texts: Mapping[str, str], packs: Packs | None) -> list[str]:
+    """The stems whose embedding is that of another caption."""
+    if packs is not None:
+        origins = {row.stem: row.content for row in packs.rows}
+    else:
+        lines = read_json_lines(text_ledger(place, folder))
+        origins = {str(line["name"]): line["content"] for line in lines if {"name", "content"} <= line.keys()}
+    return [stem for stem, text in texts.items() if origins.get(stem) not in (None, "", hash_of_text(text))]
+
+
+def text_ledger(place: Layout, folder: str) -> Path:
+    """Where `fewstep prepare text` records the captions of a folder's files."""
+    return place.root / folder / layout.LEDGER if place.form == "flat" else place.root / f"{layout.LEDGER}.{folder}"
+
+
+def hash_of_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def read_caption(path: Path) -> str:

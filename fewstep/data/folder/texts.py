@@ -21,7 +21,7 @@ from fewstep.data.files.packs import Packs, has_packs, open_packs
 from fewstep.data.folder import layout, parts
 from fewstep.data.folder.layout import Layout
 from fewstep.data.folder.parts import Embedding
-from fewstep.data.folder.samples import captions_of, refuse
+from fewstep.data.folder.samples import captions_of, refuse, stale_problem
 from fewstep.data.folder.settings import FolderSettings
 from fewstep.errors import UserError, some
 
@@ -63,6 +63,7 @@ class Texts:
             else:
                 files = place.files(part)
                 problem = place.missing(part, stems)
+            problems += stale_problem(place, spec.text, texts, packs)
             problems += [f"{problem}. Embed the captions: fewstep prepare text"] if problem else []
         refuse(place, problems)
         return cls(spec, place, tuple(stems), tuple(texts[stem] for stem in stems), files, packs)
