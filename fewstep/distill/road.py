@@ -35,9 +35,9 @@ EXPORTED = {
 def stages(facts: Facts) -> list[Stage]:
     """The stages of a request, in their order."""
     request, data = facts.request, str(facts.request.dataset)
-    reads = partial(stamp_of, request.dataset)
+    reads = partial(stamp_of, request.dataset)  # not of `check`, which would miss what the next stages make of a new clip
     return [
-        Stage.of("check", "the data set is read once", ("fewstep", "check", "data", data), makes_nothing=True, reads=reads),
+        Stage.of("check", "the data set is read once", ("fewstep", "check", "data", data), makes_nothing=True),
         Stage.of(
             "memory", "the memory that the training takes on this machine; nothing is loaded", _plan(facts), makes_nothing=True
         ),
