@@ -20,6 +20,7 @@ LISTS = {
     "features": "features", "text_encoders": "text_encoder", "codecs": "codec", "rewards": "reward",
     "sample_weights": "sample_weight", "guardrails": "guardrail", "upsamplers": "upsampler", "judges": "judge",
     "annotators": "annotator", "consistency_schedules": "consistency_schedule", "derivatives": "derivative",
+    "samplers": "sampler",
 }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from fewstep.files import move, remove, write_json
 from fewstep.untrusted.text import read_json
 
 Command = tuple[str, ...]
-OTHER_FILES = "clips or captions have been added, changed or removed since stage"
+OTHER_FILES = "clips and captions, or the teacher's weights"
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _about_changes(stages: Sequence[Stage], out: Path) -> str:
     also = f", and so {'are' if len(after) > 1 else 'is'} {', '.join(after)}" if after else ""
     names = [f"{path} as {_aside(path).name}" for stage in stages for path in stage.resumes if path.exists()]
     what = _changes(first, out)
-    about = f"the commands of stage '{first.name}' have changed: {what}" if what != OTHER_FILES else f"{what} '{first.name}'"
+    about = f"the {'files' if what == OTHER_FILES else 'commands'} of stage '{first.name}' have changed: {what}"
     return f"{about}\n  it is done anew{also}" + (f"; kept: {', '.join(names)}" if names else "")
 
 

@@ -32,6 +32,18 @@ def stamps(addresses: Iterable[str]) -> dict[str, str]:
     return {address: _stamp(files) for address, files in by_address.items() if files}
 
 
+def samples_of(address: str) -> str:
+    """A hash of 64 blocks of each file of weights, which a copy has, too; "" without files here."""
+    digest, files = hashlib.sha256(), sorted(_files(address))
+    for path in files:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for block in range(64):
+                file.seek(size * block // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16] if files else ""
+
+
 def _files(address: str) -> Iterable[Path]:
     if Path(address).is_file():
         return [Path(address)]

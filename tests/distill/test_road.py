@@ -28,6 +28,7 @@ from fewstep.distill.facts import facts_of
 from fewstep.distill.request import DistillRequest
 from fewstep.distill.road import stages, stamp_of
 from fewstep.distill.stages import claim, marker_of
+from fewstep.inference.record import samples_of
 from fewstep.networks.families.cosmos.models import MODELS, transfer1_7b
 
 WAN_VAE = {"_class_name": "AutoencoderKLWan", "z_dim": 16, "temperal_downsample": [False, True, True]}
@@ -244,6 +245,18 @@ def test_clips_and_captions_are_known_again_wherever_they_lie(tmp_path: Path) ->
     edited = stamp_of(data)
     shutil.copy(data / "videos" / "clip_000.mp4", data / "videos" / "clip_002.mp4")
     assert len({before, edited, stamp_of(data)}) == 3
+
+
+def test_a_teacher_of_other_weights_at_the_same_place_is_noticed(world: Path, tmp_path: Path) -> None:
+    teacher = Path(shutil.copytree(world / "wan", tmp_path / "wan"))
+    asked = replace(request(world), teacher=str(teacher))
+    reads = next(stage.reads for stage in stages(facts_of(asked)) if stage.name == "pairs")
+    assert reads is not None and reads() == ""  # as of a name on the hub
+    (teacher / "transformer" / "model.safetensors").write_bytes(bytes(10**6))
+    before = reads()
+    assert before == samples_of(str(shutil.copytree(teacher, tmp_path / "copy")))
+    (teacher / "transformer" / "model.safetensors").write_bytes(bytes(5 * 10**5) + 5 * 10**5 * b"1")
+    assert len({"", before, reads()}) == 3
 
 
 def test_clips_larger_than_the_teacher_was_trained_on_are_a_warning_in_terminal_and_report(

@@ -67,7 +67,7 @@ def test_a_stage_is_done_anew_where_the_files_that_it_reads_have_changed(
     assert capsys.readouterr().out.count("done earlier") == 2
     clips.append("c")
     claim(road, tmp_path)
-    assert "clips or captions have been added, changed or removed since stage 'text'" in capsys.readouterr().out
+    assert "the files of stage 'text' have changed: clips and captions, or the teacher's weights" in capsys.readouterr().out
     marks(tmp_path, *road)
     assert (tmp_path / "text").read_text() == (tmp_path / "train").read_text() == "11"
 
