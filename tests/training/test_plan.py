@@ -20,6 +20,7 @@ from fewstep.data.folder.dataset import Folder
 from fewstep.data.loader import first_batch
 from fewstep.data.mock import Mock
 from fewstep.diffusion import Rng
+from fewstep.errors import UserError
 from fewstep.methods import DMD2, KD, Finetune
 from fewstep.networks.analytic import MixtureSpec
 from fewstep.networks.families.cosmos.control import CosmosControlSpec
@@ -227,7 +228,7 @@ def test_changes_add_up_where_one_is_not_enough(monkeypatch: pytest.MonkeyPatch)
         assert advice(CASES["dmd2"], batch_of(CASES["dmd2"]), found, 1, limit).split("; as it is")[0] == said, limit
 
 
-def test_the_command_answers_in_json_and_says_what_is_missing(tmp_path: Path) -> None:
+def test_the_command_answers_in_json_and_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words, request = split_words(["a.b=c", "gpus=2", "gpu=24", "shape=4x2x6x6", "text=5x32"])
     assert words == ["a.b=c"]
     told, text = answer(CASES["finetune"], request)
@@ -244,6 +245,13 @@ def test_the_command_answers_in_json_and_says_what_is_missing(tmp_path: Path) ->
     told, text = answer(nowhere, PlanRequest(gpu="h200"))
     assert "ASSUMED, because the data cannot be opened" in text and told["assumed"]
     assert dryrun(nowhere).startswith("memory is not planned")
+
+    def refuses(*args: Any) -> None:
+        raise UserError("this network works on latents of 4 channels, but was given 16")
+
+    monkeypatch.setattr("fewstep.training.plan.gpu_fit.measure", refuses)
+    with pytest.raises(UserError, match=r"was given 16\. These shapes are ASSUMED, because the data"):
+        answer(nowhere, PlanRequest(gpu="h200"))
 
 
 def test_here_is_this_machine_and_nothing_else_is_counted_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from fewstep.batch import Batch
 from fewstep.data.loader import first_batch
+from fewstep.errors import UserError
 from fewstep.networks.lora import Lora
 from fewstep.networks.roles import Full
 from fewstep.training.plan.ledger import PASSING
@@ -104,7 +105,10 @@ def answer(run: Run, request: PlanRequest, say: Say = _quiet) -> tuple[dict[str,
                 f"ASSUMED, because the data cannot be opened ({reason}); shape=CxTxHxW and text=TOKENSxCHANNELS say otherwise"
             )
     run = run if gpus > 1 else without_context(run)
-    measurement = measure(run, batch, say)
+    try:
+        measurement = measure(run, batch, say)
+    except UserError as error:
+        raise UserError(f"{error}. These shapes are {note}" if note else str(error)) from None
     share = measurement.on(gpus)
     fits = share.needed_gib <= gib
     activations: dict[str, float] = {}
