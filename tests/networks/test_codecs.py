@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.networks.encoders.codecs import codec_of, open_codec
+from fewstep.networks.encoders.codecs import codec_beside, codec_of, open_codec
 
 TINY = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 4}
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
@@ -59,6 +59,13 @@ def test_a_codec_opens_from_its_folder_and_from_a_pipelines(tmp_path: Path) -> N
         torch.testing.assert_close(codec.encode(pixels), wanted, rtol=0, atol=0)
         assert not codec.module.training
         assert not any(p.requires_grad for p in codec.module.parameters())
+
+
+def test_beside_a_network_alone_there_is_no_codec(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "CosmosTransformer3DModel"}))
+    assert codec_beside(str(tmp_path), 1.0) is None and codec_beside(None, 1.0) is None
+    image_vae().save_pretrained(tmp_path / "codec")
+    assert codec_beside(str(tmp_path / "codec"), 1.0) is not None
 
 
 def test_latents_do_not_depend_on_the_batch_or_on_how_many_frames_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ def test_a_teacher_is_adapted_before_or_after_it_is_distilled(world: Path, tmp_p
     )
     assert changed(base, adapted) and changed(adapted, first) and changed(adapted, later)
     card = json.loads((folder / "adapted" / "student.json").read_text())
-    assert card["kind"] == "teacher"
+    assert card["sampler"]["kind"] == "teacher"
     for name, steps in (("student_adapted", 2), ("student_later", 4)):
         assert json.loads((folder / name / "student.json").read_text())["num_inference_steps"] == steps
         done = subprocess.run([sys.executable, "-c", PLAIN, name, str(steps)], cwd=folder, capture_output=True, text=True)

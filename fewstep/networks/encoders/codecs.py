@@ -246,7 +246,10 @@ def open_codec(
 @lru_cache(maxsize=1)
 def codec_beside(address: str | None, scale: float) -> Codec | None:
     """The codec in a folder, on the CPU, where a network in training leaves it room; None where there is none."""
-    if address is None or not ((Path(address) / "vae").is_dir() or (Path(address) / "config.json").is_file()):
+    folder = Path(address or "")
+    own = folder / "config.json"  # of a codec, or of a network alone
+    is_codec = own.is_file() and read_json(own, "Copy that folder again").get("_class_name") in _FORMS
+    if address is None or not (is_codec or (folder / "vae").is_dir()):
         return None
     return open_codec(address, scale=scale)
 
