@@ -360,7 +360,7 @@ class Queue:
             new = self._sweep.ask()
             if new is None:
                 self._is_exhausted = True
-            else:
+            elif cast("int", new.number) < self._sweep.num:  # else others have drawn the last ones since `trials` was read
                 self._sweep.claim(new)
 
 
