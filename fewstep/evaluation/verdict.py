@@ -56,7 +56,7 @@ def verdicts(student: Path, other: Path) -> list[Verdict]:
     mine, others = read_scores(student), read_scores(other)
     notes = [*mine.get("notes", []), *others.get("notes", [])]
     is_few = any("undetermined" in note for note in notes)
-    better = {score["name"]: score.get("better") for score in mine["legend"]}
+    better = {score["name"]: score.get("better") for score in others["legend"]}  # which compare reads, too
     is_teacher, calls = "sampler" in others, others.get("num_calls")
     whose = ("its teacher" if is_teacher else other.stem) + (f" in {_calls(calls)}" if is_teacher and calls else "")
     return [

@@ -38,6 +38,13 @@ def test_one_score(tmp_path: Path) -> None:
         verdicts(worse, few)
 
 
+def test_a_student_whose_legend_lacks_a_score_is_judged_by_the_others(tmp_path: Path) -> None:
+    student, other = record(tmp_path, "student", frechet=2.0), record(tmp_path, "other", frechet=4.0)
+    content = json.loads(student.read_text())
+    student.write_text(json.dumps(content | {"legend": [row for row in content["legend"] if row["name"] != "frechet"]}))
+    assert [one.outcome for one in verdicts(student, other)] == ["better"]
+
+
 def test_two_equal_models_are_told_apart_in_one_score_of_twenty(tmp_path: Path) -> None:
     """Each value is drawn around the same truth with the spread that its file states."""
     draws = torch.randn(300, 2, generator=torch.Generator().manual_seed(0)) * 0.3 + 5
