@@ -37,15 +37,15 @@ class AttentionPlan(ABC):
         """Self-attention, B N H D; queries and keys before rotation."""
 
 
-class Processor:
+class Processor(ABC):
     """A processor of diffusers in the place of another one, `before`, which answers where this one does not."""
 
     def __init__(self, before: Any):  # Any: no class of diffusers says what a processor is
         self.before = before
 
+    @abstractmethod
     def answer(self, attn: Any, x: Tensor, text: Tensor | None, mask: Tensor | None, plan: Any) -> Tensor | None:
         """Attention of x by the plan, if that is one, or to the text. None: as before."""
-        raise NotImplementedError
 
     def __call__(
         self,
