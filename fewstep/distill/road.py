@@ -18,7 +18,7 @@ from fewstep.data.folder.samples import read_caption
 from fewstep.data.folder.texts import opened
 from fewstep.distill.facts import Facts
 from fewstep.distill.stages import Command, Stage, launcher, with_own
-from fewstep.inference.record import samples_of
+from fewstep.inference.record import weights_stamp
 
 SCORED = {  # who is scored, in the order of the table, which adds the network calls: guidance doubles those of a teacher
     "teacher": "teacher",
@@ -141,7 +141,7 @@ def _trainings(facts: Facts) -> Iterator[Stage]:
     if "kd" in trainings:
         calls = facts.sampler.num_calls
         about = f"the teacher makes clips from noise, {calls} network calls each"
-        reads = partial(samples_of, facts.request.teacher)
+        reads = partial(weights_stamp, facts.request.teacher)
         yield Stage.of("pairs", about, _pairs(facts), resumes=(facts.request.work_dir / "pairs",), reads=reads)
         yield _training(facts, "kd", "knowledge distillation: the student regresses onto the teacher's clips")
     if "dmd2" in trainings:
@@ -149,7 +149,7 @@ def _trainings(facts: Facts) -> Iterator[Stage]:
 
 
 def _training(facts: Facts, name: str, about: str) -> Stage:
-    reads = partial(samples_of, facts.request.teacher)
+    reads = partial(weights_stamp, facts.request.teacher)
     return Stage.of(name, about, _train(facts, name), resumes=(Path(run_of(facts, name)),), reads=reads)
 
 

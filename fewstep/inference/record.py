@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.networks.weights.addresses import checkpoint_of, pieces_of
+from fewstep.untrusted.text import opened
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
 
@@ -32,12 +33,12 @@ def stamps(addresses: Iterable[str]) -> dict[str, str]:
     return {address: _stamp(files) for address, files in by_address.items() if files}
 
 
-def samples_of(address: str) -> str:
+def weights_stamp(address: str) -> str:
     """A hash of 64 blocks of each file of weights, which a copy has, too; "" without files here."""
     digest, files = hashlib.sha256(), sorted(_files(address))
     for path in files:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with opened(path) as file:
             for block in range(64):
                 file.seek(size * block // 64)
                 digest.update(file.read(4096))

@@ -28,7 +28,7 @@ from fewstep.distill.facts import facts_of
 from fewstep.distill.request import DistillRequest
 from fewstep.distill.road import stages, stamp_of
 from fewstep.distill.stages import claim, marker_of
-from fewstep.inference.record import samples_of
+from fewstep.inference.record import weights_stamp
 from fewstep.networks.families.cosmos.models import MODELS, transfer1_7b
 
 WAN_VAE = {"_class_name": "AutoencoderKLWan", "z_dim": 16, "temperal_downsample": [False, True, True]}
@@ -254,7 +254,7 @@ def test_a_teacher_of_other_weights_at_the_same_place_is_noticed(world: Path, tm
     assert reads is not None and reads() == ""  # as of a name on the hub
     (teacher / "transformer" / "model.safetensors").write_bytes(bytes(10**6))
     before = reads()
-    assert before == samples_of(str(shutil.copytree(teacher, tmp_path / "copy")))
+    assert before == weights_stamp(str(shutil.copytree(teacher, tmp_path / "copy")))
     (teacher / "transformer" / "model.safetensors").write_bytes(bytes(5 * 10**5) + 5 * 10**5 * b"1")
     assert len({"", before, reads()}) == 3
 
